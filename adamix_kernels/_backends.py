@@ -1,0 +1,117 @@
+"""Which backend serves which op, and why.
+
+Selection is a pure function of (op, request, device type, dtype): no tensor value is read, so it is
+the same while tracing, under CUDA-graph capture and in eager mode.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+OPS = ("routed_adapter", "routed_lora", "merge", "consistency")
+REQUESTS = ("auto", "reference", "triton", "cuda")
+# "auto" takes the first of these that can serve the call.
+_PREFERENCE = ("cuda", "triton", "reference")
+_MODULES = {"reference": "reference", "triton": "triton_impl", "cuda": "cuda_impl"}
+
+
+class BackendUnavailableError(RuntimeError):
+    """An explicitly requested backend cannot serve this call; the message says why."""
+
+
+@dataclass(frozen=True)
+class BackendState:
+    """State of one backend in this process.
+
+    usable: whether at least one op can run on it here.
+    ops: the ops it implements in this build.
+    reason: why it is usable or not, in words.
+    """
+
+    name: str
+    usable: bool
+    ops: tuple[str, ...]
+    reason: str
+
+
+def _implements(op: str, backend: str) -> bool:
+    return importlib.util.find_spec(f"adamix_kernels.ops.{op}.{_MODULES[backend]}") is not None
+
+
+def _implemented_ops(backend: str) -> tuple[str, ...]:
+    return tuple(op for op in OPS if _implements(op, backend))
+
+
+@functools.cache
+def _environment_problem(backend: str) -> str | None:
+    """Why this machine cannot run `backend` at all, or None."""
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if backend == "cuda":
+        from . import _extension
+
+        return _extension.problem()
+    return None
+
+
+@functools.cache
+def _problem(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot serve `op` on this device and dtype, or None."""
+    if not _implements(op, backend):
+        return f"this build has no {backend} implementation of {op}"
+    problem = _environment_problem(backend)
+    if problem is not None or backend == "reference":
+        return problem
+    return _load(op, backend).unsupported(device_type, dtype)
+
+
+@functools.cache
+def _load(op: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"adamix_kernels.ops.{op}.{_MODULES[backend]}")
+
+
+@functools.cache
+def select(op: str, request: str, device_type: str, dtype: torch.dtype) -> ModuleType:
+    """The module that serves `op`: an explicit request is met or refused, "auto" falls back.
+
+    Raises ValueError for an unknown request and BackendUnavailableError, with the reason, for an
+    explicit request that cannot be met.
+    """
+    check_request(request)
+    if request != "auto":
+        problem = _problem(op, request, device_type, dtype)
+        if problem is not None:
+            raise BackendUnavailableError(
+                f"backend={request!r} cannot serve {op} on device {device_type!r} with {dtype}: {problem}"
+            )
+        return _load(op, request)
+    chosen = next(b for b in _PREFERENCE if _problem(op, b, device_type, dtype) is None)
+    return _load(op, chosen)
+
+
+def check_request(request: str) -> None:
+    """Raises ValueError unless `request` is a backend name or "auto"."""
+    if request not in REQUESTS:
+        raise ValueError(f"backend: got {request!r}, expected one of {', '.join(map(repr, REQUESTS))}")
+
+
+def backends() -> dict[str, BackendState]:
+    """The state of every backend: name -> BackendState(usable, ops, reason).
+
+    Nothing is launched and no optional package is imported that is not installed.
+    """
+    states = {}
+    for name in _MODULES:
+        ops = _implemented_ops(name)
+        problem = _environment_problem(name)
+        if not ops:
+            problem = "this build has no kernels for it" + (f"; also, {problem}" if problem else "")
+        reason = problem or ("runs on any device" if name == "reference" else "ready")
+        states[name] = BackendState(name, problem is None, ops, reason)
+    return states

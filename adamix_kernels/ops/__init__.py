@@ -1,0 +1,1 @@
+"""One folder per op: api (checks) -> autograd -> op (schema, selection) -> one backend."""

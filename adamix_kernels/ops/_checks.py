@@ -1,0 +1,89 @@
+"""Argument checks shared by the ops' api.py: messages name the argument, what came, what was wanted."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def fail(name: str, got: object, expected: str, error: type[Exception] = ValueError) -> None:
+    raise error(f"{name}: got {got}, expected {expected}")
+
+
+def check_tensor(name: str, value: object, like: torch.Tensor | None = None) -> None:
+    """`value` is a floating tensor; with `like`, of the same dtype and device."""
+    if not isinstance(value, torch.Tensor):
+        fail(name, type(value).__name__, "a torch.Tensor", TypeError)
+    if value.dtype not in FLOATS:
+        fail(name, value.dtype, "a floating dtype (float16, bfloat16, float32, float64)", TypeError)
+    if like is not None:
+        if value.dtype != like.dtype:
+            fail(name, value.dtype, f"{like.dtype}, the dtype of the first argument", TypeError)
+        check_device(name, value, like)
+
+
+def check_device(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
+    if value.device != like.device:
+        fail(name, f"a tensor on {value.device}", f"{like.device}, the device of the first argument")
+
+
+def check_dims(name: str, value: torch.Tensor, layout: str) -> None:
+    """layout: the axes in words, such as "[B, S, H]"; their number is the number of dimensions wanted."""
+    if value.dim() != layout.count(",") + 1:
+        fail(name, f"shape {tuple(value.shape)}", layout)
+
+
+def check_shape(name: str, value: torch.Tensor, layout: str, *sizes: int) -> None:
+    """Every axis of `value` has the given size."""
+    check_dims(name, value, layout)
+    for got, want in zip(value.shape, sizes, strict=True):
+        if got != want:
+            fail(name, f"shape {tuple(value.shape)}", f"{layout} = {tuple(int(s) for s in sizes)}")
+
+
+def check_index(name: str, index: torch.Tensor | None, num_experts: int, x: torch.Tensor) -> None:
+    """A routing index is int32/int64, [B] or [B, S]; None only for a bank of one."""
+    if index is None:
+        if num_experts != 1:
+            fail(name, "None", f"an index [B] or [B, S], since its bank holds {num_experts} experts")
+        return
+    if not isinstance(index, torch.Tensor):
+        fail(name, type(index).__name__, "a torch.Tensor or None", TypeError)
+    if index.dtype not in INDEX_DTYPES:
+        fail(name, index.dtype, "int32 or int64", TypeError)
+    check_device(name, index, x)
+    if index.dim() not in (1, 2) or index.shape[0] != x.shape[0] or (index.dim() == 2 and index.shape[1] != x.shape[1]):
+        fail(name, f"shape {tuple(index.shape)}", f"[B] or [B, S] with B, S = {tuple(x.shape[:2])}")
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        fail(name, repr(value), "one of " + ", ".join(map(repr, choices)))
+
+
+def check_index_values(name: str, index: torch.Tensor | None, num_experts: int) -> None:
+    """Values are checked where that costs no synchronisation: on the CPU, or if ADAMIX_CHECK=1.
+
+    Called from the op's kernel, where the values exist; api.py also runs while tracing.
+    """
+    if index is None or index.numel() == 0:
+        return
+    if index.device.type != "cpu" and os.environ.get("ADAMIX_CHECK") != "1":
+        return
+    low, high = torch.aminmax(index)
+    if low < 0 or high >= num_experts:
+        bad = int(low) if low < 0 else int(high)
+        fail(name, f"expert id {bad}", f"0 <= id < {num_experts}, the experts in its bank", IndexError)
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Under autocast every floating tensor takes the autocast dtype, float64 excepted (as F.linear)."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

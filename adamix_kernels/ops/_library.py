@@ -1,0 +1,40 @@
+"""Registration of the ops with the PyTorch dispatcher, once for all devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_LIBRARY = torch.library.Library("adamix_kernels", "DEF")
+
+
+def define(schema: str, kernel: Callable, fake: Callable) -> torch._ops.OpOverload:
+    """Defines `adamix_kernels::<schema>`, with one kernel for every device and its fake."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"adamix_kernels::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.adamix_kernels, name).default
+
+
+def differentiate(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
+    """Makes `function` the derivative of `op`.
+
+    function.forward receives the op's arguments and must call the op through `below_autograd`.
+    Registered at the Autograd key rather than with register_autograd, which costs three times as
+    much host time a call.
+    """
+
+    def autograd_kernel(*args):
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            return function.apply(*args)
+        return below_autograd(op, *args)
+
+    _LIBRARY.impl(op._schema.name.partition("::")[2], autograd_kernel, "Autograd")
+
+
+def below_autograd(op: torch._ops.OpOverload, *args):
+    """Calls `op` without passing its autograd kernel again."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)

@@ -1,0 +1,98 @@
+"""Public function of the routed adapter: documentation and argument checks."""
+
+from __future__ import annotations
+
+import torch
+
+from ..._backends import check_request
+from .._checks import autocast, check_choice, check_dims, check_index, check_shape, check_tensor
+from .autograd import routed_adapter_op
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", None)
+
+
+def routed_adapter(
+    x: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_index: torch.Tensor | None,
+    up_index: torch.Tensor | None,
+    *,
+    residual: torch.Tensor | None = None,
+    activation: str | None = "gelu",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """out = residual + act(x Wd[i]^T + bd[i]) Wu[j]^T + bu[j], every sample or token through its own experts.
+
+    Args:
+        x: [B, S, H], floating. B, S and both may be 0.
+        down_weight: [Md, r, H], x's dtype. down_bias: [Md, r] or None.
+        up_weight: [Mu, Hout, r], x's dtype. up_bias: [Mu, Hout] or None.
+        down_index, up_index: i and j, int32 or int64, [B] (per sample) or [B, S] (per token); None only
+            for a bank of one. The sides are independent.
+        residual: [B, S, Hout], x's dtype, or None for nothing added. Passing x itself costs no extra read.
+        activation: "gelu" (erf), "gelu_tanh", "relu", "silu" or None.
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        [B, S, Hout], x's dtype. Differentiable once in every floating argument; an expert that no
+        sample used gets an exactly zero gradient.
+
+    Under autocast every floating argument (float64 excepted) is cast to the autocast dtype.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device or shape is wrong; the message names it.
+        IndexError: an expert id outside its bank (always on the CPU; on a GPU with ADAMIX_CHECK=1).
+        BackendUnavailableError: an explicit backend cannot serve the call.
+
+    Source: AdaMix (arXiv 2205.12410), section 3; `ExpertSoup.forward` of the reference project.
+    """
+    check_tensor("x", x)
+    add_input = residual is x
+    x, down_weight, down_bias, up_weight, up_bias, residual = autocast(
+        x, down_weight, down_bias, up_weight, up_bias, None if add_input else residual
+    )
+    _check(x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual, add_input, activation)
+    check_request(backend)
+    return routed_adapter_op(
+        x,
+        down_weight,
+        down_bias,
+        up_weight,
+        up_bias,
+        down_index,
+        up_index,
+        residual,
+        add_input,
+        activation or "",
+        backend,
+    )[0]
+
+
+def _check(x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual, add_input, activation):
+    check_dims("x", x, "[B, S, H]")
+    hidden = x.shape[2]
+    check_tensor("down_weight", down_weight, x)
+    check_dims("down_weight", down_weight, "[Md, r, H]")
+    md, r, _ = down_weight.shape
+    check_shape("down_weight", down_weight, "[Md, r, H]", md, r, hidden)
+    check_tensor("up_weight", up_weight, x)
+    check_dims("up_weight", up_weight, "[Mu, Hout, r]")
+    mu, out_features, _ = up_weight.shape
+    check_shape("up_weight", up_weight, "[Mu, Hout, r]", mu, out_features, r)
+    if down_bias is not None:
+        check_tensor("down_bias", down_bias, x)
+        check_shape("down_bias", down_bias, "[Md, r]", md, r)
+    if up_bias is not None:
+        check_tensor("up_bias", up_bias, x)
+        check_shape("up_bias", up_bias, "[Mu, Hout]", mu, out_features)
+    check_index("down_index", down_index, md, x)
+    check_index("up_index", up_index, mu, x)
+    if residual is not None:
+        check_tensor("residual", residual, x)
+        check_shape("residual", residual, "[B, S, Hout]", x.shape[0], x.shape[1], out_features)
+    if add_input:
+        check_shape("residual", x, "[B, S, Hout]", x.shape[0], x.shape[1], out_features)
+    check_choice("activation", activation, ACTIVATIONS)
