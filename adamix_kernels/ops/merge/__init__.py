@@ -1,0 +1,1 @@
+"""Merging: the weighted mean of a bank, and LoRA factors folded into a weight."""

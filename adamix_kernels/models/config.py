@@ -1,0 +1,129 @@
+"""AdaMixConfig: what to adapt and how, as a dataclass and as versioned JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..modules._banks import SHARES
+from ..routing import check_level
+
+CONFIG_VERSION = 1
+CONFIG_NAME = "adamix_config.json"
+METHODS = ("adapter", "lora")
+ACTIVATIONS = ("auto", "gelu", "gelu_tanh", "relu", "silu", None)
+
+
+@dataclass
+class AdaMixConfig:
+    """Configuration of a whole model's adaptation.
+
+    Attributes:
+        method: "adapter" (bottleneck after the feed-forward block) or "lora" (update of attention projections).
+        num_experts: M; 4 in the paper's NLU runs, 8 for NLG.
+        bottleneck: adapter width (48 for BERT-base, 16 for RoBERTa-large, 8 for GPT-2 in the paper).
+        activation: adapter activation; "auto" is erf GELU, tanh GELU for GPT-2.
+        r, alpha, dropout: LoRA rank, numerator of the scaling alpha / r, probability on the input.
+        qkv: which of "q", "k", "v" to adapt where one layer computes all three (GPT-2's c_attn).
+        share: the side with one bank for all experts, "up" (B), "down" (A) or None.
+        routing: training draw per "batch" (each pass one expert), "sample" or "token".
+        consistency_weight: weight of the symmetric KL between the two passes (paper: 1; 100 for GPT-2).
+            0 trains with a single pass.
+        target_modules: PEFT's rules: a list matches whole names or dotted suffixes, a string is a regular
+            expression for the whole path, "all-linear" every linear layer but the heads. None: by model_type.
+        layers_to_transform: indices of the transformer layers to adapt; None for all.
+        modules_to_save: names or dotted suffixes of modules trained and saved whole; None: the task head.
+        version: of this format.
+
+    Raises ValueError at construction for any value outside these.
+    """
+
+    method: str = "adapter"
+    num_experts: int = 4
+    bottleneck: int = 16
+    activation: str | None = "auto"
+    r: int = 4
+    alpha: float = 32.0
+    dropout: float = 0.0
+    qkv: tuple[str, ...] = ("q", "v")
+    share: str | None = "up"
+    routing: str = "batch"
+    consistency_weight: float = 1.0
+    target_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    modules_to_save: list[str] | None = None
+    version: int = CONFIG_VERSION
+
+    def __post_init__(self):
+        self.qkv = tuple(self.qkv)
+        if isinstance(self.target_modules, (set, tuple)):
+            self.target_modules = sorted(self.target_modules)
+        _choice("method", self.method, METHODS)
+        for name in ("num_experts", "bottleneck", "r"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: got {value!r}, expected an int of at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: got {self.dropout!r}, expected 0 <= dropout < 1")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha: got {self.alpha!r}, expected a number above 0")
+        if not self.consistency_weight >= 0:
+            raise ValueError(f"consistency_weight: got {self.consistency_weight!r}, expected a number of at least 0")
+        _choice("activation", self.activation, ACTIVATIONS)
+        _choice("share", self.share, SHARES)
+        check_level("routing", self.routing)
+        if not self.qkv or set(self.qkv) - {"q", "k", "v"} or len(set(self.qkv)) != len(self.qkv):
+            raise ValueError(f"qkv: got {self.qkv!r}, expected distinct names out of 'q', 'k', 'v'")
+        if self.version != CONFIG_VERSION:
+            raise ValueError(f"version: got {self.version!r}, expected {CONFIG_VERSION}, the one this release reads")
+
+    @property
+    def passes(self) -> int:
+        """Passes that ride in one training batch: two, or one without the consistency loss."""
+        return 2 if self.consistency_weight > 0 else 1
+
+    def to_dict(self) -> dict:
+        return {**dataclasses.asdict(self), "qkv": list(self.qkv)}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> AdaMixConfig:
+        """Raises ValueError for a key that is not a field, and for an unknown version before all else."""
+        if not isinstance(values, dict):
+            raise ValueError(f"config: got {type(values).__name__}, expected a JSON object")
+        if values.get("version", CONFIG_VERSION) != CONFIG_VERSION:
+            raise ValueError(
+                f"version: got {values['version']!r}, expected {CONFIG_VERSION}, the one this release reads"
+            )
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"config: got unknown keys {unknown}, expected the fields of AdaMixConfig")
+        return cls(**values)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes JSON; a folder receives adamix_config.json. Atomic: the old file or the new one."""
+        path = Path(path)
+        path = path / CONFIG_NAME if path.is_dir() else path
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> AdaMixConfig:
+        """Reads what save wrote. Raises ValueError, naming the file, for JSON that is not such a config."""
+        path = Path(path)
+        path = path / CONFIG_NAME if path.is_dir() else path
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: got a file that is not JSON ({error}), expected an AdaMix config") from error
+
+
+def _choice(name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")

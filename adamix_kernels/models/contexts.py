@@ -1,0 +1,80 @@
+"""Temporary changes of how an adapted model routes: disable, use_experts, eval_routing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from ..routing import check_level
+from .merging import merge, unmerge
+from .state import adamix_state
+
+
+@contextlib.contextmanager
+def disable(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the context the model computes what its base computes (its trained head stays).
+
+    A merged LoRA model is unmerged on entry and merged again on exit.
+
+    Raises ValueError: `model` is not adapted.
+    """
+    state = adamix_state(model)
+    remerge = state.merged and state.config.method == "lora"
+    if remerge:
+        unmerge(model)
+    previous, state.router.enabled = state.router.enabled, False
+    try:
+        yield model
+    finally:
+        state.router.enabled = previous
+        if remerge:
+            merge(model)
+
+
+@contextlib.contextmanager
+def use_experts(model: nn.Module, index: int | Sequence[int] | torch.Tensor) -> Iterator[nn.Module]:
+    """Within the context the caller says which expert serves which sample, on every layer and side.
+
+    Args:
+        index: an expert id for all, or ids [B] per sample or [B, S] per token (int32 or int64). A batch of k*B
+            rows takes each id k times: whole passes in training, k beams per sample in generate().
+
+    Raises:
+        ValueError, TypeError: `model` is not adapted or is merged, or an id is no expert of it.
+    """
+    state = adamix_state(model)
+    if state.merged:
+        raise ValueError("model: got a merged model, expected one that still has its experts")
+    index = torch.as_tensor(index)
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"index: got {index.dtype}, expected int32 or int64")
+    if index.dim() > 2:
+        raise ValueError(f"index: got shape {tuple(index.shape)}, expected [], [B] or [B, S]")
+    experts = state.config.num_experts
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < experts:
+        raise ValueError(f"index: got ids from {int(index.min())} to {int(index.max())}, expected 0 <= id < {experts}")
+    previous, state.router.experts = state.router.experts, index.long()
+    try:
+        yield model
+    finally:
+        state.router.experts = previous
+
+
+@contextlib.contextmanager
+def eval_routing(model: nn.Module, level: str) -> Iterator[nn.Module]:
+    """Within the context evaluation routes at `level`: "merged", or at random per "batch", "sample" or "token".
+
+    Random per token and per sample are the reference project's inference levels 0 and 1, merged is 3.
+
+    Raises ValueError: `model` is not adapted, or `level` is none of these.
+    """
+    check_level("level", level, "merged")
+    router = adamix_state(model).router
+    previous, router.eval_level = router.eval_level, level
+    try:
+        yield model
+    finally:
+        router.eval_level = previous

@@ -1,0 +1,111 @@
+"""adapt(): puts routed layers into a model, and freezes everything else."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..modules import AdaptedLayer, RoutedAdapter, RoutedLoRALinear
+from ..modules.lora import linear_sizes
+from ..routing import Router
+from .config import AdaMixConfig
+from .guards import install_guards
+from .state import AdaMixState, replace_module
+from .targets import model_type, saved_modules, target_layers
+
+_TANH_GELU_MODELS = ("gpt2",)
+
+
+def adapt(model: nn.Module, config: AdaMixConfig | None = None, *, backend: str = "auto") -> nn.Module:
+    """Replaces the target layers of `model` by routed ones, freezes the rest, and returns `model`.
+
+    After it only the banks of experts and the task head (config.modules_to_save) require gradients. In
+    training every forward draws experts as config.routing says; in evaluation the merged experts serve.
+    `model.adamix` holds the configuration and the router.
+
+    Args:
+        model: a Hugging Face model, or any nn.Module when config.target_modules is given.
+        config: what to adapt; AdaMixConfig() when None.
+        backend: "auto", "reference", "triton" or "cuda", for every layer.
+
+    Raises:
+        ValueError: the model is adapted already, or config does not fit it. Nothing is changed then.
+
+    Source: AdaMix section 3; placement as in the reference project's BERT, RoBERTa and GPT-2.
+    """
+    config = AdaMixConfig() if config is None else config
+    if getattr(model, "adamix", None) is not None:
+        raise ValueError(f"model: got a {type(model).__name__} that is adapted already, expected a bare one")
+    targets = target_layers(model, config)
+    saved = saved_modules(model, config.modules_to_save)
+    router = Router(config.routing, config.passes)
+    build = _adapted_layer if config.method == "adapter" else _lora_layer
+    routed = {path: build(model, layer, config, router, backend) for path, layer in targets.items()}
+
+    model.requires_grad_(False)
+    for path, layer in routed.items():
+        _freeze_all_but_banks(layer)
+        replace_module(model, path, layer.train(model.training))
+    for _, module in saved:
+        module.requires_grad_(True)
+    model.adamix = AdaMixState(config, router, list(routed), [path for path, _ in saved])
+    install_guards(model)
+    return model
+
+
+def _adapted_layer(model, layer, config: AdaMixConfig, router: Router, backend: str) -> AdaptedLayer:
+    _, hidden, _ = linear_sizes(layer)
+    activation = config.activation
+    if activation == "auto":
+        activation = "gelu_tanh" if model_type(model) in _TANH_GELU_MODELS else "gelu"
+    adapter = RoutedAdapter(
+        hidden,
+        config.bottleneck,
+        config.num_experts,
+        config.share,
+        activation,
+        router=router,
+        backend=backend,
+        **_bank_options(layer),
+    )
+    return AdaptedLayer(layer, adapter)
+
+
+def _lora_layer(model, layer, config: AdaMixConfig, router: Router, backend: str) -> RoutedLoRALinear:
+    inputs, outputs, transposed = linear_sizes(layer)
+    fused = transposed and outputs == 3 * inputs
+    return RoutedLoRALinear.from_linear(
+        layer,
+        config.r,
+        config.alpha,
+        config.num_experts,
+        config.share,
+        config.dropout,
+        targets=config.qkv if fused else None,
+        router=router,
+        backend=backend,
+        **_bank_options(layer),
+    )
+
+
+def _bank_options(layer: nn.Module) -> dict:
+    """Banks train in at least float32, on the layer's device; a 16-bit model casts them per call."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return {"dtype": torch.float32, "device": None}
+    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    return {"dtype": dtype, "device": weight.device}
+
+
+def _freeze_all_but_banks(layer: nn.Module) -> None:
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(not name.startswith("base.") and not name.endswith("_score"))
+
+
+def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """Prints, and returns, (trainable, all) numbers of parameters, a shared tensor counted once."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    share = 100 * trainable / total if total else 0.0
+    print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
+    return trainable, total

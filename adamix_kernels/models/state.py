@@ -1,0 +1,43 @@
+"""What adapt() leaves on a model: `model.adamix`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..routing import Router
+from .config import AdaMixConfig
+
+
+@dataclass
+class AdaMixState:
+    """The adaptation of one model.
+
+    Attributes:
+        config: as given to adapt. router: shared by every layer.
+        paths: dotted paths of the adapted layers, in model order.
+        saved: dotted paths of the modules trained and saved whole (the task head).
+        merged: whether merge() has been called; stash then holds what unmerge() puts back.
+    """
+
+    config: AdaMixConfig
+    router: Router
+    paths: list[str]
+    saved: list[str]
+    merged: bool = False
+    stash: dict = field(default_factory=dict, repr=False)
+
+
+def adamix_state(model: nn.Module) -> AdaMixState:
+    """model.adamix. Raises ValueError when `model` was not given to adapt()."""
+    state = getattr(model, "adamix", None)
+    if not isinstance(state, AdaMixState):
+        raise ValueError(f"model: got a {type(model).__name__} without AdaMix, expected one returned by adapt()")
+    return state
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Puts `new` where `path` points."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new)

@@ -1,0 +1,153 @@
+"""The routed bottleneck adapter as a module, and the layer that carries one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..functional import routed_adapter
+from ..routing import Router
+from ._banks import as_batch, bank_sizes, cast_like, check_positive, merge_score, merged_bank
+
+INIT_STD = 0.02
+
+
+class RoutedAdapter(nn.Module):
+    """out = residual + act(x Wd[i]^T + bd[i]) Wu[j]^T + bu[j]; i, j drawn in training, merged in evaluation.
+
+    Args:
+        hidden_size: H. bottleneck: r. num_experts: M.
+        share: the side with one bank for all experts: "up" (as the paper's scripts), "down" or None.
+        activation: "gelu" (erf), "gelu_tanh", "relu", "silu" or None.
+        router: draws the experts; by default one of its own, batch level with two passes.
+        backend: see routed_adapter. dtype, device: of the parameters.
+
+    Parameters: down_weight [Md, r, H], down_bias [Md, r], up_weight [Mu, H, r], up_bias [Mu, H]; weights
+    N(0, 0.02), every expert its own draw, biases zero. down_score [Md] and up_score [Mu] are frozen zeros
+    (uniform merging); while one of them requires grad, training computes with the merged experts and so
+    learns the merging.
+
+    Raises:
+        ValueError: a size, share or (at the call) an activation is not one of the above.
+
+    Source: AdaMix section 3; `ExpertSoup` of the reference project.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        bottleneck: int,
+        num_experts: int,
+        share: str | None = "up",
+        activation: str | None = "gelu",
+        *,
+        router: Router | None = None,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ):
+        super().__init__()
+        check_positive(hidden_size=hidden_size, bottleneck=bottleneck, num_experts=num_experts)
+        down, up = bank_sizes(num_experts, share)
+        self.hidden_size, self.bottleneck, self.num_experts = hidden_size, bottleneck, num_experts
+        self.share, self.activation, self.backend = share, activation, backend
+        self.router = Router() if router is None else router
+        options = {"dtype": dtype, "device": device}
+        self.down_weight = nn.Parameter(torch.empty(down, bottleneck, hidden_size, **options))
+        self.down_bias = nn.Parameter(torch.empty(down, bottleneck, **options))
+        self.up_weight = nn.Parameter(torch.empty(up, hidden_size, bottleneck, **options))
+        self.up_bias = nn.Parameter(torch.empty(up, hidden_size, **options))
+        self.down_score = merge_score(down, device)
+        self.up_score = merge_score(up, device)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.down_weight, self.up_weight):
+            nn.init.normal_(weight, std=INIT_STD)
+        for bias in (self.down_bias, self.up_bias):
+            nn.init.zeros_(bias)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x [B, S, H] (or [N, H]); residual of x's shape, x itself when None. Returns x's shape."""
+        if not self.router.enabled:
+            return x if residual is None else residual
+        rows = as_batch(x)
+        added = rows if residual is None else as_batch(residual)
+        down_index = up_index = None
+        if self.router.uses_merged(self.training, self.down_score.requires_grad or self.up_score.requires_grad):
+            banks = self.merged_banks()
+        else:
+            banks = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
+            batch, tokens, _ = rows.shape
+            down_index = self.router.draw(self.down_weight.shape[0], batch, tokens, x.device, self.training)
+            up_index = self.router.draw(self.up_weight.shape[0], batch, tokens, x.device, self.training)
+        out = routed_adapter(
+            rows,
+            *cast_like(rows, *banks),
+            down_index,
+            up_index,
+            residual=added,
+            activation=self.activation,
+            backend=self.backend,
+        )
+        return out.view(x.shape)
+
+    def merged_banks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(down_weight, down_bias, up_weight, up_bias), each a bank of one; each side averaged by itself."""
+        return (
+            merged_bank(self.down_weight, self.down_score, self.backend),
+            merged_bank(self.down_bias, self.down_score, self.backend),
+            merged_bank(self.up_weight, self.up_score, self.backend),
+            merged_bank(self.up_bias, self.up_score, self.backend),
+        )
+
+    @torch.no_grad()
+    def merged(self) -> RoutedAdapter:
+        """A plain adapter (one expert) that computes what this one does in evaluation."""
+        plain = RoutedAdapter(
+            self.hidden_size,
+            self.bottleneck,
+            1,
+            None,
+            self.activation,
+            router=self.router,
+            backend=self.backend,
+            dtype=self.down_weight.dtype,
+            device=self.down_weight.device,
+        )
+        for mine, value in zip(plain.banks(), self.merged_banks(), strict=True):
+            mine.copy_(value)
+        return plain.train(self.training)
+
+    def banks(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]:
+        return self.down_weight, self.down_bias, self.up_weight, self.up_bias
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden_size={self.hidden_size}, bottleneck={self.bottleneck}, num_experts={self.num_experts}, "
+            f"share={self.share!r}, activation={self.activation!r}"
+        )
+
+
+class AdaptedLayer(nn.Module):
+    """out = adapter(base(x)): a frozen layer with a routed adapter behind it.
+
+    base: any module that returns one tensor [..., H]; its weight and bias stay reachable here, because
+    model code looks at them (T5 reads wo.weight.dtype).
+    """
+
+    def __init__(self, base: nn.Module, adapter: RoutedAdapter):
+        super().__init__()
+        self.base = base
+        self.adapter = adapter
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base.bias
+
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        return self.adapter(self.base(*args, **kwargs))

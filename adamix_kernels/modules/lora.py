@@ -1,0 +1,224 @@
+"""A frozen linear layer with a routed LoRA update."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..functional import merge_lora, routed_lora
+from ..routing import Router
+from ._banks import as_batch, bank_sizes, cast_like, check_positive, merge_score, merged_bank
+
+QKV = ("q", "k", "v")
+
+
+class RoutedLoRALinear(nn.Module):
+    """out = base(x) + s (drop(x) A_g[i]^T) B_g[j]^T on the columns of each group g, s = alpha / r.
+
+    Args:
+        base: any callable layer [..., K] -> [..., N] (a quantised one too); it is called as it is.
+        in_features: K. out_features: N. r: rank of each group. alpha: numerator of the scaling.
+        num_experts: M. share: the side with one bank for all: "up" (B), "down" (A) or None.
+        dropout: probability on x, one mask for all groups. groups: slices of the output that are adapted.
+        output_offsets: first column of each slice. group_features: Ng, the columns of a slice; by default
+            the last slice reaches to the end.
+        fan_in_fan_out: base.weight is [K, N] (Hugging Face's Conv1D).
+        router, backend: as for RoutedAdapter.
+
+    Parameters: lora_a [Ma, groups*r, K], one Kaiming-uniform draw copied to every expert; lora_b
+    [Mb, groups*Ng, r], zero; a_score [Ma], b_score [Mb], frozen zeros, as in RoutedAdapter.
+
+    Raises:
+        ValueError: a size, probability, slice or share does not fit; the message names it.
+
+    Source: AdaMix section 3, equation (LoRA); `AdamixMergedLinear` of the reference project.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        in_features: int,
+        out_features: int,
+        r: int,
+        alpha: float,
+        num_experts: int,
+        share: str | None = "up",
+        dropout: float = 0.0,
+        groups: int = 1,
+        output_offsets: Sequence[int] = (0,),
+        fan_in_fan_out: bool = False,
+        *,
+        group_features: int | None = None,
+        router: Router | None = None,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ):
+        super().__init__()
+        check_positive(in_features=in_features, out_features=out_features, r=r, num_experts=num_experts, groups=groups)
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout: got {dropout!r}, expected 0 <= dropout < 1")
+        width = out_features - max(output_offsets, default=0) if group_features is None else group_features
+        _check_groups(groups, output_offsets, width, out_features)
+        down, up = bank_sizes(num_experts, share)
+        self.base = base
+        self.in_features, self.out_features = in_features, out_features
+        self.r, self.alpha, self.scaling = r, alpha, alpha / r
+        self.num_experts, self.share, self.dropout = num_experts, share, dropout
+        self.groups, self.output_offsets = groups, tuple(output_offsets)
+        self.fan_in_fan_out, self.backend = fan_in_fan_out, backend
+        self.router = Router() if router is None else router
+        options = {"dtype": dtype, "device": device}
+        self.lora_a = nn.Parameter(torch.empty(down, groups * r, in_features, **options))
+        self.lora_b = nn.Parameter(torch.empty(up, groups * width, r, **options))
+        self.a_score = merge_score(down, device)
+        self.b_score = merge_score(up, device)
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Module,
+        r: int,
+        alpha: float,
+        num_experts: int,
+        share: str | None = "up",
+        dropout: float = 0.0,
+        groups: int = 1,
+        targets: Sequence[str] | None = None,
+        output_offsets: Sequence[int] = (0,),
+        **options,
+    ) -> RoutedLoRALinear:
+        """Wraps an nn.Linear, a Conv1D of transformers, or any layer with in_features and out_features.
+
+        targets: which of "q", "k", "v" to adapt in a layer that computes all three side by side; it stands
+            for groups and output_offsets. The layer's parameters are frozen.
+
+        Raises ValueError: the layer's sizes cannot be read, or targets do not fit it.
+        """
+        in_features, out_features, transposed = linear_sizes(layer)
+        if targets is not None:
+            output_offsets = _qkv_offsets(targets, out_features)
+            groups = len(output_offsets)
+            options["group_features"] = out_features // len(QKV)
+        weight = getattr(layer, "weight", None)
+        floating = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+        options.setdefault("device", weight.device if isinstance(weight, torch.Tensor) else None)
+        options.setdefault("dtype", torch.promote_types(weight.dtype, torch.float32) if floating else None)
+        layer.requires_grad_(False)
+        return cls(
+            layer, in_features, out_features, r, alpha, num_experts, share, dropout, groups, output_offsets,
+            transposed, **options,
+        )  # fmt: skip
+
+    def reset_parameters(self) -> None:
+        """One draw for all experts of A; B zero, so that the layer starts as its base."""
+        nn.init.kaiming_uniform_(self.lora_a[0], a=math.sqrt(5))
+        with torch.no_grad():
+            self.lora_a[1:] = self.lora_a[:1]
+        nn.init.zeros_(self.lora_b)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, S, K] (or [N, K]) -> [B, S, N] (or [N, N'])."""
+        base = self.base(x)
+        if not self.router.enabled:
+            return base
+        rows, added = as_batch(x), as_batch(base)
+        if not torch.is_autocast_enabled(x.device.type):
+            rows = rows.to(added.dtype)
+        a_index = b_index = None
+        if self.router.uses_merged(self.training, self.a_score.requires_grad or self.b_score.requires_grad):
+            lora_a = merged_bank(self.lora_a, self.a_score, self.backend)
+            lora_b = merged_bank(self.lora_b, self.b_score, self.backend)
+        else:
+            lora_a, lora_b = self.lora_a, self.lora_b
+            batch, tokens, _ = rows.shape
+            a_index = self.router.draw(lora_a.shape[0], batch, tokens, x.device, self.training)
+            b_index = self.router.draw(lora_b.shape[0], batch, tokens, x.device, self.training)
+        out = routed_lora(
+            rows,
+            *cast_like(rows, lora_a, lora_b),
+            a_index,
+            b_index,
+            base=added,
+            scaling=self.scaling,
+            groups=self.groups,
+            output_offsets=self.output_offsets,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return out.view(base.shape)
+
+    def merged_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A [groups*r, K], B [groups*Ng, r]): each side averaged by itself, never the product."""
+        lora_a = merged_bank(self.lora_a, self.a_score, self.backend)
+        lora_b = merged_bank(self.lora_b, self.b_score, self.backend)
+        return lora_a[0], lora_b[0]
+
+    def merged_weight(self) -> torch.Tensor:
+        """The base weight with the merged update in it, in the base's dtype and layout.
+
+        Raises ValueError when the base has no floating weight (a quantised layer) to add it to.
+        """
+        weight = getattr(self.base, "weight", None)
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+            raise ValueError(
+                f"base: got {type(self.base).__name__}, expected a layer with a floating weight to merge into"
+            )
+        lora_a, lora_b = self.merged_factors()
+        return merge_lora(
+            weight,
+            lora_a,
+            lora_b,
+            scaling=self.scaling,
+            groups=self.groups,
+            output_offsets=self.output_offsets,
+            fan_in_fan_out=self.fan_in_fan_out,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"r={self.r}, alpha={self.alpha}, num_experts={self.num_experts}, share={self.share!r}, "
+            f"dropout={self.dropout}, groups={self.groups}, output_offsets={self.output_offsets}"
+        )
+
+
+def linear_sizes(layer: nn.Module) -> tuple[int, int, bool]:
+    """(in_features, out_features, fan_in_fan_out) of a linear layer or a Conv1D of transformers."""
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return layer.in_features, layer.out_features, False
+    if type(layer).__name__ == "Conv1D" and getattr(layer, "weight", None) is not None and layer.weight.dim() == 2:
+        return layer.weight.shape[0], layer.weight.shape[1], True
+    raise ValueError(f"layer: got {type(layer).__name__}, expected nn.Linear, Conv1D or in_features and out_features")
+
+
+def _check_groups(groups: int, offsets: Sequence[int], width: int, out_features: int) -> None:
+    if len(offsets) != groups:
+        raise ValueError(f"output_offsets: got {tuple(offsets)}, expected one offset for each of groups={groups}")
+    ordered = sorted((*offsets, out_features))
+    if ordered[0] < 0 or width < 1 or any(b - a < width for a, b in itertools.pairwise(ordered)):
+        raise ValueError(
+            f"output_offsets: got {tuple(offsets)}, expected slices of {width} columns that fit out_features="
+            f"{out_features} without overlap"
+        )
+
+
+def _qkv_offsets(targets: Sequence[str], out_features: int) -> tuple[int, ...]:
+    if not targets or set(targets) - set(QKV) or len(set(targets)) != len(targets):
+        raise ValueError(f"targets: got {tuple(targets)}, expected distinct names out of {QKV}")
+    if out_features % len(QKV):
+        raise ValueError(f"targets: got a layer of {out_features} columns, expected three equal parts q, k, v")
+    return tuple(QKV.index(t) * (out_features // len(QKV)) for t in QKV if t in targets)

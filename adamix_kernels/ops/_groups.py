@@ -1,0 +1,57 @@
+"""Checks of grouped LoRA factors, shared by routed_lora and merge_lora."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ._checks import fail
+
+
+def check_scaling(scaling: float) -> None:
+    """`scaling` is a finite number, so that an unused expert's gradient stays exactly zero."""
+    if isinstance(scaling, bool | str | torch.Tensor) or not hasattr(scaling, "__float__"):
+        fail("scaling", repr(scaling), "a finite Python number", TypeError)
+    if not -math.inf < scaling < math.inf:
+        fail("scaling", scaling, "a finite Python number")
+
+
+def check_groups(
+    lora_a: torch.Tensor, lora_b: torch.Tensor, groups: int, output_offsets: Sequence[int], width: int | None
+) -> list[int]:
+    """lora_a [.., groups*r, K] and lora_b [.., groups*Ng, r] fit `groups` and `output_offsets`.
+
+    width: the number of output columns, None when it follows from the offsets. Returns the offsets.
+    """
+    if not isinstance(groups, int) or isinstance(groups, bool):
+        fail("groups", repr(groups), "an int", TypeError)
+    if groups < 1:
+        fail("groups", groups, "at least 1")
+    if lora_a.shape[-2] % groups:
+        fail("groups", groups, f"a divisor of lora_a's {lora_a.shape[-2]} rows (groups * r)")
+    if lora_b.shape[-2] % groups:
+        fail("groups", groups, f"a divisor of lora_b's {lora_b.shape[-2]} rows (groups * Ng)")
+    rank = lora_a.shape[-2] // groups
+    if lora_b.shape[-1] != rank:
+        fail("lora_b", f"shape {tuple(lora_b.shape)}", f"a last axis of r = {rank}, lora_a's rows / groups")
+    return _check_offsets(output_offsets, groups, lora_b.shape[-2] // groups, width)
+
+
+def _check_offsets(output_offsets: Sequence[int], groups: int, per_group: int, width: int | None) -> list[int]:
+    if not isinstance(output_offsets, tuple | list) or not all(isinstance(o, int) for o in output_offsets):
+        fail("output_offsets", repr(output_offsets), "a tuple of ints, one for each group", TypeError)
+    offsets = list(output_offsets)
+    if len(offsets) != groups:
+        fail("output_offsets", tuple(offsets), f"{groups} offsets, one for each group")
+    end = 0
+    for offset in sorted(offsets):
+        if offset < 0:
+            fail("output_offsets", tuple(offsets), "offsets of at least 0")
+        if offset < end:
+            fail("output_offsets", tuple(offsets), f"offsets at least Ng = {per_group} apart (groups may not overlap)")
+        end = offset + per_group
+    if width is not None and end > width:
+        fail("output_offsets", tuple(offsets), f"offset + Ng = {end} at most {width}, the output's columns")
+    return offsets

@@ -1,0 +1,101 @@
+"""Public functions of merging: documentation and argument checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..._backends import check_request
+from .._checks import check_device, check_dims, check_shape, check_tensor, fail
+from .._groups import check_groups, check_scaling
+from .autograd import merge_experts_op, merge_lora_op
+
+
+def merge_experts(
+    bank: torch.Tensor, scores: torch.Tensor | None = None, *, backend: str = "auto"
+) -> torch.Tensor:  # fmt: skip
+    """out = sum over m of softmax(scores)[m] * bank[m]; the uniform mean when scores is None.
+
+    Args:
+        bank: [M, ...], floating, M >= 1; one side's parameters, the experts on the first axis.
+        scores: [M], floating of any dtype, or None.
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        A new tensor, bank's shape without the first axis, bank's dtype. Accumulated in float32 (float64
+        when an argument is float64) and rounded once. Differentiable once in both. Autocast changes nothing.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device or shape is wrong; the message names it.
+        BackendUnavailableError: an explicit backend cannot serve the call.
+
+    Source: AdaMix (arXiv 2205.12410), section 3.3; `expert_score_weight` in the reference project's expert_soup.py.
+    """
+    check_tensor("bank", bank)
+    if bank.dim() == 0 or bank.shape[0] == 0:
+        fail("bank", f"shape {tuple(bank.shape)}", "[M, ...] with at least one expert")
+    if scores is not None:
+        check_tensor("scores", scores)
+        check_device("scores", scores, bank)
+        check_shape("scores", scores, "[M]", bank.shape[0])
+    check_request(backend)
+    return merge_experts_op(bank, scores, backend)
+
+
+def merge_lora(
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    *,
+    scaling: float,
+    groups: int = 1,
+    output_offsets: Sequence[int] = (0,),
+    fan_in_fan_out: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """out[o_g : o_g+Ng] = weight[o_g : o_g+Ng] + scaling * B_g A_g for every group g, as a new tensor.
+
+    Args:
+        weight: [N, K], floating; [K, N] with fan_in_fan_out (Hugging Face's Conv1D). Never written.
+        lora_a: [groups*r, K], or a bank [Ma, groups*r, K]. lora_b: [groups*Ng, r], or a bank
+            [Mb, groups*Ng, r]; the dtype of lora_a, which may differ from weight's. A bank is first
+            replaced by its uniform mean, A and B separately.
+        scaling: alpha / r, a finite number.
+        groups, output_offsets: the column ranges of the output the factors serve, as in routed_lora.
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        weight's shape and dtype. Accumulated in float32 (float64 when an argument is float64) and rounded
+        once; what no group touches keeps its bits. Differentiable once in weight, lora_a and lora_b.
+        Autocast changes nothing.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong; the message names it.
+        BackendUnavailableError: an explicit backend cannot serve the call.
+
+    Source: AdaMix (arXiv 2205.12410), section 3.3; `MergedLinear.merge_AB` of the reference project's NLG/loralib.
+    """
+    check_tensor("weight", weight)
+    check_dims("weight", weight, "[K, N]" if fan_in_fan_out else "[N, K]")
+    rows, cols = (weight.shape[1], weight.shape[0]) if fan_in_fan_out else weight.shape
+    lora_a = _as_bank("lora_a", lora_a, weight, "[groups*r, K]")
+    lora_b = _as_bank("lora_b", lora_b, weight, "[groups*Ng, r]")
+    if lora_b.dtype != lora_a.dtype:
+        fail("lora_b", lora_b.dtype, f"{lora_a.dtype}, the dtype of lora_a", TypeError)
+    if lora_a.shape[2] != cols:
+        fail("lora_a", f"a last axis of {lora_a.shape[2]}", f"K = {cols}, weight's input features")
+    check_scaling(scaling)
+    offsets = check_groups(lora_a, lora_b, groups, output_offsets, rows)
+    check_request(backend)
+    return merge_lora_op(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out, backend)
+
+
+def _as_bank(name: str, factor: torch.Tensor, weight: torch.Tensor, layout: str) -> torch.Tensor:
+    check_tensor(name, factor)
+    check_device(name, factor, weight)
+    if factor.dim() == 2:
+        return factor.unsqueeze(0)
+    if factor.dim() != 3 or factor.shape[0] == 0:
+        fail(name, f"shape {tuple(factor.shape)}", f"{layout}, or a bank of at least one of them")
+    return factor

@@ -1,0 +1,51 @@
+"""Derivatives of merging, in terms of its forward and backward ops."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .._library import below_autograd, differentiate
+from .op import merge_experts_backward_op, merge_experts_op, merge_lora_backward_op, merge_lora_op
+
+
+class MergeExpertsFunction(torch.autograd.Function):
+    """Saves the bank and the scores."""
+
+    @staticmethod
+    def forward(ctx, bank, scores, backend):
+        ctx.save_for_backward(bank, scores)
+        ctx.backend = backend
+        return below_autograd(merge_experts_op, bank, scores, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        wanted = ctx.needs_input_grad[:2]
+        grads = merge_experts_backward_op(grad_out, *ctx.saved_tensors, *wanted, ctx.backend)
+        dbank, dscores = (g if w else None for g, w in zip(grads, wanted, strict=True))
+        return dbank, dscores, None
+
+
+class MergeLoRAFunction(torch.autograd.Function):
+    """Saves the factors; the weight's gradient is grad_out itself."""
+
+    @staticmethod
+    def forward(ctx, weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out, backend):
+        ctx.save_for_backward(lora_a, lora_b)
+        ctx.options = (scaling, groups, offsets, fan_in_fan_out, backend)
+        return below_autograd(merge_lora_op, weight, lora_a, lora_b, *ctx.options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        need_weight, *wanted = ctx.needs_input_grad[:3]
+        da = db = None
+        if any(wanted):
+            grads = merge_lora_backward_op(grad_out, *ctx.saved_tensors, *wanted, *ctx.options)
+            da, db = (g if w else None for g, w in zip(grads, wanted, strict=True))
+        return grad_out if need_weight else None, da, db, None, None, None, None, None
+
+
+differentiate(merge_experts_op, MergeExpertsFunction)
+differentiate(merge_lora_op, MergeLoRAFunction)

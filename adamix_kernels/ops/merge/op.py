@@ -1,0 +1,76 @@
+"""Merging's dispatcher ops: schema, fake, backend selection."""
+
+from __future__ import annotations
+
+import torch
+
+from ..._backends import select
+from .._library import define
+
+
+def _experts_forward(bank, scores, backend):
+    return _select(bank, backend).experts_forward(bank, scores)
+
+
+def _experts_forward_fake(bank, scores, backend):
+    _select(bank, backend)
+    return bank.new_empty(bank.shape[1:])
+
+
+def _experts_backward(grad_out, bank, scores, need_bank, need_scores, backend):
+    return _select(bank, backend).experts_backward(grad_out, bank, scores, need_bank, need_scores)
+
+
+def _experts_backward_fake(grad_out, bank, scores, need_bank, need_scores, backend):
+    dbank = bank.new_empty(bank.shape if need_bank else 0)
+    return dbank, scores.new_empty(scores.shape) if need_scores else bank.new_empty(0)
+
+
+def _lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out, backend):
+    return _select(weight, backend).lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out)
+
+
+def _lora_forward_fake(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out, backend):
+    _select(weight, backend)
+    return weight.new_empty(weight.shape)
+
+
+def _lora_backward(grad_out, lora_a, lora_b, need_a, need_b, scaling, groups, offsets, fan_in_fan_out, backend):
+    return _select(grad_out, backend).lora_backward(
+        grad_out, lora_a, lora_b, need_a, need_b, scaling, groups, offsets, fan_in_fan_out
+    )
+
+
+def _lora_backward_fake(grad_out, lora_a, lora_b, need_a, need_b, scaling, groups, offsets, fan_in_fan_out, backend):
+    return lora_a.new_empty(lora_a.shape if need_a else 0), lora_b.new_empty(lora_b.shape if need_b else 0)
+
+
+def _select(tensor: torch.Tensor, backend: str):
+    return select("merge", backend, tensor.device.type, tensor.dtype)
+
+
+# Returns bank's shape without the first axis. scores None: the uniform mean.
+merge_experts_op = define(
+    "merge_experts(Tensor bank, Tensor? scores, str backend) -> Tensor", _experts_forward, _experts_forward_fake
+)
+# Returns (d bank, d scores); what is not needed is an empty tensor.
+merge_experts_backward_op = define(
+    "merge_experts_backward(Tensor grad_out, Tensor bank, Tensor? scores, bool need_bank, bool need_scores, "
+    "str backend) -> (Tensor, Tensor)",
+    _experts_backward,
+    _experts_backward_fake,
+)
+# lora_a [Ma, groups*r, K] and lora_b [Mb, groups*Ng, r] are banks, of one expert for plain factors.
+merge_lora_op = define(
+    "merge_lora(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, int groups, int[] offsets, "
+    "bool fan_in_fan_out, str backend) -> Tensor",
+    _lora_forward,
+    _lora_forward_fake,
+)
+# Returns (d lora_a, d lora_b); what is not needed is an empty tensor. The weight's gradient is grad_out itself.
+merge_lora_backward_op = define(
+    "merge_lora_backward(Tensor grad_out, Tensor lora_a, Tensor lora_b, bool need_a, bool need_b, float scaling, "
+    "int groups, int[] offsets, bool fan_in_fan_out, str backend) -> (Tensor, Tensor)",
+    _lora_backward,
+    _lora_backward_fake,
+)

@@ -1,0 +1,117 @@
+"""Public function of routed LoRA: documentation, argument checks, the dropout seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..._backends import check_request
+from .._checks import autocast, check_device, check_dims, check_index, check_shape, check_tensor, fail
+from .._groups import check_groups, check_scaling
+from .autograd import routed_lora_op
+
+
+def routed_lora(
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    a_index: torch.Tensor | None,
+    b_index: torch.Tensor | None,
+    *,
+    base: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    groups: int = 1,
+    output_offsets: Sequence[int] = (0,),
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """out[..., o_g : o_g+Ng] = base[..., o_g : o_g+Ng] + scaling * (dropout(x) A[i]_g^T) B[j]_g^T for every group g.
+
+    Args:
+        x: [B, S, K], floating. B, S and both may be 0.
+        lora_a: [Ma, groups*r, K], x's dtype. lora_b: [Mb, groups*Ng, r], x's dtype.
+        a_index, b_index: i and j, int32 or int64, [B] (per sample) or [B, S] (per token); None only for a
+            bank of one. The sides are independent.
+        base: [B, S, N], x's dtype, never written; None for zeros of width max(output_offsets) + Ng.
+        scaling: alpha / r, a finite number.
+        groups: how many column ranges the factors serve; each has its own r rows of A and Ng rows of B.
+        output_offsets: first output column of each group; ranges may not overlap. GPT-2's fused c_attn with
+            LoRA on q and v: groups=2, output_offsets=(0, 2H).
+        dropout_p: probability of dropping an element of x, 0 <= p < 1; kept ones are divided by 1 - p.
+        seed: what the mask is computed from (see ops/_dropout.py): an int64, or a 0-dimensional int64 tensor
+            on x's device; None draws one from the global generator of x's device. Unused when dropout_p is 0.
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        [B, S, N], x's dtype. Differentiable once in x, lora_a, lora_b and base; an expert that no sample
+        used gets an exactly zero gradient.
+
+    Under autocast every floating argument (float64 excepted) is cast to the autocast dtype.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong; the message names it.
+        IndexError: an expert id outside its bank (always on the CPU; on a GPU with ADAMIX_CHECK=1).
+        BackendUnavailableError: an explicit backend cannot serve the call.
+
+    Source: AdaMix (arXiv 2205.12410), section 3; `MergedLinear` of the reference project's NLG/loralib.
+    """
+    check_tensor("x", x)
+    x, lora_a, lora_b, base = _autocast(x, lora_a, lora_b, base)
+    offsets = _check(x, lora_a, lora_b, a_index, b_index, base, scaling, groups, output_offsets)
+    check_request(backend)
+    _check_probability(dropout_p)
+    seed = _seed_tensor(seed, x) if dropout_p > 0 else None
+    return routed_lora_op(
+        x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, backend
+    )[0]
+
+
+def _autocast(x, lora_a, lora_b, base):
+    for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
+        check_tensor(name, value)
+    if base is not None:
+        check_tensor("base", base)
+    return autocast(x, lora_a, lora_b, base)
+
+
+def _check(x, lora_a, lora_b, a_index, b_index, base, scaling, groups, output_offsets) -> list[int]:
+    check_dims("x", x, "[B, S, K]")
+    check_tensor("lora_a", lora_a, x)
+    check_dims("lora_a", lora_a, "[Ma, groups*r, K]")
+    check_shape("lora_a", lora_a, "[Ma, groups*r, K]", lora_a.shape[0], lora_a.shape[1], x.shape[2])
+    check_tensor("lora_b", lora_b, x)
+    check_dims("lora_b", lora_b, "[Mb, groups*Ng, r]")
+    check_index("a_index", a_index, lora_a.shape[0], x)
+    check_index("b_index", b_index, lora_b.shape[0], x)
+    width = None
+    if base is not None:
+        check_tensor("base", base, x)
+        check_dims("base", base, "[B, S, N]")
+        width = base.shape[2]
+        check_shape("base", base, "[B, S, N]", x.shape[0], x.shape[1], width)
+    check_scaling(scaling)
+    return check_groups(lora_a, lora_b, groups, output_offsets, width)
+
+
+def _check_probability(dropout_p: float) -> None:
+    if isinstance(dropout_p, bool | str | torch.Tensor) or not hasattr(dropout_p, "__float__"):
+        fail("dropout_p", repr(dropout_p), "a Python number, 0 <= dropout_p < 1", TypeError)
+    if not 0 <= dropout_p < 1:
+        fail("dropout_p", dropout_p, "0 <= dropout_p < 1")
+
+
+def _seed_tensor(seed: int | torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
+    if isinstance(seed, torch.Tensor):
+        if seed.dim() != 0 or seed.dtype != torch.int64:
+            fail("seed", f"a {seed.dtype} tensor of shape {tuple(seed.shape)}", "a 0-dimensional torch.int64 tensor")
+        check_device("seed", seed, x)
+        return seed
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        fail("seed", repr(seed), "an int, a 0-dimensional torch.int64 tensor or None", TypeError)
+    if not -(2**63) <= seed < 2**63:
+        fail("seed", seed, "a 64-bit signed integer")
+    return torch.full((), seed, dtype=torch.int64, device=x.device)

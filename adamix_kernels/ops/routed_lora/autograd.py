@@ -1,0 +1,43 @@
+"""Derivative of routed LoRA, in terms of its forward and backward ops."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .._library import below_autograd, differentiate
+from .op import routed_lora_backward_op, routed_lora_op
+
+
+class RoutedLoRAFunction(torch.autograd.Function):
+    """Saves x, t = dropout(x) A^T [B, S, groups*r], the banks and the seed; the mask is recomputed."""
+
+    @staticmethod
+    def forward(
+        ctx, x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, backend
+    ):  # fmt: skip
+        out, t = below_autograd(
+            routed_lora_op, x, lora_a, lora_b, a_index, b_index, base, seed,
+            scaling, groups, offsets, dropout_p, backend,
+        )  # fmt: skip
+        ctx.save_for_backward(x, t, lora_a, lora_b, a_index, b_index, seed)
+        ctx.options = (scaling, groups, offsets, dropout_p, backend)
+        ctx.mark_non_differentiable(t)
+        return out, t
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, _grad_t):
+        x, t, lora_a, lora_b, a_index, b_index, seed = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        dx = da = db = None
+        if any(wanted):
+            grads = routed_lora_backward_op(
+                grad_out, x, t, lora_a, lora_b, a_index, b_index, seed, *wanted, *ctx.options
+            )
+            dx, da, db = (g if w else None for g, w in zip(grads, wanted, strict=True))
+        dbase = grad_out if ctx.needs_input_grad[5] else None
+        return dx, da, db, None, None, dbase, None, None, None, None, None, None
+
+
+differentiate(routed_lora_op, RoutedLoRAFunction)

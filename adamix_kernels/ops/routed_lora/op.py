@@ -1,0 +1,57 @@
+"""Routed LoRA's dispatcher ops: schema, fake, backend selection."""
+
+from __future__ import annotations
+
+from ..._backends import select
+from .._checks import check_index_values
+from .._library import define
+
+
+def _forward(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, backend):
+    check_index_values("a_index", a_index, lora_a.shape[0])
+    check_index_values("b_index", b_index, lora_b.shape[0])
+    return select("routed_lora", backend, x.device.type, x.dtype).forward(
+        x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p
+    )
+
+
+def _forward_fake(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, backend):
+    select("routed_lora", backend, x.device.type, x.dtype)
+    batch, tokens, _ = x.shape
+    width = max(offsets) + lora_b.shape[1] // groups if base is None else base.shape[2]
+    return x.new_empty(batch, tokens, width), x.new_empty(batch, tokens, lora_a.shape[1])
+
+
+def _backward(
+    grad_out, x, t, lora_a, lora_b, a_index, b_index, seed,
+    need_x, need_a, need_b, scaling, groups, offsets, dropout_p, backend,
+):  # fmt: skip
+    return select("routed_lora", backend, x.device.type, x.dtype).backward(
+        grad_out, x, t, lora_a, lora_b, a_index, b_index, seed,
+        need_x, need_a, need_b, scaling, groups, offsets, dropout_p,
+    )  # fmt: skip
+
+
+def _backward_fake(
+    grad_out, x, t, lora_a, lora_b, a_index, b_index, seed,
+    need_x, need_a, need_b, scaling, groups, offsets, dropout_p, backend,
+):  # fmt: skip
+    pairs = ((x, need_x), (lora_a, need_a), (lora_b, need_b))
+    return tuple(x.new_empty(like.shape) if needed else x.new_empty(0) for like, needed in pairs)
+
+
+# Returns (out [B, S, N], t = dropout(x) A^T [B, S, groups*r]). seed is None exactly when dropout_p is 0.
+routed_lora_op = define(
+    "routed_lora(Tensor x, Tensor lora_a, Tensor lora_b, Tensor? a_index, Tensor? b_index, Tensor? base, "
+    "Tensor? seed, float scaling, int groups, int[] offsets, float dropout_p, str backend) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+# Returns (dx, d lora_a, d lora_b); what is not needed is an empty tensor. The base's gradient is grad_out itself.
+routed_lora_backward_op = define(
+    "routed_lora_backward(Tensor grad_out, Tensor x, Tensor t, Tensor lora_a, Tensor lora_b, Tensor? a_index, "
+    "Tensor? b_index, Tensor? seed, bool need_x, bool need_a, bool need_b, float scaling, int groups, "
+    "int[] offsets, float dropout_p, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)

