@@ -143,7 +143,9 @@ def test_soup_training_uses_one_expert_per_side(shared):
         ]
         assert len(hits) == 1
         drawn.add(hits[0])
-    assert len(drawn) > M
+    assert {down for down, _ in drawn} == set(range(M))
+    assert {up for _, up in drawn} == set(range(up_count))
+    assert shared or len(drawn) > M
     out = module(x, residual)
     state = leaves(module)
     pair = next(

@@ -18,7 +18,7 @@ def install_guards(model: nn.Module) -> None:
 
 
 def _before_forward(model: nn.Module, _args) -> None:
-    if not (model.training and torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False)):
+    if not (model.training and torch.is_grad_enabled() and is_checkpointing(model)):
         return
     if model.adamix.router.experts is not None:
         raise RuntimeError(
@@ -32,6 +32,11 @@ def _before_forward(model: nn.Module, _args) -> None:
         if embeddings is not None:
             embeddings.register_forward_hook(_require_grad)
             model._adamix_inputs_require_grad = True
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether any part of a Hugging Face model recomputes its activations in backward."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _require_grad(_module: nn.Module, _args, output: torch.Tensor) -> None:

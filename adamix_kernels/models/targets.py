@@ -14,31 +14,31 @@ from .config import AdaMixConfig
 # full path because attention.output.dense ends in the same words.
 _BERT_FFN = r"(.*\.)?layer\.\d+\.output\.dense"
 _LLAMA_FFN = r"(.*\.)?layers\.\d+\.mlp\.down_proj"
-_ADAPTER_TARGETS: dict[str, str | list[str]] = {
+_ADAPTER_TARGETS: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(
         ("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2", "ernie", "vit"), _BERT_FFN
     ),
-    "distilbert": ["ffn.lin2"],
-    "gpt2": ["mlp.c_proj"],
-    "t5": ["DenseReluDense.wo"],
-    "mt5": ["DenseReluDense.wo"],
-    "bart": ["fc2"],
-    "opt": ["fc2"],
-    "gpt_neox": ["mlp.dense_4h_to_h"],
+    "distilbert": ("ffn.lin2",),
+    "gpt2": ("mlp.c_proj",),
+    "t5": ("DenseReluDense.wo",),
+    "mt5": ("DenseReluDense.wo",),
+    "bart": ("fc2",),
+    "opt": ("fc2",),
+    "gpt_neox": ("mlp.dense_4h_to_h",),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "smollm3"), _LLAMA_FFN),
 }
-_LORA_TARGETS: dict[str, str | list[str]] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "vit"), ["query", "value"]),
-    "deberta": ["in_proj"],
-    "deberta-v2": ["query_proj", "value_proj"],
-    "distilbert": ["q_lin", "v_lin"],
-    "gpt2": ["c_attn"],
-    "t5": ["q", "v"],
-    "mt5": ["q", "v"],
-    "gpt_neox": ["query_key_value"],
+_LORA_TARGETS: dict[str, str | tuple[str, ...]] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "vit"), ("query", "value")),
+    "deberta": ("in_proj",),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "distilbert": ("q_lin", "v_lin"),
+    "gpt2": ("c_attn",),
+    "t5": ("q", "v"),
+    "mt5": ("q", "v"),
+    "gpt_neox": ("query_key_value",),
     **dict.fromkeys(
         ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "smollm3", "bart", "opt"),
-        ["q_proj", "v_proj"],
+        ("q_proj", "v_proj"),
     ),
 }
 _HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier")

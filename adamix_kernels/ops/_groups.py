@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
 
 from ._checks import fail
 
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+
+
+def check_number(name: str, value: float, low: float, high: float, expected: str) -> None:
+    """`value` is a Python number, low <= value < high; `expected` says so in words."""
+    if not isinstance(value, _NUMBERS) or isinstance(value, bool):
+        fail(name, repr(value), expected, TypeError)
+    if not low <= value < high:
+        fail(name, value, expected)
+
 
 def check_scaling(scaling: float) -> None:
-    """`scaling` is a finite number, so that an unused expert's gradient stays exactly zero."""
-    if isinstance(scaling, bool | str | torch.Tensor) or not hasattr(scaling, "__float__"):
-        fail("scaling", repr(scaling), "a finite Python number", TypeError)
-    if not -math.inf < scaling < math.inf:
-        fail("scaling", scaling, "a finite Python number")
+    """`scaling` is finite, so that an unused expert's gradient stays exactly zero."""
+    check_number("scaling", scaling, -sys.float_info.max, math.inf, "a finite Python number")
 
 
 def check_groups(
@@ -45,13 +53,12 @@ def _check_offsets(output_offsets: Sequence[int], groups: int, per_group: int, w
     offsets = list(output_offsets)
     if len(offsets) != groups:
         fail("output_offsets", tuple(offsets), f"{groups} offsets, one for each group")
-    end = 0
-    for offset in sorted(offsets):
+    for i, offset in enumerate(offsets):
         if offset < 0:
             fail("output_offsets", tuple(offsets), "offsets of at least 0")
-        if offset < end:
-            fail("output_offsets", tuple(offsets), f"offsets at least Ng = {per_group} apart (groups may not overlap)")
-        end = offset + per_group
-    if width is not None and end > width:
-        fail("output_offsets", tuple(offsets), f"offset + Ng = {end} at most {width}, the output's columns")
+        if width is not None and offset + per_group > width:
+            fail("output_offsets", tuple(offsets), f"offset + Ng = {offset + per_group} at most {width}, the columns")
+        # Pairs rather than a sorted list: while tracing with dynamic shapes the offsets may be symbols.
+        if any(abs(offset - other) < per_group for other in offsets[:i]):
+            fail("output_offsets", tuple(offsets), f"offsets at least Ng = {per_group} apart (no overlap)")
     return offsets

@@ -1,0 +1,1 @@
+"""Losses of two passes: cross-entropy on the first, symmetric KL between both."""

@@ -17,7 +17,7 @@ def experts_backward(grad_out, bank, scores, need_bank, need_scores):
     wide = _wide(bank, scores)
     grad = grad_out.to(wide).unsqueeze(0)
     num_experts = bank.shape[0]
-    dbank = dscores = bank.new_empty(0)
+    dbank, dscores = bank.new_empty(0), bank.new_empty(0)
     share = None if scores is None else torch.softmax(scores.to(wide), 0)
     if need_bank:
         each = grad / num_experts if share is None else grad * _column(share, bank)

@@ -8,7 +8,7 @@ import torch
 
 from ..._backends import check_request
 from .._checks import autocast, check_device, check_dims, check_index, check_shape, check_tensor, fail
-from .._groups import check_groups, check_scaling
+from .._groups import check_groups, check_number, check_scaling
 from .autograd import routed_lora_op
 
 
@@ -61,7 +61,7 @@ def routed_lora(
     x, lora_a, lora_b, base = _autocast(x, lora_a, lora_b, base)
     offsets = _check(x, lora_a, lora_b, a_index, b_index, base, scaling, groups, output_offsets)
     check_request(backend)
-    _check_probability(dropout_p)
+    check_number("dropout_p", dropout_p, 0, 1, "a Python number, 0 <= dropout_p < 1")
     seed = _seed_tensor(seed, x) if dropout_p > 0 else None
     return routed_lora_op(
         x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, backend
@@ -93,13 +93,6 @@ def _check(x, lora_a, lora_b, a_index, b_index, base, scaling, groups, output_of
         check_shape("base", base, "[B, S, N]", x.shape[0], x.shape[1], width)
     check_scaling(scaling)
     return check_groups(lora_a, lora_b, groups, output_offsets, width)
-
-
-def _check_probability(dropout_p: float) -> None:
-    if isinstance(dropout_p, bool | str | torch.Tensor) or not hasattr(dropout_p, "__float__"):
-        fail("dropout_p", repr(dropout_p), "a Python number, 0 <= dropout_p < 1", TypeError)
-    if not 0 <= dropout_p < 1:
-        fail("dropout_p", dropout_p, "0 <= dropout_p < 1")
 
 
 def _seed_tensor(seed: int | torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:

@@ -43,8 +43,8 @@ def backward(
             da = weight_grad(dt, dropped, lora_a.shape[0], a_index)
         if need_x:
             dx = project_back(dt, lora_a, a_index)
-            dx = dx.contiguous() if keep is None else dropout(dx, keep, dropout_p)
-    return dx, da, db
+            dx = dx if keep is None else dropout(dx, keep, dropout_p)
+    return dx.contiguous(), da, db
 
 
 def _keep(x: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> torch.Tensor:

@@ -1,0 +1,180 @@
+"""Which loss a Hugging Face model trains with, by task."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.models.auto import modeling_auto as auto
+
+from ..functional import AdaMixLossOutput, adamix_loss, consistency_loss, linear_adamix_loss
+
+IGNORED = -100
+CAUSAL = "causal language modelling"
+SEQ2SEQ = "sequence to sequence"
+TOKENS = "token prediction"
+SEQUENCE = "sequence classification"
+REGRESSION = "regression"
+MULTI_LABEL = "multi_label_classification"
+
+_TASKS = {
+    SEQUENCE: (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,),
+    TOKENS: (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    SEQ2SEQ: (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,),
+    CAUSAL: (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,),
+}
+# Models whose logits are lm_head(last hidden state), with nothing in between or after.
+_PLAIN_HEADS = ("gpt2", "llama")
+
+
+class Objective:
+    """The AdaMix loss of one model: what a label row is, and what is compared between the passes.
+
+    sequence classification: rows [B], softmax; with problem_type "regression" (or num_labels = 1) the Gaussian
+        rule of adamix_loss on float labels; with "multi_label_classification" binary cross-entropy (mean over
+        labels) and the Bernoulli symmetric KL summed over labels.
+    token classification, masked language models: rows [B, S], those labelled -100 left out.
+    causal language models: logits at s predict labels at s + 1. GPT-2 and Llama never hold [2B, S, V] logits.
+    sequence to sequence: decoder_input_ids are made from the labels by the model's own rule.
+
+    Args:
+        model: a Transformers model (not its DDP wrapper).
+
+    Raises NotImplementedError, naming the model's class, for any other task.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.task = _task_of(model)
+
+    def targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """One entry for each term of the mean that the cross-entropy is; -100 where the term is left out."""
+        if self.task == CAUSAL:
+            return labels[..., 1:]
+        if self.task == SEQUENCE and self._problem(labels) in (REGRESSION, MULTI_LABEL):
+            return torch.zeros_like(labels, dtype=torch.int64)
+        return labels
+
+    def prepare(self, inputs: dict[str, Any], labels: torch.Tensor) -> dict[str, Any]:
+        """Inputs (not doubled) for a forward without labels and without a cache."""
+        inputs = dict(inputs)
+        if self.task == SEQ2SEQ and "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        if "use_cache" in inspect.signature(type(self.model).forward).parameters:
+            inputs["use_cache"] = False
+        return inputs
+
+    def loss(
+        self,
+        network: nn.Module,
+        inputs: dict[str, Any],
+        labels: torch.Tensor,
+        *,
+        doubled: bool,
+        weight: float,
+        label_smoothing: float = 0.0,
+        num_items: int | torch.Tensor | None = None,
+        fuse_head: bool = True,
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> tuple[AdaMixLossOutput, Any]:
+        """One forward of `network` (the model or its DDP wrapper), and the loss.
+
+        Args:
+            inputs: of prepare(), doubled if `doubled`. labels: [B, ...], never doubled.
+            num_items: replaces the number of terms of the mean, as counted over targets().
+            fuse_head: a language model may go without its logits. autocast: the context for that head.
+
+        Returns (losses, the model's outputs).
+        """
+        if doubled and fuse_head and self.task == CAUSAL and (head := self._plain_head()) is not None:
+            outputs = network(**inputs, logits_to_keep=1, output_hidden_states=True, return_dict=True)
+            hidden = outputs.hidden_states[-1]
+            with autocast():
+                result = linear_adamix_loss(
+                    hidden[:, :-1],
+                    head.weight,
+                    labels[:, 1:],
+                    bias=head.bias,
+                    weight=weight,
+                    label_smoothing=label_smoothing,
+                    num_items=num_items,
+                )
+            return result, outputs
+        outputs = network(**inputs)
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        problem = self._problem(labels) if self.task == SEQUENCE else None
+        if self.task == CAUSAL:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        if problem == MULTI_LABEL:
+            return _multi_label(logits, labels, doubled, weight, num_items), outputs
+        if problem == REGRESSION:
+            labels = labels.to(torch.float32).view(labels.shape[0], *logits.shape[1:])
+        if not doubled:
+            return _single_pass(logits, labels, label_smoothing, num_items), outputs
+        return adamix_loss(logits, labels, weight=weight, label_smoothing=label_smoothing, num_items=num_items), outputs
+
+    def _problem(self, labels: torch.Tensor) -> str:
+        """problem_type, by transformers' own rule where the configuration leaves it open."""
+        config = self.model.config
+        if config.problem_type is not None:
+            return config.problem_type
+        if config.num_labels == 1:
+            return REGRESSION
+        return MULTI_LABEL if labels.is_floating_point() else "single_label_classification"
+
+    def _plain_head(self) -> nn.Linear | None:
+        if self.model.config.model_type not in _PLAIN_HEADS:
+            return None
+        head = self.model.get_output_embeddings()
+        return head if type(head) is nn.Linear else None
+
+
+def _task_of(model: nn.Module) -> str:
+    names = {c.__name__ for c in type(model).__mro__}
+    task = next((t for t, tables in _TASKS.items() if any(names & set(table.values()) for table in tables)), None)
+    if task is None or (task == SEQ2SEQ and not hasattr(model, "prepare_decoder_input_ids_from_labels")):
+        raise NotImplementedError(
+            f"model: got {type(model).__name__}, expected a model for sequence or token classification, or for "
+            "masked, causal or sequence-to-sequence language modelling; AdaMixTrainer has no loss for its task"
+        )
+    if getattr(model.config, "output_router_logits", False):
+        raise NotImplementedError(
+            f"model: got {type(model).__name__} with output_router_logits, whose auxiliary loss AdaMixTrainer lacks"
+        )
+    return task
+
+
+def _single_pass(logits, labels, label_smoothing, num_items) -> AdaMixLossOutput:
+    """Cross-entropy (squared error for float labels) alone, in float32."""
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    if labels.is_floating_point():
+        total, count = F.mse_loss(logits, labels.to(logits.dtype), reduction="sum"), labels.numel()
+    else:
+        total = F.cross_entropy(
+            logits.flatten(0, -2),
+            labels.flatten().long(),
+            ignore_index=IGNORED,
+            label_smoothing=label_smoothing,
+            reduction="sum",
+        )
+        count = (labels != IGNORED).sum().clamp(min=1)
+    loss = total / (count if num_items is None else num_items)
+    return AdaMixLossOutput(loss, loss.detach(), torch.zeros_like(loss.detach()))
+
+
+def _multi_label(logits, labels, doubled, weight, num_items) -> AdaMixLossOutput:
+    """Binary cross-entropy, mean over labels; symmetric KL of Bernoullis, sigmoid(z) = softmax([z, 0])[0], summed."""
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    batch, classes = labels.shape
+    count = labels.numel() if num_items is None else num_items
+    cross_entropy = F.binary_cross_entropy_with_logits(logits[:batch], labels.to(logits.dtype), reduction="sum") / count
+    if not doubled:
+        return AdaMixLossOutput(cross_entropy, cross_entropy.detach(), torch.zeros_like(cross_entropy.detach()))
+    two = torch.stack([logits, torch.zeros_like(logits)], -1)
+    consistency = consistency_loss(two[:batch], two[batch:], reduction="sum") * (classes / count)
+    return AdaMixLossOutput(cross_entropy + weight * consistency, cross_entropy.detach(), consistency.detach())

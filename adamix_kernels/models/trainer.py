@@ -1,0 +1,232 @@
+"""AdaMixTrainer: transformers' Trainer with two passes, the consistency loss, and AdaMix checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from .checkpoint import load_adamix, save_adamix
+from .doubling import double_batch, find_batch_size, split_passes
+from .objectives import Objective
+from .state import adamix_state
+
+logger = logging.getLogger(__name__)
+
+TRAINING_ARGS_NAME = "training_args.bin"
+
+
+class AdaMixTrainerMixin:
+    """loss = CE(pass 1) + weight * consistency(pass 1, pass 2), both passes in one forward of a doubled batch.
+
+    Put it before Trainer or a subclass of it: `class T(AdaMixTrainerMixin, Seq2SeqTrainer)`. It takes a model
+    returned by adapt() and the arguments of that trainer; weight is model.adamix.config.consistency_weight.
+    With weight 0 (or router.passes = 1) each batch passes once and the loss is the plain one.
+
+    Training:
+        The losses of all accumulation steps and processes are divided by the number of targets of the whole
+        update (sequences, or tokens that are not ignored), so GA=4 x 2 is GA=1 x 8 also with ragged rows.
+        Each log has `cross_entropy` and `consistency` beside `loss` (loss = cross_entropy + weight *
+        consistency), averaged over the updates since the last log; they stay on the device in between.
+        Label smoothing acts on the cross-entropy alone.
+    Evaluation: that of the base trainer, on the merged experts.
+    Checkpoints: what save_adamix writes, not the frozen weights; resuming and load_best_model_at_end read it.
+
+    Raises:
+        ValueError: the model is not adapted, or merged; compute_loss_func is given; activation checkpointing
+            without preserve_rng_state; more than one GPU in one process (nn.DataParallel).
+        NotImplementedError: a task without a rule here (see Objective), FSDP or DeepSpeed.
+
+    Source: AdaMix section 3.2 and the reference project's training loops.
+    """
+
+    # The loss is divided by the targets of the whole update, never by accumulation steps (transformers 5).
+    loss_is_scaled_for_ga = True
+    _counts_targets = False
+    _component_sums: torch.Tensor | None = None
+    _summed_from = 0
+
+    def __init__(self, *args, **kwargs):
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func: got a function, expected None: AdaMixTrainer computes its own loss")
+        super().__init__(*args, **kwargs)
+        self._check_trainable()
+
+    def train(self, *args, **kwargs):
+        self._check_trainable()
+        self._component_sums = None
+        return super().train(*args, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ):
+        """Training: the AdaMix loss; outputs are those of pass 1 (B rows). Evaluation: the base trainer's."""
+        if not model.training:
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        objective = self._objective()
+        if labels is None:
+            raise ValueError(f"inputs: got {sorted(inputs)}, expected `labels` among them")
+        batch = find_batch_size(labels)
+        doubled = self._passes() == 2
+        inputs = objective.prepare(inputs, labels)
+        result, outputs = objective.loss(
+            model,
+            double_batch(inputs, batch) if doubled else inputs,
+            labels,
+            doubled=doubled,
+            weight=self.model.adamix.config.consistency_weight,
+            label_smoothing=self.args.label_smoothing_factor,
+            num_items=num_items_in_batch,
+            fuse_head=not return_outputs,
+            autocast=self.accelerator.autocast,
+        )
+        loss, components = result.loss, torch.stack([result.cross_entropy, result.consistency]).detach()
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The targets of all processes were counted, and the gradients will be averaged over them.
+            processes = self.accelerator.num_processes // self.get_tp_size()
+            loss, components = loss * processes, components * processes
+        if self._component_sums is None:
+            self._component_sums, self._summed_from = torch.zeros_like(components), self.state.global_step
+        self._component_sums += components
+        if not return_outputs:
+            return loss
+        return loss, split_passes(outputs, batch)[0] if doubled else outputs
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        with self._own_normalisation():
+            return super().training_step(*args, **kwargs)
+
+    def get_batch_samples(self, *args, **kwargs):
+        with self._own_normalisation():
+            return super().get_batch_samples(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+        if self._counts_targets and batch_samples and all("labels" in batch for batch in batch_samples):
+            rows = [self._objective().targets(batch["labels"]) for batch in batch_samples]
+            batch_samples = [{"labels": r, "shift_labels": r} for r in rows]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Adds cross_entropy and consistency to a training log."""
+        if "loss" in logs and "learning_rate" in logs and self._component_sums is not None:
+            updates = max(1, self.state.global_step - self._summed_from)
+            sums = self.accelerator.gather(self._component_sums.reshape(1, 2)).mean(0)
+            cross_entropy, consistency = (sums / updates).tolist()
+            first = {"loss": logs.pop("loss"), "cross_entropy": cross_entropy, "consistency": consistency}
+            rest = dict(logs)
+            logs.clear()
+            logs.update(first, **rest)
+            self._component_sums = None
+        super().log(logs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """That of the base trainer, times the passes."""
+        return super().floating_point_ops(inputs) * self._passes()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        logger.info("Saving AdaMix checkpoint to %s", output_dir)
+        save_adamix(self.model, output_dir)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_adamix(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        logger.info("Loading best model from %s (score: %s)", best, self.state.best_metric)
+        load_adamix(self.model, best)
+
+    def _passes(self) -> int:
+        """Passes of a training batch; tells the router, which must still know in a recomputing backward."""
+        state = self.model.adamix
+        if state.config.consistency_weight == 0:
+            state.router.passes = 1
+        if state.router.passes not in (1, 2):
+            raise ValueError(f"router.passes: got {state.router.passes}, expected 1 or 2")
+        return state.router.passes
+
+    def _objective(self) -> Objective:
+        return Objective(self.model)
+
+    @contextlib.contextmanager
+    def _own_normalisation(self) -> Iterator[None]:
+        """The base trainer counts the targets of an update and does not divide the loss by its steps."""
+        previous = self.model_accepts_loss_kwargs, self._counts_targets
+        self.model_accepts_loss_kwargs = self._counts_targets = True
+        try:
+            yield
+        finally:
+            self.model_accepts_loss_kwargs, self._counts_targets = previous
+
+    def _check_trainable(self) -> None:
+        state = adamix_state(self.model)
+        if state.merged:
+            raise ValueError("model: got a merged model, expected one with its experts; call unmerge() first")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"args.n_gpu: got {self.args.n_gpu} GPUs in one process (nn.DataParallel), expected one process "
+                "per GPU: start with torchrun, or set CUDA_VISIBLE_DEVICES"
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise NotImplementedError("args: got FSDP or DeepSpeed, expected a single process or DDP")
+        check_checkpointing(self.model, self.args)
+        lost = unsaved_parameters(self.model)
+        if lost and self.args.save_strategy != "no":
+            raise ValueError(
+                f"model: got trainable parameters that a checkpoint would not hold ({', '.join(lost[:4])}), expected "
+                'their modules in modules_to_save, or save_strategy="no"'
+            )
+
+
+class AdaMixTrainer(AdaMixTrainerMixin, Trainer):
+    __doc__ = AdaMixTrainerMixin.__doc__
+
+
+def check_checkpointing(model: nn.Module, args: Any) -> None:
+    """Raises ValueError for activation checkpointing that would not redraw the same experts in backward."""
+    # Renamed in transformers 5.23.
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+    options = next((getattr(args, n) for n in names if getattr(args, n, None)), {})
+    if options.get("preserve_rng_state") is False:
+        where = "args.gradient_checkpointing_kwargs"
+    elif any(
+        getattr(getattr(m, "_gradient_checkpointing_func", None), "keywords", {}).get("preserve_rng_state") is False
+        for m in model.modules()
+    ):
+        where = "model's activation checkpointing"
+    else:
+        return
+    raise ValueError(
+        f"{where}: got preserve_rng_state=False, expected True: the recomputation in backward would draw other "
+        "experts, and the gradients would be silently wrong"
+    )
+
+
+def unsaved_parameters(model: nn.Module) -> list[str]:
+    """Names of trainable parameters that save_adamix does not write."""
+    state = adamix_state(model)
+    routed = [p for path in state.paths for p in _without_base(model.get_submodule(path))]
+    whole = [p for path in state.saved for p in model.get_submodule(path).parameters()]
+    written = {id(p) for p in (*routed, *whole)}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in written]
+
+
+def _without_base(layer: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in layer.named_parameters() if not name.startswith("base.")]

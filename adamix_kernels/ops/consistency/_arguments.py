@@ -1,0 +1,80 @@
+"""Argument checks shared by the consistency losses' public functions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .._checks import INDEX_DTYPES, check_device, fail
+
+_MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_number(name: str, value: object, high: float, expected: str) -> None:
+    """A finite real number between 0 and high."""
+    if not isinstance(value, (int, float)):
+        fail(name, type(value).__name__, expected, TypeError)
+    if not (0 <= value <= high and value < math.inf):
+        fail(name, value, expected)
+
+
+def check_options(weight: object, ignore_index: object, label_smoothing: object) -> None:
+    if not isinstance(ignore_index, int):
+        fail("ignore_index", type(ignore_index).__name__, "an int", TypeError)
+    check_number("weight", weight, math.inf, "a finite number >= 0")
+    check_number("label_smoothing", label_smoothing, 1.0, "a number in [0, 1]")
+
+
+def check_doubled(name: str, value: torch.Tensor, min_dims: int, layout: str) -> None:
+    """The first axis holds two passes of one batch, one after the other."""
+    if value.dim() < min_dims:
+        fail(name, f"shape {tuple(value.shape)}", layout)
+    if value.shape[0] % 2 != 0:
+        fail(name, f"a first dimension of {value.shape[0]}", f"an even one: {layout}, both passes of one batch")
+
+
+def check_labels(labels: object, rows: tuple[int, ...], like: torch.Tensor, floating: bool = False) -> None:
+    """Integer (or floating) labels, one for each row of the first pass; rows: the doubled leading shape."""
+    if not isinstance(labels, torch.Tensor):
+        fail("labels", type(labels).__name__, "a torch.Tensor", TypeError)
+    if not floating and labels.dtype not in INDEX_DTYPES:
+        fail("labels", labels.dtype, "int32 or int64", TypeError)
+    check_device("labels", labels, like)
+    _check_rows("labels", labels, (rows[0] // 2, *rows[1:]))
+
+
+def as_mask(mask: object, rows: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
+    """mask as bool, of shape rows."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        fail("mask", type(mask).__name__, "a torch.Tensor or None", TypeError)
+    if mask.dtype not in _MASK_DTYPES:
+        fail("mask", mask.dtype, "bool, or integers 0 and 1", TypeError)
+    check_device("mask", mask, like)
+    _check_rows("mask", mask, rows)
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def as_num_items(num_items: object, like: torch.Tensor) -> torch.Tensor | None:
+    """num_items as a 0-dim tensor on like's device; its value is never read here."""
+    if num_items is None:
+        return None
+    if isinstance(num_items, torch.Tensor):
+        if num_items.dim() != 0:
+            fail("num_items", f"shape {tuple(num_items.shape)}", "an int or a 0-dim tensor")
+        return num_items.detach().to(like.device)
+    if not isinstance(num_items, int):
+        fail("num_items", type(num_items).__name__, "an int or a 0-dim tensor", TypeError)
+    if num_items < 0:
+        fail("num_items", num_items, "an int >= 0")
+    return torch.full((), num_items, dtype=torch.int64, device=like.device)
+
+
+def _check_rows(name: str, value: torch.Tensor, rows: tuple[int, ...]) -> None:
+    if value.dim() != len(rows):
+        fail(name, f"shape {tuple(value.shape)}", f"shape {tuple(rows)}, one value a row")
+    for got, want in zip(value.shape, rows, strict=True):
+        if got != want:
+            fail(name, f"shape {tuple(value.shape)}", f"shape {tuple(rows)}, one value a row")

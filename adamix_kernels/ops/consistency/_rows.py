@@ -1,0 +1,71 @@
+"""Row-wise pieces of the reference backend: softmax statistics, the divergence and its gradient."""
+
+from __future__ import annotations
+
+import torch
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of all maths and of every loss: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def keep(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """values where mask, else 0; unlike a product it also drops NaN and infinities."""
+    return torch.where(mask, values, 0)
+
+
+def inverse(count: torch.Tensor) -> torch.Tensor:
+    """1 / count, and 0 where count is 0."""
+    return torch.where(count > 0, 1 / count, 0)
+
+
+def log_softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log softmax [..., V], row maximum [...], log of the row's sum of exp(x - maximum) [...]), wide.
+
+    The two statistics stay apart: their sum would round away the second where logits are large.
+    """
+    x = logits.to(wide_dtype(logits.dtype))
+    maximum = x.amax(-1, keepdim=True)
+    shifted = x - maximum
+    logsum = shifted.exp().sum(-1, keepdim=True).log_()
+    return shifted.sub_(logsum), maximum.squeeze(-1), logsum.squeeze(-1)
+
+
+def restore(logits: torch.Tensor, maximum: torch.Tensor, logsum: torch.Tensor) -> torch.Tensor:
+    """The log softmax from its saved statistics, with the same bits."""
+    return (logits.to(maximum.dtype) - maximum.unsqueeze(-1)).sub_(logsum.unsqueeze(-1))
+
+
+def divergence(log_p: torch.Tensor, log_q: torch.Tensor, need_means: bool):
+    """J = 1/2 sum (p - q) d per row, and E_p[d], E_q[d] if needed.
+
+    p - q and d have the same sign in every class, so nothing cancels.
+    """
+    d = _difference(log_p, log_q)
+    p, q = log_p.exp(), log_q.exp()
+    means = ((p * d).sum(-1), (q * d).sum(-1)) if need_means else (None, None)
+    return p.sub_(q).mul_(d).sum(-1).mul_(0.5), *means
+
+
+def divergence_grad(log_p, log_q, p, mean_p, mean_q, coefficient):
+    """coefficient * dJ/da and dJ/db: [..., V]; coefficient broadcasts to them. Without means the targets are constants.
+
+    constant targets: 1/2 (p - q) and its opposite
+    otherwise:        1/2 [p (d - E_p d) + p - q] and 1/2 [-q (d - E_q d) - (p - q)]
+    """
+    q = log_q.exp()
+    half = coefficient * 0.5
+    if mean_p is None:
+        ga = q.neg_().add_(p).mul_(half)
+        return ga, ga.neg()
+    d = _difference(log_p, log_q)
+    gap = p - q
+    ga = (d - mean_p.unsqueeze(-1)).mul_(p).add_(gap).mul_(half)
+    gb = d.sub_(mean_q.unsqueeze(-1)).mul_(q).add_(gap).mul_(-half)
+    return ga, gb
+
+
+def _difference(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """d = log p - log q, with 0 where both are -inf (a class that neither pass can choose)."""
+    return (log_p - log_q).masked_fill_(log_p == log_q, 0)

@@ -1,0 +1,135 @@
+"""Public consistency_loss and adamix_loss (and linear_adamix_loss): documentation and argument checks."""
+
+from __future__ import annotations
+
+import torch
+
+from ..._backends import check_request
+from .._checks import check_choice, check_tensor, fail
+from ._arguments import as_mask, as_num_items, check_doubled, check_labels, check_options
+from .autograd import adamix_loss_op, consistency_op
+from .linear_api import linear_adamix_loss
+from .output import AdaMixLossOutput
+from .regression import regression_loss
+
+__all__ = ["AdaMixLossOutput", "adamix_loss", "consistency_loss", "linear_adamix_loss"]
+
+REDUCTIONS = ("batchmean", "sum", "none")
+
+
+def consistency_loss(
+    logits_a: torch.Tensor,
+    logits_b: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    detach_target: bool = True,
+    reduction: str = "batchmean",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """J = 1/2 [KL(b||a) + KL(a||b)] = 1/2 sum_v (p - q)(log p - log q), p = softmax(a), q = softmax(b).
+
+    Args:
+        logits_a, logits_b: [..., V], floating, one dtype; all leading dims are rows. V >= 1. A class that
+            is -inf in both adds nothing and gets a zero gradient.
+        mask: [...], bool (or integers 0 and 1), the rows that count, or None for all. Other rows may hold
+            anything, NaN included, and get a zero gradient.
+        detach_target: each KL takes its target as a constant: dJ/da = 1/2 (p - q), dJ/db its opposite.
+            False differentiates J itself: with d = log p - log q, dJ/da = 1/2 [p (d - E_p d) + p - q] and
+            dJ/db = 1/2 [-q (d - E_q d) - (p - q)]. The value is the same.
+        reduction: "batchmean" (sum over the rows that count, divided by their number), "sum", or "none"
+            ([...], 0 where masked).
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        float32 (float64 for float64 logits) in nats, differentiable once in both logits. With no row that
+        counts the loss is 0 and so are the gradients. A NaN in a row that counts gives NaN.
+
+    The maths is float32 or float64 whatever the logits' dtype; autocast changes nothing.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong; the message names it.
+        BackendUnavailableError: an explicit backend cannot serve the call.
+
+    Source: AdaMix (arXiv 2205.12410), section 3.2, consistency regularisation; `symmetric_KL_loss` of the
+    reference project, whose mask compaction gives the same value.
+    """
+    check_tensor("logits_a", logits_a)
+    check_tensor("logits_b", logits_b, logits_a)
+    if logits_a.dim() < 1 or logits_a.shape[-1] < 1:
+        fail("logits_a", f"shape {tuple(logits_a.shape)}", "[..., V] with V >= 1")
+    if logits_b.shape != logits_a.shape:
+        fail("logits_b", f"shape {tuple(logits_b.shape)}", f"{tuple(logits_a.shape)}, the shape of logits_a")
+    mask = as_mask(mask, logits_a.shape[:-1], logits_a)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_request(backend)
+    return consistency_op(logits_a, logits_b, mask, bool(detach_target), reduction, backend)[0]
+
+
+def adamix_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    weight: float = 1.0,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    mask: torch.Tensor | None = None,
+    num_items: int | torch.Tensor | None = None,
+    detach_target: bool = True,
+    backend: str = "auto",
+) -> AdaMixLossOutput:
+    """loss = CE(logits[:B], labels) + weight * J(logits[:B], logits[B:]), J as in `consistency_loss`.
+
+    Args:
+        logits: [2B, ..., V], floating: pass 1 of the whole batch, then pass 2. Nothing is shifted here: a
+            causal model's caller passes logits[:, :-1] and labels[:, 1:].
+        labels: [B, ...], int32 or int64 classes; or floating for regression, below.
+        weight: of the consistency, a finite number >= 0.
+        ignore_index: a row with this label has no cross-entropy.
+        label_smoothing: in [0, 1], of the cross-entropy only, as torch.nn.functional.cross_entropy defines it.
+        mask: [B, ...], bool (or integers 0 and 1), rows that count, or None for the labelled ones. The
+            cross-entropy takes the rows that are in the mask and labelled, the consistency all rows in the
+            mask, so unlabelled rows can serve the consistency alone. Rows outside may hold NaN.
+        num_items: an int or 0-dim tensor that replaces both numbers of rows as the divisor (the labelled
+            rows of a whole accumulated batch, not doubled). 0 gives a loss of 0.
+        detach_target: as in `consistency_loss`.
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        AdaMixLossOutput(loss, cross_entropy, consistency): float32 (float64 for float64 logits) scalars.
+        cross_entropy and consistency are the unweighted means and not differentiable. A part without
+        rows is 0, with zero gradients.
+
+    Regression: with floating labels [B, ...] and logits [2B, ..., 1] or [2B, ...], cross_entropy is the
+    mean of (a - y)^2 over pass 1 and consistency the same symmetric KL, between unit-variance Gaussians
+    centred on the predictions: 1/2 [(a - b)^2 / 2 + (b - a)^2 / 2] = 1/2 (a - b)^2, with constant targets
+    a gradient of 1/2 (a - b) on a and its opposite on b. (The softmax KL of one logit is identically 0,
+    so the reference project has no consistency here.) ignore_index plays no part and label_smoothing
+    must be 0. It has one implementation: backend must be "auto" or "reference".
+
+    The maths is float32 or float64 whatever the logits' dtype; autocast changes nothing.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong; the message names it.
+        IndexError: a label that counts is outside [0, V) (always on the CPU; on a GPU with ADAMIX_CHECK=1).
+        BackendUnavailableError: an explicit backend cannot serve the call.
+
+    Source: AdaMix (arXiv 2205.12410), section 3.2; the reference project's training forward, there as two
+    sequential passes.
+    """
+    check_tensor("logits", logits)
+    check_request(backend)
+    check_options(weight, ignore_index, label_smoothing)
+    num_items = as_num_items(num_items, logits)
+    if isinstance(labels, torch.Tensor) and labels.is_floating_point():
+        return AdaMixLossOutput(
+            *regression_loss(logits, labels, weight, label_smoothing, mask, num_items, detach_target, backend)
+        )
+    check_doubled("logits", logits, 2, "[2B, ..., V]")
+    if logits.shape[-1] < 1:
+        fail("logits", f"shape {tuple(logits.shape)}", "[2B, ..., V] with V >= 1")
+    check_labels(labels, logits.shape[:-1], logits)
+    mask = as_mask(mask, labels.shape, logits)
+    loss, cross_entropy, consistency, _, _ = adamix_loss_op(
+        logits, labels, mask, num_items, weight, ignore_index, label_smoothing, bool(detach_target), backend
+    )
+    return AdaMixLossOutput(loss, cross_entropy, consistency)

@@ -1,0 +1,104 @@
+"""Public linear_adamix_loss: documentation and argument checks."""
+
+from __future__ import annotations
+
+import torch
+
+from ..._backends import check_request
+from .._checks import autocast, check_dims, check_shape, check_tensor, fail
+from ._arguments import as_mask, as_num_items, check_doubled, check_labels, check_options
+from .autograd import linear_adamix_loss_op
+from .output import AdaMixLossOutput
+
+# One chunk's logits, in float32, take about this many bytes.
+_CHUNK_BYTES = 64 * 2**20
+
+
+def linear_adamix_loss(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    weight: float = 1.0,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    mask: torch.Tensor | None = None,
+    num_items: int | torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    detach_target: bool = True,
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+) -> AdaMixLossOutput:
+    """adamix_loss(hidden lm_head_weight^T + bias, labels), without ever holding all [2B, ..., V] logits.
+
+    Pairs of rows (one row of each pass) are taken a chunk at a time; a chunk's logits, its loss and, where
+    a gradient is needed, the gradients of hidden, lm_head_weight and bias are made together in the forward.
+
+    Args:
+        hidden: [2B, ..., D], floating: pass 1 of the whole batch, then pass 2. Nothing is shifted here: a
+            causal model's caller passes hidden[:, :-1] and labels[:, 1:].
+        lm_head_weight: [V, D], hidden's dtype, V >= 1. bias: [V], hidden's dtype, or None.
+        labels: [B, ...], int32 or int64 classes. Regression has one logit and needs no chunks: `adamix_loss`.
+        weight, ignore_index, label_smoothing, mask, num_items, detach_target, backend: as in `adamix_loss`.
+            Rows outside the mask may hold NaN in hidden; no gradient sees them.
+        chunk_rows: row pairs a chunk, >= 1; None for about 64 MiB of float32 logits. Several tensors of
+            that size live at once. Sums over rows are taken chunk by chunk, so the last bits of the losses
+            and of the gradients of lm_head_weight and bias depend on it.
+
+    Returns:
+        AdaMixLossOutput as `adamix_loss`. The gradients of lm_head_weight and bias are summed in float32
+        (float64 for float64 inputs) and rounded once at the end.
+
+    Under autocast hidden, lm_head_weight and bias (float64 excepted) are cast to the autocast dtype, as
+    F.linear does; the losses are float32 all the same.
+
+    Raises: as `adamix_loss`.
+
+    Source: AdaMix (arXiv 2205.12410), section 3.2, on the language-model head.
+    """
+    check_tensor("hidden", hidden)
+    hidden, lm_head_weight, bias = autocast(hidden, *_floating(lm_head_weight, bias))
+    check_tensor("lm_head_weight", lm_head_weight, hidden)
+    check_doubled("hidden", hidden, 2, "[2B, ..., D]")
+    check_dims("lm_head_weight", lm_head_weight, "[V, D]")
+    vocab = lm_head_weight.shape[0]
+    check_shape("lm_head_weight", lm_head_weight, "[V, D]", vocab, hidden.shape[-1])
+    if vocab < 1:
+        fail("lm_head_weight", f"shape {tuple(lm_head_weight.shape)}", "[V, D] with V >= 1")
+    if bias is not None:
+        check_tensor("bias", bias, hidden)
+        check_shape("bias", bias, "[V]", vocab)
+    check_options(weight, ignore_index, label_smoothing)
+    check_labels(labels, hidden.shape[:-1], hidden)
+    mask = as_mask(mask, labels.shape, hidden)
+    num_items = as_num_items(num_items, hidden)
+    if chunk_rows is None:
+        chunk_rows = max(1, _CHUNK_BYTES // (8 * vocab))
+    elif not isinstance(chunk_rows, int) or chunk_rows < 1:
+        fail("chunk_rows", repr(chunk_rows), "an int >= 1, or None")
+    check_request(backend)
+    needs = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, lm_head_weight, bias))
+    loss, cross_entropy, consistency, *_ = linear_adamix_loss_op(
+        hidden,
+        lm_head_weight,
+        bias,
+        labels,
+        mask,
+        num_items,
+        weight,
+        ignore_index,
+        label_smoothing,
+        bool(detach_target),
+        chunk_rows,
+        *needs,
+        backend,
+    )
+    return AdaMixLossOutput(loss, cross_entropy, consistency)
+
+
+def _floating(lm_head_weight, bias):
+    """The head's tensors, checked before autocast would cast them."""
+    check_tensor("lm_head_weight", lm_head_weight)
+    if bias is not None:
+        check_tensor("bias", bias)
+    return lm_head_weight, bias

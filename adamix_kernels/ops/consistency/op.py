@@ -1,0 +1,152 @@
+"""The consistency losses' dispatcher ops: schemas, fakes, backend selection."""
+
+from __future__ import annotations
+
+import os
+
+from ..._backends import select
+from .._checks import fail
+from .._library import define
+from ._rows import wide_dtype
+
+
+def _check_labels(labels, mask, ignore_index, num_classes):
+    """Checked where the values exist and reading them costs no synchronisation (or ADAMIX_CHECK=1)."""
+    if labels.device.type != "cpu" and os.environ.get("ADAMIX_CHECK") != "1":
+        return
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
+    wrong = wrong if mask is None else wrong & mask
+    if wrong.any():
+        bad = int(labels[wrong][0])
+        fail("labels", f"class {bad}", f"0 <= class < {num_classes}, or ignore_index {ignore_index}", IndexError)
+
+
+def _consistency(logits_a, logits_b, mask, detach_target, reduction, backend):
+    return select("consistency", backend, logits_a.device.type, logits_a.dtype).forward(
+        logits_a, logits_b, mask, detach_target, reduction
+    )
+
+
+def _consistency_fake(logits_a, logits_b, mask, detach_target, reduction, backend):
+    select("consistency", backend, logits_a.device.type, logits_a.dtype)
+    rows = logits_a.shape[:-1]
+    dtype = wide_dtype(logits_a.dtype)
+    loss = logits_a.new_empty(rows if reduction == "none" else (), dtype=dtype)
+    stats = logits_a.new_empty((4 if detach_target else 6, *rows), dtype=dtype)
+    return loss, stats, logits_a.new_empty((), dtype=dtype)
+
+
+def _consistency_backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, backend):
+    return select("consistency", backend, logits_a.device.type, logits_a.dtype).backward(
+        grad, logits_a, logits_b, mask, stats, scale, detach_target
+    )
+
+
+def _consistency_backward_fake(grad, logits_a, logits_b, mask, stats, scale, detach_target, backend):
+    return logits_a.new_empty(logits_a.shape), logits_b.new_empty(logits_b.shape)
+
+
+def _adamix(logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, backend):
+    _check_labels(labels, mask, ignore_index, logits.shape[-1])
+    return select("consistency", backend, logits.device.type, logits.dtype).adamix_forward(
+        logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target
+    )
+
+
+def _adamix_fake(logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, backend):
+    select("consistency", backend, logits.device.type, logits.dtype)
+    dtype = wide_dtype(logits.dtype)
+    loss, cross_entropy, consistency = (logits.new_empty((), dtype=dtype) for _ in range(3))
+    stats = logits.new_empty((2 if detach_target else 3, *logits.shape[:-1]), dtype=dtype)
+    return loss, cross_entropy, consistency, stats, logits.new_empty(2, dtype=dtype)
+
+
+def _adamix_backward(
+    grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target, backend
+):
+    return select("consistency", backend, logits.device.type, logits.dtype).adamix_backward(
+        grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target
+    )
+
+
+def _adamix_backward_fake(
+    grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target, backend
+):
+    return logits.new_empty(logits.shape)
+
+
+def _linear(
+    hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target,
+    chunk_rows, need_hidden, need_weight, need_bias, backend,
+):  # fmt: skip
+    _check_labels(labels, mask, ignore_index, lm_head_weight.shape[0])
+    return select("consistency", backend, hidden.device.type, hidden.dtype).linear_forward(
+        hidden,
+        lm_head_weight,
+        bias,
+        labels,
+        mask,
+        num_items,
+        weight,
+        ignore_index,
+        label_smoothing,
+        detach_target,
+        chunk_rows,
+        need_hidden,
+        need_weight,
+        need_bias,
+    )
+
+
+def _linear_fake(
+    hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target,
+    chunk_rows, need_hidden, need_weight, need_bias, backend,
+):  # fmt: skip
+    select("consistency", backend, hidden.device.type, hidden.dtype)
+    dtype = wide_dtype(hidden.dtype)
+    loss, cross_entropy, consistency, scale = (hidden.new_empty((), dtype=dtype) for _ in range(4))
+    d_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
+    d_weight = hidden.new_empty(lm_head_weight.shape if need_weight else 0, dtype=dtype)
+    d_bias = hidden.new_empty(lm_head_weight.shape[0] if need_bias else 0, dtype=dtype)
+    return loss, cross_entropy, consistency, d_hidden, d_weight, d_bias, scale
+
+
+# Returns (loss, row statistics [4 or 6, ...], scale): maxima and log-sums of a and b, then E_p[d], E_q[d]
+# unless detached. scale: one over the number of rows for "batchmean", else 1.
+consistency_op = define(
+    "consistency(Tensor logits_a, Tensor logits_b, Tensor? mask, bool detach_target, str reduction, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _consistency,
+    _consistency_fake,
+)
+# grad: 0-dim, or one per row for "none". Returns the gradients of both logits.
+consistency_backward_op = define(
+    "consistency_backward(Tensor grad, Tensor logits_a, Tensor logits_b, Tensor? mask, Tensor stats, Tensor scale, "
+    "bool detach_target, str backend) -> (Tensor, Tensor)",
+    _consistency_backward,
+    _consistency_backward_fake,
+)
+# Returns (loss, cross-entropy, consistency, row statistics [2 or 3, 2B, ...], scales [2]).
+adamix_loss_op = define(
+    "adamix_loss(Tensor logits, Tensor labels, Tensor? mask, Tensor? num_items, float weight, int ignore_index, "
+    "float label_smoothing, bool detach_target, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _adamix,
+    _adamix_fake,
+)
+# Returns the gradient of the logits.
+adamix_loss_backward_op = define(
+    "adamix_loss_backward(Tensor grad, Tensor logits, Tensor labels, Tensor? mask, Tensor stats, Tensor scales, "
+    "float weight, int ignore_index, float label_smoothing, bool detach_target, str backend) -> Tensor",
+    _adamix_backward,
+    _adamix_backward_fake,
+)
+# Returns (loss, cross-entropy, consistency, d_hidden, d_weight, d_bias, scale): the gradients, still to be
+# multiplied by scale and the incoming gradient; what is not needed is an empty tensor.
+linear_adamix_loss_op = define(
+    "linear_adamix_loss(Tensor hidden, Tensor lm_head_weight, Tensor? bias, Tensor labels, Tensor? mask, "
+    "Tensor? num_items, float weight, int ignore_index, float label_smoothing, bool detach_target, int chunk_rows, "
+    "bool need_hidden, bool need_weight, bool need_bias, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear,
+    _linear_fake,
+)

@@ -1,0 +1,308 @@
+"""save_adamix / load_adamix: the same bits back, or a clear error and an untouched model."""
+
+import copy
+import json
+import os
+
+import pytest
+import tiny
+import torch
+
+from adamix_kernels.models import checkpoint
+from adamix_kernels.models.checkpoint import load_adamix, save_adamix
+from adamix_kernels.models.config import AdaMixConfig
+from adamix_kernels.models.contexts import eval_routing
+from adamix_kernels.models.inject import adapt
+from adamix_kernels.models.merging import learn_merging, merge, unmerge
+
+CASES = {
+    "bert_adapter": (tiny.tiny_bert, dict(method="adapter", bottleneck=5, num_experts=3)),
+    "bert_lora": (tiny.tiny_bert, dict(method="lora", r=2, num_experts=3, share=None)),
+    "gpt2_adapter": (tiny.tiny_gpt2, dict(method="adapter", bottleneck=3, share="down")),
+    "gpt2_lora": (tiny.tiny_gpt2, dict(method="lora", r=2, modules_to_save=["ln_f"])),
+    "llama_lora": (tiny.tiny_llama, dict(method="lora", r=2)),
+}
+
+
+def adapted(case="bert_adapter", seed=3, dtype=torch.float32, **more):
+    """A tiny model with every bank, score and head random."""
+    make, options = CASES[case]
+    model = adapt(make().to(dtype), AdaMixConfig(**{**options, **more}))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad or name.endswith("_score"):
+                parameter.copy_(torch.randn_like(parameter))
+    return model
+
+
+def bare(case="bert_adapter", dtype=torch.float32):
+    return CASES[case][0]().to(dtype)
+
+
+def picture(model):
+    """Everything a failed load must leave alone."""
+    return (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        {name: type(module) for name, module in model.named_modules()},
+        {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        getattr(model, "adamix", None),
+        model.training,
+    )
+
+
+def same_picture(a, b):
+    assert a[0].keys() == b[0].keys()
+    assert all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+    assert a[1:] == b[1:]
+
+
+def same_bits(a, b):
+    first, second = a.state_dict(), b.state_dict()
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert value.dtype == second[key].dtype, key
+        assert torch.equal(value, second[key]), key
+    flags = [{n: p.requires_grad for n, p in m.named_parameters()} for m in (a, b)]
+    assert flags[0] == flags[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_into_bare_and_adapted(case, dtype, tmp_path):
+    model = adapted(case, dtype=dtype)
+    save_adamix(model, tmp_path)
+    fresh = load_adamix(bare(case, dtype), tmp_path)
+    same_bits(model, fresh)
+    assert fresh.adamix.config == model.adamix.config
+    other = adapted(case, seed=9, dtype=dtype)
+    assert load_adamix(other, tmp_path) is other
+    same_bits(model, other)
+    batch = tiny.batch_for(model)
+    with eval_routing(model, "token"), eval_routing(fresh, "token"):
+        torch.manual_seed(5)
+        want = model(**batch).logits
+        torch.manual_seed(5)
+        assert torch.equal(fresh(**batch).logits, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_merged_round_trip(case, dtype, tmp_path):
+    model = merge(adapted(case, dtype=dtype))
+    save_adamix(model, tmp_path)
+    fresh = load_adamix(bare(case, dtype), tmp_path)
+    same_bits(model, fresh)
+    assert fresh.adamix.merged
+    batch = tiny.batch_for(model)
+    assert torch.equal(fresh(**batch).logits, model(**batch).logits)
+    with pytest.raises(ValueError, match="without experts"):
+        unmerge(fresh)
+    save_adamix(fresh, tmp_path / "again")
+    same_bits(model, load_adamix(bare(case, dtype), tmp_path / "again"))
+
+
+def test_trainable_flags_come_back(tmp_path):
+    model = learn_merging(adapted())
+    model.classifier.bias.requires_grad_(False)
+    save_adamix(model, tmp_path)
+    fresh = load_adamix(bare(), tmp_path)
+    same_bits(model, fresh)
+    trainable = {n.rsplit(".", 1)[-1] for n, p in fresh.named_parameters() if p.requires_grad}
+    assert trainable == {"down_score", "up_score", "weight"}
+
+
+def test_an_adapted_model_keeps_its_own_settings(tmp_path):
+    save_adamix(adapted(routing="batch", consistency_weight=1.0), tmp_path)
+    other = adapted(seed=4, routing="token", consistency_weight=0.0)
+    load_adamix(other, tmp_path)
+    assert (other.adamix.config.routing, other.adamix.router.level) == ("token", "token")
+
+
+def test_the_base_is_not_written(tmp_path):
+    from safetensors import safe_open
+
+    save_adamix(adapted(), tmp_path)
+    header = json.loads((tmp_path / checkpoint.CHECKPOINT_NAME).read_text())
+    with safe_open(tmp_path / header["tensors"]["file"], "pt") as file:
+        keys = set(file.keys())
+    layers = {f"bert.encoder.layer.{i}.output.dense" for i in range(tiny.LAYERS)}
+    names = {f"{side}_{part}" for side in ("down", "up") for part in ("weight", "bias", "score")}
+    want = {f"{layer}.adapter.{name}" for layer in layers for name in names}
+    assert keys == want | {"classifier.weight", "classifier.bias"}
+    assert set(header["layers"]) == layers
+    assert (header["version"], header["merged"], header["base_model"]["hidden_size"]) == (1, False, tiny.HIDDEN)
+
+
+def edit_header(folder, **changes):
+    path = folder / checkpoint.CHECKPOINT_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def tensor_file(folder):
+    (found,) = folder.glob("adamix-*.safetensors")
+    return found
+
+
+def rewrite_tensors(folder, change):
+    """Changes the tensors and the header that vouches for them."""
+    from safetensors.torch import load_file, save_file
+
+    path = tensor_file(folder)
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    edit_header(folder, tensors={"file": path.name, "bytes": path.stat().st_size, "sha256": checkpoint.sha256(path)})
+
+
+def truncate(folder):
+    path = tensor_file(folder)
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def flip(folder):
+    path = tensor_file(folder)
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+KEY = "bert.encoder.layer.1.output.dense.adapter.up_bias"
+DAMAGE = {
+    "truncated": (truncate, "truncated"),
+    "corrupt": (flip, "SHA-256"),
+    "no tensor file": (lambda f: tensor_file(f).unlink(), "no such file"),
+    "no json": (lambda f: (f / checkpoint.CHECKPOINT_NAME).unlink(), "no such file"),
+    "not json": (lambda f: (f / checkpoint.CHECKPOINT_NAME).write_text("{"), "not JSON"),
+    "unknown version": (lambda f: edit_header(f, version=99), "version 99, expected 1"),
+    "no version": (lambda f: edit_header(f, version=None), "version None, expected 1"),
+    "missing field": (lambda f: edit_header(f, layers=None), "layers = None"),
+    "path outside": (lambda f: edit_header(f, tensors={"file": "../x"}), "expected a file name"),
+    "unknown config": (lambda f: edit_header(f, config={"version": 1, "novel": 2}), "novel"),
+    "missing key": (lambda f: rewrite_tensors(f, lambda t: t.pop(KEY)), f"missing keys {KEY}"),
+    "unexpected key": (
+        lambda f: rewrite_tensors(f, lambda t: t.update(novel=torch.ones(1))),
+        "unexpected keys novel",
+    ),
+    "shape": (lambda f: rewrite_tensors(f, lambda t: t.update({KEY: torch.ones(1, 7)})), rf"{KEY}: got shape \(1, 7\)"),
+}
+
+
+@pytest.mark.parametrize("make", [bare, adapted])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoints_leave_the_model_untouched(damage, make, tmp_path):
+    save_adamix(adapted(seed=8), tmp_path)
+    spoil, message = DAMAGE[damage]
+    spoil(tmp_path)
+    model = make()
+    before = picture(model)
+    with pytest.raises(ValueError, match=message):
+        load_adamix(model, tmp_path)
+    same_picture(before, picture(model))
+
+
+MODELS = {
+    "hidden size": (
+        lambda: _bert(hidden_size=48),
+        "hidden_size = 48, expected 32",
+    ),
+    "layers": (lambda: _bert(num_hidden_layers=3), "num_hidden_layers = 3, expected 2"),
+    "vocabulary": (lambda: _bert(vocab_size=65), "vocab_size = 65, expected 64"),
+    "model type": (tiny.tiny_roberta, "model_type = 'roberta', expected 'bert'"),
+    "labels": (lambda: tiny.tiny_bert(num_labels=3), r"classifier.bias: got shape \(2,\), expected \(3,\)"),
+    "no head": (lambda: _headless(), "layers: the model lacks bert.encoder.layer.0.output.dense"),
+    "other method": (lambda: adapted("bert_lora"), "layers: the model lacks"),
+    "other size": (lambda: adapted(bottleneck=6), "bottleneck = 6 in the model, expected 5"),
+    "other experts": (lambda: adapted(num_experts=4), "num_experts = 4 in the model, expected 3"),
+    "other sharing": (lambda: adapted(share="down"), "share = 'down' in the model, expected 'up'"),
+    "other activation": (lambda: adapted(activation="relu"), "activation = 'relu' in the model, expected 'gelu'"),
+    "other layers": (lambda: adapted(layers_to_transform=[0]), "lacks bert.encoder.layer.1.output.dense"),
+    "merged": (lambda: merge(adapted()), "merged"),
+}
+
+
+def _bert(**options):
+    import transformers
+
+    config = copy.deepcopy(tiny.tiny_bert().config)
+    for name, value in options.items():
+        setattr(config, name, value)
+    return transformers.BertForSequenceClassification(config)
+
+
+def _headless():
+    import transformers
+
+    return tiny.tiny_bert(model_class=transformers.BertModel)
+
+
+@pytest.mark.parametrize("which", MODELS)
+def test_wrong_models_are_named_and_untouched(which, tmp_path):
+    save_adamix(adapted(seed=8), tmp_path)
+    make, message = MODELS[which]
+    model = make()
+    before = picture(model)
+    with pytest.raises(ValueError, match=message):
+        load_adamix(model, tmp_path)
+    same_picture(before, picture(model))
+
+
+def test_a_merged_checkpoint_wants_a_bare_model(tmp_path):
+    save_adamix(merge(adapted()), tmp_path)
+    model = adapted()
+    before = picture(model)
+    with pytest.raises(ValueError, match="got an adapted model"):
+        load_adamix(model, tmp_path)
+    same_picture(before, picture(model))
+
+
+def test_an_unadapted_model_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="without AdaMix"):
+        save_adamix(bare(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="which is a file"):
+        save_adamix(adapted(), tmp_path / "file")
+
+
+def test_saving_again_replaces(tmp_path):
+    save_adamix(adapted(seed=1), tmp_path)
+    second = adapted(seed=2)
+    save_adamix(second, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    same_bits(second, load_adamix(bare(), tmp_path))
+
+
+@pytest.mark.parametrize("fails_at", range(7))
+def test_an_interrupted_save_leaves_the_old_or_the_new(fails_at, tmp_path, monkeypatch):
+    """Every rename and flush in turn is where the process dies."""
+    first, second = adapted(seed=1), adapted(seed=2)
+    save_adamix(first, tmp_path)
+    calls = 0
+
+    def dying(original):
+        def call(*args):
+            nonlocal calls
+            calls += 1
+            if calls > fails_at:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying(os.replace))
+        patch.setattr(os, "fsync", dying(os.fsync))
+        try:
+            save_adamix(second, tmp_path)
+            finished = True
+        except KeyboardInterrupt:
+            finished = False
+    loaded = load_adamix(bare(), tmp_path)
+    if finished:
+        same_bits(second, loaded)
+    else:
+        old = torch.equal(loaded.classifier.weight, first.classifier.weight)
+        same_bits(first if old else second, loaded)
+        assert old or fails_at >= 5
+    assert not list(tmp_path.glob(".*"))
