@@ -1,15 +1,22 @@
-"""Real tasks for the demo and the command line: text data and encoders."""
+"""Real tasks for the demo and the command line: text data, encoders, and what a run was about."""
 
+from .batches import collator, tokenize
 from .encoders import DEFAULT_MODEL, Encoder, load_classifier, resolve_model
+from .run_file import Run, read_run, write_run
 from .text import EMBEDDED, TextClassification, TextSplit, load_text_classification
 
 __all__ = [
     "DEFAULT_MODEL",
     "EMBEDDED",
     "Encoder",
+    "Run",
     "TextClassification",
     "TextSplit",
+    "collator",
     "load_classifier",
     "load_text_classification",
+    "read_run",
     "resolve_model",
+    "tokenize",
+    "write_run",
 ]

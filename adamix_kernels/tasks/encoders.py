@@ -73,6 +73,7 @@ def load_classifier(encoder: Encoder, label_names: list[str]) -> tuple[Any, Any]
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"model: cannot load {encoder.name!r}: {str(error).strip().splitlines()[0]}") from error
+    model.config.name_or_path = encoder.name  # what a checkpoint names, rather than a folder of this machine
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:

@@ -1,0 +1,159 @@
+"""The main job, start to end: `python -m adamix_kernels.demo` (what `make demo` runs).
+
+Adapts a pretrained encoder with AdaMix on a text-classification set, merges it, and sets it beside a
+frozen encoder with a trained head and beside one plain adapter: for every seed the same batches, number
+of steps and head initialisation for all three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .demo_report import MethodResult, write_plot, write_results, write_table
+from .demo_training import Data, Settings, evaluate, evaluate_head, frozen_features, prepare, train, train_head
+from .models.checkpoint import load_adamix, save_adamix
+from .models.config import AdaMixConfig
+from .models.contexts import eval_routing
+from .models.inject import adapt
+from .models.merging import merge
+from .tasks import (
+    DEFAULT_MODEL,
+    EMBEDDED,
+    Encoder,
+    Run,
+    load_classifier,
+    load_text_classification,
+    resolve_model,
+    write_run,
+)
+
+FROZEN, PLAIN = "frozen encoder + head", "one plain adapter"
+RANDOM, MERGED = "AdaMix, random routing", "AdaMix, merged"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m adamix_kernels.demo",
+        description="Train, merge and compare AdaMix on a text-classification set.",
+    )
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="hub id or folder of an encoder (default: %(default)s)")
+    parser.add_argument(
+        "--data", default=EMBEDDED, help="folder with train.tsv and dev.tsv, or a hub data set (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for results (default: %(default)s)")
+    parser.add_argument("--seeds", type=_positive, default=3, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--epochs", type=_positive, default=4, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=_positive, default=16, help="default: %(default)s")
+    parser.add_argument("--max-tokens", type=_positive, default=48, help="longer texts are cut (default: %(default)s)")
+    parser.add_argument("--experts", type=_positive, default=4, help="M (default: %(default)s)")
+    parser.add_argument("--bottleneck", type=_positive, default=16, help="adapter width (default: %(default)s)")
+    parser.add_argument("--consistency", type=float, default=1.0, help="weight of the KL term (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of adapters and their head (default: %(default)s)")
+    parser.add_argument("--head-lr", type=float, default=1e-2, help="of the frozen row's head (default: %(default)s)")
+    parser.add_argument("--max-train", type=_positive, help="use the first N training rows only")
+    parser.add_argument("--max-dev", type=_positive, help="use the first N dev rows only")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo. Returns 0, or 2 after one line on what is wrong with the arguments, model or data."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(arguments)
+    if args.consistency <= 0 or args.experts < 2:
+        print("demo: --consistency must be above 0 and --experts at least 2", file=sys.stderr)
+        return 2
+    quiet_transformers()
+    try:
+        encoder = resolve_model(args.model)
+        task = load_text_classification(args.data)
+        _, tokenizer = load_classifier(encoder, task.label_names)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    settings = Settings(args.epochs, args.batch_size, args.lr, args.head_lr, args.consistency)
+    data = prepare(task, tokenizer, args.max_tokens, args.max_train, args.max_dev)
+    print(
+        f"{args.model} on {args.data}: {len(data.train)} training and {len(data.dev)} dev texts, "
+        f"{task.num_labels} classes; {args.seeds} seeds, {torch.get_num_threads()} threads"
+    )
+    start = time.perf_counter()
+    results = run(encoder, task.label_names, data, settings, args)
+    seconds = time.perf_counter() - start
+    folder = args.out / "merged"
+    write_run(folder, Run(args.model, args.data, task.label_names, args.max_tokens))
+    tokenizer.save_pretrained(folder)
+    write_table(results, args.seeds)
+    plot = write_plot(results, args.out / "demo.png")
+    command = shlex.join(["python", "-m", "adamix_kernels.demo", *arguments])
+    record = write_results(results, settings, command, seconds, args.out / "results.json")
+    print(f"merged checkpoint: {folder}\nplot: {plot}\nfigures: {record}\n{seconds:.0f} s in all")
+    return 0
+
+
+def run(
+    encoder: Encoder, label_names: list[str], data: Data, settings: Settings, args: argparse.Namespace
+) -> list[MethodResult]:
+    """Every method on every seed. Writes the first seed's merged AdaMix checkpoint into args.out/merged."""
+    results = {name: MethodResult(name) for name in (FROZEN, PLAIN, RANDOM, MERGED)}
+    steps = settings.steps(len(data.train))
+    with tqdm(total=3 * args.seeds * steps, unit="step", smoothing=0.1) as bar:
+        bar.set_description("encoding once for the frozen row")
+        torch.manual_seed(0)
+        features = frozen_features(load_classifier(encoder, label_names)[0], data)
+        for seed in range(args.seeds):
+            bar.set_description(f"seed {seed}: {FROZEN}")
+            torch.manual_seed(seed)
+            head, curve = train_head(load_classifier(encoder, label_names)[0], features, data, settings, seed, bar)
+            results[FROZEN].add(evaluate_head(head, features, data), curve, head)
+
+            for name, experts, weight in ((PLAIN, 1, 0.0), (MERGED, args.experts, settings.consistency)):
+                bar.set_description(f"seed {seed}: {name.removesuffix(', merged')}")
+                torch.manual_seed(seed)
+                model, _ = load_classifier(encoder, label_names)
+                config = AdaMixConfig(num_experts=experts, bottleneck=args.bottleneck, consistency_weight=weight)
+                adapt(model, config)
+                curve = train(model, data, settings, seed, bar)
+                if name == MERGED:
+                    with eval_routing(model, "sample"):
+                        results[RANDOM].add(evaluate(model, data).accuracy, curve, model)
+                    before = results[RANDOM].trainable
+                    outcome = evaluate(merge(model), data)
+                    results[MERGED].add(outcome.accuracy, curve, model, trainable=before)
+                    if seed == 0:
+                        bar.set_description("saving and loading again")
+                        save_adamix(model, args.out / "merged")
+                        again = load_adamix(load_classifier(encoder, label_names)[0], args.out / "merged")
+                        if not torch.equal(outcome.logits, evaluate(again, data).logits):
+                            raise RuntimeError("the loaded checkpoint does not give the saved model's logits")
+                else:
+                    results[PLAIN].add(evaluate(model, data).accuracy, curve, model)
+        bar.set_description("done")
+    return list(results.values())
+
+
+def quiet_transformers() -> None:
+    """The fresh head's warnings and the loading bars would break the demo's own bar."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,123 @@
+"""What the demo shows and writes: the table, the plot, the figures."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import textwrap
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass
+class MethodResult:
+    """One row: dev accuracies in percent by seed, parameters, median seconds of a training step, loss curves."""
+
+    name: str
+    accuracy: list[float] = field(default_factory=list)
+    trainable: int = 0
+    kept: int = 0
+    seconds: list[float] = field(default_factory=list)
+    cross_entropy: list[list[float]] = field(default_factory=list)
+    consistency: list[list[float]] = field(default_factory=list)
+
+    def add(self, accuracy: float, curve: Any, model: nn.Module, trainable: int | None = None) -> None:
+        """One seed. trainable: parameters in training, where `model` no longer shows them (it is merged)."""
+        here = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.accuracy.append(accuracy)
+        self.trainable = here if trainable is None else trainable
+        self.kept = here
+        self.seconds.append(statistics.median(curve.seconds))
+        self.cross_entropy.append(curve.cross_entropy)
+        self.consistency.append(curve.consistency)
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.accuracy)
+
+    @property
+    def deviation(self) -> float:
+        """Sample standard deviation over the seeds, 0 for one seed."""
+        return statistics.stdev(self.accuracy) if len(self.accuracy) > 1 else 0.0
+
+    @property
+    def step(self) -> float:
+        return statistics.mean(self.seconds)
+
+
+def write_table(results: list[MethodResult], seeds: int) -> None:
+    """Prints the table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"dev accuracy, mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}")
+    table.add_column("method")
+    for column in ("accuracy %", "trained parameters", "kept to serve", "seconds a step"):
+        table.add_column(column, justify="right")
+    for row in results:
+        table.add_row(
+            row.name, f"{row.mean:.1f} ± {row.deviation:.1f}", f"{row.trainable:,}", f"{row.kept:,}", f"{row.step:.4f}"
+        )
+    # A pipe has no width of its own; the table must not be cut there.
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+def write_plot(results: list[MethodResult], path: Path) -> Path:
+    """A PNG: accuracy with its deviation on the left, the losses of AdaMix and the plain adapter on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    names = [textwrap.fill(row.name, 14) for row in results]
+    bars = left.bar(names, [r.mean for r in results], yerr=[r.deviation for r in results], capsize=5, color="#4c78a8")
+    left.bar_label(bars, fmt="%.1f", label_type="center", color="white")
+    left.set_ylabel("dev accuracy, %")
+    left.set_ylim(bottom=max(0.0, min(r.mean - r.deviation for r in results) - 10))
+    for row, label, color in ((results[1], "plain adapter", "#f58518"), (results[3], "AdaMix", "#4c78a8")):
+        right.plot(_smooth(_mean_curve(row.cross_entropy)), label=f"{label}: cross-entropy", color=color)
+    right.plot(_smooth(_mean_curve(results[3].consistency)), label="AdaMix: consistency", color="#54a24b")
+    right.set_xlabel("step")
+    right.set_ylabel("training loss, mean over seeds and 10 steps")
+    right.legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def write_results(results: list[MethodResult], settings: Any, command: str, seconds: float, path: Path) -> Path:
+    """JSON: the command, versions, settings, and every figure behind the table and the plot."""
+    import transformers
+
+    values = {
+        "command": command,
+        "seconds": round(seconds, 2),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "settings": asdict(settings),
+        "methods": [
+            {**asdict(r), "accuracy_mean": r.mean, "accuracy_std": r.deviation, "seconds_per_step": r.step}
+            for r in results
+        ],
+    }
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _mean_curve(curves: list[list[float]]) -> list[float]:
+    return [statistics.mean(values) for values in zip(*curves)]
+
+
+def _smooth(values: list[float], window: int = 10) -> list[float]:
+    return [statistics.mean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]

@@ -1,0 +1,189 @@
+"""The demo's training loops, written out in plain PyTorch."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .functional import adamix_loss
+from .models.doubling import double_batch
+from .models.targets import saved_modules
+from .tasks import TextClassification, collator, tokenize
+
+WARMUP, WEIGHT_DECAY, EVAL_ROWS = 0.06, 0.01, 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """lr: of the adapters and their head. head_lr: of the head alone. consistency: weight of the KL term."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    head_lr: float
+    consistency: float
+
+    def steps(self, rows: int) -> int:
+        return self.epochs * -(-rows // self.batch_size)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenized rows, and what makes a padded batch of some."""
+
+    train: list[dict[str, Any]]
+    dev: list[dict[str, Any]]
+    collate: Callable
+
+
+@dataclass
+class Curve:
+    """Per step: cross-entropy, consistency (None for one pass); seconds_per_step is the median."""
+
+    cross_entropy: list[float] = field(default_factory=list)
+    consistency: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """accuracy on dev, in percent; logits [rows, classes], longest text first."""
+
+    accuracy: float
+    logits: torch.Tensor
+
+
+def prepare(
+    task: TextClassification, tokenizer: Any, max_tokens: int, max_train: int | None, max_dev: int | None
+) -> Data:
+    """Dev rows come longest first: batches of similar length need little padding."""
+    dev = tokenize(task.dev.head(max_dev), tokenizer, max_tokens)
+    dev.sort(key=lambda row: -len(row["input_ids"]))
+    return Data(tokenize(task.train.head(max_train), tokenizer, max_tokens), dev, collator(tokenizer))
+
+
+def batches(rows: int, settings: Settings, seed: int) -> Iterator[list[int]]:
+    """Row numbers of every training batch: the same for every method with the same seed."""
+    shuffle = random.Random(seed)
+    for _ in range(settings.epochs):
+        order = list(range(rows))
+        shuffle.shuffle(order)
+        for start in range(0, rows, settings.batch_size):
+            yield order[start : start + settings.batch_size]
+
+
+def train(model: nn.Module, data: Data, settings: Settings, seed: int, bar: Any) -> Curve:
+    """Trains what requires grad in an adapted model: one pass, or both AdaMix passes in one doubled batch."""
+    weight = model.adamix.config.consistency_weight
+    optimizer, schedule = _optimizer([p for p in model.parameters() if p.requires_grad], settings.lr, data, settings)
+    torch.manual_seed(seed)
+    model.train()
+    curve = Curve()
+    for rows in batches(len(data.train), settings, seed):
+        start = time.perf_counter()
+        inputs = dict(data.collate([data.train[i] for i in rows]))
+        labels = inputs.pop("labels")
+        if weight > 0:
+            logits = model(**double_batch(inputs, len(rows))).logits
+            loss, cross_entropy, consistency = adamix_loss(logits, labels, weight=weight)
+            curve.consistency.append(consistency.item())
+        else:
+            loss = cross_entropy = F.cross_entropy(model(**inputs).logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        curve.cross_entropy.append(cross_entropy.item())
+        curve.seconds.append(time.perf_counter() - start)
+        bar.update()
+    return curve
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, data: Data) -> Outcome:
+    """Accuracy on dev, with the routing that the model has in evaluation."""
+    model.eval()
+    logits = []
+    for rows in _slices(data.dev):
+        inputs = dict(data.collate(rows))
+        del inputs["labels"]
+        logits.append(model(**inputs).logits.float())
+    return _outcome(torch.cat(logits), data)
+
+
+@torch.inference_mode()
+def frozen_features(model: nn.Module, data: Data) -> dict[str, torch.Tensor]:
+    """Mean-pooled last hidden states [rows, H] of both splits, without dropout: computed once for all seeds.
+
+    Mean pooling is what sentence encoders are trained for, and gives the frozen row its best features.
+    """
+    model.eval()
+    features = {}
+    for name, split in (("train", data.train), ("dev", data.dev)):
+        pooled = []
+        for rows in _slices(split):
+            inputs = dict(data.collate(rows))
+            del inputs["labels"]
+            states = model.base_model(**inputs).last_hidden_state  # [B, S, H]
+            mask = inputs["attention_mask"].unsqueeze(-1).to(states.dtype)
+            pooled.append((states * mask).sum(1) / mask.sum(1))
+        features[name] = torch.cat(pooled).float()
+    return {name: value.clone() for name, value in features.items()}
+
+
+def train_head(
+    model: nn.Module, features: dict[str, torch.Tensor], data: Data, settings: Settings, seed: int, bar: Any
+) -> tuple[nn.Linear, Curve]:
+    """Trains a linear head on frozen features, from the initial head of `model` where that is one linear layer."""
+    hidden = features["train"].shape[1]
+    head = nn.Linear(hidden, model.config.num_labels)
+    heads = [m for _, m in saved_modules(model, None) if isinstance(m, nn.Linear) and m.in_features == hidden]
+    if heads:
+        head.load_state_dict({**head.state_dict(), **heads[0].state_dict()})
+    labels = torch.tensor([row["labels"] for row in data.train])
+    optimizer, schedule = _optimizer(list(head.parameters()), settings.head_lr, data, settings)
+    curve = Curve()
+    for rows in batches(len(data.train), settings, seed):
+        start = time.perf_counter()
+        loss = F.cross_entropy(head(features["train"][rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        curve.cross_entropy.append(loss.item())
+        curve.seconds.append(time.perf_counter() - start)
+        bar.update()
+    return head, curve
+
+
+@torch.inference_mode()
+def evaluate_head(head: nn.Linear, features: dict[str, torch.Tensor], data: Data) -> float:
+    return _outcome(head(features["dev"]), data).accuracy
+
+
+def _optimizer(parameters: list[nn.Parameter], lr: float, data: Data, settings: Settings):
+    """AdamW, linear warm-up over the first 6% of the steps, then linear decay to zero."""
+    steps = settings.steps(len(data.train))
+    warmup = max(1, round(WARMUP * steps))
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+    return optimizer, schedule
+
+
+def _slices(rows: list) -> Iterator[list]:
+    for start in range(0, len(rows), EVAL_ROWS):
+        yield rows[start : start + EVAL_ROWS]
+
+
+def _outcome(logits: torch.Tensor, data: Data) -> Outcome:
+    labels = torch.tensor([row["labels"] for row in data.dev])
+    return Outcome(100 * (logits.argmax(-1) == labels).float().mean().item(), logits)

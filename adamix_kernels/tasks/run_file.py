@@ -1,0 +1,47 @@
+"""adamix_run.json: which encoder and data a saved checkpoint belongs to, so that it can be used by its folder alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+RUN_NAME = "adamix_run.json"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """model, data: as given to resolve_model and load_text_classification. label_names: in id order."""
+
+    model: str
+    data: str
+    label_names: list[str]
+    max_tokens: int
+
+
+def write_run(folder: str | os.PathLike, run: Run) -> None:
+    """Writes the file into an existing folder in one step."""
+    path = Path(folder) / RUN_NAME
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps({"version": _VERSION, **asdict(run)}, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_run(folder: str | os.PathLike) -> Run:
+    """Raises ValueError, naming the file, when it is missing, malformed or of another version."""
+    path = Path(folder) / RUN_NAME
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, expected a folder written by adamix train or the demo")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = values.pop("version", None)
+        if version != _VERSION:
+            raise ValueError(f"version {version!r}, expected {_VERSION}")
+        return Run(**values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a run file of this release: {error}") from error
