@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .demo_report import MethodResult, write_plot, write_results, write_table
-from .demo_training import Data, Settings, evaluate, evaluate_head, frozen_features, prepare, train, train_head
+from .demo_training import Data, Settings, frozen_features, prepare, train, train_head
 from .models.checkpoint import load_adamix, save_adamix
 from .models.config import AdaMixConfig
 from .models.contexts import eval_routing
@@ -29,8 +29,10 @@ from .tasks import (
     EMBEDDED,
     Encoder,
     Run,
+    accuracy,
     load_classifier,
     load_text_classification,
+    predict,
     resolve_model,
     write_run,
 )
@@ -113,7 +115,7 @@ def run(
             bar.set_description(f"seed {seed}: {FROZEN}")
             torch.manual_seed(seed)
             head, curve = train_head(load_classifier(encoder, label_names)[0], features, data, settings, seed, bar)
-            results[FROZEN].add(evaluate_head(head, features, data), curve, head)
+            results[FROZEN].add(accuracy(head(features["dev"]), data.dev), curve, head)
 
             for name, experts, weight in ((PLAIN, 1, 0.0), (MERGED, args.experts, settings.consistency)):
                 bar.set_description(f"seed {seed}: {name.removesuffix(', merged')}")
@@ -122,22 +124,25 @@ def run(
                 config = AdaMixConfig(num_experts=experts, bottleneck=args.bottleneck, consistency_weight=weight)
                 adapt(model, config)
                 curve = train(model, data, settings, seed, bar)
-                if name == MERGED:
-                    with eval_routing(model, "sample"):
-                        results[RANDOM].add(evaluate(model, data).accuracy, curve, model)
-                    before = results[RANDOM].trainable
-                    outcome = evaluate(merge(model), data)
-                    results[MERGED].add(outcome.accuracy, curve, model, trainable=before)
-                    if seed == 0:
-                        bar.set_description("saving and loading again")
-                        save_adamix(model, args.out / "merged")
-                        again = load_adamix(load_classifier(encoder, label_names)[0], args.out / "merged")
-                        if not torch.equal(outcome.logits, evaluate(again, data).logits):
-                            raise RuntimeError("the loaded checkpoint does not give the saved model's logits")
-                else:
-                    results[PLAIN].add(evaluate(model, data).accuracy, curve, model)
+                if name == PLAIN:
+                    results[PLAIN].add(accuracy(_logits(model, data), data.dev), curve, model)
+                    continue
+                with eval_routing(model, "sample"):
+                    results[RANDOM].add(accuracy(_logits(model, data), data.dev), curve, model)
+                logits = _logits(merge(model), data)
+                trained = results[RANDOM].trainable
+                results[MERGED].add(accuracy(logits, data.dev), curve, model, trainable=trained)
+                if seed == 0:
+                    save_adamix(model, args.out / "merged")
+                    again = load_adamix(load_classifier(encoder, label_names)[0], args.out / "merged")
+                    if not torch.equal(logits, _logits(again, data)):
+                        raise RuntimeError("the loaded checkpoint does not give the saved model's logits")
         bar.set_description("done")
     return list(results.values())
+
+
+def _logits(model: torch.nn.Module, data: Data) -> torch.Tensor:
+    return predict(model, data.dev, data.collate)
 
 
 def quiet_transformers() -> None:

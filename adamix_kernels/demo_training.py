@@ -45,28 +45,20 @@ class Data:
 
 @dataclass
 class Curve:
-    """Per step: cross-entropy, consistency (None for one pass); seconds_per_step is the median."""
+    """One value a step; consistency stays empty with one pass."""
 
     cross_entropy: list[float] = field(default_factory=list)
     consistency: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """accuracy on dev, in percent; logits [rows, classes], longest text first."""
-
-    accuracy: float
-    logits: torch.Tensor
-
-
 def prepare(
     task: TextClassification, tokenizer: Any, max_tokens: int, max_train: int | None, max_dev: int | None
 ) -> Data:
-    """Dev rows come longest first: batches of similar length need little padding."""
-    dev = tokenize(task.dev.head(max_dev), tokenizer, max_tokens)
-    dev.sort(key=lambda row: -len(row["input_ids"]))
-    return Data(tokenize(task.train.head(max_train), tokenizer, max_tokens), dev, collator(tokenizer))
+    train_rows, dev_rows = (
+        tokenize(s, tokenizer, max_tokens) for s in (task.train.head(max_train), task.dev.head(max_dev))
+    )
+    return Data(train_rows, dev_rows, collator(tokenizer))
 
 
 def batches(rows: int, settings: Settings, seed: int) -> Iterator[list[int]]:
@@ -104,18 +96,6 @@ def train(model: nn.Module, data: Data, settings: Settings, seed: int, bar: Any)
         curve.seconds.append(time.perf_counter() - start)
         bar.update()
     return curve
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, data: Data) -> Outcome:
-    """Accuracy on dev, with the routing that the model has in evaluation."""
-    model.eval()
-    logits = []
-    for rows in _slices(data.dev):
-        inputs = dict(data.collate(rows))
-        del inputs["labels"]
-        logits.append(model(**inputs).logits.float())
-    return _outcome(torch.cat(logits), data)
 
 
 @torch.inference_mode()
@@ -163,11 +143,6 @@ def train_head(
     return head, curve
 
 
-@torch.inference_mode()
-def evaluate_head(head: nn.Linear, features: dict[str, torch.Tensor], data: Data) -> float:
-    return _outcome(head(features["dev"]), data).accuracy
-
-
 def _optimizer(parameters: list[nn.Parameter], lr: float, data: Data, settings: Settings):
     """AdamW, linear warm-up over the first 6% of the steps, then linear decay to zero."""
     steps = settings.steps(len(data.train))
@@ -182,8 +157,3 @@ def _optimizer(parameters: list[nn.Parameter], lr: float, data: Data, settings: 
 def _slices(rows: list) -> Iterator[list]:
     for start in range(0, len(rows), EVAL_ROWS):
         yield rows[start : start + EVAL_ROWS]
-
-
-def _outcome(logits: torch.Tensor, data: Data) -> Outcome:
-    labels = torch.tensor([row["labels"] for row in data.dev])
-    return Outcome(100 * (logits.argmax(-1) == labels).float().mean().item(), logits)

@@ -6,6 +6,8 @@ Source: `MixtureSoup`, `ExpertSoup` and `symmetric_KL_loss` of the reference pro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,7 +16,7 @@ from torch import nn
 class ExpertList(nn.Module):
     """One side: M separate nn.Linear; every forward calls one, drawn on the CPU and read with .item().
 
-    chosen: the expert to use whatever was drawn (a side of one: its only one), or None.
+    chosen: the expert to use whatever was drawn, or None.
     """
 
     def __init__(self, in_features: int, out_features: int, num_experts: int):
@@ -24,9 +26,7 @@ class ExpertList(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         drawn = torch.randint(low=0, high=len(self.experts), size=(1,)).item()
-        if self.chosen is not None:
-            drawn = min(self.chosen, len(self.experts) - 1)
-        return self.experts[drawn](x)
+        return self.experts[drawn if self.chosen is None else self.chosen](x)
 
 
 class OriginalAdapter(nn.Module):
@@ -47,12 +47,12 @@ def original_loss(
     model: nn.Module,
     inputs: dict[str, torch.Tensor],
     labels: torch.Tensor,
-    experts: tuple[int, int] | None = None,
+    experts: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> torch.Tensor:
     """CE(z1, y) + 1/2 [KL(sg(p2)||p1) + KL(sg(p1)||p2)], z1 and z2 from two forwards of the same inputs.
 
-    inputs: the model's arguments, batch B. labels: [B] class ids. experts: the expert of each pass, in
-    every layer; None draws, as published. Returns a scalar.
+    inputs: the model's arguments, batch B. labels: [B] class ids. experts: for each pass, the down expert
+    of each layer; None draws, as published. Returns a scalar.
     """
     if experts is not None:
         _choose(model, experts[0])
@@ -73,7 +73,7 @@ def symmetric_kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return 0.5 * (a_from_b + b_from_a)
 
 
-def _choose(model: nn.Module, expert: int) -> None:
-    for module in model.modules():
-        if isinstance(module, ExpertList):
-            module.chosen = expert
+def _choose(model: nn.Module, experts: Sequence[int]) -> None:
+    adapters = [module for module in model.modules() if isinstance(module, OriginalAdapter)]
+    for adapter, expert in zip(adapters, experts, strict=True):
+        adapter.down.chosen = expert

@@ -219,6 +219,15 @@ def test_autocast_casts_every_argument_and_gradients_come_back_in_their_dtype(dt
     assert all(t.grad.dtype == torch.float32 for t in (x, *banks))
 
 
+def test_backward_inside_autocast_keeps_the_forwards_dtype():
+    x, *banks = inputs(dtype=torch.float32)
+    out = routed_adapter(x, *banks, index("sample", 3), None, residual=x).square().sum()
+    want = torch.autograd.grad(out, (x, *banks), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(out, (x, *banks))
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_errors_stay_within_a_multiple_of_plain_pytorch(dtype):
     x, *banks = (t.detach() for t in inputs(6, 16, 32, 8, dtype=dtype))

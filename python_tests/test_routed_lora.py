@@ -2,88 +2,11 @@
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+import torch.utils.checkpoint
+from plain_lora import INDEX_KINDS, gradients, leaves_of, lora_case, per_token_lora
 
 from adamix_kernels.functional import routed_lora
 from adamix_kernels.ops._dropout import keep_mask
-
-INDEX_KINDS = ("none", "sample", "token")
-
-
-def _index(kind, num_experts, batch, tokens, dtype, generator):
-    if kind == "none":
-        return None
-    shape = (batch,) if kind == "sample" else (batch, tokens)
-    return torch.randint(num_experts, shape, dtype=dtype, generator=generator)
-
-
-def _case(
-    a_kind="sample", b_kind="none", groups=1, with_base=True, batch=3, tokens=2, dtype=torch.float64,
-    index_dtype=torch.int64, features=4, rank=2, per_group=3, seed=0,
-):  # fmt: skip
-    """x, lora_a, lora_b, a_index, b_index and the keyword arguments; the last expert is never used."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-
-    experts_a, experts_b = (1 if kind == "none" else 4 for kind in (a_kind, b_kind))
-    offsets = (0,) if groups == 1 else tuple(2 * g * per_group for g in range(groups))
-    width = (2 * groups - 1) * per_group + (1 if groups > 1 else 0)
-    args = (
-        randn(batch, tokens, features),
-        randn(experts_a, groups * rank, features),
-        randn(experts_b, groups * per_group, rank),
-        _index(a_kind, 3, batch, tokens, index_dtype, generator),
-        _index(b_kind, 3, batch, tokens, index_dtype, generator),
-    )
-    base = randn(batch, tokens, width) if with_base else None
-    return args, dict(base=base, scaling=1.7, groups=groups, output_offsets=offsets)
-
-
-def _oracle(
-    x, lora_a, lora_b, a_index, b_index, *, base=None, scaling=1.0, groups=1, output_offsets=(0,), dropout_p=0.0,
-    seed=None,
-):  # fmt: skip
-    """The definition, one token at a time."""
-    batch, tokens, features = x.shape
-    rank, per_group = lora_b.shape[2], lora_b.shape[1] // groups
-    width = max(output_offsets) + per_group if base is None else base.shape[2]
-    if dropout_p:
-        keep = keep_mask(torch.tensor(seed), batch * tokens, features, dropout_p).view(x.shape)
-        x = x * keep / (1 - dropout_p)
-
-    def pick(bank, index, b, s):
-        return bank[0] if index is None else bank[index[b] if index.dim() == 1 else index[b, s]]
-
-    rows = []
-    for b in range(batch):
-        for s in range(tokens):
-            row = torch.zeros(width, dtype=x.dtype) if base is None else base[b, s]
-            a, up = pick(lora_a, a_index, b, s), pick(lora_b, b_index, b, s)
-            for g, offset in enumerate(output_offsets):
-                delta = up[g * per_group : (g + 1) * per_group] @ (a[g * rank : (g + 1) * rank] @ x[b, s])
-                row = row + torch.cat([delta.new_zeros(offset), delta, delta.new_zeros(width - offset - per_group)])
-            rows.append(row if scaling == 1.0 else None)
-            if scaling != 1.0:
-                start = torch.zeros(width, dtype=x.dtype) if base is None else base[b, s]
-                rows[-1] = start + scaling * (row - start)
-    return torch.stack(rows).view(batch, tokens, width)
-
-
-def _leaves(args, options):
-    return [t for t in (*args[:3], options["base"]) if t is not None]
-
-
-def _gradients(out, leaves, weight_seed=5):
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(weight_seed), dtype=torch.float64)
-    return torch.autograd.grad((out * weight.to(out.dtype)).sum(), leaves)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
@@ -93,13 +16,13 @@ def _one_thread():
 @pytest.mark.parametrize("a_kind", INDEX_KINDS)
 @pytest.mark.parametrize("b_kind", INDEX_KINDS)
 def test_equals_the_per_token_definition(a_kind, b_kind, dropout_p, with_base, groups, index_dtype):
-    args, options = _case(a_kind, b_kind, groups, with_base, index_dtype=index_dtype)
+    args, options = lora_case(a_kind, b_kind, groups, with_base, index_dtype=index_dtype)
     drop = dict(dropout_p=dropout_p, seed=11)
     out = routed_lora(*args, **options, **drop)
-    expected = _oracle(*args, **options, **drop)
+    expected = per_token_lora(*args, **options, **drop)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    leaves = _leaves(args, options)
-    for got, want in zip(_gradients(out, leaves), _gradients(expected, leaves), strict=True):
+    leaves = leaves_of(args, options)
+    for got, want in zip(gradients(out, leaves), gradients(expected, leaves), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -111,7 +34,7 @@ def test_equals_the_per_token_definition(a_kind, b_kind, dropout_p, with_base, g
 def test_gradcheck(a_kind, b_kind, dropout_p, with_base, groups):
     """Finite differences see the forward mask, the backward recomputes it: they agree only if it is the same."""
     index_dtype = torch.int32 if a_kind == "sample" else torch.int64
-    args, options = _case(a_kind, b_kind, groups, with_base, index_dtype=index_dtype)
+    args, options = lora_case(a_kind, b_kind, groups, with_base, index_dtype=index_dtype)
     base = options.pop("base")
     drop = dict(dropout_p=dropout_p, seed=3)
 
@@ -123,11 +46,11 @@ def test_gradcheck(a_kind, b_kind, dropout_p, with_base, groups):
 
 @pytest.mark.parametrize("wanted", range(4))
 def test_one_gradient_at_a_time(wanted):
-    args, options = _case("sample", "token", 2)
-    full = _gradients(routed_lora(*args, **options), _leaves(args, options))
-    leaves = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(_leaves(args, options))]
+    args, options = lora_case("sample", "token", 2)
+    full = gradients(routed_lora(*args, **options), leaves_of(args, options))
+    leaves = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(leaves_of(args, options))]
     options["base"] = leaves[3]
-    (grad,) = _gradients(routed_lora(*leaves[:3], *args[3:], **options), leaves[wanted : wanted + 1])
+    (grad,) = gradients(routed_lora(*leaves[:3], *args[3:], **options), leaves[wanted : wanted + 1])
     assert torch.equal(grad, full[wanted])
 
 
@@ -135,19 +58,19 @@ def test_one_gradient_at_a_time(wanted):
 @pytest.mark.parametrize("a_kind", INDEX_KINDS)
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 2), (3, 0), (0, 0)])
 def test_empty(batch, tokens, a_kind, dropout_p):
-    args, options = _case(a_kind, a_kind, 2, batch=batch, tokens=tokens)
+    args, options = lora_case(a_kind, a_kind, 2, batch=batch, tokens=tokens)
     out = routed_lora(*args, **options, dropout_p=dropout_p)
     assert out.shape == (batch, tokens, 10)
-    leaves = _leaves(args, options)
-    for grad, leaf in zip(_gradients(out, leaves), leaves, strict=True):
+    leaves = leaves_of(args, options)
+    for grad, leaf in zip(gradients(out, leaves), leaves, strict=True):
         assert torch.equal(grad, torch.zeros_like(leaf))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("a_kind", INDEX_KINDS)
 def test_non_contiguous(a_kind, groups):
-    args, options = _case(a_kind, "sample", groups)
-    dense = _gradients(routed_lora(*args, **options, dropout_p=0.3, seed=1), _leaves(args, options))
+    args, options = lora_case(a_kind, "sample", groups)
+    dense = gradients(routed_lora(*args, **options, dropout_p=0.3, seed=1), leaves_of(args, options))
 
     def strided(t):
         if t is None or not t.is_floating_point():
@@ -160,14 +83,14 @@ def test_non_contiguous(a_kind, groups):
     out = routed_lora(*args, **options, dropout_p=0.3, seed=1)
     assert out.is_contiguous()
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype).mT.contiguous().mT
-    strided_grads = torch.autograd.grad(out, _leaves(args, options), grad)
+    strided_grads = torch.autograd.grad(out, leaves_of(args, options), grad)
     for got, want in zip(strided_grads, dense, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_base_is_not_written():
     for groups, width in ((1, 3), (2, 10)):
-        args, options = _case(groups=groups)
+        args, options = lora_case(groups=groups)
         before = options["base"].detach().clone()
         assert before.shape[2] == width
         out = routed_lora(*args, **options)
@@ -176,14 +99,14 @@ def test_base_is_not_written():
 
 
 def test_columns_outside_every_group_keep_the_base():
-    args, options = _case(groups=2)
+    args, options = lora_case(groups=2)
     out = routed_lora(*args, **options)
     assert torch.equal(out[..., 3:6], options["base"][..., 3:6])
     assert torch.equal(out[..., 9:], options["base"][..., 9:])
 
 
 def test_offsets_in_any_order():
-    args, options = _case(groups=2, with_base=False)
+    args, options = lora_case(groups=2, with_base=False)
     out = routed_lora(*args, **{**options, "output_offsets": (6, 0)})
     swapped = [t.unflatten(1, (2, -1)).flip(1).flatten(1, 2) for t in args[1:3]]
     expected = routed_lora(args[0], *swapped, *args[3:], **options)
@@ -192,7 +115,7 @@ def test_offsets_in_any_order():
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_unused_expert_gradient_is_exactly_zero(poison):
-    args, options = _case("sample", "sample", batch=4)
+    args, options = lora_case("sample", "sample", batch=4)
     x, lora_a, lora_b, _, _ = args
     a_index, b_index = torch.tensor([0, 1, 1, 0]), torch.tensor([2, 0, 0, 2])
     x = x.detach().clone()
@@ -207,8 +130,8 @@ def test_unused_expert_gradient_is_exactly_zero(poison):
 
 @pytest.mark.parametrize("a_kind", ["sample", "token"])
 def test_unused_expert_gradient_is_exactly_zero_per_kind(a_kind):
-    args, options = _case(a_kind, a_kind, 2)
-    grads = _gradients(routed_lora(*args, **options, dropout_p=0.2, seed=0), args[1:3])
+    args, options = lora_case(a_kind, a_kind, 2)
+    grads = gradients(routed_lora(*args, **options, dropout_p=0.2, seed=0), args[1:3])
     for grad, index in zip(grads, args[3:], strict=True):
         used = set(index.flatten().tolist())
         for expert in range(4):
@@ -216,7 +139,7 @@ def test_unused_expert_gradient_is_exactly_zero_per_kind(a_kind):
 
 
 def test_dropout_seed():
-    args, options = _case(features=64)
+    args, options = lora_case(features=64)
     run = lambda **drop: routed_lora(*args, **options, **drop)  # noqa: E731
     clean = run()
     assert torch.equal(run(dropout_p=0.0, seed=5), clean)
@@ -230,7 +153,7 @@ def test_dropout_seed():
 
 
 def test_no_draw_without_need():
-    args, options = _case()
+    args, options = lora_case()
     state = torch.get_rng_state()
     routed_lora(*args, **options)
     routed_lora(*args, **options, dropout_p=0.5, seed=1)
@@ -239,7 +162,7 @@ def test_no_draw_without_need():
 
 def test_dropout_keeps_the_mean():
     """Over many seeds the mean output is the output without dropout."""
-    args, options = _case(features=16, with_base=False)
+    args, options = lora_case(features=16, with_base=False)
     args = [t.detach() if t is not None else None for t in args]
     outs = torch.stack([routed_lora(*args, **options, dropout_p=0.5, seed=s) for s in range(400)])
     error = (outs.mean(0) - routed_lora(*args, **options)).abs() / (outs.std(0) / 400**0.5)
@@ -248,13 +171,13 @@ def test_dropout_keeps_the_mean():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_draws_the_same_mask(reentrant):
-    args, options = _case(features=32)
+    args, options = lora_case(features=32)
 
     def function(x):
         return routed_lora(x, *args[1:], **options, dropout_p=0.5)
 
     torch.manual_seed(2)
-    plain = _gradients(function(args[0]), args[:2])
+    plain = gradients(function(args[0]), args[:2])
     torch.manual_seed(2)
     out = torch.utils.checkpoint.checkpoint(function, args[0], use_reentrant=reentrant)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype)
@@ -267,9 +190,9 @@ def test_checkpointing_draws_the_same_mask(reentrant):
 @pytest.mark.parametrize("a_kind", INDEX_KINDS)
 def test_low_precision(dtype, a_kind):
     """The error against fp64 is at most a small multiple of what the plain PyTorch expression errs."""
-    args, options = _case(a_kind, "none", batch=4, tokens=16, features=64, rank=8, per_group=32, dtype=dtype)
+    args, options = lora_case(a_kind, "none", batch=4, tokens=16, features=64, rank=8, per_group=32, dtype=dtype)
     wide = [t.double() if t is not None and t.is_floating_point() else t for t in args]
-    exact = _oracle(*wide, **{**options, "base": options["base"].double()}, dropout_p=0.25, seed=4)
+    exact = per_token_lora(*wide, **{**options, "base": options["base"].double()}, dropout_p=0.25, seed=4)
     keep = keep_mask(torch.tensor(4), 64, 64, 0.25).view(4, 16, 64)
     factor = args[1][torch.zeros(4, 16, dtype=torch.int64) if args[3] is None else args[3]]
     factor = factor.unsqueeze(1).expand(-1, 16, -1, -1) if factor.dim() == 3 else factor  # [B, S, r, K]
@@ -284,113 +207,28 @@ def test_low_precision(dtype, a_kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("a_kind", INDEX_KINDS)
 def test_autocast(a_kind, dtype):
-    args, options = _case(a_kind, "sample", 2, dtype=torch.float32)
-    leaves = _leaves(args, options)
+    args, options = lora_case(a_kind, "sample", 2, dtype=torch.float32)
+    leaves = leaves_of(args, options)
     with torch.autocast("cpu", dtype):
         out = routed_lora(*args, **options, dropout_p=0.25, seed=4)
-    grads = _gradients(out, leaves)
+    grads = gradients(out, leaves)
     assert out.dtype == dtype
     assert all(g.dtype == torch.float32 for g in grads)
     cast = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in args]
     expected = routed_lora(*cast, **{**options, "base": options["base"].to(dtype)}, dropout_p=0.25, seed=4)
     assert torch.equal(out, expected)
-    for got, want in zip(grads, _gradients(expected, leaves), strict=True):
+    for got, want in zip(grads, gradients(expected, leaves), strict=True):
         assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("a_kind", INDEX_KINDS)
 def test_same_bits_twice(a_kind):
-    args, options = _case(a_kind, "sample", 2, dtype=torch.float32, batch=8, tokens=16, features=64)
+    args, options = lora_case(a_kind, "sample", 2, dtype=torch.float32, batch=8, tokens=16, features=64)
     runs = []
     for _ in range(2):
         out = routed_lora(*args, **options, dropout_p=0.25, seed=4)
-        runs.append((out, *_gradients(out, _leaves(args, options))))
+        runs.append((out, *gradients(out, leaves_of(args, options))))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("with_base", [True, False])
-@pytest.mark.parametrize(("a_kind", "b_kind"), [("none", "none"), ("sample", "none"), ("token", "sample")])
-def test_opcheck(a_kind, b_kind, with_base, groups):
-    args, options = _case(a_kind, b_kind, groups, with_base)
-    op = torch.ops.adamix_kernels.routed_lora.default
-    for p, seed in ((0.0, None), (0.3, torch.tensor(3))):
-        inputs = (
-            *args, options["base"], seed, 1.7, groups, list(options["output_offsets"]), p, "reference",
-        )  # fmt: skip
-        torch.library.opcheck(op, inputs)
-
-
-@pytest.mark.parametrize("need", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)])
-def test_opcheck_backward(need):
-    args, _ = _case("sample", "token", 2)
-    x, lora_a, lora_b, a_index, b_index = (t.detach() for t in args)
-    _, t = torch.ops.adamix_kernels.routed_lora(*(x, lora_a, lora_b, a_index, b_index), None, torch.tensor(3), 1.7, 2,
-                                                [0, 6], 0.3, "reference")  # fmt: skip
-    inputs = (torch.randn(3, 2, 9, dtype=x.dtype), x, t, lora_a, lora_b, a_index, b_index, torch.tensor(3), *need,
-              1.7, 2, [0, 6], 0.3, "reference")  # fmt: skip
-    torch.library.opcheck(
-        torch.ops.adamix_kernels.routed_lora_backward.default, inputs, test_utils=("test_schema", "test_faketensor")
-    )
-
-
-def _assert_compiled_equals_eager(compiled, function, make_case, batches):
-    for batch in batches:
-        args, options = make_case(batch)
-        leaves = _leaves(args, options)
-        torch.manual_seed(batch)
-        want = function(args, options)
-        want = (want, *_gradients(want, leaves))
-        torch.manual_seed(batch)
-        got = compiled(args, options)
-        got = (got, *_gradients(got, leaves))
-        for a, b in zip(got, want, strict=True):
-            assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("drop", [{}, dict(dropout_p=0.4, seed=7), dict(dropout_p=0.4)])
-@pytest.mark.parametrize("a_kind", INDEX_KINDS)
-def test_compile_dynamic_batch_compiles_once(a_kind, drop):
-    def function(args, options):
-        return routed_lora(*args, **options, **drop)
-
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        _assert_compiled_equals_eager(
-            compiled, function, lambda b: _case(a_kind, "sample", 2, batch=b, tokens=5, seed=b), (3, 4, 7)
-        )
-
-
-def test_compile_automatic_dynamic_batch_stops_compiling():
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def function(args, options):
-        return routed_lora(*args, **options, dropout_p=0.4)
-
-    compiled = torch.compile(function, fullgraph=True, backend=counter)
-    _assert_compiled_equals_eager(
-        compiled, function, lambda b: _case("sample", "none", batch=b, tokens=5, seed=b), (3, 4, 7, 9)
-    )
-    assert counter.frame_count == 2  # one static, then one for every batch
-
-
-def test_compile_inductor():
-    def function(args, options):
-        return routed_lora(*args, **options, dropout_p=0.4, seed=7)
-
-    compiled = torch.compile(function, fullgraph=True)
-    _assert_compiled_equals_eager(compiled, function, lambda b: _case("token", "sample", 2, batch=b, tokens=5), (3,))
-
-
-def test_compile_with_a_changing_seed_does_not_recompile_each_step():
-    counter = CompileCounterWithBackend("aot_eager")
-    args, options = _case()
-    compiled = torch.compile(
-        lambda seed: routed_lora(*args, **options, dropout_p=0.4, seed=seed), fullgraph=True, backend=counter
-    )
-    for step in range(2, 8):
-        assert torch.equal(compiled(step), routed_lora(*args, **options, dropout_p=0.4, seed=step))
-    assert counter.frame_count <= 2
 
 
 def _bad(name, error, **changes):
@@ -449,7 +287,7 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "error", "changes"), BAD)
 def test_bad_input_is_named(name, error, changes):
-    args, options = _case(groups=2, dtype=torch.float32)
+    args, options = lora_case(groups=2, dtype=torch.float32)
     names = ("x", "lora_a", "lora_b", "a_index", "b_index")
     args = [changes.get(n, a) for n, a in zip(names, args, strict=True)]
     options.update({k: v for k, v in changes.items() if k not in names})

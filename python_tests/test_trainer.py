@@ -401,10 +401,3 @@ def test_a_task_without_a_loss_is_named(tmp_path):
     model = adapted(tiny_bert(model_class=transformers.BertForQuestionAnswering))
     with pytest.raises(NotImplementedError, match="BertForQuestionAnswering"):
         trainer_for(model, tmp_path, dataset_for(tiny_bert())).train()
-
-
-def test_counting_targets_of_one_device_alone(tmp_path):
-    model = adapted(tiny_t5())
-    trainer = trainer_for(model, tmp_path, ragged(model), data_collator=pad, average_tokens_across_devices=False)
-    trainer.train()
-    assert trainer.state.log_history[0]["cross_entropy"] > 0

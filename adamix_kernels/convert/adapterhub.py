@@ -1,1 +1,121 @@
-def export_adapterhub(): ...
+"""export_adapterhub: an AdaMix adapter as a folder of AdapterHub's `adapters` library."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..models._files import make_folder, replace_file, write_json, write_safetensors
+from ..models.state import AdaMixState, adamix_state
+from ..models.targets import layer_number, model_type
+
+_FAMILIES = ("bert", "roberta")
+_PLACE = re.compile(r"(?:(?:bert|roberta)\.)?encoder\.layer\.\d+\.output\.dense")
+_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu", None: None}
+_FORMAT = "adapters.1.3.0"
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def export_adapterhub(model: nn.Module, directory: str | os.PathLike, name: str = "adamix") -> Path:
+    """Writes the merged adapter as a sequential bottleneck adapter of `adapters`; returns the folder.
+
+    Files: `adapter_config.json`; `pytorch_adapter.bin` and `adapter.safetensors`, the same tensors, under
+    `{bert|roberta}.encoder.layer.{i}.output.adapters.{name}.adapter_down.0.{weight,bias}` ([r, H], [r]) and
+    `.adapter_up.{weight,bias}` ([H, r], [H]); and the trained head as `head_config.json`,
+    `pytorch_model_head.bin` and `model_head.safetensors`. Load with `model.load_adapter(directory)`.
+
+    Args:
+        model: BERT or RoBERTa with adapters behind output.dense (adapt()'s default place), merged or not.
+        directory: made when missing. name: of the adapter there: letters, digits, "_" and "-".
+
+    Raises:
+        ValueError: `model` is not adapted, is adapted with LoRA (see export_peft), is of another family or
+            adapted in another place; `name` has other characters; `directory` is a file.
+
+    Source: SeqBnConfig and AdapterLoader of adapters 1.3.
+    """
+    state = adamix_state(model)
+    _check(model, state, name)
+    family = model_type(model)
+    outer = "" if state.paths[0].startswith(f"{family}.") else f"{family}."
+    tensors = {}
+    for path in state.paths:
+        stem = f"{outer}{path.removesuffix('.dense')}.adapters.{name}"
+        with torch.no_grad():
+            down_weight, down_bias, up_weight, up_bias = model.get_submodule(path).adapter.merged_banks()
+        tensors[f"{stem}.adapter_down.0.weight"], tensors[f"{stem}.adapter_down.0.bias"] = down_weight[0], down_bias[0]
+        tensors[f"{stem}.adapter_up.weight"], tensors[f"{stem}.adapter_up.bias"] = up_weight[0], up_bias[0]
+    heads = {
+        f"{path}.{key}": value for path in state.saved for key, value in model.get_submodule(path).state_dict().items()
+    }
+    folder = make_folder(directory)
+    _write_weights(folder, "pytorch_adapter.bin", "adapter.safetensors", tensors)
+    write_json(folder / "adapter_config.json", {**_facts(model, name), "config": _adapter_config(model, state)})
+    if heads:
+        _write_weights(folder, "pytorch_model_head.bin", "model_head.safetensors", heads)
+        labels = {"label2id": model.config.label2id, "num_labels": model.config.num_labels}
+        write_json(folder / "head_config.json", {**_facts(model, None), "config": None, **labels})
+    return folder
+
+
+def _check(model: nn.Module, state: AdaMixState, name: str) -> None:
+    if state.config.method != "adapter":
+        raise ValueError(f"model: got method {state.config.method!r}, expected 'adapter'; use export_peft for LoRA")
+    if model_type(model) not in _FAMILIES:
+        raise ValueError(f"model: got model_type {model_type(model)!r}, expected one of {', '.join(_FAMILIES)}")
+    for path in state.paths:
+        if not _PLACE.fullmatch(path):
+            raise ValueError(f"model: got an adapter at {path!r}, expected encoder.layer.N.output.dense only")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"name: got {name!r}, expected letters, digits, '_' and '-'")
+
+
+def _facts(model: nn.Module, name: str | None) -> dict:
+    return {
+        "model_type": model_type(model),
+        "hidden_size": model.config.hidden_size,
+        "model_name": getattr(model.config, "_name_or_path", None) or None,
+        "model_class": type(model).__name__,
+        "name": name,
+        "version": _FORMAT,
+    }
+
+
+def _adapter_config(model: nn.Module, state: AdaMixState) -> dict:
+    """SeqBnConfig's fields with AdaMix's placement: behind the dense layer, before the residual and LayerNorm."""
+    adapter = model.get_submodule(state.paths[0]).adapter
+    adapted = {layer_number(path) for path in state.paths}
+    return {
+        "mh_adapter": False,
+        "output_adapter": True,
+        # adapters rounds hidden_size // reduction_factor down: the next float below H / r gives exactly r.
+        "reduction_factor": math.nextafter(adapter.hidden_size / adapter.bottleneck, 0.0),
+        "non_linearity": _ACTIVATIONS[adapter.activation],
+        "original_ln_before": False,
+        "original_ln_after": True,
+        "ln_before": False,
+        "ln_after": False,
+        "residual_before_ln": True,
+        "adapter_residual_before_ln": False,
+        "is_parallel": False,
+        "scaling": 1.0,
+        "use_gating": False,
+        "inv_adapter": None,
+        "inv_adapter_reduction_factor": None,
+        "cross_adapter": False,
+        "leave_out": [i for i in range(model.config.num_hidden_layers) if i not in adapted],
+        "dropout": 0.0,
+        "init_weights": "bert",
+        "phm_layer": False,
+    }
+
+
+def _write_weights(folder: Path, pickled: str, safe: str, tensors: dict[str, torch.Tensor]) -> None:
+    ready = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    write_safetensors(folder / safe, ready)
+    replace_file(folder / pickled, lambda temporary: torch.save(ready, temporary))

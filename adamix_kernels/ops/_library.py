@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -10,10 +11,20 @@ _LIBRARY = torch.library.Library("adamix_kernels", "DEF")
 
 
 def define(schema: str, kernel: Callable, fake: Callable) -> torch._ops.OpOverload:
-    """Defines `adamix_kernels::<schema>`, with one kernel for every device and its fake."""
+    """Defines `adamix_kernels::<schema>`, with one kernel for every device and its fake.
+
+    The kernel runs outside autocast: api.py has cast its arguments, and a backward called inside an
+    autocast region must compute in the dtype its forward had.
+    """
+
+    @functools.wraps(kernel)
+    def outside_autocast(*args):
+        with torch._C._DisableAutocast():
+            return kernel(*args)
+
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, outside_autocast, "CompositeExplicitAutograd")
     torch.library.register_fake(f"adamix_kernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.adamix_kernels, name).default
 

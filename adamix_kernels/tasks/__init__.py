@@ -1,6 +1,6 @@
 """Real tasks for the demo and the command line: text data, encoders, and what a run was about."""
 
-from .batches import collator, tokenize
+from .batches import accuracy, collator, predict, tokenize
 from .encoders import DEFAULT_MODEL, Encoder, load_classifier, resolve_model
 from .run_file import Run, read_run, write_run
 from .text import EMBEDDED, TextClassification, TextSplit, load_text_classification
@@ -12,9 +12,11 @@ __all__ = [
     "Run",
     "TextClassification",
     "TextSplit",
+    "accuracy",
     "collator",
     "load_classifier",
     "load_text_classification",
+    "predict",
     "read_run",
     "resolve_model",
     "tokenize",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch import nn
 
 from .text import TextSplit
 
@@ -19,3 +23,28 @@ def collator(tokenizer: Any) -> Any:
     from transformers import DataCollatorWithPadding
 
     return DataCollatorWithPadding(tokenizer)
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, rows: list[dict[str, Any]], collate: Callable, batch_size: int = 64, progress: bool = False
+) -> torch.Tensor:
+    """Logits [rows, classes] in float32 on the CPU, in the rows' order; the model is left in evaluation mode."""
+    from tqdm.auto import tqdm
+
+    model.eval()
+    device = next(model.parameters()).device
+    # Longest first: batches of similar length need little padding.
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    logits = []
+    for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=not progress):
+        inputs = dict(collate([rows[i] for i in order[start : start + batch_size]]))
+        del inputs["labels"]
+        logits.append(model(**{k: v.to(device) for k, v in inputs.items()}).logits.float().cpu())
+    return torch.cat(logits)[torch.tensor(order).argsort()]
+
+
+def accuracy(logits: torch.Tensor, rows: list[dict[str, Any]]) -> float:
+    """Share of rows whose largest logit is their label's, in percent."""
+    labels = torch.tensor([row["labels"] for row in rows])
+    return 100 * (logits.argmax(-1) == labels).float().mean().item()

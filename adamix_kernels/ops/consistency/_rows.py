@@ -23,41 +23,37 @@ def inverse(count: torch.Tensor) -> torch.Tensor:
 def log_softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(log softmax [..., V], row maximum [...], log of the row's sum of exp(x - maximum) [...]), wide.
 
-    The two statistics stay apart: their sum would round away the second where logits are large.
+    At its maximum the log softmax is minus that log. The two statistics stay apart: their sum would
+    round away the second where logits are large.
     """
-    x = logits.to(wide_dtype(logits.dtype))
-    maximum = x.amax(-1, keepdim=True)
-    shifted = x - maximum
-    logsum = shifted.exp().sum(-1, keepdim=True).log_()
-    return shifted.sub_(logsum), maximum.squeeze(-1), logsum.squeeze(-1)
+    log_probs = torch.log_softmax(logits, -1, dtype=wide_dtype(logits.dtype))
+    return log_probs, logits.amax(-1).to(log_probs.dtype), log_probs.amax(-1).neg_()
 
 
 def restore(logits: torch.Tensor, maximum: torch.Tensor, logsum: torch.Tensor) -> torch.Tensor:
-    """The log softmax from its saved statistics, with the same bits."""
+    """The log softmax from its saved statistics."""
     return (logits.to(maximum.dtype) - maximum.unsqueeze(-1)).sub_(logsum.unsqueeze(-1))
 
 
-def divergence(log_p: torch.Tensor, log_q: torch.Tensor, need_means: bool):
+def divergence(log_p: torch.Tensor, log_q: torch.Tensor, p: torch.Tensor, q: torch.Tensor, need_means: bool):
     """J = 1/2 sum (p - q) d per row, and E_p[d], E_q[d] if needed.
 
     p - q and d have the same sign in every class, so nothing cancels.
     """
     d = _difference(log_p, log_q)
-    p, q = log_p.exp(), log_q.exp()
     means = ((p * d).sum(-1), (q * d).sum(-1)) if need_means else (None, None)
-    return p.sub_(q).mul_(d).sum(-1).mul_(0.5), *means
+    return (p - q).mul_(d).sum(-1).mul_(0.5), *means
 
 
-def divergence_grad(log_p, log_q, p, mean_p, mean_q, coefficient):
+def divergence_grad(log_p, log_q, p, q, mean_p, mean_q, coefficient):
     """coefficient * dJ/da and dJ/db: [..., V]; coefficient broadcasts to them. Without means the targets are constants.
 
     constant targets: 1/2 (p - q) and its opposite
     otherwise:        1/2 [p (d - E_p d) + p - q] and 1/2 [-q (d - E_q d) - (p - q)]
     """
-    q = log_q.exp()
     half = coefficient * 0.5
     if mean_p is None:
-        ga = q.neg_().add_(p).mul_(half)
+        ga = (p - q).mul_(half)
         return ga, ga.neg()
     d = _difference(log_p, log_q)
     gap = p - q

@@ -1,0 +1,108 @@
+"""What every Triton kernel here shares: where it may run, number formats, activations, launches."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# Fixed when the kernels are decorated, at import.
+INTERPRETING: bool = triton.knobs.runtime.interpret
+_INTERPRETING = tl.constexpr(INTERPRETING)
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def problem(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels cannot serve this device and dtype, or None; an op's `unsupported`."""
+    if dtype not in DTYPES:
+        return f"the Triton kernels compute in float16, bfloat16 and float32, not {dtype}"
+    if INTERPRETING:
+        return None
+    if device_type != "cuda":
+        return f"Triton compiles for GPUs, not for {device_type!r} (TRITON_INTERPRET=1 interprets kernels in tests)"
+    if torch.version.hip is not None:
+        return "the shipped configurations are for NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"no tensor cores in Triton below compute capability 8.0, this GPU has {major}.{minor}"
+    return None
+
+
+def capability(device: torch.device) -> int:
+    """10 * major + minor of a GPU; 0 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def precision(dtype: torch.dtype) -> str:
+    """tl.dot's input_precision: float32 follows PyTorch's TF32 flag, three TF32 products where it is off."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The dtype to cast to right after a load: the interpreter computes bfloat16 wrongly, so float32 there."""
+    return tl.float32 if INTERPRETING and dtype == torch.bfloat16 else DTYPES[dtype]
+
+
+def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **meta) -> None:
+    """kernel[grid](*args, **meta) on `device`; an empty grid launches nothing."""
+    if 0 in grid:
+        return
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **meta)
+    else:
+        kernel[grid](*args, **meta)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """float32 x rounded to DTYPE, to nearest even: the interpreter's own cast to bfloat16 truncates."""
+    if _INTERPRETING and DTYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """act(z), float32; ACTIVATION is "gelu", "gelu_tanh", "relu", "silu" or ""."""
+    if ACTIVATION == "gelu":
+        return 0.5 * z * (1.0 + tl.math.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # 1 + tanh(u) = 2 sigmoid(2u)
+        return z * sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    elif ACTIVATION == "relu":
+        # A NaN stays, as in PyTorch.
+        return tl.where(z <= 0, 0.0, z)
+    elif ACTIVATION == "silu":
+        return z * sigmoid(z)
+    else:
+        return z
+
+
+@triton.jit
+def activation_slope(z, ACTIVATION: tl.constexpr):
+    """d act(z) / dz, float32."""
+    if ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        return 0.5 * (1.0 + tl.math.erf(z * 0.7071067811865476)) + z * density
+    elif ACTIVATION == "gelu_tanh":
+        s = sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        return s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    elif ACTIVATION == "relu":
+        return tl.where(z <= 0, 0.0, 1.0)
+    elif ACTIVATION == "silu":
+        s = sigmoid(z)
+        return s + z * s * (1.0 - s)
+    else:
+        return z * 0.0 + 1.0

@@ -1,0 +1,50 @@
+"""The command line `adamix`: one subcommand a module of adamix_kernels.commands."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "fine-tune an encoder with AdaMix on a text-classification set",
+    "eval": "accuracy of a saved checkpoint",
+    "merge": "average a checkpoint's experts and save the result",
+    "export": "write a checkpoint in PEFT's or AdapterHub's format",
+    "bench": "run the benchmarks of the source tree",
+    "env": "versions, device, and which backend can run here and why",
+}
+_MODULES = {name: f"adamix_kernels.commands.{'evaluate' if name == 'eval' else name}" for name in COMMANDS}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand.
+
+    Returns 0 when it did its work; 2 after one line on stderr for wrong usage or wrong input (arguments,
+    files, data, models); bench passes on the benchmarks' own status.
+    """
+    parser = argparse.ArgumentParser(
+        prog="adamix",
+        description="AdaMix, mixture-of-adaptations fine-tuning.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="commands:\n"
+        + "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
+        + "\n\nadamix COMMAND --help shows a command's options.",
+    )
+    parser.add_argument("--traceback", action="store_true", help="on wrong input, show where it was found")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="the command's own")
+    args = parser.parse_args(argv)
+    try:
+        return importlib.import_module(_MODULES[args.command]).main(args.options)
+    except (ValueError, OSError, NotImplementedError, ModuleNotFoundError) as error:
+        if args.traceback:
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"adamix {args.command}: {lines[0]}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Subcommands of `adamix`: each module has main(argv) -> exit status."""

@@ -1,0 +1,28 @@
+"""adamix export: a checkpoint in PEFT's or AdapterHub's format."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ._checkpoint import add_checkpoint, open_checkpoint, quiet
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="adamix export",
+        description="Write the merged experts as a PEFT LoRA (method lora) or an AdapterHub adapter (method adapter).",
+    )
+    add_checkpoint(parser)
+    parser.add_argument("--format", choices=("peft", "adapterhub"), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the exported files")
+    args = parser.parse_args(argv)
+    quiet()
+    from .. import convert
+
+    model, _, _ = open_checkpoint(args)
+    write = convert.export_peft if args.format == "peft" else convert.export_adapterhub
+    write(model, args.out)
+    print(f"{args.format} files: {args.out}")
+    return 0

@@ -1,0 +1,136 @@
+"""adamix train: AdaMixTrainer on a text-classification set, with every flag of transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..models.config import AdaMixConfig
+from ..models.inject import adapt
+from ..tasks import (
+    DEFAULT_MODEL,
+    EMBEDDED,
+    Run,
+    collator,
+    load_classifier,
+    load_text_classification,
+    resolve_model,
+    tokenize,
+    write_run,
+)
+
+# Where they differ from TrainingArguments'; a flag or a JSON key overrides each.
+DEFAULTS = {
+    "output_dir": "adamix_out",
+    "learning_rate": 1e-3,
+    "weight_decay": 0.01,
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "logging_steps": 20,
+    "report_to": "none",
+}
+
+
+@dataclass
+class TrainOptions:
+    """Model, data and adaptation; see AdaMixConfig for the latter."""
+
+    model: str = field(default=DEFAULT_MODEL, metadata={"help": "hub id or folder of the encoder"})
+    data: str = field(
+        default=EMBEDDED, metadata={"help": "'remarks', a folder with train.tsv and dev.tsv, or a hub data set"}
+    )
+    max_tokens: int = field(default=128, metadata={"help": "longer texts are cut"})
+    max_train_rows: int = field(default=0, metadata={"help": "use the first N training rows only; 0 is all"})
+    max_eval_rows: int = field(default=0, metadata={"help": "use the first N dev rows only; 0 is all"})
+    method: str = field(default="adapter", metadata={"help": "adapter or lora"})
+    num_experts: int = field(default=4, metadata={"help": "M, the experts of a side that is not shared"})
+    bottleneck: int = field(default=16, metadata={"help": "adapter width"})
+    r: int = field(default=4, metadata={"help": "LoRA rank"})
+    alpha: float = field(default=32.0, metadata={"help": "LoRA scaling is alpha / r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "on the LoRA input"})
+    share: str = field(default="up", metadata={"help": "the shared side: up, down or none"})
+    routing: str = field(default="batch", metadata={"help": "experts drawn per batch, sample or token"})
+    consistency_weight: float = field(default=1.0, metadata={"help": "weight of the KL term; 0 is one pass"})
+    target_modules: str = field(
+        default="", metadata={"help": "regular expression of the layers to adapt; by the model's type when empty"}
+    )
+
+    def config(self) -> AdaMixConfig:
+        return AdaMixConfig(
+            method=self.method,
+            num_experts=self.num_experts,
+            bottleneck=self.bottleneck,
+            r=self.r,
+            alpha=self.alpha,
+            dropout=self.lora_dropout,
+            share=None if self.share.lower() == "none" else self.share,
+            routing=self.routing,
+            consistency_weight=self.consistency_weight,
+            target_modules=self.target_modules or None,
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    options, arguments = parse(argv)
+    import transformers
+
+    from ..models.trainer import AdaMixTrainer
+
+    config = options.config()
+    encoder = resolve_model(options.model)
+    task = load_text_classification(options.data)
+    transformers.set_seed(arguments.seed)
+    model, tokenizer = load_classifier(encoder, task.label_names)
+    adapt(model, config)
+    trainer = AdaMixTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=tokenize(task.train.head(options.max_train_rows or None), tokenizer, options.max_tokens),
+        eval_dataset=tokenize(task.dev.head(options.max_eval_rows or None), tokenizer, options.max_tokens),
+        data_collator=collator(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=_accuracy,
+    )
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_metrics("eval", metrics)
+    if trainer.is_world_process_zero():
+        write_run(arguments.output_dir, Run(options.model, options.data, task.label_names, options.max_tokens))
+        print(f"dev accuracy {100 * metrics['eval_accuracy']:.2f} % (merged); checkpoint: {arguments.output_dir}")
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[TrainOptions, Any]:
+    """(TrainOptions, TrainingArguments) from flags, or from the one JSON file that argv names.
+
+    Raises ValueError for a JSON file that is not an object, or has a key that is no option.
+    """
+    from transformers import HfArgumentParser, TrainingArguments
+
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        values = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{argv[0]}: got a JSON {type(values).__name__}, expected an object of options")
+        if "out" in values:
+            values["output_dir"] = values.pop("out")
+        return HfArgumentParser((TrainOptions, TrainingArguments)).parse_dict({**DEFAULTS, **values})
+    parser = HfArgumentParser(
+        (TrainOptions, TrainingArguments),
+        prog="adamix train",
+        description="Fine-tune an encoder with AdaMix. Instead of flags, one JSON file of them may be given.",
+    )
+    parser.add_argument("--out", dest="output_dir", help="the same as --output-dir")
+    parser.set_defaults(**DEFAULTS)
+    return parser.parse_args_into_dataclasses(list(argv))
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}

@@ -1,0 +1,128 @@
+"""The check behind the step benchmark: AdaMix computes what the published way computes with the same experts."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .contenders import ADAMIX, ORIGINAL, Inputs, Workload, build, doubled_loss, trainable_outside
+from .original import original_loss
+
+logger = logging.getLogger(__name__)
+
+DRAWS = 3
+
+
+def agreement_problem(base: nn.Module, workload: Workload) -> str | None:
+    """What is wrong, or None: loss and every gradient of the AdaMix step against the published way.
+
+    The AdaMix step runs as it is timed, its draws are recorded and replayed in the published way; dropout
+    off, float32, at most 4 x 16 tokens, three draws. The published way in float64 is the truth; the AdaMix
+    step may err at most 4 times what the published way errs in float32.
+    """
+    small = Workload(**{**vars(workload), "batch": min(4, workload.batch), "tokens": min(16, workload.tokens)})
+    base = copy.deepcopy(base)
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    ours = build(ADAMIX, base, small).model
+    published = build(ORIGINAL, base, small).model
+    _make_passes_differ(ours)
+    _copy_trained(ours, published)
+    truth = copy.deepcopy(published).double()
+    (inputs, labels), = small.batches(base.config.vocab_size, 1)  # fmt: skip
+    for _ in range(DRAWS):
+        with _RecordDraws() as recorded:
+            found = _our_gradients(ours, inputs, labels)
+        drawn = [index.flatten().tolist() for index in recorded.draws]
+        if [len(experts) for experts in drawn] != [2] * len(ours.adamix.paths):
+            return f"drew experts {drawn}, expected one for each pass in each of {len(ours.adamix.paths)} layers"
+        experts = ([first for first, _ in drawn], [second for _, second in drawn])
+        right = _published_gradients(truth, inputs, labels, experts, ours)
+        floor = torch.finfo(torch.float32).eps
+        allowed = 4 * max(_error(_published_gradients(published, inputs, labels, experts, ours), right), floor)
+        error = _error(found, right)
+        logger.info("experts %s: error %.2e, allowed %.2e", drawn, error, allowed)
+        if not error <= allowed:
+            return f"with experts {drawn} the loss or a gradient errs by {error:.2e} of its size, allowed {allowed:.2e}"
+    return None
+
+
+class _RecordDraws(TorchFunctionMode):
+    """Keeps what torch.randint returned inside the context."""
+
+    def __init__(self):
+        super().__init__()
+        self.draws: list[torch.Tensor] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.randint:
+            self.draws.append(out)
+        return out
+
+
+def _make_passes_differ(model: nn.Module) -> None:
+    """Weights at the scale of their inputs: fresh experts are too alike for a missing consistency loss to show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+
+
+def _copy_trained(ours: nn.Module, published: nn.Module) -> None:
+    with torch.no_grad():
+        for name in trainable_outside(ours):
+            published.get_parameter(name).copy_(ours.get_parameter(name))
+        for path in ours.adamix.paths:
+            adapter = ours.get_submodule(path).adapter
+            for side in ("down", "up"):
+                for m, expert in enumerate(getattr(published.get_submodule(path), side).experts):
+                    expert.weight.copy_(getattr(adapter, f"{side}_weight")[m])
+                    expert.bias.copy_(getattr(adapter, f"{side}_bias")[m])
+
+
+def _our_gradients(model: nn.Module, inputs: Inputs, labels: torch.Tensor) -> Inputs:
+    model.zero_grad()
+    loss = doubled_loss(model, inputs, labels)
+    loss.backward()
+    found = {name: model.get_parameter(name).grad for name in trainable_outside(model)}
+    for path in model.adamix.paths:
+        adapter = model.get_submodule(path).adapter
+        for bank in ("down_weight", "down_bias", "up_weight", "up_bias"):
+            found[f"{path}.{bank}"] = getattr(adapter, bank).grad
+    return {"loss": loss.detach(), **found}
+
+
+def _published_gradients(
+    model: nn.Module, inputs: Inputs, labels: torch.Tensor, experts: tuple[list[int], list[int]], ours: nn.Module
+) -> Inputs:
+    """Under the names of `_our_gradients`: experts stacked, zeros for one that was not used."""
+    model.zero_grad()
+    loss = original_loss(model, inputs, labels, experts)
+    loss.backward()
+    found = {name: model.get_parameter(name).grad for name in trainable_outside(ours)}
+    for path in ours.adamix.paths:
+        for side in ("down", "up"):
+            for kind in ("weight", "bias"):
+                bank = [getattr(e, kind) for e in getattr(model.get_submodule(path), side).experts]
+                found[f"{path}.{side}_{kind}"] = torch.stack(
+                    [torch.zeros_like(p) if p.grad is None else p.grad for p in bank]
+                )
+    return {"loss": loss.detach(), **found}
+
+
+def _error(found: Inputs, right: Inputs) -> float:
+    """Largest error of any tensor, relative to that tensor's largest entry; inf where one is missing."""
+    errors = []
+    for name, truth in right.items():
+        value = found[name]
+        if value is None or not value.isfinite().all():
+            return float("inf")
+        scale = truth.abs().max().clamp_min(torch.finfo(truth.dtype).tiny)
+        errors.append(((value.double() - truth).abs().max() / scale).item())
+    return max(errors)

@@ -1,0 +1,128 @@
+"""export_peft: PEFT itself loads the folder and computes the same."""
+
+import json
+
+import peft
+import pytest
+import tiny
+import torch
+
+from adamix_kernels.convert import export_peft
+from adamix_kernels.models.checkpoint import load_adamix, save_adamix
+from adamix_kernels.models.config import AdaMixConfig
+from adamix_kernels.models.contexts import use_experts
+from adamix_kernels.models.inject import adapt
+from adamix_kernels.models.merging import merge
+
+MODELS = {"bert": tiny.tiny_bert, "gpt2": tiny.tiny_gpt2, "llama": tiny.tiny_llama, "t5": tiny.tiny_t5}
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def adapted(kind, **options):
+    model = adapt(MODELS[kind](), AdaMixConfig(**{**dict(method="lora", num_experts=3, r=2, alpha=6.0), **options}))
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad or name.endswith("_score"):
+                parameter.copy_(torch.randn_like(parameter) * 0.5)
+    return model
+
+
+def logits(model, kind):
+    with torch.no_grad():
+        return model(**tiny.batch_for(MODELS[kind]())).logits
+
+
+def loaded(kind, folder):
+    return peft.PeftModel.from_pretrained(MODELS[kind](), folder).eval()
+
+
+@pytest.mark.parametrize("share", ["up", "down", None])
+@pytest.mark.parametrize("kind", MODELS)
+def test_peft_computes_the_merged_model(kind, share, tmp_path):
+    model = adapted(kind, share=share)
+    want = logits(model, kind)
+    assert not torch.allclose(want, logits(MODELS[kind](), kind), atol=1e-2)
+    export_peft(model, tmp_path)
+    other = loaded(kind, tmp_path)
+    torch.testing.assert_close(logits(other, kind), want, **CLOSE)
+    torch.testing.assert_close(logits(other.merge_and_unload(safe_merge=True), kind), want, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_merged_model_exports_the_same_bits(kind, tmp_path):
+    model = adapted(kind)
+    export_peft(model, tmp_path / "unmerged")
+    export_peft(merge(model), tmp_path / "merged")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "unmerged" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("expert", [0, 2])
+def test_one_expert(kind, expert, tmp_path):
+    model = adapted(kind)
+    with torch.no_grad(), use_experts(model, expert):
+        want = model(**tiny.batch_for(MODELS[kind]())).logits
+    export_peft(model, tmp_path, expert=expert)
+    torch.testing.assert_close(logits(loaded(kind, tmp_path), kind), want, **CLOSE)
+    assert not torch.allclose(want, logits(model, kind), atol=1e-3)
+
+
+def test_gpt2_folder_is_an_ordinary_lora(tmp_path):
+    from safetensors.torch import load_file
+
+    export_peft(adapted("gpt2"), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["fan_in_fan_out"]) == (4, 12.0, True)
+    assert (config["target_modules"], config["task_type"], config["peft_type"]) == (["c_attn"], "CAUSAL_LM", "LORA")
+    tensors, hidden = load_file(tmp_path / "adapter_model.safetensors"), tiny.HIDDEN
+    assert set(tensors) == {
+        f"base_model.model.transformer.h.{i}.attn.c_attn.lora_{side}.weight"
+        for i in range(tiny.LAYERS)
+        for side in "AB"
+    }
+    lora_b = tensors["base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"]
+    assert lora_b.shape == (3 * hidden, 4)
+    for rows, columns in ((slice(0, hidden), slice(2, 4)), (slice(2 * hidden, None), slice(0, 2))):
+        assert torch.count_nonzero(lora_b[rows, columns]) == 0
+    assert torch.count_nonzero(lora_b[hidden : 2 * hidden]) == 0
+
+
+def test_the_head_travels(tmp_path):
+    model = adapted("bert")
+    export_peft(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+    other = loaded("bert", tmp_path).merge_and_unload()
+    assert torch.equal(other.classifier.weight, model.classifier.weight)
+
+
+def test_only_some_layers(tmp_path):
+    model = adapted("bert", layers_to_transform=[1])
+    export_peft(model, tmp_path)
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert all("layer.1." in name for name in targets)
+    torch.testing.assert_close(logits(loaded("bert", tmp_path), "bert"), logits(model, "bert"), **CLOSE)
+
+
+def test_layers_of_different_rank(tmp_path):
+    model = adapted("gpt2", target_modules=["c_attn", "mlp.c_fc"])
+    export_peft(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert set(config["rank_pattern"].values()) == {2}
+    torch.testing.assert_close(logits(loaded("gpt2", tmp_path), "gpt2"), logits(model, "gpt2"), **CLOSE)
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    folder = tmp_path / "out"
+    with pytest.raises(ValueError, match="got method 'adapter', expected 'lora'"):
+        export_peft(adapt(tiny.tiny_bert(), AdaMixConfig()), folder)
+    with pytest.raises(ValueError, match="without AdaMix"):
+        export_peft(tiny.tiny_bert(), folder)
+    for expert in (3, -1):
+        with pytest.raises(ValueError, match=f"expert: got {expert}"):
+            export_peft(adapted("bert"), folder, expert=expert)
+    save_adamix(merge(adapted("bert")), tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match="without factors"):
+        export_peft(load_adamix(tiny.tiny_bert(), tmp_path / "checkpoint"), folder)
+    assert not folder.exists()

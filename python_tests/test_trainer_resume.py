@@ -1,0 +1,149 @@
+"""AdaMixTrainer's checkpoints: contents, resume, best model, rotation."""
+
+import copy
+import os
+
+import pytest
+import torch
+from tiny import batch_for, tiny_bert, tiny_gpt2, tiny_t5
+from transformers import Trainer, TrainingArguments, set_seed
+
+from adamix_kernels import AdaMixConfig, AdaMixTrainer, adapt, load_adamix
+
+BASES = {"bert": lambda: tiny_bert(3, dropout=0.1), "gpt2": lambda: tiny_gpt2(dropout=0.1), "t5": tiny_t5}
+
+
+def arguments(folder, **options):
+    defaults = {
+        "max_steps": 6,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+    }
+    return TrainingArguments(str(folder), **{**defaults, **options})
+
+
+def data_for(model, rows=10):
+    batch = batch_for(model, rows, 6)
+    return [{name: value[i] for name, value in batch.items()} for i in range(rows)]
+
+
+def adapted(base, **options):
+    set_seed(4)
+    return adapt(base, AdaMixConfig(**{"bottleneck": 4, "num_experts": 3, **options}))
+
+
+def trained_parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def losses(trainer):
+    names = ("loss", "cross_entropy", "consistency", "grad_norm")
+    return {e["step"]: [e[n] for n in names] for e in trainer.state.log_history if "loss" in e}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("bert", {}), ("bert", {"routing": "token"}), ("gpt2", {"method": "lora", "dropout": 0.2}), ("t5", {})],
+)
+def test_resuming_gives_the_uninterrupted_curve(name, options, accumulation, tmp_path):
+    base = BASES[name]()
+    settings = {"gradient_accumulation_steps": accumulation}
+    whole = adapted(copy.deepcopy(base), **options)
+    uninterrupted = AdaMixTrainer(whole, arguments(tmp_path, **settings), train_dataset=data_for(whole))
+    uninterrupted.train()
+
+    model = adapted(copy.deepcopy(base), **options)
+    torch.manual_seed(99)
+    resumed = AdaMixTrainer(model, arguments(tmp_path / "resumed", **settings), train_dataset=data_for(model))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    wanted, got = losses(uninterrupted), losses(resumed)
+    assert sorted(got) == sorted(wanted) == [1, 2, 3, 4, 5, 6]
+    assert got == wanted
+    for name, value in trained_parameters(whole).items():
+        assert torch.equal(model.get_parameter(name), value), name
+
+
+def test_a_checkpoint_holds_no_frozen_weights(tmp_path):
+    model = adapted(tiny_bert(3))
+    trainer = AdaMixTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=data_for(model))
+    trainer.train()
+    files = set(os.listdir(tmp_path / "checkpoint-2"))
+    tensors = {f for f in files if f.startswith("adamix-") and f.endswith(".safetensors")}
+    assert len(tensors) == 1
+    assert files - tensors == {
+        "adamix_checkpoint.json", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt",
+        "rng_state.pth",
+    }  # fmt: skip
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = (tmp_path / "checkpoint-2" / tensors.pop()).stat().st_size
+    assert size < 4 * trainable + 8192
+    restored = load_adamix(tiny_bert(3), tmp_path / "checkpoint-2")
+    for name, value in trained_parameters(model).items():
+        assert torch.equal(restored.get_parameter(name), value), name
+
+
+class Tokenizer:
+    def save_pretrained(self, folder):
+        with open(os.path.join(folder, "tokenizer.txt"), "w") as file:
+            file.write("saved")
+
+
+def test_the_tokenizer_is_saved_beside_it(tmp_path):
+    model = adapted(tiny_bert(3))
+    trainer = AdaMixTrainer(
+        model, arguments(tmp_path), train_dataset=data_for(model), processing_class=Tokenizer(), data_collator=list
+    )
+    trainer.save_model(str(tmp_path / "final"))
+    assert (tmp_path / "final" / "tokenizer.txt").read_text() == "saved"
+    assert (tmp_path / "final" / "adamix_checkpoint.json").is_file()
+
+
+def test_best_model_and_rotation(tmp_path):
+    model = adapted(tiny_bert(3))
+    scores = iter([0.1, 0.9, 0.4, 0.3])
+    kept = {}
+
+    class Keeper(AdaMixTrainer):
+        def _save_checkpoint(self, *args, **kwargs):
+            kept[self.state.global_step] = trained_parameters(self.model)
+            return super()._save_checkpoint(*args, **kwargs)
+
+    trainer = Keeper(
+        model,
+        arguments(
+            tmp_path,
+            max_steps=4,
+            save_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="score",
+        ),
+        train_dataset=data_for(model),
+        eval_dataset=data_for(model, 2),
+        compute_metrics=lambda _: {"score": next(scores)},
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert {f for f in os.listdir(tmp_path) if f.startswith("checkpoint")} == {"checkpoint-2", "checkpoint-4"}
+    for name, value in kept[2].items():
+        assert torch.equal(model.get_parameter(name), value), name
+    assert any(not torch.equal(kept[4][n], kept[2][n]) for n in kept[2])
+
+
+def test_a_foreign_checkpoint_is_refused_and_changes_nothing(tmp_path):
+    model = adapted(tiny_bert(3))
+    trainer = AdaMixTrainer(model, arguments(tmp_path), train_dataset=data_for(model))
+    bare = tiny_bert(3)
+    Trainer(bare, arguments(tmp_path, max_steps=1, save_steps=1), train_dataset=data_for(bare)).train()
+    before = trained_parameters(model)
+    with pytest.raises(ValueError, match=r"adamix_checkpoint\.json"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
