@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 
 from ._backends import BackendState, BackendUnavailableError, backends
+from ._version import __version__
 from .functional import (
     AdaMixLossOutput,
     adamix_loss,
@@ -18,8 +19,6 @@ from .functional import (
     routed_adapter,
     routed_lora,
 )
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "AdaMixLoss": "modules",
@@ -47,6 +46,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "__version__",
     "AdaMixLossOutput",
     "BackendState",
     "BackendUnavailableError",

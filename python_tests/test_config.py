@@ -39,7 +39,7 @@ def test_a_bad_value_names_its_field(field, value):
 def test_a_foreign_file_is_refused_by_name(tmp_path):
     path = tmp_path / "adamix_config.json"
     path.write_text("{nonsense")
-    with pytest.raises(ValueError, match="adamix_config.json: got a file that is not JSON"):
+    with pytest.raises(ValueError, match=r"adamix_config\.json: got a file that is not JSON"):
         AdaMixConfig.load(path)
     path.write_text('{"version": 1, "colour": 3}')
     with pytest.raises(ValueError, match=r"config: got unknown keys \['colour'\]"):

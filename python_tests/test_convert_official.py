@@ -275,7 +275,7 @@ def test_other_files_are_refused(content, message, tmp_path):
 
 def test_unreadable_files_are_refused(tmp_path):
     refused(tiny.tiny_bert(), tmp_path / "none.bin", "which is no file")
-    (tmp_path / "raw.bin").write_bytes(pickle.dumps(Malicious()))
+    (tmp_path / "raw.bin").write_bytes(pickle.dumps(Malicious(), protocol=2))
     refused(tiny.tiny_bert(), tmp_path / "raw.bin", "refused|cannot read")
     path = write(files.nlu_state("bert", L, H, R), tmp_path)
     path.write_bytes(path.read_bytes()[:-100])

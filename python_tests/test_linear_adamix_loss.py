@@ -180,8 +180,8 @@ def test_float16_gradients_survive_many_rows_under_a_loss_scale():
 
 
 def test_float16_gradients_of_many_equal_rows_and_a_large_weight_do_not_overflow():
-    hidden = (torch.ones(2, 4096, 4) * 8 + torch.tensor([0.0, 0.5]).view(2, 1, 1)).half().requires_grad_()
-    head = torch.tensor([[0.0] * 4, [0.5] * 4, [1.0, 0, 0, 0]], dtype=torch.float16, requires_grad=True)
+    hidden = (torch.ones(2, 4096, 4) * 64 + torch.tensor([0.0, 8.0]).view(2, 1, 1)).half().requires_grad_()
+    head = torch.tensor([[0.0] * 4, [1 / 64] * 4, [1 / 32, 0, 0, 0]], dtype=torch.float16, requires_grad=True)
     labels = torch.zeros(1, 4096, dtype=torch.long)
     labels[:, 1:] = -100
     everything = torch.ones(1, 4096, dtype=torch.bool)

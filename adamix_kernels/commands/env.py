@@ -51,7 +51,7 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         if package == "adamix_kernels":
-            from .. import __version__
+            from .._version import __version__
 
             return __version__
         return None

@@ -9,11 +9,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..models.checkpoint import planned_layers
 from ..models.config import AdaMixConfig
-from ..models.inject import adapt
+from ..models.inject import adapt, build_layers
 from ..models.state import adamix_state
 from ..models.targets import model_type
+from ..routing import Router
 from ._official_format import OfficialFacts, Slot, adapter_slots, is_added, lora_slots, read_facts, read_official
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def load_official(
     config = _config(facts, alpha)
     bare = getattr(model, "adamix", None) is None
     if bare:
-        layers = planned_layers(model, config)
+        layers = build_layers(model, config, Router())
     else:
         _check_adapted(model, config)
         layers = {p: model.get_submodule(p) for p in adamix_state(model).paths}

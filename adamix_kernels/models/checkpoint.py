@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import os
@@ -11,14 +10,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .._version import __version__
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..modules.lora import linear_sizes
 from ..routing import Router
 from ._files import make_folder, sha256, write_json, write_safetensors_by_digest
 from .config import AdaMixConfig
-from .inject import _adapted_layer, _lora_layer, adapt
+from .inject import adapt, build_layers
 from .state import AdaMixState, adamix_state, replace_module
-from .targets import model_type, saved_modules, target_layers
+from .targets import model_type, saved_modules
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def save_adamix(model: nn.Module, directory: str | os.PathLike) -> Path:
         folder / CHECKPOINT_NAME,
         {
             "version": CHECKPOINT_VERSION,
-            "package_version": _package_version(),
+            "package_version": __version__,
             "config": state.config.to_dict(),
             "merged": state.merged,
             "base_model": _base_facts(model),
@@ -97,7 +97,10 @@ def load_adamix(model: nn.Module, directory: str | os.PathLike, *, backend: str 
             f"model: got an adapted model ({_word(adamix_state(model).merged)}) for a checkpoint that is "
             f"{_word(merged)}, expected both unmerged, or a bare model"
         )
-    layers = planned_layers(model, config) if bare else {p: model.get_submodule(p) for p in adamix_state(model).paths}
+    if bare:
+        layers = build_layers(model, config, Router())
+    else:
+        layers = {path: model.get_submodule(path) for path in adamix_state(model).paths}
     if merged:
         layers = {path: _merged_layer(layer) for path, layer in layers.items()}
     saved = [p for p, _ in saved_modules(model, config.modules_to_save)] if bare else adamix_state(model).saved
@@ -145,19 +148,6 @@ def _structure(layer: nn.Module) -> dict:
     return json.loads(json.dumps(facts))
 
 
-def planned_layers(model: nn.Module, config: AdaMixConfig) -> dict[str, nn.Module]:
-    """The layers adapt(model, config) would put in, built beside the model, which keeps its flags."""
-    build = _adapted_layer if config.method == "adapter" else _lora_layer
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        return {
-            path: build(model, layer, config, Router(), "auto") for path, layer in target_layers(model, config).items()
-        }
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
 def _merged_layer(layer: nn.Module) -> nn.Module:
     if isinstance(layer, AdaptedLayer):
         return AdaptedLayer(layer.base, layer.adapter.merged())
@@ -187,13 +177,6 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], trainable: set[str
         target.copy_(tensors[name])
         if target.is_floating_point():
             target.requires_grad_(name in trainable)
-
-
-def _package_version() -> str:
-    try:
-        return importlib.metadata.version("adamix_kernels")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _base_facts(model: nn.Module) -> dict:

@@ -36,11 +36,9 @@ def adapt(model: nn.Module, config: AdaMixConfig | None = None, *, backend: str 
     config = AdaMixConfig() if config is None else config
     if getattr(model, "adamix", None) is not None:
         raise ValueError(f"model: got a {type(model).__name__} that is adapted already, expected a bare one")
-    targets = target_layers(model, config)
     saved = saved_modules(model, config.modules_to_save)
     router = Router(config.routing, config.passes)
-    build = _adapted_layer if config.method == "adapter" else _lora_layer
-    routed = {path: build(model, layer, config, router, backend) for path, layer in targets.items()}
+    routed = build_layers(model, config, router, backend)
 
     model.requires_grad_(False)
     for path, layer in routed.items():
@@ -51,6 +49,21 @@ def adapt(model: nn.Module, config: AdaMixConfig | None = None, *, backend: str 
     model.adamix = AdaMixState(config, router, list(routed), [path for path, _ in saved])
     install_guards(model)
     return model
+
+
+def build_layers(
+    model: nn.Module, config: AdaMixConfig, router: Router, backend: str = "auto"
+) -> dict[str, AdaptedLayer | RoutedLoRALinear]:
+    """path -> the layer that adapt() puts there, built beside `model`, which stays as it is."""
+    build = _adapted_layer if config.method == "adapter" else _lora_layer
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        return {
+            path: build(model, layer, config, router, backend) for path, layer in target_layers(model, config).items()
+        }
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _adapted_layer(model, layer, config: AdaMixConfig, router: Router, backend: str) -> AdaptedLayer:

@@ -73,7 +73,7 @@ class AdaMixTrainerMixin:
             )
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
-        objective = self._objective()
+        objective = Objective(self.model)
         if labels is None:
             raise ValueError(f"inputs: got {sorted(inputs)}, expected `labels` among them")
         batch = find_batch_size(labels)
@@ -112,7 +112,8 @@ class AdaMixTrainerMixin:
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         if self._counts_targets and batch_samples and all("labels" in batch for batch in batch_samples):
-            rows = [self._objective().targets(batch["labels"]) for batch in batch_samples]
+            objective = Objective(self.model)
+            rows = [objective.targets(batch["labels"]) for batch in batch_samples]
             batch_samples = [{"labels": r, "shift_labels": r} for r in rows]
         return super()._get_num_items_in_batch(batch_samples, device)
 
@@ -140,7 +141,9 @@ class AdaMixTrainerMixin:
         os.makedirs(output_dir, exist_ok=True)
         logger.info("Saving AdaMix checkpoint to %s", output_dir)
         save_adamix(self.model, output_dir)
-        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        tokenizer = self.processing_class
+        if tokenizer is None:
+            tokenizer = getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
@@ -161,9 +164,6 @@ class AdaMixTrainerMixin:
         if state.router.passes not in (1, 2):
             raise ValueError(f"router.passes: got {state.router.passes}, expected 1 or 2")
         return state.router.passes
-
-    def _objective(self) -> Objective:
-        return Objective(self.model)
 
     @contextlib.contextmanager
     def _own_normalisation(self) -> Iterator[None]:

@@ -134,8 +134,10 @@ def _is_float(value: str) -> bool:
 
 
 def _hub_tables(source: str) -> list[Table | None]:
-    if Path(source).is_dir() and not any(Path(source).iterdir()):
-        raise FileNotFoundError(f"{source}: the folder is empty, expected train.tsv and dev.tsv, or data files")
+    # A hub name is "name" or "owner/name"; asking the hub for a mistyped path would take it half a minute.
+    looks_local = source.startswith((".", "/", "~", "\\")) or source.count("/") > 1
+    if looks_local and not Path(source).exists():
+        raise FileNotFoundError(f"data: {source!r}: no such folder")
     try:
         import datasets
     except ModuleNotFoundError as error:

@@ -1,0 +1,168 @@
+"""The command line, in this process; once as a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny_text
+
+from adamix_kernels import cli, commands, load_adamix, tasks
+from adamix_kernels.commands import bench, train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with encoder, data and the checkpoint out of five training steps."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_text.write_encoder(folder / "encoder")
+    tiny_text.write_data(folder / "data")
+    arguments = ["--model", str(folder / "encoder"), "--data", str(folder / "data"), "--out", str(folder / "out")]
+    arguments += ["--max-steps", "5", "--use-cpu", "--per-device-train-batch-size", "4", "--disable-tqdm", "true"]
+    assert cli.main(["train", *arguments]) == 0
+    return folder
+
+
+def test_train_writes_a_checkpoint_and_its_metrics(trained):
+    names = {p.name for p in (trained / "out").iterdir()}
+    assert {"adamix_checkpoint.json", "adamix_run.json", "eval_results.json", "tokenizer_config.json"} <= names
+    assert tasks.read_run(trained / "out").label_names == ["down", "up"]
+    assert 0 <= json.loads((trained / "out" / "eval_results.json").read_text())["eval_accuracy"] <= 1
+
+
+def test_eval_repeats_the_accuracy_of_training(trained, capsys):
+    assert cli.main(["eval", str(trained / "out"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    stored = json.loads((trained / "out" / "eval_results.json").read_text())["eval_accuracy"]
+    assert result["accuracy"] == pytest.approx(100 * stored)
+    assert (result["rows"], result["split"], result["routing"]) == (6, "dev", "merged")
+
+
+def test_eval_routes_at_random_when_asked(trained, capsys):
+    assert cli.main(["eval", str(trained / "out"), "--routing", "sample", "--split", "train", "--max-rows", "5"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("accuracy ")
+    assert "on 5 train texts" in out
+    assert out.endswith("(sample)\n")
+
+
+def test_merge_writes_a_plain_adapter_of_the_same_accuracy(trained, capsys):
+    assert cli.main(["merge", str(trained / "out"), "--out", str(trained / "merged")]) == 0
+    run = tasks.read_run(trained / "merged")
+    model, _ = tasks.load_classifier(tasks.resolve_model(run.model), run.label_names)
+    load_adamix(model, trained / "merged")
+    assert model.adamix.merged
+    capsys.readouterr()
+    results = []
+    for name in ("out", "merged"):
+        assert cli.main(["eval", str(trained / name), "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out)["accuracy"])
+    assert results[0] == results[1]
+
+
+def test_merge_refuses_to_overwrite_the_experts(trained, capsys):
+    assert cli.main(["merge", str(trained / "out"), "--out", str(trained / "out")]) == 2
+    assert "would lose its experts" in capsys.readouterr().err
+
+
+def test_export_writes_adapterhub_files(trained, capsys):
+    target = trained / "adapterhub"
+    assert cli.main(["export", str(trained / "out"), "--format", "adapterhub", "--out", str(target)]) == 0
+    assert (target / "adapter_config.json").is_file()
+
+
+def test_train_lora_and_export_peft(trained, tmp_path):
+    arguments = ["--model", str(trained / "encoder"), "--data", str(trained / "data"), "--method", "lora"]
+    arguments += ["--out", str(tmp_path / "lora"), "--max-steps", "2", "--use-cpu", "--disable-tqdm", "true"]
+    assert cli.main(["train", *arguments]) == 0
+    assert cli.main(["export", str(tmp_path / "lora"), "--format", "peft", "--out", str(tmp_path / "peft")]) == 0
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_train_reads_a_json_file(tmp_path):
+    path = tmp_path / "options.json"
+    path.write_text(json.dumps({"data": "d", "num_experts": 8, "share": "none", "out": "o", "max_steps": 7}))
+    options, arguments = train.parse([str(path)])
+    assert (options.data, options.config().num_experts, options.config().share) == ("d", 8, None)
+    assert (arguments.output_dir, arguments.max_steps, arguments.learning_rate) == ("o", 7, 1e-3)
+    path.write_text(json.dumps({"data": "d", "no_such_option": 1}))
+    with pytest.raises(ValueError, match="no_such_option"):
+        train.parse([str(path)])
+
+
+def test_flags_and_json_share_their_defaults(tmp_path):
+    path = tmp_path / "options.json"
+    path.write_text("{}")
+    from_json, from_flags = train.parse([str(path)]), train.parse([])
+    assert from_json[0] == from_flags[0]
+    for name in train.DEFAULTS:
+        assert getattr(from_json[1], name) == getattr(from_flags[1], name)
+
+
+def test_env_names_versions_and_reasons(capsys):
+    assert cli.main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert "transformers" in out
+    assert "backend reference usable: runs on any device" in out
+    assert cli.main(["env", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert set(facts["backends"]) == {"reference", "triton", "cuda"}
+    assert all(state["reason"] for state in facts["backends"].values())
+
+
+def test_bench_hands_its_arguments_and_status_on(monkeypatch):
+    seen = []
+
+    def run(command, cwd):
+        seen.append((command[1:], cwd))
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    assert cli.main(["bench", "step", "--batch", "2"]) == 3
+    assert seen[0][0] == ["-m", "benchmarks.run", "step", "--batch", "2"]
+    assert (seen[0][1] / "benchmarks" / "run.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "nowhere"], "adamix_run.json: no such file"),
+        (["train", "--method", "nope"], "method: got 'nope'"),
+        (["train", "--data", "./nowhere", "--model", "m"], "no such folder"),
+        (["train", "--no-such-flag", "1"], "--no-such-flag"),
+        (["train", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(capsys, arguments, message):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"adamix {arguments[0]}: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_traceback_is_shown_on_request():
+    with pytest.raises(ValueError, match="no such file"):
+        cli.main(["--traceback", "eval", "nowhere"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["frob"], ["eval"]])
+def test_wrong_usage_is_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: adamix" in capsys.readouterr().err
+
+
+def test_every_command_has_help():
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([name, "--help"])
+        assert stop.value.code == 0
+    assert commands.__doc__
+
+
+def test_python_dash_m_is_the_command_line():
+    done = subprocess.run([sys.executable, "-m", "adamix_kernels", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in cli.COMMANDS)

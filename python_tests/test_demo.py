@@ -1,0 +1,109 @@
+"""The demo, small: a random encoder, one epoch."""
+
+import itertools
+import json
+
+import pytest
+import tiny_text
+import torch
+
+from adamix_kernels import demo, demo_report, demo_training, load_adamix, tasks
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, arguments) of one finished run with two seeds."""
+    folder = tmp_path_factory.mktemp("demo")
+    encoder, data = tiny_text.write_encoder(folder / "encoder"), tiny_text.write_data(folder / "data")
+    arguments = ["--model", str(encoder), "--data", str(data), "--out", str(folder / "out")]
+    arguments += ["--epochs", "1", "--seeds", "2", "--batch-size", "5", "--bottleneck", "3"]
+    assert demo.main(arguments) == 0
+    return folder / "out", arguments
+
+
+def test_results_hold_every_method_and_figure(finished):
+    folder, arguments = finished
+    results = json.loads((folder / "results.json").read_text())
+    methods = {m["name"]: m for m in results["methods"]}
+    assert list(methods) == [demo.FROZEN, demo.PLAIN, demo.RANDOM, demo.MERGED]
+    head, plain = 2 * 16 + 2, 2 * (2 * 3 * 16 + 3 + 16)
+    experts = 2 * (4 * (3 * 16 + 3) + 16 * 3 + 16)
+    counts = {name: (m["trainable"], m["kept"]) for name, m in methods.items()}
+    assert counts == {
+        demo.FROZEN: (head, head),
+        demo.PLAIN: (head + plain, head + plain),
+        demo.RANDOM: (head + experts, head + experts),
+        demo.MERGED: (head + experts, head + plain),
+    }
+    for method in methods.values():
+        assert len(method["accuracy"]) == 2
+        assert all(0 <= a <= 100 for a in method["accuracy"])
+        assert method["seconds_per_step"] > 0
+        assert [len(curve) for curve in method["cross_entropy"]] == [3, 3]
+    assert [len(c) for c in methods[demo.PLAIN]["consistency"]] == [0, 0]
+    assert all(0 < value < 1 for value in itertools.chain(*methods[demo.MERGED]["consistency"]))
+    assert results["command"].endswith("--bottleneck 3")
+    assert results["versions"]["torch"] == torch.__version__
+
+
+def test_plot_is_a_png(finished):
+    assert (finished[0] / "demo.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_merged_checkpoint_is_a_plain_adapter_with_the_accuracy_of_the_first_seed(finished):
+    folder = finished[0]
+    run = tasks.read_run(folder / "merged")
+    model, tokenizer = tasks.load_classifier(tasks.resolve_model(run.model), run.label_names)
+    load_adamix(model, folder / "merged")
+    assert model.adamix.merged
+    rows = tasks.tokenize(tasks.load_text_classification(run.data).dev, tokenizer, run.max_tokens)
+    methods = json.loads((folder / "results.json").read_text())["methods"]
+    assert tasks.accuracy(tasks.predict(model, rows, tasks.collator(tokenizer)), rows) == methods[3]["accuracy"][0]
+
+
+def test_the_same_seeds_give_the_same_losses(finished, tmp_path):
+    folder, arguments = finished
+    assert demo.main([*arguments, "--out", str(tmp_path)]) == 0
+    first, second = (json.loads((f / "results.json").read_text())["methods"] for f in (folder, tmp_path))
+    for key in ("accuracy", "cross_entropy", "consistency"):
+        assert [m[key] for m in first] == [m[key] for m in second]
+
+
+def test_batches_are_shuffled_by_seed_and_cover_every_row():
+    settings = demo_training.Settings(epochs=2, batch_size=4, lr=0.1, head_lr=0.1, consistency=1.0)
+    made = list(demo_training.batches(10, settings, seed=1))
+    assert [len(b) for b in made] == [4, 4, 2, 4, 4, 2]
+    assert len(made) == settings.steps(10)
+    assert sorted(itertools.chain(*made[:3])) == list(range(10))
+    assert made == list(demo_training.batches(10, settings, seed=1))
+    assert made != list(demo_training.batches(10, settings, seed=2))
+
+
+def test_frozen_features_ignore_padding(tmp_path):
+    model, tokenizer = tasks.load_classifier(tasks.resolve_model(str(tiny_text.write_encoder(tmp_path))), ["a", "b"])
+    rows = tasks.tokenize(tasks.TextSplit(["good", "the film was very bad"], None, [0, 1]), tokenizer, 16)
+    collate = tasks.collator(tokenizer)
+    together = demo_training.frozen_features(model, demo_training.Data(rows, rows[:1], collate))
+    torch.testing.assert_close(together["train"][:1], together["dev"])
+
+
+def test_deviation_is_the_sample_deviation():
+    result = demo_report.MethodResult("x", accuracy=[50.0, 52.0])
+    assert (result.mean, round(result.deviation, 6)) == (51.0, round(2**0.5, 6))
+    assert demo_report.MethodResult("x", accuracy=[50.0]).deviation == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "./nowhere"], "no such folder"),
+        (["--model", "./nowhere"], "cannot load './nowhere'"),
+        (["--consistency", "0"], "--consistency must be above 0"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(tmp_path, capsys, arguments, message):
+    assert demo.main(["--out", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("demo: ")
+    assert error.count("\n") == 1
+    assert message in error
