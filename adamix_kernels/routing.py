@@ -53,6 +53,15 @@ class Router:
             return learning or self.force_merged
         return self.eval_level == "merged"
 
+    def passes_in(self, batch: int, training: bool) -> int:
+        """How many runs of whole samples share one draw each at batch level; 0 when draws are finer than that.
+
+        A layer then takes [B, S, H] for [passes, B/passes * S, H] and an index of one expert per pass.
+        """
+        if self.experts is not None or (self.level if training else self.eval_level) != "batch":
+            return 0
+        return self.passes if training and batch % self.passes == 0 else 1
+
     def draw(
         self, num_experts: int, batch: int, tokens: int, device: torch.device, training: bool
     ) -> torch.Tensor | None:
@@ -66,7 +75,7 @@ class Router:
             return self._randint(num_experts, (batch, tokens), device)
         if level == "sample":
             return self._randint(num_experts, (batch,), device)
-        passes = self.passes if training and batch % self.passes == 0 else 1
+        passes = self.passes_in(batch, training)
         one_per_pass = self._randint(num_experts, (passes, 1), device)
         return one_per_pass.expand(passes, batch // passes).reshape(batch)
 

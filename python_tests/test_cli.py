@@ -1,5 +1,6 @@
 """The command line, in this process; once as a process of its own."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -69,6 +70,17 @@ def test_export_writes_adapterhub_files(trained, capsys):
     target = trained / "adapterhub"
     assert cli.main(["export", str(trained / "out"), "--format", "adapterhub", "--out", str(target)]) == 0
     assert (target / "adapter_config.json").is_file()
+
+
+def test_export_refuses_what_the_formats_cannot_say(trained, tmp_path, capsys):
+    for path in (trained / "out").iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    run = tasks.read_run(trained / "out")
+    tasks.write_run(tmp_path, dataclasses.replace(run, pooling="mean"))
+    assert cli.main(["export", str(tmp_path), "--format", "adapterhub", "--out", str(tmp_path / "no")]) == 2
+    assert "--pooling model" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_train_lora_and_export_peft(trained, tmp_path):

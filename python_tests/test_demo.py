@@ -22,7 +22,7 @@ def finished(tmp_path_factory):
 
 
 def test_results_hold_every_method_and_figure(finished):
-    folder, arguments = finished
+    folder = finished[0]
     results = json.loads((folder / "results.json").read_text())
     methods = {m["name"]: m for m in results["methods"]}
     assert list(methods) == [demo.FROZEN, demo.PLAIN, demo.RANDOM, demo.MERGED]
@@ -53,7 +53,7 @@ def test_plot_is_a_png(finished):
 def test_merged_checkpoint_is_a_plain_adapter_with_the_accuracy_of_the_first_seed(finished):
     folder = finished[0]
     run = tasks.read_run(folder / "merged")
-    model, tokenizer = tasks.load_classifier(tasks.resolve_model(run.model), run.label_names)
+    model, tokenizer = tasks.load_classifier(tasks.resolve_model(run.model), run.label_names, run.pooling)
     load_adamix(model, folder / "merged")
     assert model.adamix.merged
     rows = tasks.tokenize(tasks.load_text_classification(run.data).dev, tokenizer, run.max_tokens)
@@ -85,6 +85,15 @@ def test_frozen_features_ignore_padding(tmp_path):
     collate = tasks.collator(tokenizer)
     together = demo_training.frozen_features(model, demo_training.Data(rows, rows[:1], collate))
     torch.testing.assert_close(together["train"][:1], together["dev"])
+
+
+def test_adapted_rows_read_the_features_of_the_frozen_row(tmp_path):
+    encoder = tasks.resolve_model(str(tiny_text.write_encoder(tmp_path)))
+    model, tokenizer = tasks.load_classifier(encoder, ["a", "b"], "mean")
+    rows = tasks.tokenize(tasks.TextSplit(["good", "the film was very bad"], None, [0, 1]), tokenizer, 16)
+    data = demo_training.Data(rows, rows, tasks.collator(tokenizer))
+    expected = model.classifier(demo_training.frozen_features(model, data)["dev"])
+    torch.testing.assert_close(tasks.predict(model, rows, data.collate), expected)
 
 
 def test_deviation_is_the_sample_deviation():

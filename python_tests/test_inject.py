@@ -29,7 +29,7 @@ def adapted(build=tiny_bert, randomise=True, **options):
     model = adapt(build(), AdaMixConfig(**options)).eval()
     if randomise:
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
@@ -103,7 +103,7 @@ def test_parameter_counts_of_the_paper():
         bert = BertForSequenceClassification(config)
         large = RobertaForSequenceClassification(
             RobertaConfig(
-                num_hidden_layers=24, hidden_size=1024, intermediate_size=4096, num_attention_heads=16, vocab_size=99
+                num_hidden_layers=24, hidden_size=1024, intermediate_size=4096, num_attention_heads=16
             )
         )
     for model, bottleneck, experts, merged in ((bert, 48, 2_223_360, 894_528), (large, 16, 1_992_192, 811_392)):

@@ -160,8 +160,10 @@ def test_any_other_name_is_a_folder_or_a_hub_id(tmp_path):
     assert tasks.resolve_model("some/encoder") == tasks.Encoder("some/encoder", "some/encoder", packaged=False)
     model, _ = tasks.load_classifier(tasks.resolve_model(folder), ["a", "b", "c"])
     assert model.config.num_labels == 3
-    with pytest.raises(ValueError, match="cannot load '.*nothing'"):
+    with pytest.raises(ValueError, match=r"cannot load '.*nothing'"):
         tasks.load_classifier(tasks.resolve_model(str(tmp_path / "nothing")), ["a", "b"])
+    with pytest.raises(ValueError, match="pooling: got 'max'"):
+        tasks.load_classifier(tasks.resolve_model(folder), ["a", "b"], "max")
 
 
 def test_predict_keeps_the_order_of_the_rows(tmp_path):

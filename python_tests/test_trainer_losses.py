@@ -113,6 +113,7 @@ def test_accumulation_equals_one_large_batch(task, smoothing, tmp_path, monkeypa
     base = TASKS[task]()
     is_ragged = task in ("masked", "gpt2", "llama", "t5")
     data = ragged(base) if is_ragged else rows_of(task_batch(task, base))
+    whole = pad(data) if is_ragged else task_batch(task, base)
     updates, logs = [], []
     for size, steps in ((8, 1), (2, 4)):
         model = adapted(base)
@@ -131,7 +132,9 @@ def test_accumulation_equals_one_large_batch(task, smoothing, tmp_path, monkeypa
             label_smoothing_factor=smoothing,
             data_collator=pad if is_ragged else None,
         )
+        alone = float(trainer.compute_loss(model.train(), dict(whole)).detach())
         trainer.train()
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(alone, abs=1e-4)
         updates.append(torch.cat([p.detach().flatten() for p in parameters(model)]) - before)
         logs.append(trainer.state.log_history[0])
     large, accumulated = updates

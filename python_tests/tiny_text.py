@@ -1,4 +1,4 @@
-"""A tiny random BERT folder with a WordPiece vocabulary, and a tiny data folder, for the tests of tasks and commands."""
+"""A tiny random BERT folder with a WordPiece vocabulary, and a tiny data folder."""
 
 import json
 

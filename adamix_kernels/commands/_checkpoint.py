@@ -23,7 +23,7 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[nn.Module, Any, Run]:
     run = read_run(args.checkpoint)
     if args.model is not None:
         run = dataclasses.replace(run, model=args.model)
-    model, tokenizer = load_classifier(resolve_model(run.model), run.label_names)
+    model, tokenizer = load_classifier(resolve_model(run.model), run.label_names, run.pooling)
     load_adamix(model, args.checkpoint)
     return model, tokenizer, run
 

@@ -21,7 +21,12 @@ def main(argv: Sequence[str]) -> int:
     quiet()
     from .. import convert
 
-    model, _, _ = open_checkpoint(args)
+    model, _, run = open_checkpoint(args)
+    if run.pooling != "model":
+        raise ValueError(
+            f"{args.checkpoint}: its head reads the mean of the hidden states, which these formats cannot say: "
+            "train with --pooling model"
+        )
     write = convert.export_peft if args.format == "peft" else convert.export_adapterhub
     write(model, args.out)
     print(f"{args.format} files: {args.out}")

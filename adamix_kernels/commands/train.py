@@ -46,6 +46,10 @@ class TrainOptions:
     data: str = field(
         default=EMBEDDED, metadata={"help": "'remarks', a folder with train.tsv and dev.tsv, or a hub data set"}
     )
+    pooling: str = field(
+        default="model",
+        metadata={"help": "what the head reads: model (the model's own pooler) or mean (hidden states)"},
+    )
     max_tokens: int = field(default=128, metadata={"help": "longer texts are cut"})
     max_train_rows: int = field(default=0, metadata={"help": "use the first N training rows only; 0 is all"})
     max_eval_rows: int = field(default=0, metadata={"help": "use the first N dev rows only; 0 is all"})
@@ -87,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     encoder = resolve_model(options.model)
     task = load_text_classification(options.data)
     transformers.set_seed(arguments.seed)
-    model, tokenizer = load_classifier(encoder, task.label_names)
+    model, tokenizer = load_classifier(encoder, task.label_names, options.pooling)
     adapt(model, config)
     trainer = AdaMixTrainer(
         model=model,
@@ -103,7 +107,8 @@ def main(argv: Sequence[str]) -> int:
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
-        write_run(arguments.output_dir, Run(options.model, options.data, task.label_names, options.max_tokens))
+        run = Run(options.model, options.data, task.label_names, options.max_tokens, options.pooling)
+        write_run(arguments.output_dir, run)
         print(f"dev accuracy {100 * metrics['eval_accuracy']:.2f} % (merged); checkpoint: {arguments.output_dir}")
     return 0
 

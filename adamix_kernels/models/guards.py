@@ -12,13 +12,16 @@ logger = logging.getLogger(__name__)
 
 def install_guards(model: nn.Module) -> None:
     """Installs both guards on an adapted model; they travel with it through deepcopy and pickle."""
+    model.adamix.checkpointable = checkpointable(model)
     model.register_forward_pre_hook(_before_forward)
     if callable(getattr(model, "generate", None)):
         model.generate = GuardedGenerate(model)
 
 
 def _before_forward(model: nn.Module, _args) -> None:
-    if not (model.training and torch.is_grad_enabled() and is_checkpointing(model)):
+    if not (model.training and torch.is_grad_enabled()):
+        return
+    if not any(part.gradient_checkpointing for part in model.adamix.checkpointable):
         return
     if model.adamix.router.experts is not None:
         raise RuntimeError(
@@ -34,9 +37,9 @@ def _before_forward(model: nn.Module, _args) -> None:
             model._adamix_inputs_require_grad = True
 
 
-def is_checkpointing(model: nn.Module) -> bool:
-    """Whether any part of a Hugging Face model recomputes its activations in backward."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+def checkpointable(model: nn.Module) -> list[nn.Module]:
+    """The parts of a Hugging Face model that recompute their activations where gradient_checkpointing is set."""
+    return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
 
 def _require_grad(_module: nn.Module, _args, output: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ class AdaMixState:
         paths: dotted paths of the adapted layers, in model order.
         saved: dotted paths of the modules trained and saved whole (the task head).
         merged: whether merge() has been called; stash then holds what unmerge() puts back.
+        checkpointable: the parts of the model that can recompute their activations.
     """
 
     config: AdaMixConfig
@@ -27,6 +28,7 @@ class AdaMixState:
     saved: list[str]
     merged: bool = False
     stash: dict = field(default_factory=dict, repr=False)
+    checkpointable: list[nn.Module] = field(default_factory=list, repr=False)
 
 
 def adamix_state(model: nn.Module) -> AdaMixState:

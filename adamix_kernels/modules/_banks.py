@@ -44,6 +44,14 @@ def as_batch(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
 
+def fold_passes(rows: torch.Tensor, passes: int) -> torch.Tensor:
+    """[B, S, H] -> [passes, B/passes * S, H], where every sample of a pass goes to the same expert; 0: as it is."""
+    if passes == 0:
+        return rows
+    batch, tokens, hidden = rows.shape
+    return rows.reshape(passes, batch // passes * tokens, hidden)
+
+
 def cast_like(x: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Trainable banks stay float32 while a 16-bit model runs: they are cast to x's dtype for the call."""
     return tuple(t if t is None or t.dtype == x.dtype else t.to(x.dtype) for t in tensors)

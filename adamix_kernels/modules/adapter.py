@@ -7,7 +7,7 @@ from torch import nn
 
 from ..functional import routed_adapter
 from ..routing import Router
-from ._banks import as_batch, bank_sizes, cast_like, check_positive, merge_score, merged_bank
+from ._banks import as_batch, bank_sizes, cast_like, check_positive, fold_passes, merge_score, merged_bank
 
 INIT_STD = 0.02
 
@@ -72,15 +72,18 @@ class RoutedAdapter(nn.Module):
         if not self.router.enabled:
             return x if residual is None else residual
         rows = as_batch(x)
-        added = rows if residual is None else as_batch(residual)
         down_index = up_index = None
         if self.router.uses_merged(self.training, self.down_score.requires_grad or self.up_score.requires_grad):
             banks = self.merged_banks()
+            passes = 0
         else:
-            banks = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
+            banks = self.banks()
+            passes = self.router.passes_in(rows.shape[0], self.training)
+            rows = fold_passes(rows, passes)
             batch, tokens, _ = rows.shape
             down_index = self.router.draw(self.down_weight.shape[0], batch, tokens, x.device, self.training)
             up_index = self.router.draw(self.up_weight.shape[0], batch, tokens, x.device, self.training)
+        added = rows if residual is None else fold_passes(as_batch(residual), passes)
         out = routed_adapter(
             rows,
             *cast_like(rows, *banks),

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..functional import merge_lora, routed_lora
 from ..routing import Router
-from ._banks import as_batch, bank_sizes, cast_like, check_positive, merge_score, merged_bank
+from ._banks import as_batch, bank_sizes, cast_like, check_positive, fold_passes, merge_score, merged_bank
 
 QKV = ("q", "k", "v")
 
@@ -144,6 +144,8 @@ class RoutedLoRALinear(nn.Module):
             lora_b = merged_bank(self.lora_b, self.b_score, self.backend)
         else:
             lora_a, lora_b = self.lora_a, self.lora_b
+            passes = self.router.passes_in(rows.shape[0], self.training)
+            rows, added = fold_passes(rows, passes), fold_passes(added, passes)
             batch, tokens, _ = rows.shape
             a_index = self.router.draw(lora_a.shape[0], batch, tokens, x.device, self.training)
             b_index = self.router.draw(lora_b.shape[0], batch, tokens, x.device, self.training)

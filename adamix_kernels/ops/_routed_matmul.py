@@ -29,6 +29,10 @@ def project(x: torch.Tensor, bank: torch.Tensor, bias: torch.Tensor | None, inde
 
 def project_back(g: torch.Tensor, bank: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     """dx = g W[i]: [B, S, R] -> [B, S, K]."""
+    if bank.shape[0] == 1:
+        return torch.matmul(g, bank[0])
+    if index.dim() == 1:
+        return torch.bmm(g, bank.index_select(0, index))
     return project(g, bank.transpose(1, 2), None, index)
 
 

@@ -26,11 +26,14 @@ class ConsistencyFunction(torch.autograd.Function):
         ctx.save_for_backward(logits_a, logits_b, mask, stats, scale)
         ctx.options = (detach_target, backend)
         ctx.mark_non_differentiable(stats, scale)
+        ctx.set_materialize_grads(False)
         return loss, stats, scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _grad_stats, _grad_scale):
+        if grad is None:
+            return (None,) * 6
         grads = consistency_backward_op(grad, *ctx.saved_tensors, *ctx.options)
         ga, gb = (g if need else None for g, need in zip(grads, ctx.needs_input_grad[:2], strict=True))
         return ga, gb, None, None, None, None
@@ -47,11 +50,14 @@ class AdaMixLossFunction(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, mask, stats, scales)
         ctx.options = options
         ctx.mark_non_differentiable(cross_entropy, consistency, stats, scales)
+        ctx.set_materialize_grads(False)
         return loss, cross_entropy, consistency, stats, scales
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 9
         return adamix_loss_backward_op(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
 
@@ -66,11 +72,14 @@ class LinearAdaMixLossFunction(torch.autograd.Function):
         ctx.save_for_backward(*grads, scale)
         ctx.dtypes = (hidden.dtype, lm_head_weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(cross_entropy, consistency, *grads, scale)
+        ctx.set_materialize_grads(False)
         return loss, cross_entropy, consistency, *grads, scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 15
         *grads, scale = ctx.saved_tensors
         factor = grad * scale
         scaled = (

@@ -35,11 +35,14 @@ class RoutedAdapterFunction(torch.autograd.Function):
         ctx.save_for_backward(x, pre, down_weight, up_weight, down_index, up_index)
         ctx.options = (add_input, activation, backend)
         ctx.mark_non_differentiable(pre)
+        ctx.set_materialize_grads(False)
         return out, pre
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, _grad_pre):
+        if grad_out is None:
+            return (None,) * 11
         x, pre, down_weight, up_weight, down_index, up_index = ctx.saved_tensors
         need_x, *need_banks, _, _, need_residual = ctx.needs_input_grad[:8]
         dx = dwd = dbd = dwu = dbu = None

@@ -23,11 +23,14 @@ class RoutedLoRAFunction(torch.autograd.Function):
         ctx.save_for_backward(x, t, lora_a, lora_b, a_index, b_index, seed)
         ctx.options = (scaling, groups, offsets, dropout_p, backend)
         ctx.mark_non_differentiable(t)
+        ctx.set_materialize_grads(False)
         return out, t
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, _grad_t):
+        if grad_out is None:
+            return (None,) * 12
         x, t, lora_a, lora_b, a_index, b_index, seed = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         dx = da = db = None

@@ -1,0 +1,135 @@
+"""The table of ahead-of-time compilations: its rows, and what may not stand in it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+TABLE = Path(__file__).parent / "results" / "aot.csv"
+# 10 * compute capability -> bytes of shared memory that one block may ask for.
+SHARED_LIMITS = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+# Columns of tensor memory in a multiprocessor of compute capability 10.0.
+TENSOR_COLUMNS = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel, compiled for one GPU.
+
+    case: routing, experts and rank it was compiled for. config: rows x columns of a tile, warps, stages.
+    spills: 32-bit registers kept in local memory, for each thread. mma: the matrix instructions of its
+    dots, "fma" among them where a dot uses none, "" without a dot. source: of the kernel and its constants.
+    The figures are None before it is compiled.
+    """
+
+    kernel: str
+    dtype: str
+    case: str
+    config: str
+    target: int
+    registers: int | None
+    spills: int | None
+    shared_bytes: int | None
+    tensor_columns: int | None
+    mma: str
+    source: str
+    triton: str
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        return self.kernel, self.dtype, self.case, self.target
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.dtype} {self.case} ({self.config}) on sm_{self.target}"
+
+
+COLUMNS = tuple(f.name for f in fields(Row))
+_FIGURES = ("registers", "spills", "shared_bytes", "tensor_columns", "mma")
+_NUMBERS = ("target", *_FIGURES[:-1])
+
+
+def problems(rows: Iterable[Row]) -> list[str]:
+    """What no shipped configuration may show: spills, too much memory, a 16-bit dot off the tensor cores."""
+    found = []
+    for row in rows:
+        if row.spills:
+            found.append(f"{row}: {row.spills} spilled registers")
+        if row.shared_bytes > SHARED_LIMITS[row.target]:
+            found.append(f"{row}: {row.shared_bytes} B shared memory, {SHARED_LIMITS[row.target]} at most")
+        if row.tensor_columns > TENSOR_COLUMNS:
+            found.append(f"{row}: {row.tensor_columns} columns of tensor memory, {TENSOR_COLUMNS} at most")
+        if "fma" in row.mma and row.dtype != "float32":
+            found.append(f"{row}: a dot without a tensor-core instruction ({row.mma})")
+    return found
+
+
+def mismatches(committed: Sequence[Row], wanted: Sequence[Row]) -> list[str]:
+    """Where the table and the cases part: a row without its case, a case without its row, other sources or blocks.
+
+    Sources are compared between rows of the same triton version.
+    """
+    twice = [f"{key}: two rows" for key, count in Counter(row.key for row in committed).items() if count > 1]
+    have, want = {row.key: row for row in committed}, {row.key: row for row in wanted}
+    found = [f"{row}: no such case any more" for key, row in have.items() if key not in want]
+    found += [f"{row}: not in the table" for key, row in want.items() if key not in have]
+    for key in have.keys() & want.keys():
+        if have[key].config != want[key].config:
+            found.append(f"{want[key]}: the table has {have[key].config}")
+        elif have[key].triton == want[key].triton and have[key].source != want[key].source:
+            found.append(f"{want[key]}: its source has changed")
+    return twice + sorted(found)
+
+
+def differences(committed: Sequence[Row], compiled: Sequence[Row]) -> list[str]:
+    """Figures that compiling again gave otherwise; only rows of the same triton version are compared."""
+    have = {row.key: row for row in committed}
+    found = []
+    for row in compiled:
+        old = have.get(row.key)
+        if old is None or old.triton != row.triton:
+            continue
+        found += [
+            f"{row}: {name} {getattr(row, name)}, the table has {getattr(old, name)}"
+            for name in _FIGURES
+            if getattr(row, name) != getattr(old, name)
+        ]
+    return found
+
+
+def hardest(rows: Iterable[Row]) -> list[Row]:
+    """One row for each kernel, dtype and target: that with the most registers, then shared memory."""
+    chosen: dict[tuple, Row] = {}
+    for row in sorted(rows, key=lambda r: (-(r.registers or 0), -(r.shared_bytes or 0), r.key)):
+        chosen.setdefault((row.kernel, row.dtype, row.target), row)
+    return sorted(chosen.values(), key=lambda r: r.key)
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Writes the rows as CSV, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(descriptor, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV that `write` made; ValueError names the columns when the header is another."""
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path}: got columns {reader.fieldnames}, expected {list(COLUMNS)}")
+        return [Row(**line | {n: int(line[n]) if line[n] else None for n in _NUMBERS}) for line in reader]

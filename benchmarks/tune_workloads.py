@@ -1,0 +1,198 @@
+"""What the tuner runs: every kernel in the call that launches it, its candidates, its check and its clock."""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from triton.compiler import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from adamix_kernels import _triton_utils
+from adamix_kernels._triton_utils import capability
+from adamix_kernels.ops._triton_tables import Config
+from adamix_kernels.testing import error_in_budget
+
+from .tune import ShapeClass
+
+__all__ = ["KERNELS", "Workload", "candidates", "capability", "gpu_seconds", "make", "problem", "shape_classes"]
+
+_OPS = {"adapter": "routed_adapter", "lora": "routed_lora"}
+_DTYPES = {2: torch.bfloat16, 4: torch.float32}
+# Tail tiles in every sample, and enough tiles that none is cut smaller for want of programs.
+SIZES = dict(batch=131, tokens=500, hidden=1024, experts=4)
+# Wider than any rank: there the narrow tile holds the columns of several experts, one per token.
+_MAX_RANK = {"routed_adapter": 256, "routed_lora": 128}
+
+
+def _op(kernel: str) -> str:
+    return _OPS[kernel.partition("_")[0]]
+
+
+def _tables(op: str) -> dict:
+    return importlib.import_module(f"adamix_kernels.ops.{op}.triton_impl.tables").TABLES
+
+
+KERNELS = tuple(kernel for op in _OPS.values() for kernel in _tables(op))
+
+
+def problem() -> str | None:
+    """Why Triton kernels cannot run on this machine's GPU, or None."""
+    return next((p for d in _DTYPES.values() if (p := _triton_utils.problem("cuda", d)) is not None), None)
+
+
+def shape_classes(kernels: Iterable[str]) -> Iterator[ShapeClass]:
+    """Every class that a shipped table of these kernels has."""
+    for kernel in kernels:
+        classes = {key for classes in _tables(_op(kernel))[kernel].values() for key in classes}
+        yield from (ShapeClass(kernel, *key) for key in sorted(classes))
+
+
+def candidates(shape: ShapeClass, shared: int) -> list[Config]:
+    """Block sizes worth trying: accumulators that fit the registers, staged tiles that fit `shared` bytes."""
+    made = []
+    for rows in (16, 32, 64, 128):
+        for cols in (32, 64, 128, 256):
+            for warps, stages in ((4, 2), (4, 3), (4, 4), (8, 2), (8, 3)):
+                # Weight gradients keep [cols, width], the others [rows, width] and a block of the output.
+                kept = cols * shape.width if "grad" in shape.kernel.replace("input_grad", "") else rows * shape.width
+                staged = stages * (rows * cols + cols * shape.width) * shape.itemsize
+                if max(kept, rows * cols) <= 128 * warps * 32 and staged <= shared:
+                    made.append(Config(rows, cols, warps, stages))
+    return made
+
+
+@dataclass
+class Workload:
+    """One kernel's call on rotating inputs.
+
+    module: the backend timed. function: "forward" or "backward". inputs: arguments, one tuple for each call in turn.
+    """
+
+    module: ModuleType
+    reference: ModuleType
+    function: str
+    inputs: list[tuple]
+    shipped: Config
+    candidates: list[Config]
+    _expected: tuple | None = None
+
+    def call(self, k: int):
+        return getattr(self.module, self.function)(*self.inputs[k % len(self.inputs)])
+
+    def problem(self) -> str | None:
+        """What is wrong with the results on the first inputs, or why the kernel cannot run; None when right."""
+        try:
+            results, again = self.call(0), self.call(0)
+        except (OutOfResources, PTXASError, CompilationError) as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if self._expected is None:
+            self._expected = self._reference(torch.float64), self._reference(results[0].dtype)
+        for number, (result, exact, own) in enumerate(zip(results, *self._expected, strict=True)):
+            if not torch.equal(result, again[number]):
+                return f"output {number} differs between two calls"
+            # Three TF32 products err somewhat more than float32 does.
+            right, figures = error_in_budget(result, exact, own, 4.0)
+            if not right:
+                return f"output {number}: {figures}"
+        return None
+
+    def _reference(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        arguments = [
+            a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in self.inputs[0]
+        ]
+        return getattr(self.reference, self.function)(*arguments)
+
+
+def make(shape: ShapeClass, device: torch.device, sizes: dict[str, int] | None = None) -> Workload:
+    """The call of a class: per-sample routing at rank = width, per-token where only several experts are that wide."""
+    op = _op(shape.kernel)
+    triton_impl = importlib.import_module(f"adamix_kernels.ops.{op}.triton_impl")
+    reference = importlib.import_module(f"adamix_kernels.ops.{op}.reference")
+    tables = importlib.import_module(f"adamix_kernels.ops.{op}.triton_impl.tables")
+    sizes = dict(sizes or SIZES)
+    rank = shape.width
+    per_token = shape.width > _MAX_RANK[op]
+    if per_token:
+        rank, sizes["experts"] = 16, shape.width // 16
+    arguments = _adapter if op == "routed_adapter" else _lora
+    bytes_of_x = sizes["batch"] * sizes["tokens"] * sizes["hidden"] * shape.itemsize
+    cache, shared = 0, 232_448
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        cache, shared = properties.L2_cache_size, properties.shared_memory_per_block_optin
+    sets = max(2, -(-2 * cache // bytes_of_x))
+    generator = torch.Generator(device).manual_seed(0)
+    draw = _Draw(device, _DTYPES[shape.itemsize], generator)
+    made = [arguments(shape.kernel, draw, reference, rank=rank, per_token=per_token, **sizes) for _ in range(sets)]
+    shipped = tables.config(shape.kernel, capability(device), shape.itemsize, shape.width)
+    return Workload(triton_impl, reference, made[0][0], [m[1] for m in made], shipped, candidates(shape, shared))
+
+
+@dataclass(frozen=True)
+class _Draw:
+    device: torch.device
+    dtype: torch.dtype
+    generator: torch.Generator
+
+    def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, device=self.device, generator=self.generator).mul_(scale).to(self.dtype)
+
+    def index(self, experts: int, *shape: int) -> torch.Tensor:
+        return torch.randint(experts, shape, device=self.device, generator=self.generator)
+
+
+def _adapter(kernel, draw, reference, *, batch, tokens, hidden, experts, rank, per_token):
+    routed = (batch, tokens) if per_token else (batch,)
+    x, index = draw.normal(batch, tokens, hidden), (draw.index(experts, *routed), draw.index(experts, *routed))
+    down, down_bias = draw.normal(experts, rank, hidden, scale=hidden**-0.5), draw.normal(experts, rank)
+    up, up_bias = draw.normal(experts, hidden, rank, scale=rank**-0.5), draw.normal(experts, hidden)
+    forward = (x, down, down_bias, up, up_bias, *index, None, True, "gelu")
+    if kernel == "adapter_forward_kernel":
+        return "forward", forward
+    grad, pre = draw.normal(batch, tokens, hidden), reference.forward(*forward)[1]
+    weights = kernel == "adapter_weight_grad_kernel"
+    return "backward", (grad, x, pre, down, up, *index, True, weights, weights, True, "gelu")
+
+
+def _lora(kernel, draw, reference, *, batch, tokens, hidden, experts, rank, per_token):
+    routed = (batch, tokens) if per_token else (batch,)
+    x, index = draw.normal(batch, tokens, hidden), (draw.index(experts, *routed), draw.index(experts, *routed))
+    a, b = draw.normal(experts, rank, hidden, scale=hidden**-0.5), draw.normal(experts, hidden, rank, scale=rank**-0.5)
+    base = draw.normal(batch, tokens, hidden)
+    scaling, groups, offsets, dropout_p = 2.0, 1, [0], 0.0
+    forward = (x, a, b, *index, base, None, scaling, groups, offsets, dropout_p)
+    if kernel == "lora_forward_kernel":
+        return "forward", forward
+    grad, t = base, reference.forward(*forward)[1]
+    weights = kernel == "lora_grads_kernel"
+    return "backward", (grad, x, t, a, b, *index, None, True, weights, weights, scaling, groups, offsets, dropout_p)
+
+
+def gpu_seconds(workload: Workload, repeats: int) -> float:
+    """Median seconds a call, from replays of a CUDA graph that goes once through all inputs."""
+    calls = len(workload.inputs)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        workload.call(0)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for k in range(calls):
+            workload.call(k)
+    for _ in range(2):
+        graph.replay()
+    taken = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        taken.append(start.elapsed_time(stop) * 1e-3 / calls)
+    return statistics.median(taken)

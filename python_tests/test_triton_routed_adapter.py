@@ -1,0 +1,370 @@
+"""routed_adapter on the Triton backend: interpreted on the CPU (TRITON_INTERPRET=1), compiled where there is a GPU."""
+
+import contextlib
+import os
+from unittest import mock
+
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available() and not INTERPRET
+if not INTERPRET and not GPU:
+    pytest.skip("set TRITON_INTERPRET=1 or have a GPU", allow_module_level=True)
+pytest.importorskip("triton")
+
+from test_routed_adapter import ACTIVATIONS, by_loop, index, inputs
+
+from adamix_kernels import BackendUnavailableError, _backends
+from adamix_kernels.functional import routed_adapter
+from adamix_kernels.ops.routed_adapter import triton_impl
+from adamix_kernels.ops.routed_adapter.triton_impl import plan, tables, weights
+from adamix_kernels.testing import assert_in_budget
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """Everything allocated without a value holds NaN."""
+
+    def nan(function):
+        def allocate(*args, **kwargs):
+            out = function(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return allocate
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            stack.enter_context(mock.patch.object(owner, name, nan(getattr(owner, name))))
+        yield
+
+
+@contextlib.contextmanager
+def launches(run=True):
+    """Names of the kernels launched; run=False leaves the launching out."""
+    names = []
+
+    def spy(kernel, grid, device, *args, **meta):
+        names.append(kernel.fn.__name__)
+        if run:
+            real(kernel, grid, device, *args, **meta)
+
+    real = triton_impl.launch
+    with mock.patch.object(triton_impl, "launch", spy), mock.patch.object(weights, "launch", spy):
+        yield names
+
+
+def draw(dtype, batch, tokens, hidden, r, down, up, down_kind, up_kind, out=None, bias=True):
+    """(x, banks..., dy) on DEVICE and both indices."""
+    x, *banks = (t if t is None else t.detach() for t in inputs(batch, tokens, hidden, r, down, up, out, bias, dtype))
+    dy = torch.randn(batch, tokens, banks[2].shape[1], dtype=dtype)
+    tensors = [t if t is None else t.to(DEVICE) for t in (x, *banks, dy)]
+    indices = [index(kind, m, batch, tokens) for kind, m in ((down_kind, down), (up_kind, up))]
+    return tensors, [t if t is None else t.to(DEVICE) for t in indices]
+
+
+def run_on(backend, tensors, indices, residual="input", activation="gelu"):
+    """A function of the tensors that are not None, giving the output and every gradient."""
+    present = [t is not None for t in tensors]
+
+    def run(*given):
+        it = iter(given)
+        full = [next(it).clone() if there else None for there in present]
+        *leaves, dy = full
+        leaves = [t if t is None else t.requires_grad_() for t in leaves]
+        other = dy.flip(0).clone().requires_grad_() if residual == "other" else None
+        added = {"none": None, "input": leaves[0], "other": other}[residual]
+        out = routed_adapter(*leaves, *indices, residual=added, activation=activation, backend=backend)
+        wanted = [t for t in (*leaves, other) if t is not None]
+        return out.detach(), *torch.autograd.grad(out, wanted, dy)
+
+    return run
+
+
+def check(tensors, indices, residual="input", activation="gelu"):
+    run = run_on("triton", tensors, indices, residual, activation)
+    with launches() as names:
+
+        def spied(*given):
+            with poisoned_memory():
+                return run(*given)
+
+        plain = run_on("reference", tensors, indices, residual, activation)
+        assert_in_budget(spied, plain, *(t for t in tensors if t is not None))
+    assert names[:2] == ["adapter_forward_kernel", "adapter_input_grad_kernel"]
+
+
+# (batch, tokens, hidden, r, Md, Mu, down's index, up's index[, out[, bias]])
+SIDES = {
+    "shared-up": (4, 17, 37, 5, 3, 1, "sample", None),
+    "shared-down": (3, 16, 37, 8, 1, 3, None, "sample"),
+    "both-routed": (4, 18, 20, 4, 3, 2, "sample", "sample"),
+    "per-token": (2, 19, 20, 6, 3, 2, "token", "token"),
+    "mixed": (3, 20, 23, 7, 3, 2, "token", "sample"),
+    "plain": (2, 21, 20, 4, 1, 1, None, None),
+    "no-bias": (3, 17, 20, 4, 3, 1, "sample", None, None, False),
+    "other-width": (2, 18, 19, 16, 2, 2, "sample", "token", 41),
+    "few-tokens": (7, 3, 20, 5, 3, 2, "sample", "token"),
+}
+
+
+@pytest.mark.parametrize("residual", ["none", "input", "other"])
+@pytest.mark.parametrize("case", SIDES)
+def test_every_kind_of_routing_and_residual(case, residual):
+    if residual == "input" and case == "other-width":
+        residual = "other"
+    check(*draw(torch.float32, *SIDES[case]), residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("case", SIDES)
+def test_every_kind_of_routing_in_half_precision(case, dtype):
+    check(*draw(dtype, *SIDES[case]), "other" if case == "other-width" else "input")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation, dtype):
+    check(*draw(dtype, *SIDES["shared-up"]), activation=activation)
+
+
+SHAPES = {
+    "tail tiles of primes": (2, 67, 131, 5, 3, 1, "sample", None),
+    "several splits, samples": (5, 61, 37, 4, 3, 2, "sample", "sample"),
+    "several splits, tokens": (2, 151, 20, 4, 5, 1, "token", None),
+    "one sample": (1, 23, 20, 4, 4, 1, "sample", None),
+    "one token": (1, 1, 29, 4, 4, 4, "sample", "token"),
+    "one token a sample": (9, 1, 20, 4, 4, 1, "sample", None),
+    "rank 1": (2, 5, 7, 1, 64, 1, "token", None),
+    "rank 33": (2, 17, 20, 33, 3, 1, "sample", None),
+    "rank 64": (2, 16, 20, 64, 2, 2, "sample", "token"),
+    "rank 100": (2, 17, 37, 100, 2, 1, "sample", None),
+    "rank 256": (2, 16, 37, 256, 2, 1, "sample", None),
+    "64 experts": (3, 7, 20, 4, 64, 1, "sample", None),
+    "grouped by one side": (2, 33, 20, 40, 9, 1, "token", None),
+    "grouped by both sides": (1, 37, 20, 129, 3, 2, "token", "token"),
+    "grouped by one, masked other": (3, 11, 20, 33, 9, 2, "sample", "token"),
+    "grouped, several splits": (2, 151, 20, 40, 9, 1, "token", None),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", SHAPES)
+def test_every_shape(case, dtype):
+    check(*draw(dtype, *SHAPES[case]))
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 3), (3, 0), (0, 0)])
+def test_an_empty_batch_gives_zero_gradients(batch, tokens):
+    tensors, indices = draw(torch.float32, batch, tokens, 20, 4, 3, 1, "sample", None)
+    with poisoned_memory(), launches() as names:
+        out, *grads = run_on("triton", tensors, indices)(*tensors)
+    assert out.shape == (batch, tokens, 20)
+    assert all(g.eq(0).all() for g in grads)
+    assert names == []
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_shape_and_index(data):
+    pick = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    batch, tokens, hidden, r, down, up = pick(1, 4), pick(1, 20), pick(1, 33), pick(1, 20), pick(1, 6), pick(1, 3)
+    kinds = [data.draw(st.sampled_from(["sample", "token"])) for _ in range(2)]
+    dtype = data.draw(st.sampled_from(DTYPES))
+    check(*draw(dtype, batch, tokens, hidden, r, down, up, *kinds, None, data.draw(st.booleans())))
+
+
+def test_it_is_the_formula():
+    tensors, indices = draw(torch.float32, *SIDES["mixed"])
+    indices[1] = indices[1].int()
+    *arguments, _ = tensors
+    got = routed_adapter(*arguments, *indices, residual=arguments[0], backend="triton")
+    torch.testing.assert_close(got, by_loop(*arguments, *indices, arguments[0]))
+
+
+@pytest.mark.parametrize("case", ["samples", "few tokens", "tokens", "grouped"])
+def test_an_unused_expert_gets_an_exactly_zero_gradient(case):
+    tokens = 3 if case == "few tokens" else 80
+    r = 70 if case == "grouped" else 4
+    kind = "sample" if "tokens" != case != "grouped" else "token"
+    tensors, (used, _) = draw(torch.float32, 4, tokens, 20, r, 2, 1, kind, None)
+    banks = [torch.cat([bank] * n) for bank, n in zip(tensors[1:5], (2, 2, 4, 4))]
+    full = [tensors[0], *banks, tensors[5]]
+    with poisoned_memory():
+        _, _, *grads = run_on("triton", full, [used * 2, used * 2])(*full)
+    for grad in grads:
+        assert grad[[1, 3]].eq(0).all()
+        assert grad[[0, 2]].ne(0).any()
+
+
+@pytest.mark.parametrize("tokens", [3, 17])
+def test_a_sample_with_infinities_does_not_reach_other_experts(tokens):
+    tensors, _ = draw(torch.float32, 4, tokens, 20, 4, 3, 3, "sample", "sample")
+    tensors[0][0] = float("inf")
+    chosen = torch.tensor([0, 1, 1, 1], device=DEVICE)
+    out, dx, *grads = run_on("triton", tensors, [chosen, chosen])(*tensors)
+    assert out[1:].isfinite().all()
+    assert dx[1:].isfinite().all()
+    for grad in grads:
+        assert grad[1].isfinite().all()
+        assert grad[2].eq(0).all()
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)])
+def test_only_what_is_needed_is_computed_with_the_same_bits(needs):
+    (x, *banks, dy), indices = draw(torch.float32, 3, 60, 20, 4, 3, 1, "sample", None)
+    _, pre = triton_impl.forward(x, *banks, *indices, None, True, "gelu")
+    arguments = (dy, x, pre, banks[0], banks[2], *indices)
+    want = triton_impl.backward(*arguments, True, True, True, True, "gelu")
+    got = triton_impl.backward(*arguments, *needs, True, "gelu")
+    for mine, full, needed in zip(got, want, (needs[0], needs[1], needs[1], needs[2], needs[2])):
+        assert torch.equal(mine, full if needed or needs == (True, True, True) else x.new_empty(0))
+
+
+def test_frozen_arguments_get_no_gradient_launch():
+    (x, *banks, _), indices = draw(torch.float32, *SIDES["shared-up"])
+    with launches() as names:
+        routed_adapter(x.requires_grad_(), *banks, *indices, backend="triton").sum().backward()
+    assert names == ["adapter_forward_kernel", "adapter_input_grad_kernel"]
+
+
+def test_strides_do_not_matter_and_inputs_are_not_written():
+    (x, *banks, dy), indices = draw(torch.float32, 3, 18, 20, 4, 3, 2, "sample", "token")
+    spread = lambda t: t.transpose(0, -1).contiguous().transpose(0, -1)  # noqa: E731
+    strided = [spread(t) for t in (x, *banks, dy)]
+    strided_indices = [torch.stack([t, t], -1)[..., 0] for t in indices]
+    before = [t.clone() for t in strided]
+
+    def raw(x, dw, db, uw, ub, dy, indices):
+        leaves = [t.detach().requires_grad_() for t in (x, dw, db, uw, ub)]
+        out = routed_adapter(*leaves, *indices, residual=leaves[0], backend="triton")
+        return out, *torch.autograd.grad(out, leaves, dy)
+
+    got = raw(*strided, strided_indices)
+    assert all(torch.equal(a, b) for a, b in zip(got, raw(x, *banks, dy, indices)))
+    assert all(torch.equal(a, b) for a, b in zip(before, strided))
+
+
+@pytest.mark.parametrize("case", ["several splits, samples", "several splits, tokens", "grouped, several splits"])
+def test_the_same_bits_twice(case):
+    tensors, indices = draw(torch.float32, *SHAPES[case])
+    run = run_on("triton", tensors, indices)
+    assert all(torch.equal(a, b) for a, b in zip(run(*tensors), run(*tensors)))
+
+
+@pytest.mark.parametrize(("tokens", "last"), [(17, "adapter_weight_grad_kernel"), (80, "adapter_plane_sum_kernel")])
+def test_one_launch_forward_and_at_most_three_backward(tokens, last):
+    tensors, indices = draw(torch.bfloat16, 4, tokens, 20, 4, 3, 1, "sample", None)
+    with launches() as names:
+        run_on("triton", tensors, indices)(*tensors)
+    assert names[0] == "adapter_forward_kernel"
+    assert names[1:3] == ["adapter_input_grad_kernel", "adapter_weight_grad_kernel"]
+    assert names[-1] == last
+    assert len(names) <= 4
+
+
+@pytest.mark.parametrize("case", [*SIDES, *SHAPES])
+def test_no_tensor_value_reaches_python(case):
+    """Meta tensors have no values, so everything around the launches is decided without them."""
+    tensors, indices = draw(torch.bfloat16, *(SIDES | SHAPES)[case])
+    (x, *banks, dy), indices = ([t if t is None else t.to("meta") for t in ts] for ts in (tensors, indices))
+    with launches(run=False) as names:
+        out, pre = triton_impl.forward(x, *banks, *indices, None, False, "gelu")
+        grads = triton_impl.backward(dy, x, pre, banks[0], banks[2], *indices, True, True, True, False, "gelu")
+    assert out.shape == dy.shape
+    assert [g.shape for g in grads] == [x.shape, *(s for w in (banks[0], banks[2]) for s in (w.shape, w.shape[:2]))]
+    assert len(names) in (3, 4)
+
+
+def test_rows_in_groups_cover_every_row_once():
+    key = torch.tensor([2, 0, 2, 2, 7, 0, 2, 2])
+    side = plan.Side(None, 1, False, 1, 1)
+    groups = plan.group_rows(plan.Plan(1, 8, 16, side, side, key, 8), rows=2)
+    tiles = [groups.perm[a:b].tolist() for a, b in zip(groups.start.tolist(), groups.stop.tolist()) if a < b]
+    assert tiles == [[1, 5], [0, 2], [3, 6], [7], [4]]
+    assert groups.tiles == len(groups.start) == 4 + 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", tables.TABLES)
+def test_every_shape_class_has_a_configuration_on_every_gpu(kernel, dtype):
+    for capability in (0, 80, 86, 89, 90, 100, 103, 120):
+        for width in (1 << n for n in range(4, 11)):
+            rows, cols, warps, stages = tables.config(kernel, capability, dtype.itemsize, width)
+            assert min(rows, cols) >= 16
+            assert rows & (rows - 1) == cols & (cols - 1) == 0
+            assert warps in (4, 8)
+            assert 1 <= stages <= 5
+
+
+def test_torch_compile_whole_graph_no_recompile_per_batch_size():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def loss(x, chosen, *banks):
+        return routed_adapter(x, *banks, chosen, None, residual=x, backend="triton").square().mean()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    _, *banks = (t.detach().to(DEVICE).requires_grad_() for t in inputs(dtype=torch.float32))
+    with launches() as names:
+        for batch, tokens in ((4, 11), (6, 9), (9, 17), (12, 13)):
+            x = torch.randn(batch, tokens, 5, device=DEVICE, requires_grad=True)
+            chosen = index("sample", 3, batch).to(DEVICE)
+            got = torch.autograd.grad(compiled(x, chosen, *banks), (x, *banks))
+            torch.testing.assert_close(got, torch.autograd.grad(loss(x, chosen, *banks), (x, *banks)))
+    assert counter.frame_count == 1
+    assert names.count("adapter_forward_kernel") == 8
+
+
+@pytest.mark.parametrize("kind", ["sample", "token"])
+def test_opcheck(kind):
+    x, *banks = (t.detach().to(DEVICE).requires_grad_() for t in inputs(dtype=torch.float32))
+    op = torch.ops.adamix_kernels.routed_adapter.default
+    torch.library.opcheck(op, (x, *banks, index(kind, 3).to(DEVICE), None, None, True, "gelu", "triton"))
+
+
+def test_autocast_gives_gradients_in_their_own_dtype():
+    x, *banks = (t.detach().to(DEVICE).requires_grad_() for t in inputs(dtype=torch.float32))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = routed_adapter(x, *banks, index("sample", 3).to(DEVICE), None, residual=x, backend="triton")
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in (x, *banks))
+
+
+def test_float64_is_refused_with_the_reason():
+    tensors, indices = draw(torch.float64, *SIDES["plain"])
+    with pytest.raises(BackendUnavailableError, match="float16, bfloat16 and float32, not torch.float64"):
+        run_on("triton", tensors, indices)(*tensors)
+
+
+def test_auto_never_interprets():
+    chosen = _backends.select("routed_adapter", "auto", "cpu", torch.float32)
+    assert chosen.__name__.endswith("routed_adapter.reference")
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("case", ["several splits, samples", "several splits, tokens", "grouped, several splits"])
+def test_a_cuda_graph_replays_new_values(case):
+    tensors, indices = draw(torch.bfloat16, *SHAPES[case])
+    run = run_on("triton", tensors, indices)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(*tensors)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(*tensors)
+    for t in tensors:
+        t.copy_(torch.randn_like(t))
+    indices[0].copy_(indices[0].flip(0))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, run(*tensors)))
