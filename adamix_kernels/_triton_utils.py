@@ -62,7 +62,7 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **meta) -
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """float32 x rounded to DTYPE, to nearest even: the interpreter's own cast to bfloat16 truncates."""
-    if _INTERPRETING and DTYPE == tl.bfloat16:
+    if _INTERPRETING and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     return x.to(DTYPE)

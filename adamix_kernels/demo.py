@@ -38,6 +38,8 @@ from .tasks import (
 )
 
 FROZEN, PLAIN = "frozen encoder + head", "one plain adapter"
+# How all-MiniLM is meant to be read, and the same features for every row of the table.
+POOLING = "mean"
 RANDOM, MERGED = "AdaMix, random routing", "AdaMix, merged"
 
 
@@ -52,14 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for results (default: %(default)s)")
     parser.add_argument("--seeds", type=_positive, default=3, help="number of seeds (default: %(default)s)")
-    parser.add_argument("--epochs", type=_positive, default=4, help="default: %(default)s")
+    parser.add_argument("--epochs", type=_positive, default=3, help="default: %(default)s")
     parser.add_argument("--batch-size", type=_positive, default=16, help="default: %(default)s")
     parser.add_argument("--max-tokens", type=_positive, default=48, help="longer texts are cut (default: %(default)s)")
     parser.add_argument("--experts", type=_positive, default=4, help="M (default: %(default)s)")
     parser.add_argument("--bottleneck", type=_positive, default=16, help="adapter width (default: %(default)s)")
     parser.add_argument("--consistency", type=float, default=1.0, help="weight of the KL term (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of adapters and their head (default: %(default)s)")
-    parser.add_argument("--head-lr", type=float, default=1e-2, help="of the frozen row's head (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="of the adapters (default: %(default)s)")
+    parser.add_argument("--head-lr", type=float, default=2e-2, help="of the head, in every row (default: %(default)s)")
     parser.add_argument("--max-train", type=_positive, help="use the first N training rows only")
     parser.add_argument("--max-dev", type=_positive, help="use the first N dev rows only")
     return parser
@@ -91,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = run(encoder, task.label_names, data, settings, args)
     seconds = time.perf_counter() - start
     folder = args.out / "merged"
-    write_run(folder, Run(args.model, args.data, task.label_names, args.max_tokens))
+    write_run(folder, Run(args.model, args.data, task.label_names, args.max_tokens, POOLING))
     tokenizer.save_pretrained(folder)
     write_table(results, args.seeds)
     plot = write_plot(results, args.out / "demo.png")
@@ -110,17 +112,19 @@ def run(
     with tqdm(total=3 * args.seeds * steps, unit="step", smoothing=0.1) as bar:
         bar.set_description("encoding once for the frozen row")
         torch.manual_seed(0)
-        features = frozen_features(load_classifier(encoder, label_names)[0], data)
+        features = frozen_features(load_classifier(encoder, label_names, POOLING)[0], data)
         for seed in range(args.seeds):
             bar.set_description(f"seed {seed}: {FROZEN}")
             torch.manual_seed(seed)
-            head, curve = train_head(load_classifier(encoder, label_names)[0], features, data, settings, seed, bar)
+            head, curve = train_head(
+                load_classifier(encoder, label_names, POOLING)[0], features, data, settings, seed, bar
+            )
             results[FROZEN].add(accuracy(head(features["dev"]), data.dev), curve, head)
 
             for name, experts, weight in ((PLAIN, 1, 0.0), (MERGED, args.experts, settings.consistency)):
                 bar.set_description(f"seed {seed}: {name.removesuffix(', merged')}")
                 torch.manual_seed(seed)
-                model, _ = load_classifier(encoder, label_names)
+                model, _ = load_classifier(encoder, label_names, POOLING)
                 config = AdaMixConfig(num_experts=experts, bottleneck=args.bottleneck, consistency_weight=weight)
                 adapt(model, config)
                 curve = train(model, data, settings, seed, bar)
@@ -134,7 +138,7 @@ def run(
                 results[MERGED].add(accuracy(logits, data.dev), curve, model, trainable=trained)
                 if seed == 0:
                     save_adamix(model, args.out / "merged")
-                    again = load_adamix(load_classifier(encoder, label_names)[0], args.out / "merged")
+                    again = load_adamix(load_classifier(encoder, label_names, POOLING)[0], args.out / "merged")
                     if not torch.equal(logits, _logits(again, data)):
                         raise RuntimeError("the loaded checkpoint does not give the saved model's logits")
         bar.set_description("done")

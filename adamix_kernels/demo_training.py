@@ -15,14 +15,14 @@ from torch import nn
 from .functional import adamix_loss
 from .models.doubling import double_batch
 from .models.targets import saved_modules
-from .tasks import TextClassification, collator, tokenize
+from .tasks import TextClassification, collator, mean_pool, tokenize
 
 WARMUP, WEIGHT_DECAY, EVAL_ROWS = 0.06, 0.01, 64
 
 
 @dataclass(frozen=True)
 class Settings:
-    """lr: of the adapters and their head. head_lr: of the head alone. consistency: weight of the KL term."""
+    """lr: of the adapters. head_lr: of the head. consistency: weight of the KL term."""
 
     epochs: int
     batch_size: int
@@ -74,7 +74,9 @@ def batches(rows: int, settings: Settings, seed: int) -> Iterator[list[int]]:
 def train(model: nn.Module, data: Data, settings: Settings, seed: int, bar: Any) -> Curve:
     """Trains what requires grad in an adapted model: one pass, or both AdaMix passes in one doubled batch."""
     weight = model.adamix.config.consistency_weight
-    optimizer, schedule = _optimizer([p for p in model.parameters() if p.requires_grad], settings.lr, data, settings)
+    heads = [p for _, head in saved_modules(model, None) for p in head.parameters()]
+    adapters = [p for p in model.parameters() if p.requires_grad and not any(p is h for h in heads)]
+    optimizer, schedule = _optimizer([(settings.lr, adapters), (settings.head_lr, heads)], data, settings)
     torch.manual_seed(seed)
     model.train()
     curve = Curve()
@@ -98,11 +100,11 @@ def train(model: nn.Module, data: Data, settings: Settings, seed: int, bar: Any)
     return curve
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def frozen_features(model: nn.Module, data: Data) -> dict[str, torch.Tensor]:
     """Mean-pooled last hidden states [rows, H] of both splits, without dropout: computed once for all seeds.
 
-    Mean pooling is what sentence encoders are trained for, and gives the frozen row its best features.
+    They are what the head reads in the adapted rows too (see load_classifier).
     """
     model.eval()
     features = {}
@@ -112,10 +114,9 @@ def frozen_features(model: nn.Module, data: Data) -> dict[str, torch.Tensor]:
             inputs = dict(data.collate(rows))
             del inputs["labels"]
             states = model.base_model(**inputs).last_hidden_state  # [B, S, H]
-            mask = inputs["attention_mask"].unsqueeze(-1).to(states.dtype)
-            pooled.append((states * mask).sum(1) / mask.sum(1))
+            pooled.append(mean_pool(states, inputs["attention_mask"]))
         features[name] = torch.cat(pooled).float()
-    return {name: value.clone() for name, value in features.items()}
+    return features
 
 
 def train_head(
@@ -128,7 +129,7 @@ def train_head(
     if heads:
         head.load_state_dict({**head.state_dict(), **heads[0].state_dict()})
     labels = torch.tensor([row["labels"] for row in data.train])
-    optimizer, schedule = _optimizer(list(head.parameters()), settings.head_lr, data, settings)
+    optimizer, schedule = _optimizer([(settings.head_lr, list(head.parameters()))], data, settings)
     curve = Curve()
     for rows in batches(len(data.train), settings, seed):
         start = time.perf_counter()
@@ -143,11 +144,11 @@ def train_head(
     return head, curve
 
 
-def _optimizer(parameters: list[nn.Parameter], lr: float, data: Data, settings: Settings):
+def _optimizer(groups: list[tuple[float, list[nn.Parameter]]], data: Data, settings: Settings):
     """AdamW, linear warm-up over the first 6% of the steps, then linear decay to zero."""
     steps = settings.steps(len(data.train))
     warmup = max(1, round(WARMUP * steps))
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for lr, p in groups], weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
     )

