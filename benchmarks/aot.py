@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,22 +23,18 @@ def wanted() -> list[Row]:
     return [row for row, _ in described()]
 
 
-def compiled(keys: Iterable[tuple], jobs: int = 2) -> tuple[list[Row], list[str]]:
-    """(rows of those cases, what did not compile): compiled now by `jobs` processes with an empty cache."""
+def compiled(keys: Iterable[tuple], jobs: int = 2) -> Iterator[tuple[list[Row], list[str]]]:
+    """(rows of some of those cases, what did not compile), part by part: `jobs` processes with an empty cache."""
     keys = sorted(keys)
     parts = [keys[n : n + 8] for n in range(0, len(keys), 8)]
-    rows, failed, start = [], [], time.perf_counter()
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="adamix-aot-") as cache, _environment(TRITON_CACHE_DIR=cache):
         from .aot_compile import compile_keys
 
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            for made, bad in pool.map(compile_keys, parts):
-                rows += made
-                failed += bad
-                done = len(rows) + len(failed)
-                print(f"\r{done}/{len(keys)}, {time.perf_counter() - start:.0f} s", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return sorted(rows, key=lambda r: r.key), failed
+            for number, part in enumerate(pool.map(compile_keys, parts), 1):
+                yield part
+                print(f"{number} of {len(parts)} parts, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -88,9 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chosen = [row for row in want if not unchanged(row, committed.get(row.key))]
         elif options.hardest:
             chosen = hardest(committed.get(row.key, row) for row in want)
-        rows, failed = compiled([row.key for row in chosen], options.jobs)
-        found += failed + ([] if options.write else differences(list(committed.values()), rows))
-        rows = sorted(kept + rows, key=lambda row: row.key)
+        rows = list(kept)
+        for made, failed in compiled([row.key for row in chosen], options.jobs):
+            rows = sorted(rows + made, key=lambda row: row.key)
+            found += failed + ([] if options.write else differences(list(committed.values()), made))
+            if options.write:
+                # What is compiled stays: stopped here, the next --write goes on from it.
+                write(TABLE, rows)
         found += problems(rows)
     if options.write:
         write(TABLE, rows)

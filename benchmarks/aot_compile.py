@@ -61,7 +61,7 @@ def compile_keys(keys: Sequence[tuple]) -> tuple[list[Row], list[str]]:
 def _described(case, target: int) -> Row:
     label = case.name.split("/")[1]
     constants = case.constexprs
-    blocks = [constants[n] for n in ("ROWS", "BLOCK_M", "COLS", "BLOCK_C", "BLOCK") if n in constants]
+    blocks = [constants[n] for n in ("ROWS", "BLOCK_M", "COLS", "BLOCK_C", "BLOCK_N", "BLOCK") if n in constants]
     config = f"{'x'.join(map(str, blocks))} w{case.num_warps} s{case.num_stages}"
     identity = dict(kernel=case.fn.__name__, dtype=case.dtype, case=label, config=config, target=target)
     return Row(

@@ -21,23 +21,28 @@ from .tune import ShapeClass
 
 __all__ = ["KERNELS", "Workload", "candidates", "capability", "gpu_seconds", "make", "problem", "shape_classes"]
 
-_OPS = {"adapter": "routed_adapter", "lora": "routed_lora"}
+# A table's name starts with the family of its kernels; a family lives in an op's backend.
+_OPS = {"adapter": "routed_adapter", "lora": "routed_lora", "frozen": "routed_lora"}
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 # Tail tiles in every sample, and enough tiles that none is cut smaller for want of programs.
 SIZES = dict(batch=131, tokens=500, hidden=1024, experts=4)
 # Wider than any rank: there the narrow tile holds the columns of several experts, one per token.
-_MAX_RANK = {"routed_adapter": 256, "routed_lora": 128}
+_MAX_RANK = {"adapter": 256, "lora": 128, "frozen": 128}
 
 
-def _op(kernel: str) -> str:
-    return _OPS[kernel.partition("_")[0]]
+def _family(kernel: str) -> str:
+    return kernel.partition("_")[0]
 
 
-def _tables(op: str) -> dict:
-    return importlib.import_module(f"adamix_kernels.ops.{op}.triton_impl.tables").TABLES
+def _part(kernel: str, name: str) -> ModuleType:
+    return importlib.import_module(f"adamix_kernels.ops.{_OPS[_family(kernel)]}.{name}")
 
 
-KERNELS = tuple(kernel for op in _OPS.values() for kernel in _tables(op))
+def _tables(kernel: str) -> ModuleType:
+    return _part(kernel, "triton_impl.tables")
+
+
+KERNELS = tuple(dict.fromkeys(kernel for family in _OPS for kernel in _tables(family).TABLES))
 
 
 def problem() -> str | None:
@@ -48,7 +53,7 @@ def problem() -> str | None:
 def shape_classes(kernels: Iterable[str]) -> Iterator[ShapeClass]:
     """Every class that a shipped table of these kernels has."""
     for kernel in kernels:
-        classes = {key for classes in _tables(_op(kernel))[kernel].values() for key in classes}
+        classes = {key for classes in _tables(kernel).TABLES[kernel].values() for key in classes}
         yield from (ShapeClass(kernel, *key) for key in sorted(classes))
 
 
@@ -57,13 +62,19 @@ def candidates(shape: ShapeClass, shared: int) -> list[Config]:
     made = []
     for rows in (16, 32, 64, 128):
         for cols in (32, 64, 128, 256):
+            kept, step = _footprint(shape, rows, cols)
             for warps, stages in ((4, 2), (4, 3), (4, 4), (8, 2), (8, 3)):
-                # Weight gradients keep [cols, width], the others [rows, width] and a block of the output.
-                kept = cols * shape.width if "grad" in shape.kernel.replace("input_grad", "") else rows * shape.width
-                staged = stages * (rows * cols + cols * shape.width) * shape.itemsize
-                if max(kept, rows * cols) <= 128 * warps * 32 and staged <= shared:
+                if kept <= 128 * 32 * warps and stages * step * shape.itemsize <= shared:
                     made.append(Config(rows, cols, warps, stages))
     return made
+
+
+def _footprint(shape: ShapeClass, rows: int, cols: int) -> tuple[int, int]:
+    """(float32 numbers of the largest accumulator, elements loaded by one step of the inner loop)."""
+    if _family(shape.kernel) == "frozen":
+        return rows * (cols + shape.width), 128 // shape.itemsize * (rows + cols + shape.width)
+    summed_over_rows = shape.kernel in ("adapter_weight_grad_kernel", "lora_grads_kernel")
+    return max((cols if summed_over_rows else rows) * shape.width, rows * cols), (rows + shape.width) * cols
 
 
 @dataclass
@@ -110,27 +121,26 @@ class Workload:
 
 def make(shape: ShapeClass, device: torch.device, sizes: dict[str, int] | None = None) -> Workload:
     """The call of a class: per-sample routing at rank = width, per-token where only several experts are that wide."""
-    op = _op(shape.kernel)
-    triton_impl = importlib.import_module(f"adamix_kernels.ops.{op}.triton_impl")
-    reference = importlib.import_module(f"adamix_kernels.ops.{op}.reference")
-    tables = importlib.import_module(f"adamix_kernels.ops.{op}.triton_impl.tables")
-    sizes = dict(sizes or SIZES)
-    rank = shape.width
-    per_token = shape.width > _MAX_RANK[op]
+    family, sizes, rank = _family(shape.kernel), dict(sizes or SIZES), shape.width
+    per_token = shape.width > _MAX_RANK[family]
     if per_token:
         rank, sizes["experts"] = 16, shape.width // 16
-    arguments = _adapter if op == "routed_adapter" else _lora
     bytes_of_x = sizes["batch"] * sizes["tokens"] * sizes["hidden"] * shape.itemsize
     cache, shared = 0, 232_448
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         cache, shared = properties.L2_cache_size, properties.shared_memory_per_block_optin
-    sets = max(2, -(-2 * cache // bytes_of_x))
-    generator = torch.Generator(device).manual_seed(0)
-    draw = _Draw(device, _DTYPES[shape.itemsize], generator)
-    made = [arguments(shape.kernel, draw, reference, rank=rank, per_token=per_token, **sizes) for _ in range(sets)]
-    shipped = tables.config(shape.kernel, capability(device), shape.itemsize, shape.width)
-    return Workload(triton_impl, reference, made[0][0], [m[1] for m in made], shipped, candidates(shape, shared))
+    draw = _Draw(device, _DTYPES[shape.itemsize], torch.Generator(device).manual_seed(0))
+    arguments = {"adapter": _adapter, "lora": _lora, "frozen": _frozen}[family]
+    reference, timed = _part(shape.kernel, "reference"), _part(shape.kernel, "triton_impl")
+    sets = [
+        arguments(shape.kernel, draw, reference, rank=rank, per_token=per_token, **sizes)
+        for _ in range(max(2, -(-2 * cache // bytes_of_x)))
+    ]
+    if family == "frozen":
+        reference, timed = _FrozenReference, _FrozenTriton
+    shipped = _tables(shape.kernel).config(shape.kernel, capability(device), shape.itemsize, shape.width)
+    return Workload(timed, reference, sets[0][0], [inputs for _, inputs in sets], shipped, candidates(shape, shared))
 
 
 @dataclass(frozen=True)
@@ -171,6 +181,35 @@ def _lora(kernel, draw, reference, *, batch, tokens, hidden, experts, rank, per_
     grad, t = base, reference.forward(*forward)[1]
     weights = kernel == "lora_grads_kernel"
     return "backward", (grad, x, t, a, b, *index, None, True, weights, weights, scaling, groups, offsets, dropout_p)
+
+
+def _frozen(kernel, draw, reference, *, batch, tokens, hidden, experts, rank, per_token):
+    _, (x, a, b, *index, base, _, scaling, _, _, _) = _lora(
+        "lora_forward_kernel", draw, reference,
+        batch=batch, tokens=tokens, hidden=hidden, experts=experts, rank=rank, per_token=per_token,
+    )  # fmt: skip
+    return "both", (x, base, draw.normal(hidden, hidden, scale=hidden**-0.5), a, b, *index, scaling)
+
+
+class _FrozenTriton:
+    @staticmethod
+    def both(x, grad, weight, a, b, a_index, b_index, scaling):
+        """One table serves forward and input gradient: both are run."""
+        from adamix_kernels.ops.routed_lora.triton_impl import frozen_linear as frozen
+
+        out, t = frozen.frozen_linear_lora(x, weight, None, a, b, a_index, b_index, scaling)
+        return out, t, *frozen.frozen_linear_lora_dx(grad, weight, a, b, a_index, b_index, scaling)
+
+
+class _FrozenReference:
+    @staticmethod
+    def both(x, grad, weight, a, b, a_index, b_index, scaling):
+        from adamix_kernels.ops.routed_lora import reference
+
+        rest = (scaling, 1, [0], 0.0)
+        out, t = reference.forward(x, a, b, a_index, b_index, x @ weight.mT, None, *rest)
+        dt, _ = reference.forward(grad, b.mT.contiguous(), a.mT.contiguous(), b_index, a_index, None, None, 1.0, 1, [0], 0.0)
+        return out, t, dt, _
 
 
 def gpu_seconds(workload: Workload, repeats: int) -> float:

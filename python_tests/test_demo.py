@@ -7,7 +7,8 @@ import pytest
 import tiny_text
 import torch
 
-from adamix_kernels import demo, demo_report, demo_training, load_adamix, tasks
+from adamix_kernels import load_adamix, tasks
+from adamix_kernels.demo import report, run, training
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,7 @@ def finished(tmp_path_factory):
     encoder, data = tiny_text.write_encoder(folder / "encoder"), tiny_text.write_data(folder / "data")
     arguments = ["--model", str(encoder), "--data", str(data), "--out", str(folder / "out")]
     arguments += ["--epochs", "1", "--seeds", "2", "--batch-size", "5", "--bottleneck", "3"]
-    assert demo.main(arguments) == 0
+    assert run.main(arguments) == 0
     return folder / "out", arguments
 
 
@@ -25,23 +26,23 @@ def test_results_hold_every_method_and_figure(finished):
     folder = finished[0]
     results = json.loads((folder / "results.json").read_text())
     methods = {m["name"]: m for m in results["methods"]}
-    assert list(methods) == [demo.FROZEN, demo.PLAIN, demo.RANDOM, demo.MERGED]
+    assert list(methods) == [run.FROZEN, run.PLAIN, run.RANDOM, run.MERGED]
     head, plain = 2 * 16 + 2, 2 * (2 * 3 * 16 + 3 + 16)
     experts = 2 * (4 * (3 * 16 + 3) + 16 * 3 + 16)
     counts = {name: (m["trainable"], m["kept"]) for name, m in methods.items()}
     assert counts == {
-        demo.FROZEN: (head, head),
-        demo.PLAIN: (head + plain, head + plain),
-        demo.RANDOM: (head + experts, head + experts),
-        demo.MERGED: (head + experts, head + plain),
+        run.FROZEN: (head, head),
+        run.PLAIN: (head + plain, head + plain),
+        run.RANDOM: (head + experts, head + experts),
+        run.MERGED: (head + experts, head + plain),
     }
     for method in methods.values():
         assert len(method["accuracy"]) == 2
         assert all(0 <= a <= 100 for a in method["accuracy"])
         assert method["seconds_per_step"] > 0
         assert [len(curve) for curve in method["cross_entropy"]] == [3, 3]
-    assert [len(c) for c in methods[demo.PLAIN]["consistency"]] == [0, 0]
-    assert all(0 < value < 1 for value in itertools.chain(*methods[demo.MERGED]["consistency"]))
+    assert [len(c) for c in methods[run.PLAIN]["consistency"]] == [0, 0]
+    assert all(0 < value < 1 for value in itertools.chain(*methods[run.MERGED]["consistency"]))
     assert results["command"].endswith("--bottleneck 3")
     assert results["versions"]["torch"] == torch.__version__
 
@@ -63,27 +64,27 @@ def test_merged_checkpoint_is_a_plain_adapter_with_the_accuracy_of_the_first_see
 
 def test_the_same_seeds_give_the_same_losses(finished, tmp_path):
     folder, arguments = finished
-    assert demo.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert run.main([*arguments, "--out", str(tmp_path)]) == 0
     first, second = (json.loads((f / "results.json").read_text())["methods"] for f in (folder, tmp_path))
     for key in ("accuracy", "cross_entropy", "consistency"):
         assert [m[key] for m in first] == [m[key] for m in second]
 
 
 def test_batches_are_shuffled_by_seed_and_cover_every_row():
-    settings = demo_training.Settings(epochs=2, batch_size=4, lr=0.1, head_lr=0.1, consistency=1.0)
-    made = list(demo_training.batches(10, settings, seed=1))
+    settings = training.Settings(epochs=2, batch_size=4, lr=0.1, head_lr=0.1, consistency=1.0)
+    made = list(training.batches(10, settings, seed=1))
     assert [len(b) for b in made] == [4, 4, 2, 4, 4, 2]
     assert len(made) == settings.steps(10)
     assert sorted(itertools.chain(*made[:3])) == list(range(10))
-    assert made == list(demo_training.batches(10, settings, seed=1))
-    assert made != list(demo_training.batches(10, settings, seed=2))
+    assert made == list(training.batches(10, settings, seed=1))
+    assert made != list(training.batches(10, settings, seed=2))
 
 
 def test_frozen_features_ignore_padding(tmp_path):
     model, tokenizer = tasks.load_classifier(tasks.resolve_model(str(tiny_text.write_encoder(tmp_path))), ["a", "b"])
     rows = tasks.tokenize(tasks.TextSplit(["good", "the film was very bad"], None, [0, 1]), tokenizer, 16)
     collate = tasks.collator(tokenizer)
-    together = demo_training.frozen_features(model, demo_training.Data(rows, rows[:1], collate))
+    together = training.frozen_features(model, training.Data(rows, rows[:1], collate))
     torch.testing.assert_close(together["train"][:1], together["dev"])
 
 
@@ -91,15 +92,15 @@ def test_adapted_rows_read_the_features_of_the_frozen_row(tmp_path):
     encoder = tasks.resolve_model(str(tiny_text.write_encoder(tmp_path)))
     model, tokenizer = tasks.load_classifier(encoder, ["a", "b"], "mean")
     rows = tasks.tokenize(tasks.TextSplit(["good", "the film was very bad"], None, [0, 1]), tokenizer, 16)
-    data = demo_training.Data(rows, rows, tasks.collator(tokenizer))
-    expected = model.classifier(demo_training.frozen_features(model, data)["dev"])
+    data = training.Data(rows, rows, tasks.collator(tokenizer))
+    expected = model.classifier(training.frozen_features(model, data)["dev"])
     torch.testing.assert_close(tasks.predict(model, rows, data.collate), expected)
 
 
 def test_deviation_is_the_sample_deviation():
-    result = demo_report.MethodResult("x", accuracy=[50.0, 52.0])
+    result = report.MethodResult("x", accuracy=[50.0, 52.0])
     assert (result.mean, round(result.deviation, 6)) == (51.0, round(2**0.5, 6))
-    assert demo_report.MethodResult("x", accuracy=[50.0]).deviation == 0.0
+    assert report.MethodResult("x", accuracy=[50.0]).deviation == 0.0
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_deviation_is_the_sample_deviation():
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(tmp_path, capsys, arguments, message):
-    assert demo.main(["--out", str(tmp_path), *arguments]) == 2
+    assert run.main(["--out", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("demo: ")
     assert error.count("\n") == 1

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .functional import adamix_loss
-from .models.doubling import double_batch
-from .models.targets import saved_modules
-from .tasks import TextClassification, collator, mean_pool, tokenize
+from ..functional import adamix_loss
+from ..models.doubling import double_batch
+from ..models.targets import saved_modules
+from ..tasks import TextClassification, collator, mean_pool, tokenize
 
 WARMUP, WEIGHT_DECAY, EVAL_ROWS = 0.06, 0.01, 64
 

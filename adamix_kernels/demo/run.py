@@ -1,4 +1,4 @@
-"""The main job, start to end: `python -m adamix_kernels.demo` (what `make demo` runs).
+"""The demo's main function.
 
 Adapts a pretrained encoder with AdaMix on a text-classification set, merges it, and sets it beside a
 frozen encoder with a trained head and beside one plain adapter: for every seed the same batches, number
@@ -17,14 +17,12 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .demo_report import MethodResult, write_plot, write_results, write_table
-from .demo_training import Data, Settings, frozen_features, prepare, train, train_head
-from .models.checkpoint import load_adamix, save_adamix
-from .models.config import AdaMixConfig
-from .models.contexts import eval_routing
-from .models.inject import adapt
-from .models.merging import merge
-from .tasks import (
+from ..models.checkpoint import load_adamix, save_adamix
+from ..models.config import AdaMixConfig
+from ..models.contexts import eval_routing
+from ..models.inject import adapt
+from ..models.merging import merge
+from ..tasks import (
     DEFAULT_MODEL,
     EMBEDDED,
     Encoder,
@@ -36,6 +34,8 @@ from .tasks import (
     resolve_model,
     write_run,
 )
+from .report import MethodResult, write_plot, write_results, write_table
+from .training import Data, Settings, frozen_features, prepare, train, train_head
 
 FROZEN, PLAIN = "frozen encoder + head", "one plain adapter"
 # How all-MiniLM is meant to be read, and the same features for every row of the table.
@@ -162,7 +162,3 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
     return value
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
