@@ -71,13 +71,14 @@ def test_the_same_seeds_give_the_same_losses(finished, tmp_path):
 
 
 def test_batches_are_shuffled_by_seed_and_cover_every_row():
-    settings = training.Settings(epochs=2, batch_size=4, lr=0.1, head_lr=0.1, consistency=1.0)
-    made = list(training.batches(10, settings, seed=1))
-    assert [len(b) for b in made] == [4, 4, 2, 4, 4, 2]
+    settings = training.Settings(epochs=2, batch_size=4, lr=0.1, adamix_lr=0.1, head_lr=0.1, consistency=1.0)
+    rows = [{"input_ids": [0] * n} for n in (3, 9, 5, 7, 2, 8, 4, 6, 9, 1)]
+    made = list(training.batches(rows, settings, seed=1))
+    assert sorted(len(b) for b in made) == [2, 2, 4, 4, 4, 4]
     assert len(made) == settings.steps(10)
     assert sorted(itertools.chain(*made[:3])) == list(range(10))
-    assert made == list(training.batches(10, settings, seed=1))
-    assert made != list(training.batches(10, settings, seed=2))
+    assert made == list(training.batches(rows, settings, seed=1))
+    assert made != list(training.batches(rows, settings, seed=2))
 
 
 def test_frozen_features_ignore_padding(tmp_path):

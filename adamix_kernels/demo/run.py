@@ -60,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--experts", type=_positive, default=4, help="M (default: %(default)s)")
     parser.add_argument("--bottleneck", type=_positive, default=16, help="adapter width (default: %(default)s)")
     parser.add_argument("--consistency", type=float, default=1.0, help="weight of the KL term (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="of the adapters (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=6e-3, help="of the plain adapter (default: %(default)s)")
+    parser.add_argument("--adamix-lr", type=float, default=1e-2, help="of the experts (default: %(default)s)")
     parser.add_argument("--head-lr", type=float, default=2e-2, help="of the head, in every row (default: %(default)s)")
     parser.add_argument("--max-train", type=_positive, help="use the first N training rows only")
     parser.add_argument("--max-dev", type=_positive, help="use the first N dev rows only")
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
-    settings = Settings(args.epochs, args.batch_size, args.lr, args.head_lr, args.consistency)
+    settings = Settings(args.epochs, args.batch_size, args.lr, args.adamix_lr, args.head_lr, args.consistency)
     data = prepare(task, tokenizer, args.max_tokens, args.max_train, args.max_dev)
     print(
         f"{args.model} on {args.data}: {len(data.train)} training and {len(data.dev)} dev texts, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,11 +21,12 @@ WARMUP, WEIGHT_DECAY, EVAL_ROWS = 0.06, 0.01, 64
 
 @dataclass(frozen=True)
 class Settings:
-    """lr: of the adapters. head_lr: of the head. consistency: weight of the KL term."""
+    """lr: of the plain adapter. adamix_lr: of the experts. head_lr: of the head. consistency: weight of the KL term."""
 
     epochs: int
     batch_size: int
     lr: float
+    adamix_lr: float
     head_lr: float
     consistency: float
 
@@ -61,14 +61,16 @@ def prepare(
     return Data(train_rows, dev_rows, collator(tokenizer))
 
 
-def batches(rows: int, settings: Settings, seed: int) -> Iterator[list[int]]:
-    """Row numbers of every training batch: the same for every method with the same seed."""
-    shuffle = random.Random(seed)
+def batches(rows: list[dict[str, Any]], settings: Settings, seed: int) -> Iterator[list[int]]:
+    """Row numbers of every training batch, of like lengths: the same for every method with the same seed."""
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [len(row["input_ids"]) for row in rows]
     for _ in range(settings.epochs):
-        order = list(range(rows))
-        shuffle.shuffle(order)
-        for start in range(0, rows, settings.batch_size):
-            yield order[start : start + settings.batch_size]
+        order = get_length_grouped_indices(lengths, settings.batch_size, generator=generator)
+        made = [order[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
+        yield from (made[i] for i in torch.randperm(len(made), generator=generator).tolist())
 
 
 def train(model: nn.Module, data: Data, settings: Settings, seed: int, bar: Any) -> Curve:
@@ -76,11 +78,12 @@ def train(model: nn.Module, data: Data, settings: Settings, seed: int, bar: Any)
     weight = model.adamix.config.consistency_weight
     heads = [p for _, head in saved_modules(model, None) for p in head.parameters()]
     adapters = [p for p in model.parameters() if p.requires_grad and not any(p is h for h in heads)]
-    optimizer, schedule = _optimizer([(settings.lr, adapters), (settings.head_lr, heads)], data, settings)
+    lr = settings.adamix_lr if weight > 0 else settings.lr
+    optimizer, schedule = _optimizer([(lr, adapters), (settings.head_lr, heads)], data, settings)
     torch.manual_seed(seed)
     model.train()
     curve = Curve()
-    for rows in batches(len(data.train), settings, seed):
+    for rows in batches(data.train, settings, seed):
         start = time.perf_counter()
         inputs = dict(data.collate([data.train[i] for i in rows]))
         labels = inputs.pop("labels")
@@ -131,7 +134,7 @@ def train_head(
     labels = torch.tensor([row["labels"] for row in data.train])
     optimizer, schedule = _optimizer([(settings.head_lr, list(head.parameters()))], data, settings)
     curve = Curve()
-    for rows in batches(len(data.train), settings, seed):
+    for rows in batches(data.train, settings, seed):
         start = time.perf_counter()
         loss = F.cross_entropy(head(features["train"][rows]), labels[rows])
         optimizer.zero_grad()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..modules.adapter import merge_adapters
+from ..modules.lora import merge_factors
 from .state import adamix_state, replace_module
 
 
@@ -27,12 +29,14 @@ def merge(model: nn.Module) -> nn.Module:
         raise ValueError("model: got a merged model, expected an unmerged one; call unmerge() first")
     layers = {path: model.get_submodule(path) for path in state.paths}
     if state.config.method == "adapter":
-        merged = {path: layer.adapter.merged() for path, layer in layers.items()}
+        adapters = merge_adapters([layer.adapter for layer in layers.values()])
+        merged = dict(zip(layers, adapters, strict=True))
         for path, layer in layers.items():
             state.stash[path] = layer.adapter
             layer.adapter = merged[path]
     else:
-        merged = {path: layer.merged_weight() for path, layer in layers.items()}
+        factors = merge_factors(list(layers.values()))
+        merged = {path: layer.merged_weight(pair) for (path, layer), pair in zip(layers.items(), factors, strict=True)}
         for path, layer in layers.items():
             state.stash[path] = (layer, layer.base.weight.detach().clone())
             layer.base.weight.copy_(merged[path])

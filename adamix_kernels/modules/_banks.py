@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from ..functional import merge_experts
+from ..ops.merge.api import merge_banks
 
 SHARES = ("up", "down", None)
 
@@ -33,6 +36,18 @@ def merged_bank(bank: torch.Tensor | None, score: torch.Tensor, backend: str) ->
     if bank is None or bank.shape[0] == 1:
         return bank
     return merge_experts(bank, score, backend=backend).unsqueeze(0)
+
+
+def merged_banks(
+    banks: Sequence[torch.Tensor], scores: Sequence[torch.Tensor], backend: str
+) -> list[torch.Tensor]:  # fmt: skip
+    """merged_bank of every pair, in one launch on a GPU; without gradients."""
+    several = [n for n, bank in enumerate(banks) if bank.shape[0] > 1]
+    out = list(banks)
+    means = merge_banks([banks[n] for n in several], [scores[n] for n in several], backend=backend)
+    for n, mean in zip(several, means, strict=True):
+        out[n] = mean.unsqueeze(0)
+    return out
 
 
 def as_batch(x: torch.Tensor) -> torch.Tensor:

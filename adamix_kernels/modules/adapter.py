@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from ..functional import routed_adapter
 from ..routing import Router
-from ._banks import as_batch, bank_sizes, cast_like, check_positive, fold_passes, merge_score, merged_bank
+from ._banks import as_batch, bank_sizes, cast_like, check_positive, fold_passes, merge_score, merged_bank, merged_banks
 
 INIT_STD = 0.02
 
@@ -97,39 +99,54 @@ class RoutedAdapter(nn.Module):
 
     def merged_banks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(down_weight, down_bias, up_weight, up_bias), each a bank of one; each side averaged by itself."""
-        return (
-            merged_bank(self.down_weight, self.down_score, self.backend),
-            merged_bank(self.down_bias, self.down_score, self.backend),
-            merged_bank(self.up_weight, self.up_score, self.backend),
-            merged_bank(self.up_bias, self.up_score, self.backend),
+        return tuple(
+            merged_bank(bank, score, self.backend)
+            for bank, score in zip(self.banks(), self.bank_scores(), strict=True)
         )
 
-    @torch.no_grad()
     def merged(self) -> RoutedAdapter:
         """A plain adapter (one expert) that computes what this one does in evaluation."""
-        plain = RoutedAdapter(
-            self.hidden_size,
-            self.bottleneck,
-            1,
-            None,
-            self.activation,
-            router=self.router,
-            backend=self.backend,
-            dtype=self.down_weight.dtype,
-            device=self.down_weight.device,
-        )
-        for mine, value in zip(plain.banks(), self.merged_banks(), strict=True):
-            mine.copy_(value)
-        return plain.train(self.training)
+        return merge_adapters([self])[0]
 
     def banks(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]:
         return self.down_weight, self.down_bias, self.up_weight, self.up_bias
+
+    def bank_scores(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]:
+        """The merge scores of each of `banks()`."""
+        return self.down_score, self.down_score, self.up_score, self.up_score
 
     def extra_repr(self) -> str:
         return (
             f"hidden_size={self.hidden_size}, bottleneck={self.bottleneck}, num_experts={self.num_experts}, "
             f"share={self.share!r}, activation={self.activation!r}"
         )
+
+
+@torch.no_grad()
+def merge_adapters(adapters: Sequence[RoutedAdapter]) -> list[RoutedAdapter]:
+    """[adapter.merged() for each], the banks of all of one backend merged together (one launch on a GPU)."""
+    plain = [
+        RoutedAdapter(
+            adapter.hidden_size,
+            adapter.bottleneck,
+            1,
+            None,
+            adapter.activation,
+            router=adapter.router,
+            backend=adapter.backend,
+            dtype=adapter.down_weight.dtype,
+            device=adapter.down_weight.device,
+        ).train(adapter.training)
+        for adapter in adapters
+    ]
+    for backend in sorted({adapter.backend for adapter in adapters}):
+        pairs = [(mine, full) for mine, full in zip(plain, adapters, strict=True) if full.backend == backend]
+        banks = [bank for _, full in pairs for bank in full.banks()]
+        scores = [score for _, full in pairs for score in full.bank_scores()]
+        targets = [bank for mine, _ in pairs for bank in mine.banks()]
+        for target, value in zip(targets, merged_banks(banks, scores, backend), strict=True):
+            target.copy_(value)
+    return plain
 
 
 class AdaptedLayer(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..functional import merge_lora, routed_lora
 from ..routing import Router
-from ._banks import as_batch, bank_sizes, cast_like, check_positive, fold_passes, merge_score, merged_bank
+from ._banks import as_batch, bank_sizes, cast_like, check_positive, fold_passes, merge_score, merged_bank, merged_banks
 
 QKV = ("q", "k", "v")
 
@@ -169,8 +169,10 @@ class RoutedLoRALinear(nn.Module):
         lora_b = merged_bank(self.lora_b, self.b_score, self.backend)
         return lora_a[0], lora_b[0]
 
-    def merged_weight(self) -> torch.Tensor:
+    def merged_weight(self, factors: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """The base weight with the merged update in it, in the base's dtype and layout.
+
+        factors: what merged_factors() gives, if at hand.
 
         Raises ValueError when the base has no floating weight (a quantised layer) to add it to.
         """
@@ -179,7 +181,7 @@ class RoutedLoRALinear(nn.Module):
             raise ValueError(
                 f"base: got {type(self.base).__name__}, expected a layer with a floating weight to merge into"
             )
-        lora_a, lora_b = self.merged_factors()
+        lora_a, lora_b = self.merged_factors() if factors is None else factors
         return merge_lora(
             weight,
             lora_a,
@@ -196,6 +198,19 @@ class RoutedLoRALinear(nn.Module):
             f"r={self.r}, alpha={self.alpha}, num_experts={self.num_experts}, share={self.share!r}, "
             f"dropout={self.dropout}, groups={self.groups}, output_offsets={self.output_offsets}"
         )
+
+
+@torch.no_grad()
+def merge_factors(layers: Sequence[RoutedLoRALinear]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """[layer.merged_factors() for each], the banks of all of one backend merged together (one launch on a GPU)."""
+    merged: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for backend in sorted({layer.backend for layer in layers}):
+        mine = [n for n, layer in enumerate(layers) if layer.backend == backend]
+        banks = [bank for n in mine for bank in (layers[n].lora_a, layers[n].lora_b)]
+        scores = [score for n in mine for score in (layers[n].a_score, layers[n].b_score)]
+        out = merged_banks(banks, scores, backend)
+        merged |= {n: (a[0], b[0]) for n, a, b in zip(mine, out[::2], out[1::2], strict=True)}
+    return [merged[n] for n in range(len(layers))]
 
 
 def linear_sizes(layer: nn.Module) -> tuple[int, int, bool]:

@@ -1,0 +1,56 @@
+"""What the tests of the Triton backends share: poisoned memory, a spy on launches, the device."""
+
+import contextlib
+import os
+from unittest import mock
+
+import pytest
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available() and not INTERPRET
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def needs_triton():
+    """Skips the module that calls it where kernels can neither be interpreted nor compiled."""
+    if not INTERPRET and not GPU:
+        pytest.skip("set TRITON_INTERPRET=1 or have a GPU", allow_module_level=True)
+    pytest.importorskip("triton")
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """Everything allocated without a value holds NaN."""
+
+    def nan(function):
+        def allocate(*args, **kwargs):
+            out = function(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return allocate
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            stack.enter_context(mock.patch.object(owner, name, nan(getattr(owner, name))))
+        yield
+
+
+@contextlib.contextmanager
+def launches(*modules, run=True):
+    """Names of the kernels launched by those modules; run=False leaves the launching out."""
+    names = []
+
+    def spy(real):
+        def launch(kernel, grid, device, *args, **meta):
+            names.append(kernel.fn.__name__)
+            if run:
+                real(kernel, grid, device, *args, **meta)
+
+        return launch
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "launch", spy(module.launch)))
+        yield names
