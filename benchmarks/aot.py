@@ -16,25 +16,30 @@ from pathlib import Path
 from .aot_table import TABLE, Row, differences, hardest, mismatches, problems, read, unchanged, write
 
 
-def wanted() -> list[Row]:
-    """Every case of every op on every target, not compiled."""
-    from .aot_compile import described
+def wanted() -> tuple[list[Row], list[str]]:
+    """(every case of every op on every target, not compiled; ops without cases, in words)."""
+    from .aot_compile import described, without_cases
 
-    return [row for row, _ in described()]
+    return [row for row, _ in described()], without_cases()
 
 
-def compiled(keys: Iterable[tuple], jobs: int = 2) -> Iterator[tuple[list[Row], list[str]]]:
-    """(rows of some of those cases, what did not compile), part by part: `jobs` processes with an empty cache."""
+def compiled(keys: Iterable[tuple], jobs: int = 2, cache: Path | None = None) -> Iterator[tuple[list[Row], list[str]]]:
+    """(rows of some of those cases, what did not compile), part by part.
+
+    jobs: processes. cache: Triton's folder of compiled kernels, named by their contents; None is an empty one.
+    """
     keys = sorted(keys)
     parts = [keys[n : n + 8] for n in range(0, len(keys), 8)]
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="adamix-aot-") as cache, _environment(TRITON_CACHE_DIR=cache):
+    with tempfile.TemporaryDirectory(prefix="adamix-aot-") as empty, _environment(TRITON_CACHE_DIR=str(cache or empty)):
         from .aot_compile import compile_keys
 
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             for number, part in enumerate(pool.map(compile_keys, parts), 1):
                 yield part
-                print(f"{number} of {len(parts)} parts, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+                print(
+                    f"{number} of {len(parts)} parts, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True
+                )
 
 
 @contextlib.contextmanager
@@ -57,10 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--write", action="store_true", help=f"compile what is new or changed, then write {TABLE.name}")
     mode.add_argument("--check", action="store_true", help=f"compile everything and compare with {TABLE.name}")
-    mode.add_argument("--hardest", action="store_true", help="compile the hardest case of each kernel, dtype, target")
+    mode.add_argument("--hardest", action="store_true", help="compile the hardest cases: two a kernel and target")
     mode.add_argument("--list", action="store_true", help="compile nothing: the cases alone")
     parser.add_argument("--out", type=Path, help="CSV of what was compiled or listed")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--cache", type=Path, help="Triton cache to reuse (default: an empty one, all is compiled)")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("aot: TRITON_INTERPRET is set; interpreted kernels cannot be compiled", file=sys.stderr)
@@ -68,13 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.jobs < 1:
         parser.error(f"--jobs: got {options.jobs}, expected at least 1")
     try:
-        want = wanted()
+        want, found = wanted()
     except ModuleNotFoundError as error:
         print(f"aot: {error}", file=sys.stderr)
         return 2
 
     committed = {row.key: row for row in read(TABLE)} if TABLE.exists() else {}
-    found = [] if options.write else mismatches(list(committed.values()), want)
+    found += [] if options.write else mismatches(list(committed.values()), want)
     if options.list:
         rows = want
     else:
@@ -85,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.hardest:
             chosen = hardest(committed.get(row.key, row) for row in want)
         rows = list(kept)
-        for made, failed in compiled([row.key for row in chosen], options.jobs):
+        for made, failed in compiled([row.key for row in chosen], options.jobs, options.cache):
             rows = sorted(rows + made, key=lambda row: row.key)
             found += failed + ([] if options.write else differences(list(committed.values()), made))
             if options.write:

@@ -31,14 +31,22 @@ _LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER)
 
 def described() -> Iterator[tuple[Row, object]]:
     """(row without figures, case) of every op's aot_cases on every target."""
-    root = Path(adamix_kernels.__file__).parent / "ops"
     for op in OPS:
-        if not (root / op / "triton_impl").is_dir():
+        if not _has(op, "aot.py"):
             continue
         cases = importlib.import_module(f"adamix_kernels.ops.{op}.triton_impl.aot").aot_cases
         for target in SHARED_LIMITS:
             for case in cases(target):
                 yield _described(case, target), case
+
+
+def without_cases() -> list[str]:
+    """Ops whose kernels the gate does not see, in words."""
+    return [f"{op}: Triton kernels, but no triton_impl/aot.py" for op in OPS if _has(op) and not _has(op, "aot.py")]
+
+
+def _has(op: str, file: str = "__init__.py") -> bool:
+    return (Path(adamix_kernels.__file__).parent / "ops" / op / "triton_impl" / file).is_file()
 
 
 @functools.cache
@@ -63,6 +71,8 @@ def _described(case, target: int) -> Row:
     constants = case.constexprs
     blocks = [constants[n] for n in ("ROWS", "BLOCK_M", "COLS", "BLOCK_C", "BLOCK_N", "BLOCK") if n in constants]
     config = f"{'x'.join(map(str, blocks))} w{case.num_warps} s{case.num_stages}"
+    if _limit(case):
+        config += f" r{_limit(case)}"
     identity = dict(kernel=case.fn.__name__, dtype=case.dtype, case=label, config=config, target=target)
     return Row(
         **identity, registers=None, spills=None, shared_bytes=None, tensor_columns=None, mma="",
@@ -70,9 +80,14 @@ def _described(case, target: int) -> Row:
     )  # fmt: skip
 
 
+def _limit(case) -> int | None:
+    """Registers a thread may take, where a case says so."""
+    return getattr(case, "maxnreg", None)
+
+
 def _compile(row: Row, case) -> Row:
     source = ASTSource(case.fn, case.signature, constexprs=case.constexprs, attrs=case.attrs)
-    options = dict(num_warps=case.num_warps, num_stages=case.num_stages)
+    options = dict(num_warps=case.num_warps, num_stages=case.num_stages, maxnreg=_limit(case))
     made = triton.compile(source, target=GPUTarget("cuda", row.target, 32), options=options)
     registers, local = _resources(made.asm["cubin"])
     return replace(
@@ -114,7 +129,7 @@ def _fingerprint(case) -> str:
     parts = _sources(case.fn, set())
     parts += [f"{name}={case.constexprs[name]}" for name in sorted(case.constexprs)]
     parts += [f"{name}:{kind}" for name, kind in sorted(case.signature.items())]
-    parts += [str(sorted(case.attrs.items())), str(case.num_warps), str(case.num_stages)]
+    parts += [str(sorted(case.attrs.items())), str(case.num_warps), str(case.num_stages), str(_limit(case))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 

@@ -107,10 +107,10 @@ def unchanged(row: Row, old: Row | None) -> bool:
 
 
 def hardest(rows: Iterable[Row]) -> list[Row]:
-    """One row for each kernel, dtype and target: that with the most registers, then shared memory."""
+    """One row for each kernel, size of its dtype, and target: that with the most registers, then shared memory."""
     chosen: dict[tuple, Row] = {}
     for row in sorted(rows, key=lambda r: (-(r.registers or 0), -(r.shared_bytes or 0), r.key)):
-        chosen.setdefault((row.kernel, row.dtype, row.target), row)
+        chosen.setdefault((row.kernel, row.dtype == "float32", row.target), row)
     return sorted(chosen.values(), key=lambda r: r.key)
 
 

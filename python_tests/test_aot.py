@@ -15,7 +15,8 @@ from benchmarks import aot, aot_table
 from benchmarks.aot_table import SHARED_LIMITS, Row, differences, hardest, mismatches, problems, read, unchanged, write
 
 ROOT = Path(__file__).parent.parent
-OPS = ("routed_adapter", "routed_lora")
+IMPLEMENTED = sorted((ROOT / "adamix_kernels" / "ops").glob("*/triton_impl"))
+OPS = [folder.parent.name for folder in IMPLEMENTED]
 TABLE = read(aot_table.TABLE)
 GOOD = Row("a_kernel", "bfloat16", "sample", "64x128 w4 s3", 90, 100, 0, 4096, 0, "wgmma", "0123", "3.6.0")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is missing")
@@ -56,8 +57,12 @@ def test_every_dot_of_16_bits_is_on_tensor_cores(target):
     assert {kind for kinds_of_row in kinds for kind in kinds_of_row.split("+")} <= allowed[target]
 
 
-def test_only_sums_do_without_a_dot():
-    assert {row.kernel for row in TABLE if not row.mma} == {"adapter_plane_sum_kernel", "lora_sum_kernel"}
+def test_routed_kernels_do_their_work_in_dots():
+    families = ("adapter_", "lora_", "frozen_")
+    assert {row.kernel for row in TABLE if not row.mma and row.kernel.startswith(families)} == {
+        "adapter_plane_sum_kernel",
+        "lora_sum_kernel",
+    }
 
 
 @needs_triton
@@ -70,7 +75,7 @@ def test_table_and_cases_are_the_same_set(listed):
 
 
 @needs_triton
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [f.parent.name for f in IMPLEMENTED if (f / "tables.py").exists()])
 def test_every_shipped_configuration_is_compiled(op):
     tables = importlib.import_module(f"adamix_kernels.ops.{op}.triton_impl.tables").TABLES
     assert tables
@@ -80,7 +85,11 @@ def test_every_shipped_configuration_is_compiled(op):
         prefix = name.removesuffix("_kernel")
         for target in SHARED_LIMITS:
             arch = max(a for a in table if a <= target)
-            have = {(sizes[r.dtype], r.config) for r in TABLE if r.kernel.startswith(prefix) and r.target == target}
+            have = {
+                (sizes[r.dtype], r.config.partition(" r")[0])
+                for r in TABLE
+                if r.kernel.startswith(prefix) and r.target == target
+            }
             for (itemsize, width), (rows, cols, warps, stages) in table[arch].items():
                 config = f"{rows}x{cols} w{warps} s{stages}"
                 assert (itemsize, config) in have, f"{name} sm_{target} {itemsize}x{width}: {config} is not compiled"
@@ -150,9 +159,10 @@ def test_figures_are_compared_within_one_triton_version():
     assert not unchanged(GOOD, None)
 
 
-def test_hardest_takes_most_registers_of_each_kernel_dtype_and_target():
-    big, other = replace(GOOD, case="wide", registers=200), replace(GOOD, target=80)
-    assert hardest([GOOD, big, other]) == [other, big]
+def test_hardest_takes_most_registers_of_each_kernel_dtype_size_and_target():
+    big, other = replace(GOOD, case="wide", registers=200, dtype="float16"), replace(GOOD, target=80)
+    wide = replace(GOOD, dtype="float32")
+    assert hardest([GOOD, big, other, wide]) == sorted([big, other, wide], key=lambda row: row.key)
     # Among equals the choice does not depend on the order.
     twin = replace(GOOD, case="another")
     assert hardest([GOOD, twin]) == hardest([twin, GOOD]) == [twin]

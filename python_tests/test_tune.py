@@ -147,6 +147,68 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, monkeypatch, caps
     assert "CUDA GPU" in lines[0]
 
 
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A machine whose GPU is a table of seconds: {class: {config: seconds, or what is wrong}}."""
+    wide = ShapeClass("lora_dx_kernel", 4, 32)
+    times = {SHAPE: {A: 3.0, B: 1.0, C: "output 0: wrong"}, wide: {A: 2.0, D: 2.5}}
+
+    def make(shape, device):
+        shipped, *others = times[shape]
+
+        def now():
+            return times[shape][_triton_tables.lookup(shape.kernel, {80: {shape[1:]: shipped}}, 90, *shape[1:])]
+
+        return SimpleNamespace(
+            shipped=shipped, candidates=others, now=now, problem=lambda: now() if isinstance(now(), str) else None
+        )
+
+    fake = SimpleNamespace(
+        KERNELS=tuple(shape.kernel for shape in times),
+        problem=lambda: None,
+        capability=lambda device: 90,
+        shape_classes=lambda kernels: [shape for shape in times if shape.kernel in kernels],
+        make=make,
+        gpu_seconds=lambda workload, repeats: workload.now(),
+    )
+    facts = dict.fromkeys(("gpu_name", "torch", "triton", "driver", "commit", "date", "cpu_name"), "x")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune.record, "environment", lambda: facts)
+    monkeypatch.setitem(sys.modules, "benchmarks.tune_workloads", fake)
+    monkeypatch.setattr("benchmarks.tune_workloads", fake, raising=False)
+    return SimpleNamespace(times=times, wide=wide, work=fake)
+
+
+def test_command_writes_what_it_chose_and_where(fake_gpu, tmp_path, capsys):
+    out = tmp_path / "table.json"
+    assert tune.main(["--out", str(out), "--repeats", "7"]) == 0
+    raw = json.loads(out.read_text())
+    assert set(raw.pop("about")) == {"gpu_name", "torch", "triton", "driver", "commit", "date", "repeats"}
+    assert raw == {SHAPE.kernel: {"90": {"2x16": list(B)}}, "lora_dx_kernel": {"90": {"4x32": list(A)}}}
+    assert "wrote 2 classes" in capsys.readouterr().out
+    assert tune.main(["--out", str(out), "--kernel", "lora_dx_kernel"]) == 0
+    assert set(json.loads(out.read_text())) == {"about", "lora_dx_kernel"}
+
+
+def test_a_class_without_a_correct_candidate_is_left_out_and_told(fake_gpu, tmp_path, capsys):
+    fake_gpu.times[fake_gpu.wide] = {A: "wrong", D: "wrong too"}
+    out = tmp_path / "table.json"
+    assert tune.main(["--out", str(out)]) == 1
+    assert set(json.loads(out.read_text())) == {"about", SHAPE.kernel}
+    assert "lora_dx_kernel 4x32: nothing correct; 2 of 2 refused, first: wrong" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reason", ["--kernel: got no_kernel", "no tensor cores"])
+def test_unknown_kernels_and_old_gpus_are_refused_in_one_line(fake_gpu, tmp_path, capsys, reason):
+    fake_gpu.work.problem = lambda: "no tensor cores" if reason == "no tensor cores" else None
+    names = [] if reason == "no tensor cores" else ["--kernel", "no_kernel"]
+    assert tune.main(["--out", str(tmp_path / "t.json"), *names]) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("arguments", [[], ["--out", "t.json", "--repeats", "0"]])
 def test_wrong_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as end:
@@ -167,19 +229,18 @@ def test_bench_tune_runs_the_tuner(monkeypatch):
 
 
 INTERPRETED = """
-import sys
-
 import torch
 
 from adamix_kernels import _triton_utils
+
+metas, launch = [], _triton_utils.launch
+_triton_utils.launch = lambda k, *a, **meta: (metas.append((k.fn.__name__, meta)), launch(k, *a, **meta))
 from benchmarks import tune, tune_workloads as work
 
 torch.set_num_threads(1)
 sizes = dict(batch=3, tokens=18, hidden=32, experts=2)
 shapes = list(work.shape_classes(work.KERNELS))
 assert {s.kernel for s in shapes} == set(work.KERNELS) and len(shapes) == len(set(shapes))
-metas = []
-launch = _triton_utils.launch
 for kernel in work.KERNELS:
     for shape in (tune.ShapeClass(kernel, 4, 16), max(s for s in shapes if s.kernel == kernel and s.itemsize == 4)):
         assert shape in shapes
@@ -190,12 +251,11 @@ for kernel in work.KERNELS:
         want = tune.Config(32, 16, 4, 2)
         assert workload.shipped != want
         with tune.installed(shape, want, 0):
-            for module in (m for n, m in list(sys.modules.items()) if ".triton_impl" in n and hasattr(m, "launch")):
-                module.launch = lambda k, *a, **meta: (metas.append((k.fn.__name__, meta)), launch(k, *a, **meta))
             metas.clear()
             assert workload.problem() is None, (shape, workload.problem())
-        blocks = [set(meta.values()) for name, meta in metas if name == kernel]
-        assert blocks and all({32, 16} <= block for block in blocks), (shape, metas)
+        family = kernel.removesuffix("_kernel")
+        blocks = [list(meta.values()) for name, meta in metas if name.startswith(family)]
+        assert blocks and all(32 in block and 16 in block for block in blocks), (shape, metas)
         spoiled = type(workload)(**{**vars(workload), "module": workload.reference})
         assert spoiled.problem() is None
         wrong = getattr(workload.reference, workload.function)

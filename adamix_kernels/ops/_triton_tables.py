@@ -1,0 +1,62 @@
+"""Block sizes of the Triton kernels: shipped tables per architecture and shape class, never an autotune.
+
+A shape class is (bytes of an element, columns of the narrow tile). A missing class takes the next wider
+one of the nearest older architecture, so every shape on every GPU has one deterministic answer.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """rows: tokens a tile; cols: features a step of the inner loops."""
+
+    rows: int
+    cols: int
+    num_warps: int
+    num_stages: int
+
+
+# {capability: {(bytes of an element, widest narrow tile): Config}}
+Table = Mapping[int, Mapping[tuple[int, int], Config]]
+
+
+@functools.cache
+def measured(path: str | None) -> dict[str, dict[int, dict[tuple[int, int], Config]]]:
+    """Tables that `adamix bench tune` wrote: {kernel: {"90": {"2x16": [rows, cols, num_warps, num_stages]}}}.
+
+    "about", beside the kernels, says where the table comes from.
+    """
+    if path is None:
+        return {}
+    with open(path, encoding="utf-8") as file:
+        raw = json.load(file)
+    return {
+        kernel: {
+            int(arch): {tuple(int(n) for n in key.split("x")): Config(*row) for key, row in classes.items()}
+            for arch, classes in table.items()
+        }
+        for kernel, table in raw.items()
+        if kernel != "about"
+    }
+
+
+def lookup(kernel: str, shipped: Table, capability: int, itemsize: int, width: int) -> Config:
+    """The configuration of `kernel` for a narrow tile of `width` columns.
+
+    capability: 10 * major + minor, 0 under the interpreter. A table named by ADAMIX_TRITON_TABLE goes
+    first where it has the architecture and the class.
+    """
+    tuned = measured(os.environ.get("ADAMIX_TRITON_TABLE")).get(kernel, {}).get(capability, {})
+    return tuned.get((itemsize, width)) or _shipped(shipped, capability, itemsize, width)
+
+
+def _shipped(table: Table, capability: int, itemsize: int, width: int) -> Config:
+    arch = max((a for a in table if a <= capability), default=min(table))
+    classes = sorted(limit for size, limit in table[arch] if size == itemsize)
+    return table[arch][itemsize, next((limit for limit in classes if width <= limit), classes[-1])]

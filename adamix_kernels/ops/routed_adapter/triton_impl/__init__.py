@@ -1,0 +1,100 @@
+"""Triton backend of the routed adapter.
+
+Launches: one forward, at most three backward (two where one split of the tokens is enough); a per-token
+routing over more than 256 narrow columns adds the device-side sort of the rows. Where rows of a tile
+differ in expert, another expert's non-finite weights reach them (0 * inf).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...._triton_utils import capability, dot_dtype, launch, precision
+from ...._triton_utils import problem as unsupported
+from .forward import adapter_forward_kernel
+from .input_grad import adapter_input_grad_kernel
+from .plan import Plan, group_rows, make_plan
+from .tables import config
+from .weights import weight_grads
+
+__all__ = ["backward", "forward", "unsupported"]
+
+
+def forward(x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual, add_input, activation):
+    (batch, tokens, hidden), (md, r, _), (mu, width, _) = x.shape, down_weight.shape, up_weight.shape
+    x, down_weight, up_weight = x.contiguous(), down_weight.contiguous(), up_weight.contiguous()
+    out, pre = x.new_empty(batch, tokens, width), x.new_empty(batch, tokens, r)
+    if batch * tokens == 0:
+        return out, pre
+    plan = make_plan(batch, tokens, r, down_index, up_index, md, mu)
+    chosen = config("adapter_forward_kernel", capability(x.device), x.element_size(), plan.width)
+    groups = group_rows(plan, chosen.rows)
+    launch(
+        adapter_forward_kernel, (groups.tiles,), x.device,
+        x, down_weight, _contiguous(down_bias), up_weight, _contiguous(up_bias), plan.down.index, plan.up.index,
+        x if add_input else _contiguous(residual), out, pre, groups.perm, groups.start, groups.stop,
+        plan.span, plan.down.div, plan.up.div,
+        **_tile_meta(plan, chosen, x.dtype), H=hidden, O=width, R=r, ACTIVATION=activation,
+    )  # fmt: skip
+    return out, pre
+
+
+def backward(
+    grad_out,
+    x,
+    pre,
+    down_weight,
+    up_weight,
+    down_index,
+    up_index,
+    need_input,
+    need_down,
+    need_up,
+    add_input,
+    activation,
+):
+    grad_out, x, pre = grad_out.contiguous(), x.contiguous(), pre.contiguous()
+    down_weight, up_weight = down_weight.contiguous(), up_weight.contiguous()
+    dx = torch.empty_like(x) if need_input else None
+    dpre = torch.empty_like(pre) if need_down else None
+    if x.shape[0] * x.shape[1] and (need_input or need_down):
+        _input_grad(grad_out, pre, down_weight, up_weight, down_index, up_index, dpre, dx, add_input, activation)
+    grads = weight_grads(
+        x, dpre, grad_out, pre, down_index, up_index, down_weight.shape, up_weight.shape, need_up, activation
+    )
+    return x.new_empty(0) if dx is None else dx, *grads
+
+
+def _input_grad(grad_out, pre, down_weight, up_weight, down_index, up_index, dpre, dx, add_input, activation):
+    (batch, tokens, width), (md, r, hidden), mu = grad_out.shape, down_weight.shape, up_weight.shape[0]
+    plan = make_plan(batch, tokens, r, down_index, up_index, md, mu)
+    chosen = config("adapter_input_grad_kernel", capability(pre.device), pre.element_size(), plan.width)
+    groups = group_rows(plan, chosen.rows)
+    launch(
+        adapter_input_grad_kernel, (groups.tiles,), pre.device,
+        grad_out, pre, up_weight, down_weight, plan.up.index, plan.down.index, dpre, dx,
+        groups.perm, groups.start, groups.stop, plan.span, plan.down.div, plan.up.div,
+        **_tile_meta(plan, chosen, pre.dtype), H=hidden, O=width, R=r, ACTIVATION=activation, ADD_GRAD=add_input,
+    )  # fmt: skip
+
+
+def _tile_meta(plan: Plan, chosen, dtype: torch.dtype) -> dict:
+    return dict(
+        RP=plan.rp,
+        MD=plan.down.experts,
+        MDP=plan.down.padded,
+        MASK_D=plan.down.masked,
+        MU=plan.up.experts,
+        MUP=plan.up.padded,
+        MASK_U=plan.up.masked,
+        DOT=dot_dtype(dtype),
+        PRECISION=precision(dtype),
+        ROWS=chosen.rows,
+        COLS=chosen.cols,
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+    )
+
+
+def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.contiguous()

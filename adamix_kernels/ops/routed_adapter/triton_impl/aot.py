@@ -1,0 +1,112 @@
+"""What the ahead-of-time gate compiles: every kernel, dtype and shipped configuration, without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from ...._triton_utils import DTYPES, precision
+from .forward import adapter_forward_kernel
+from .input_grad import adapter_input_grad_kernel
+from .plan import power_of_2
+from .tables import config
+from .weight_grad import adapter_plane_sum_kernel, adapter_weight_grad_kernel
+from .weights import SUM_CHUNK, SUM_COLS
+
+_POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+# hidden size of the compiled cases: a multiple of every block, as in the models AdaMix is used with.
+_HIDDEN = 1024
+# routing -> (experts, r) of the compiled cases; together they reach every shape class of the tables.
+_SHAPES = {
+    "sample": ((4, 16), (4, 32), (4, 64), (4, 128), (4, 256)),
+    "token": ((4, 16), (64, 4)),
+    "grouped": ((64, 16),),
+}
+
+
+class AotCase(NamedTuple):
+    """Arguments of triton.compiler.ASTSource and the compile options of one kernel."""
+
+    name: str
+    fn: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attrs: dict[tuple[int, ...], list]
+    num_warps: int
+    num_stages: int
+    dtype: str
+
+
+def aot_cases(capability: int = 90) -> Iterator[AotCase]:
+    """Every case with the block sizes shipped for a capability (10 * major + minor)."""
+    for dtype, pointer in _POINTER.items():
+        for routing, shapes in _SHAPES.items():
+            for experts, r in shapes:
+                name = f"{routing}_m{experts}_r{r}"
+                yield from _tile_cases(name, dtype, pointer, routing, experts, r, capability)
+                yield _weight_case(name, dtype, pointer, routing, experts, r, capability)
+        yield _sum_case(dtype, pointer)
+
+
+def _tile_cases(name, dtype, pointer, routing, experts, r, capability):
+    masked = routing == "token"
+    rp = power_of_2(r) if masked else max(16, power_of_2(r))
+    padded = max(power_of_2(experts) if masked else 1, 16 // rp)
+    table = "*i64" if routing == "grouped" else None
+    common = dict(
+        down_index="*i64", up_index=None, perm=table, tile_start=table, tile_stop=table,
+        span="i32", down_div="i32", up_div="i32", H=_HIDDEN, O=_HIDDEN, R=r, RP=rp,
+        MD=experts if masked else 1, MDP=padded, MASK_D=masked, MU=1, MUP=max(1, 16 // rp), MASK_U=False,
+        ACTIVATION="gelu", DOT=DTYPES[dtype], PRECISION=precision(dtype),
+    )  # fmt: skip
+    tensors = ("x", "down_weight", "down_bias", "up_weight", "up_bias", "residual", "out", "pre")
+    chosen = config("adapter_forward_kernel", capability, dtype.itemsize, rp * padded)
+    yield _case(adapter_forward_kernel, name, dtype, chosen, common | dict.fromkeys(tensors, pointer))
+    tensors = ("grad_out", "pre", "up_weight", "down_weight", "dpre", "dx")
+    chosen = config("adapter_input_grad_kernel", capability, dtype.itemsize, rp * padded)
+    arguments = common | dict.fromkeys(tensors, pointer) | dict(ADD_GRAD=True)
+    yield _case(adapter_input_grad_kernel, name, dtype, chosen, arguments)
+
+
+def _weight_case(name, dtype, pointer, routing, experts, r, capability):
+    rp = max(16, power_of_2(r))
+    grouped = "*i64" if routing == "grouped" else None
+    arguments = dict(
+        down_index=None if grouped else "*i64", down_perm=grouped, down_edges=grouped,
+        up_index=None, up_perm=None, up_edges=None, H=_HIDDEN, O=_HIDDEN, R=r, RP=rp,
+        MD=experts, MASK_D=routing == "token", MU=1, MASK_U=False,
+        ACTIVATION="gelu", DOT=DTYPES[dtype], PRECISION=precision(dtype),
+    )  # fmt: skip
+    arguments |= dict.fromkeys(("x", "dpre", "grad_out", "pre"), pointer)
+    arguments |= dict.fromkeys(("down_plane", "down_bias_plane", "up_plane", "up_bias_plane"), "*fp32")
+    sizes = ("down_batch", "down_span", "down_div", "up_batch", "up_span", "up_div", "splits")
+    arguments |= dict.fromkeys(sizes, "i32")
+    chosen = config("adapter_weight_grad_kernel", capability, dtype.itemsize, rp)
+    return _case(adapter_weight_grad_kernel, name, dtype, chosen, arguments)
+
+
+def _sum_case(dtype, pointer):
+    arguments = dict(
+        splits="i32", DOWN=4 * 16 * _HIDDEN, DOWN_BIAS=4 * 16, UP=16 * _HIDDEN, UP_BIAS=_HIDDEN,
+        CHUNK=SUM_CHUNK, COLS=SUM_COLS,
+    )  # fmt: skip
+    for part in ("down", "down_bias", "up", "up_bias"):
+        arguments |= {f"{part}_plane": "*fp32", f"{part}_grad": pointer}
+    return _case(adapter_plane_sum_kernel, "m4_r16", dtype, None, arguments)
+
+
+def _case(fn, name, dtype, chosen, arguments) -> AotCase:
+    """Strings that open with * or are i32 are types; everything else is a compile-time constant."""
+    if chosen is not None:
+        arguments = arguments | dict(ROWS=chosen.rows, COLS=chosen.cols)
+    is_type = {a: isinstance(v, str) and (v == "i32" or v.startswith("*")) for a, v in arguments.items()}
+    signature = {a: arguments[a] if is_type[a] else "constexpr" for a in fn.arg_names}
+    constexprs = {a: arguments[a] for a in fn.arg_names if not is_type[a]}
+    attrs = {(n,): [["tt.divisibility", 16]] for n, a in enumerate(fn.arg_names) if signature[a].startswith("*")}
+    warps, stages = (chosen.num_warps, chosen.num_stages) if chosen is not None else (4, 2)
+    label = str(dtype).removeprefix("torch.")
+    return AotCase(
+        f"{fn.__name__.removesuffix('_kernel')}/{name}/{label}", fn, signature, constexprs, attrs, warps, stages, label
+    )

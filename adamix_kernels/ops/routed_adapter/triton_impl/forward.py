@@ -1,0 +1,60 @@
+"""Forward kernel: one launch from x to the output.
+
+Traffic: x once from device memory (the residual's second read finds it in L2), the output once, and the
+pre-activation [N, r]; 2NH + Nr elements against the floor of 2NH.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...._triton_utils import activate, narrow
+from .tiles import bank_columns, bias_at, keep_own, shrink, spread, tile_experts, tile_rows, wide_precision
+
+
+@triton.jit(do_not_specialize=["span", "down_div", "up_div"])
+def adapter_forward_kernel(
+    x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual, out, pre,
+    perm, tile_start, tile_stop, span, down_div, up_div,
+    H: tl.constexpr, O: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,  # noqa: E741
+    MD: tl.constexpr, MDP: tl.constexpr, MASK_D: tl.constexpr,
+    MU: tl.constexpr, MUP: tl.constexpr, MASK_U: tl.constexpr,
+    ACTIVATION: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """out = residual + act(x Wd[i]^T + bd[i]) Wu[j]^T + bu[j] for one tile of tokens, and pre [ROWS, R]."""
+    dtype: tl.constexpr = out.dtype.element_ty
+    rows, valid, first = tile_rows(span, perm, tile_start, tile_stop, ROWS)
+    i = tile_experts(down_index, down_div, rows, valid, first, MASK_D)
+    j = tile_experts(up_index, up_div, rows, valid, first, MASK_U)
+
+    columns, live = bank_columns(down_weight, i, R * H, H, R, RP, MD, MDP, MASK_D)
+    wide = shrink(x, rows, valid, columns, live, 1, H, DOT, PRECISION, ROWS, COLS, MDP * RP)
+    h = keep_own(wide, i, RP, MDP, MASK_D, ROWS)  # [ROWS, RP]
+    k = tl.arange(0, RP)
+    if down_bias is not None:
+        h += bias_at(down_bias, i, k, k < R, valid, R, MASK_D)
+    pre_at = pre + rows.to(tl.int64)[:, None] * R + k[None, :]
+    tl.store(pre_at, narrow(h, dtype), mask=valid[:, None] & (k < R)[None, :])
+
+    # Padded columns hold act(0) = 0.
+    h = spread(activate(h, ACTIVATION), j, RP, MUP, MASK_U, ROWS)
+    h = narrow(h, dtype).to(DOT)
+    columns, live = bank_columns(up_weight, j, O * R, 1, R, RP, MU, MUP, MASK_U)
+    offsets = rows.to(tl.int64)[:, None] * O
+    for start in range(0, O, COLS):
+        o = start + tl.arange(0, COLS)
+        inside = o < O
+        mask = valid[:, None]
+        w_mask = live[:, None]
+        if O % COLS != 0:
+            mask = mask & inside[None, :]
+            w_mask = w_mask & inside[None, :]
+        w_tile = tl.load(columns[:, None] + o[None, :] * R, mask=w_mask, other=0.0).to(DOT)
+        y = tl.dot(h, w_tile, input_precision=wide_precision(PRECISION, MUP * RP))
+        if up_bias is not None:
+            y += bias_at(up_bias, j, o, inside, valid, O, MASK_U)
+        if residual is not None:
+            y += tl.load(residual + offsets + o[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + offsets + o[None, :], narrow(y, dtype), mask=mask)

@@ -1,0 +1,57 @@
+"""First launch of the backward: gradients of the pre-activation and of x.
+
+Traffic: dy once from device memory (its second read, the residual's share of dx, finds it in L2), pre
+once, dpre [N, r] and dx once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...._triton_utils import activation_slope, narrow
+from .tiles import bank_columns, keep_own, shrink, spread, tile_experts, tile_rows, wide_precision
+
+
+@triton.jit(do_not_specialize=["span", "down_div", "up_div"])
+def adapter_input_grad_kernel(
+    grad_out, pre, up_weight, down_weight, up_index, down_index, dpre, dx,
+    perm, tile_start, tile_stop, span, down_div, up_div,
+    H: tl.constexpr, O: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,  # noqa: E741
+    MD: tl.constexpr, MDP: tl.constexpr, MASK_D: tl.constexpr,
+    MU: tl.constexpr, MUP: tl.constexpr, MASK_U: tl.constexpr,
+    ACTIVATION: tl.constexpr, ADD_GRAD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """dpre = act'(pre) * (dy Wu[j]) and dx = dpre Wd[i] (+ dy) for one tile of tokens."""
+    dtype: tl.constexpr = pre.dtype.element_ty
+    rows, valid, first = tile_rows(span, perm, tile_start, tile_stop, ROWS)
+    i = tile_experts(down_index, down_div, rows, valid, first, MASK_D)
+    j = tile_experts(up_index, up_div, rows, valid, first, MASK_U)
+
+    columns, live = bank_columns(up_weight, j, O * R, 1, R, RP, MU, MUP, MASK_U)
+    wide = shrink(grad_out, rows, valid, columns, live, R, O, DOT, PRECISION, ROWS, COLS, MUP * RP)
+    g = keep_own(wide, j, RP, MUP, MASK_U, ROWS)  # [ROWS, RP]
+    k = tl.arange(0, RP)
+    at = rows.to(tl.int64)[:, None] * R + k[None, :]
+    mask = valid[:, None] & (k < R)[None, :]
+    g *= activation_slope(tl.load(pre + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+    if dpre is not None:
+        tl.store(dpre + at, narrow(g, dtype), mask=mask)
+
+    if dx is not None:
+        g = narrow(spread(g, i, RP, MDP, MASK_D, ROWS), dtype).to(DOT)
+        columns, live = bank_columns(down_weight, i, R * H, H, R, RP, MD, MDP, MASK_D)
+        offsets = rows.to(tl.int64)[:, None] * H
+        for start in range(0, H, COLS):
+            c = start + tl.arange(0, COLS)
+            inside = valid[:, None]
+            w_mask = live[:, None]
+            if H % COLS != 0:
+                inside = inside & (c < H)[None, :]
+                w_mask = w_mask & (c < H)[None, :]
+            w_tile = tl.load(columns[:, None] + c[None, :], mask=w_mask, other=0.0).to(DOT)
+            d = tl.dot(g, w_tile, input_precision=wide_precision(PRECISION, MDP * RP))
+            if ADD_GRAD:
+                d += tl.load(grad_out + offsets + c[None, :], mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx + offsets + c[None, :], narrow(d, dtype), mask=inside)

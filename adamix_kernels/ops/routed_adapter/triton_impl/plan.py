@@ -1,0 +1,109 @@
+"""Which rows a tile holds and which experts it may meet: decided by shapes alone, values stay on the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Fewer tokens a sample than this and a tile takes its rows from several samples.
+MIN_SPAN = 16
+# Narrow columns of all experts that one tile may hold; beyond, the rows are grouped by expert.
+MAX_WIDTH = 256
+
+
+class Side(NamedTuple):
+    """How one side is routed: row n by index[n // div], index None for expert 0.
+
+    masked: a tile's rows differ in expert, and its narrow tile holds all `experts` padded to `padded`.
+    """
+
+    index: torch.Tensor | None
+    div: int
+    masked: bool
+    experts: int
+    padded: int
+
+
+class Plan(NamedTuple):
+    """spans of `span` rows that tiles do not cross; rp: columns of one expert; key: group rows by it, below `keys`."""
+
+    batch: int
+    span: int
+    rp: int
+    down: Side
+    up: Side
+    key: torch.Tensor | None
+    keys: int
+
+    @property
+    def width(self) -> int:
+        return self.rp * max(self.down.padded, self.up.padded)
+
+
+class Groups(NamedTuple):
+    """Rows in order of their group (ties in row order), where each tile of them starts, and where its group stops."""
+
+    perm: torch.Tensor | None
+    start: torch.Tensor | None
+    stop: torch.Tensor | None
+    tiles: int
+
+
+def power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def fits(experts: int, r: int) -> bool:
+    """Whether all experts' narrow columns fit in one tile."""
+    return power_of_2(experts) * power_of_2(r) <= MAX_WIDTH
+
+
+def make_plan(batch: int, tokens: int, r: int, down_index, up_index, md: int, mu: int) -> Plan:
+    indices = [index if m > 1 else None for index, m in ((down_index, md), (up_index, mu))]
+    routed = [index for index in indices if index is not None]
+    flat = tokens < MIN_SPAN or all(index.dim() == 2 for index in routed)
+    grouped = [
+        index is not None and (flat or index.dim() == 2) and not fits(m, r) for index, m in zip(indices, (md, mu))
+    ]
+    if any(grouped):
+        flat = True
+        grouped = [index is not None and not fits(m, r) for index, m in zip(indices, (md, mu))]
+    masked = [index is not None and (flat or index.dim() == 2) and not g for index, g in zip(indices, grouped)]
+    rp = power_of_2(r) if any(masked) else max(16, power_of_2(r))
+    sides = []
+    for index, m, mask in zip(indices, (md, mu), masked):
+        div = tokens if index is not None and index.dim() == 1 else 1
+        padded = max(power_of_2(m) if mask else 1, 16 // rp)
+        sides.append(Side(None if index is None else index.contiguous(), div, mask, m if mask else 1, padded))
+    key, keys = None, 1
+    for side, m, group in zip(sides, (md, mu), grouped):
+        if group:
+            ids = per_row(side.index, batch, tokens)
+            key, keys = (ids, m) if key is None else (key * m + ids, keys * m)
+    return Plan(1 if flat else batch, batch * tokens if flat else tokens, rp, *sides, key, keys)
+
+
+def per_row(index: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
+    """The expert id of every row, int64 [batch * tokens]."""
+    return (index.unsqueeze(1) if index.dim() == 1 else index).expand(batch, tokens).reshape(-1).long()
+
+
+def sort_rows(key: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in stable order of their key, and the edges [keys + 1] between the keys."""
+    ordered, perm = torch.sort(key, stable=True)
+    return perm, torch.searchsorted(ordered, torch.arange(keys + 1, device=key.device))
+
+
+def group_rows(plan: Plan, rows: int) -> Groups:
+    """Tiles of at most `rows` rows of one group; as many tiles as any routing could need, the spare ones empty."""
+    if plan.key is None:
+        return Groups(None, None, None, plan.batch * -(-plan.span // rows))
+    perm, edges = sort_rows(plan.key, plan.keys)
+    needed = torch.div(edges.diff() + (rows - 1), rows, rounding_mode="floor")
+    last = needed.cumsum(0)
+    tiles = -(-plan.span // rows) + min(plan.span, plan.keys)
+    tile = torch.arange(tiles, device=perm.device)
+    group = torch.searchsorted(last, tile, right=True).clamp_(max=plan.keys - 1)
+    start = edges[group] + (tile - (last - needed)[group]) * rows
+    return Groups(perm, start, edges[group + 1], tiles)

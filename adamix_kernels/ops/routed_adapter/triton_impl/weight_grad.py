@@ -1,0 +1,163 @@
+"""Second and third launch of the backward: gradients of both banks and both biases.
+
+Tokens are split; each (expert, split, block of features) writes its own float32 plane, zero where the
+expert served no token of the split, and the planes are summed in a fixed order. No atomics: the same
+bits every time. Traffic: x and dy once, dpre and pre [N, r] once for every block of features.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...._triton_utils import activate, narrow
+
+
+@triton.jit
+def _accumulate(
+    acc, acc_bias, g, z, rows, valid, c,
+    C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    ACTIVATION: tl.constexpr, BIAS_OF_Z: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    COLS: tl.constexpr,
+):  # fmt: skip
+    """acc [COLS, RP] += z^T g over the tile's rows; acc_bias += the sum of z's or of g's rows."""
+    k = tl.arange(0, RP)
+    rows = rows.to(tl.int64)[:, None]
+    g_mask = valid[:, None] & (k < R)[None, :]
+    g_tile = tl.load(g + rows * R + k[None, :], mask=g_mask, other=0.0)
+    z_mask = valid[:, None]
+    if C % COLS != 0:
+        z_mask = z_mask & (c < C)[None, :]
+    z_tile = tl.load(z + rows * C + c[None, :], mask=z_mask, other=0.0).to(DOT)
+    if ACTIVATION != "":
+        g_tile = narrow(activate(g_tile.to(tl.float32), ACTIVATION), g.dtype.element_ty)
+    g_tile = g_tile.to(DOT)
+    if BIAS_OF_Z:
+        acc_bias += tl.sum(z_tile.to(tl.float32), axis=0)
+    else:
+        acc_bias += tl.sum(g_tile.to(tl.float32), axis=0)
+    return tl.dot(tl.trans(z_tile), g_tile, acc, input_precision=PRECISION), acc_bias
+
+
+@triton.jit
+def _plane(
+    g, z, index, perm, edges, plane, bias_plane, batch, span, div, splits, m, block,
+    C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, M: tl.constexpr, MASKED: tl.constexpr,
+    ACTIVATION: tl.constexpr, BIAS_OF_Z: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Expert m's gradient from one split of the tokens, features block * COLS : + COLS."""
+    split = tl.program_id(1)
+    c = block * COLS + tl.arange(0, COLS)
+    k = tl.arange(0, RP)
+    acc = tl.zeros([COLS, RP], tl.float32)
+    acc_bias = tl.zeros([COLS if BIAS_OF_Z else RP], tl.float32)
+    if perm is not None:
+        begin = tl.load(edges + m)
+        end = tl.load(edges + m + 1)
+        share = tl.cdiv(tl.cdiv(end - begin, ROWS), splits) * ROWS
+        begin += split * share
+        end = tl.minimum(begin + share, end)
+        for start in range(begin, end, ROWS):
+            at = start + tl.arange(0, ROWS)
+            rows = tl.load(perm + at, mask=at < end, other=0).to(tl.int32)
+            acc, acc_bias = _accumulate(
+                acc, acc_bias, g, z, rows, at < end, c, C, R, RP, ACTIVATION, BIAS_OF_Z, DOT, PRECISION, COLS
+            )
+    else:
+        tiles = tl.cdiv(span, ROWS)
+        share = tl.cdiv(batch * tiles, splits)
+        begin = split * share
+        end = tl.minimum(begin + share, batch * tiles)
+        for b in range(begin // tiles, tl.cdiv(end, tiles)):
+            low = tl.maximum(begin, b * tiles)
+            high = tl.minimum(end, (b + 1) * tiles)
+            if index is not None and not MASKED:
+                mine = tl.load(index + (b * span) // div) == m
+                high = tl.where(mine, high, low)
+            for tile in range(low, high):
+                offset = (tile - b * tiles) * ROWS + tl.arange(0, ROWS)
+                rows = b * span + offset
+                valid = offset < span
+                if MASKED:
+                    valid = valid & (tl.load(index + rows // div, mask=valid, other=-1) == m)
+                acc, acc_bias = _accumulate(
+                    acc, acc_bias, g, z, rows, valid, c, C, R, RP, ACTIVATION, BIAS_OF_Z, DOT, PRECISION, COLS
+                )
+
+    at = (split * M + m).to(tl.int64)
+    mask = (c < C)[:, None] & (k < R)[None, :]
+    if BIAS_OF_Z:
+        to = plane + at * (R * C) + c[:, None] * R + k[None, :]
+        tl.store(bias_plane + at * C + c, narrow(acc_bias, bias_plane.dtype.element_ty), mask=c < C)
+    else:
+        to = plane + at * (R * C) + c[:, None] + k[None, :] * C
+        tl.store(bias_plane + at * R + k, narrow(acc_bias, bias_plane.dtype.element_ty), mask=(k < R) & (block == 0))
+    tl.store(to, narrow(acc, plane.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["down_batch", "down_span", "down_div", "up_batch", "up_span", "up_div", "splits"])
+def adapter_weight_grad_kernel(
+    x, dpre, grad_out, pre, down_index, down_perm, down_edges, up_index, up_perm, up_edges,
+    down_plane, down_bias_plane, up_plane, up_bias_plane,
+    down_batch, down_span, down_div, up_batch, up_span, up_div, splits,
+    H: tl.constexpr, O: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,  # noqa: E741
+    MD: tl.constexpr, MASK_D: tl.constexpr, MU: tl.constexpr, MASK_U: tl.constexpr,
+    ACTIVATION: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Planes of dWd = dpre^T x, dbd = sum dpre, dWu = dy^T act(pre), dbu = sum dy, each over an expert's tokens."""
+    program = tl.program_id(0)
+    down_blocks: tl.constexpr = (H + COLS - 1) // COLS if H > 0 else 1
+    up_blocks: tl.constexpr = (O + COLS - 1) // COLS if O > 0 else 1
+    down_programs: tl.constexpr = 0 if down_plane is None else MD * down_blocks
+    if down_plane is not None:  # noqa: SIM102
+        if program < down_programs:
+            _plane(
+                dpre, x, down_index, down_perm, down_edges, down_plane, down_bias_plane,
+                down_batch, down_span, down_div, splits, program // down_blocks, program % down_blocks,
+                H, R, RP, MD, MASK_D, "", False, DOT, PRECISION, ROWS, COLS,
+            )  # fmt: skip
+    if up_plane is not None:  # noqa: SIM102
+        if program >= down_programs:
+            program -= down_programs
+            _plane(
+                pre, grad_out, up_index, up_perm, up_edges, up_plane, up_bias_plane,
+                up_batch, up_span, up_div, splits, program // up_blocks, program % up_blocks,
+                O, R, RP, MU, MASK_U, ACTIVATION, True, DOT, PRECISION, ROWS, COLS,
+            )  # fmt: skip
+
+
+@triton.jit
+def _sum_planes(planes, out, splits, block, SIZE: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr):
+    at = block.to(tl.int64) * COLS + tl.arange(0, COLS)
+    acc = tl.zeros([COLS], tl.float32)
+    for start in range(0, splits, CHUNK):
+        split = start + tl.arange(0, CHUNK)
+        mask = (split < splits)[:, None] & (at < SIZE)[None, :]
+        acc += tl.sum(tl.load(planes + split.to(tl.int64)[:, None] * SIZE + at[None, :], mask=mask, other=0.0), axis=0)
+    tl.store(out + at, narrow(acc, out.dtype.element_ty), mask=at < SIZE)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def adapter_plane_sum_kernel(
+    down_plane, down_bias_plane, up_plane, up_bias_plane, down_grad, down_bias_grad, up_grad, up_bias_grad, splits,
+    DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr,
+    CHUNK: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """grad = sum of its planes over the splits, in a fixed order, rounded once; sizes in elements, 0: absent."""
+    block = tl.program_id(0)
+    a: tl.constexpr = (DOWN + COLS - 1) // COLS
+    b: tl.constexpr = a + (DOWN_BIAS + COLS - 1) // COLS
+    c: tl.constexpr = b + (UP + COLS - 1) // COLS
+    if DOWN > 0:
+        if block < a:
+            _sum_planes(down_plane, down_grad, splits, block, DOWN, CHUNK, COLS)
+        elif block < b:
+            _sum_planes(down_bias_plane, down_bias_grad, splits, block - a, DOWN_BIAS, CHUNK, COLS)
+    if UP > 0:  # noqa: SIM102
+        if block >= b:
+            if block < c:
+                _sum_planes(up_plane, up_grad, splits, block - b, UP, CHUNK, COLS)
+            else:
+                _sum_planes(up_bias_plane, up_bias_grad, splits, block - c, UP_BIAS, CHUNK, COLS)

@@ -1,0 +1,101 @@
+"""Launches of the weight gradients: planes over a split of the tokens, then their sum."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ...._triton_utils import capability, dot_dtype, launch, precision
+from .plan import MIN_SPAN, fits, per_row, power_of_2, sort_rows
+from .tables import config
+from .weight_grad import adapter_plane_sum_kernel, adapter_weight_grad_kernel
+
+# Programs that fill a GPU a few times over, tiles that make a split worth its plane, and most planes.
+PROGRAMS, MIN_TILES, MAX_SPLITS = 512, 4, 64
+SUM_CHUNK, SUM_COLS = 8, 256
+
+
+class _Tokens(NamedTuple):
+    """Where one side's weight gradient finds an expert's rows: spans of one expert, masked rows, or sorted rows."""
+
+    index: torch.Tensor | None
+    perm: torch.Tensor | None
+    edges: torch.Tensor | None
+    masked: bool
+    batch: int
+    span: int
+    div: int
+
+
+def weight_grads(x, dpre, grad_out, pre, down_index, up_index, down_shape, up_shape, need_up, activation):
+    """(dWd, dbd, dWu, dbu): a side's pair is empty tensors where dpre is None, or not need_up."""
+    batch, tokens, r = pre.shape
+    down = _outputs(x, down_shape if dpre is not None else None)
+    up = _outputs(x, up_shape if need_up else None)
+    outputs = (*down, *up)
+    if batch * tokens == 0:
+        return tuple(t.zero_() for t in outputs)
+    if dpre is None and not need_up:
+        return outputs
+    down_tokens = _tokens(batch, tokens, r, down_index if dpre is not None else None, down_shape[0])
+    up_tokens = _tokens(batch, tokens, r, up_index if need_up else None, up_shape[0])
+    rp = max(16, power_of_2(r))
+    chosen = config("adapter_weight_grad_kernel", capability(x.device), x.element_size(), rp)
+    blocks = [max(1, -(-n // chosen.cols)) for n in (down_shape[2], up_shape[1])]
+    need = (dpre is not None, need_up)
+    columns = sum(m * r for m, wanted in zip((down_shape[0], up_shape[0]), need) if wanted)
+    features = sum(b for b, wanted in zip(blocks, need) if wanted)
+    splits = count_splits(batch * tokens, features, chosen.rows, columns, sum(need) * x.element_size())
+    if splits == 1:
+        planes = outputs
+    else:
+        planes = [torch.empty((splits, *t.shape), dtype=torch.float32, device=x.device) for t in outputs]
+    programs = sum(m * b for m, b, wanted in zip((down_shape[0], up_shape[0]), blocks, need) if wanted)
+    absent = [None, None]
+    launch(
+        adapter_weight_grad_kernel, (programs, splits), x.device,
+        x, dpre, grad_out, pre, *down_tokens[:3], *up_tokens[:3],
+        *(planes[:2] if need[0] else absent), *(planes[2:] if need[1] else absent),
+        *down_tokens[4:], *up_tokens[4:], splits,
+        H=down_shape[2], O=up_shape[1], R=r, RP=rp, MD=down_shape[0], MASK_D=down_tokens.masked,
+        MU=up_shape[0], MASK_U=up_tokens.masked, ACTIVATION=activation,
+        DOT=dot_dtype(x.dtype), PRECISION=precision(x.dtype), ROWS=chosen.rows, COLS=chosen.cols,
+        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        sizes = [t.numel() for t in outputs]
+        launch(
+            adapter_plane_sum_kernel, (sum(-(-n // SUM_COLS) for n in sizes),), x.device,
+            *planes, *outputs, splits, DOWN=sizes[0], DOWN_BIAS=sizes[1], UP=sizes[2], UP_BIAS=sizes[3],
+            CHUNK=SUM_CHUNK, COLS=SUM_COLS,
+        )  # fmt: skip
+    return outputs
+
+
+def count_splits(rows: int, blocks: int, tile: int, columns: int, row_bytes: int) -> int:
+    """How many parts the tokens are split into, from sizes alone: the same on every GPU.
+
+    Enough programs, each with enough tiles, and float32 planes [splits, columns] that hold at most a
+    quarter of the bytes they sum: `row_bytes` a row, both for one feature of every side that is wanted.
+    """
+    affordable = rows * row_bytes // (4 * 4 * columns)
+    return max(1, min(PROGRAMS // blocks, -(-rows // (tile * MIN_TILES)), affordable, MAX_SPLITS))
+
+
+def _tokens(batch: int, tokens: int, r: int, index: torch.Tensor | None, experts: int) -> _Tokens:
+    if index is None or experts == 1:
+        return _Tokens(None, None, None, False, 1, batch * tokens, 1)
+    if index.dim() == 1 and tokens >= MIN_SPAN:
+        return _Tokens(index.contiguous(), None, None, False, batch, tokens, tokens)
+    if fits(experts, r):
+        return _Tokens(index.contiguous(), None, None, True, 1, batch * tokens, tokens if index.dim() == 1 else 1)
+    return _Tokens(None, *sort_rows(per_row(index, batch, tokens), experts), False, 1, batch * tokens, 1)
+
+
+def _outputs(x: torch.Tensor, shape: torch.Size | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A bank's and its bias's gradient, not yet written."""
+    if shape is None:
+        return x.new_empty(0), x.new_empty(0)
+    bias = shape[:2]
+    return x.new_empty(shape), x.new_empty(bias)
