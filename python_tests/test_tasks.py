@@ -20,13 +20,13 @@ def _folder(path, train, dev=None, test=None):
 
 def test_embedded_set_is_balanced_and_disjoint():
     task = tasks.load_text_classification()
-    assert (len(task.train), len(task.dev), task.test) == (576, 288, None)
+    assert (len(task.train), len(task.dev), task.test) == (480, 480, None)
     assert task.label_names == ["0", "1"]
     for split in (task.train, task.dev):
         assert 2 * sum(split.labels) == len(split)
     train, dev = ({text.casefold() for text in split.texts} for split in (task.train, task.dev))
-    assert len(train) == 576
-    assert len(dev) == 288
+    assert len(train) == 480
+    assert len(dev) == 480
     assert not train & dev
 
 
