@@ -2,8 +2,7 @@
 
 # ruff: noqa: E402 (the module is skipped before it imports triton)
 
-import contextlib
-import os
+import functools
 from unittest import mock
 
 import pytest
@@ -11,12 +10,9 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton_spy import DEVICE, DTYPES, GPU, launches, needs_triton, poisoned_memory
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = torch.cuda.is_available() and not INTERPRET
-if not INTERPRET and not GPU:
-    pytest.skip("set TRITON_INTERPRET=1 or have a GPU", allow_module_level=True)
-pytest.importorskip("triton")
+needs_triton()
 
 from test_routed_adapter import ACTIVATIONS, by_loop, index, inputs
 
@@ -28,40 +24,7 @@ from adamix_kernels.ops.routed_adapter.triton_impl import plan, tables, weights
 from adamix_kernels.testing import assert_in_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-DEVICE = "cuda" if GPU else "cpu"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@contextlib.contextmanager
-def poisoned_memory():
-    """Everything allocated without a value holds NaN."""
-
-    def nan(function):
-        def allocate(*args, **kwargs):
-            out = function(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out
-
-        return allocate
-
-    with contextlib.ExitStack() as stack:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-            stack.enter_context(mock.patch.object(owner, name, nan(getattr(owner, name))))
-        yield
-
-
-@contextlib.contextmanager
-def launches(run=True):
-    """Names of the kernels launched; run=False leaves the launching out."""
-    names = []
-
-    def spy(kernel, grid, device, *args, **meta):
-        names.append(kernel.fn.__name__)
-        if run:
-            real(kernel, grid, device, *args, **meta)
-
-    real = triton_impl.launch
-    with mock.patch.object(triton_impl, "launch", spy), mock.patch.object(weights, "launch", spy):
-        yield names
+spied_launches = functools.partial(launches, triton_impl, weights)
 
 
 def draw(dtype, batch, tokens, hidden, r, down, up, down_kind, up_kind, out=None, bias=True):
@@ -95,7 +58,7 @@ def check(tensors, indices, residual="input", activation="gelu"):
     # The maximum over few elements is luck; over many draws the mean errors agree.
     multiple = 2.0 if min(tensors[0].shape[0] * tensors[0].shape[1], tensors[0].shape[2]) >= 16 else 8.0
     run = run_on("triton", tensors, indices, residual, activation)
-    with launches() as names:
+    with spied_launches() as names:
 
         def spied(*given):
             with poisoned_memory():
@@ -167,7 +130,7 @@ def test_every_shape(case, dtype):
 
 @pytest.mark.parametrize("case", ["per-token", "both-routed", "grouped by both sides", "few-tokens"])
 def test_more_splits_than_tiles_of_an_expert(case):
-    with mock.patch.object(weights, "count_splits", return_value=5), launches() as names:
+    with mock.patch.object(weights, "count_splits", return_value=5), spied_launches() as names:
         check(*draw(torch.bfloat16, *(SIDES | SHAPES)[case]))
     assert "adapter_plane_sum_kernel" in names
 
@@ -182,7 +145,7 @@ def test_planes_cost_at_most_a_quarter_of_what_they_sum():
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 3), (3, 0), (0, 0)])
 def test_an_empty_batch_gives_zero_gradients(batch, tokens):
     tensors, indices = draw(torch.float32, batch, tokens, 20, 4, 3, 1, "sample", None)
-    with poisoned_memory(), launches() as names:
+    with poisoned_memory(), spied_launches() as names:
         out, *grads = run_on("triton", tensors, indices)(*tensors)
     assert out.shape == (batch, tokens, 20)
     assert all(g.eq(0).all() for g in grads)
@@ -250,7 +213,7 @@ def test_only_what_is_needed_is_computed_with_the_same_bits(needs):
 
 def test_frozen_arguments_get_no_gradient_launch():
     (x, *banks, _), indices = draw(torch.float32, *SIDES["shared-up"])
-    with launches() as names:
+    with spied_launches() as names:
         routed_adapter(x.requires_grad_(), *banks, *indices, backend="triton").sum().backward()
     assert names == ["adapter_forward_kernel", "adapter_input_grad_kernel"]
 
@@ -281,7 +244,7 @@ def test_the_same_bits_twice(case):
 @pytest.mark.parametrize(("tokens", "last"), [(17, "adapter_weight_grad_kernel"), (80, "adapter_plane_sum_kernel")])
 def test_one_launch_forward_and_at_most_three_backward(tokens, last):
     tensors, indices = draw(torch.bfloat16, 4, tokens, 20, 4, 3, 1, "sample", None)
-    with launches() as names:
+    with spied_launches() as names:
         run_on("triton", tensors, indices)(*tensors)
     assert names[:3] == ["adapter_forward_kernel", "adapter_input_grad_kernel", "adapter_weight_grad_kernel"]
     assert names[-1] == last
@@ -293,7 +256,7 @@ def test_no_tensor_value_reaches_python(case):
     """Meta tensors have no values, so everything around the launches is decided without them."""
     tensors, indices = draw(torch.bfloat16, *(SIDES | SHAPES)[case])
     (x, *banks, dy), indices = ([t if t is None else t.to("meta") for t in ts] for ts in (tensors, indices))
-    with launches(run=False) as names:
+    with spied_launches(run=False) as names:
         out, pre = triton_impl.forward(x, *banks, *indices, None, False, "gelu")
         grads = triton_impl.backward(dy, x, pre, banks[0], banks[2], *indices, True, True, True, False, "gelu")
     assert out.shape == dy.shape
@@ -343,7 +306,7 @@ def test_torch_compile_whole_graph_no_recompile_per_batch_size():
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
     _, *banks = (t.detach().to(DEVICE).requires_grad_() for t in inputs(dtype=torch.float32))
-    with launches() as names:
+    with spied_launches() as names:
         for batch, tokens in ((4, 11), (6, 9), (9, 17), (12, 13)):
             x = torch.randn(batch, tokens, 5, device=DEVICE, requires_grad=True)
             chosen = index("sample", 3, batch).to(DEVICE)

@@ -100,8 +100,7 @@ class RoutedAdapter(nn.Module):
     def merged_banks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(down_weight, down_bias, up_weight, up_bias), each a bank of one; each side averaged by itself."""
         return tuple(
-            merged_bank(bank, score, self.backend)
-            for bank, score in zip(self.banks(), self.bank_scores(), strict=True)
+            merged_bank(bank, score, self.backend) for bank, score in zip(self.banks(), self.bank_scores(), strict=True)
         )
 
     def merged(self) -> RoutedAdapter:

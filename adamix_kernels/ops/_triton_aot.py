@@ -20,11 +20,18 @@ class AotCase(NamedTuple):
     attrs: dict[tuple[int, ...], list]
     num_warps: int
     num_stages: int
+    maxnreg: int | None
     dtype: str
 
 
 def make_case(
-    fn: Any, name: str, dtype: torch.dtype, arguments: dict[str, Any], divisible: tuple[str, ...] = (), warps: int = 4
+    fn: Any,
+    name: str,
+    dtype: torch.dtype,
+    arguments: dict[str, Any],
+    divisible: tuple[str, ...] = (),
+    warps: int = 4,
+    maxnreg: int | None = None,
 ) -> AotCase:
     """Strings that open with * or name a scalar are types; everything else is a compile-time constant.
 
@@ -37,5 +44,13 @@ def make_case(
     attrs = {(n,): [["tt.divisibility", 16]] for n in aligned}
     label = str(dtype).removeprefix("torch.")
     return AotCase(
-        f"{fn.__name__.removesuffix('_kernel')}/{name}/{label}", fn, signature, constexprs, attrs, warps, 2, label
+        f"{fn.__name__.removesuffix('_kernel')}/{name}/{label}",
+        fn,
+        signature,
+        constexprs,
+        attrs,
+        warps,
+        2,
+        maxnreg,
+        label,
     )
