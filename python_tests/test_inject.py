@@ -102,9 +102,7 @@ def test_parameter_counts_of_the_paper():
     with torch.device("meta"):
         bert = BertForSequenceClassification(config)
         large = RobertaForSequenceClassification(
-            RobertaConfig(
-                num_hidden_layers=24, hidden_size=1024, intermediate_size=4096, num_attention_heads=16
-            )
+            RobertaConfig(num_hidden_layers=24, hidden_size=1024, intermediate_size=4096, num_attention_heads=16)
         )
     for model, bottleneck, experts, merged in ((bert, 48, 2_223_360, 894_528), (large, 16, 1_992_192, 811_392)):
         adapt(model, AdaMixConfig(bottleneck=bottleneck, modules_to_save=[]))

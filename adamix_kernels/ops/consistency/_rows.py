@@ -1,4 +1,4 @@
-"""Row-wise pieces of the reference backend: softmax statistics, the divergence and its gradient."""
+"""Row-wise pieces: which rows count, softmax statistics, the divergence and its gradient."""
 
 from __future__ import annotations
 
@@ -18,6 +18,19 @@ def keep(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def inverse(count: torch.Tensor) -> torch.Tensor:
     """1 / count, and 0 where count is 0."""
     return torch.where(count > 0, 1 / count, 0)
+
+
+def rows_of(labels, mask, ignore_index):
+    """(rows of the cross-entropy, rows of the consistency); the first are among the second."""
+    labelled = labels != ignore_index
+    return (labelled, labelled) if mask is None else (labelled & mask, mask)
+
+
+def scales_of(counted, selected, num_items, dtype):
+    """[2]: one over the number of cross-entropy rows and of consistency rows, 0 where there are none."""
+    if num_items is not None:
+        return inverse(num_items.to(dtype)).expand(2).contiguous()
+    return inverse(torch.stack([counted.sum(dtype=dtype), selected.sum(dtype=dtype)]))
 
 
 def log_softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

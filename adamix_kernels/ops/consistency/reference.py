@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ._rows import divergence, divergence_grad, inverse, keep, log_softmax, restore, wide_dtype
+from ._chunks import Chunk, linear_loss
+from ._rows import divergence, divergence_grad, inverse, keep, log_softmax, restore, rows_of, scales_of, wide_dtype
 
 
 def forward(logits_a, logits_b, mask, detach_target, reduction):
@@ -36,12 +37,12 @@ def backward(grad, logits_a, logits_b, mask, stats, scale, detach_target):
 
 
 def adamix_forward(logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target):
-    counted, selected = _rows_of(labels, mask, ignore_index)
+    counted, selected = rows_of(labels, mask, ignore_index)
     log_probs, maximum, logsum = log_softmax(logits)
     half = labels.shape[0]
     entropy_rows = _cross_entropy(log_probs[:half], labels, counted, label_smoothing)
     rows, mean_p, mean_q = divergence(*_halves(log_probs, half), *_halves(log_probs.exp(), half), not detach_target)
-    scales = _scales(counted, selected, num_items, rows.dtype)
+    scales = scales_of(counted, selected, num_items, rows.dtype)
     cross_entropy = keep(entropy_rows, counted).sum() * scales[0]
     consistency = keep(rows, selected).sum() * scales[1]
     stats = [maximum, logsum] + ([] if detach_target else [torch.cat([mean_p, mean_q])])
@@ -51,7 +52,7 @@ def adamix_forward(logits, labels, mask, num_items, weight, ignore_index, label_
 def adamix_backward(
     grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target
 ):  # fmt: skip
-    counted, selected = _rows_of(labels, mask, ignore_index)
+    counted, selected = rows_of(labels, mask, ignore_index)
     log_probs = restore(logits, stats[0], stats[1])
     half = labels.shape[0]
     means = (None, None) if detach_target else (stats[2][:half], stats[2][half:])
@@ -68,70 +69,24 @@ def linear_forward(
     hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target,
     chunk_rows, need_hidden, need_weight, need_bias,
 ):  # fmt: skip
-    """Chunks of row pairs: logits, losses and gradients of one chunk live at a time.
+    """Chunks of row pairs: logits, losses and gradients of one chunk live at a time."""
 
-    Gradients are held divided by the larger of both parts' factors on a row (1/rows would underflow in
-    float16, a weight overflow): that factor is returned, and backward applies it with the incoming gradient.
-    """
-    vocab, width = lm_head_weight.shape
-    counted, selected = (rows.reshape(-1) for rows in _rows_of(labels, mask, ignore_index))
-    labels = labels.reshape(-1)
-    pairs = hidden.reshape(2, labels.shape[0], width)
-    dtype = wide_dtype(hidden.dtype)
-    scales = _scales(counted, selected, num_items, dtype)
-    factors = torch.stack([scales[0], scales[1] * weight])
-    factor = factors.amax()
-    factors = torch.where(factor > 0, factors / factor, 0)
-    sums = torch.zeros(2, dtype=dtype, device=hidden.device)
-    d_hidden = torch.empty_like(pairs, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
-    d_weight = hidden.new_zeros((vocab, width) if need_weight else 0, dtype=dtype)
-    d_bias = hidden.new_zeros(vocab if need_bias else 0, dtype=dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, labels.shape[0], chunk_rows):
-            part = slice(start, start + chunk_rows)
-            chosen = selected[part].unsqueeze(-1)
-            # A masked row's hidden states may be NaN: zero them, or 0 * NaN reaches d_weight.
-            x = keep(pairs[:, part], chosen).flatten(0, 1)
-            logits = torch.nn.functional.linear(x, lm_head_weight, bias)
-            log_probs = torch.log_softmax(logits, -1, dtype=dtype)
-            half = log_probs.shape[0] // 2
-            pair = (*_halves(log_probs, half), *_halves(log_probs.exp(), half))
-            rows, *means = divergence(*pair, not detach_target)
-            entropy_rows = _cross_entropy(pair[0], labels[part], counted[part], label_smoothing)
-            sums[0] += keep(entropy_rows, counted[part]).sum()
-            sums[1] += keep(rows, selected[part]).sum()
-            if not (need_hidden or need_weight or need_bias):
-                continue
-            grads = _pair_grad(pair, means, labels[part], counted[part], *factors, label_smoothing)
-            d_logits = torch.cat([keep(g, chosen) for g in grads])
-            if need_bias:
-                d_bias += d_logits.sum(0)
-            d_logits = d_logits.to(hidden.dtype)
-            if need_hidden:
-                d_hidden[:, part] = (d_logits @ lm_head_weight).view(2, -1, width)
-            if need_weight and hidden.dtype == torch.bfloat16:
-                d_weight += d_logits.t() @ x
-            elif need_weight:
-                # float16 would overflow in a sum over many rows, before the factor makes it small.
-                d_weight.addmm_(d_logits.t().to(dtype), x.to(dtype))
-    cross_entropy, consistency = sums[0] * scales[0], sums[1] * scales[1]
-    loss = cross_entropy + weight * consistency
-    if need_hidden:
-        d_hidden = d_hidden.view(hidden.shape)
-    return loss, cross_entropy, consistency, d_hidden, d_weight, d_bias, factor
+    def chunk(logits, labels, counted, selected, factors, need_grad) -> Chunk:
+        log_probs = torch.log_softmax(logits, -1, dtype=wide_dtype(logits.dtype))
+        half = log_probs.shape[0] // 2
+        pair = (*_halves(log_probs, half), *_halves(log_probs.exp(), half))
+        rows, *means = divergence(*pair, not detach_target)
+        entropy_rows = _cross_entropy(pair[0], labels, counted, label_smoothing)
+        d_logits = None
+        if need_grad:
+            grads = _pair_grad(pair, means, labels, counted, *factors, label_smoothing)
+            d_logits = torch.cat([keep(g, selected.unsqueeze(-1)) for g in grads])
+        return Chunk(keep(entropy_rows, counted).sum(), keep(rows, selected).sum(), d_logits)
 
-
-def _rows_of(labels, mask, ignore_index):
-    """(rows of the cross-entropy, rows of the consistency); the first are among the second."""
-    labelled = labels != ignore_index
-    return (labelled, labelled) if mask is None else (labelled & mask, mask)
-
-
-def _scales(counted, selected, num_items, dtype):
-    """[2]: one over the number of cross-entropy rows and of consistency rows, 0 where there are none."""
-    if num_items is not None:
-        return inverse(num_items.to(dtype)).expand(2).contiguous()
-    return inverse(torch.stack([counted.sum(dtype=dtype), selected.sum(dtype=dtype)]))
+    return linear_loss(
+        chunk, hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index,
+        chunk_rows, need_hidden, need_weight, need_bias,
+    )  # fmt: skip
 
 
 def _cross_entropy(log_p, labels, counted, label_smoothing):

@@ -10,6 +10,7 @@ from ..._backends import check_request
 from .._checks import check_device, check_dims, check_shape, check_tensor, fail
 from .._groups import check_groups, check_scaling
 from .autograd import merge_experts_op, merge_lora_op
+from .op import merge_banks_op
 
 
 def merge_experts(
@@ -32,15 +33,28 @@ def merge_experts(
 
     Source: AdaMix (arXiv 2205.12410), section 3.3; `expert_score_weight` in the reference project's expert_soup.py.
     """
-    check_tensor("bank", bank)
-    if bank.dim() == 0 or bank.shape[0] == 0:
-        fail("bank", f"shape {tuple(bank.shape)}", "[M, ...] with at least one expert")
-    if scores is not None:
-        check_tensor("scores", scores)
-        check_device("scores", scores, bank)
-        check_shape("scores", scores, "[M]", bank.shape[0])
+    _check_bank("bank", bank, "scores", scores)
     check_request(backend)
     return merge_experts_op(bank, scores, backend)
+
+
+@torch.no_grad()
+def merge_banks(
+    banks: Sequence[torch.Tensor], scores: Sequence[torch.Tensor | None], *, backend: str = "auto"
+) -> list[torch.Tensor]:
+    """[merge_experts(bank, score) for each pair], one launch for all banks of a device and dtype on a GPU.
+
+    For whole models, so internal and not differentiable. banks, scores: as many of the one as of the other,
+    each as in `merge_experts`; shapes may differ.
+
+    Raises: as `merge_experts`; ValueError when there are not as many scores as banks.
+    """
+    if len(scores) != len(banks):
+        fail("scores", f"{len(scores)} of them", f"one, or None, for each of the {len(banks)} banks")
+    for n, (bank, score) in enumerate(zip(banks, scores, strict=True)):
+        _check_bank(f"banks[{n}]", bank, f"scores[{n}]", score)
+    check_request(backend)
+    return merge_banks_op(list(banks), list(scores), backend)
 
 
 def merge_lora(
@@ -89,6 +103,16 @@ def merge_lora(
     offsets = check_groups(lora_a, lora_b, groups, output_offsets, rows)
     check_request(backend)
     return merge_lora_op(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out, backend)
+
+
+def _check_bank(name: str, bank: torch.Tensor, scores_name: str, scores: torch.Tensor | None) -> None:
+    check_tensor(name, bank)
+    if bank.dim() == 0 or bank.shape[0] == 0:
+        fail(name, f"shape {tuple(bank.shape)}", "[M, ...] with at least one expert")
+    if scores is not None:
+        check_tensor(scores_name, scores)
+        check_device(scores_name, scores, bank)
+        check_shape(scores_name, scores, "[M]", bank.shape[0])
 
 
 def _as_bank(name: str, factor: torch.Tensor, weight: torch.Tensor, layout: str) -> torch.Tensor:

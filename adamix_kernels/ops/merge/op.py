@@ -26,6 +26,22 @@ def _experts_backward_fake(grad_out, bank, scores, need_bank, need_scores, backe
     return dbank, scores.new_empty(scores.shape) if need_scores else bank.new_empty(0)
 
 
+def _banks_forward(banks, scores, backend):
+    alike: dict[tuple, list[int]] = {}
+    for n, bank in enumerate(banks):
+        alike.setdefault((_select(bank, backend), bank.device, bank.dtype), []).append(n)
+    merged = [None] * len(banks)
+    for (module, _, _), which in alike.items():
+        outs = module.banks_forward([banks[n] for n in which], [scores[n] for n in which])
+        for n, out in zip(which, outs, strict=True):
+            merged[n] = out
+    return merged
+
+
+def _banks_forward_fake(banks, scores, backend):
+    return [_experts_forward_fake(bank, score, backend) for bank, score in zip(banks, scores, strict=True)]
+
+
 def _lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out, backend):
     return _select(weight, backend).lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out)
 
@@ -59,6 +75,10 @@ merge_experts_backward_op = define(
     "str backend) -> (Tensor, Tensor)",
     _experts_backward,
     _experts_backward_fake,
+)
+# merge_experts of every bank with its scores; banks of one device and dtype together. No derivative.
+merge_banks_op = define(
+    "merge_banks(Tensor[] banks, Tensor?[] scores, str backend) -> Tensor[]", _banks_forward, _banks_forward_fake
 )
 # lora_a [Ma, groups*r, K] and lora_b [Mb, groups*Ng, r] are banks, of one expert for plain factors.
 merge_lora_op = define(

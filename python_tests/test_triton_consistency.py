@@ -1,0 +1,339 @@
+"""The consistency losses on the Triton backend: interpreted on the CPU (TRITON_INTERPRET=1), compiled on a GPU."""
+
+# ruff: noqa: E402 (the module is skipped before it imports triton)
+
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton_spy import DEVICE, DTYPES, launches, needs_triton, poisoned_memory
+
+needs_triton()
+
+from adamix_kernels import BackendUnavailableError, _backends
+from adamix_kernels.functional import adamix_loss, consistency_loss, linear_adamix_loss
+from adamix_kernels.ops.consistency import triton_impl
+from adamix_kernels.ops.consistency.triton_impl import plan
+from adamix_kernels.testing import assert_in_budget
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+INF = float("inf")
+
+
+def randn(*shape, dtype=torch.float32, scale=2.0):
+    return (torch.randn(shape, dtype=torch.float64) * scale).to(dtype).to(DEVICE)
+
+
+def draw_labels(rows, classes):
+    labels = torch.randint(classes, rows)
+    labels[torch.rand(rows) < 0.2] = -100
+    return labels.to(DEVICE)
+
+
+def draw_mask(rows):
+    return (torch.rand(rows) < 0.7).to(DEVICE)
+
+
+def gradients(loss, wanted, *tensors):
+    """(loss, gradients of each tensor) of loss(backend, *tensors), as functions of a backend."""
+
+    def on(backend):
+        def run(*given):
+            leaves = [t.detach().requires_grad_() for t in given]
+            out = loss(backend, *leaves)
+            first = out if isinstance(out, torch.Tensor) else out[0]
+            weights = torch.linspace(-1, 2, first.numel(), device=first.device).view(first.shape)
+            extra = () if isinstance(out, torch.Tensor) else tuple(t.detach() for t in out[1:])
+            return (
+                first.detach(),
+                *extra,
+                *torch.autograd.grad((first * (weights if first.dim() else 3.0)).sum(), leaves),
+            )
+
+        return run
+
+    def spied(*given):
+        with poisoned_memory():
+            return on("triton")(*given)
+
+    with launches(triton_impl) as names:
+        # A scalar's error is luck: one rounding more or less among a few rows.
+        assert_in_budget(spied, on("reference"), *tensors, multiple=8.0)
+    assert names == wanted
+
+
+SUMMED = ["pair_rows_kernel", "pair_finish_kernel", "pair_grad_kernel"]
+SPLIT = ["pair_parts_kernel", "pair_finish_kernel", "pair_grad_kernel"]
+ALONE = SUMMED[1:]
+# (rows, classes, launches): one program, a tile of many rows, one row and chunks of it, parts of rows.
+SHAPES = {
+    "2 classes": ((5,), 2, ALONE),
+    "3 classes": ((7,), 3, ALONE),
+    "1 class": ((4, 3), 1, ALONE),
+    "64 classes": ((3, 7), 64, ALONE),
+    "many rows of 2": ((90, 7), 2, SUMMED),
+    "many rows of 100": ((4, 23), 100, SUMMED),
+    "a whole chunk": ((3, 3), 4096, SUMMED),
+    "parts": ((2,), 9001, SPLIT),
+    "two parts": ((1, 3), 4097, SPLIT),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("case", SHAPES)
+def test_adamix_loss_and_its_gradient(case, detach, dtype):
+    rows, classes, wanted = SHAPES[case]
+    labels, mask = draw_labels(rows, classes), draw_mask(rows)
+
+    def loss(backend, logits):
+        return adamix_loss(
+            logits, labels, weight=0.7, label_smoothing=0.1, mask=mask, detach_target=detach, backend=backend
+        )
+
+    gradients(loss, wanted, randn(2 * rows[0], *rows[1:], classes, dtype=dtype))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_items": 11}, {"weight": 0.0}, {"ignore_index": 1}])
+def test_options(options):
+    labels = torch.randint(5, (6, 4), device=DEVICE)
+    gradients(lambda backend, x: adamix_loss(x, labels, backend=backend, **options), ALONE, randn(12, 4, 5))
+
+
+def test_whole_chunks_of_many_rows(monkeypatch):
+    monkeypatch.setattr(plan, "PROGRAMS", 1)
+    labels = draw_labels((2, 2), 8200)
+    for detach in (True, False):
+        gradients(
+            lambda backend, x: adamix_loss(x, labels, label_smoothing=0.1, detach_target=detach, backend=backend),  # noqa: B023
+            SUMMED,
+            randn(4, 2, 8200),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES[::2])
+@pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("case", ["3 classes", "many rows of 100", "two parts"])
+def test_consistency_loss_and_its_gradients(case, detach, reduction, dtype):
+    rows, classes, wanted = SHAPES[case]
+    mask = draw_mask(rows)
+
+    def loss(backend, a, b):
+        return consistency_loss(a, b, mask=mask, detach_target=detach, reduction=reduction, backend=backend)
+
+    gradients(loss, wanted, randn(*rows, classes, dtype=dtype), randn(*rows, classes, dtype=dtype))
+
+
+def test_no_rows_axis_and_no_mask():
+    gradients(lambda backend, a, b: consistency_loss(a, b, backend=backend), ALONE, randn(9), randn(9))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_shape(data):
+    pick = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    rows, classes, dtype = (pick(1, 5), pick(1, 7)), pick(1, 300), data.draw(st.sampled_from(DTYPES))
+    smoothing, detach = data.draw(st.sampled_from([0.0, 0.2])), data.draw(st.booleans())
+    labels = draw_labels(rows, classes)
+    logits = randn(2 * rows[0], rows[1], classes, dtype=dtype)
+    tiles = plan.make_tiles(rows[0] * rows[1], classes).tiles
+
+    def loss(backend, x):
+        return adamix_loss(x, labels, label_smoothing=smoothing, detach_target=detach, backend=backend)
+
+    gradients(loss, ALONE if tiles <= plan.ALONE else SUMMED, logits)
+
+
+@pytest.mark.parametrize("classes", [7, 9001])
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("kind", ["huge", "shifted", "close"])
+def test_large_logits_stay_exact(kind, detach, classes):
+    a = randn(4, classes)
+    b = {"huge": randn(4, classes, scale=5e3), "shifted": a + 9000, "close": a + randn(4, classes, scale=1e-2)}[kind]
+    a = randn(4, classes, scale=5e3).clamp(-1e4, 1e4) if kind == "huge" else a
+    labels = torch.randint(classes, (4,), device=DEVICE)
+
+    def loss(backend, x):
+        return adamix_loss(x, labels, label_smoothing=0.1, detach_target=detach, backend=backend)
+
+    logits = torch.cat([a, b.clamp(-1e4, 1e4)])
+    assert loss("triton", logits).loss.isfinite()
+    gradients(loss, SPLIT if classes > 4096 else ALONE, logits)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("classes", [7, 9001])
+def test_a_masked_vocabulary_adds_nothing(classes, detach):
+    """-inf in both passes, here in whole chunks and at the front."""
+    kept = randn(6, classes)
+    wide = torch.full((6, 2 * classes), -INF, device=DEVICE)
+    wide[:, classes:] = kept
+    labels = torch.randint(classes, (3,), device=DEVICE)
+    run = lambda x, y: adamix_loss(x, y, detach_target=detach, backend="triton")  # noqa: E731
+    want, got = kept.requires_grad_(), wide.requires_grad_()
+    a, b = run(want, labels), run(got, labels + classes)
+    torch.testing.assert_close(b, a)
+    ga, gb = torch.autograd.grad(a.loss, want)[0], torch.autograd.grad(b.loss, got)[0]
+    torch.testing.assert_close(gb[:, classes:], ga)
+    assert gb[:, :classes].eq(0).all()
+
+
+@pytest.mark.parametrize("classes", [5, 9001])
+def test_nan_gives_nan_and_what_is_masked_may_hold_it(classes):
+    logits, labels = randn(8, classes), torch.randint(classes, (4,), device=DEVICE)
+    logits[5, 2] = float("nan")
+    assert adamix_loss(logits, labels, backend="triton").loss.isnan()
+    mask = torch.tensor([True, False, True, True], device=DEVICE)
+    x = logits.clone().requires_grad_()
+    out = adamix_loss(x, labels, mask=mask, backend="triton")
+    (grad,) = torch.autograd.grad(out.loss, x)
+    assert out.loss.isfinite()
+    assert grad[[1, 5]].eq(0).all()
+    assert grad.isfinite().all()
+    logits[5] = -INF
+    assert adamix_loss(logits, labels, backend="triton").loss.isnan()
+    logits[5], logits[1, 0] = 0.0, -INF
+    assert adamix_loss(logits, labels * 0 + 1, backend="triton").consistency == INF
+
+
+@pytest.mark.parametrize("rows", [(0,), (0, 3), (2, 0)])
+def test_no_rows_no_loss(rows):
+    x = randn(2 * rows[0], *rows[1:], 5).requires_grad_()
+    with poisoned_memory():
+        out = adamix_loss(x, torch.zeros(rows, dtype=torch.long, device=DEVICE), backend="triton")
+        (grad,) = torch.autograd.grad(out.loss, x)
+    assert [t.item() for t in out] == [0, 0, 0]
+    assert grad.shape == x.shape
+
+
+def test_nothing_labelled_gives_zeros():
+    x = randn(6, 4).requires_grad_()
+    out = adamix_loss(x, torch.full((3,), -100, device=DEVICE), backend="triton")
+    assert [t.item() for t in out] == [0, 0, 0]
+    assert torch.autograd.grad(out.loss, x)[0].eq(0).all()
+
+
+def test_a_label_out_of_range_that_was_not_checked_gives_nan():
+    labels = torch.tensor([1, 9], device=DEVICE)
+    loss, *_ = triton_impl.adamix_forward(randn(4, 5), labels, None, None, 1.0, -100, 0.0, True)
+    assert loss.isnan()
+
+
+def test_sliced_logits_are_read_in_place_with_the_same_bits():
+    whole, labels, mask = randn(4, 6, 9), draw_labels((2, 6), 9), draw_mask((2, 6))
+    run = lambda x, *rest: gradients_of(adamix_loss(x, rest[0], mask=rest[1], backend="triton"), x)  # noqa: E731
+
+    def gradients_of(out, x):
+        return out.loss.detach(), *torch.autograd.grad(out.loss, x)
+
+    sliced = whole[:, :-1].requires_grad_()
+    dense = whole[:, :-1].detach().clone().requires_grad_()
+    got = run(sliced, labels[:, 1:], mask[:, 1:])
+    want = run(dense, labels[:, 1:].clone(), mask[:, 1:].clone())
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    rows = plan.make_rows(sliced[:2], sliced[2:], labels[:, 1:], mask[:, 1:])
+    assert rows.a.data_ptr() == whole.data_ptr()
+    turned = whole.transpose(0, -1).contiguous().transpose(0, -1)[:, :-1].requires_grad_()
+    assert all(torch.equal(a, b) for a, b in zip(run(turned, labels[:, 1:], mask[:, 1:]), want))
+
+
+@pytest.mark.parametrize("case", ["3 classes", "many rows of 100", "two parts"])
+def test_the_same_bits_twice(case):
+    rows, classes, _ = SHAPES[case]
+    x, labels = randn(2 * rows[0], *rows[1:], classes).requires_grad_(), draw_labels(rows, classes)
+
+    def run():
+        out = adamix_loss(x, labels, backend="triton")
+        return (*(t.detach() for t in out), *torch.autograd.grad(out.loss, x))
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("detach", [True, False])
+def test_linear_loss_in_chunks(detach, dtype):
+    labels, mask = draw_labels((3, 5), 33), draw_mask((3, 5))
+
+    def loss(backend, hidden, head, bias):
+        return linear_adamix_loss(
+            hidden, head, labels, bias=bias, mask=mask, weight=0.5, label_smoothing=0.1, detach_target=detach,
+            chunk_rows=4, backend=backend,
+        )  # fmt: skip
+
+    tensors = randn(6, 5, 8, dtype=dtype), randn(33, 8, dtype=dtype, scale=0.5), randn(33, dtype=dtype)
+    gradients(loss, ["pair_rows_kernel"] * 4, *tensors)
+
+
+def test_linear_loss_of_many_classes_and_of_frozen_heads():
+    labels, hidden, head = draw_labels((3,), 4500), randn(6, 8), randn(4500, 8, scale=0.5)
+
+    def loss(backend, x):
+        return linear_adamix_loss(x, head.to(x.dtype), labels, chunk_rows=2, backend=backend)
+
+    gradients(loss, ["pair_rows_kernel"] * 2, hidden)
+    with torch.no_grad():
+        torch.testing.assert_close(loss("triton", hidden), loss("reference", hidden))
+
+
+def test_finite_differences():
+    logits, labels = randn(4, 3, 5), draw_labels((2, 3), 5)
+    run = lambda x: adamix_loss(x, labels, detach_target=False, backend="triton").loss  # noqa: E731
+    x = logits.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(run(x), x)
+    direction = randn(*logits.shape, scale=1.0)
+    step = 1e-2
+    slope = (run(logits + step * direction) - run(logits - step * direction)) / (2 * step)
+    torch.testing.assert_close((grad * direction).sum(), slope, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_no_tensor_value_reaches_python(case):
+    rows, classes, wanted = SHAPES[case]
+    meta = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    logits, labels = meta(2 * rows[0], *rows[1:], classes), meta(*rows, dtype=torch.int64)
+    with launches(triton_impl, run=False) as names:
+        *_, stats, scales = triton_impl.adamix_forward(logits, labels, None, None, 1.0, -100, 0.1, False)
+        triton_impl.adamix_backward(meta(), logits, labels, None, stats, scales, 1.0, -100, 0.1, False)
+        head = meta(classes, 8)
+        triton_impl.linear_forward(
+            meta(2 * rows[0], *rows[1:], 8), head, None, labels, None, None, 1.0, -100, 0.0, True, 10**9,
+            True, True, True,
+        )  # fmt: skip
+    assert names == [*wanted, "pair_rows_kernel"]
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 64, 4096, 4097, 50257, 128256, 262144])
+@pytest.mark.parametrize("rows", [1, 3, 200, 8192])
+def test_tiles_cover_every_column_once(rows, classes):
+    tiles = plan.make_tiles(rows, classes)
+    assert tiles.tiles * tiles.rows >= rows
+    assert tiles.cols & (tiles.cols - 1) == 0
+    if tiles.splits > 1:
+        assert tiles.share % tiles.cols == 0
+        assert (tiles.splits - 1) * tiles.share < classes <= tiles.splits * tiles.share
+    assert tiles.rows * tiles.cols <= 4096
+
+
+def test_torch_compile_opcheck_and_autocast():
+    labels = draw_labels((3, 4), 5)
+    run = lambda x: adamix_loss(x, labels, backend="triton").loss  # noqa: E731
+    torch._dynamo.reset()
+    x = randn(6, 4, 5).requires_grad_()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(torch.autograd.grad(compiled(x), x)[0], torch.autograd.grad(run(x), x)[0])
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(run(x), run(x).float())
+    ops = torch.ops.adamix_kernels
+    torch.library.opcheck(ops.adamix_loss.default, (x, labels, None, None, 1.0, -100, 0.0, True, "triton"))
+    torch.library.opcheck(
+        ops.consistency.default, (x, x.detach().clone().requires_grad_(), None, False, "batchmean", "triton")
+    )
+
+
+def test_float64_is_refused_and_auto_never_interprets():
+    with pytest.raises(BackendUnavailableError, match="float16, bfloat16 and float32"):
+        consistency_loss(randn(2, 3, dtype=torch.float64), randn(2, 3, dtype=torch.float64), backend="triton")
+    chosen = _backends.select("consistency", "auto", "cpu", torch.float32)
+    assert chosen.__name__.endswith("consistency.reference")
