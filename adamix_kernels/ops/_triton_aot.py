@@ -32,6 +32,7 @@ def make_case(
     divisible: tuple[str, ...] = (),
     warps: int = 4,
     maxnreg: int | None = None,
+    stages: int = 2,
 ) -> AotCase:
     """Strings that open with * or name a scalar are types; everything else is a compile-time constant.
 
@@ -50,7 +51,7 @@ def make_case(
         constexprs,
         attrs,
         warps,
-        2,
+        stages,
         maxnreg,
         label,
     )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
-
-import torch
 
 from ...._triton_utils import DTYPES, precision
+from ..._triton_aot import POINTERS, AotCase, make_case
 from .forward import adapter_forward_kernel
 from .input_grad import adapter_input_grad_kernel
 from .plan import power_of_2
@@ -15,7 +13,6 @@ from .tables import config
 from .weight_grad import adapter_plane_sum_kernel, adapter_weight_grad_kernel
 from .weights import SUM_CHUNK, SUM_COLS
 
-_POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 # hidden size of the compiled cases: a multiple of every block, as in the models AdaMix is used with.
 _HIDDEN = 1024
 # routing -> (experts, r) of the compiled cases; together they reach every shape class of the tables.
@@ -26,22 +23,9 @@ _SHAPES = {
 }
 
 
-class AotCase(NamedTuple):
-    """Arguments of triton.compiler.ASTSource and the compile options of one kernel."""
-
-    name: str
-    fn: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    attrs: dict[tuple[int, ...], list]
-    num_warps: int
-    num_stages: int
-    dtype: str
-
-
 def aot_cases(capability: int = 90) -> Iterator[AotCase]:
     """Every case with the block sizes shipped for a capability (10 * major + minor)."""
-    for dtype, pointer in _POINTER.items():
+    for dtype, pointer in POINTERS.items():
         for routing, shapes in _SHAPES.items():
             for experts, r in shapes:
                 name = f"{routing}_m{experts}_r{r}"
@@ -98,15 +82,7 @@ def _sum_case(dtype, pointer):
 
 
 def _case(fn, name, dtype, chosen, arguments) -> AotCase:
-    """Strings that open with * or are i32 are types; everything else is a compile-time constant."""
-    if chosen is not None:
-        arguments = arguments | dict(ROWS=chosen.rows, COLS=chosen.cols)
-    is_type = {a: isinstance(v, str) and (v == "i32" or v.startswith("*")) for a, v in arguments.items()}
-    signature = {a: arguments[a] if is_type[a] else "constexpr" for a in fn.arg_names}
-    constexprs = {a: arguments[a] for a in fn.arg_names if not is_type[a]}
-    attrs = {(n,): [["tt.divisibility", 16]] for n, a in enumerate(fn.arg_names) if signature[a].startswith("*")}
-    warps, stages = (chosen.num_warps, chosen.num_stages) if chosen is not None else (4, 2)
-    label = str(dtype).removeprefix("torch.")
-    return AotCase(
-        f"{fn.__name__.removesuffix('_kernel')}/{name}/{label}", fn, signature, constexprs, attrs, warps, stages, label
-    )
+    if chosen is None:
+        return make_case(fn, name, dtype, arguments)
+    arguments = arguments | dict(ROWS=chosen.rows, COLS=chosen.cols)
+    return make_case(fn, name, dtype, arguments, warps=chosen.num_warps, stages=chosen.num_stages)

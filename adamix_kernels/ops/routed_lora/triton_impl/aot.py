@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
-
-import torch
 
 from ...._triton_utils import DTYPES, precision
+from ..._triton_aot import POINTERS, AotCase, make_case
 from .forward import lora_forward_kernel
 from .frozen_kernels import frozen_dx_kernel, frozen_forward_kernel
 from .frozen_linear import frozen_meta
@@ -16,7 +14,6 @@ from .plan import MAX_WIDTH, SUM_BLOCK, gaps, padded_rank, row_blocks
 from .tables import config, register_limit
 from .weight_grad import lora_grads_kernel, lora_sum_kernel
 
-_POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 # Features and columns of a group in the compiled cases: a multiple of every block, as in the models LoRA serves.
 _HIDDEN = 1024
 # name -> (experts of A, groups, r, per token, dropout); together they reach every shape class of the tables.
@@ -35,23 +32,9 @@ _SHAPES = {
 _FROZEN_SHAPES = ((2, 4), (2, 16), (1, 64), (1, 128))
 
 
-class AotCase(NamedTuple):
-    """Arguments of triton.compiler.ASTSource and the compile options of one kernel."""
-
-    name: str
-    fn: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    attrs: dict[tuple[int, ...], list]
-    num_warps: int
-    num_stages: int
-    maxnreg: int
-    dtype: str
-
-
 def aot_cases(capability: int = 90) -> Iterator[AotCase]:
     """Every case with the block sizes shipped for a capability (10 * major + minor)."""
-    for dtype in _POINTER:
+    for dtype in POINTERS:
         for name, shape in _SHAPES.items():
             yield from _tile_cases(name, dtype, capability, *shape)
             yield _grads_case(name, dtype, capability, *shape)
@@ -89,7 +72,7 @@ def _tile_cases(name, dtype, capability, experts, groups, r, per_token, dropout)
             own = dict(index, WIDE=wide, BLOCK_M=rows, BLOCK_C=chosen.cols)
             own |= {first: experts, second: experts if per_token else 1}
             own["GAPS"] = gaps(arguments["OFFSETS"], _HIDDEN, arguments["WIDTH"])
-            own |= dict.fromkeys(tensors, _POINTER[dtype])
+            own |= dict.fromkeys(tensors, POINTERS[dtype])
             limit = register_limit(dtype.itemsize, width)
             yield _case(kernel, f"{name}_rows{rows}", dtype, chosen, arguments | own, limit)
 
@@ -98,7 +81,7 @@ def _grads_case(name, dtype, capability, experts, groups, r, per_token, dropout)
     block = padded_rank(groups * r)
     chosen = config(lora_grads_kernel.__name__, capability, dtype.itemsize, block)
     arguments = _common(dtype, experts, groups, r, dropout)
-    arguments |= dict.fromkeys(("x_ptr", "grad_ptr", "dt_ptr", "t_ptr"), _POINTER[dtype])
+    arguments |= dict.fromkeys(("x_ptr", "grad_ptr", "dt_ptr", "t_ptr"), POINTERS[dtype])
     arguments |= dict(a_plane_ptr="*fp32", b_plane_ptr="*fp32", BLOCK_M=chosen.rows, BLOCK_C=chosen.cols)
     arguments |= dict(BLOCK_RA=block, BLOCK_RB=padded_rank(r), perm_ptr="*i64" if "grouped" in name else None)
     return _case(lora_grads_kernel, name, dtype, chosen, arguments, register_limit(dtype.itemsize, block))
@@ -106,28 +89,20 @@ def _grads_case(name, dtype, capability, experts, groups, r, per_token, dropout)
 
 def _frozen_cases(dtype, capability, groups, r):
     meta = frozen_meta(capability, dtype, padded_rank(groups * r)) | dict(DOT=DTYPES[dtype])
-    arguments = _common(dtype, 4, groups, r, True) | meta | dict(bias_ptr=_POINTER[dtype])
+    arguments = _common(dtype, 4, groups, r, True) | meta | dict(bias_ptr=POINTERS[dtype])
     tensors = ("x_ptr", "weight_ptr", "a_ptr", "b_ptr", "out_ptr", "t_ptr", "grad_ptr", "dx_ptr", "dt_ptr")
-    arguments |= dict.fromkeys(tensors, _POINTER[dtype])
+    arguments |= dict.fromkeys(tensors, POINTERS[dtype])
     for kernel in (frozen_forward_kernel, frozen_dx_kernel):
         case = _case(kernel, f"m4_g{groups}_r{r}", dtype, None, arguments)
         yield case._replace(num_warps=meta["num_warps"], num_stages=meta["num_stages"])
 
 
 def _sum_case(dtype):
-    arguments = dict(a_plane_ptr="*fp32", b_plane_ptr="*fp32", da_ptr=_POINTER[dtype], db_ptr=_POINTER[dtype])
+    arguments = dict(a_plane_ptr="*fp32", b_plane_ptr="*fp32", da_ptr=POINTERS[dtype], db_ptr=POINTERS[dtype])
     arguments |= dict.fromkeys(("a_size", "b_size", "splits"), "i32") | dict(BLOCK=SUM_BLOCK)
     return _case(lora_sum_kernel, "any", dtype, None, arguments)
 
 
 def _case(fn, name, dtype, chosen, arguments, maxnreg=255) -> AotCase:
-    """Pointers and scalars are named by their type; everything else is a compile-time constant."""
-    types = ("i32", "fp32", "*fp16", "*bf16", "*fp32", "*i64")
-    is_type = {a: isinstance(arguments[a], str) and arguments[a] in types for a in fn.arg_names}
-    signature = {a: arguments[a] if is_type[a] else "constexpr" for a in fn.arg_names}
-    constexprs = {a: arguments[a] for a in fn.arg_names if not is_type[a]}
-    attrs = {(n,): [["tt.divisibility", 16]] for n, a in enumerate(fn.arg_names) if signature[a].startswith("*")}
     warps, stages = (chosen.num_warps, chosen.num_stages) if chosen is not None else (4, 2)
-    label = str(dtype).removeprefix("torch.")
-    name = f"{fn.__name__.removesuffix('_kernel')}/{name}/{label}"
-    return AotCase(name, fn, signature, constexprs, attrs, warps, stages, maxnreg, label)
+    return make_case(fn, name, dtype, arguments, warps=warps, stages=stages, maxnreg=maxnreg)
