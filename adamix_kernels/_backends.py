@@ -16,8 +16,9 @@ import torch
 
 OPS = ("routed_adapter", "routed_lora", "merge", "consistency")
 REQUESTS = ("auto", "reference", "triton", "cuda")
-# "auto" takes the first of these that can serve the call.
-_PREFERENCE = ("cuda", "triton", "reference")
+# "auto" takes the first of these that can serve the call. A kernel backend joins once its tests have passed on a
+# GPU and a committed measurement says that it wins; until then it serves explicit requests.
+_PREFERENCE = ("reference",)
 _MODULES = {"reference": "reference", "triton": "triton_impl", "cuda": "cuda_impl"}
 
 
@@ -91,9 +92,7 @@ def select(op: str, request: str, device_type: str, dtype: torch.dtype) -> Modul
                 f"backend={request!r} cannot serve {op} on device {device_type!r} with {dtype}: {problem}"
             )
         return _load(op, request)
-    # Off the GPU Triton only interprets its kernels, for tests: never what "auto" means.
-    allowed = [b for b in _PREFERENCE if b != "triton" or device_type == "cuda"]
-    chosen = next(b for b in allowed if _problem(op, b, device_type, dtype) is None)
+    chosen = next(b for b in _PREFERENCE if _problem(op, b, device_type, dtype) is None)
     return _load(op, chosen)
 
 

@@ -29,6 +29,12 @@ def test_auto_on_the_cpu_is_the_reference():
     assert module.__name__ == "adamix_kernels.ops.routed_adapter.reference"
 
 
+@pytest.mark.parametrize("op", _backends.OPS)
+def test_auto_takes_no_kernel_that_has_not_run_on_a_gpu(op):
+    module = _backends.select(op, "auto", "cuda", torch.float16)
+    assert module.__name__ == f"adamix_kernels.ops.{op}.reference"
+
+
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_an_explicit_request_is_refused_with_its_reason_never_replaced(backend):
     with pytest.raises(
