@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -52,8 +53,11 @@ def _implemented_ops(backend: str) -> tuple[str, ...]:
 @functools.cache
 def _environment_problem(backend: str) -> str | None:
     """Why this machine cannot run `backend` at all, or None."""
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton compiles for GPUs and torch sees none (TRITON_INTERPRET=1 interprets kernels, for tests)"
     if backend == "cuda":
         from . import _extension
 

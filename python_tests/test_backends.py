@@ -1,5 +1,9 @@
 """Selection of a backend, and what backends() says."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -21,6 +25,14 @@ def test_every_backend_reports_a_state_and_a_reason():
     for name, state in states.items():
         assert state.name == name
         assert state.reason
+
+
+def test_triton_is_not_called_usable_where_nothing_can_run_it():
+    code = "import adamix_kernels; s = adamix_kernels.backends()['triton']; print(s.usable, s.reason)"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("False "), done.stdout + done.stderr
+    assert "triton" in done.stdout.lower()
 
 
 def test_auto_on_the_cpu_is_the_reference():
