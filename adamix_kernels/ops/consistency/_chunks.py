@@ -44,27 +44,26 @@ def linear_loss(
     d_weight = hidden.new_zeros((vocab, width) if need_weight else 0, dtype=dtype)
     d_bias = hidden.new_zeros(vocab if need_bias else 0, dtype=dtype)
     need_grad = need_hidden or need_weight or need_bias
-    with torch._C._DisableAutocast():
-        for start in range(0, labels.shape[0], chunk_rows):
-            part = slice(start, start + chunk_rows)
-            # A masked row's hidden states may be NaN: zero them, or 0 * NaN reaches d_weight.
-            x = keep(pairs[:, part], selected[part].unsqueeze(-1)).flatten(0, 1)
-            logits = torch.nn.functional.linear(x, lm_head_weight, bias)
-            out = chunk(logits, labels[part], counted[part], selected[part], factors, need_grad)
-            sums[0] += out.cross_entropy
-            sums[1] += out.consistency
-            if not need_grad:
-                continue
-            if need_bias:
-                d_bias += out.d_logits.sum(0, dtype=dtype)
-            d_logits = out.d_logits.to(hidden.dtype)
-            if need_hidden:
-                d_hidden[:, part] = (d_logits @ lm_head_weight).view(2, -1, width)
-            if need_weight and hidden.dtype == torch.bfloat16:
-                d_weight += d_logits.t() @ x
-            elif need_weight:
-                # float16 would overflow in a sum over many rows, before the factor makes it small.
-                d_weight.addmm_(d_logits.t().to(dtype), x.to(dtype))
+    for start in range(0, labels.shape[0], chunk_rows):
+        part = slice(start, start + chunk_rows)
+        # A masked row's hidden states may be NaN: zero them, or 0 * NaN reaches d_weight.
+        x = keep(pairs[:, part], selected[part].unsqueeze(-1)).flatten(0, 1)
+        logits = torch.nn.functional.linear(x, lm_head_weight, bias)
+        out = chunk(logits, labels[part], counted[part], selected[part], factors, need_grad)
+        sums[0] += out.cross_entropy
+        sums[1] += out.consistency
+        if not need_grad:
+            continue
+        if need_bias:
+            d_bias += out.d_logits.sum(0, dtype=dtype)
+        d_logits = out.d_logits.to(hidden.dtype)
+        if need_hidden:
+            d_hidden[:, part] = (d_logits @ lm_head_weight).view(2, -1, width)
+        if need_weight and hidden.dtype == torch.bfloat16:
+            d_weight += d_logits.t() @ x
+        elif need_weight:
+            # float16 would overflow in a sum over many rows, before the factor makes it small.
+            d_weight.addmm_(d_logits.t().to(dtype), x.to(dtype))
     cross_entropy, consistency = sums[0] * scales[0], sums[1] * scales[1]
     loss = cross_entropy + weight * consistency
     if need_hidden:

@@ -17,15 +17,14 @@ def lora_backward(grad_out, lora_a, lora_b, need_a, need_b, scaling, groups, off
     per_group = lora_b.shape[1] // groups
     grads = [grad.narrow(0, offset, per_group) for offset in offsets]  # each [Ng, K]
     da, db = lora_a.new_empty(0), lora_b.new_empty(0)
-    with torch._C._DisableAutocast():
-        if need_a:
-            factors = lora_b.mean(0, dtype=wide).chunk(groups)
-            da = torch.cat([torch.mm(b_g.t(), g) for g, b_g in zip(grads, factors, strict=True)])
-            da = _spread(da.mul_(scaling), lora_a)
-        if need_b:
-            factors = lora_a.mean(0, dtype=wide).chunk(groups)
-            db = torch.cat([torch.mm(g, a_g.t()) for g, a_g in zip(grads, factors, strict=True)])
-            db = _spread(db.mul_(scaling), lora_b)
+    if need_a:
+        factors = lora_b.mean(0, dtype=wide).chunk(groups)
+        da = torch.cat([torch.mm(b_g.t(), g) for g, b_g in zip(grads, factors, strict=True)])
+        da = _spread(da.mul_(scaling), lora_a)
+    if need_b:
+        factors = lora_a.mean(0, dtype=wide).chunk(groups)
+        db = torch.cat([torch.mm(g, a_g.t()) for g, a_g in zip(grads, factors, strict=True)])
+        db = _spread(db.mul_(scaling), lora_b)
     return da, db
 
 

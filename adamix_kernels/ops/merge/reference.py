@@ -42,9 +42,8 @@ def lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_ou
     rows = out.t() if fan_in_fan_out else out  # [N, K]
     per_group = lora_b.shape[1] // groups
     factors = zip(lora_a.mean(0, dtype=wide).chunk(groups), lora_b.mean(0, dtype=wide).chunk(groups), offsets)
-    with torch._C._DisableAutocast():
-        for a_g, b_g, offset in factors:
-            rows.narrow(0, offset, per_group).add_(torch.mm(b_g, a_g), alpha=scaling)
+    for a_g, b_g, offset in factors:
+        rows.narrow(0, offset, per_group).add_(torch.mm(b_g, a_g), alpha=scaling)
     return out.to(weight.dtype)
 
 
