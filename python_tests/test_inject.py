@@ -6,7 +6,14 @@ import pickle
 import pytest
 import torch
 from tiny import batch_for, tiny_bert, tiny_gpt2, tiny_gpt2_classifier, tiny_llama, tiny_roberta, tiny_t5
-from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    BertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from adamix_kernels import (
     AdaMixConfig,
@@ -20,6 +27,7 @@ from adamix_kernels import (
     unmerge,
     use_experts,
 )
+from adamix_kernels.models import targets
 
 MODELS = {"bert": tiny_bert, "roberta": tiny_roberta, "gpt2": tiny_gpt2, "t5": tiny_t5, "llama": tiny_llama}
 
@@ -118,6 +126,28 @@ def test_only_banks_and_the_head_train(capsys):
     assert not any(n.endswith("_score") for n in trainable)
     count, total = print_trainable_parameters(model)
     assert f"trainable params: {count:,} || all params: {total:,}" in capsys.readouterr().out
+
+
+def _two_layers(kind):
+    config = AutoConfig.for_model(kind)
+    for name in ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"):
+        if hasattr(config, name):
+            setattr(config, name, 2)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:2]
+    with torch.device("meta"):
+        return AutoModel.from_config(config)
+
+
+@pytest.mark.parametrize("kind", sorted(set(targets._ADAPTER_TARGETS) | set(targets._LORA_TARGETS)))
+def test_every_default_finds_the_layers_of_its_family(kind):
+    model = _two_layers(kind)
+    blocks = {"bart": 4, "t5": 4, "mt5": 4}.get(kind, 2)  # encoder and decoder
+    # A gated feed-forward block still has one output; fused projections are one layer instead of q and v.
+    fused = kind in ("gpt2", "gpt_neox", "deberta")
+    attentions = 6 if blocks == 4 else 2
+    assert len(targets.target_layers(model, AdaMixConfig())) == blocks
+    assert len(targets.target_layers(model, AdaMixConfig(method="lora"))) == attentions * (1 if fused else 2)
 
 
 def test_targets_follow_pefts_rules():

@@ -16,7 +16,7 @@ _BERT_FFN = r"(.*\.)?layer\.\d+\.output\.dense"
 _LLAMA_FFN = r"(.*\.)?layers\.\d+\.mlp\.down_proj"
 _ADAPTER_TARGETS: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(
-        ("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2", "ernie", "vit"), _BERT_FFN
+        ("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2", "ernie"), _BERT_FFN
     ),
     "distilbert": ("ffn.lin2",),
     "gpt2": ("mlp.c_proj",),
@@ -28,7 +28,7 @@ _ADAPTER_TARGETS: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "smollm3"), _LLAMA_FFN),
 }
 _LORA_TARGETS: dict[str, str | tuple[str, ...]] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "vit"), ("query", "value")),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie"), ("query", "value")),
     "deberta": ("in_proj",),
     "deberta-v2": ("query_proj", "value_proj"),
     "distilbert": ("q_lin", "v_lin"),

@@ -88,7 +88,7 @@ def merge_lora(
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong; the message names it.
         BackendUnavailableError: an explicit backend cannot serve the call.
 
-    Source: AdaMix (arXiv 2205.12410), section 3.3; `MergedLinear.merge_AB` of the reference project's NLG/loralib.
+    Source: AdaMix (arXiv 2205.12410), section 3.3; `MergedLinear.eval` of the reference project's NLG/loralib.
     """
     check_tensor("weight", weight)
     check_dims("weight", weight, "[K, N]" if fan_in_fan_out else "[N, K]")
