@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+from .record import write_csv
 
 TABLE = Path(__file__).parent / "results" / "aot.csv"
 # 10 * compute capability -> bytes of shared memory that one block may ask for.
@@ -116,19 +116,7 @@ def hardest(rows: Iterable[Row]) -> list[Row]:
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Writes the rows as CSV, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_csv(path, COLUMNS, map(asdict, rows))
 
 
 def read(path: Path) -> list[Row]:

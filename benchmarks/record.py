@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -76,14 +77,19 @@ def version(package: str) -> str:
 
 def write(path: str | os.PathLike, rows: list[Row]) -> None:
     """Writes `rows` as CSV with a header, whole or not at all; an older file is replaced."""
+    write_csv(path, COLUMNS, ({**asdict(r), "value": f"{r.value:.6g}"} for r in rows))
+
+
+def write_csv(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[dict]) -> None:
+    """Writes a table as CSV with a header, whole or not at all; an older file is replaced."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
     try:
         with os.fdopen(descriptor, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
-            writer.writerows({**asdict(r), "value": f"{r.value:.6g}"} for r in rows)
+            writer.writerows(rows)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

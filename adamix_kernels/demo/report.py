@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import sys
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from ..models._files import replace_file, write_json
 
 
 @dataclass
@@ -87,7 +88,7 @@ def write_plot(results: list[MethodResult], path: Path) -> Path:
     right.set_xlabel("step")
     right.set_ylabel("training loss, mean over seeds and 10 steps")
     right.legend()
-    figure.savefig(path, dpi=130)
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
     plt.close(figure)
     return path
 
@@ -111,7 +112,7 @@ def write_results(results: list[MethodResult], settings: Any, command: str, seco
             for r in results
         ],
     }
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_json(path, values)
     return path
 
 

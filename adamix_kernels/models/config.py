@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..modules._banks import SHARES
 from ..routing import check_level
+from ._files import write_json
 
 CONFIG_VERSION = 1
 CONFIG_NAME = "adamix_config.json"
@@ -106,12 +107,7 @@ class AdaMixConfig:
         """Writes JSON; a folder receives adamix_config.json. Atomic: the old file or the new one."""
         path = Path(path)
         path = path / CONFIG_NAME if path.is_dir() else path
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> AdaMixConfig:

@@ -7,6 +7,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..models._files import write_json
+
 RUN_NAME = "adamix_run.json"
 _VERSION = 1
 
@@ -27,13 +29,7 @@ class Run:
 
 def write_run(folder: str | os.PathLike, run: Run) -> None:
     """Writes the file into an existing folder in one step."""
-    path = Path(folder) / RUN_NAME
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps({"version": _VERSION, **asdict(run)}, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(Path(folder) / RUN_NAME, {"version": _VERSION, **asdict(run)})
 
 
 def read_run(folder: str | os.PathLike) -> Run:
