@@ -1,0 +1,158 @@
+#include "common/checks.h"
+
+#if !defined(ADAMIX_HOST)
+#include <dlfcn.h>
+#endif
+
+#include <limits>
+
+namespace adamix {
+namespace {
+
+std::string list(const std::vector<int64_t>& values) {
+  std::string text = "(";
+  for (size_t i = 0; i < values.size(); ++i) {
+    text += (i ? ", " : "") + (values[i] < 0 ? std::string("any") : std::to_string(values[i]));
+  }
+  return text + (values.size() == 1 ? ",)" : ")");
+}
+
+std::string dtype_text(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+
+#if !defined(ADAMIX_HOST)
+// torch's own symbol, looked up at run time: a plain reference would not load beside a torch without CUDA.
+void* current_stream(int device) {
+  using Get = int (*)(int32_t, void**);
+  static Get get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library == nullptr ? nullptr : reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  void* stream = nullptr;
+  if (get == nullptr || get(device, &stream) != 0) {
+    throw std::runtime_error("torch's current CUDA stream is not to be had: is this torch built with CUDA?");
+  }
+  return stream;
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
+  if (error != cudaSuccess) throw std::runtime_error(std::string("cudaDeviceGetAttribute: ") + cudaGetErrorString(error));
+  return value;
+}
+#endif
+
+}  // namespace
+
+void fail(const char* name, const std::string& got, const std::string& expected) {
+  throw std::runtime_error(std::string(name) + ": got " + got + ", expected " + expected);
+}
+
+std::string shape_text(const Tensor& tensor) {
+  auto sizes = tensor.sizes();
+  return "shape " + list(std::vector<int64_t>(sizes.begin(), sizes.end()));
+}
+
+DType check_dtype(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat;
+    case ScalarType::Half:
+      return DType::kHalf;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      fail(name, dtype_text(tensor.scalar_type()), "Float, Half or BFloat16");
+  }
+}
+
+void check_like(const char* name, const Tensor& tensor, const char* like_name, const Tensor& like) {
+  if (tensor.scalar_type() != like.scalar_type()) {
+    fail(name, dtype_text(tensor.scalar_type()), dtype_text(like.scalar_type()) + ", as " + like_name);
+  }
+  if (tensor.device() != like.device()) fail(name, "another device", std::string("the device of ") + like_name);
+}
+
+void check_sizes(const char* name, const Tensor& tensor, const char* layout, const std::vector<int64_t>& sizes) {
+  bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = sizes[i] < 0 || tensor.size(i) == sizes[i];
+  if (!fits) fail(name, shape_text(tensor), std::string(layout) + " = " + list(sizes));
+}
+
+int check_int(const char* name, int64_t value) {
+  if (value > std::numeric_limits<int>::max()) fail(name, std::to_string(value), "a size below 2^31");
+  return static_cast<int>(value);
+}
+
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensor with_contiguous_rows(const Tensor& tensor) {
+  return tensor.dim() == 3 && (tensor.stride(2) == 1 || tensor.size(2) == 1) ? tensor : as_contiguous(tensor);
+}
+
+Routing check_routing(const char* name, const OptionalTensor& index, int64_t batch, int64_t tokens, int64_t experts,
+                      const Tensor& like, std::vector<Tensor>& kept) {
+  if (!index.has_value()) {
+    if (experts != 1) fail(name, "none", "an index, as the bank holds " + std::to_string(experts) + " experts");
+    return {nullptr, false, 1};
+  }
+  bool wide = index->scalar_type() == ScalarType::Long;
+  if (!wide && index->scalar_type() != ScalarType::Int) fail(name, dtype_text(index->scalar_type()), "Int or Long");
+  if (index->device() != like.device()) fail(name, "another device", "the device of x");
+  if (index->dim() == 1) {
+    check_sizes(name, *index, "[B]", {batch});
+  } else {
+    check_sizes(name, *index, "[B] or [B, S]", {batch, tokens});
+  }
+  if (experts == 1) return {nullptr, false, 1};
+  kept.push_back(as_contiguous(*index));
+  return {kept.back().data_ptr(), wide, index->dim() == 1 ? static_cast<int>(tokens > 0 ? tokens : 1) : 1};
+}
+
+#if defined(ADAMIX_HOST)
+
+Device check_device(const char* name, const Tensor& tensor) {
+  if (!tensor.is_cpu()) fail(name, "a tensor that is not on the CPU", "a CPU tensor: the device code runs on the CPU");
+  return {0, 4, 227 * 1024, 90, nullptr};
+}
+
+DeviceScope::DeviceScope(const Device& device) : previous_(device.index) {}
+DeviceScope::~DeviceScope() = default;
+
+#else
+
+Device check_device(const char* name, const Tensor& tensor) {
+  if (!tensor.is_cuda()) fail(name, "a tensor that is not on a GPU", "a CUDA tensor");
+  int index = tensor.get_device();
+  static thread_local Device known{-1, 0, 0, 0, nullptr};
+  if (known.index != index) {
+    known = {index, attribute(cudaDevAttrMultiProcessorCount, index),
+             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+             10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
+                 attribute(cudaDevAttrComputeCapabilityMinor, index),
+             nullptr};
+  }
+  Device device = known;
+  device.stream = current_stream(index);
+  return device;
+}
+
+DeviceScope::DeviceScope(const Device& device) : previous_(-1) {
+  int current = 0;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess && current != device.index) {
+    error = cudaSetDevice(device.index);
+    previous_ = current;
+  }
+  if (error != cudaSuccess) throw std::runtime_error(std::string("cudaSetDevice: ") + cudaGetErrorString(error));
+}
+
+DeviceScope::~DeviceScope() {
+  if (previous_ >= 0) cudaSetDevice(previous_);
+}
+
+#endif
+
+}  // namespace adamix

@@ -1,0 +1,56 @@
+// A kernel with faults to order: proof that the emulation and the sanitisers see them. Host builds only.
+#include "host/selftest.h"
+
+#include "common/copy.h"
+#include "common/launch.h"
+#include "common/shared_memory.h"
+
+namespace adamix {
+namespace {
+
+constexpr int kThreads = 64;
+constexpr int kSize = Piece<float>::kSize;
+
+struct Reverse {
+  const float* in;
+  float* out;
+  int count;  // kThreads * kSize
+  Fault fault;
+};
+
+struct Tile {
+  float* values;
+  float* behind;
+
+  template <typename Memory>
+  ADAMIX_BOTH explicit Tile(Memory& memory, int count) {
+    values = memory.template take<float>(count);
+    behind = memory.template take<float>(1);
+  }
+};
+
+// out[i] = in[count - 1 - i], through shared memory.
+__global__ void reverse_kernel(Reverse p) {
+  SharedMemory memory;
+  Tile tile(memory, p.count);
+  int first = threadIdx.x * kSize;
+  if (p.fault != Fault::kUninitialised || threadIdx.x != 0) copy_async(tile.values + first, p.in + first);
+  copy_commit();
+  if (p.fault != Fault::kNoWait) copy_wait<0>();
+  if (p.fault == Fault::kDivergentBarrier && threadIdx.x == 0) return __syncwarp();
+  if (p.fault != Fault::kNoBarrier) __syncthreads();
+  if (p.fault == Fault::kSharedBounds) tile.values[p.count + static_cast<int>(threadIdx.x)] = 0.f;
+  for (int i = first; i < first + kSize; ++i) {
+    p.out[i + (p.fault == Fault::kGlobalBounds ? 1 : 0)] = tile.values[p.count - 1 - i];
+  }
+}
+
+}  // namespace
+
+void launch_reverse(const float* in, float* out, Fault fault, const Device& device) {
+  constexpr int kCount = kThreads * kSize;
+  size_t bytes = shared_bytes<Tile>(fault == Fault::kSharedLimit ? kCount / 2 : kCount);
+  launch("selftest", reverse_kernel, {dim3(1), kThreads, bytes}, device, Reverse{in, out, kCount, fault});
+}
+
+}  // namespace adamix

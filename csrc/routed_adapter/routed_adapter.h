@@ -1,0 +1,33 @@
+// out = residual + act(x Wd[i]^T + bd[i]) Wu[j]^T + bu[j], every row through its own experts i and j.
+#pragma once
+
+#include "common/activation.h"
+#include "common/dtype.h"
+#include "common/launch.h"
+#include "common/rows.h"
+
+namespace adamix {
+
+template <typename T>
+struct RoutedAdapterForward {
+  Rows<const T> x;         // [B, S, H]
+  Rows<const T> residual;  // [B, S, Hout]; data null: none
+  const T* down_weight;    // [Md, r, H]
+  const T* down_bias;      // [Md, r] or null
+  const T* up_weight;      // [Mu, Hout, r]
+  const T* up_bias;        // [Mu, Hout] or null
+  T* out;                  // [N, Hout]
+  T* pre;                  // [N, r], x Wd^T + bd
+  Routing down, up;
+  int64_t rows;  // N = B * S
+  int hidden, rank, out_features;
+  Activation activation;
+  bool down_aligned, up_aligned, out_aligned;  // rows of the weights, and of out, start at multiples of 16 bytes
+};
+
+#if defined(ADAMIX_LAUNCHERS)
+template <typename T>
+void launch_routed_adapter_forward(const RoutedAdapterForward<T>& params, const Device& device);
+#endif
+
+}  // namespace adamix
