@@ -43,7 +43,7 @@ class BackendState:
 
 
 def _implements(op: str, backend: str) -> bool:
-    return importlib.util.find_spec(f"adamix_kernels.ops.{op}.{_MODULES[backend]}") is not None
+    return importlib.util.find_spec(f".ops.{op}.{_MODULES[backend]}", __package__) is not None
 
 
 def _implemented_ops(backend: str) -> tuple[str, ...]:
@@ -78,7 +78,7 @@ def _problem(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str
 
 @functools.cache
 def _load(op: str, backend: str) -> ModuleType:
-    return importlib.import_module(f"adamix_kernels.ops.{op}.{_MODULES[backend]}")
+    return importlib.import_module(f".ops.{op}.{_MODULES[backend]}", __package__)
 
 
 @functools.cache

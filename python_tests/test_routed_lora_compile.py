@@ -66,6 +66,19 @@ def test_compile_dynamic_batch_compiles_once(a_kind, drop):
         )
 
 
+@pytest.mark.parametrize(
+    "function", [lambda *args: routed_lora(*args), lambda *args: routed_lora(*args, scaling=1.7, dropout_p=0.4, seed=7)]
+)
+def test_compile_dynamic_traces_once(function):
+    """A float read from a default or a global would become a variable, and tracing would start over."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for batch in (5, 7):
+        args, _ = lora_case("sample", "none", batch=batch, tokens=11, features=20)
+        assert torch.equal(compiled(*args), function(*args))
+    assert counter.frame_count == 1
+
+
 def test_compile_automatic_dynamic_batch_stops_compiling():
     counter = CompileCounterWithBackend("aot_eager")
 

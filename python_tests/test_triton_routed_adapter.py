@@ -199,6 +199,30 @@ def test_a_sample_with_infinities_does_not_reach_other_experts(tokens):
 
 
 @pytest.mark.parametrize(
+    ("case", "dtype"),
+    [("few tokens", d) for d in DTYPES] + [(c, torch.float32) for c in ("samples", "tokens", "grouped")],
+)
+def test_infinite_weights_of_one_expert_do_not_reach_rows_of_another(case, dtype):
+    """Bit for bit what finite weights there give; the rows of the poisoned expert itself are not finite."""
+    tokens, r = (3 if case == "few tokens" else 17), (70 if case == "grouped" else 4)
+    kind = "sample" if case in ("samples", "few tokens") else "token"
+    tensors, (chosen, _) = draw(dtype, 6, tokens, 20, r, 4, 4, kind, kind)
+    number = torch.arange(chosen.numel(), device=DEVICE).view(chosen.shape)
+    indices = [number % 3, number // 2 % 3]
+    clean = run_on("triton", tensors, indices)(*tensors)
+    poisoned = [t.clone() for t in tensors]
+    for bank in poisoned[1:5]:
+        bank[0], bank[3] = float("inf"), float("nan")  # expert 3 serves no row
+    got = run_on("triton", tensors, indices)(*poisoned)
+    theirs = ((indices[0] != 0) & (indices[1] != 0)).view(6, -1).expand(6, tokens)
+    for mine, before in zip(got[:2], clean[:2]):
+        assert torch.equal(mine[theirs], before[theirs])
+    assert not got[0][indices[1].view(6, -1).expand(6, tokens) == 0].isfinite().any()
+    for grad in got[2:]:
+        assert grad[3].eq(0).all()
+
+
+@pytest.mark.parametrize(
     "needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
 )
 def test_only_what_is_needed_is_computed_with_the_same_bits(needs):

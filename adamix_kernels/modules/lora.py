@@ -8,19 +8,23 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn.modules import module
 
 from ..functional import merge_lora, routed_lora
 from ..routing import Router
 from ._banks import as_batch, bank_sizes, cast_like, check_positive, fold_passes, merge_score, merged_bank, merged_banks
 
 QKV = ("q", "k", "v")
+# Hooks of a layer, or of all layers, that are given its output.
+_SEEING_HOOKS = ("forward_hooks", "backward_hooks", "backward_pre_hooks")
 
 
 class RoutedLoRALinear(nn.Module):
     """out = base(x) + s (drop(x) A_g[i]^T) B_g[j]^T on the columns of each group g, s = alpha / r.
 
     Args:
-        base: any callable layer [..., K] -> [..., N] (a quantised one too); it is called as it is.
+        base: any callable layer [..., K] -> [..., N] (a quantised one too); it is called as it is. The update is
+            added in place to what nn.Linear and Conv1D return, where no hook is given it.
         in_features: K. out_features: N. r: rank of each group. alpha: numerator of the scaling.
         num_experts: M. share: the side with one bank for all: "up" (B), "down" (A) or None.
         dropout: probability on x, one mask for all groups. groups: slices of the output that are adapted.
@@ -159,6 +163,7 @@ class RoutedLoRALinear(nn.Module):
             groups=self.groups,
             output_offsets=self.output_offsets,
             dropout_p=self.dropout if self.training else 0.0,
+            inplace=_may_overwrite(self.base, rows, added),
             backend=self.backend,
         )
         return out.view(base.shape)
@@ -217,9 +222,30 @@ def linear_sizes(layer: nn.Module) -> tuple[int, int, bool]:
     """(in_features, out_features, fan_in_fan_out) of a linear layer or a Conv1D of transformers."""
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
         return layer.in_features, layer.out_features, False
-    if type(layer).__name__ == "Conv1D" and getattr(layer, "weight", None) is not None and layer.weight.dim() == 2:
+    # A base class too: FSDP2 puts a class of its own in front.
+    conv = any(base.__name__ == "Conv1D" for base in type(layer).__mro__)
+    if conv and getattr(layer, "weight", None) is not None and layer.weight.dim() == 2:
         return layer.weight.shape[0], layer.weight.shape[1], True
     raise ValueError(f"layer: got {type(layer).__name__}, expected nn.Linear, Conv1D or in_features and out_features")
+
+
+def _may_overwrite(layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether nobody will look again at what `layer` gave, so that the update of x may be added to it in place.
+
+    Sure of the plain linear layers alone: their output is new memory and no backward needs it. A hook or a
+    wrapper may keep it; a compiler shares memory by itself.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    kind = type(layer)
+    plain = kind is nn.Linear or (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+    if not plain or "forward" in vars(layer) or type(out) is not torch.Tensor or not out.is_contiguous():
+        return False
+    if any(getattr(layer, f"_{hooks}") or getattr(module, f"_global_{hooks}") for hooks in _SEEING_HOOKS):
+        return False
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return out.dtype == (torch.get_autocast_dtype(device) if autocast else x.dtype)
 
 
 def _check_groups(groups: int, offsets: Sequence[int], width: int, out_features: int) -> None:

@@ -17,6 +17,7 @@ class AdaMixLoss(nn.Module):
         label_smoothing: in [0, 1], of the cross-entropy only.
         detach_target: each KL takes its target as a constant.
         backend: "auto", "reference", "triton" or "cuda".
+        inplace: the gradient may overwrite the logits, as in `adamix_loss`.
 
     Raises what `adamix_loss` raises, at the first call.
     """
@@ -28,6 +29,7 @@ class AdaMixLoss(nn.Module):
         label_smoothing: float = 0.0,
         detach_target: bool = True,
         backend: str = "auto",
+        inplace: bool = False,
     ):
         super().__init__()
         self.weight = weight
@@ -35,6 +37,7 @@ class AdaMixLoss(nn.Module):
         self.label_smoothing = label_smoothing
         self.detach_target = detach_target
         self.backend = backend
+        self.inplace = inplace
 
     def forward(
         self,
@@ -53,11 +56,12 @@ class AdaMixLoss(nn.Module):
             mask=mask,
             num_items=num_items,
             detach_target=self.detach_target,
+            inplace=self.inplace,
             backend=self.backend,
         )
 
     def extra_repr(self) -> str:
         return (
             f"weight={self.weight}, ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, "
-            f"detach_target={self.detach_target}, backend={self.backend!r}"
+            f"detach_target={self.detach_target}, inplace={self.inplace}, backend={self.backend!r}"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +22,8 @@ def check_number(name: str, value: float, low: float, high: float, expected: str
 
 def check_scaling(scaling: float) -> None:
     """`scaling` is finite, so that an unused expert's gradient stays exactly zero."""
-    check_number("scaling", scaling, -sys.float_info.max, math.inf, "a finite Python number")
+    # The largest double as a literal: torch.compile makes a variable of sys.float_info.max, and traces twice.
+    check_number("scaling", scaling, -1.7976931348623157e308, math.inf, "a finite Python number")
 
 
 def check_groups(

@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 import torch
 
-_LIBRARY = torch.library.Library("adamix_kernels", "DEF")
+# The package's own name: a copy under another one (see build.toml) registers beside this one.
+NAMESPACE = __package__.removesuffix(".ops").replace(".", "_")
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def define(schema: str, kernel: Callable, fake: Callable) -> torch._ops.OpOverload:
-    """Defines `adamix_kernels::<schema>`, with one kernel for every device and its fake.
+    """Defines `<the package's name>::<schema>`, with one kernel for every device and its fake.
 
     The kernel runs outside autocast: api.py has cast its arguments, and a backward called inside an
     autocast region must compute in the dtype its forward had.
@@ -25,8 +27,8 @@ def define(schema: str, kernel: Callable, fake: Callable) -> torch._ops.OpOverlo
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, outside_autocast, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"adamix_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.adamix_kernels, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def differentiate(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
@@ -38,11 +40,16 @@ def differentiate(op: torch._ops.OpOverload, function: type[torch.autograd.Funct
     """
 
     def autograd_kernel(*args):
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        if records(args):
             return function.apply(*args)
         return below_autograd(op, *args)
 
     _LIBRARY.impl(op._schema.name.partition("::")[2], autograd_kernel, "Autograd")
+
+
+def records(args: tuple) -> bool:
+    """Whether autograd records a call with these arguments."""
+    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
 
 
 def below_autograd(op: torch._ops.OpOverload, *args):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from ..._backends import check_request
-from .._checks import autocast, check_device, check_dims, check_index, check_shape, check_tensor, fail
+from .._checks import autocast, check_choice, check_device, check_dims, check_index, check_shape, check_tensor, fail
 from .._groups import check_groups, check_number, check_scaling
-from .autograd import routed_lora_op
+from .autograd import routed_lora_inplace, routed_lora_op
 
 
 def routed_lora(
@@ -20,11 +20,12 @@ def routed_lora(
     b_index: torch.Tensor | None,
     *,
     base: torch.Tensor | None = None,
-    scaling: float = 1.0,
+    scaling: float = 1,  # torch.compile(dynamic=True) traces twice for a float read from a default
     groups: int = 1,
     output_offsets: Sequence[int] = (0,),
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     seed: int | torch.Tensor | None = None,
+    inplace: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """out[..., o_g : o_g+Ng] = base[..., o_g : o_g+Ng] + scaling * (dropout(x) A[i]_g^T) B[j]_g^T for every group g.
@@ -34,7 +35,7 @@ def routed_lora(
         lora_a: [Ma, groups*r, K], x's dtype. lora_b: [Mb, groups*Ng, r], x's dtype.
         a_index, b_index: i and j, int32 or int64, [B] (per sample) or [B, S] (per token); None only for a
             bank of one. The sides are independent.
-        base: [B, S, N], x's dtype, never written; None for zeros of width max(output_offsets) + Ng.
+        base: [B, S, N], x's dtype; None for zeros of width max(output_offsets) + Ng.
         scaling: alpha / r, a finite number.
         groups: how many column ranges the factors serve; each has its own r rows of A and Ng rows of B.
         output_offsets: first output column of each group; ranges may not overlap. GPT-2's fused c_attn with
@@ -42,11 +43,14 @@ def routed_lora(
         dropout_p: probability of dropping an element of x, 0 <= p < 1; kept ones are divided by 1 - p.
         seed: what the mask is computed from (see ops/_dropout.py): an int64, or a 0-dimensional int64 tensor
             on x's device; None draws one from the global generator of x's device. Unused when dropout_p is 0.
+        inplace: write the output over base; the same bits. base must then be contiguous, share no memory with
+            x, lora_a and lora_b, and while autograd records be neither a leaf that requires grad nor a
+            part of another tensor. If a backward needs base's old value, that backward raises.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        [B, S, N], x's dtype. Differentiable once in x, lora_a, lora_b and base; an expert that no sample
-        used gets an exactly zero gradient.
+        [B, S, N], x's dtype; in base's memory if inplace. Differentiable once in x, lora_a, lora_b and base; an
+        expert that no sample used gets an exactly zero gradient.
 
     Under autocast every floating argument (float64 excepted) is cast to the autocast dtype.
 
@@ -58,14 +62,21 @@ def routed_lora(
     Source: AdaMix (arXiv 2205.12410), section 3; `MergedLinear` of the reference project's NLG/loralib.
     """
     check_tensor("x", x)
+    given = base
     x, lora_a, lora_b, base = _autocast(x, lora_a, lora_b, base)
     offsets = _check(x, lora_a, lora_b, a_index, b_index, base, scaling, groups, output_offsets)
     check_request(backend)
     check_number("dropout_p", dropout_p, 0, 1, "a Python number, 0 <= dropout_p < 1")
+    check_choice("inplace", inplace, (False, True))
+    target = _check_inplace(given, x, lora_a, lora_b) if inplace else base
     seed = _seed_tensor(seed, x) if dropout_p > 0 else None
-    return routed_lora_op(
-        x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, backend
-    )[0]
+    arguments = (x, lora_a, lora_b, a_index, b_index, target, seed, scaling, groups, offsets, dropout_p, backend)
+    if not inplace:
+        return routed_lora_op(*arguments)[0]
+    if torch.compiler.is_compiling():
+        # The compiler decides itself what may share memory.
+        return target.copy_(routed_lora_op(*arguments)[0])
+    return routed_lora_inplace(*arguments).view(base.shape)
 
 
 def _autocast(x, lora_a, lora_b, base):
@@ -93,6 +104,36 @@ def _check(x, lora_a, lora_b, a_index, b_index, base, scaling, groups, output_of
         check_shape("base", base, "[B, S, N]", x.shape[0], x.shape[1], width)
     check_scaling(scaling)
     return check_groups(lora_a, lora_b, groups, output_offsets, width)
+
+
+def _check_inplace(
+    base: torch.Tensor | None, x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
+) -> torch.Tensor:
+    """The tensor to write: base or, while autograd records, the tensor [..., N] that all of base is a view of.
+
+    base: as the caller gave it; x, lora_a, lora_b: in the dtype of the call.
+    """
+    wanted = "to be overwritten"
+    if base is None:
+        fail("base", "None", f"a tensor [B, S, N] {wanted}", TypeError)
+    if base.dtype != x.dtype:
+        fail("base", base.dtype, f"{x.dtype}, autocast's dtype, {wanted}", TypeError)
+    if torch.compiler.is_compiling():
+        return base
+    if not base.is_contiguous():
+        fail("base", f"strides {base.stride()}", f"a contiguous tensor {wanted}")
+    for name, other in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if torch._C._is_alias_of(base, other):
+            fail("base", f"a tensor in {name}'s memory", f"memory of its own {wanted}")
+    if not torch.is_grad_enabled():
+        return base
+    owner = base if base._base is None else base._base
+    if owner.is_leaf and owner.requires_grad:
+        fail("base", "a leaf that requires grad", f"the output of an operation {wanted}")
+    whole = (owner.numel(), owner.dtype) == (base.numel(), base.dtype) and owner.is_contiguous()
+    if not whole or owner.shape[-1:] != base.shape[-1:]:
+        fail("base", f"a view of a tensor {tuple(owner.shape)}", f"all of a tensor [..., N] {wanted} under autograd")
+    return owner
 
 
 def _seed_tensor(seed: int | torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..._backends import select
 from .._checks import check_index_values
 from .._library import define
@@ -20,6 +22,24 @@ def _forward_fake(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, grou
     batch, tokens, _ = x.shape
     width = max(offsets) + lora_b.shape[1] // groups if base is None else base.shape[2]
     return x.new_empty(batch, tokens, width), x.new_empty(batch, tokens, lora_a.shape[1])
+
+
+def _inplace(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, backend):
+    check_index_values("a_index", a_index, lora_a.shape[0])
+    check_index_values("b_index", b_index, lora_b.shape[0])
+    rows = base.view(*x.shape[:2], base.shape[-1])
+    _, t = select("routed_lora", backend, x.device.type, x.dtype).forward(
+        x, lora_a, lora_b, a_index, b_index, rows, seed, scaling, groups, offsets, dropout_p, inplace=True
+    )
+    if not base.is_inference():
+        # A kernel's write is not seen by autograd: whoever saved base's old value must find out.
+        torch.autograd.graph.increment_version(base)
+    return t
+
+
+def _inplace_fake(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, backend):
+    select("routed_lora", backend, x.device.type, x.dtype)
+    return x.new_empty(*x.shape[:2], lora_a.shape[1])
 
 
 def _backward(
@@ -46,6 +66,13 @@ routed_lora_op = define(
     "Tensor? seed, float scaling, int groups, int[] offsets, float dropout_p, str backend) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
+)
+# Adds into base, contiguous rows [..., N], and returns t.
+routed_lora_inplace_op = define(
+    "routed_lora_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor? a_index, Tensor? b_index, Tensor(a!) base, "
+    "Tensor? seed, float scaling, int groups, int[] offsets, float dropout_p, str backend) -> Tensor",
+    _inplace,
+    _inplace_fake,
 )
 # Returns (dx, d lora_a, d lora_b); what is not needed is an empty tensor. The base's gradient is grad_out itself.
 routed_lora_backward_op = define(

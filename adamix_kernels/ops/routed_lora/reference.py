@@ -8,12 +8,14 @@ from .._dropout import dropout, keep_mask
 from .._routed_matmul import project, project_back, weight_grad
 
 
-def forward(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p):
+def forward(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, inplace=False):
     if seed is not None:
         x = dropout(x, _keep(x, seed, dropout_p), dropout_p)
     t = project(x, lora_a, None, a_index)
     per_group = lora_b.shape[1] // groups
-    if base is not None:
+    if inplace:
+        out = base
+    elif base is not None:
         if groups == 1 and base.shape[2] == per_group:
             return torch.add(base, project(t, lora_b, None, b_index), alpha=scaling).contiguous(), t.contiguous()
         out = base.clone(memory_format=torch.contiguous_format)

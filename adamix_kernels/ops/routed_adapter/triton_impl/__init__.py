@@ -1,8 +1,7 @@
 """Triton backend of the routed adapter.
 
 Launches: one forward, at most three backward (two where one split of the tokens is enough); a per-token
-routing over more than 256 narrow columns adds the device-side sort of the rows. Where rows of a tile
-differ in expert, another expert's non-finite weights reach them (0 * inf).
+routing over more than 256 narrow columns adds the device-side sort of the rows.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from ...._triton_utils import problem as unsupported
 from .forward import adapter_forward_kernel
 from .input_grad import adapter_input_grad_kernel
 from .plan import Plan, group_rows, make_plan
-from .tables import config
+from .tables import config, register_limit
 from .weights import weight_grads
 
 __all__ = ["backward", "forward", "unsupported"]
@@ -93,6 +92,7 @@ def _tile_meta(plan: Plan, chosen, dtype: torch.dtype) -> dict:
         COLS=chosen.cols,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
+        maxnreg=register_limit(dtype.itemsize, plan.width, plan.down.masked or plan.up.masked),
     )
 
 

@@ -9,16 +9,18 @@ from ..._triton_aot import POINTERS, AotCase, make_case
 from .forward import adapter_forward_kernel
 from .input_grad import adapter_input_grad_kernel
 from .plan import power_of_2
-from .tables import config
+from .tables import config, register_limit
 from .weight_grad import adapter_plane_sum_kernel, adapter_weight_grad_kernel
 from .weights import SUM_CHUNK, SUM_COLS
 
 # hidden size of the compiled cases: a multiple of every block, as in the models AdaMix is used with.
 _HIDDEN = 1024
-# routing -> (experts, r) of the compiled cases; together they reach every shape class of the tables.
+# routing -> (experts, r) of the compiled cases; together they reach every shape class of the tables. The up side is
+# shared, but for "both".
 _SHAPES = {
     "sample": ((4, 16), (4, 32), (4, 64), (4, 128), (4, 256)),
     "token": ((4, 16), (64, 4)),
+    "both": ((4, 16), (64, 4)),
     "grouped": ((64, 16),),
 }
 
@@ -35,32 +37,35 @@ def aot_cases(capability: int = 90) -> Iterator[AotCase]:
 
 
 def _tile_cases(name, dtype, pointer, routing, experts, r, capability):
-    masked = routing == "token"
+    masked, both = routing in ("token", "both"), routing == "both"
     rp = power_of_2(r) if masked else max(16, power_of_2(r))
     padded = max(power_of_2(experts) if masked else 1, 16 // rp)
     table = "*i64" if routing == "grouped" else None
     common = dict(
-        down_index="*i64", up_index=None, perm=table, tile_start=table, tile_stop=table,
+        down_index="*i64", up_index="*i64" if both else None, perm=table, tile_start=table, tile_stop=table,
         span="i32", down_div="i32", up_div="i32", H=_HIDDEN, O=_HIDDEN, R=r, RP=rp,
-        MD=experts if masked else 1, MDP=padded, MASK_D=masked, MU=1, MUP=max(1, 16 // rp), MASK_U=False,
+        MD=experts if masked else 1, MDP=padded, MASK_D=masked,
+        MU=experts if both else 1, MUP=padded if both else max(1, 16 // rp), MASK_U=both,
         ACTIVATION="gelu", DOT=DTYPES[dtype], PRECISION=precision(dtype),
     )  # fmt: skip
+    limit = register_limit(dtype.itemsize, rp * padded, masked)
     tensors = ("x", "down_weight", "down_bias", "up_weight", "up_bias", "residual", "out", "pre")
     chosen = config("adapter_forward_kernel", capability, dtype.itemsize, rp * padded)
-    yield _case(adapter_forward_kernel, name, dtype, chosen, common | dict.fromkeys(tensors, pointer))
+    yield _case(adapter_forward_kernel, name, dtype, chosen, common | dict.fromkeys(tensors, pointer), limit)
     tensors = ("grad_out", "pre", "up_weight", "down_weight", "dpre", "dx")
     chosen = config("adapter_input_grad_kernel", capability, dtype.itemsize, rp * padded)
     arguments = common | dict.fromkeys(tensors, pointer) | dict(ADD_GRAD=True)
-    yield _case(adapter_input_grad_kernel, name, dtype, chosen, arguments)
+    yield _case(adapter_input_grad_kernel, name, dtype, chosen, arguments, limit)
 
 
 def _weight_case(name, dtype, pointer, routing, experts, r, capability):
     rp = max(16, power_of_2(r))
     grouped = "*i64" if routing == "grouped" else None
+    both = routing == "both"
     arguments = dict(
         down_index=None if grouped else "*i64", down_perm=grouped, down_edges=grouped,
-        up_index=None, up_perm=None, up_edges=None, H=_HIDDEN, O=_HIDDEN, R=r, RP=rp,
-        MD=experts, MASK_D=routing == "token", MU=1, MASK_U=False,
+        up_index="*i64" if both else None, up_perm=None, up_edges=None, H=_HIDDEN, O=_HIDDEN, R=r, RP=rp,
+        MD=experts, MASK_D=routing in ("token", "both"), MU=experts if both else 1, MASK_U=both,
         ACTIVATION="gelu", DOT=DTYPES[dtype], PRECISION=precision(dtype),
     )  # fmt: skip
     arguments |= dict.fromkeys(("x", "dpre", "grad_out", "pre"), pointer)
@@ -81,8 +86,9 @@ def _sum_case(dtype, pointer):
     return _case(adapter_plane_sum_kernel, "m4_r16", dtype, None, arguments)
 
 
-def _case(fn, name, dtype, chosen, arguments) -> AotCase:
+def _case(fn, name, dtype, chosen, arguments, maxnreg=None) -> AotCase:
     if chosen is None:
         return make_case(fn, name, dtype, arguments)
     arguments = arguments | dict(ROWS=chosen.rows, COLS=chosen.cols)
-    return make_case(fn, name, dtype, arguments, warps=chosen.num_warps, stages=chosen.num_stages)
+    options = dict(warps=chosen.num_warps, stages=chosen.num_stages, maxnreg=maxnreg)
+    return make_case(fn, name, dtype, arguments, **options)

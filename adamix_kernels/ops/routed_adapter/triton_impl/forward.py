@@ -13,6 +13,34 @@ from ...._triton_utils import activate, narrow
 from .tiles import bank_columns, bias_at, keep_own, shrink, spread, tile_experts, tile_rows, wide_precision
 
 
+@triton.jit
+def _write_out(
+    h, columns, live, j, up_bias, residual, out, offsets, valid,
+    O: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, MUP: tl.constexpr, MASK_U: tl.constexpr,  # noqa: E741
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """out = residual + h Wu[j]^T + bu[j] for a tile; returns where products were NaN, folded into [ROWS, COLS]."""
+    spoilt = tl.zeros([ROWS, COLS], tl.int32)
+    for start in range(0, O, COLS):
+        o = start + tl.arange(0, COLS)
+        inside = o < O
+        mask = valid[:, None]
+        w_mask = live[:, None]
+        if O % COLS != 0:
+            mask = mask & inside[None, :]
+            w_mask = w_mask & inside[None, :]
+        w_tile = tl.load(columns[:, None] + o[None, :] * R, mask=w_mask, other=0.0).to(h.dtype)
+        y = tl.dot(h, w_tile, input_precision=wide_precision(PRECISION, MUP * RP))
+        if MASK_U and MUP > 1:
+            spoilt = tl.where(y == y, spoilt, 1)
+        if up_bias is not None:
+            y += bias_at(up_bias, j, o, inside, valid, O, MASK_U)
+        if residual is not None:
+            y += tl.load(residual + offsets + o[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + offsets + o[None, :], narrow(y, out.dtype.element_ty), mask=mask)
+    return spoilt
+
+
 @triton.jit(do_not_specialize=["span", "down_div", "up_div"])
 def adapter_forward_kernel(
     x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual, out, pre,
@@ -43,18 +71,16 @@ def adapter_forward_kernel(
     h = narrow(h, dtype).to(DOT)
     columns, live = bank_columns(up_weight, j, O * R, 1, R, RP, MU, MUP, MASK_U)
     offsets = rows.to(tl.int64)[:, None] * O
-    for start in range(0, O, COLS):
-        o = start + tl.arange(0, COLS)
-        inside = o < O
-        mask = valid[:, None]
-        w_mask = live[:, None]
-        if O % COLS != 0:
-            mask = mask & inside[None, :]
-            w_mask = w_mask & inside[None, :]
-        w_tile = tl.load(columns[:, None] + o[None, :] * R, mask=w_mask, other=0.0).to(DOT)
-        y = tl.dot(h, w_tile, input_precision=wide_precision(PRECISION, MUP * RP))
-        if up_bias is not None:
-            y += bias_at(up_bias, j, o, inside, valid, O, MASK_U)
-        if residual is not None:
-            y += tl.load(residual + offsets + o[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + offsets + o[None, :], narrow(y, dtype), mask=mask)
+    spoilt = _write_out(
+        h, columns, live, j, up_bias, residual, out, offsets, valid, O, R, RP, MUP, MASK_U, PRECISION, ROWS, COLS
+    )
+    if MASK_U and MUP > 1:  # noqa: SIM102
+        if tl.max(tl.reshape(spoilt, [ROWS * COLS], can_reorder=True), 0) > 0:
+            # An infinity in another expert's weights reached a row, as 0 * inf: one product for each expert,
+            # 16 features a step, to keep the registers few.
+            m = tl.arange(0, MUP * RP) // RP
+            for own in range(MU):
+                _write_out(
+                    h, columns, live & (m == own), j, up_bias, residual, out, offsets, valid & (j == own),
+                    O, R, RP, MUP, MASK_U, PRECISION, ROWS, 16,
+                )  # fmt: skip

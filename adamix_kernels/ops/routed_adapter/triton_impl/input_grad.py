@@ -13,6 +13,31 @@ from ...._triton_utils import activation_slope, narrow
 from .tiles import bank_columns, keep_own, shrink, spread, tile_experts, tile_rows, wide_precision
 
 
+@triton.jit
+def _write_dx(
+    g, columns, live, grad_out, dx, offsets, valid,
+    H: tl.constexpr, RP: tl.constexpr, MDP: tl.constexpr, MASK_D: tl.constexpr, ADD_GRAD: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """dx = g Wd[i] (+ dy) for a tile; returns where products were NaN, folded into [ROWS, COLS]."""
+    spoilt = tl.zeros([ROWS, COLS], tl.int32)
+    for start in range(0, H, COLS):
+        c = start + tl.arange(0, COLS)
+        inside = valid[:, None]
+        w_mask = live[:, None]
+        if H % COLS != 0:
+            inside = inside & (c < H)[None, :]
+            w_mask = w_mask & (c < H)[None, :]
+        w_tile = tl.load(columns[:, None] + c[None, :], mask=w_mask, other=0.0).to(g.dtype)
+        d = tl.dot(g, w_tile, input_precision=wide_precision(PRECISION, MDP * RP))
+        if MASK_D and MDP > 1:
+            spoilt = tl.where(d == d, spoilt, 1)
+        if ADD_GRAD:
+            d += tl.load(grad_out + offsets + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + offsets + c[None, :], narrow(d, dx.dtype.element_ty), mask=inside)
+    return spoilt
+
+
 @triton.jit(do_not_specialize=["span", "down_div", "up_div"])
 def adapter_input_grad_kernel(
     grad_out, pre, up_weight, down_weight, up_index, down_index, dpre, dx,
@@ -43,15 +68,16 @@ def adapter_input_grad_kernel(
         g = narrow(spread(g, i, RP, MDP, MASK_D, ROWS), dtype).to(DOT)
         columns, live = bank_columns(down_weight, i, R * H, H, R, RP, MD, MDP, MASK_D)
         offsets = rows.to(tl.int64)[:, None] * H
-        for start in range(0, H, COLS):
-            c = start + tl.arange(0, COLS)
-            inside = valid[:, None]
-            w_mask = live[:, None]
-            if H % COLS != 0:
-                inside = inside & (c < H)[None, :]
-                w_mask = w_mask & (c < H)[None, :]
-            w_tile = tl.load(columns[:, None] + c[None, :], mask=w_mask, other=0.0).to(DOT)
-            d = tl.dot(g, w_tile, input_precision=wide_precision(PRECISION, MDP * RP))
-            if ADD_GRAD:
-                d += tl.load(grad_out + offsets + c[None, :], mask=inside, other=0.0).to(tl.float32)
-            tl.store(dx + offsets + c[None, :], narrow(d, dtype), mask=inside)
+        spoilt = _write_dx(
+            g, columns, live, grad_out, dx, offsets, valid, H, RP, MDP, MASK_D, ADD_GRAD, PRECISION, ROWS, COLS
+        )
+        if MASK_D and MDP > 1:  # noqa: SIM102
+            if tl.max(tl.reshape(spoilt, [ROWS * COLS], can_reorder=True), 0) > 0:
+                # An infinity in another expert's weights reached a row, as 0 * inf: one product for each expert,
+                # 16 features a step, to keep the registers few.
+                m = tl.arange(0, MDP * RP) // RP
+                for own in range(MD):
+                    _write_dx(
+                        g, columns, live & (m == own), grad_out, dx, offsets, valid & (i == own),
+                        H, RP, MDP, MASK_D, ADD_GRAD, PRECISION, ROWS, 16,
+                    )  # fmt: skip

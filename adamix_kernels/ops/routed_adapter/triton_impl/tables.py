@@ -43,3 +43,8 @@ TABLES = {
 def config(kernel: str, capability: int, itemsize: int, width: int) -> Config:
     """The block sizes of `kernel` (its function's name)."""
     return lookup(kernel, TABLES[kernel], capability, itemsize, width)
+
+
+def register_limit(itemsize: int, width: int, masked: bool) -> int | None:
+    """maxnreg of a tile kernel: without one ptxas spills two registers of the widest masked tile for occupancy."""
+    return 128 if masked and (itemsize, width) == (2, 256) else None

@@ -19,11 +19,13 @@ from .weight_grad import lora_grads_kernel, lora_sum_kernel
 __all__ = ["aot_cases", "backward", "forward", "unsupported"]
 
 
-def forward(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p):
+def forward(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, inplace=False):
     batch, tokens, _ = x.shape
     per_group = lora_b.shape[1] // groups
     width = max(offsets) + per_group if base is None else base.shape[2]
-    out, t = x.new_empty(batch, tokens, width), x.new_empty(batch, tokens, lora_a.shape[1])
+    # In place a program reads and writes each element once, and the columns of no group are left alone.
+    out = base if inplace else x.new_empty(batch, tokens, width)
+    t = x.new_empty(batch, tokens, lora_a.shape[1])
     if batch * tokens == 0:
         return out, t
     plan = make_plan(*x.shape[:2], lora_a, lora_b, a_index, b_index, offsets, width)
@@ -32,7 +34,7 @@ def forward(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, of
         lora_forward_kernel, grid, x.device,
         x.contiguous(), lora_a.contiguous(), lora_b.contiguous(), plan.a_index, plan.b_index,
         None if base is None else base.contiguous(), seed, plan.perm, out, t,
-        *plan.scalars(dropout_p, scaling), GAPS=gaps(offsets, per_group, width), **meta,
+        *plan.scalars(dropout_p, scaling), GAPS=() if inplace else gaps(offsets, per_group, width), **meta,
     )  # fmt: skip
     return out, t
 

@@ -38,6 +38,7 @@ def aot_cases(capability: int = 90) -> Iterator[AotCase]:
         for name, shape in _SHAPES.items():
             yield from _tile_cases(name, dtype, capability, *shape)
             yield _grads_case(name, dtype, capability, *shape)
+        yield from _inplace_cases("sample_m4_r4_qv", dtype, capability)
         yield _sum_case(dtype)
         for groups, r in _FROZEN_SHAPES:
             yield from _frozen_cases(dtype, capability, groups, r)
@@ -75,6 +76,12 @@ def _tile_cases(name, dtype, capability, experts, groups, r, per_token, dropout)
             own |= dict.fromkeys(tensors, POINTERS[dtype])
             limit = register_limit(dtype.itemsize, width)
             yield _case(kernel, f"{name}_rows{rows}", dtype, chosen, arguments | own, limit)
+
+
+def _inplace_cases(name, dtype, capability):
+    for case in _tile_cases(f"{name}_inplace", dtype, capability, *_SHAPES[name]):
+        if case.fn is lora_forward_kernel:
+            yield case._replace(constexprs=case.constexprs | dict(GAPS=()))
 
 
 def _grads_case(name, dtype, capability, experts, groups, r, per_token, dropout):
