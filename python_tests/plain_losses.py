@@ -33,3 +33,32 @@ def adamix(
     entropy = entropy / (counted.sum() if num_items is None else num_items)
     divergence = divergence / (kept.sum() if num_items is None else num_items)
     return entropy + weight * divergence, entropy, divergence
+
+
+def frozen(logits, at, labels, weight=1.0, mask=None, label_smoothing=0.0):
+    """The loss of adamix() with the consistency's targets held where `at` is, as detach_target=True has it."""
+    kept = labels != -100 if mask is None else mask
+    (a, b), (p, q) = (x.log_softmax(-1).chunk(2) for x in (logits, at))
+    rows = sum(
+        F.kl_div(mine, target, reduction="none", log_target=True).sum(-1) / 2 for mine, target in ((a, q), (b, p))
+    )
+    entropy = adamix(logits, labels, mask=mask, label_smoothing=label_smoothing)[1]
+    return entropy + weight * rows[kept].mean()
+
+
+def checkable(loss, value):
+    """For gradcheck: a function with the value of the one and the gradient of the other."""
+
+    class Both(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.save_for_backward(*tensors)
+            return value(*tensors)
+
+        @staticmethod
+        def backward(ctx, grad):
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+                return torch.autograd.grad(loss(*leaves) * grad, leaves)
+
+    return Both.apply

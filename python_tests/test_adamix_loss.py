@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_losses import adamix
+from plain_losses import adamix, checkable, frozen
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from adamix_kernels._backends import BackendUnavailableError
@@ -57,6 +57,23 @@ def test_gradcheck(options):
     assert torch.autograd.gradcheck(run, logits)
     no_consistency = lambda x: adamix_loss(x, labels, weight=0, **options).loss  # noqa: E731
     assert torch.autograd.gradcheck(no_consistency, logits)
+
+
+@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1)])
+def test_gradcheck_with_constant_targets(options):
+    logits, labels, mask = batch(2, 3, classes=4)
+    labels.view(-1)[0], mask.view(-1)[0] = 1, True
+    at = logits.detach().clone()
+    for chosen in (None, mask):
+        given = dict(weight=1.7, mask=chosen, **options)
+
+        def check(detach_target):
+            value = lambda x: frozen(x, at, labels, **given)  # noqa: B023, E731
+            loss = lambda x: adamix_loss(x, labels, detach_target=detach_target, **given).loss  # noqa: B023, E731
+            return torch.autograd.gradcheck(checkable(loss, value), logits, raise_exception=False)
+
+        assert check(detach_target=True)
+        assert not check(detach_target=False)
 
 
 def test_unlabelled_rows_in_the_mask_serve_the_consistency_alone():

@@ -5,12 +5,14 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_losses import adamix
+from plain_losses import adamix, checkable, frozen
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamix_kernels.functional import adamix_loss, linear_adamix_loss
 from adamix_kernels.testing import assert_in_budget
+from benchmarks import bench_linear_memory, record
+from benchmarks.sizes import HEAD_MEMORY
 
 OP = torch.ops.adamix_kernels.linear_adamix_loss.default
 
@@ -49,6 +51,16 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(run, (hidden, head, bias))
 
 
+def test_gradcheck_with_constant_targets():
+    hidden, head, bias, labels, mask = batch(2, 3, width=3, classes=4)
+    labels.view(-1)[0], mask.view(-1)[0] = 1, True
+    at = F.linear(hidden, head, bias).detach()
+    options = dict(mask=mask, label_smoothing=0.1)
+    loss = lambda h, w, b: linear_adamix_loss(h, w, labels, bias=b, chunk_rows=2, **options).loss  # noqa: E731
+    value = lambda h, w, b: frozen(F.linear(h, w, b), at, labels, **options)  # noqa: E731
+    assert torch.autograd.gradcheck(checkable(loss, value), (hidden, head, bias))
+
+
 class Largest(TorchDispatchMode):
     """Watches every operator's results, inside our ops too, and keeps the largest element count."""
 
@@ -76,12 +88,31 @@ def test_all_the_logits_are_never_held():
     with Largest() as unchunked:
         adamix_loss(F.linear(hidden, head, bias), labels).loss.backward()
     assert unchunked.elements >= every
-    for frozen in (False, True):
-        head.requires_grad_(not frozen)
+    for trained in (True, False):
+        head.requires_grad_(trained)
         with Largest() as chunked:
             linear_adamix_loss(hidden, head, labels, bias=bias, chunk_rows=3).loss.backward()
         assert chunked.elements == 2 * 3 * 97
         assert chunked.calls > 100
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+def test_peak_memory_is_a_small_part_of_the_unfused_paths(train_head):
+    """A chunk has the share of the rows that it has by default at 4096 rows of 50,257 classes."""
+    rows = 256
+    chunk_rows = rows * 64 * 2**20 // (8 * 50257) // 4096
+    peaks = bench_linear_memory.measure(rows, 16, 1001, torch.bfloat16, train_head, chunk_rows)
+    assert peaks[bench_linear_memory.UNFUSED] > 2 * rows * 1001 * 8
+    assert 0 < peaks[bench_linear_memory.FUSED] < bench_linear_memory.LIMIT * peaks[bench_linear_memory.UNFUSED]
+
+
+def test_the_committed_memory_table_holds_the_goal():
+    peaks = {(row.shape, row.backend): row.value for row in record.read(bench_linear_memory.RESULT)}
+    shapes = {shape for shape, _ in peaks}
+    assert shapes == {HEAD_MEMORY.words, HEAD_MEMORY.words + " trained head"}
+    for shape in shapes:
+        fused, unfused = (peaks[shape, name] for name in (bench_linear_memory.FUSED, bench_linear_memory.UNFUSED))
+        assert 0 < fused < bench_linear_memory.LIMIT * unfused
 
 
 def test_the_default_chunk_is_about_64_mib_of_logits(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -70,6 +71,30 @@ def as_num_items(num_items: object, like: torch.Tensor) -> torch.Tensor | None:
     if num_items < 0:
         fail("num_items", num_items, "an int >= 0")
     return torch.full((), num_items, dtype=torch.int64, device=like.device)
+
+
+def overwrites(**logits: torch.Tensor) -> bool:
+    """Whether gradients take these tensors' place, once every one that requires a gradient is fit for it."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    over = {name: t for name, t in logits.items() if t.requires_grad}
+    for name, t in over.items():
+        root = t if t._base is None else t._base
+        if root.is_leaf and root.requires_grad:
+            fail(name, "a leaf that requires grad (or a view of one)", "an operation's result, since inplace=True")
+        if any(step == 0 and size > 1 for step, size in zip(t.stride(), t.shape, strict=True)):
+            fail(name, "a tensor whose elements share memory", "none of that, since inplace=True")
+    spans = sorted((*_span(t), name) for name, t in logits.items() if t.numel())
+    for (_, end, _), (begin, _, name) in pairwise(spans):
+        if over and begin < end:
+            fail(name, "memory that overlaps the other logits'", "memory of its own, since inplace=True")
+    return bool(over)
+
+
+def _span(t: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the first byte, and of the one after the last."""
+    last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
 def _check_rows(name: str, value: torch.Tensor, rows: tuple[int, ...]) -> None:

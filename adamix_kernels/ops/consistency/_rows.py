@@ -33,6 +33,17 @@ def scales_of(counted, selected, num_items, dtype):
     return inverse(torch.stack([counted.sum(dtype=dtype), selected.sum(dtype=dtype)]))
 
 
+def held(scales: torch.Tensor, weight: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scales for a gradient of `dtype` written ahead of the incoming one, what it is then divided by).
+
+    float16 waits for a loss scale: before it, 1/rows would underflow, so the larger coefficient is taken out.
+    """
+    if dtype != torch.float16:
+        return scales, scales.new_ones(())
+    factor = scales.clone() if scales.dim() == 0 else torch.maximum(scales[0], scales[1] * weight)
+    return torch.where(factor > 0, scales / factor, 0), factor
+
+
 def log_softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(log softmax [..., V], row maximum [...], log of the row's sum of exp(x - maximum) [...]), wide.
 

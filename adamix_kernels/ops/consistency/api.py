@@ -6,8 +6,8 @@ import torch
 
 from ..._backends import check_request
 from .._checks import check_choice, check_tensor, fail
-from ._arguments import as_mask, as_num_items, check_doubled, check_labels, check_options
-from .autograd import adamix_loss_op, consistency_op
+from ._arguments import as_mask, as_num_items, check_doubled, check_labels, check_options, overwrites
+from .autograd import adamix_loss_op, consistency_op, inplace_adamix_loss, inplace_consistency
 from .linear_api import linear_adamix_loss
 from .output import AdaMixLossOutput
 from .regression import regression_loss
@@ -24,6 +24,7 @@ def consistency_loss(
     mask: torch.Tensor | None = None,
     detach_target: bool = True,
     reduction: str = "batchmean",
+    inplace: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """J = 1/2 [KL(b||a) + KL(a||b)] = 1/2 sum_v (p - q)(log p - log q), p = softmax(a), q = softmax(b).
@@ -38,16 +39,23 @@ def consistency_loss(
             dJ/db = 1/2 [-q (d - E_q d) - (p - q)]. The value is the same.
         reduction: "batchmean" (sum over the rows that count, divided by their number), "sum", or "none"
             ([...], 0 where masked).
+        inplace: the gradient may overwrite logits_a and logits_b, those of them that require one, so that it
+            needs no memory of its own; not with "none". They hold no logits after the call: what reads them
+            later reads gradients, and what saved them for its own backward (their producer, such as a
+            softmax, or another loss) fails there with autograd's error about in-place changes. Backward runs
+            once. A slice of a larger tensor gains nothing, its own backward copies. Not while torch.compile traces.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
         float32 (float64 for float64 logits) in nats, differentiable once in both logits. With no row that
-        counts the loss is 0 and so are the gradients. A NaN in a row that counts gives NaN.
+        counts the loss is 0 and so are the gradients. A NaN in a row that counts gives NaN. An incoming gradient
+        of exactly 1 costs a backend that writes gradients in the forward nothing more; another, one pass over them.
 
     The maths is float32 or float64 whatever the logits' dtype; autocast changes nothing.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong; the message names it.
+        FloatingPointError: with ADAMIX_CHECK=1, the loss is not finite; the message names argument, pass and row.
         BackendUnavailableError: an explicit backend cannot serve the call.
 
     Source: AdaMix (arXiv 2205.12410), section 3.2, consistency regularisation; `symmetric_KL_loss` of the
@@ -62,7 +70,12 @@ def consistency_loss(
     mask = as_mask(mask, logits_a.shape[:-1], logits_a)
     check_choice("reduction", reduction, REDUCTIONS)
     check_request(backend)
-    return consistency_op(logits_a, logits_b, mask, bool(detach_target), reduction, backend)[0]
+    args = logits_a, logits_b, mask, bool(detach_target), reduction, backend
+    if inplace and reduction == "none":
+        fail("inplace", inplace, 'False with reduction="none", whose gradient depends on the incoming one')
+    if inplace and overwrites(logits_a=logits_a, logits_b=logits_b):
+        return inplace_consistency(*args)
+    return consistency_op(*args)[0]
 
 
 def adamix_loss(
@@ -75,6 +88,7 @@ def adamix_loss(
     mask: torch.Tensor | None = None,
     num_items: int | torch.Tensor | None = None,
     detach_target: bool = True,
+    inplace: bool = False,
     backend: str = "auto",
 ) -> AdaMixLossOutput:
     """loss = CE(logits[:B], labels) + weight * J(logits[:B], logits[B:]), J as in `consistency_loss`.
@@ -91,7 +105,7 @@ def adamix_loss(
             mask, so unlabelled rows can serve the consistency alone. Rows outside may hold NaN.
         num_items: an int or 0-dim tensor that replaces both numbers of rows as the divisor (the labelled
             rows of a whole accumulated batch, not doubled). 0 gives a loss of 0.
-        detach_target: as in `consistency_loss`.
+        detach_target, inplace: as in `consistency_loss`; in place there is no second [2B, ..., V] tensor.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
@@ -103,13 +117,14 @@ def adamix_loss(
     mean of (a - y)^2 over pass 1 and consistency the same symmetric KL, between unit-variance Gaussians
     centred on the predictions: 1/2 [(a - b)^2 / 2 + (b - a)^2 / 2] = 1/2 (a - b)^2, with constant targets
     a gradient of 1/2 (a - b) on a and its opposite on b. (The softmax KL of one logit is identically 0,
-    so the reference project has no consistency here.) ignore_index plays no part and label_smoothing
-    must be 0. It has one implementation: backend must be "auto" or "reference".
+    so the reference project has no consistency here.) ignore_index and inplace play no part and
+    label_smoothing must be 0. It has one implementation: backend must be "auto" or "reference".
 
     The maths is float32 or float64 whatever the logits' dtype; autocast changes nothing.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong; the message names it.
+        FloatingPointError: with ADAMIX_CHECK=1, the loss is not finite; the message names argument, pass and row.
         IndexError: a label that counts is outside [0, V) (always on the CPU; on a GPU with ADAMIX_CHECK=1).
         BackendUnavailableError: an explicit backend cannot serve the call.
 
@@ -129,7 +144,7 @@ def adamix_loss(
         fail("logits", f"shape {tuple(logits.shape)}", "[2B, ..., V] with V >= 1")
     check_labels(labels, logits.shape[:-1], logits)
     mask = as_mask(mask, labels.shape, logits)
-    loss, cross_entropy, consistency, _, _ = adamix_loss_op(
-        logits, labels, mask, num_items, weight, ignore_index, label_smoothing, bool(detach_target), backend
-    )
-    return AdaMixLossOutput(loss, cross_entropy, consistency)
+    options = weight, ignore_index, label_smoothing, bool(detach_target), backend
+    if inplace and overwrites(logits=logits):
+        return AdaMixLossOutput(*inplace_adamix_loss(logits, labels, mask, num_items, *options))
+    return AdaMixLossOutput(*adamix_loss_op(logits, labels, mask, num_items, *options)[:3])

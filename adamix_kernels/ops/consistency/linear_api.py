@@ -52,7 +52,7 @@ def linear_adamix_loss(
     Under autocast hidden, lm_head_weight and bias (float64 excepted) are cast to the autocast dtype, as
     F.linear does; the losses are float32 all the same.
 
-    Raises: as `adamix_loss`.
+    Raises: as `adamix_loss`; with ADAMIX_CHECK=1 a loss that is not finite names hidden, lm_head_weight or bias.
 
     Source: AdaMix (arXiv 2205.12410), section 3.2, on the language-model head.
     """

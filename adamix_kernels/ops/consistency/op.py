@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import torch
 
 from ..._backends import select
 from .._checks import fail
 from .._library import define
+from ._finite import check_linear_loss, check_pair_loss, checking
 from ._rows import wide_dtype
 
 
 def _check_labels(labels, mask, ignore_index, num_classes):
     """Checked where the values exist and reading them costs no synchronisation (or ADAMIX_CHECK=1)."""
-    if labels.device.type != "cpu" and os.environ.get("ADAMIX_CHECK") != "1":
+    if labels.device.type != "cpu" and not checking():
         return
     low, high = (0, 0) if labels.numel() == 0 else labels.aminmax()
     if low >= 0 and high < num_classes:
@@ -25,9 +26,11 @@ def _check_labels(labels, mask, ignore_index, num_classes):
 
 
 def _consistency(logits_a, logits_b, mask, detach_target, reduction, backend):
-    return select("consistency", backend, logits_a.device.type, logits_a.dtype).forward(
+    out = select("consistency", backend, logits_a.device.type, logits_a.dtype).forward(
         logits_a, logits_b, mask, detach_target, reduction
     )
+    check_pair_loss(out[0], (("logits_a", logits_a), ("logits_b", logits_b)), mask)
+    return out
 
 
 def _consistency_fake(logits_a, logits_b, mask, detach_target, reduction, backend):
@@ -51,9 +54,14 @@ def _consistency_backward_fake(grad, logits_a, logits_b, mask, stats, scale, det
 
 def _adamix(logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, backend):
     _check_labels(labels, mask, ignore_index, logits.shape[-1])
-    return select("consistency", backend, logits.device.type, logits.dtype).adamix_forward(
+    out = select("consistency", backend, logits.device.type, logits.dtype).adamix_forward(
         logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target
     )
+    if checking():
+        half, counted = labels.shape[0], labels != ignore_index
+        passes = ("logits", logits[:half]), ("logits", logits[half:])
+        check_pair_loss(out[0], passes, counted if mask is None else mask, torch.where(counted, labels, -1))
+    return out
 
 
 def _adamix_fake(logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, backend):
@@ -83,7 +91,7 @@ def _linear(
     chunk_rows, need_hidden, need_weight, need_bias, backend,
 ):  # fmt: skip
     _check_labels(labels, mask, ignore_index, lm_head_weight.shape[0])
-    return select("consistency", backend, hidden.device.type, hidden.dtype).linear_forward(
+    out = select("consistency", backend, hidden.device.type, hidden.dtype).linear_forward(
         hidden,
         lm_head_weight,
         bias,
@@ -99,6 +107,9 @@ def _linear(
         need_weight,
         need_bias,
     )
+    if checking():
+        check_linear_loss(out[0], hidden, lm_head_weight, bias, labels != ignore_index if mask is None else mask)
+    return out
 
 
 def _linear_fake(

@@ -2,6 +2,25 @@
 
 a and b are the two passes' logits, p and q their softmaxes, d = log p - log q. Leading dimensions are
 rows and are never flattened or compacted, so sliced logits cost no copy.
+
+What a backend module holds; arguments are checked and on one device, logits have any strides:
+    unsupported(device_type, dtype) -> why it cannot serve them, or None (not here: the reference serves all).
+    GRADIENT_DTYPES: dtypes whose gradient the forward's own launch writes in eager mode; for others, two steps.
+    forward(logits_a, logits_b, mask, detach_target, reduction) -> (loss, stats, scale)
+    forward_grad(.., reduction, da, db) -> (loss, stats, scale, factor); the reduction is no "none"
+    backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, out=None) -> (da, db)
+    adamix_forward(logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target)
+        -> (loss, cross-entropy, consistency, stats, scales)
+    adamix_forward_grad(.., detach_target, d_logits) -> (.., scales, factor)
+    adamix_backward(grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing,
+        detach_target, out=None) -> d_logits
+    rescale(gradient, factor): gradient *= factor, in place; no write where the factor is exactly 1.
+    linear_forward(..): `_chunks.linear_loss` around the module's own loss of one chunk.
+stats: [4 or 6, ...] or [2 or 3, 2B, ...]: row maxima, logs of sums of exp(x - maximum), E_p d and E_q d unless
+detached. scale(s): one over the rows of each part, 1 for "sum" and "none".
+da, db (None: not wanted), d_logits: written with the gradient for an incoming one of 1, divided by factor, a 0-dim
+tensor: 1, but for float16 the larger of both parts' coefficients. They are contiguous, or the logits themselves.
+out: such gradients (factor 1), which stay as they are where the device scalar grad is exactly 1; None: new tensors.
 """
 
 from __future__ import annotations
@@ -9,7 +28,20 @@ from __future__ import annotations
 import torch
 
 from ._chunks import Chunk, linear_loss
-from ._rows import divergence, divergence_grad, inverse, keep, log_softmax, restore, rows_of, scales_of, wide_dtype
+from ._rows import (
+    divergence,
+    divergence_grad,
+    held,
+    inverse,
+    keep,
+    log_softmax,
+    restore,
+    rows_of,
+    scales_of,
+    wide_dtype,
+)
+
+GRADIENT_DTYPES = ()
 
 
 def forward(logits_a, logits_b, mask, detach_target, reduction):
@@ -25,7 +57,14 @@ def forward(logits_a, logits_b, mask, detach_target, reduction):
     return loss.contiguous(), torch.stack(stats), scale
 
 
-def backward(grad, logits_a, logits_b, mask, stats, scale, detach_target):
+def forward_grad(logits_a, logits_b, mask, detach_target, reduction, da, db):
+    loss, stats, scale = forward(logits_a, logits_b, mask, detach_target, reduction)
+    scale_held, factor = held(scale, 1.0, logits_a.dtype)
+    backward(loss.new_ones(()), logits_a, logits_b, mask, stats, scale_held, detach_target, (da, db))
+    return loss, stats, scale, factor
+
+
+def backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, out=None):
     log_p = restore(logits_a, stats[0], stats[2])
     log_q = restore(logits_b, stats[1], stats[3])
     means = (None, None) if detach_target else (stats[4], stats[5])
@@ -33,7 +72,9 @@ def backward(grad, logits_a, logits_b, mask, stats, scale, detach_target):
     ga, gb = divergence_grad(log_p, log_q, log_p.exp(), log_q.exp(), *means, coefficient)
     if mask is not None:
         ga, gb = keep(ga, mask.unsqueeze(-1)), keep(gb, mask.unsqueeze(-1))
-    return ga.to(logits_a.dtype).contiguous(), gb.to(logits_b.dtype).contiguous()
+    if out is None:
+        return ga.to(logits_a.dtype).contiguous(), gb.to(logits_b.dtype).contiguous()
+    return tuple(None if into is None else into.copy_(g) for into, g in zip(out, (ga, gb), strict=True))
 
 
 def adamix_forward(logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target):
@@ -49,8 +90,18 @@ def adamix_forward(logits, labels, mask, num_items, weight, ignore_index, label_
     return cross_entropy + weight * consistency, cross_entropy, consistency, torch.stack(stats), scales
 
 
+def adamix_forward_grad(
+    logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, d_logits
+):  # fmt: skip
+    options = weight, ignore_index, label_smoothing, detach_target
+    *losses, stats, scales = adamix_forward(logits, labels, mask, num_items, *options)
+    scales_held, factor = held(scales, weight, logits.dtype)
+    adamix_backward(scales.new_ones(()), logits, labels, mask, stats, scales_held, *options, d_logits)
+    return *losses, stats, scales, factor
+
+
 def adamix_backward(
-    grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target
+    grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target, out=None
 ):  # fmt: skip
     counted, selected = rows_of(labels, mask, ignore_index)
     log_probs = restore(logits, stats[0], stats[1])
@@ -59,10 +110,14 @@ def adamix_backward(
     entropy_scale, consistency_scale = grad * scales[0], grad * scales[1] * weight
     pair = (*_halves(log_probs, half), *_halves(log_probs.exp(), half))
     ga, gb = _pair_grad(pair, means, labels, counted, entropy_scale, consistency_scale, label_smoothing)
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
     out[:half] = keep(ga, selected.unsqueeze(-1))
     out[half:] = keep(gb, selected.unsqueeze(-1))
     return out
+
+
+def rescale(gradient, factor):
+    gradient.copy_(gradient.to(factor.dtype) * factor)
 
 
 def linear_forward(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..._backends import BackendUnavailableError
 from .._checks import fail
 from ._arguments import as_mask, check_doubled, check_labels
+from ._finite import check_scalar_loss
 from ._rows import inverse, keep, wide_dtype
 
 
@@ -35,4 +38,7 @@ def regression_loss(logits, labels, weight, label_smoothing, mask, num_items, de
         consistency = ((a - b.detach()).square() + (b - a.detach()).square()).sum() * (scale / 4)
     else:
         consistency = (a - b).square().sum() * (scale / 2)
-    return error + weight * consistency, error.detach(), consistency.detach()
+    loss = error + weight * consistency
+    if not torch.compiler.is_compiling():
+        check_scalar_loss(loss, logits, labels, mask)
+    return loss, error.detach(), consistency.detach()

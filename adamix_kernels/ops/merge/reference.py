@@ -1,4 +1,14 @@
-"""Reference backend of merging: explicit forward and backward in plain PyTorch."""
+"""Reference backend of merging: explicit forward and backward in plain PyTorch.
+
+What a backend module holds; arguments are checked and on one device:
+    unsupported(device_type, dtype) -> why it cannot serve them, or None (not here: the reference serves all).
+    experts_forward(bank, scores) -> merged; experts_backward(grad_out, bank, scores, need_bank, need_scores)
+        -> (d bank, d scores), empty where not needed
+    banks_forward(banks, scores) -> [merged], one launch; banks of one dtype
+    lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out) -> merged weight
+    lora_backward(grad_out, lora_a, lora_b, need_a, need_b, scaling, groups, offsets, fan_in_fan_out)
+        -> (d lora_a, d lora_b); `_wide.lora_backward` serves every device
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...._triton_utils import narrow
+
 
 @triton.jit
 def offsets(row, inner, outer_stride, inner_stride):
@@ -164,3 +166,19 @@ def pair_grads(
         target = tl.where(col[None, :] == label[:, None], 1.0 - smoothing, 0.0) + smoothing / V
         ga += share[:, None] * (p - target)
     return ga, gb
+
+
+@triton.jit
+def store_grads(da, db, ga, gb, row, col, at_a, at_b, V, here, inside, INPLACE: tl.constexpr):
+    """One tile into da and db (None: not wanted), [n, V] each or, INPLACE, where a and b lie; zeros where not here."""
+    to_a = row.to(tl.int64) * V
+    to_b = to_a
+    if INPLACE:
+        to_a = at_a
+        to_b = at_b
+    if da is not None:
+        ga = narrow(tl.where(here, ga, 0.0), da.dtype.element_ty)
+        tl.store(da + to_a[:, None] + col[None, :], ga, mask=inside)
+    if db is not None:
+        gb = narrow(tl.where(here, gb, 0.0), db.dtype.element_ty)
+        tl.store(db + to_b[:, None] + col[None, :], gb, mask=inside)

@@ -8,9 +8,12 @@ from typing import NamedTuple
 import torch
 
 # Up to CHUNK classes are one tile with as many rows as fill TILE elements, MAX_ROWS at most; beyond, one row.
-TILE, CHUNK, MAX_ROWS = 1024, 4096, 128
-# Programs that fill a GPU, tiles that one program does alone, rows a step of the final sum, of it from parts.
-PROGRAMS, ALONE, SUM_ROWS, PART_ROWS = 264, 4, 1024, 128
+TILE, CHUNK, MAX_ROWS = 1024, 4096, 256
+# Programs that fill a GPU, programs that share all tiles between them, tiles that one program does alone (which
+# saves the others' ticket, a fill), rows a step of the sum of parts.
+PROGRAMS, GRID, ALONE, PART_ROWS = 264, 1056, 4, 128
+# Labels that all programs together may read to find the number of rows; beyond, one counts first.
+MAX_COUNTED = 2**24
 # Without a limit of its own ptxas spills a few registers to reach its next step of occupancy.
 MAX_REGISTERS = 255
 
@@ -51,10 +54,10 @@ def two_strides(t: torch.Tensor | None) -> tuple[int, int]:
 
 def make_rows(a: torch.Tensor, b: torch.Tensor, labels: torch.Tensor | None, mask: torch.Tensor | None) -> Rows:
     """a, b: [..., V] each; views of them where their strides allow."""
-    return Rows(_as_rows(a), _as_rows(b), as_pairs(labels), as_pairs(mask))
+    return Rows(as_rows(a), as_rows(b), as_pairs(labels), as_pairs(mask))
 
 
-def _as_rows(logits: torch.Tensor) -> torch.Tensor:
+def as_rows(logits: torch.Tensor) -> torch.Tensor:
     *leading, classes = logits.shape
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
@@ -79,3 +82,9 @@ def make_tiles(rows: int, classes: int) -> Tiles:
         share = -(-chunks // splits) * cols
         splits = -(-classes // share)
     return Tiles(height, cols, 8 if cols > 2 * TILE else 4, tiles, splits, share)
+
+
+def counts_alone(rows: Rows, num_items: torch.Tensor | None, tiles: Tiles) -> bool:
+    """Whether every program of the forward finds the number of rows itself."""
+    known = num_items is not None or (rows.labels is None and rows.mask is None)
+    return known or min(tiles.tiles, GRID) * rows.count <= MAX_COUNTED
