@@ -69,7 +69,7 @@ class Router:
         if num_experts == 1:
             return None
         if self.experts is not None:
-            return self._chosen(batch, device, training)
+            return self._chosen(batch, tokens, device, training and not self.force_merged)
         level = self.level if training else self.eval_level
         if level == "token":
             return self._randint(num_experts, (batch, tokens), device)
@@ -84,18 +84,30 @@ class Router:
         rank = process_rank() if self.rank is None else self.rank
         return (index + rank) % num_experts if rank else index
 
-    def _chosen(self, batch: int, device: torch.device, training: bool) -> torch.Tensor:
+    def _chosen(self, batch: int, tokens: int, device: torch.device, stacked: bool) -> torch.Tensor:
+        """The caller's index for this layer. stacked: a larger batch is whole passes, one after the other."""
         index = self.experts.to(device)
         if index.dim() == 0:
             return index.expand(batch)
+        if index.dim() == 2 and index.shape[1] != tokens:
+            raise ValueError(
+                f"use_experts index: got experts for {index.shape[1]} tokens in a forward of {tokens}, expected one "
+                "expert per sample, [B]; generate() passes on one token at a time"
+            )
         rows = index.shape[0]
         if rows == 0 or batch % rows:
             raise ValueError(f"use_experts index: got {rows} rows for a batch of {batch}, expected a divisor of it")
         copies = batch // rows
         if copies == 1:
             return index
-        # Training stacks whole passes one after the other; beam search repeats each sample in place.
-        return index.repeat(copies, *[1] * (index.dim() - 1)) if training else index.repeat_interleave(copies, 0)
+        if not stacked:  # beams repeat each sample in place, and so does a layer that sees tokens as rows
+            return index.repeat_interleave(copies, 0)
+        if tokens == 1 and copies > self.passes:
+            raise ValueError(
+                f"use_experts index: got {rows} rows for {batch} rows of one token in training, expected {batch} or "
+                f"{batch // self.passes}"
+            )
+        return index.repeat(copies, *[1] * (index.dim() - 1))
 
 
 def check_level(name: str, level: str, *more: str) -> None:

@@ -7,6 +7,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from adamix_kernels.convert import export_adapterhub
@@ -68,7 +69,9 @@ def test_the_folder_describes_the_merged_model(family, tmp_path):
         torch.testing.assert_close(bare(**batch).logits, model(**batch).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("activation", "name"), [("gelu", "gelu"), ("relu", "relu"), ("silu", "silu"), (None, None)])
+@pytest.mark.parametrize(
+    ("activation", "name"), [("gelu", "gelu"), ("relu", "relu"), ("silu", "silu"), (None, "linear")]
+)
 def test_config_fields(activation, name, tmp_path):
     export_adapterhub(adapted(activation=activation), tmp_path)
     config, _ = read(tmp_path)
@@ -107,8 +110,26 @@ def test_a_headless_model_has_the_prefix_and_no_head_files(tmp_path):
     export_adapterhub(model, tmp_path)
     assert all(key.startswith("bert.encoder.layer.") for key in read(tmp_path)[1])
     assert {path.name for path in tmp_path.iterdir()} == {
-        "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
+        "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin", "README.md"
     }  # fmt: skip
+
+
+def test_the_model_card(tmp_path):
+    model = adapted()
+    model.config._name_or_path = "google-bert/bert-base-uncased"
+    export_adapterhub(model, tmp_path / "new", name="task")
+    card = ModelCard.load(tmp_path / "new" / "README.md")
+    assert card.data.base_model == "google-bert/bert-base-uncased"
+    assert card.data.library_name == "adapter-transformers"
+    assert set(card.data.tags) >= {"adapter-transformers", "bert"}
+    assert "width 5" in card.text
+    assert "3 experts" in card.text
+    model.config._name_or_path = str(tmp_path)  # a folder is no name on the Hub
+    export_adapterhub(model, tmp_path / "local")
+    assert ModelCard.load(tmp_path / "local" / "README.md").data.base_model is None
+    (tmp_path / "new" / "README.md").write_text("mine")
+    export_adapterhub(model, tmp_path / "new", name="task")
+    assert (tmp_path / "new" / "README.md").read_text() == "mine"
 
 
 def test_a_merged_model_exports_the_same_values(tmp_path):

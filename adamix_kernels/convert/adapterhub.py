@@ -13,10 +13,11 @@ from torch import nn
 from ..models._files import make_folder, replace_file, write_json, write_safetensors
 from ..models.state import AdaMixState, adamix_state
 from ..models.targets import layer_number, model_type
+from ._card import adapterhub_card, write_card
 
 _FAMILIES = ("bert", "roberta")
 _PLACE = re.compile(r"(?:(?:bert|roberta)\.)?encoder\.layer\.\d+\.output\.dense")
-_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu", None: None}
+_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu", None: "linear"}
 _FORMAT = "adapters.1.3.0"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -27,7 +28,8 @@ def export_adapterhub(model: nn.Module, directory: str | os.PathLike, name: str 
     Files: `adapter_config.json`; `pytorch_adapter.bin` and `adapter.safetensors`, the same tensors, under
     `{bert|roberta}.encoder.layer.{i}.output.adapters.{name}.adapter_down.0.{weight,bias}` ([r, H], [r]) and
     `.adapter_up.{weight,bias}` ([H, r], [H]); and the trained head as `head_config.json`,
-    `pytorch_model_head.bin` and `model_head.safetensors`. Load with `model.load_adapter(directory)`.
+    `pytorch_model_head.bin` and `model_head.safetensors`; where there is none yet, a model card `README.md`.
+    The .bin files hold tensors alone (torch.load with weights_only). Load with `model.load_adapter(directory)`.
 
     Args:
         model: BERT or RoBERTa with adapters behind output.dense (adapt()'s default place), merged or not.
@@ -60,6 +62,7 @@ def export_adapterhub(model: nn.Module, directory: str | os.PathLike, name: str 
         _write_weights(folder, "pytorch_model_head.bin", "model_head.safetensors", heads)
         labels = {"label2id": model.config.label2id, "num_labels": model.config.num_labels}
         write_json(folder / "head_config.json", {**_facts(model, None), "config": None, **labels})
+    write_card(folder, adapterhub_card(model, name))
     return folder
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..models._files import make_folder, write_json, write_safetensors
 from ..models.state import adamix_state
 from ..modules import RoutedLoRALinear
+from ._card import peft_card, write_card
 
 _TASKS = {
     "SequenceClassification": "SEQ_CLS",
@@ -21,24 +22,38 @@ _TASKS = {
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
 
+# The heads that PEFT expects in the folder of a task without being told.
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
-def export_peft(model: nn.Module, directory: str | os.PathLike, *, expert: int | None = None) -> Path:
+
+def export_peft(
+    model: nn.Module, directory: str | os.PathLike, *, expert: int | str | None = None, head: bool = True
+) -> Path:
     """Writes B A of the merged experts as a LoRA that PEFT loads onto the unmerged base; returns the folder.
 
     A layer whose G slices are adapted (q and v of a fused c_attn: G = 2) becomes one LoRA of rank G*r and
     alpha G*alpha, its B block diagonal, which is the same update.
 
     Files: `adapter_model.safetensors` (`base_model.model.<path>.lora_A.weight` [G*r, K], `.lora_B.weight`
-    [N, G*r], float32 as the banks, and the trained head) and `adapter_config.json`. Load with
-    `PeftModel.from_pretrained(base, directory)`, base being the model that adapt() was given.
+    [N, G*r], float32 as the banks, and the trained head), `adapter_config.json` and, where there is none yet,
+    a model card `README.md`. Load with `PeftModel.from_pretrained(base, directory)`, base being the model that
+    adapt() was given.
 
     Args:
         model: a LoRA model, merged or not. directory: made when missing.
-        expert: export this expert instead of the merged ones; a shared side has only one.
+        expert: export this expert instead of the merged ones; a shared side has only one. "each": every expert
+            into a folder of its own, `directory/expert_0`, `expert_1`, ..., for load_adapter and set_adapter.
+        head: False leaves out the modules trained whole, which vLLM does not take from a LoRA folder; the
+            base that serves must then have them.
 
     Raises:
         ValueError: `model` is not adapted, or with adapters instead of LoRA (see export_adapterhub); it was
-            loaded merged and so has no factors; `expert` is not one of its experts; `directory` is a file.
+            loaded merged and so has no factors, or no experts; `expert` is not one of its experts; `directory`
+            is a file.
 
     Source: PEFT's LoRA format, peft 0.18 and newer.
     """
@@ -46,31 +61,52 @@ def export_peft(model: nn.Module, directory: str | os.PathLike, *, expert: int |
     config = state.config
     if config.method != "lora":
         raise ValueError(f"model: got method {config.method!r}, expected 'lora'; for adapters see export_adapterhub")
-    if expert is not None and not 0 <= expert < config.num_experts:
-        raise ValueError(f"expert: got {expert}, expected None or 0 <= expert < {config.num_experts}")
-    layers = {path: _lora_layer(model, path) for path in state.paths}
+    wanted = _wanted(expert, config.num_experts)
+    layers = {path: _lora_layer(model, path, expert) for path in state.paths}
+    saved = state.saved if head else []
+    folder = make_folder(directory)
+    if expert != "each":
+        _write(model, folder, layers, saved, wanted[0])
+        return folder
+    for one in wanted:
+        _write(model, make_folder(folder / f"expert_{one}"), layers, saved, one)
+    return folder
+
+
+def _wanted(expert: int | str | None, count: int) -> list[int | None]:
+    if expert is None:
+        return [None]
+    if expert == "each":
+        return list(range(count))
+    if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < count:
+        raise ValueError(f"expert: got {expert!r}, expected None, 'each' or 0 <= expert < {count}")
+    return [expert]
+
+
+def _lora_layer(model: nn.Module, path: str, expert: int | str | None) -> RoutedLoRALinear:
+    kept = adamix_state(model).stash.get(path)
+    layer = model.get_submodule(path) if kept is None else kept[0]
+    if not isinstance(layer, RoutedLoRALinear):
+        raise ValueError(f"model: got a merged checkpoint without factors for {path!r}, expected an unmerged model")
+    if expert is not None and kept is None and adamix_state(model).merged:
+        raise ValueError(f"model: got a merged checkpoint without experts for {path!r}, expected an unmerged model")
+    return layer
+
+
+def _write(
+    model: nn.Module, folder: Path, layers: dict[str, RoutedLoRALinear], saved: list[str], expert: int | None
+) -> None:
     tensors = {}
     for path, layer in layers.items():
         lora_a, lora_b = _one_lora(layer, expert)
         tensors[f"base_model.model.{path}.lora_A.weight"] = lora_a
         tensors[f"base_model.model.{path}.lora_B.weight"] = lora_b
-    for path in state.saved:
+    for path in saved:
         for name, value in model.get_submodule(path).state_dict().items():
             tensors[f"base_model.model.{path}.{name}"] = value
-    folder = make_folder(directory)
     write_safetensors(folder / "adapter_model.safetensors", tensors)
-    write_json(folder / "adapter_config.json", _peft_config(model, layers, state.saved))
-    return folder
-
-
-def _lora_layer(model: nn.Module, path: str) -> RoutedLoRALinear:
-    layer = model.get_submodule(path)
-    if isinstance(layer, RoutedLoRALinear):
-        return layer
-    kept = adamix_state(model).stash.get(path)
-    if kept is None:
-        raise ValueError(f"model: got a merged checkpoint without factors for {path!r}, expected an unmerged model")
-    return kept[0]
+    write_json(folder / "adapter_config.json", _peft_config(model, layers, saved))
+    write_card(folder, peft_card(model, expert))
 
 
 @torch.no_grad()
@@ -88,12 +124,13 @@ def _one_lora(layer: RoutedLoRALinear, expert: int | None) -> tuple[torch.Tensor
 
 def _peft_config(model: nn.Module, layers: dict[str, RoutedLoRALinear], saved: list[str]) -> dict:
     ranks = {path: layer.groups * layer.r for path, layer in layers.items()}
-    alphas = {path: layer.groups * layer.alpha for path, layer in layers.items()}
-    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    name = type(model).__name__
+    alphas = {path: _whole(layer.groups * layer.alpha) for path, layer in layers.items()}
+    # vLLM holds r, and no pattern, against its bound; all layers have one alpha / r.
+    widest = max(ranks, key=ranks.__getitem__)
+    rank, alpha = ranks[widest], alphas[widest]
     return {
         "peft_type": "LORA",
-        "task_type": next((task for part, task in _TASKS.items() if part in name), None),
+        "task_type": _task(model, saved),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "r": rank,
@@ -106,6 +143,16 @@ def _peft_config(model: nn.Module, layers: dict[str, RoutedLoRALinear], saved: l
         "target_modules": _target_names(model, list(layers)),
         "modules_to_save": saved or None,
     }
+
+
+def _task(model: nn.Module, saved: list[str]) -> str | None:
+    task = next((task for part, task in _TASKS.items() if part in type(model).__name__), None)
+    absent = [head for head in _TASK_HEADS.get(task, ()) if hasattr(model, head) and head not in saved]
+    return None if absent else task
+
+
+def _whole(value: float) -> int | float:
+    return int(value) if value == int(value) else value
 
 
 def _target_names(model: nn.Module, paths: list[str]) -> list[str]:

@@ -13,10 +13,12 @@ from torch import nn
 from .._version import __version__
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..modules.lora import linear_sizes
-from ..routing import Router
+from ..routing import Router, process_rank
 from ._files import make_folder, sha256, write_json, write_safetensors_by_digest
 from .config import AdaMixConfig
 from .inject import adapt, build_layers
+from .merging import mergeable, plain_lora
+from .sharding import is_sharded, plain_class, put, whole
 from .state import AdaMixState, adamix_state, replace_module
 from .targets import model_type, saved_modules
 
@@ -32,12 +34,14 @@ def save_adamix(model: nn.Module, directory: str | os.PathLike) -> Path:
     """Writes what adapt() added to `model`, as it is now, into `directory`; returns the folder.
 
     Files: `adamix-<digest>.safetensors` (the banks and merge scores, the plain adapters after merge(), for a
-    merged LoRA model the changed weights of the adapted layers; and the trained head) and
+    merged LoRA model the changed weights of the adapted layers, or a plain LoRA on a quantised one; and the
+    trained head) and
     `adamix_checkpoint.json` (version, configuration, base model, layers, trainable flags, and the tensor
     file's name, size and SHA-256). Every file appears in one step and the JSON comes last: an interrupted
     save leaves the previous checkpoint. The frozen base is not written.
 
     The experts that merge() keeps aside are not part of a merged model: save before merging to keep them.
+    A model sharded with FSDP2 must be saved by every process; the first one writes.
 
     Args:
         model: returned by adapt() or load_adamix(). directory: made when missing; a previous checkpoint is replaced.
@@ -48,7 +52,12 @@ def save_adamix(model: nn.Module, directory: str | os.PathLike) -> Path:
     state = adamix_state(model)
     layers = {path: model.get_submodule(path) for path in state.paths}
     tensors = _tensors(model, layers, state.saved)
+    trainable = sorted(name for name, tensor in tensors.items() if tensor.requires_grad)
     folder = make_folder(directory)
+    if any(is_sharded(tensor) for tensor in tensors.values()):
+        tensors = {name: whole(tensor) for name, tensor in tensors.items()}
+        if process_rank() != 0:
+            return folder
     file, digest = write_safetensors_by_digest(folder, "adamix", tensors)
     write_json(
         folder / CHECKPOINT_NAME,
@@ -60,13 +69,14 @@ def save_adamix(model: nn.Module, directory: str | os.PathLike) -> Path:
             "base_model": _base_facts(model),
             "layers": {path: _structure(layer) for path, layer in layers.items()},
             "saved_modules": state.saved,
-            "trainable": sorted(n for n, t in tensors.items() if t.requires_grad),
+            "trainable": trainable,
             "tensors": {"file": file.name, "bytes": file.stat().st_size, "sha256": digest},
         },
     )
     for old in folder.glob("adamix-*.safetensors"):
         if old != file:
             old.unlink(missing_ok=True)
+    logger.info("Saved the adaptation in %s (%d tensors, %d bytes)", folder, len(tensors), file.stat().st_size)
     return folder
 
 
@@ -151,11 +161,7 @@ def _structure(layer: nn.Module) -> dict:
 def _merged_layer(layer: nn.Module) -> nn.Module:
     if isinstance(layer, AdaptedLayer):
         return AdaptedLayer(layer.base, layer.adapter.merged())
-    if not getattr(layer.base, "weight", torch.empty(0, dtype=torch.int8)).is_floating_point():
-        raise ValueError(
-            f"model: got a {type(layer.base).__name__}, expected a floating weight for a merged checkpoint"
-        )
-    return layer.base
+    return layer.base if mergeable(layer) else plain_lora(layer)
 
 
 def _become_merged(model: nn.Module) -> None:
@@ -165,7 +171,7 @@ def _become_merged(model: nn.Module) -> None:
         if isinstance(layer, AdaptedLayer):
             layer.adapter = layer.adapter.merged()
         else:
-            replace_module(model, path, layer.base)
+            replace_module(model, path, _merged_layer(layer))
     state.merged = True
 
 
@@ -174,14 +180,14 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], trainable: set[str
     state: AdaMixState = adamix_state(model)
     layers = {path: model.get_submodule(path) for path in state.paths}
     for name, target in _tensors(model, layers, state.saved).items():
-        target.copy_(tensors[name])
+        put(target, tensors[name])
         if target.is_floating_point():
             target.requires_grad_(name in trainable)
 
 
 def _base_facts(model: nn.Module) -> dict:
     config = getattr(model, "config", None)
-    facts = {"class": type(model).__name__, "model_type": model_type(model)}
+    facts = {"class": plain_class(model).__name__, "model_type": model_type(model)}
     facts["name_or_path"] = getattr(config, "_name_or_path", None) or None
     facts.update({name: getattr(config, name, None) for name in _FACTS})
     return facts

@@ -35,7 +35,11 @@ class AdaMixConfig:
             0 trains with a single pass.
         target_modules: PEFT's rules: a list matches whole names or dotted suffixes, a string is a regular
             expression for the whole path, "all-linear" every linear layer but the heads. None: by model_type.
-        layers_to_transform: indices of the transformer layers to adapt; None for all.
+        exclude_modules: what of these to leave out, by the same rules.
+        layers_to_transform: indices of the transformer layers to adapt; None or empty for all. Unlike PEFT's it
+            also narrows a string.
+        layers_pattern: what may stand before the layer's index in a path ("h", "layers", ...); None: anything,
+            and the first number of a path is its layer.
         modules_to_save: names or dotted suffixes of modules trained and saved whole; None: the task head.
         version: of this format.
 
@@ -54,14 +58,17 @@ class AdaMixConfig:
     routing: str = "batch"
     consistency_weight: float = 1.0
     target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     version: int = CONFIG_VERSION
 
     def __post_init__(self):
         self.qkv = tuple(self.qkv)
-        if isinstance(self.target_modules, (set, tuple)):
-            self.target_modules = sorted(self.target_modules)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), (set, tuple)):
+                setattr(self, name, sorted(getattr(self, name)))
         _choice("method", self.method, METHODS)
         for name in ("num_experts", "bottleneck", "r"):
             value = getattr(self, name)
@@ -78,6 +85,8 @@ class AdaMixConfig:
         check_level("routing", self.routing)
         if not self.qkv or set(self.qkv) - {"q", "k", "v"} or len(set(self.qkv)) != len(self.qkv):
             raise ValueError(f"qkv: got {self.qkv!r}, expected distinct names out of 'q', 'k', 'v'")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern: got {self.layers_pattern!r}, expected layers_to_transform besides it")
         if self.version != CONFIG_VERSION:
             raise ValueError(f"version: got {self.version!r}, expected {CONFIG_VERSION}, the one this release reads")
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import check_level
 from .merging import merge, unmerge
 from .state import adamix_state
@@ -17,12 +18,13 @@ from .state import adamix_state
 def disable(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context the model computes what its base computes (its trained head stays).
 
-    A merged LoRA model is unmerged on entry and merged again on exit.
+    A LoRA model whose weights are merged is unmerged on entry and merged again on exit.
 
-    Raises ValueError: `model` is not adapted.
+    Raises ValueError: `model` is not adapted, or is a LoRA model that was loaded merged into its weights.
     """
     state = adamix_state(model)
-    remerge = state.merged and state.config.method == "lora"
+    in_weights = any(not isinstance(model.get_submodule(p), (AdaptedLayer, RoutedLoRALinear)) for p in state.paths)
+    remerge = state.merged and in_weights
     if remerge:
         unmerge(model)
     previous, state.router.enabled = state.router.enabled, False
@@ -40,10 +42,12 @@ def use_experts(model: nn.Module, index: int | Sequence[int] | torch.Tensor) -> 
 
     Args:
         index: an expert id for all, or ids [B] per sample or [B, S] per token (int32 or int64). A batch of k*B
-            rows takes each id k times: whole passes in training, k beams per sample in generate().
+            rows takes each id k times: whole passes in training, k beams or returned sequences per sample in
+            generate(), where ids are per sample.
 
     Raises:
-        ValueError, TypeError: `model` is not adapted or is merged, or an id is no expert of it.
+        ValueError, TypeError: `model` is not adapted or is merged, or an id is no expert of it. At a forward,
+            ValueError: `index` does not fit the batch.
     """
     state = adamix_state(model)
     if state.merged:
@@ -56,7 +60,10 @@ def use_experts(model: nn.Module, index: int | Sequence[int] | torch.Tensor) -> 
     experts = state.config.num_experts
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < experts:
         raise ValueError(f"index: got ids from {int(index.min())} to {int(index.max())}, expected 0 <= id < {experts}")
-    previous, state.router.experts = state.router.experts, index.long()
+    layer = model.get_submodule(state.paths[0])
+    bank = next(p for name, p in layer.named_parameters() if not name.startswith("base."))
+    # Moved once here: each layer's own copy from the host would wait for the device.
+    previous, state.router.experts = state.router.experts, index.to(bank.device, torch.int64)
     try:
         yield model
     finally:

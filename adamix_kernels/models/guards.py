@@ -11,30 +11,25 @@ logger = logging.getLogger(__name__)
 
 
 def install_guards(model: nn.Module) -> None:
-    """Installs both guards on an adapted model; they travel with it through deepcopy and pickle."""
+    """Installs the guards on an adapted model; they travel with it through deepcopy and pickle."""
     model.adamix.checkpointable = checkpointable(model)
     model.register_forward_pre_hook(_before_forward)
+    embeddings = _input_embeddings(model) if model.adamix.checkpointable else None
+    if embeddings is not None:
+        embeddings.register_forward_hook(RequireGrad(model.adamix.checkpointable))
     if callable(getattr(model, "generate", None)):
         model.generate = GuardedGenerate(model)
 
 
 def _before_forward(model: nn.Module, _args) -> None:
-    if not (model.training and torch.is_grad_enabled()):
+    if model.adamix.router.experts is None or not (model.training and torch.is_grad_enabled()):
         return
-    if not any(part.gradient_checkpointing for part in model.adamix.checkpointable):
-        return
-    if model.adamix.router.experts is not None:
+    wrapped = any(hasattr(module, "_checkpoint_wrapped_module") for module in model.modules())
+    if wrapped or any(part.gradient_checkpointing for part in model.adamix.checkpointable):
         raise RuntimeError(
             "use_experts: got a training forward under activation checkpointing, expected no checkpointing: the "
             "layers are recomputed in backward, outside the context, and would draw other experts"
         )
-    # Reentrant checkpointing drops the gradients of a block none of whose inputs requires one, and the
-    # embeddings are frozen.
-    if not getattr(model, "_adamix_inputs_require_grad", False):
-        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-        if embeddings is not None:
-            embeddings.register_forward_hook(_require_grad)
-            model._adamix_inputs_require_grad = True
 
 
 def checkpointable(model: nn.Module) -> list[nn.Module]:
@@ -42,9 +37,34 @@ def checkpointable(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
 
-def _require_grad(_module: nn.Module, _args, output: torch.Tensor) -> None:
-    if torch.is_grad_enabled() and output.is_floating_point():
-        output.requires_grad_(True)
+def _input_embeddings(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no text model
+        return None
+
+
+class RequireGrad:
+    """A forward hook on the embeddings, which are frozen: their output requires a gradient.
+
+    Reentrant checkpointing drops the gradients of a block none of whose inputs requires one. The other kind does
+    not, and is left alone: torch.compile cannot trace requires_grad_().
+    """
+
+    def __init__(self, parts: list[nn.Module]):
+        self.parts = parts
+
+    def __call__(self, module: nn.Module, _args, output: torch.Tensor) -> None:
+        if not torch.is_grad_enabled() or not output.is_floating_point():
+            return
+        if any(part.training and part.gradient_checkpointing and is_reentrant(part) for part in self.parts):
+            output.requires_grad_(True)
+
+
+def is_reentrant(part: nn.Module) -> bool:
+    """Whether a part's activation checkpointing is of the reentrant kind, or may be."""
+    function = getattr(part, "_gradient_checkpointing_func", None)
+    return getattr(function, "keywords", {}).get("use_reentrant") is not False
 
 
 class GuardedGenerate:

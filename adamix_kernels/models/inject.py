@@ -10,6 +10,7 @@ from ..modules.lora import linear_sizes
 from ..routing import Router
 from .config import AdaMixConfig
 from .guards import install_guards
+from .quantised import dynamic_linear, let_gradients_through, plain_weight
 from .state import AdaMixState, replace_module
 from .targets import model_type, saved_modules, target_layers
 
@@ -21,10 +22,11 @@ def adapt(model: nn.Module, config: AdaMixConfig | None = None, *, backend: str 
 
     After it only the banks of experts and the task head (config.modules_to_save) require gradients. In
     training every forward draws experts as config.routing says; in evaluation the merged experts serve.
-    `model.adamix` holds the configuration and the router.
+    `model.adamix` holds the configuration and the router. The base may be quantised, but not the head.
 
     Args:
-        model: a Hugging Face model, or any nn.Module when config.target_modules is given.
+        model: a Hugging Face model, or any nn.Module when config.target_modules is given. Quantised layers of
+            bitsandbytes and torch.ao (dynamic) are taken like any other linear layer.
         config: what to adapt; AdaMixConfig() when None.
         backend: "auto", "reference", "triton" or "cuda", for every layer.
 
@@ -37,9 +39,12 @@ def adapt(model: nn.Module, config: AdaMixConfig | None = None, *, backend: str 
     if getattr(model, "adamix", None) is not None:
         raise ValueError(f"model: got a {type(model).__name__} that is adapted already, expected a bare one")
     saved = saved_modules(model, config.modules_to_save)
+    for path, module in saved:
+        _check_trainable(path, module)
     router = Router(config.routing, config.passes)
     routed = build_layers(model, config, router, backend)
 
+    let_gradients_through(model)
     model.requires_grad_(False)
     for path, layer in routed.items():
         _freeze_all_but_banks(layer)
@@ -104,21 +109,23 @@ def _lora_layer(model, layer, config: AdaMixConfig, router: Router, backend: str
 def _bank_options(layer: nn.Module) -> dict:
     """Banks train in at least float32, on the layer's device; a 16-bit model casts them per call."""
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        return {"dtype": torch.float32, "device": None}
-    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
-    return {"dtype": dtype, "device": weight.device}
+    plain = plain_weight(layer)
+    return {
+        "dtype": torch.float32 if plain is None else torch.promote_types(plain.dtype, torch.float32),
+        "device": weight.device if isinstance(weight, torch.Tensor) else None,
+    }
+
+
+def _check_trainable(path: str, module: nn.Module) -> None:
+    for name, part in module.named_modules(prefix=path):
+        if dynamic_linear(part) or any(not p.is_floating_point() for p in part.parameters(recurse=False)):
+            raise ValueError(
+                f"modules_to_save: got {name!r}, a quantised {type(part).__name__}, which cannot be trained, expected "
+                f"floating weights: leave it out of the quantisation (BitsAndBytesConfig: llm_int8_skip_modules="
+                f"[{path!r}]), or give modules_to_save=[] to keep it frozen"
+            )
 
 
 def _freeze_all_but_banks(layer: nn.Module) -> None:
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(not name.startswith("base.") and not name.endswith("_score"))
-
-
-def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """Prints, and returns, (trainable, all) numbers of parameters, a shared tensor counted once."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    share = 100 * trainable / total if total else 0.0
-    print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
-    return trainable, total

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..modules import RoutedLoRALinear
 from ..modules.adapter import merge_adapters
 from ..modules.lora import merge_factors
+from .quantised import plain_weight
 from .state import adamix_state, replace_module
 
 
@@ -18,9 +20,12 @@ def merge(model: nn.Module) -> nn.Module:
     to its base layer with the update added to the weight (float32 accumulation, one rounding). The experts
     and the base weights are kept aside, so that unmerge restores every bit.
 
+    A LoRA layer whose base is quantised becomes a plain LoRA (one expert) on the untouched base: the model
+    computes what it computed in evaluation. Adding the update to quantised weights would round it to their
+    steps, which are often larger than the update itself.
+
     Raises:
-        ValueError: `model` is not adapted, or is merged already, or a LoRA base has no floating weight;
-            nothing is changed then.
+        ValueError: `model` is not adapted, or is merged already; nothing is changed then.
 
     Source: AdaMix section 3.3 (merging weights); `expert_soup` of the reference project.
     """
@@ -35,14 +40,52 @@ def merge(model: nn.Module) -> nn.Module:
             state.stash[path] = layer.adapter
             layer.adapter = merged[path]
     else:
-        factors = merge_factors(list(layers.values()))
-        merged = {path: layer.merged_weight(pair) for (path, layer), pair in zip(layers.items(), factors, strict=True)}
+        factors = dict(zip(layers, merge_factors(list(layers.values())), strict=True))
+        weights = {p: layer.merged_weight(factors[p]) for p, layer in layers.items() if mergeable(layer)}
         for path, layer in layers.items():
-            state.stash[path] = (layer, layer.base.weight.detach().clone())
-            layer.base.weight.copy_(merged[path])
-            replace_module(model, path, layer.base)
+            if path in weights:
+                state.stash[path] = (layer, layer.base.weight.detach().clone())
+                layer.base.weight.copy_(weights[path])
+                replace_module(model, path, layer.base)
+            else:
+                state.stash[path] = (layer, None)
+                replace_module(model, path, plain_lora(layer, factors[path]))
     state.merged = True
     return model
+
+
+def mergeable(layer: RoutedLoRALinear) -> bool:
+    """Whether the update can go into the base's weight without requantising it."""
+    return plain_weight(layer.base) is not None
+
+
+def plain_lora(layer: RoutedLoRALinear, factors: tuple[torch.Tensor, torch.Tensor] | None = None) -> RoutedLoRALinear:
+    """A LoRA of one expert on the same base. factors: what layer.merged_factors() gives, if at hand."""
+    lora_a, lora_b = layer.merged_factors() if factors is None else factors
+    plain = RoutedLoRALinear(
+        layer.base,
+        layer.in_features,
+        layer.out_features,
+        layer.r,
+        layer.alpha,
+        1,
+        None,
+        layer.dropout,
+        layer.groups,
+        layer.output_offsets,
+        layer.fan_in_fan_out,
+        group_features=lora_b.shape[0] // layer.groups,
+        router=layer.router,
+        backend=layer.backend,
+        dtype=lora_a.dtype,
+        device=lora_a.device,
+    )
+    with torch.no_grad():
+        plain.lora_a[0].copy_(lora_a)
+        plain.lora_b[0].copy_(lora_b)
+    for name, parameter in plain.named_parameters(recurse=False):
+        parameter.requires_grad_(getattr(layer, name).requires_grad)
+    return plain.train(layer.training)
 
 
 @torch.no_grad()
@@ -64,10 +107,12 @@ def unmerge(model: nn.Module) -> nn.Module:
         if state.config.method == "adapter":
             adapter = state.stash.pop(path).to(here.adapter.down_weight.device)
             here.adapter = adapter.train(here.training)
-        else:
-            layer, weight = state.stash.pop(path)
+            continue
+        layer, weight = state.stash.pop(path)
+        if weight is not None:
             here.weight.copy_(weight)
-            replace_module(model, path, layer.to(here.weight.device).train(model.training))
+        device = here.lora_a.device if weight is None else here.weight.device
+        replace_module(model, path, layer.to(device).train(model.training))
     state.merged = False
     return model
 

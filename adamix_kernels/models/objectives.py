@@ -69,6 +69,17 @@ class Objective:
             inputs["use_cache"] = False
         return inputs
 
+    @torch.no_grad()
+    def before_compile(self) -> None:
+        """One forward of one token, after which loss() breaks no graph: transformers installs, under a lock, what
+        collects hidden states on the first forward that asks for them."""
+        if self.task != CAUSAL or self._plain_head() is None:
+            return
+        mode, ids = self.model.training, torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+        options = {"attention_mask": torch.ones_like(ids), "logits_to_keep": 1, "output_hidden_states": True}
+        self.model.eval()(input_ids=ids, use_cache=False, **options)
+        self.model.train(mode)
+
     def loss(
         self,
         network: nn.Module,

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..modules.lora import linear_sizes
 from .config import AdaMixConfig
+from .quantised import dynamic_linear
 
 # The output of the feed-forward block, before its residual connection and LayerNorm. BERT's pattern is a
 # full path because attention.output.dense ends in the same words.
@@ -42,7 +43,8 @@ _LORA_TARGETS: dict[str, str | tuple[str, ...]] = {
     ),
 }
 _HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier")
-_LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layer|layers|h|block|blocks)\.(\d+)\.")
+# PEFT's pattern asks for a name before the list of layers as well; a headless model (h.0.attn) has none.
+_LAYER_NUMBER = re.compile(r"(?:.*?\.)??[^.]*\.(\d+)\.")
 
 
 def model_type(model: nn.Module) -> str | None:
@@ -65,13 +67,17 @@ def target_layers(model: nn.Module, config: AdaMixConfig) -> dict[str, nn.Module
             )
         rule = defaults[kind]
     wanted = config.layers_to_transform
-    wanted = {wanted} if isinstance(wanted, int) else None if wanted is None else set(wanted)
+    wanted = {wanted} if isinstance(wanted, int) else set(wanted) if wanted else None
     heads = {path for path, _ in saved_modules(model, config.modules_to_save)}
     found = {}
     for path, layer in model.named_modules():
         if not path or any(path == head or path.startswith(head + ".") for head in heads):
             continue
-        if matches(path, layer, rule, model) and (wanted is None or layer_number(path) in wanted):
+        if config.exclude_modules and named(path, config.exclude_modules):
+            continue
+        if not matches(path, layer, rule, model):
+            continue
+        if wanted is None or layer_number(path, config.layers_pattern) in wanted:
             found[path] = layer
     if not found:
         raise ValueError(
@@ -88,19 +94,32 @@ def target_layers(model: nn.Module, config: AdaMixConfig) -> dict[str, nn.Module
 
 
 def matches(path: str, layer: nn.Module, rule: str | Sequence[str], model: nn.Module) -> bool:
-    """PEFT's rule: a list holds whole names or dotted suffixes; a string is a regular expression for the path."""
-    if rule == "all-linear":
+    """PEFT's rule for target_modules: as `named`, and "all-linear" is every linear layer but the output embeddings."""
+    if isinstance(rule, str) and rule.lower() == "all-linear":
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         return layer is not output and _is_linear(layer)
+    return named(path, rule)
+
+
+def named(path: str, rule: str | Sequence[str]) -> bool:
+    """Whether a list holds `path` or a dotted suffix of it; a string is a regular expression for all of it."""
     if isinstance(rule, str):
         return re.fullmatch(rule, path) is not None
     return any(path == name or path.endswith("." + name) for name in rule)
 
 
-def layer_number(path: str) -> int | None:
-    """The transformer layer a path lies in: 3 for encoder.layer.3.output.dense."""
-    found = _LAYER_NUMBER.search(path)
-    return int(found.group(1)) if found else None
+def layer_number(path: str, pattern: str | Sequence[str] | None = None) -> int | None:
+    """The transformer layer a path lies in: 3 for encoder.layer.3.output.dense, the first number in it.
+
+    pattern: names (regular expressions) that may stand before the number, PEFT's layers_pattern; None: any name.
+    """
+    if not pattern:
+        found = _LAYER_NUMBER.match(path)
+    else:
+        names = [pattern] if isinstance(pattern, str) else pattern
+        tries = (re.match(rf"(?:^|.*?\.)(?:{name})\.(\d+)\.", path) for name in names)
+        found = next((hit for hit in tries if hit), None)
+    return int(found[found.lastindex]) if found else None
 
 
 def saved_modules(model: nn.Module, names: Sequence[str] | None) -> list[tuple[str, nn.Module]]:
@@ -120,4 +139,4 @@ def saved_modules(model: nn.Module, names: Sequence[str] | None) -> list[tuple[s
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D" or dynamic_linear(layer)

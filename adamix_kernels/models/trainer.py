@@ -15,11 +15,13 @@ from transformers import Trainer
 from .checkpoint import load_adamix, save_adamix
 from .doubling import double_batch, find_batch_size, split_passes
 from .objectives import Objective
+from .quantised import known_to_train
 from .state import adamix_state
 
 logger = logging.getLogger(__name__)
 
 TRAINING_ARGS_NAME = "training_args.bin"
+SCHEDULER_NAME = "scheduler.pt"
 
 
 class AdaMixTrainerMixin:
@@ -37,11 +39,14 @@ class AdaMixTrainerMixin:
         Label smoothing acts on the cross-entropy alone.
     Evaluation: that of the base trainer, on the merged experts.
     Checkpoints: what save_adamix writes, not the frozen weights; resuming and load_best_model_at_end read it.
+    Several processes: DDP or FSDP2 (fsdp_config version 2, the frozen base sharded too). accelerate shards on
+        accelerators only: on CPUs it runs DDP in its place, and a warning says so.
 
     Raises:
         ValueError: the model is not adapted, or merged; compute_loss_func is given; activation checkpointing
-            without preserve_rng_state; more than one GPU in one process (nn.DataParallel).
-        NotImplementedError: a task without a rule here (see Objective), FSDP or DeepSpeed.
+            without preserve_rng_state (fsdp_config's own has none: use args.gradient_checkpointing); more than
+            one GPU in one process (nn.DataParallel).
+        NotImplementedError: a task without a rule here (see Objective), FSDP1 or DeepSpeed.
 
     Source: AdaMix section 3.2 and the reference project's training loops.
     """
@@ -55,11 +60,17 @@ class AdaMixTrainerMixin:
     def __init__(self, *args, **kwargs):
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: got a function, expected None: AdaMixTrainer computes its own loss")
-        super().__init__(*args, **kwargs)
+        model = kwargs.get("model", args[0] if args else None)
+        with known_to_train(model) if model is not None else contextlib.nullcontext():
+            super().__init__(*args, **kwargs)
         self._check_trainable()
 
     def train(self, *args, **kwargs):
         self._check_trainable()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            logger.warning("args.fsdp: accelerate shards on accelerators only, and this run has none: it runs DDP")
+        if str(self.accelerator.state.dynamo_plugin.backend.value) != "NO":
+            Objective(self.model).before_compile()
         self._component_sums = None
         return super().train(*args, **kwargs)
 
@@ -87,7 +98,8 @@ class AdaMixTrainerMixin:
             weight=self.model.adamix.config.consistency_weight,
             label_smoothing=self.args.label_smoothing_factor,
             num_items=num_items_in_batch,
-            fuse_head=not return_outputs,
+            # Under FSDP the head's weight is whole only inside the model's forward.
+            fuse_head=not return_outputs and not self.is_fsdp_enabled,
             autocast=self.accelerator.autocast,
         )
         loss, components = result.loss, torch.stack([result.cross_entropy, result.consistency]).detach()
@@ -134,19 +146,41 @@ class AdaMixTrainerMixin:
         """That of the base trainer, times the passes."""
         return super().floating_point_ops(inputs) * self._passes()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes what save_adamix writes, the tokenizer and the arguments; under FSDP every process must call it."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
+        if not (self.args.should_save or self.is_fsdp_enabled):
             return
         output_dir = self.args.output_dir if output_dir is None else output_dir
         os.makedirs(output_dir, exist_ok=True)
-        logger.info("Saving AdaMix checkpoint to %s", output_dir)
         save_adamix(self.model, output_dir)
+        if not self.args.should_save:
+            return
         tokenizer = self.processing_class
         if tokenizer is None:
             tokenizer = getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from accelerate.utils import save_fsdp_optimizer
+
+        # The base trainer would write the frozen weights as well.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_adamix(self.model if model is None else model, resume_from_checkpoint)
@@ -184,9 +218,14 @@ class AdaMixTrainerMixin:
                 f"args.n_gpu: got {self.args.n_gpu} GPUs in one process (nn.DataParallel), expected one process "
                 "per GPU: start with torchrun, or set CUDA_VISIBLE_DEVICES"
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise NotImplementedError("args: got FSDP or DeepSpeed, expected a single process or DDP")
-        check_checkpointing(self.model, self.args)
+        if self.is_deepspeed_enabled:
+            raise NotImplementedError("args: got DeepSpeed, expected a single process, DDP or FSDP2")
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.fsdp_version != 2:
+            raise NotImplementedError(
+                f"args.fsdp_config: got FSDP version {plugin.fsdp_version}, expected 2, or no FSDP"
+            )
+        check_checkpointing(self.model, self.args, plugin)
         lost = unsaved_parameters(self.model)
         if lost and self.args.save_strategy != "no":
             raise ValueError(
@@ -199,18 +238,21 @@ class AdaMixTrainer(AdaMixTrainerMixin, Trainer):
     __doc__ = AdaMixTrainerMixin.__doc__
 
 
-def check_checkpointing(model: nn.Module, args: Any) -> None:
+def check_checkpointing(model: nn.Module, args: Any, fsdp_plugin: Any = None) -> None:
     """Raises ValueError for activation checkpointing that would not redraw the same experts in backward."""
     # Renamed in transformers 5.23.
     names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
     options = next((getattr(args, n) for n in names if getattr(args, n, None)), {})
+    # The functions that recompute: transformers' own, and that of torch's CheckpointWrapper.
+    functions = (
+        getattr(m, n, None) for m in model.modules() for n in ("_gradient_checkpointing_func", "checkpoint_fn")
+    )
     if options.get("preserve_rng_state") is False:
         where = "args.gradient_checkpointing_kwargs"
-    elif any(
-        getattr(getattr(m, "_gradient_checkpointing_func", None), "keywords", {}).get("preserve_rng_state") is False
-        for m in model.modules()
-    ):
+    elif any(getattr(f, "keywords", {}).get("preserve_rng_state") is False for f in functions):
         where = "model's activation checkpointing"
+    elif getattr(fsdp_plugin, "activation_checkpointing", False):
+        where = "args.fsdp_config['activation_checkpointing'] (use args.gradient_checkpointing)"
     else:
         return
     raise ValueError(

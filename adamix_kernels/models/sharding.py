@@ -1,0 +1,36 @@
+"""Parameters sharded over processes (FSDP2): their whole values, and new ones put into them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which each process holds a part."""
+    return hasattr(tensor, "full_tensor")
+
+
+@torch.no_grad()
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole value of a tensor; itself when it is not sharded. Every process must call it, in the same order."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+@torch.no_grad()
+def put(target: torch.Tensor, value: torch.Tensor) -> None:
+    """target <- value, cast to target's dtype; each process fills its part of a sharded target from the same value."""
+    if is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = value.to(device=target.device, dtype=target.dtype)
+        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(value)
+
+
+def plain_class(model: nn.Module) -> type:
+    """type(model), without the class that fully_shard puts in front of it."""
+    bases = type(model).__mro__
+    if not any(base.__name__ == "FSDPModule" for base in bases):
+        return bases[0]
+    return next(c for c in bases if not any(base.__name__ == "FSDPModule" for base in c.__mro__))
