@@ -12,8 +12,15 @@ COMMANDS = {
     "eval": "accuracy of a saved checkpoint",
     "merge": "average a checkpoint's experts and save the result",
     "export": "write a checkpoint in PEFT's or AdapterHub's format",
+    "recipe": "the paper's experiments, their baselines and ablations, tables and plots",
     "bench": "run the benchmarks of the source tree",
     "env": "versions, device, and which backend can run here and why",
+}
+STATUSES = {
+    0: "the work is done",
+    1: "a defect, or the benchmarks' own status: the traceback is on stderr",
+    2: "wrong usage or input: one line on stderr says what was wrong (--traceback shows where)",
+    130: "interrupted (Ctrl-C)",
 }
 _MODULES = {name: f"adamix_kernels.commands.{'evaluate' if name == 'eval' else name}" for name in COMMANDS}
 
@@ -22,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand.
 
     Returns 0 when it did its work; 2 after one line on stderr for wrong usage or wrong input (arguments,
-    files, data, models); bench passes on the benchmarks' own status.
+    files, data, models); 130 when it was interrupted; bench passes on the benchmarks' own status. Any other
+    error is a defect, which Python shows in full, with status 1.
     """
     parser = argparse.ArgumentParser(
         prog="adamix",
@@ -30,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
         + "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
-        + "\n\nadamix COMMAND --help shows a command's options.",
+        + "\n\nadamix COMMAND --help shows a command's options; train, eval, merge and export also take one JSON file "
+        "of them." + "\n\nexit status:\n" + "\n".join(f"  {status:<8}{text}" for status, text in STATUSES.items()),
     )
     parser.add_argument("--traceback", action="store_true", help="on wrong input, show where it was found")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
@@ -38,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return importlib.import_module(_MODULES[args.command]).main(args.options)
+    except KeyboardInterrupt:
+        print(f"adamix {args.command}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError, NotImplementedError, ModuleNotFoundError) as error:
         if args.traceback:
             raise

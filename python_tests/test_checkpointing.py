@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny import batch_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import TrainingArguments
 
 from adamix_kernels import AdaMixConfig, AdaMixTrainer, adapt, disable, double_batch, use_experts
@@ -127,6 +128,31 @@ def test_rng_state_must_be_preserved(tmp_path):
         trained(model, tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
     with pytest.raises(ValueError, match="model's activation checkpointing: got preserve_rng_state=False"):
         trained(checkpointed(model, **kwargs), tmp_path)
+
+
+def wrapped(model, **options):
+    """A copy whose transformer layers stand in torch's CheckpointWrapper."""
+    model = copy.deepcopy(model)
+    layers = model.bert.encoder.layer
+    for i, layer in enumerate(layers):
+        layers[i] = checkpoint_wrapper(layer, **options)
+    return model
+
+
+def test_torch_checkpoint_wrapper(tmp_path):
+    model = build("bert adapter")
+    assert_same(
+        {n.replace("_checkpoint_wrapped_module.", ""): g for n, g in gradients(wrapped(model), 2).items()},
+        gradients(model, 2),
+    )
+    with pytest.raises(ValueError, match="model's activation checkpointing: got preserve_rng_state=False"):
+        trained(wrapped(model, preserve_rng_state=False), tmp_path)
+    model = wrapped(model)
+    with (
+        use_experts(model, torch.tensor([0, 1])),
+        pytest.raises(RuntimeError, match="under activation checkpointing"),
+    ):
+        model(**batch_for(model, 2, 5))
 
 
 def test_chosen_experts_refuse_checkpointed_training():

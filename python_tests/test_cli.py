@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import logging
+import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +13,7 @@ import tiny_text
 
 from adamix_kernels import cli, commands, load_adamix, tasks
 from adamix_kernels.commands import bench, train
+from adamix_kernels.commands import env as commands_env
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +115,88 @@ def test_flags_and_json_share_their_defaults(tmp_path):
         assert getattr(from_json[1], name) == getattr(from_flags[1], name)
 
 
+def test_eval_reads_a_json_file(trained, tmp_path, capsys):
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps({"checkpoint": str(trained / "out"), "split": "train", "max_rows": 5, "json": True}))
+    assert cli.main(["eval", str(path)]) == 0
+    from_json = capsys.readouterr().out
+    assert cli.main(["eval", str(trained / "out"), "--split=train", "--max_rows", "5", "--json"]) == 0
+    assert from_json == capsys.readouterr().out
+    path.write_text(json.dumps({"checkpoint": "c", "max-rows": 5}))
+    assert cli.main(["eval", str(path)]) == 2
+    assert "max-rows" in capsys.readouterr().err
+    path.write_text("[1]")
+    assert cli.main(["merge", str(path)]) == 2
+    assert "expected an object" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--disable-tqdm"]])
+def test_bars_go_to_stderr_and_can_be_switched_off(trained, flags, capsys):
+    assert cli.main(["eval", str(trained / "out"), *flags]) == 0
+    done = capsys.readouterr()
+    assert done.out.count("\n") == 1
+    assert ("batch/s" in done.err) == (flags == [])
+
+
+def test_a_second_process_has_no_bar(trained, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["eval", str(trained / "out")]) == 0
+    done = capsys.readouterr()
+    assert (done.out, done.err) == ("", "")
+
+
+@pytest.mark.parametrize("level", ["info", "error"])
+def test_log_level(trained, tmp_path, level, caplog):
+    assert cli.main(["merge", str(trained / "out"), "--out", str(tmp_path), "--log-level", level]) == 0
+    assert (f"Saved the adaptation in {tmp_path}" in caplog.text) == (level == "info")
+    assert cli.main(["eval", str(trained / "out")]) == 0
+    assert logging.getLogger("adamix_kernels").level == logging.WARNING
+
+
+def train_flags(trained, out, *more):
+    flags = ["--model", str(trained / "encoder"), "--data", str(trained / "data"), "--out", str(out), "--use-cpu"]
+    return ["train", *flags, "--per-device-train-batch-size", "4", "--disable-tqdm", "true", *more]
+
+
+def test_train_resumes(trained, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert cli.main(train_flags(trained, whole)) == 0  # three epochs of three steps
+    assert cli.main(train_flags(trained, parts, "--resume")) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+    assert cli.main(train_flags(trained, whole, "--resume", str(tmp_path / "nowhere"))) == 2
+    assert "nowhere': no such folder" in capsys.readouterr().err
+    shutil.copytree(whole / "checkpoint-6", parts / "checkpoint-6")
+    assert cli.main(train_flags(trained, parts)) == 2
+    assert "expected --resume, or another folder" in capsys.readouterr().err
+    assert cli.main(train_flags(trained, parts, "--resume")) == 0
+    ours, theirs = (json.loads((f / "checkpoint-9" / "trainer_state.json").read_text()) for f in (parts, whole))
+    assert (ours["global_step"], theirs["global_step"]) == (9, 9)
+    digests = [json.loads((f / "adamix_checkpoint.json").read_text())["tensors"]["sha256"] for f in (parts, whole)]
+    assert digests[0] == digests[1]
+
+
+def test_resume_as_flag_and_in_json(tmp_path):
+    assert train.parse(["--resume"])[0].resume == train.parse(["--resume", "--max-steps", "3"])[0].resume == train.LAST
+    assert train.parse(["--resume", "folder"])[0].resume == "folder"
+    path = tmp_path / "options.json"
+    for value, wanted in ((True, train.LAST), (False, ""), ("folder", "folder")):
+        path.write_text(json.dumps({"resume": value}))
+        assert train.parse([str(path)])[0].resume == wanted
+
+
+def test_two_processes_show_one_bar_and_one_result(trained, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    flags = train_flags(trained, tmp_path / "out", "--max-steps", "2", "--log-level", "info")
+    flags[flags.index("--disable-tqdm") + 1] = "false"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*launch, "--main_process_port", "0", "-m", "adamix_kernels", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("dev accuracy") == 1
+    assert done.stderr.count(" 0/2 [") == 1
+    assert done.stderr.count("***** Running training *****") == 1
+
+
 def test_env_names_versions_and_reasons(capsys):
     assert cli.main(["env"]) == 0
     out = capsys.readouterr().out
@@ -156,6 +242,19 @@ def test_wrong_input_is_one_line_and_status_2(capsys, arguments, message):
 def test_traceback_is_shown_on_request():
     with pytest.raises(ValueError, match="no such file"):
         cli.main(["--traceback", "eval", "nowhere"])
+
+
+def test_an_interrupted_command_is_status_130(capsys, monkeypatch):
+    monkeypatch.setattr(commands_env, "main", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["env"]) == 130
+    assert capsys.readouterr().err == "adamix env: interrupted\n"
+
+
+def test_help_tells_the_exit_statuses(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"  {status}" in out and text in out for status, text in cli.STATUSES.items())
 
 
 @pytest.mark.parametrize("arguments", [[], ["frob"], ["eval"]])

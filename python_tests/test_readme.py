@@ -33,6 +33,15 @@ def test_trainer_example(tmp_path):
     assert names["trainer"].state.global_step == 2
 
 
+def test_tour(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(BLOCKS[2], "README.md", "exec"), names)
+    assert torch.equal(names["served"], names["again"])
+    torch.testing.assert_close(names["merged"], names["served"], rtol=1e-5, atol=1e-5)
+    assert names["mixed"].shape == names["drawn"].shape == names["base"].shape == (2, 2)
+
+
 @pytest.mark.parametrize("index", [torch.tensor([2, 0, 1, 1])])
 def test_the_equivalent_pytorch(index):
     from adamix_kernels import routed_adapter
@@ -48,7 +57,7 @@ def test_the_equivalent_pytorch(index):
         "i": index,
         "j": index.flip(0),
     }
-    exec(compile(BLOCKS[2], "README.md", "exec"), names)
+    exec(compile(BLOCKS[3], "README.md", "exec"), names)
     banks = (names[n] for n in ("Wd", "bd", "Wu", "bu"))
     torch.testing.assert_close(
         routed_adapter(names["x"], *banks, names["i"], names["j"], residual=names["x"]), names["out"]

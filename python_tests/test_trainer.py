@@ -1,6 +1,7 @@
 """AdaMixTrainer: logs, evaluation, precision, Seq2SeqTrainer, refusals."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,3 +142,36 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"bert\.embeddings\.word_embeddings\.weight"):
         trainer_for(model, tmp_path, save_strategy="steps")
     trainer_for(model, tmp_path, save_strategy="no")
+
+
+@pytest.mark.parametrize(
+    ("plugin", "error", "message"),
+    [
+        ({"fsdp_version": 1}, NotImplementedError, "FSDP version 1, expected 2"),
+        ({"fsdp_version": 2, "activation_checkpointing": True}, ValueError, "use args.gradient_checkpointing"),
+        ({"fsdp_version": 2, "activation_checkpointing": False}, None, ""),
+    ],
+)
+def test_fsdp_is_version_2_without_its_own_checkpointing(plugin, error, message, tmp_path, monkeypatch):
+    trainer = trainer_for(adapted(tiny_bert(3)), tmp_path)
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", SimpleNamespace(**plugin), raising=False)
+    if error is None:
+        trainer._check_trainable()
+        return
+    with pytest.raises(error, match=message):
+        trainer.train()
+
+
+def test_deepspeed_is_refused(tmp_path, monkeypatch):
+    trainer = trainer_for(adapted(tiny_bert(3)), tmp_path)
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    with pytest.raises(NotImplementedError, match="DeepSpeed"):
+        trainer.train()
+
+
+def test_fsdp_that_accelerate_leaves_out_is_told(tmp_path, monkeypatch, caplog):
+    trainer = trainer_for(adapted(tiny_bert(3)), tmp_path)
+    monkeypatch.setattr(trainer.args, "fsdp", True)
+    trainer.train()
+    assert "accelerate shards on accelerators only" in caplog.text

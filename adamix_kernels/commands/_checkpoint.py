@@ -11,11 +11,13 @@ from torch import nn
 
 from ..models.checkpoint import load_adamix
 from ..tasks import Run, load_classifier, read_run, resolve_model
+from ._options import OptionParser, add_output
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint(parser: OptionParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder written by adamix train, adamix merge or the demo")
     parser.add_argument("--model", help="hub id or folder of the encoder (default: the one it was trained on)")
+    add_output(parser)
 
 
 def open_checkpoint(args: argparse.Namespace) -> tuple[nn.Module, Any, Run]:
@@ -26,11 +28,3 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[nn.Module, Any, Run]:
     model, tokenizer = load_classifier(resolve_model(run.model), run.label_names, run.pooling)
     load_adamix(model, args.checkpoint)
     return model, tokenizer, run
-
-
-def quiet() -> None:
-    """No word on the head that the checkpoint is about to fill."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 
@@ -10,11 +9,12 @@ import torch
 
 from ..models.contexts import eval_routing
 from ..tasks import accuracy, collator, load_text_classification, predict, tokenize
-from ._checkpoint import add_checkpoint, open_checkpoint, quiet
+from ._checkpoint import add_checkpoint, open_checkpoint
+from ._options import OptionParser, is_main_process, start
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="adamix eval", description="Accuracy of a saved checkpoint.")
+    parser = OptionParser(prog="adamix eval", description="Accuracy of a saved checkpoint.")
     add_checkpoint(parser)
     parser.add_argument("--data", help="as in adamix train (default: what it was trained on)")
     parser.add_argument("--split", choices=("train", "dev", "test"), default="dev", help="default: %(default)s")
@@ -28,8 +28,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--max-rows", type=int, help="use the first N rows only")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
-    args = parser.parse_args(argv)
-    quiet()
+    args = parser.parse(argv)
+    start(args)
     model, tokenizer, run = open_checkpoint(args)
     source = args.data or run.data
     task = load_text_classification(source)
@@ -43,9 +43,12 @@ def main(argv: Sequence[str]) -> int:
         model.cuda()
     torch.manual_seed(args.seed)
     with eval_routing(model, args.routing):
-        percent = accuracy(predict(model, rows, collator(tokenizer), args.batch_size, progress=True), rows)
+        bar = not args.disable_tqdm and is_main_process()
+        percent = accuracy(predict(model, rows, collator(tokenizer), args.batch_size, progress=bar), rows)
     # A merged checkpoint has one expert a side, whatever the routing.
     routing = "merged" if model.adamix.merged else args.routing
+    if not is_main_process():
+        return 0
     if args.json:
         values = {"accuracy": percent, "rows": len(rows), "split": args.split, "data": source, "routing": routing}
         print(json.dumps(values))

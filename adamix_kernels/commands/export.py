@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ._checkpoint import add_checkpoint, open_checkpoint, quiet
+from ._checkpoint import add_checkpoint, open_checkpoint
+from ._options import OptionParser, start
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="adamix export",
         description="Write the merged experts as a PEFT LoRA (method lora) or an AdapterHub adapter (method adapter).",
     )
     add_checkpoint(parser)
     parser.add_argument("--format", choices=("peft", "adapterhub"), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for the exported files")
-    args = parser.parse_args(argv)
-    quiet()
+    args = parser.parse(argv)
+    start(args)
     from .. import convert
 
     model, _, run = open_checkpoint(args)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..models.config import AdaMixConfig
@@ -21,6 +21,9 @@ from ..tasks import (
     tokenize,
     write_run,
 )
+from ._options import is_main_process, read_object, set_log_level
+
+LAST = "last"
 
 # Where they differ from TrainingArguments'; a flag or a JSON key overrides each.
 DEFAULTS = {
@@ -65,6 +68,14 @@ class TrainOptions:
     target_modules: str = field(
         default="", metadata={"help": "regular expression of the layers to adapt; by the model's type when empty"}
     )
+    resume: str = field(
+        default="",
+        metadata={
+            "help": "go on from a checkpoint folder; alone, from the last one in --out",
+            "nargs": "?",
+            "const": LAST,
+        },
+    )
 
     def config(self) -> AdaMixConfig:
         return AdaMixConfig(
@@ -87,7 +98,10 @@ def main(argv: Sequence[str]) -> int:
 
     from ..models.trainer import AdaMixTrainer
 
-    config = options.config()
+    set_log_level(logging.WARNING if arguments.log_level == "passive" else arguments.get_process_log_level())
+    if not is_main_process():
+        transformers.logging.disable_progress_bar()
+    config, checkpoint = options.config(), _checkpoint(options, arguments)
     encoder = resolve_model(options.model)
     task = load_text_classification(options.data)
     transformers.set_seed(arguments.seed)
@@ -102,7 +116,7 @@ def main(argv: Sequence[str]) -> int:
         processing_class=tokenizer,
         compute_metrics=_accuracy,
     )
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
@@ -121,11 +135,11 @@ def parse(argv: Sequence[str]) -> tuple[TrainOptions, Any]:
     from transformers import HfArgumentParser, TrainingArguments
 
     if len(argv) == 1 and argv[0].endswith(".json"):
-        values = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"{argv[0]}: got a JSON {type(values).__name__}, expected an object of options")
+        values = read_object(argv[0])
         if "out" in values:
             values["output_dir"] = values.pop("out")
+        if isinstance(values.get("resume"), bool):
+            values["resume"] = LAST if values["resume"] else ""
         return HfArgumentParser((TrainOptions, TrainingArguments)).parse_dict({**DEFAULTS, **values})
     parser = HfArgumentParser(
         (TrainOptions, TrainingArguments),
@@ -135,6 +149,26 @@ def parse(argv: Sequence[str]) -> tuple[TrainOptions, Any]:
     parser.add_argument("--out", dest="output_dir", help="the same as --output-dir")
     parser.set_defaults(**DEFAULTS)
     return parser.parse_args_into_dataclasses(list(argv))
+
+
+def _checkpoint(options: TrainOptions, arguments: Any) -> str | None:
+    """The checkpoint to go on from, or None. Raises ValueError where --out has another run's and none is asked for."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    wanted = options.resume or arguments.resume_from_checkpoint
+    folder = arguments.output_dir
+    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    if wanted == LAST:
+        if last is None:
+            raise ValueError(f"resume: {folder!r} holds no checkpoint to go on from")
+        return last
+    if not wanted and last is not None:
+        raise ValueError(
+            f"out: {folder!r} holds {os.path.basename(last)} of an earlier run, expected --resume, or another folder"
+        )
+    if wanted and not os.path.isdir(wanted):
+        raise ValueError(f"resume: {wanted!r}: no such folder")
+    return wanted or None
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:

@@ -1,0 +1,75 @@
+"""Every example runs as its docstring prints it, and its other commands have the flags it reads."""
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if not path.name.startswith("_"))
+NAMES = [path.stem for path in EXAMPLES]
+
+
+def commands(path):
+    """The words of every command in a docstring."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).replace("\\\n", " ")
+    return [shlex.split(line) for line in re.findall(r"^ {4}(python .*)$", text, flags=re.MULTILINE)]
+
+
+def run(name):
+    (words,) = [words for words in commands(ROOT / "examples" / f"{name}.py") if "--smoke" in words]
+    assert words == ["python", f"examples/{name}.py", "--smoke"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_these_are_the_examples():
+    assert NAMES == ["fewshot", "glue", "nlg", "serve_mixed_domains"]
+
+
+def test_glue():
+    out = run("glue")
+    assert float(re.search(r"dev accuracy (\S+) on 48 texts", out)[1]) > 0.65
+    assert "one plain adapter a layer: " in out
+
+
+def test_nlg():
+    out = run("nlg")
+    assert 0 < float(re.search(r"dev loss (\S+)", out)[1]) < 3.2  # ln 28, a blind guess, is 3.33
+    assert len(re.findall(r"^name : \w+ \| food : \w+\n    -> .+$", out, flags=re.MULTILINE)) == 2
+
+
+def test_fewshot():
+    out = run("fewshot")
+    accuracies = [float(value) for value in re.findall(r"^seed \d: accuracy (\S+)$", out, flags=re.MULTILINE)]
+    mean = float(re.search(r"^mean (\S+), standard deviation \S+, 48 texts$", out, flags=re.MULTILINE)[1])
+    assert len(accuracies) == 2
+    assert mean == pytest.approx(sum(accuracies) / 2, abs=1e-4)
+
+
+def test_serve_mixed_domains():
+    out = run("serve_mixed_domains")
+    rows = re.findall(r"^(\w+): accuracy (\S+); (\d+) of (\d+) predictions as when served alone$", out, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["plain", "ironic"]
+    # What is good in one domain is bad in the other: experts that saw both could not be right in both.
+    assert all(float(right) > 0.65 and same == served == "48" for _, right, same, served in rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_printed_flags_are_read(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    module = importlib.import_module(name)
+    printed = [words for words in commands(ROOT / "examples" / f"{name}.py") if "--smoke" not in words]
+    assert printed
+    for words in printed:
+        assert words[:2] == ["python", f"examples/{name}.py"]
+        assert module.parse(words[2:])
