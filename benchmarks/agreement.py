@@ -9,35 +9,41 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .contenders import ADAMIX, ORIGINAL, Inputs, Workload, build, doubled_loss, trainable_outside
-from .original import original_loss
+from .contenders import ADAMIX, ORIGINAL, Contender, Inputs, Workload, build, trainable_outside
+from .original import original_lm_loss, original_loss
 
 logger = logging.getLogger(__name__)
 
 DRAWS = 3
+# What a bank of ours holds: (attribute, side of the published layer, "weight" or "bias").
+_ADAPTER_BANKS = tuple((f"{side}_{kind}", side, kind) for side in ("down", "up") for kind in ("weight", "bias"))
+_LORA_BANKS = (("lora_a", "down", "weight"), ("lora_b", "up", "weight"))
 
 
-def agreement_problem(base: nn.Module, workload: Workload) -> str | None:
+def agreement_problem(base: nn.Module, workload: Workload, backend: str = "auto") -> str | None:
     """What is wrong, or None: loss and every gradient of the AdaMix step against the published way.
 
     The AdaMix step runs as it is timed, its draws are recorded and replayed in the published way; dropout
     off, float32, at most 4 x 16 tokens, three draws. The published way in float64 is the truth; the AdaMix
-    step may err at most 4 times what the published way errs in float32.
+    step may err at most 4 times what the published way errs in float32. base: on the device to check on.
+    backend: of the AdaMix ops.
     """
     small = Workload(**{**vars(workload), "batch": min(4, workload.batch), "tokens": min(16, workload.tokens)})
     base = copy.deepcopy(base)
     for module in base.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    ours = build(ADAMIX, base, small).model
-    published = build(ORIGINAL, base, small).model
+    contender = build(ADAMIX, base, small, backend=backend)
+    ours, published = contender.model, build(ORIGINAL, base, small).model
     _make_passes_differ(ours)
     _copy_trained(ours, published)
     truth = copy.deepcopy(published).double()
     (inputs, labels), = small.batches(base.config.vocab_size, 1)  # fmt: skip
+    device = next(base.parameters()).device
+    inputs, labels = {name: value.to(device) for name, value in inputs.items()}, labels.to(device)
     for _ in range(DRAWS):
         with _RecordDraws() as recorded:
-            found = _our_gradients(ours, inputs, labels)
+            found = _our_gradients(contender, inputs, labels)
         drawn = [index.flatten().tolist() for index in recorded.draws]
         if [len(experts) for experts in drawn] != [2] * len(ours.adamix.paths):
             return f"drew experts {drawn}, expected one for each pass in each of {len(ours.adamix.paths)} layers"
@@ -78,23 +84,28 @@ def _copy_trained(ours: nn.Module, published: nn.Module) -> None:
     with torch.no_grad():
         for name in trainable_outside(ours):
             published.get_parameter(name).copy_(ours.get_parameter(name))
-        for path in ours.adamix.paths:
-            adapter = ours.get_submodule(path).adapter
-            for side in ("down", "up"):
+        for path, layer, banks in _layers(ours):
+            for bank, side, kind in banks:
                 for m, expert in enumerate(getattr(published.get_submodule(path), side).experts):
-                    expert.weight.copy_(getattr(adapter, f"{side}_weight")[m])
-                    expert.bias.copy_(getattr(adapter, f"{side}_bias")[m])
+                    getattr(expert, kind).copy_(getattr(layer, bank)[m])
 
 
-def _our_gradients(model: nn.Module, inputs: Inputs, labels: torch.Tensor) -> Inputs:
+def _layers(ours: nn.Module):
+    """(path, module with the banks, its banks) of every adapted place."""
+    for path in ours.adamix.paths:
+        layer = ours.get_submodule(path)
+        yield (path, layer.adapter, _ADAPTER_BANKS) if hasattr(layer, "adapter") else (path, layer, _LORA_BANKS)
+
+
+def _our_gradients(contender: Contender, inputs: Inputs, labels: torch.Tensor) -> Inputs:
+    model = contender.model
     model.zero_grad()
-    loss = doubled_loss(model, inputs, labels)
+    loss = contender.loss(inputs, labels)
     loss.backward()
     found = {name: model.get_parameter(name).grad for name in trainable_outside(model)}
-    for path in model.adamix.paths:
-        adapter = model.get_submodule(path).adapter
-        for bank in ("down_weight", "down_bias", "up_weight", "up_bias"):
-            found[f"{path}.{bank}"] = getattr(adapter, bank).grad
+    for path, layer, banks in _layers(model):
+        for bank, _, _ in banks:
+            found[f"{path}.{bank}"] = getattr(layer, bank).grad
     return {"loss": loss.detach(), **found}
 
 
@@ -103,16 +114,13 @@ def _published_gradients(
 ) -> Inputs:
     """Under the names of `_our_gradients`: experts stacked, zeros for one that was not used."""
     model.zero_grad()
-    loss = original_loss(model, inputs, labels, experts)
+    loss = (original_lm_loss if labels.dim() == 2 else original_loss)(model, inputs, labels, experts)
     loss.backward()
     found = {name: model.get_parameter(name).grad for name in trainable_outside(ours)}
-    for path in ours.adamix.paths:
-        for side in ("down", "up"):
-            for kind in ("weight", "bias"):
-                bank = [getattr(e, kind) for e in getattr(model.get_submodule(path), side).experts]
-                found[f"{path}.{side}_{kind}"] = torch.stack(
-                    [torch.zeros_like(p) if p.grad is None else p.grad for p in bank]
-                )
+    for path, _, banks in _layers(ours):
+        for name, side, kind in banks:
+            bank = [getattr(e, kind) for e in getattr(model.get_submodule(path), side).experts]
+            found[f"{path}.{name}"] = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in bank])
     return {"loss": loss.detach(), **found}
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from .agreement import agreement_problem
-from .contenders import ADAMIX, BACKENDS, ONE_EXPERT, ORIGINAL, PLAIN, TITLES, Workload, build, load_base
+from .contenders import ADAMIX, BACKENDS, TITLES, Workload, build, load_base
+from .goals import CPU_LIMITS
 from .harness import Check, Timing, time_paired
 from .record import Row, row, version
 
@@ -44,11 +45,7 @@ def goals(workload: Workload) -> tuple[Goal, ...]:
     """The goals that are set for this size; none for a random model or another size."""
     if workload.model == "tiny":
         return ()
-    if (workload.batch, workload.tokens) == (32, 64):
-        return Goal(PLAIN, 1.05), Goal(ONE_EXPERT, 1.05), Goal(ORIGINAL, 1.03)
-    if (workload.batch, workload.tokens) == (2, 16):
-        return (Goal(ORIGINAL, 0.85),)
-    return ()
+    return tuple(Goal(*pair) for pair in CPU_LIMITS.get((workload.batch, workload.tokens), {}).items())
 
 
 @dataclass(frozen=True)

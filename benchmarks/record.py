@@ -56,7 +56,9 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": version("triton"),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "",
-        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        # A copy of the tree without its history can be told what it is.
+        "commit": os.environ.get("ADAMIX_COMMIT")
+        or _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "cpu_name": _cpu_name(),
     }
@@ -95,6 +97,12 @@ def write_csv(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[di
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def has_schema(path: str | os.PathLike) -> bool:
+    """Whether a CSV has the columns of the benchmarks, and not those of another table."""
+    with open(path, newline="") as file:
+        return tuple(next(csv.reader(file), ())) == COLUMNS
 
 
 def read(path: str | os.PathLike) -> list[Row]:

@@ -8,7 +8,7 @@ import logging
 import sys
 from dataclasses import fields
 
-from . import bench_step, record
+from . import bench_inference, bench_models, bench_step, record, run_ops
 from .contenders import TITLES, Workload
 from .harness import RedCheckError
 
@@ -88,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--out", help="CSV to write, for example benchmarks/results/step_cpu.csv")
     step.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
     step.set_defaults(run=_step)
+
+    run_ops.add_parser(commands)
+    bench_models.add_parser(commands)
+    bench_inference.add_parser(commands)
 
     memory = commands.add_parser("step-memory", help="peak memory of one step in this process, in MiB")
     memory.add_argument("name", choices=TITLES)

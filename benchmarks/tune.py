@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -116,8 +118,13 @@ def installed(shape: ShapeClass, config: Config, capability: int) -> Iterator[No
                 os.environ[VARIABLE] = before
 
 
-def tune_class(workload, shape: ShapeClass, capability: int, timer: Callable[[object], float]) -> list[Trial]:
-    """Every candidate of the workload, installed, checked and timed; the shipped one stands first, so it wins ties."""
+def tune_class(
+    workload, shape: ShapeClass, capability: int, timer: Callable[[object], float], ends: float = float("inf")
+) -> list[Trial]:
+    """Every candidate of the workload, installed, checked and timed; the shipped one stands first, so it wins ties.
+
+    ends: when by time.monotonic() no further candidate is begun; the shipped one always is.
+    """
 
     def check(config: Config) -> str | None:
         with installed(shape, config, capability):
@@ -127,7 +134,8 @@ def tune_class(workload, shape: ShapeClass, capability: int, timer: Callable[[ob
         with installed(shape, config, capability):
             return timer(workload)
 
-    return trials([workload.shipped, *workload.candidates], check, seconds)
+    others = itertools.takewhile(lambda _: time.monotonic() < ends, workload.candidates)
+    return trials(itertools.chain([workload.shipped], others), check, seconds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help=f"JSON to write (replaced); {VARIABLE}=FILE uses it")
     parser.add_argument("--kernel", action="append", help="this kernel only (may be repeated; default: all)")
     parser.add_argument("--repeats", type=int, default=20, help="timed replays a candidate (default 20)")
+    parser.add_argument("--seconds", type=float, help="begin no candidate after so many seconds")
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats: got {options.repeats}, expected at least 1")
@@ -157,18 +166,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     chosen: Chosen = {}
     capability, failed = work.capability(torch.device("cuda")), 0
-    for shape in work.shape_classes(options.kernel or work.KERNELS):
+    facts = record.environment()
+    about = {k: facts[k] for k in ("gpu_name", "torch", "triton", "driver", "commit", "date")}
+    about["repeats"] = str(options.repeats)
+    ends = float("inf") if options.seconds is None else time.monotonic() + options.seconds
+    # What training uses most comes first: 2-byte elements, narrow tiles.
+    shapes = sorted(work.shape_classes(options.kernel or work.KERNELS), key=lambda s: (s.itemsize, s.width))
+    for done, shape in enumerate(shapes):
+        if time.monotonic() > ends:
+            print(f"{len(shapes) - done} of {len(shapes)} classes left out: the time was used up", flush=True)
+            break
         workload = work.make(shape, torch.device("cuda"))
-        made = tune_class(workload, shape, capability, lambda w: work.gpu_seconds(w, options.repeats))
+        made = tune_class(workload, shape, capability, lambda w: work.gpu_seconds(w, options.repeats), ends)
         best = fastest(made)
         print(report(shape, made, best), flush=True)
         if best is None:
             failed += 1
         else:
             chosen[shape] = best.config
-    facts = record.environment()
-    about = {k: facts[k] for k in ("gpu_name", "torch", "triton", "driver", "commit", "date")}
-    write(options.out, chosen, capability, about | {"repeats": str(options.repeats)})
+        write(options.out, chosen, capability, about)
+    write(options.out, chosen, capability, about)
     print(f"wrote {len(chosen)} classes to {Path(options.out).resolve()}")
     return 1 if failed else 0
 

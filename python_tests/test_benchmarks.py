@@ -176,7 +176,7 @@ def test_agreement_sees_wrong_experts_and_gradients(base, monkeypatch, wrong):
     assert "errs by" in agreement_problem(base, TINY)
 
 
-def _loss_without_consistency(logits, labels):
+def _loss_without_consistency(logits, labels, backend="auto"):
     from adamix_kernels import adamix_loss
 
     return adamix_loss(logits, labels, weight=0.0)

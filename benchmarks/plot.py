@@ -1,0 +1,227 @@
+"""`python -m benchmarks.plot`: pictures of the measurements, drawn from the CSVs alone: speed-ups and rooflines."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import goals, record
+from .contender_names import ADAMIX, TITLES
+from .goal_sources import OURS
+from .record import Row
+
+BLUE, GREY, ORANGE = "#3b6fb6", "#9aa3ad", "#d9822b"
+# The key under which a picture keeps the digest of the rows it shows.
+KEY = "Description"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """How many times as fast as `label` we are: the median, and its spread if it was kept."""
+
+    group: str
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """A contender under its roofs: operations a byte, operations a second."""
+
+    op: str
+    backend: str
+    intensity: float
+    throughput: float
+
+
+def step_bars(rows: Sequence[Row]) -> list[Bar]:
+    """Paired steps: the inverse of "ratio_p50 to step/<other>" of the AdaMix step."""
+    found = {(r.shape, r.metric): r.value for r in rows if r.op == f"step/{ADAMIX}"}
+    bars = []
+    for (shape, metric), value in found.items():
+        if not metric.startswith("ratio_p50 to "):
+            continue
+        other = metric.removeprefix("ratio_p50 to ")
+        low, high = (found.get((shape, f"ratio_{p} to {other}")) for p in ("p80", "p20"))
+        title = TITLES.get(other.removeprefix("step/"), other)
+        spread = (None, None) if low is None or high is None else (1 / low, 1 / high)
+        bars.append(Bar(shape, title, 1 / value, *spread))
+    return bars
+
+
+def op_bars(rows: Sequence[Row]) -> list[Bar]:
+    """Ops and whole steps: time of each peer over that of our fastest backend, eager; an op forward and backward."""
+    ours: dict[str, float] = {}
+    peers: dict[str, dict[str, float]] = {}
+    with_gradients = {r.op.partition("/")[0] for r in rows if r.op.endswith("/both")}
+    for r in rows:
+        op, _, rest = r.op.partition("/")
+        if r.metric != "time_p50" or op == "inference" or (op in with_gradients and rest != "both"):
+            continue
+        name, mine = r.backend, r.backend in OURS
+        if op == "step":
+            name, _, rest = rest.partition("/")
+            mine = name == ADAMIX
+        group = f"{op} {rest}, {r.shape}, {r.dtype}"
+        if mine:
+            ours[group] = min(r.value, ours.get(group, r.value))
+        else:
+            peers.setdefault(group, {})[name] = r.value
+    return [
+        Bar(group, name, time / ours[group])
+        for group, by_name in peers.items() if group in ours for name, time in by_name.items()
+    ]  # fmt: skip
+
+
+def points(rows: Sequence[Row]) -> tuple[list[Point], float, float]:
+    """(points, copy bandwidth in bytes a second, matrix product in operations a second); bfloat16 where measured."""
+    values = {(r.op, r.backend, r.shape, r.dtype, r.metric): r.value for r in rows}
+    made = []
+    for (op, backend, shape, dtype, metric), value in values.items():
+        moved = values.get((op, backend, shape, dtype, "bandwidth"))
+        if metric == "throughput" and moved and not op.startswith("ceiling/"):
+            made.append(Point(op, backend, value * 1e12 / (moved * 1e9), value * 1e12))
+    copy = [r.value * 1e9 for r in rows if r.op == "ceiling/copy"]
+    product = [r.value * 1e12 for r in rows if r.op == "ceiling/matmul" and r.dtype == "bfloat16"]
+    return made, max(copy, default=0.0), max(product, default=0.0)
+
+
+def draw(path: Path) -> list[Path]:
+    """The pictures of one CSV, beside it; only those it has rows for."""
+    rows, stem = record.read(path), path.with_suffix("")
+    made = []
+    bars = step_bars(rows) or op_bars(rows)
+    if bars:
+        made.append(_save(_speedups(bars, _where(rows)), Path(f"{stem}_speedup.png"), rows))
+    scattered, copy, product = points(rows)
+    if scattered and copy and product:
+        made.append(_save(_roofline(scattered, copy, product, _where(rows)), Path(f"{stem}_roofline.png"), rows))
+    return made
+
+
+def pictures(path: Path) -> list[Path]:
+    """Those that `draw` made of one CSV and that are there."""
+    stem = path.with_suffix("")
+    return [p for p in (Path(f"{stem}_speedup.png"), Path(f"{stem}_roofline.png")) if p.exists()]
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """Of what a picture is drawn from."""
+    return hashlib.sha256(repr(list(rows)).encode()).hexdigest()
+
+
+def digest_in(picture: Path) -> str:
+    """The digest that a picture keeps."""
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        return image.text.get(KEY, "")
+
+
+def _where(rows: Sequence[Row]) -> str:
+    first = rows[0]
+    return f"{first.gpu_name or first.cpu_name}, torch {first.torch}, {first.date[:10]}, commit {first.commit}"
+
+
+def _speedups(bars: Sequence[Bar], where: str):
+    plt = _pyplot()
+    groups = list(dict.fromkeys(bar.group for bar in bars))
+    figure, axes = plt.subplots(
+        len(groups), 1, figsize=(8, sum(0.9 + 0.32 * sum(b.group == g for b in bars) for g in groups)),
+        sharex=True, squeeze=False, layout="constrained",
+        height_ratios=[1 + sum(b.group == g for b in bars) for g in groups],
+    )  # fmt: skip
+    for axis, group in zip(axes[:, 0], groups, strict=True):
+        shown = [bar for bar in bars if bar.group == group][::-1]
+        axis.barh([b.label for b in shown], [b.value for b in shown], color=BLUE, height=0.6)
+        for place, bar in enumerate(shown):
+            if bar.low is not None:
+                axis.plot([bar.low, bar.high], [place, place], color="black", linewidth=1)
+            axis.annotate(
+                f"{bar.value:.2f}x", (max(bar.value, bar.high or 0), place), (4, 0), textcoords="offset points",
+                va="center", fontsize=8,
+            )  # fmt: skip
+        axis.axvline(1, color=GREY, linewidth=1)
+        axis.set_title(group, loc="left", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel(
+        "times as fast as this (right of 1: we are faster); line: 20th to 80th percentile", fontsize=8
+    )
+    axes[-1, 0].margins(x=0.1)
+    figure.suptitle(where, fontsize=8, color="#555555")
+    return figure
+
+
+def _roofline(scattered: Sequence[Point], copy: float, product: float, where: str):
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    left, right = min(p.intensity for p in scattered) / 3, max(max(p.intensity for p in scattered), product / copy) * 3
+    corner = product / copy
+    axis.plot([left, corner, right], [left * copy, product, product], color="black", linewidth=1.2)
+    for name, colour, mine in (("peers", GREY, False), ("ours", ORANGE, True)):
+        chosen = [p for p in scattered if (p.backend in OURS[1:]) == mine]
+        axis.scatter([p.intensity for p in chosen], [p.throughput for p in chosen], s=18, color=colour, label=name)
+    best: dict[str, Point] = {}
+    for p in scattered:
+        if p.op not in best or p.throughput > best[p.op].throughput:
+            best[p.op] = p
+    for p in best.values():
+        axis.annotate(
+            f"{p.op} ({p.backend})", (p.intensity, p.throughput), (4, 4), textcoords="offset points", fontsize=7
+        )
+    axis.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="operations a second")
+    axis.legend(frameon=False, fontsize=8)
+    axis.set_title(f"{where}; roofs measured: {copy / 1e9:.0f} GB/s, {product / 1e12:.3g} TFLOP/s", fontsize=8)
+    return figure
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure, path: Path, rows: Sequence[Row]) -> Path:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(descriptor)
+    try:
+        figure.savefig(temporary, format="png", dpi=110, metadata={KEY: digest(rows)})
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+        _pyplot().close(figure)
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
+    parser.add_argument("csv", nargs="*", type=Path, help="default: every CSV of benchmarks/results with whole figures")
+    options = parser.parse_args(arguments)
+    for path in options.csv or measured():
+        for picture in draw(path):
+            print(picture)
+    return 0
+
+
+def measured(folder: Path = goals.RESULTS) -> list[Path]:
+    """The CSVs under `folder` that a picture is drawn of: not those that kept medians alone."""
+    found = [path for path in sorted(folder.rglob("*.csv")) if record.has_schema(path)]
+    return [path for path in found if any(r.metric == "time_p50" for r in record.read(path))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The sizes of every benchmark: on a GPU ("gpu"), tiny ones that test the harness ("smoke"), and for sanitizers, tails
+everywhere ("odd").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SETS = ("gpu", "smoke", "odd")
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """x [batch, tokens, hidden] through `experts` down banks of `rank` and one shared up bank."""
+
+    batch: int
+    tokens: int
+    hidden: int
+    rank: int
+    experts: int = 4
+    routing: str = "sample"
+    dtype: str = "bfloat16"
+
+    @property
+    def words(self) -> str:
+        return f"{self.batch}x{self.tokens}x{self.hidden} r{self.rank} M{self.experts} {self.routing}"
+
+
+@dataclass(frozen=True)
+class LoraSize:
+    """x [batch, tokens, features] -> [batch, tokens, width]; two groups are q and v of a fused qkv layer."""
+
+    batch: int
+    tokens: int
+    features: int
+    width: int
+    rank: int
+    experts: int = 4
+    groups: int = 1
+    routing: str = "sample"
+    dtype: str = "bfloat16"
+
+    @property
+    def words(self) -> str:
+        sizes = f"{self.batch}x{self.tokens}x{self.features} to {self.width}"
+        return f"{sizes} r{self.rank} M{self.experts} groups{self.groups} {self.routing}"
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First output column of each group."""
+        return (0,) if self.groups == 1 else (0, self.width * 2 // 3)
+
+    @property
+    def per_group(self) -> int:
+        """Output columns of a group."""
+        return self.width if self.groups == 1 else self.width // 3
+
+
+@dataclass(frozen=True)
+class LossSize:
+    """`rows` pairs of rows (one of each pass) of `vocab` logits; hidden 0: from logits, else through a head."""
+
+    rows: int
+    vocab: int
+    hidden: int = 0
+    dtype: str = "bfloat16"
+
+    @property
+    def words(self) -> str:
+        return f"2x{self.rows}x{self.vocab}" + (f" D{self.hidden}" if self.hidden else "")
+
+
+@dataclass(frozen=True)
+class BankSize:
+    """The adapters of a whole model: per layer a down and an up bank of `experts`, with biases."""
+
+    layers: int
+    experts: int
+    rank: int
+    hidden: int
+    dtype: str = "float32"
+
+    @property
+    def words(self) -> str:
+        return f"{self.layers} layers M{self.experts} r{self.rank} H{self.hidden}"
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """A training step of a randomly initialised model: batch x tokens before doubling."""
+
+    model: str
+    batch: int
+    tokens: int
+    rank: int
+    experts: int = 4
+
+    @property
+    def words(self) -> str:
+        return f"{self.batch}x{self.tokens} M{self.experts} r{self.rank} {self.model}"
+
+
+# N = 8,192 and 65,536 tokens as the goals say; what training sends (one expert a pass); BERT's widths.
+ADAPTER_8K = AdapterSize(16, 512, 1024, 16)
+ADAPTER_64K = AdapterSize(128, 512, 1024, 16)
+LORA_8K = LoraSize(16, 512, 1024, 1024, 16)
+LORA_64K = LoraSize(128, 512, 1024, 1024, 16)
+LORA_GPT2 = LoraSize(2, 4096, 1024, 3072, 4, experts=8, groups=2, routing="batch")
+LOSS_GPT2 = LossSize(8192, 50257)
+LOSS_LLAMA = LossSize(8192, 128256)
+GLUE = (LossSize(64, 2, dtype="float32"), LossSize(64, 3, dtype="float32"))
+HEAD_GPT2 = LossSize(8192, 50257, hidden=1024)
+HEAD_LLAMA = LossSize(8192, 128256, hidden=1024)
+HEAD_MEMORY = LossSize(4096, 50257, hidden=1024)
+# RoBERTa-large's layers and width, at a rank that makes 403 MB of experts.
+BANKS = BankSize(24, 4, 512, 1024)
+
+ADAPTER = {
+    "gpu": (
+        ADAPTER_8K,
+        ADAPTER_64K,
+        AdapterSize(2, 4096, 1024, 16, routing="batch"),
+        AdapterSize(64, 128, 768, 48),
+        AdapterSize(16, 512, 1024, 16, routing="token"),
+        AdapterSize(16, 512, 1024, 16, dtype="float32"),
+    ),
+    "smoke": (
+        AdapterSize(2, 8, 32, 8, routing="batch", dtype="float32"),
+        AdapterSize(3, 8, 32, 8, routing="token", dtype="bfloat16"),
+    ),
+    "odd": (
+        AdapterSize(3, 37, 72, 5, experts=3),
+        AdapterSize(3, 37, 72, 5, experts=3, routing="token", dtype="float32"),
+    ),
+}
+LORA = {
+    "gpu": (LORA_8K, LORA_64K, LORA_GPT2),
+    "smoke": (
+        LoraSize(4, 8, 32, 32, 8, dtype="float32"),
+        LoraSize(2, 8, 32, 48, 4, groups=2, routing="batch", dtype="bfloat16"),
+    ),
+    "odd": (
+        LoraSize(3, 37, 40, 56, 5, experts=3),
+        LoraSize(3, 37, 40, 51, 3, groups=2, routing="token", dtype="float32"),
+    ),
+}
+LORA_LINEAR = {"gpu": (LORA_8K, LORA_GPT2), "smoke": LORA["smoke"][:1], "odd": LORA["odd"][:1]}
+LOSS = {
+    "gpu": (LOSS_GPT2, LOSS_LLAMA, *GLUE),
+    "smoke": (LossSize(6, 37, dtype="bfloat16"), LossSize(4, 2, dtype="float32")),
+    "odd": (LossSize(5, 1031), LossSize(7, 3, dtype="float32")),
+}
+CONSISTENCY = {"gpu": (LOSS_GPT2,), "smoke": (LossSize(6, 37, dtype="float32"),), "odd": (LossSize(5, 1031),)}
+HEAD = {
+    "gpu": (HEAD_MEMORY, HEAD_GPT2, HEAD_LLAMA),
+    "smoke": (LossSize(6, 37, hidden=16, dtype="float32"),),
+    "odd": (LossSize(5, 1031, hidden=24),),
+}
+MERGE_BANKS = {"gpu": (BANKS,), "smoke": (BankSize(2, 3, 4, 16),), "odd": (BankSize(2, 3, 5, 37),)}
+MERGE_EXPERTS = {
+    "gpu": (BankSize(1, 4, 16384, 1024),),
+    "smoke": (BankSize(1, 3, 4, 16),),
+    "odd": (BankSize(1, 3, 5, 37),),
+}
+MERGE_LORA = {
+    "gpu": (LoraSize(24, 1, 1024, 1024, 16, routing="layers"),),
+    "smoke": (LoraSize(2, 1, 16, 16, 4, routing="layers", dtype="float32"),),
+    "odd": (LoraSize(2, 1, 37, 19, 5, routing="layers", dtype="float32"),),
+}
+STEPS = {
+    "gpu": {
+        "bert-base": (StepSize("bert-base", 16, 128, 48), StepSize("bert-base", 64, 128, 48)),
+        "roberta-large": (StepSize("roberta-large", 16, 128, 16), StepSize("roberta-large", 64, 128, 16)),
+        "gpt2-medium": (StepSize("gpt2-medium", 8, 512, 4, experts=8),),
+    },
+    "smoke": {"tiny": (StepSize("tiny", 2, 8, 8),), "tiny-gpt2": (StepSize("tiny-gpt2", 2, 8, 4),)},
+}
+INFERENCE = {"gpu": (StepSize("roberta-large", 16, 128, 16),), "smoke": (StepSize("tiny", 2, 8, 8),)}
