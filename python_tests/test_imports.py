@@ -14,8 +14,8 @@ OPS = ("routed_adapter", "routed_lora", "merge", "consistency")
 FLOORS = {
     "_version": 0, "_extension": 0, "_triton_utils": 0, "testing": 0, "_backends": 0.5,
     "ops": 1, "functional": 2, "routing": 2, "modules": 3, "models": 4,
-    "_official_keys": 4.5, "convert": 5, "compat": 5, "tasks": 5,
-    "commands": 6, "demo": 6, "cli": 7, "__main__": 7.5, "__init__": 8,
+    "_official_keys": 4.5, "convert": 5, "compat": 5, "tasks": 5, "reports": 5, "recipes": 5.5,
+    "commands": 6, "demo": 6, "_hub": 6, "cli": 7, "__main__": 7.5, "__init__": 8,
 }  # fmt: skip
 # What a room may load only when first used, from inside a function.
 HEAVY = {"transformers", "safetensors", "datasets", "peft", "matplotlib", "rich", "accelerate", "tqdm"}

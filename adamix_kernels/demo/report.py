@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models._files import replace_file, write_json
+from ..models._files import write_json
+from ..reports.figures import BLUE, GREEN, ORANGE, deviation, mean_curve, pyplot, save_figure, smooth
 
 
 @dataclass
@@ -45,7 +46,7 @@ class MethodResult:
     @property
     def deviation(self) -> float:
         """Sample standard deviation over the seeds, 0 for one seed."""
-        return statistics.stdev(self.accuracy) if len(self.accuracy) > 1 else 0.0
+        return deviation(self.accuracy)
 
     @property
     def step(self) -> float:
@@ -71,26 +72,19 @@ def write_table(results: list[MethodResult], seeds: int) -> None:
 
 def write_plot(results: list[MethodResult], path: Path) -> Path:
     """A PNG: accuracy with its deviation on the left, the losses of AdaMix and the plain adapter on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     names = [textwrap.fill(row.name, 14) for row in results]
-    bars = left.bar(names, [r.mean for r in results], yerr=[r.deviation for r in results], capsize=5, color="#4c78a8")
+    bars = left.bar(names, [r.mean for r in results], yerr=[r.deviation for r in results], capsize=5, color=BLUE)
     left.bar_label(bars, fmt="%.1f", label_type="center", color="white")
     left.set_ylabel("dev accuracy, %")
     left.set_ylim(bottom=max(0.0, min(r.mean - r.deviation for r in results) - 10))
-    for row, label, color in ((results[1], "plain adapter", "#f58518"), (results[3], "AdaMix", "#4c78a8")):
-        right.plot(_smooth(_mean_curve(row.cross_entropy)), label=f"{label}: cross-entropy", color=color)
-    right.plot(_smooth(_mean_curve(results[3].consistency)), label="AdaMix: consistency", color="#54a24b")
+    for row, label, color in ((results[1], "plain adapter", ORANGE), (results[3], "AdaMix", BLUE)):
+        right.plot(smooth(mean_curve(row.cross_entropy)), label=f"{label}: cross-entropy", color=color)
+    right.plot(smooth(mean_curve(results[3].consistency)), label="AdaMix: consistency", color=GREEN)
     right.set_xlabel("step")
     right.set_ylabel("training loss, mean over seeds and 10 steps")
     right.legend()
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
-    plt.close(figure)
-    return path
+    return save_figure(figure, path)
 
 
 def write_results(results: list[MethodResult], settings: Any, command: str, seconds: float, path: Path) -> Path:
@@ -114,11 +108,3 @@ def write_results(results: list[MethodResult], settings: Any, command: str, seco
     }
     write_json(path, values)
     return path
-
-
-def _mean_curve(curves: list[list[float]]) -> list[float]:
-    return [statistics.mean(values) for values in zip(*curves)]
-
-
-def _smooth(values: list[float], window: int = 10) -> list[float]:
-    return [statistics.mean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]

@@ -103,7 +103,9 @@ def mean_pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def _pool_by_mean(_module: Any, _args: Any, kwargs: dict, output: Any) -> Any:
     """A forward hook on the encoder: its pooler's output becomes the mean, everything else stays."""
     if getattr(output, "pooler_output", None) is not None:
-        output["pooler_output"] = mean_pool(output.last_hidden_state, kwargs["attention_mask"])
+        states = output.last_hidden_state
+        # With prefix tuning the mask is longer: the prefix stands before the text.
+        output["pooler_output"] = mean_pool(states, kwargs["attention_mask"][:, -states.shape[1] :])
     return output
 
 

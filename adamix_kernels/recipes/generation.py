@@ -1,0 +1,121 @@
+"""Text from tables with a causal model: training rows, and the published beam search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .table_data import Pair
+
+IGNORED = -100
+
+
+def encode_pairs(pairs: list[Pair], tokenizer: Any, max_tokens: int) -> list[dict[str, Any]]:
+    """context, beginning, " text", end; labels are the text's and the end's ids, -100 before.
+
+    Source: gpt2_encode.py of the reference project with --add_bos --add_eos.
+    """
+    rows = []
+    for pair in pairs:
+        start = context_ids(pair.context, tokenizer)
+        end = [*tokenizer(" " + pair.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        ids, labels = start + end, [IGNORED] * len(start) + end
+        rows.append(
+            {
+                "input_ids": ids[:max_tokens],
+                "attention_mask": [1] * len(ids[:max_tokens]),
+                "labels": labels[:max_tokens],
+            }
+        )
+    return rows
+
+
+def context_ids(context: str, tokenizer: Any) -> list[int]:
+    return [*tokenizer(context, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id]
+
+
+def pair_collator(tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
+    """Rows to tensors [B, S], padded on the right; padded labels are -100."""
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        return {
+            name: torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
+            for name, value in fill.items()
+        }
+
+    return collate
+
+
+@torch.inference_mode()
+def beam_decode(
+    model: nn.Module,
+    tokenizer: Any,
+    contexts: list[str],
+    *,
+    beams: int = 10,
+    length_penalty: float = 0.8,
+    no_repeat_ngram: int = 4,
+    max_new_tokens: int = 64,
+    max_context: int = 512,
+    stop_ids: tuple[int, ...] | list[int] = (),
+    batch_size: int = 1,
+) -> list[str]:
+    """One text a context: the best of `beams`, score = log p / length**length_penalty over the new tokens.
+
+    Args:
+        no_repeat_ngram: no n-gram twice among the new tokens (those of the context may come again).
+        max_context: of a longer context the last tokens stay.
+        stop_ids: end a text besides the tokenizer's end; ids outside the vocabulary are left out.
+        batch_size: contexts decoded together, padded on the left.
+
+    A text ends at its first empty line. The model is left in evaluation mode.
+
+    Source: gpt2_beam.py and gpt2_decode.py of the reference project.
+    """
+    from transformers import LogitsProcessorList
+    from transformers.generation import NoRepeatNGramLogitsProcessor
+
+    model.eval()
+    device = next(model.parameters()).device
+    vocabulary = model.config.vocab_size
+    ends = [tokenizer.eos_token_id, *(i for i in stop_ids if i < vocabulary)]
+    texts = []
+    for first in range(0, len(contexts), batch_size):
+        rows = [context_ids(c, tokenizer)[-max_context:] for c in contexts[first : first + batch_size]]
+        width = max(map(len, rows))
+        pad = tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        processors = LogitsProcessorList()
+        if no_repeat_ngram:
+            processors.append(_AfterContext(NoRepeatNGramLogitsProcessor(no_repeat_ngram), width))
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            num_beams=beams,
+            do_sample=False,
+            length_penalty=length_penalty,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends,
+            pad_token_id=pad,
+            logits_processor=processors,
+        )
+        for new in out[:, width:]:
+            text = tokenizer.decode(new, skip_special_tokens=True)
+            texts.append(text.split("\n\n")[0].strip())
+    return texts
+
+
+class _AfterContext:
+    """A logits processor that sees the new tokens alone."""
+
+    def __init__(self, processor: Any, width: int):
+        self.processor, self.width = processor, width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self.processor(input_ids[:, self.width :], scores)

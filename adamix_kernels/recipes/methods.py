@@ -1,0 +1,238 @@
+"""The methods that are compared: AdaMix and its ablations, and the baselines of the paper."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..models.config import AdaMixConfig
+from ..models.inject import adapt
+from ..models.targets import model_type, saved_modules
+from .config import Recipe
+
+METHODS = {
+    "full": "every weight is trained",
+    "head": "the task head alone (a masked model's own output head)",
+    "bitfit": "every bias, and the head",
+    "pfeiffer": "one adapter a layer, after the feed-forward block: AdaMix's placement with one expert, one pass",
+    "houlsby": "two adapters a layer, after attention and feed-forward, each of half the width",
+    "prefix": "PEFT's prefix tuning",
+    "lora": "LoRA on query and value: PEFT's; on GPT-2, where PEFT adapts the keys too, AdaMix's of one expert",
+    "adamix": "the recipe's AdaMix; any field of AdaMixConfig as an option",
+    "unipelt": "not available: AdapterHub's adapters 1.3 alone has it, and requires transformers 4.57",
+}
+BASELINES = ("full", "head", "bitfit", "pfeiffer", "houlsby", "prefix", "lora", "adamix")
+_OPTIONS = {
+    "full": (),
+    "head": (),
+    "bitfit": (),
+    "pfeiffer": ("bottleneck",),
+    "houlsby": ("bottleneck",),
+    "prefix": ("tokens",),
+    "lora": ("r", "alpha", "dropout"),
+}
+_ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie")
+_HOULSBY = {
+    **dict.fromkeys(_ENCODERS, r"(.*\.)?layer\.\d+\.(attention\.)?output\.dense"),
+    "gpt2": r"(.*\.)?h\.\d+\.(attn|mlp)\.c_proj",
+}
+_LM_HEADS = ("cls", "lm_head")
+
+
+@dataclass(frozen=True)
+class Method:
+    """name: a key of METHODS. options: as written, sorted by name."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        written = ",".join(f"{key}={_written(value)}" for key, value in self.options)
+        return f"{self.name}:{written}" if written else self.name
+
+
+@dataclass
+class Built:
+    """A model ready to train. adapted: by adapt(). experts: whether it has several, to be evaluated in several ways."""
+
+    model: nn.Module
+    adapted: bool
+    experts: bool
+
+
+def parse_method(text: str) -> Method:
+    """ "adamix:num_experts=8,routing=sample" -> Method. Values are JSON where they can be ("null", 0.5), else words.
+
+    Raises:
+        ValueError: an unknown method or option.
+        NotImplementedError: "unipelt"; the message says why.
+    """
+    name, _, written = text.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"method: got {name!r}, expected one of {', '.join(METHODS)}")
+    if name == "unipelt":
+        raise NotImplementedError(f"method: unipelt is {METHODS[name]}")
+    options = {}
+    for part in filter(None, written.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"method: got {part!r} in {text!r}, expected option=value")
+        options[key] = _value(value)
+    if name == "adamix":
+        AdaMixConfig.from_dict(options)
+    elif unknown := sorted(set(options) - set(_OPTIONS[name])):
+        raise ValueError(f"method: got the options {unknown} for {name}, expected some of {list(_OPTIONS[name])}")
+    return Method(name, tuple(sorted(options.items())))
+
+
+def expand_methods(names: Sequence[str], recipe: Recipe) -> list[Method]:
+    """Methods by name, and the groups "default" (the recipe's), "baselines" and "ablations"; each once, in order."""
+    found: dict[str, Method] = {}
+    for name in names:
+        group = {"default": recipe.default_methods, "baselines": BASELINES, "ablations": ablations(recipe)}
+        for text in group.get(name, (name,)):
+            method = parse_method(text)
+            found.setdefault(str(method), method)
+    return list(found.values())
+
+
+def ablations(recipe: Recipe) -> list[str]:
+    """AdaMix with one thing changed at a time: consistency, sharing, routing, number of experts, width.
+
+    Without merging is no run of its own: every AdaMix run is evaluated merged, routed at random and with each fixed
+    expert (see Recipe.evaluations).
+    """
+    config = AdaMixConfig.from_dict(dict(recipe.adamix))
+    width = "bottleneck" if config.method == "adapter" else "r"
+    size = getattr(config, width)
+    changes = ["consistency_weight=0", "share=null"]
+    changes += [f"routing={level}" for level in ("batch", "sample", "token") if level != config.routing]
+    changes += [f"num_experts={n}" for n in (1, 2, 4, 8) if n != config.num_experts]
+    changes += [f"{width}={r}" for r in (max(1, size // 2), 2 * size) if r != size]
+    return ["adamix", *(f"adamix:{change}" for change in changes)]
+
+
+def build(method: Method, model: nn.Module, recipe: Recipe) -> Built:
+    """Makes `model` what the method trains: weights frozen or free, adapters or prefixes put in.
+
+    Raises:
+        ValueError: the method has no place in this model (no head, no bias, no known layers).
+        ModuleNotFoundError: PEFT is needed and not installed.
+        NotImplementedError: PEFT has no such method for this kind of task.
+    """
+    options = {**_settings(method, recipe), **dict(method.options)}
+    if method.name == "full":
+        model.requires_grad_(True)
+        return Built(model, False, False)
+    if method.name in ("head", "bitfit"):
+        return Built(_partly(model, biases=method.name == "bitfit"), False, False)
+    if method.name == "prefix":
+        return Built(_prefix(model, recipe, options), False, False)
+    if method.name == "lora" and model_type(model) != "gpt2":
+        return Built(_peft_lora(model, recipe, options), False, False)
+    config = adapter_config(method, model, recipe, options)
+    return Built(adapt(model, config), True, config.num_experts > 1)
+
+
+def adapter_config(method: Method, model: nn.Module, recipe: Recipe, options: dict[str, Any]) -> AdaMixConfig:
+    """What adapt() is given for an AdaMix or single-expert method."""
+    base = dict(recipe.adamix)
+    if method.name == "adamix":
+        return AdaMixConfig.from_dict({**base, **options})
+    single = {"num_experts": 1, "share": None, "consistency_weight": 0.0}
+    if method.name == "lora":
+        return AdaMixConfig.from_dict({"method": "lora", "qkv": ["q", "v"], **single, **options})
+    width = AdaMixConfig.from_dict(base).bottleneck
+    if method.name == "pfeiffer":
+        return AdaMixConfig.from_dict({"bottleneck": width, **single, **options})
+    kind = model_type(model)
+    if kind not in _HOULSBY:
+        raise ValueError(f"houlsby: got a model of type {kind!r}, expected one of {', '.join(_HOULSBY)}")
+    return AdaMixConfig.from_dict(
+        {"bottleneck": max(1, width // 2), "target_modules": _HOULSBY[kind], **single, **options}
+    )
+
+
+def learning_rate(method: Method, recipe: Recipe) -> float:
+    """The method's own where the recipe has one, else that of AdaMix."""
+    return recipe.methods.get(method.name, {}).get("learning_rate", recipe.training["learning_rate"])
+
+
+def heads(model: nn.Module) -> list[nn.Parameter]:
+    """The task head's parameters: the classifier, or a language model's head without what its embeddings own."""
+    found = [module for _, module in saved_modules(model, None)]
+    found = found or [m for name, m in model.named_children() if name in _LM_HEADS]
+    embedded = {id(p) for p in model.base_model.parameters()}
+    return [p for module in found for p in module.parameters() if id(p) not in embedded]
+
+
+def kept_parameters(built: Built) -> int:
+    """Parameters kept to serve, beside the frozen model: what is trained, of M experts one."""
+    model = built.model
+    if not built.adapted:
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state = model.adamix
+    banks = [
+        p
+        for path in state.paths
+        for name, p in model.get_submodule(path).named_parameters()
+        if not name.startswith("base.") and not name.endswith("_score")
+    ]
+    whole = [p for path in state.saved for p in model.get_submodule(path).parameters()]
+    return sum(p[0].numel() for p in banks) + sum(p.numel() for p in whole)
+
+
+def _settings(method: Method, recipe: Recipe) -> dict[str, Any]:
+    return {k: v for k, v in recipe.methods.get(method.name, {}).items() if k != "learning_rate"}
+
+
+def _partly(model: nn.Module, biases: bool) -> nn.Module:
+    model.requires_grad_(False)
+    trained = heads(model)
+    if biases:
+        trained += [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+    if not trained:
+        raise ValueError(
+            f"head: got {type(model).__name__}, which has no head of its own: its output is its embeddings"
+        )
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return model
+
+
+def _prefix(model: nn.Module, recipe: Recipe, options: dict[str, Any]) -> nn.Module:
+    if recipe.kind == "prompt":
+        raise NotImplementedError("prefix: PEFT's prefix tuning has no task type for masked language models")
+    from peft import PrefixTuningConfig, get_peft_model
+
+    task = "CAUSAL_LM" if recipe.kind == "generation" else "SEQ_CLS"
+    return get_peft_model(model, PrefixTuningConfig(task_type=task, num_virtual_tokens=options.get("tokens", 20)))
+
+
+def _peft_lora(model: nn.Module, recipe: Recipe, options: dict[str, Any]) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    r = options.get("r", 8)
+    config = LoraConfig(
+        task_type={"classification": "SEQ_CLS", "generation": "CAUSAL_LM"}.get(recipe.kind),
+        r=r,
+        lora_alpha=options.get("alpha", 2 * r),
+        lora_dropout=options.get("dropout", 0.0),
+        target_modules=["query", "value"] if model_type(model) in _ENCODERS else None,
+    )
+    return get_peft_model(model, config)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,168 @@
+"""What each kind of recipe trains on and is measured by: data, a fresh model, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..tasks import TextClassification, TextSplit, collator, load_classifier, predict, resolve_model, tokenize
+from .config import Recipe
+from .generation import IGNORED, beam_decode, encode_pairs, pair_collator
+from .metrics import Scores, label_scores, normalised, text_scores
+from .prompt import encode_prompts, prompt_for, read_at_mask, word_ids
+from .table_data import TableData, load_tables, references
+from .text_data import draw_shots, load_labelled
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Smaller runs, the same for every method: the first N rows of a split, K shots drawn by the seed."""
+
+    train_rows: int | None = None
+    dev_rows: int | None = None
+    shots: int | None = None
+
+
+class LabelProblem:
+    """Classification or regression with a head on the encoder.
+
+    Attributes: collate (rows to tensors), loss (for transformers.Trainer: None is the model's own).
+    """
+
+    loss: Callable | None = None
+
+    def __init__(self, recipe: Recipe, limits: Limits):
+        self.recipe, self.limits = recipe, limits
+        self.encoder = resolve_model(recipe.model)
+        self.task: TextClassification = load_labelled(recipe.data, recipe.regression)
+        self._dev: list[dict[str, Any]] | None = None
+
+    def fresh(self) -> nn.Module:
+        """A new model, its head drawn from the global generator."""
+        model, self.tokenizer = load_classifier(self.encoder, self.task.label_names, self.recipe.pooling)
+        self.collate = collator(self.tokenizer)
+        return model
+
+    def train_rows(self, seed: int) -> list[dict[str, Any]]:
+        split = self.task.train.head(self.limits.train_rows)
+        shots = self.limits.shots or self.recipe.shots
+        return self._encode(draw_shots(split, shots, seed) if shots else split)
+
+    def dev_rows(self) -> list[dict[str, Any]]:
+        if self._dev is None:
+            self._dev = self._encode(self.task.dev.head(self.limits.dev_rows))
+        return self._dev
+
+    def scores(self, model: nn.Module) -> Scores:
+        """Metrics on dev, of the model in evaluation mode."""
+        rows = self.dev_rows()
+        logits = predict(model, rows, self.collate, self.recipe.training.get("per_device_eval_batch_size", 64))
+        return self.scores_of(logits, [row["labels"] for row in rows])
+
+    def scores_of(self, logits: torch.Tensor, labels: list) -> Scores:
+        predicted = logits[:, 0] if self.recipe.regression else logits.argmax(-1)
+        return label_scores(self.recipe.metrics, predicted.tolist(), labels)
+
+    def _encode(self, split: TextSplit) -> list[dict[str, Any]]:
+        return tokenize(split, self.tokenizer, self.recipe.max_tokens)
+
+
+class PromptProblem(LabelProblem):
+    """Classification by a masked language model that fills in the label's word."""
+
+    @staticmethod
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Mean cross-entropy over the rows of an update, of the label words alone."""
+        count = len(labels) if num_items_in_batch is None else num_items_in_batch
+        return F.cross_entropy(outputs["logits"].float(), labels, reduction="sum") / count
+
+    def fresh(self) -> nn.Module:
+        from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+        options = {"local_files_only": self.encoder.packaged}
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.encoder.path, **options)
+            model = AutoModelForMaskedLM.from_pretrained(self.encoder.path, **options)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model: cannot load {self.encoder.name!r}: {str(error).splitlines()[0]}") from error
+        self.prompt = prompt_for(self.recipe.prompt, self.task.label_names)
+        self.collate = collator(self.tokenizer)
+        return read_at_mask(model, self.tokenizer.mask_token_id, word_ids(self.prompt, self.tokenizer))
+
+    def _encode(self, split: TextSplit) -> list[dict[str, Any]]:
+        return encode_prompts(split, self.tokenizer, self.prompt, self.recipe.max_tokens)
+
+
+class TextProblem:
+    """Text from tables with a causal model. dev_rows limits contexts as well as rows."""
+
+    def __init__(self, recipe: Recipe, limits: Limits):
+        self.recipe, self.limits = recipe, limits
+        self.encoder = resolve_model(recipe.model)
+        self.data: TableData = load_tables(recipe.data, recipe.data_format or "e2e")
+
+    def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Mean cross-entropy per token of an update, smoothed as the recipe says.
+
+        As transformers' own, which does not take PEFT's prefix tuning together with label smoothing.
+        """
+        logits, labels = outputs["logits"][:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+        smoothing = self.recipe.training.get("label_smoothing_factor", 0.0)
+        total = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
+        return total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def fresh(self) -> nn.Module:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.encoder.path)
+            model = AutoModelForCausalLM.from_pretrained(self.encoder.path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model: cannot load {self.encoder.name!r}: {str(error).splitlines()[0]}") from error
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.collate = pair_collator(self.tokenizer)
+        return model
+
+    def train_rows(self, seed: int) -> list[dict[str, Any]]:
+        del seed  # no shots are drawn here
+        return encode_pairs(self.data.train[: self.limits.train_rows], self.tokenizer, self.recipe.max_tokens)
+
+    def dev_rows(self) -> list[dict[str, Any]]:
+        return encode_pairs(self.data.dev[: self.limits.dev_rows], self.tokenizer, self.recipe.max_tokens)
+
+    def scores(self, model: nn.Module) -> Scores:
+        """Text metrics on the test part (dev where there is none), and the dev loss per token."""
+        settings = dict(self.recipe.generation)
+        clean = normalised if settings.pop("normalise", False) else str
+        known = references(self.data.dev if self.data.test is None else self.data.test)
+        contexts = list(known)[: self.limits.dev_rows]
+        texts = beam_decode(model, self.tokenizer, contexts, **settings)
+        scores = text_scores(
+            self.recipe.metrics, [clean(t) for t in texts], [[clean(r) for r in known[c]] for c in contexts]
+        )
+        scores.values["loss"] = self._loss(model)
+        return scores
+
+    @torch.inference_mode()
+    def _loss(self, model: nn.Module) -> float:
+        """Cross-entropy per token of the dev texts, in nats."""
+        rows, size = self.dev_rows(), self.recipe.training.get("per_device_eval_batch_size", 4)
+        device = next(model.parameters()).device
+        total, count = 0.0, 0
+        for start in range(0, len(rows), size):
+            inputs = {k: v.to(device) for k, v in self.collate(rows[start : start + size]).items()}
+            labels = inputs.pop("labels")[:, 1:]
+            logits = model(**inputs).logits[:, -labels.shape[1] - 1 : -1]  # a prefix may stand before
+            total += F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum").item()
+            count += int((labels != IGNORED).sum())
+        return total / max(1, count)
+
+
+PROBLEMS = {"classification": LabelProblem, "prompt": PromptProblem, "generation": TextProblem}

@@ -1,0 +1,115 @@
+"""Every method on every seed of a recipe, finished rows left alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .config import Recipe
+from .methods import Method, learning_rate
+from .problems import PROBLEMS, Limits
+from .results import append_row, read_rows, row_key
+
+logger = logging.getLogger(__name__)
+
+
+def run_recipe(
+    recipe: Recipe,
+    methods: Sequence[Method],
+    seeds: Sequence[int],
+    results: str | os.PathLike,
+    *,
+    limits: Limits | None = None,
+    reports: str | os.PathLike | None = None,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Runs what `results` does not hold yet, appends a row after each run, and returns all rows asked for.
+
+    Args:
+        results: a JSON-lines file; a row there with the same recipe, method, seed and limits is not run again.
+        reports: a folder for a TrainingReport of every AdaMix run.
+        progress: a bar over the runs.
+
+    A method that cannot run on this recipe (NotImplementedError) leaves a row whose `skipped` says why. Seeds run in
+    the outer loop, so that an interrupted run has compared all methods on the same seeds.
+    """
+    from tqdm.auto import tqdm
+
+    limits = Limits() if limits is None else limits
+    done = {row.get("key"): row for row in read_rows(results)}
+    wanted = [(seed, method, run_identity(recipe, method, seed, limits)) for seed in seeds for method in methods]
+    problem, rows = None, []
+    for seed, method, identity in tqdm(wanted, unit="run", disable=not progress):
+        key = row_key(identity)
+        if key not in done:
+            if problem is None:
+                problem = PROBLEMS[recipe.kind](recipe, limits)
+            row = {"key": key, **_labels(recipe, method, seed, limits), "identity": identity}
+            row |= _outcome(recipe, problem, method, seed, reports)
+            append_row(results, row)
+            done[key] = row
+        rows.append(done[key])
+    return rows
+
+
+def run_identity(recipe: Recipe, method: Method, seed: int, limits: Limits) -> dict[str, Any]:
+    """What makes a run itself: what its outcome depends on. Other methods' settings and seeds are no part of it."""
+    values = recipe.to_dict()
+    for name in ("methods", "default_methods", "seeds", "source"):
+        del values[name]
+    return {
+        "recipe": values,
+        "method": str(method),
+        "settings": recipe.methods.get(method.name, {}),
+        "seed": seed,
+        "limits": asdict(limits),
+    }
+
+
+def _labels(recipe: Recipe, method: Method, seed: int, limits: Limits) -> dict[str, Any]:
+    training = recipe.training
+    return {
+        "recipe": recipe.name,
+        "method": str(method),
+        "seed": seed,
+        "data": recipe.data,
+        "model": recipe.model,
+        "metric": recipe.metrics[0],
+        "epochs": training["num_train_epochs"],
+        "batch": training["per_device_train_batch_size"],
+        "learning_rate": learning_rate(method, recipe),
+        "shots": limits.shots or recipe.shots,
+        "dev_rows": limits.dev_rows,
+        "versions": _versions(),
+    }
+
+
+def _outcome(
+    recipe: Recipe, problem: Any, method: Method, seed: int, reports: str | os.PathLike | None
+) -> dict[str, Any]:
+    from .training import train_once
+
+    report = None
+    if reports is not None:
+        name = f"{recipe.name}-{method}-{seed}".replace("/", "_").replace(":", "_").replace(",", "_")
+        report = Path(reports) / name
+    try:
+        with tempfile.TemporaryDirectory(prefix="adamix_recipe_") as folder:
+            return train_once(recipe, problem, method, seed, Path(folder), report)
+    except NotImplementedError as error:
+        logger.warning("%s on %s: %s", method, recipe.name, error)
+        return {"skipped": str(error)}
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    from .._version import __version__
+
+    return {"adamix_kernels": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

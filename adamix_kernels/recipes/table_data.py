@@ -1,0 +1,169 @@
+"""Tables and the texts written about them: E2E's text files, WebNLG's and DART's JSON, or their rows on the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMATS = ("e2e", "webnlg", "dart")
+_FILES = {
+    "e2e": {"train": ("train.txt",), "dev": ("valid.txt", "dev.txt"), "test": ("test.txt",)},
+    "webnlg": {"train": ("train.json",), "dev": ("dev.json",), "test": ("test.json",)},
+    "dart": {s: (f"dart-v1.1.1-full-{s}.json", f"{s}.json") for s in ("train", "dev", "test")},
+}
+_HUB_SPLITS = {"train": ("train",), "dev": ("validation", "dev"), "test": ("test",)}
+_SLOT = re.compile(r"\s*([^\[\],]+)\[([^\]]*)\]")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A table in words, and one text about it."""
+
+    context: str
+    text: str
+
+
+@dataclass(frozen=True)
+class TableData:
+    """train: pairs. dev, test: pairs too; several of one context are its references."""
+
+    name: str
+    train: list[Pair]
+    dev: list[Pair]
+    test: list[Pair] | None
+
+
+def load_tables(source: str, data_format: str) -> TableData:
+    """Reads a folder in the layout of the original challenge, or a hub data set with its columns.
+
+    Args:
+        source: a folder: E2E with train.txt, valid.txt and test.txt, `context||text` on each line; WebNLG 2017 with
+            train.json, dev.json, test.json; DART with dart-v1.1.1-full-{train,dev,test}.json or {train,dev,test}.json.
+            Or a hub name, its configuration after a colon.
+        data_format: "e2e", "webnlg" or "dart".
+
+    Contexts are written as the reference project writes them: `subject : property : object | ...`, DART's properties
+    in lower case. Of WebNLG's texts those marked "good" are kept.
+
+    Raises:
+        FileNotFoundError: a folder without the training or dev file.
+        ValueError: another format; a file or row that is not of it, named with its place, or an empty file; the hub
+            refuses.
+    """
+    if data_format not in FORMATS:
+        raise ValueError(f"data_format: got {data_format!r}, expected one of {', '.join(FORMATS)}")
+    folder = Path(source)
+    if not folder.is_dir():
+        return _from_hub(source, data_format)
+    splits = {}
+    for split, names in _FILES[data_format].items():
+        path = next((folder / n for n in names if (folder / n).is_file()), None)
+        if path is None and split != "test":
+            raise FileNotFoundError(f"{folder}: no {' or '.join(names)}, expected the {split} part of {data_format}")
+        splits[split] = None if path is None else _READERS[data_format](path)
+        if splits[split] == []:
+            raise ValueError(f"{path}: got no texts, expected some in the {split} part of {data_format}")
+    return TableData(source, **splits)
+
+
+def references(pairs: Iterable[Pair]) -> dict[str, list[str]]:
+    """context -> every text about it, contexts in order of appearance."""
+    found: dict[str, list[str]] = {}
+    for pair in pairs:
+        found.setdefault(pair.context, []).append(pair.text)
+    return found
+
+
+def _read_e2e(path: Path) -> list[Pair]:
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        context, bars, text = line.partition("||")
+        if not bars:
+            raise ValueError(f"{path}, line {number}: got no '||', expected context||text")
+        pairs.append(Pair(context.strip(), text.strip()))
+    return pairs
+
+
+def _read_webnlg(path: Path) -> list[Pair]:
+    pairs = []
+    for number, entry in enumerate(_json(path)["entries"], start=1):
+        for body in entry.values():
+            triples = [(t["subject"], t["property"], t["object"]) for t in body["modifiedtripleset"]]
+            good = [text["lex"] for text in body["lexicalisations"] if text["comment"] == "good"]
+            if not triples:
+                raise ValueError(f"{path}, entry {number}: got no triples")
+            pairs += [Pair(_triples(triples), text) for text in good]
+    return pairs
+
+
+def _read_dart(path: Path) -> list[Pair]:
+    return [pair for row in _json(path) for pair in _dart_row(row)]
+
+
+def _dart_row(row: dict[str, Any]) -> list[Pair]:
+    texts = row["annotations"]
+    # The hub's rows keep lists in the columns where the file keeps objects in a list.
+    texts = texts["text"] if isinstance(texts, dict) else [annotation["text"] for annotation in texts]
+    context = _triples((s, p.lower(), o) for s, p, o in row["tripleset"])
+    return [Pair(context, text) for text in texts]
+
+
+def _webnlg_row(row: dict[str, Any]) -> list[Pair]:
+    """A hub row: modified_triple_sets.mtriple_set [[\"s | p | o\", ...]], lex.text and lex.comment."""
+    triples = [tuple(t.split(" | ", 2)) for t in row["modified_triple_sets"]["mtriple_set"][0]]
+    lex = row["lex"]
+    return [Pair(_triples(triples), text) for text, comment in zip(lex["text"], lex["comment"]) if comment == "good"]
+
+
+def _e2e_row(row: dict[str, Any]) -> list[Pair]:
+    """A hub row: meaning_representation \"name[X], area[Y]\" and human_reference."""
+    slots = _SLOT.findall(row["meaning_representation"])
+    context = " | ".join(f"{name.strip()} : {value.strip()}" for name, value in slots)
+    return [Pair(context, row["human_reference"])]
+
+
+def _triples(triples: Iterable[tuple[str, str, str]]) -> str:
+    return " | ".join(" : ".join(triple) for triple in triples)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: got a file that is not JSON ({error})") from error
+
+
+def _from_hub(source: str, data_format: str) -> TableData:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"data: {source!r} is no folder; the hub needs the package datasets") from error
+    name, _, config = source.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, config or None)
+    except Exception as error:
+        raise ValueError(
+            f"data: {source!r} is no folder, and datasets.load_dataset refused it: {str(error).splitlines()[0]}"
+        ) from error
+    row = HUB_ROWS[data_format]
+    splits = {}
+    for split, names in _HUB_SPLITS.items():
+        found = next((n for n in names if n in loaded), None)
+        if found is None and split != "test":
+            raise ValueError(f"data: {source!r} has the splits {sorted(loaded)}, expected one of {names}")
+        splits[split] = None if found is None else [pair for r in loaded[found] for pair in row(r)]
+    return TableData(source, **splits)
+
+
+_READERS: dict[str, Callable[[Path], list[Pair]]] = {"e2e": _read_e2e, "webnlg": _read_webnlg, "dart": _read_dart}
+HUB_ROWS: dict[str, Callable[[dict[str, Any]], list[Pair]]] = {
+    "e2e": _e2e_row,
+    "webnlg": _webnlg_row,
+    "dart": _dart_row,
+}

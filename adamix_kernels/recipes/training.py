@@ -1,0 +1,174 @@
+"""One run: a method on a recipe with one seed, by transformers' Trainer or AdaMixTrainer."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from ..models.contexts import eval_routing, use_experts
+from ..models.merging import merge
+from ..models.trainer import AdaMixTrainer
+from ..reports import TrainingReport
+from .config import Recipe
+from .methods import Built, Method, build, kept_parameters, learning_rate
+from .metrics import Scores
+
+LOGS = 40  # about as many points of a curve as a row keeps
+DRAWS = 3  # random routings that an evaluation averages
+
+
+def train_once(
+    recipe: Recipe, problem: Any, method: Method, seed: int, folder: Path, report: Path | None = None
+) -> dict[str, Any]:
+    """Trains and evaluates; returns the outcome part of a row, as JSON would have it.
+
+    The seed fixes the head's first weights, the order of the batches and what is drawn after them: the same for every
+    method as far as it draws the same numbers.
+
+    Args:
+        folder: scratch space for checkpoints. report: a folder for an AdaMix run's TrainingReport.
+    """
+    set_seed(seed)
+    built = build(method, problem.fresh(), recipe)
+    model = built.model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kept = kept_parameters(built)
+    rows = problem.train_rows(seed)
+    arguments, steps = training_arguments(recipe, method, seed, len(rows), folder)
+    timer = _Timer()
+    callbacks: list[TrainerCallback] = [timer]
+    if report is not None and built.experts:
+        first = recipe.metrics[0]
+        score = None if recipe.kind == "generation" else lambda m: problem.scores(m).values.get(first, math.nan)
+        callbacks.append(TrainingReport(report, score=score, score_name=first))
+    best = recipe.select == "best"
+    trainer = (AdaMixTrainer if built.adapted else Trainer)(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=problem.dev_rows() if best else None,
+        data_collator=problem.collate,
+        callbacks=callbacks,
+        **({} if built.adapted else {"compute_loss_func": problem.loss}),
+        **({"compute_metrics": _metric(problem)} if best else {}),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    start = time.perf_counter()
+    scores, details = evaluate(recipe, problem, built, seed)
+    return {
+        "scores": scores,
+        **details,
+        "trained": trained,
+        "kept": kept,
+        "steps": steps,
+        "train_rows": len(rows),
+        "seconds_per_step": round(statistics.median(timer.seconds), 4) if timer.seconds else None,
+        "evaluation_seconds": round(time.perf_counter() - start, 2),
+        "history": _history(trainer.state.log_history),
+    }
+
+
+def training_arguments(
+    recipe: Recipe, method: Method, seed: int, rows: int, folder: Path
+) -> tuple[TrainingArguments, int]:
+    """(arguments, steps) of one run; warmup_ratio becomes steps, which every release of transformers understands."""
+    values = {**recipe.training, "learning_rate": learning_rate(method, recipe)}
+    batch = values["per_device_train_batch_size"]
+    steps = math.ceil(values["num_train_epochs"] * math.ceil(rows / batch))
+    if "warmup_ratio" in values:
+        values["warmup_steps"] = math.ceil(values.pop("warmup_ratio") * steps)
+    strategy = "epoch" if recipe.select == "best" else "no"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        seed=seed,
+        data_seed=seed,
+        report_to="none",
+        logging_steps=max(1, steps // LOGS),
+        save_strategy=strategy,
+        eval_strategy=strategy,
+        save_total_limit=1,
+        load_best_model_at_end=recipe.select == "best",
+        metric_for_best_model=recipe.metrics[0] if recipe.select == "best" else None,
+        greater_is_better=True if recipe.select == "best" else None,
+        **{"disable_tqdm": True, "dataloader_pin_memory": torch.cuda.is_available(), **values},
+    )
+    return arguments, steps
+
+
+def evaluate(recipe: Recipe, problem: Any, built: Built, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """({evaluation: {metric: value}}, details): of one model "plain", of an AdaMix model as the recipe asks.
+
+    "random" is the mean over DRAWS routings per sample; "fixed" the mean over the experts, each by itself. Their single
+    values of the first metric are in details["spread"].
+    """
+    model = built.model.eval()
+    if not built.experts:
+        scores = problem.scores(model)
+        return {"plain": scores.values}, _details(scores)
+    values: dict[str, Any] = {}
+    spread: dict[str, list[float]] = {}
+    scores = Scores()
+    if "random" in recipe.evaluations:
+        runs = []
+        for draw in range(DRAWS):
+            torch.manual_seed(1000 * seed + draw)
+            with eval_routing(model, "sample"):
+                runs.append(scores := problem.scores(model))
+        values["random"], spread["random"] = _mean(runs), [r.values.get(recipe.metrics[0]) for r in runs]
+    if "fixed" in recipe.evaluations:
+        runs = []
+        for expert in range(model.adamix.config.num_experts):
+            with use_experts(model, expert):
+                runs.append(scores := problem.scores(model))
+        values["fixed"], spread["fixed"] = _mean(runs), [r.values.get(recipe.metrics[0]) for r in runs]
+    if "merged" in recipe.evaluations:
+        scores = problem.scores(merge(model).eval())
+        values = {"merged": scores.values, **values}
+    return values, {**_details(scores), "spread": spread}
+
+
+def _mean(runs: list[Scores]) -> dict[str, float]:
+    names = set.intersection(*(set(run.values) for run in runs))
+    return {name: statistics.mean(run.values[name] for run in runs) for name in sorted(names)}
+
+
+def _details(scores: Scores) -> dict[str, Any]:
+    return {"metric_sources": scores.sources, "metrics_missing": scores.missing}
+
+
+def _metric(problem: Any):
+    """compute_metrics of Trainer: the first metric alone, 0 where its library is missing or it is not defined."""
+    name = problem.recipe.metrics[0]
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        scores = problem.scores_of(torch.as_tensor(prediction.predictions), prediction.label_ids.tolist())
+        return {name: scores.values.get(name, 0.0)}
+
+    return metrics
+
+
+def _history(logs: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """step, loss and, of AdaMix, cross_entropy and consistency of every training log."""
+    logs = [log for log in logs if "loss" in log and "learning_rate" in log]
+    names = [n for n in ("step", "loss", "cross_entropy", "consistency") if logs and n in logs[0]]
+    return {name: [round(log[name], 6) for log in logs] for name in names}
+
+
+class _Timer(TrainerCallback):
+    """Seconds of each step, from its first forward to the optimizer's end."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self._start)

@@ -1,0 +1,209 @@
+"""Each family of recipes from end to end on tiny models and data made here: train, evaluate, resume, report."""
+
+import json
+
+import pytest
+import tiny_recipes
+import tiny_text
+
+from adamix_kernels import cli
+from adamix_kernels.recipes import Limits, expand_methods, load_recipe, problems, read_rows, run_recipe
+
+pytest.importorskip("peft")
+pytest.importorskip("sklearn")
+
+CLASSIFIERS = ["full", "head", "bitfit", "pfeiffer", "houlsby", "prefix:tokens=2", "lora:r=2", "adamix"]
+
+
+def _run(recipe, methods, path, seeds=1, **options):
+    return run_recipe(recipe, expand_methods(methods, recipe), range(seeds), path, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(recipe, results file, rows) of every baseline and AdaMix, with a training report."""
+    folder = tmp_path_factory.mktemp("glue")
+    recipe = tiny_recipes.tiny_recipe(folder, pooling="mean")
+    path = folder / "rows.jsonl"
+    return recipe, path, _run(recipe, CLASSIFIERS, path, reports=folder / "reports")
+
+
+def test_baselines_and_adamix_share_rows_steps_and_seeds(finished):
+    _, path, rows = finished
+    assert rows == read_rows(path)
+    assert [row["method"] for row in rows] == CLASSIFIERS
+    for row in rows:
+        assert (row["train_rows"], row["steps"], row["seed"], row["epochs"]) == (12, 2, 0, 1)
+        assert row["seconds_per_step"] > 0
+        assert row["metric_sources"]["accuracy"].startswith("scikit-learn")
+        assert len(row["history"]["loss"]) == 2
+        assert set(row["scores"]) == ({"merged", "random", "fixed"} if row["method"] == "adamix" else {"plain"})
+        assert all(0 <= s["accuracy"] <= 100 for s in row["scores"].values())
+    adamix = rows[-1]
+    assert [len(adamix["spread"][k]) for k in ("random", "fixed")] == [3, 2]
+    assert adamix["trained"] > adamix["kept"]
+    assert all(v > 0 for v in adamix["history"]["consistency"])
+    # The first batch passes through the same head, whatever is trained: without dropout these would be equal.
+    first = [row["history"]["loss"][0] for row in rows]
+    assert max(first) - min(first) < 0.5
+
+
+def test_every_method_sees_the_same_batches(finished, tmp_path, monkeypatch):
+    recipe, seen = finished[0], []
+    plain = problems.collator
+
+    def collator(tokenizer):
+        inner = plain(tokenizer)
+
+        def collate(rows):
+            seen[-1].append([tuple(row["input_ids"]) for row in rows])
+            return inner(rows)
+
+        return collate
+
+    monkeypatch.setattr(problems, "collator", collator)
+    for method in ("full", "lora:r=2", "adamix", "adamix:consistency_weight=0,num_experts=4"):
+        seen.append([])
+        _run(recipe, [method], tmp_path / "rows.jsonl", limits=Limits(dev_rows=2))
+    batches = [calls[:2] for calls in seen]
+    assert sorted(len(rows) for rows in batches[0]) == [6, 6]
+    assert all(other == batches[0] for other in batches[1:])
+
+
+def test_an_adamix_run_leaves_its_report(finished):
+    _, path, _ = finished
+    (folder,) = (path.parent / "reports").iterdir()
+    report = json.loads((folder / "training_report.json").read_text())
+    assert [p["step"] for p in report["points"]] == [1, 2]
+    assert (folder / "training_report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_rows_are_not_run_again(finished, monkeypatch):
+    recipe, path, rows = finished
+    before = path.read_bytes()
+
+    def fail(*_args, **_options):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("adamix_kernels.recipes.training.train_once", fail)
+    assert _run(recipe, CLASSIFIERS, path) == rows
+    assert path.read_bytes() == before
+    with pytest.raises(AssertionError, match="trained again"):
+        _run(recipe.changed({"training.num_train_epochs": 2}), ["head"], path)
+    with pytest.raises(AssertionError, match="trained again"):
+        _run(recipe, ["head"], path, limits=Limits(train_rows=6))
+    # Another method's settings, or more seeds, do not make a run another one.
+    assert _run(recipe.changed({"methods.full.learning_rate": 1.0, "seeds": 9}), ["head"], path) == rows[1:2]
+
+
+def test_the_same_seed_gives_the_same_row(finished, tmp_path):
+    recipe, _, rows = finished
+    (again,) = _run(recipe, ["adamix"], tmp_path / "rows.jsonl")
+    for key in ("scores", "spread", "history", "key"):
+        assert again[key] == rows[-1][key]
+
+
+def test_the_best_epoch_on_dev_is_kept(tmp_path):
+    recipe = tiny_recipes.tiny_recipe(tmp_path, select="best").changed({"training.num_train_epochs": 2})
+    rows = _run(recipe, ["head", "adamix"], tmp_path / "rows.jsonl")
+    assert [row["steps"] for row in rows] == [4, 4]
+    assert all(row["scores"] for row in rows)
+
+
+def test_regression(tmp_path):
+    pytest.importorskip("scipy")
+    recipe = tiny_recipes.tiny_recipe(
+        tmp_path, regression=True, metrics=["pearson", "spearman"], evaluations=["merged"]
+    )
+    words = tiny_text.WORDS
+    lines = [f"{words[i % 4]} film\tthe {words[4 + i % 5]}\t{i / 4}" for i in range(12)]
+    for split in ("train", "dev"):
+        text = "\n".join(["sentence1\tsentence2\tscore", *lines]) + "\n"
+        (tmp_path / "data" / f"{split}.tsv").write_text(text, encoding="utf-8")
+    (row,) = _run(recipe, ["adamix"], tmp_path / "rows.jsonl")
+    assert set(row["scores"]["merged"]) == {"pearson", "spearman"}
+
+
+def test_fewshot_prompts(tmp_path):
+    words = {"good": ["up"], "bad": ["down"]}
+    recipe = tiny_recipes.tiny_recipe(
+        tmp_path, kind="prompt", shots=6, prompt={"template": "{text} was {mask}", "words": words}
+    )
+    methods = ["full", "head", "lora:r=2", "prefix", "adamix"]
+    rows = _run(recipe, methods, tmp_path / "rows.jsonl", limits=Limits(dev_rows=4))
+    assert [row.get("train_rows") for row in rows] == [6, 6, 6, None, 6]
+    assert "masked language models" in rows[3]["skipped"]
+    assert all(0 <= row["scores"]["plain"]["accuracy"] <= 100 for row in rows[:3])
+    assert set(rows[4]["scores"]) == {"merged", "random", "fixed"}
+
+
+def test_the_evidence_of_a_small_encoder(tmp_path):
+    tiny = tiny_recipes.tiny_recipe(tmp_path)
+    changes = {"model": tiny.model, "data": tiny.data, "training.num_train_epochs": 1, "training.use_cpu": True}
+    recipe = load_recipe("evidence/minilm").changed(
+        {**changes, "adamix.bottleneck": 4, "evaluations": ["merged", "random"]}
+    )
+    rows = _run(recipe, ["default"], tmp_path / "rows.jsonl", limits=Limits(shots=4, dev_rows=4))
+    assert [row["method"] for row in rows] == recipe.default_methods
+    assert [row["shots"] for row in rows] == [4] * 7
+    one_pass = ["consistency_weight=0" in row["method"] for row in rows[3:]]
+    assert one_pass == [not any(row["history"]["consistency"]) for row in rows[3:]]
+    assert rows[2]["kept"] == rows[3]["kept"]
+
+
+NLG = {
+    "e2e": (tiny_recipes.write_e2e, {"method": "lora", "r": 2, "num_experts": 2}),
+    "webnlg": (tiny_recipes.write_webnlg, {"method": "adapter", "bottleneck": 2, "num_experts": 2}),
+    "dart": (tiny_recipes.write_dart, {"method": "lora", "r": 2, "num_experts": 2, "dropout": 0.1}),
+}
+
+
+@pytest.mark.parametrize("task", NLG)
+def test_text_from_tables(tmp_path, task):
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+    write, adamix = NLG[task]
+    recipe = tiny_recipes.tiny_recipe(
+        tmp_path,
+        kind="generation",
+        model=str(tiny_recipes.write_causal(tmp_path / "gpt2")),
+        data=str(write(tmp_path / task)),
+        data_format=task,
+        metrics=["bleu", "ter", "rouge_l"],
+        evaluations=["merged"],
+        adamix={**adamix, "consistency_weight": 100.0},
+        max_tokens=40,
+        generation={"beams": 2, "max_new_tokens": 4, "stop_ids": [628], "normalise": task != "e2e", "batch_size": 2},
+    ).changed({"training.label_smoothing_factor": 0.1, "training.max_grad_norm": 0.0})
+    methods = (
+        ["lora:r=2", "adamix"] if task == "e2e" else ["prefix:tokens=2", "adamix"] if task == "dart" else ["adamix"]
+    )
+    rows = _run(recipe, methods, tmp_path / "rows.jsonl", limits=Limits(dev_rows=2))
+    assert not any(row["metrics_missing"] for row in rows)
+    for row in rows:
+        (scores,) = row["scores"].values()
+        assert set(scores) == {"bleu", "ter", "rouge_l", "loss"}
+        assert 0 < scores["loss"] < 6
+
+
+def test_from_the_command_line(finished, tmp_path, capsys):
+    recipe, path, _ = finished
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps(recipe.to_dict()))
+    results = tmp_path / "rows.jsonl"
+    run = ["recipe", "run", str(mine), "--methods", "head", "--seeds", "2", "--results", str(results), "--disable-tqdm"]
+    assert cli.main([*run, "--train-rows", "6", "--set", "training.learning_rate", "0.1"]) == 0
+    assert "| head | " in capsys.readouterr().out
+    rows = read_rows(results)
+    assert [(r["seed"], r["learning_rate"], r["train_rows"]) for r in rows] == [(0, 0.1, 6), (1, 0.1, 6)]
+    assert cli.main(["recipe", "report", str(path), str(results), "--out", str(tmp_path / "report")]) == 0
+    assert "routings-1.png" in capsys.readouterr().out
+    assert "adamix, merged" in (tmp_path / "report" / "table.md").read_text()
+    assert cli.main(["recipe", "show", "glue/bert-base/rte", "--epochs", "3"]) == 0
+    assert json.loads(capsys.readouterr().out)["training"]["num_train_epochs"] == 3
+    for listing, word in (("list", "nlg/lora/e2e"), ("methods", "houlsby")):
+        assert cli.main(["recipe", listing]) == 0
+        assert word in capsys.readouterr().out
+    assert cli.main(["recipe", "run", str(mine), "--methods", "unipelt"]) == 2
+    assert "transformers 4.57" in capsys.readouterr().err
+    assert cli.main(["recipe", "report", str(tmp_path / "none.jsonl")]) == 2
