@@ -25,9 +25,67 @@ STABLE_TORCH_LIBRARY(adamix_cuda, m) {
   m.def(
       "routed_adapter_forward(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
       "Tensor? down_index, Tensor? up_index, Tensor? residual, bool add_input, str activation) -> (Tensor, Tensor)");
+  m.def(
+      "routed_adapter_backward(Tensor grad_out, Tensor x, Tensor pre, Tensor down_weight, Tensor up_weight, "
+      "Tensor? down_index, Tensor? up_index, bool need_input, bool need_down, bool need_up, bool add_input, "
+      "str activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "routed_lora_forward(Tensor x, Tensor lora_a, Tensor lora_b, Tensor? a_index, Tensor? b_index, Tensor? base, "
+      "Tensor? seed, float scaling, int groups, int[] offsets, float dropout_p) -> (Tensor, Tensor)");
+  m.def(
+      "routed_lora_forward_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor? a_index, Tensor? b_index, "
+      "Tensor(a!) base, Tensor? seed, float scaling, int groups, int[] offsets, float dropout_p) -> Tensor");
+  m.def(
+      "routed_lora_backward(Tensor grad_out, Tensor x, Tensor t, Tensor lora_a, Tensor lora_b, Tensor? a_index, "
+      "Tensor? b_index, Tensor? seed, bool need_x, bool need_a, bool need_b, float scaling, int groups, "
+      "int[] offsets, float dropout_p) -> (Tensor, Tensor, Tensor)");
+  m.def("merge_banks_forward(Tensor[] banks, Tensor?[] scores) -> Tensor[]");
+  m.def("merge_experts_forward(Tensor bank, Tensor? scores) -> Tensor");
+  m.def(
+      "merge_experts_backward(Tensor grad_out, Tensor bank, Tensor? scores, bool need_bank, bool need_scores) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "merge_lora_forward(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, int groups, int[] offsets, "
+      "bool fan_in_fan_out) -> Tensor");
+  m.def(
+      "consistency_forward(Tensor logits_a, Tensor logits_b, Tensor? mask, bool detach_target, str reduction, "
+      "Tensor(a!)? da, Tensor(b!)? db) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "consistency_backward(Tensor grad, Tensor logits_a, Tensor logits_b, Tensor? mask, Tensor stats, Tensor scale, "
+      "bool detach_target, Tensor(a!)? da, Tensor(b!)? db, bool correct) -> ()");
+  m.def(
+      "adamix_forward(Tensor logits, Tensor labels, Tensor? mask, Tensor? num_items, float weight, int ignore_index, "
+      "float label_smoothing, bool detach_target, Tensor(a!)? d_logits) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "adamix_backward(Tensor grad, Tensor logits, Tensor labels, Tensor? mask, Tensor stats, Tensor scales, "
+      "float weight, int ignore_index, float label_smoothing, bool detach_target, Tensor(a!) d_logits, bool correct) "
+      "-> ()");
+  m.def(
+      "adamix_chunk(Tensor(a!) logits, Tensor labels, Tensor? mask, Tensor factors, int ignore_index, "
+      "float label_smoothing, bool detach_target, bool need_grad) -> Tensor");
+  m.def("consistency_rescale(Tensor(a!) gradient, Tensor factor) -> ()");
+  m.def(
+      "consistency_plan(int rows, int classes, int element_bytes, int capability, int shared_bytes, "
+      "int multiprocessors) -> int[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(adamix_cuda, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&adamix::build_info));
   m.impl("routed_adapter_forward", TORCH_BOX(&adamix::routed_adapter_forward));
+  m.impl("routed_adapter_backward", TORCH_BOX(&adamix::routed_adapter_backward));
+  m.impl("routed_lora_forward", TORCH_BOX(&adamix::routed_lora_forward));
+  m.impl("routed_lora_forward_", TORCH_BOX(&adamix::routed_lora_forward_inplace));
+  m.impl("routed_lora_backward", TORCH_BOX(&adamix::routed_lora_backward));
+  m.impl("merge_banks_forward", TORCH_BOX(&adamix::merge_banks_forward));
+  m.impl("merge_experts_forward", TORCH_BOX(&adamix::merge_experts_forward));
+  m.impl("merge_experts_backward", TORCH_BOX(&adamix::merge_experts_backward));
+  m.impl("merge_lora_forward", TORCH_BOX(&adamix::merge_lora_forward));
+  m.impl("consistency_forward", TORCH_BOX(&adamix::consistency_forward));
+  m.impl("consistency_backward", TORCH_BOX(&adamix::consistency_backward));
+  m.impl("adamix_forward", TORCH_BOX(&adamix::adamix_forward));
+  m.impl("adamix_backward", TORCH_BOX(&adamix::adamix_backward));
+  m.impl("adamix_chunk", TORCH_BOX(&adamix::adamix_chunk));
+  m.impl("consistency_rescale", TORCH_BOX(&adamix::consistency_rescale));
+  m.impl("consistency_plan", TORCH_BOX(&adamix::consistency_plan));
 }

@@ -9,5 +9,47 @@ std::tuple<Tensor, Tensor> routed_adapter_forward(Tensor x, Tensor down_weight, 
                                                   Tensor up_weight, OptionalTensor up_bias, OptionalTensor down_index,
                                                   OptionalTensor up_index, OptionalTensor residual, bool add_input,
                                                   std::string activation);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_adapter_backward(
+    Tensor grad_out, Tensor x, Tensor pre, Tensor down_weight, Tensor up_weight, OptionalTensor down_index,
+    OptionalTensor up_index, bool need_input, bool need_down, bool need_up, bool add_input, std::string activation);
+
+std::tuple<Tensor, Tensor> routed_lora_forward(Tensor x, Tensor lora_a, Tensor lora_b, OptionalTensor a_index,
+                                               OptionalTensor b_index, OptionalTensor base, OptionalTensor seed,
+                                               double scaling, int64_t groups, std::vector<int64_t> offsets,
+                                               double dropout_p);
+Tensor routed_lora_forward_inplace(Tensor x, Tensor lora_a, Tensor lora_b, OptionalTensor a_index,
+                                   OptionalTensor b_index, Tensor base, OptionalTensor seed, double scaling,
+                                   int64_t groups, std::vector<int64_t> offsets, double dropout_p);
+std::tuple<Tensor, Tensor, Tensor> routed_lora_backward(Tensor grad_out, Tensor x, Tensor t, Tensor lora_a,
+                                                        Tensor lora_b, OptionalTensor a_index, OptionalTensor b_index,
+                                                        OptionalTensor seed, bool need_x, bool need_a, bool need_b,
+                                                        double scaling, int64_t groups, std::vector<int64_t> offsets,
+                                                        double dropout_p);
+
+std::vector<Tensor> merge_banks_forward(std::vector<Tensor> banks, std::vector<OptionalTensor> scores);
+Tensor merge_experts_forward(Tensor bank, OptionalTensor scores);
+std::tuple<Tensor, Tensor> merge_experts_backward(Tensor grad_out, Tensor bank, OptionalTensor scores, bool need_bank,
+                                                  bool need_scores);
+Tensor merge_lora_forward(Tensor weight, Tensor lora_a, Tensor lora_b, double scaling, int64_t groups,
+                          std::vector<int64_t> offsets, bool fan_in_fan_out);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> consistency_forward(Tensor logits_a, Tensor logits_b, OptionalTensor mask,
+                                                               bool detach_target, std::string reduction,
+                                                               OptionalTensor da, OptionalTensor db);
+void consistency_backward(Tensor grad, Tensor logits_a, Tensor logits_b, OptionalTensor mask, Tensor stats,
+                          Tensor scale, bool detach_target, OptionalTensor da, OptionalTensor db, bool correct);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adamix_forward(Tensor logits, Tensor labels,
+                                                                          OptionalTensor mask, OptionalTensor num_items,
+                                                                          double weight, int64_t ignore_index,
+                                                                          double label_smoothing, bool detach_target,
+                                                                          OptionalTensor d_logits);
+void adamix_backward(Tensor grad, Tensor logits, Tensor labels, OptionalTensor mask, Tensor stats, Tensor scales,
+                     double weight, int64_t ignore_index, double label_smoothing, bool detach_target, Tensor d_logits,
+                     bool correct);
+Tensor adamix_chunk(Tensor logits, Tensor labels, OptionalTensor mask, Tensor factors, int64_t ignore_index,
+                    double label_smoothing, bool detach_target, bool need_grad);
+void consistency_rescale(Tensor gradient, Tensor factor);
+std::vector<int64_t> consistency_plan(int64_t rows, int64_t classes, int64_t element_bytes, int64_t capability,
+                                      int64_t shared_bytes, int64_t multiprocessors);
 
 }  // namespace adamix

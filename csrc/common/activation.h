@@ -7,9 +7,9 @@ namespace adamix {
 
 enum class Activation : int { kNone, kGelu, kGeluTanh, kRelu, kSilu };
 
-constexpr float kSqrtHalf = 0.70710678118654752f;       // 1 / sqrt(2)
-constexpr float kInvSqrt2Pi = 0.39894228040143268f;     // 1 / sqrt(2 pi)
-constexpr float kSqrt2OverPi = 0.79788456080286536f;    // sqrt(2 / pi)
+constexpr float kSqrtHalf = 0.70710678118654752f;     // 1 / sqrt(2)
+constexpr float kInvSqrt2Pi = 0.39894228040143268f;   // 1 / sqrt(2 pi)
+constexpr float kSqrt2OverPi = 0.79788456080286536f;  // sqrt(2 / pi)
 constexpr float kGeluTanhCubic = 0.044715f;
 
 ADAMIX_DEVICE float activate(Activation kind, float z) {

@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 #endif
 
+#include <cstdlib>
 #include <limits>
 
 namespace adamix {
@@ -37,7 +38,8 @@ void* current_stream(int device) {
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
-  if (error != cudaSuccess) throw std::runtime_error(std::string("cudaDeviceGetAttribute: ") + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("cudaDeviceGetAttribute: ") + cudaGetErrorString(error));
   return value;
 }
 #endif
@@ -113,9 +115,15 @@ Routing check_routing(const char* name, const OptionalTensor& index, int64_t bat
 
 #if defined(ADAMIX_HOST)
 
+// What the emulated device is, for the tests of what launchers choose.
+static int device_value(const char* variable, int usual) {
+  const char* value = std::getenv(variable);
+  return value == nullptr ? usual : std::atoi(value);
+}
+
 Device check_device(const char* name, const Tensor& tensor) {
   if (!tensor.is_cpu()) fail(name, "a tensor that is not on the CPU", "a CPU tensor: the device code runs on the CPU");
-  return {0, 4, 227 * 1024, 90, nullptr};
+  return {0, 4, device_value("ADAMIX_HOST_SHARED", 227 * 1024), device_value("ADAMIX_HOST_CAPABILITY", 90), nullptr};
 }
 
 DeviceScope::DeviceScope(const Device& device) : previous_(device.index) {}
@@ -128,11 +136,11 @@ Device check_device(const char* name, const Tensor& tensor) {
   int index = tensor.get_device();
   static thread_local Device known{-1, 0, 0, 0, nullptr};
   if (known.index != index) {
-    known = {index, attribute(cudaDevAttrMultiProcessorCount, index),
-             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-             10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
-                 attribute(cudaDevAttrComputeCapabilityMinor, index),
-             nullptr};
+    known = {
+        index, attribute(cudaDevAttrMultiProcessorCount, index),
+        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+        10 * attribute(cudaDevAttrComputeCapabilityMajor, index) + attribute(cudaDevAttrComputeCapabilityMinor, index),
+        nullptr};
   }
   Device device = known;
   device.stream = current_stream(index);

@@ -51,17 +51,40 @@ ADAMIX_DEVICE void load_tile(T* tile, const T* source, Offset offset, Keep keep,
   constexpr int kSize = Piece<T>::kSize;
   constexpr int kPieces = Cols / kSize;
   static_assert(Cols % kSize == 0, "a row is a whole number of 16-byte pieces");
+#if ADAMIX_ARCH > 0 && ADAMIX_ARCH < 800
+  // Without asynchronous copies, all pieces of a thread are under way before it stores the first.
+  if constexpr (Rows * kPieces % Threads == 0) {
+    if (aligned && valid_cols >= Cols) {
+      uint4 pieces[Rows * kPieces / Threads];
+#pragma unroll
+      for (int i = 0; i < Rows * kPieces / Threads; ++i) {
+        int at = i * Threads + threadIdx.x, row = at / kPieces;
+        const T* from = source + offset(row) + at % kPieces * kSize;
+        pieces[i] = keep(row) ? __ldg(reinterpret_cast<const uint4*>(from)) : uint4{0, 0, 0, 0};
+      }
+#pragma unroll
+      for (int i = 0; i < Rows * kPieces / Threads; ++i) {
+        int at = i * Threads + threadIdx.x;
+        *reinterpret_cast<uint4*>(tile + at / kPieces * pitch_of<T>(Cols) + at % kPieces * kSize) = pieces[i];
+      }
+      return;
+    }
+  }
+#endif
   for (int i = threadIdx.x; i < Rows * kPieces; i += Threads) {
     int row = i / kPieces, col = i % kPieces * kSize;
     T* target = tile + row * pitch_of<T>(Cols) + col;
-    bool kept = keep(row);
-    const T* from = kept ? source + offset(row) + col : source;
-    if (kept && aligned && col + kSize <= valid_cols) {
+    if (!keep(row) || col >= valid_cols) {
+      *reinterpret_cast<Piece<T>*>(target) = Piece<T>{};
+      continue;
+    }
+    const T* from = source + offset(row) + col;
+    if (aligned && col + kSize <= valid_cols) {
       copy_async(target, from);
       continue;
     }
 #pragma unroll 1
-    for (int e = 0; e < kSize; ++e) target[e] = kept && col + e < valid_cols ? from[e] : from_float<T>(0.f);
+    for (int e = 0; e < kSize; ++e) target[e] = col + e < valid_cols ? from[e] : from_float<T>(0.f);
   }
 }
 

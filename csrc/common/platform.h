@@ -10,7 +10,6 @@
 #include <cuda/std/cstdint>
 using cuda::std::int32_t;
 using cuda::std::int64_t;
-using cuda::std::size_t;
 using cuda::std::uint32_t;
 using cuda::std::uint64_t;
 using cuda::std::uintptr_t;

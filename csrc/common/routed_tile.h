@@ -5,35 +5,26 @@
 #pragma once
 
 #include "common/copy.h"
+#include "common/piece.h"
 #include "common/rows.h"
 #include "common/shared_memory.h"
+#include "common/tile_sizes.h"
 #include "common/warp_tile.h"
 
 namespace adamix {
-
-constexpr int kTileRows = 64;
-constexpr int kTileCols = 64;  // columns of a wide tensor that a block computes at a time
-constexpr int kTileThreads = 128;
-constexpr int kWarpRows = 16;  // each of the four warps computes its own rows of the tile
-
-// Columns of a product's inner dimension loaded at a time: 128 bytes of a row.
-template <typename T>
-constexpr int kInner = 128 / sizeof(T);
 
 constexpr int kPatchPitch = kTileCols + 4;
 
 ADAMIX_DEVICE int this_warp() { return threadIdx.x / 32; }
 ADAMIX_DEVICE int this_lane() { return threadIdx.x % 32; }
-ADAMIX_BOTH constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-ADAMIX_BOTH constexpr int max_of(int a, int b) { return a > b ? a : b; }
 
 // Two stages of operand tiles, and room for each warp's sums. Narrow: columns of the narrow product.
 template <typename T, int Narrow>
 struct Stages {
   static constexpr int kLeft = kTileRows * pitch_of<T>(kInner<T>);
   // The right operand of a narrow product [Narrow, kInner], of a wide one [kTileCols, Narrow], or their transposes.
-  static constexpr int kRight = max_of(max_of(Narrow * pitch_of<T>(kInner<T>), kInner<T> * pitch_of<T>(Narrow)),
-                                       max_of(kTileCols * pitch_of<T>(Narrow), Narrow * pitch_of<T>(kTileCols)));
+  static constexpr int kRight = max_of(max_of(Narrow * pitch_of<T>(kInner<T>), kInner<T>* pitch_of<T>(Narrow)),
+                                       max_of(kTileCols* pitch_of<T>(Narrow), Narrow* pitch_of<T>(kTileCols)));
   static_assert(2 * kLeft * sizeof(T) >= kTileRows * kPatchPitch * sizeof(float), "the patch fits the left stages");
 
   T* left_;      // two of [kTileRows, kInner]
@@ -92,27 +83,12 @@ ADAMIX_DEVICE void visit_patch(const float* patch, Visit visit) {
   __syncwarp();
 }
 
-// target[0..size) = piece, for the first `valid` elements.
-template <typename T>
-ADAMIX_DEVICE void store_piece(T* target, const Piece<T>& piece, int valid, bool aligned) {
-  if (aligned && valid >= Piece<T>::kSize) {
-    *reinterpret_cast<Piece<T>*>(target) = piece;
-    return;
-  }
-#pragma unroll
-  for (int e = 0; e < Piece<T>::kSize; ++e) {
-    if (e < valid) target[e] = piece.values[e];
-  }
-}
-
-// The first `valid` elements at `source`, then zeros.
-template <typename T>
-ADAMIX_DEVICE Piece<T> load_piece(const T* source, int valid, bool aligned) {
-  if (aligned && valid >= Piece<T>::kSize) return *reinterpret_cast<const Piece<T>*>(source);
-  Piece<T> piece;
-#pragma unroll
-  for (int e = 0; e < Piece<T>::kSize; ++e) piece.values[e] = e < valid ? source[e] : from_float<T>(0.f);
-  return piece;
+// tile[i][j] = matrix[(row0 + i) * cols + col0 + j], zero outside [rows, cols]; see load_tile.
+template <int Rows, int Cols, typename T>
+ADAMIX_DEVICE void load_matrix(T* tile, const T* matrix, int row0, int rows, int col0, int cols, bool aligned) {
+  load_tile<Rows, Cols, kTileThreads>(
+      tile, matrix + col0, [&](int i) { return static_cast<int64_t>(row0 + i) * cols; },
+      [&](int i) { return row0 + i < rows; }, cols - col0, aligned);
 }
 
 // Narrow product: sums[row][0..Narrow) over the inner dimension of left[row][k] * right[n][k] (or right[k][n]).
@@ -134,10 +110,11 @@ ADAMIX_DEVICE void narrow_product(const Stages<T, Narrow>& stages, int inner, Lo
         load_right(stages.right(stage), step * kInner<T>);
       },
       [&](int step, int stage) { change_left(stages.left(stage), step * kInner<T>); },
-      [&](int, int stage) {
+      [&](int step, int stage) {
         const T* left = stages.left(stage) + this_warp() * kWarpRows * kPitch;
 #pragma unroll
         for (int k = 0; k < kInner<T>; k += 16) {
+          if (step * kInner<T> + k >= inner) break;
           WarpTile<T>::template add_products<Inner::kContiguous, Right>(
               sums, left + k, kPitch, stages.right(stage) + k * (Right == Inner::kContiguous ? 1 : kRightPitch),
               kRightPitch);
@@ -147,14 +124,14 @@ ADAMIX_DEVICE void narrow_product(const Stages<T, Narrow>& stages, int inner, Lo
 }
 
 // Wide product: for every kTileCols columns, sums[row][n] over the narrow dimension of left[row][k] * right[n][k]
-// (or right[k][n]), with left [kTileRows, inner] resident in shared memory (pitch left_pitch, zero beyond the rank up
-// to a multiple of Narrow). load_right(tile, col0, k0) starts the copies; finish(col0) is called with the sums in the
+// (or right[k][n]), with left [kTileRows, inner] resident in shared memory (pitch left_pitch, zero beyond `inner` up
+// to a multiple of 16). load_right(tile, col0, k0) starts the copies; finish(col0) is called with the sums in the
 // warps' rows of stages.patch.
 template <typename T, int Narrow, Inner Right, typename LoadRight, typename Finish>
 ADAMIX_DEVICE void wide_product(const Stages<T, Narrow>& stages, const T* left, int left_pitch, int inner, int cols,
                                 LoadRight load_right, Finish finish) {
   constexpr int kRightPitch = Right == Inner::kContiguous ? pitch_of<T>(Narrow) : pitch_of<T>(kTileCols);
-  int inner_steps = ceil_div(inner, Narrow);
+  int inner_steps = max_of(1, ceil_div(inner, Narrow));
   WarpTile<T> sums[kTileCols / 16];
   pipeline(
       ceil_div(cols, kTileCols) * inner_steps,
@@ -171,6 +148,7 @@ ADAMIX_DEVICE void wide_product(const Stages<T, Narrow>& stages, const T* left, 
         const T* own = left + this_warp() * kWarpRows * left_pitch + k0;
 #pragma unroll
         for (int k = 0; k < Narrow; k += 16) {
+          if (k0 + k >= inner) break;
           WarpTile<T>::template add_products<Inner::kContiguous, Right>(
               sums, own + k, left_pitch, stages.right(stage) + k * (Right == Inner::kContiguous ? 1 : kRightPitch),
               kRightPitch);

@@ -6,21 +6,38 @@
 namespace adamix {
 
 struct Add {
-  ADAMIX_DEVICE float operator()(float a, float b) const { return a + b; }
+  template <typename Value>
+  ADAMIX_DEVICE Value operator()(Value a, Value b) const {
+    return a + b;
+  }
 };
 
 // NaN wins, as in torch.
 struct Max {
-  ADAMIX_DEVICE float operator()(float a, float b) const { return a > b || a != a ? a : b; }
+  template <typename Value>
+  ADAMIX_DEVICE Value operator()(Value a, Value b) const {
+    return a > b || a != a ? a : b;
+  }
 };
 
-// combine over the warp's 32 values; every lane gets the result. All lanes call.
-template <typename Combine>
-ADAMIX_DEVICE float warp_reduce(float value, Combine combine) {
+// The value of the lane whose number differs by the bits of `distance`. All lanes call.
+template <typename Value>
+ADAMIX_DEVICE Value shuffle_xor(Value value, int distance) {
+  static_assert(sizeof(Value) % 4 == 0, "whole words");
+  union {
+    Value value;
+    uint32_t words[sizeof(Value) / 4];
+  } bits{value};
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
-  }
+  for (uint32_t& word : bits.words) word = __shfl_xor_sync(0xffffffffu, word, distance);
+  return bits.value;
+}
+
+// combine over the values of each `Lanes` neighbouring lanes; every one of them gets the result. All lanes call.
+template <int Lanes = 32, typename Value, typename Combine>
+ADAMIX_DEVICE Value warp_reduce(Value value, Combine combine) {
+#pragma unroll
+  for (int distance = Lanes / 2; distance > 0; distance /= 2) value = combine(value, shuffle_xor(value, distance));
   return value;
 }
 

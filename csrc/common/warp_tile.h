@@ -88,6 +88,12 @@ class WarpTile {
   template <Inner A, Inner B, int Count>
   static ADAMIX_DEVICE void add_products(WarpTile (&tiles)[Count], const T* a, int a_pitch, const T* b, int b_pitch) {
     converge();
+#if defined(ADAMIX_HOST)
+    if (sizeof(T) == 2) {
+      host::check_operand(a, a_pitch * sizeof(T));
+      host::check_operand(b, b_pitch * sizeof(T));
+    }
+#endif
     for (int k = 0; k < 16; ++k) {
       float left = to_float(A == Inner::kContiguous ? a[row() * a_pitch + k] : a[k * a_pitch + row()]);
 #pragma unroll

@@ -70,6 +70,8 @@ void block_barrier();
 void warp_barrier();
 // All lanes of the warp meet here, without any ordering of memory, as the matrix instructions demand.
 void converge_warp();
+// An operand of a matrix instruction, and its pitch, as the device wants them aligned.
+void check_operand(const void* operand, size_t pitch_bytes);
 // The value that `lane` of this warp passed to the same call.
 uint32_t exchange(uint32_t value, int lane);
 uint32_t ballot(bool vote);

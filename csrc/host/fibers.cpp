@@ -3,6 +3,8 @@
 //
 // ADAMIX_HOST_ORDER: "forward" (default), "reverse" or a number that seeds a shuffle; the order in which blocks,
 // and threads between two barriers, run. A kernel's result may not depend on it.
+#include "host/fibers.h"
+
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -17,7 +19,6 @@
 #include <vector>
 
 #include "host/cuda.h"
-#include "host/fibers.h"
 
 extern "C" {
 void* __tsan_get_current_fiber() __attribute__((weak));
@@ -196,8 +197,7 @@ void fiber_main() {
 
 Fiber* new_fiber() {
   auto fiber = std::make_unique<Fiber>();
-  fiber->stack =
-      mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  fiber->stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (fiber->stack == MAP_FAILED) throw std::runtime_error("no memory for a fiber's stack");
   getcontext(&fiber->context);
   fiber->context.uc_stack.ss_sp = fiber->stack;
@@ -265,8 +265,8 @@ void finish(const std::vector<int>& order) {
   for (int index : order) {
     Fiber* fiber = scheduler.fibers[index].get();
     if (fiber->done) continue;
-    scheduler.error = "thread " + std::to_string(fiber->at.thread.x) + " waits for " +
-                      name_of(fiber->waiting_at->wait) + " for ever";
+    scheduler.error =
+        "thread " + std::to_string(fiber->at.thread.x) + " waits for " + name_of(fiber->waiting_at->wait) + " for ever";
     return;
   }
   acquire(&scheduler.end);
@@ -328,6 +328,12 @@ void block_barrier() { meet(&scheduler.current->block->barrier, Wait::kBlock, tr
 void warp_barrier() { meet(warp_of(scheduler.current), Wait::kWarp, true); }
 
 void converge_warp() { meet(warp_of(scheduler.current), Wait::kConverge, false); }
+
+void check_operand(const void* operand, size_t pitch_bytes) {
+  if (reinterpret_cast<uintptr_t>(operand) % 32 == 0 && pitch_bytes % 16 == 0) return;
+  scheduler.error = "a matrix operand that is not aligned to 32 bytes, or its pitch to 16";
+  to_scheduler();
+}
 
 uint32_t exchange(uint32_t value, int lane) {
   Meeting* warp = warp_of(scheduler.current);

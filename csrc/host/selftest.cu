@@ -1,9 +1,8 @@
 // A kernel with faults to order: proof that the emulation and the sanitisers see them. Host builds only.
-#include "host/selftest.h"
-
 #include "common/copy.h"
 #include "common/launch.h"
 #include "common/shared_memory.h"
+#include "host/selftest.h"
 
 namespace adamix {
 namespace {

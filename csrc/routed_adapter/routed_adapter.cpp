@@ -2,6 +2,7 @@
 #include "routed_adapter/routed_adapter.h"
 
 #include "common/checks.h"
+#include "common/row_shares.h"
 #include "registration.h"
 
 namespace adamix {
@@ -88,6 +89,104 @@ std::tuple<Tensor, Tensor> routed_adapter_forward(Tensor x, Tensor down_weight, 
     launch_routed_adapter_forward(params, device);
   });
   return {out, pre};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_adapter_backward(
+    Tensor grad_out, Tensor x, Tensor pre, Tensor down_weight, Tensor up_weight, OptionalTensor down_index,
+    OptionalTensor up_index, bool need_input, bool need_down, bool need_up, bool add_input, std::string activation) {
+  DType dtype = check_dtype("x", x);
+  check_sizes("x", x, "[B, S, H]", {-1, -1, -1});
+  int64_t batch = x.size(0), tokens = x.size(1), hidden = x.size(2);
+  check_like("down_weight", down_weight, "x", x);
+  check_sizes("down_weight", down_weight, "[Md, r, H]", {-1, -1, hidden});
+  int64_t down_experts = down_weight.size(0), rank = down_weight.size(1);
+  check_like("up_weight", up_weight, "x", x);
+  check_sizes("up_weight", up_weight, "[Mu, Hout, r]", {-1, -1, rank});
+  int64_t up_experts = up_weight.size(0), out_features = up_weight.size(1);
+  check_like("grad_out", grad_out, "x", x);
+  check_sizes("grad_out", grad_out, "[B, S, Hout]", {batch, tokens, out_features});
+  check_like("pre", pre, "x", x);
+  check_sizes("pre", pre, "[B, S, r]", {batch, tokens, rank});
+  if (add_input) check_sizes("x as the residual", x, "[B, S, Hout]", {batch, tokens, out_features});
+  std::vector<Tensor> kept;
+  Routing down = check_routing("down_index", down_index, batch, tokens, down_experts, x, kept);
+  Routing up = check_routing("up_index", up_index, batch, tokens, up_experts, x, kept);
+  Activation kind = activation_of(activation);
+  int64_t rows = check_int("B * S", batch * tokens);
+  check_int("H", hidden), check_int("r", rank), check_int("Hout", out_features);
+  Device device = check_device("x", x);
+
+  auto gradient = [&](bool needed, const std::vector<int64_t>& sizes) {
+    return allocate(x, needed ? sizes : std::vector<int64_t>{0});
+  };
+  Tensor dx = gradient(need_input, {batch, tokens, hidden});
+  Tensor ddown_weight = gradient(need_down, {down_experts, rank, hidden});
+  Tensor ddown_bias = gradient(need_down, {down_experts, rank});
+  Tensor dup_weight = gradient(need_up, {up_experts, out_features, rank});
+  Tensor dup_bias = gradient(need_up, {up_experts, out_features});
+  OptionalTensor dpre = need_down ? OptionalTensor(allocate(x, {batch, tokens, rank})) : std::nullopt;
+  OptionalTensor planes;
+  x = with_contiguous_rows(x), grad_out = with_contiguous_rows(grad_out), pre = as_contiguous(pre);
+  down_weight = as_contiguous(down_weight), up_weight = as_contiguous(up_weight);
+  DeviceScope scope(device);
+  dispatch(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    bool rank_aligned = is_aligned(nullptr, {rank}, sizeof(T));
+    PlaneSum<T> sum{};
+    RoutedAdapterWeightGrad<T> weights{};
+    weights.activation = kind;
+    GradSide<T>& of_down = weights.down;
+    of_down.groups = 1, of_down.cols = hidden, of_down.ranks = rank;
+    if (need_down) {
+      of_down.wide = rows_of<const T>(x);
+      of_down.narrow = data<const T>(dpre);
+      of_down.narrow_aligned = rank_aligned && is_aligned(of_down.narrow, {}, sizeof(T));
+      of_down.routing = down;
+      of_down.weight = sum.add(data<T>(ddown_weight), ddown_weight.numel());
+      of_down.bias = sum.add(data<T>(ddown_bias), ddown_bias.numel());
+      of_down.bias_of = BiasOf::kNarrow;
+      of_down.experts = check_int("Md", down_experts);
+      of_down.ranks_first = true;
+    }
+    GradSide<T>& of_up = weights.up;
+    of_up.groups = 1, of_up.cols = out_features, of_up.ranks = rank;
+    if (need_up) {
+      of_up.wide = rows_of<const T>(grad_out);
+      of_up.narrow = data<const T>(pre);
+      of_up.narrow_aligned = rank_aligned && is_aligned(of_up.narrow, {}, sizeof(T));
+      of_up.routing = up;
+      of_up.weight = sum.add(data<T>(dup_weight), dup_weight.numel());
+      of_up.bias = sum.add(data<T>(dup_bias), dup_bias.numel());
+      of_up.bias_of = BiasOf::kWide;
+      of_up.experts = check_int("Mu", up_experts);
+    }
+    weights.shares = share_rows(of_down, of_up, narrow_of<T>(rank), rows, sum, x, device, planes);
+
+    if (need_input || need_down) {
+      RoutedAdapterInputGrad<T> params{};
+      params.grad_out = rows_of<const T>(grad_out);
+      params.pre = data<const T>(pre);
+      params.down_weight = data<const T>(down_weight);
+      params.up_weight = data<const T>(up_weight);
+      params.dpre = data<T>(dpre);
+      params.dx = need_input ? data<T>(dx) : nullptr;
+      params.down = down;
+      params.up = up;
+      params.rows = rows;
+      params.hidden = hidden;
+      params.rank = rank;
+      params.out_features = out_features;
+      params.activation = kind;
+      params.add_input = add_input;
+      params.down_aligned = is_aligned(params.down_weight, {hidden}, sizeof(T));
+      params.up_aligned = rank_aligned && is_aligned(params.up_weight, {}, sizeof(T));
+      params.dx_aligned = is_aligned(params.dx, {hidden}, sizeof(T));
+      launch_routed_adapter_input_grad(params, device);
+    }
+    if (need_down || need_up) launch_routed_adapter_weight_grad(weights, device);
+    if (weights.shares.count > 1) launch_plane_sum("routed_adapter_plane_sum", sum, device);
+  });
+  return {dx, ddown_weight, ddown_bias, dup_weight, dup_bias};
 }
 
 }  // namespace adamix

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/activation.h"
-#include "common/dtype.h"
+#include "common/grad_side.h"
 #include "common/launch.h"
 #include "common/rows.h"
 
@@ -25,9 +25,39 @@ struct RoutedAdapterForward {
   bool down_aligned, up_aligned, out_aligned;  // rows of the weights, and of out, start at multiples of 16 bytes
 };
 
+template <typename T>
+struct RoutedAdapterInputGrad {
+  Rows<const T> grad_out;  // [B, S, Hout]
+  const T* pre;            // [N, r]
+  const T* down_weight;    // [Md, r, H]
+  const T* up_weight;      // [Mu, Hout, r]
+  T* dpre;                 // [N, r], (grad_out Wu) act'(pre), or null
+  T* dx;                   // [N, H], dpre Wd (+ grad_out), or null
+  Routing down, up;
+  int64_t rows;
+  int hidden, rank, out_features;
+  Activation activation;
+  bool add_input;
+  bool down_aligned, up_aligned, dx_aligned;
+};
+
+template <typename T>
+struct RoutedAdapterWeightGrad {
+  GradSide<T> down;  // dWd = dpre^T x, dbd: the sum of dpre
+  GradSide<T> up;    // dWu = grad_out^T act(pre), dbu: the sum of grad_out
+  RowShares shares;
+  Activation activation;
+};
+
 #if defined(ADAMIX_LAUNCHERS)
 template <typename T>
 void launch_routed_adapter_forward(const RoutedAdapterForward<T>& params, const Device& device);
+
+template <typename T>
+void launch_routed_adapter_input_grad(const RoutedAdapterInputGrad<T>& params, const Device& device);
+
+template <typename T>
+void launch_routed_adapter_weight_grad(const RoutedAdapterWeightGrad<T>& params, const Device& device);
 #endif
 
 }  // namespace adamix

@@ -1,0 +1,58 @@
+// Stateless dropout: the mask of adamix_kernels/ops/_dropout.py, bit for bit, a function of (seed, row, column).
+#pragma once
+
+#include "common/platform.h"
+
+namespace adamix {
+
+struct Dropout {
+  const int64_t* seed;  // where the kernels run; null: nothing is dropped
+  uint32_t threshold;   // floor(p * 2^32)
+  float scale;          // 1 / (1 - p)
+};
+
+class DropoutMask {
+ public:
+  ADAMIX_DEVICE explicit DropoutMask(const Dropout& dropout)
+      : drops_(dropout.seed != nullptr), threshold_(dropout.threshold), scale_(dropout.scale), a_(0), b_(0) {
+    if (!drops_) return;
+    uint64_t seed = static_cast<uint64_t>(*dropout.seed);
+    uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
+    a_ = mix(mix(low + 0x9E3779B9u) ^ high);
+    b_ = mix(mix(high + 0x7F4A7C15u) ^ low);
+  }
+
+  ADAMIX_DEVICE bool drops() const { return drops_; }
+
+  // value / (1 - p) where the element is kept, 0 where it is dropped, whatever the value.
+  ADAMIX_DEVICE float apply(float value, int64_t row, int col) const {
+    uint32_t low = static_cast<uint32_t>(row), high = static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
+    uint32_t key0 = mix(mix(a_ ^ low) ^ high);
+    uint32_t key1 = mix(mix(b_ + low) + high);
+    uint32_t h = (static_cast<uint32_t>(col) * 0x9E3779B9u) ^ key0;
+    h ^= h >> 16;
+    h *= 0x21F0AAADu;
+    h += key1;
+    h ^= h >> 15;
+    h *= 0x735A2D97u;
+    h ^= h >> 16;
+    return h >= threshold_ ? value * scale_ : 0.f;
+  }
+
+ private:
+  // The finaliser of MurmurHash3 (Austin Appleby, public domain).
+  static ADAMIX_DEVICE uint32_t mix(uint32_t h) {
+    h ^= h >> 16;
+    h *= 0x85EBCA6Bu;
+    h ^= h >> 13;
+    h *= 0xC2B2AE35u;
+    return h ^ (h >> 16);
+  }
+
+  bool drops_;
+  uint32_t threshold_;
+  float scale_;
+  uint32_t a_, b_;
+};
+
+}  // namespace adamix

@@ -1,0 +1,31 @@
+// Sharing rows out between blocks: how many shares, and memory for their planes.
+#pragma once
+
+#include "common/checks.h"
+#include "common/grad_side.h"
+
+namespace adamix {
+
+// The shares of `rows` for the sides of a backward, and memory for what `sum` adds up, which `planes` holds.
+template <typename T>
+RowShares share_rows(const GradSide<T>& first, const GradSide<T>& second, int narrow, int64_t rows, PlaneSum<T>& sum,
+                     const Tensor& like, const Device& device, OptionalTensor& planes) {
+  int64_t blocks = 0, row_bytes = 0;
+  for (const GradSide<T>* side : {&first, &second}) {
+    if (side->experts == 0) continue;
+    blocks += blocks_an_expert(*side, narrow);
+    row_bytes += static_cast<int64_t>(side->groups) * side->cols * sizeof(T);
+  }
+  int count = count_shares(rows, blocks, row_bytes, sum.plane_size, device);
+  RowShares shares{nullptr, sum.plane_size, rows, rows, count};
+  if (count > 1) {
+    planes = allocate(like, {count, sum.plane_size}, ScalarType::Float);
+    shares.planes = data<float>(planes);
+    shares.rows_a_share = static_cast<int64_t>(count_tiles((rows + count - 1) / count)) * kTileRows;
+  }
+  sum.planes = shares.planes;
+  sum.shares = count;
+  return shares;
+}
+
+}  // namespace adamix

@@ -1,0 +1,78 @@
+// The rows of a block's tile: where they lie, and which experts serve them.
+#pragma once
+
+#include "common/routed_tile.h"
+
+namespace adamix {
+
+struct TileRows {
+  int64_t* in_offset;     // of the rows the narrow product multiplies
+  int64_t* added_offset;  // of the rows added to the wide product
+  int* narrow_expert;     // kNoExpert behind the last row
+  int* wide_expert;
+  int64_t first;
+  int count;
+
+  template <typename Memory>
+  ADAMIX_BOTH explicit TileRows(Memory& memory) {
+    in_offset = memory.template take<int64_t>(kTileRows);
+    added_offset = memory.template take<int64_t>(kTileRows);
+    narrow_expert = memory.template take<int>(kTileRows);
+    wide_expert = memory.template take<int>(kTileRows);
+  }
+
+  // The tile blockIdx.x of all `rows`. All threads call; complete on return.
+  template <typename T>
+  ADAMIX_DEVICE void find(int64_t rows, const Rows<const T>& in, const Rows<const T>& added, const Routing& narrow,
+                          const Routing& wide) {
+    first = static_cast<int64_t>(blockIdx.x) * kTileRows;
+    count = rows - first < kTileRows ? static_cast<int>(rows - first) : kTileRows;
+    for (int row = threadIdx.x; row < kTileRows; row += kTileThreads) {
+      bool inside = row < count;
+      in_offset[row] = inside ? in.offset(first + row) : 0;
+      added_offset[row] = inside && added.data != nullptr ? added.offset(first + row) : 0;
+      narrow_expert[row] = inside ? narrow.expert(first + row) : kNoExpert;
+      wide_expert[row] = inside ? wide.expert(first + row) : kNoExpert;
+    }
+    __syncthreads();
+  }
+};
+
+// Calls body(expert) for every expert of a tile's rows, in ascending order.
+template <typename Body>
+ADAMIX_DEVICE void for_each_expert(const int* experts, Body body) {
+  for (int expert = next_expert<kTileRows>(experts, -1); expert != kNoExpert;
+       expert = next_expert<kTileRows>(experts, expert)) {
+    body(expert);
+  }
+}
+
+// The left operand of a narrow product: kInner columns of the tile's rows from column k0 on, zero from `cols` on.
+template <typename T>
+ADAMIX_DEVICE void load_rows(T* tile, const TileRows& rows, const T* data, int k0, int cols, bool aligned) {
+  load_tile<kTileRows, kInner<T>, kTileThreads>(
+      tile, data + k0, [&](int row) { return rows.in_offset[row]; }, [&](int row) { return row < rows.count; },
+      cols - k0, aligned);
+}
+
+// The left operand of a wide product: [kTileRows, columns up to a multiple of 16], zero until it is written.
+template <typename T>
+struct NarrowTile {
+  T* data;
+  int pitch;
+
+  template <typename Memory>
+  ADAMIX_BOTH NarrowTile(Memory& memory, int cols) : pitch(pitch_of<T>(round_up(cols, 16))) {
+    data = memory.template take<T>(kTileRows * pitch);
+  }
+
+  // All threads call; complete after a barrier.
+  ADAMIX_DEVICE void clear() const {
+    constexpr int kSize = Piece<T>::kSize;
+    for (int i = threadIdx.x * kSize; i < kTileRows * pitch; i += kTileThreads * kSize) {
+      *reinterpret_cast<Piece<T>*>(data + i) = Piece<T>{};
+    }
+  }
+};
+
+}  // namespace adamix

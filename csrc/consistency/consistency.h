@@ -1,0 +1,120 @@
+// Two passes' logits a and b, p and q their softmaxes, d = log p - log q: row by row the cross-entropy of a and
+// J = 1/2 sum (p - q) d, their sums over the rows that count, and the gradients of both.
+#pragma once
+
+#include "common/dtype.h"
+#include "common/launch.h"
+#include "common/rows.h"
+#include "common/scalar.h"
+
+namespace adamix {
+
+// One value a row: data[(row / inner) * outer_stride + (row % inner) * inner_stride].
+template <typename T>
+struct PerRow {
+  const T* data;
+  int64_t outer_stride, inner_stride;
+  int inner;
+
+  ADAMIX_BOTH int64_t offset(int row) const {
+    int outer = row / inner;
+    return outer * outer_stride + (row - outer * inner) * inner_stride;
+  }
+};
+
+// Which rows count, by how much, and where the sums over them go.
+struct PairSums {
+  PerRow<void> labels;         // int32 or int64; none: no cross-entropy
+  PerRow<unsigned char> mask;  // bool; none: all rows, or with labels those that have one
+  bool wide_labels;
+  bool mean;  // the sums are divided by the numbers of rows
+  bool held;  // gradients are divided by the factor, the larger one of both parts' coefficients
+  Kind items;
+  const void* num_items;  // replaces both numbers of rows
+  const float* known;     // scales that were found before, or null
+  int64_t ignore_index;
+  float weight;  // of J in the loss
+  int rows;
+  // Results, each may be null. scales: [2], of the cross-entropy and of J; [1] without labels.
+  float *scales, *loss, *cross_entropy, *consistency, *factor;
+  float* sums;     // [2], of the rows' losses, not divided
+  float* partial;  // [2, parts]: sums of the blocks
+  int parts;
+};
+
+// Statistics of a part of a row pair, as pair_math.h has them.
+constexpr int kPairParts = 10;
+
+enum class PairStage : int { kBoth, kStatistics, kGradients };
+
+template <typename T>
+struct PairLoss {
+  Rows<const T> a, b;
+  Rows<T> da, db;  // data null: not wanted; they may be a and b
+  PairSums sums;
+  float* stats;       // [4 or 6, n]: maxima of a and b, logs of the sums of exp(x - maximum), E_p d and E_q d; or null
+  float* row_losses;  // [n], J; or null
+  float* parts;       // [splits, kPairParts, n]
+  float smoothing;
+  int classes;
+  bool full;    // gradients of J itself, not of constant targets
+  bool counts;  // every block finds the scales
+  int slots;    // pieces of 16 bytes of a row that a block holds
+  int splits;   // parts of a row, of `slots` pieces each, in launches of their own
+  PairStage stage;
+};
+
+template <typename T>
+struct PairGrad {
+  Rows<const T> a, b;
+  Rows<T> da, db;
+  PairSums sums;
+  PerRow<float> grad;  // of each row, or of all; none: 1
+  const float* stats;
+  const float* scales;
+  float smoothing;
+  int classes;
+  bool full;
+  bool correct;      // da and db are right already where grad is 1
+  int lanes, chunk;  // threads of a row; pieces of a row that they take at a time
+};
+
+template <typename T>
+struct PairScale {
+  Rows<T> x;
+  const float* factor;
+  int rows, classes, lanes, chunk;
+};
+
+#if defined(ADAMIX_LAUNCHERS)
+// How rows meet threads.
+struct PairPlan {
+  int lanes;    // threads of a row: 4, 32, or 0 for whole blocks
+  int threads;  // of a block
+  int cluster;  // blocks that share a row pair in their shared memory
+  int slots;    // pieces of 16 bytes of a row that a block holds, or takes at a time
+  int splits;   // parts of a row that are read twice, from global memory; 0: the row pair is resident
+  int groups;   // blocks, or clusters
+};
+
+// Rows of up to so many classes go to 4 lanes, to a warp; the most blocks or clusters; rows that every block of a
+// launch may count for itself, all blocks together.
+constexpr int kPairFewClasses = 64, kPairWarpClasses = 1024;
+constexpr int kPairGroups = 1024;
+constexpr int64_t kPairCounted = 1 << 22;
+
+PairPlan plan_pairs(int rows, int classes, int element_bytes, const Device& device);
+
+template <typename T>
+void launch_pair_loss(PairLoss<T> params, const PairPlan& plan, const Device& device);
+template <typename T>
+void launch_pair_online(const PairLoss<T>& params, const PairPlan& plan, const Device& device);
+template <typename T>
+void launch_pair_grad(PairGrad<T> params, const Device& device);
+template <typename T>
+void launch_pair_scale(PairScale<T> params, const Device& device);
+void launch_pair_count(const PairSums& params, const Device& device);
+void launch_pair_finish(const PairSums& params, const Device& device);
+#endif
+
+}  // namespace adamix

@@ -1,0 +1,83 @@
+// out = sum over m of softmax(scores)[m] * bank[m], and W + scaling * mean(B_g) mean(A_g).
+#pragma once
+
+#include "common/dtype.h"
+#include "common/launch.h"
+#include "common/scalar.h"
+
+namespace adamix {
+
+// As many banks as fit into the 4 KB of parameters that every architecture has.
+constexpr int kMergeBanks = 112;
+
+// Column n is a bank: its block b computes elements (b - first_block[n]) * chunk : + chunk of its result.
+template <typename T>
+struct MergeBanks {
+  const T* bank[kMergeBanks];       // [M, size]
+  T* out[kMergeBanks];              // [size]
+  const void* scores[kMergeBanks];  // [M]
+  int size[kMergeBanks];            // elements of one expert, above 0
+  int first_block[kMergeBanks];
+  unsigned short experts[kMergeBanks];  // M
+  Kind scored[kMergeBanks];             // kNone: the uniform mean
+  bool aligned[kMergeBanks];            // bank, each of its experts and out start at multiples of 16 bytes
+  int banks;
+  int most_experts;
+};
+static_assert(sizeof(MergeBanks<float>) <= 4096, "the parameters of a launch");
+
+template <typename T>
+struct MergeGrad {
+  const T* grad;       // [size]
+  const T* bank;       // [M, size]
+  const void* scores;  // [M], none: the uniform mean
+  T* bank_grad;        // [M, size] or null
+  void* plane;         // [M, blocks], float or double: each block's part of sum(bank[m] * grad); or null
+  int size, experts;
+  Kind scored;
+  bool aligned;
+};
+
+struct MergeScoresGrad {
+  const void* plane;   // [M, blocks]
+  const void* scores;  // [M]
+  void* scores_grad;   // [M]
+  int blocks, experts;
+  Kind scored;  // of scores and scores_grad
+};
+
+constexpr int kMergeGroups = 64;
+
+template <typename T>
+struct MergeLora {
+  const T* weight;     // [height, width]: [N, K], or [K, N] with fan_in_fan_out
+  T* out;              // the same; it may be weight
+  const void* lora_a;  // [Ma, groups * r, K]
+  const void* lora_b;  // [Mb, groups * Ng, r]
+  double scaling;
+  int a_experts, b_experts;
+  int height, width, features, rank, per_group;  // K, r, Ng
+  int groups, first_group, here;                 // of all; of this launch the first one, and how many
+  Kind kind;                                     // of both factors
+  bool fan_in_fan_out;
+  bool aligned;               // rows of weight and out start at multiples of 16 bytes
+  int offsets[kMergeGroups];  // of this launch's groups
+};
+
+#if defined(ADAMIX_LAUNCHERS)
+// Elements of a result that a block computes at a time, and the most blocks that share the gradient's sums.
+template <typename T>
+constexpr int kMergeChunk = 256 * Piece<T>::kSize;
+constexpr int kMergeGradBlocks = 1024;
+
+// wide: scores, sums and plane are double.
+template <typename T>
+void launch_merge_banks(const MergeBanks<T>& params, int blocks, bool wide, const Device& device);
+template <typename T>
+void launch_merge_grad(const MergeGrad<T>& params, int blocks, bool wide, const Device& device);
+void launch_merge_scores_grad(const MergeScoresGrad& params, bool wide, const Device& device);
+template <typename T>
+void launch_merge_lora(const MergeLora<T>& params, bool wide, const Device& device);
+#endif
+
+}  // namespace adamix

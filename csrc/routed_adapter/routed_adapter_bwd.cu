@@ -1,0 +1,150 @@
+// The routed adapter's backward: the input's gradient in one launch, both sides' weight gradients in another.
+#include "common/tile_rows.h"
+#include "common/weight_grad.h"
+#include "routed_adapter/routed_adapter.h"
+
+namespace adamix {
+
+template <typename T, int Narrow>
+struct BackwardTile {
+  Stages<T, Narrow> stages;
+  NarrowTile<T> dpre;
+  TileRows rows;
+
+  template <typename Memory>
+  ADAMIX_BOTH BackwardTile(Memory& memory, int rank) : stages(memory), dpre(memory, rank), rows(memory) {}
+};
+
+template <typename T, int Narrow>
+__global__ void __launch_bounds__(kTileThreads, 2) routed_adapter_input_grad_kernel(RoutedAdapterInputGrad<T> p) {
+  SharedMemory memory;
+  BackwardTile<T, Narrow> tile(memory, p.rank);
+  tile.rows.find(p.rows, p.grad_out, p.grad_out, p.up, p.down);
+  tile.dpre.clear();
+  int64_t first = tile.rows.first;
+
+  for_each_expert(tile.rows.narrow_expert, [&](int expert) {
+    const T* weight = p.up_weight + static_cast<int64_t>(expert) * p.out_features * p.rank;
+    for (int rank0 = 0; rank0 < p.rank; rank0 += Narrow) {
+      narrow_product<T, Narrow, Inner::kStrided>(
+          tile.stages, p.out_features,
+          [&](T* left, int k0) { load_rows(left, tile.rows, p.grad_out.data, k0, p.out_features, p.grad_out.aligned); },
+          [](T*, int) {},
+          [&](T* right, int k0) {
+            load_matrix<kInner<T>, Narrow>(right, weight, k0, p.out_features, rank0, p.rank, p.up_aligned);
+          });
+      visit_patch<float, Narrow>(tile.stages.patch, [&](int row, int col, const float* sums) {
+        if (tile.rows.narrow_expert[row] != expert) return;
+#pragma unroll 1
+        for (int e = 0; e < Piece<float>::kSize && rank0 + col + e < p.rank; ++e) {
+          int rank = rank0 + col + e;
+          int64_t at = (first + row) * p.rank + rank;
+          T dpre = from_float<T>(sums[e] * activation_slope(p.activation, to_float(p.pre[at])));
+          if (p.dpre != nullptr) p.dpre[at] = dpre;
+          tile.dpre.data[row * tile.dpre.pitch + rank] = dpre;
+        }
+      });
+    }
+  });
+  if (p.dx == nullptr) return;
+  __syncthreads();
+
+  for_each_expert(tile.rows.wide_expert, [&](int expert) {
+    const T* weight = p.down_weight + static_cast<int64_t>(expert) * p.rank * p.hidden;
+    wide_product<T, Narrow, Inner::kStrided>(
+        tile.stages, tile.dpre.data, tile.dpre.pitch, p.rank, p.hidden,
+        [&](T* right, int col0, int k0) {
+          load_matrix<Narrow, kTileCols>(right, weight, k0, p.rank, col0, p.hidden, p.down_aligned);
+        },
+        [&](int col0) {
+          visit_patch<T, kTileCols>(tile.stages.patch, [&](int row, int col, const float* sums) {
+            int valid = p.hidden - col0 - col;
+            if (tile.rows.wide_expert[row] != expert || valid <= 0) return;
+            Piece<T> added{}, piece;
+            if (p.add_input) {
+              added = load_piece(p.grad_out.data + tile.rows.added_offset[row] + col0 + col, valid, p.grad_out.aligned);
+            }
+#pragma unroll
+            for (int e = 0; e < Piece<T>::kSize; ++e) {
+              piece.values[e] = from_float<T>(p.add_input ? sums[e] + to_float(added.values[e]) : sums[e]);
+            }
+            store_piece(p.dx + (first + row) * p.hidden + col0 + col, piece, valid, p.dx_aligned);
+          });
+        });
+  });
+}
+
+template <typename T, int Narrow>
+__global__ void __launch_bounds__(kTileThreads, 2) routed_adapter_weight_grad_kernel(RoutedAdapterWeightGrad<T> p) {
+  SharedMemory memory;
+  GradTile<T, Narrow> tile(memory);
+  int number = blockIdx.x, down_jobs = p.down.experts * blocks_an_expert(p.down, Narrow);
+  bool up = number >= down_jobs;
+  GradSide<T> side = p.down;
+  if (up) {
+    side = p.up;
+    number -= down_jobs;
+  }
+  weight_grad(
+      tile, side, job_of<T, Narrow>(side, number), p.shares, 1.f, [](T*, auto) {},
+      [&](T* narrow) {
+        if (!up || p.activation == Activation::kNone) return;
+        change_tile<kInner<T>, Narrow, kTileThreads>(
+            narrow, [&](float value, int, int) { return activate(p.activation, value); });
+      });
+}
+
+#define ADAMIX_INSTANTIATE(T)                                                                            \
+  template __global__ void routed_adapter_input_grad_kernel<T, kSmallRank>(RoutedAdapterInputGrad<T>);   \
+  template __global__ void routed_adapter_input_grad_kernel<T, kChunk<T>>(RoutedAdapterInputGrad<T>);    \
+  template __global__ void routed_adapter_weight_grad_kernel<T, kSmallRank>(RoutedAdapterWeightGrad<T>); \
+  template __global__ void routed_adapter_weight_grad_kernel<T, kChunk<T>>(RoutedAdapterWeightGrad<T>);
+ADAMIX_INSTANTIATE(float)
+ADAMIX_INSTANTIATE(half)
+ADAMIX_INSTANTIATE(bfloat16)
+#undef ADAMIX_INSTANTIATE
+
+#if defined(ADAMIX_LAUNCHERS)
+template <typename T, int Narrow>
+static void launch_input_grad(const RoutedAdapterInputGrad<T>& params, const Device& device) {
+  Shape shape{dim3(count_tiles(params.rows)), kTileThreads, shared_bytes<BackwardTile<T, Narrow>>(params.rank)};
+  launch("routed_adapter_input_grad", routed_adapter_input_grad_kernel<T, Narrow>, shape, device, params);
+}
+
+template <typename T, int Narrow>
+static void launch_weight_grad(const RoutedAdapterWeightGrad<T>& params, const Device& device) {
+  int jobs = params.down.experts * blocks_an_expert(params.down, Narrow) +
+             params.up.experts * blocks_an_expert(params.up, Narrow);
+  dim3 grid(jobs, params.shares.count);
+  Shape shape{grid, kTileThreads, shared_bytes<GradTile<T, Narrow>>()};
+  launch("routed_adapter_weight_grad", routed_adapter_weight_grad_kernel<T, Narrow>, shape, device, params);
+}
+
+template <typename T>
+void launch_routed_adapter_input_grad(const RoutedAdapterInputGrad<T>& params, const Device& device) {
+  if (narrow_of<T>(params.rank) == kSmallRank) {
+    launch_input_grad<T, kSmallRank>(params, device);
+  } else {
+    launch_input_grad<T, kChunk<T>>(params, device);
+  }
+}
+
+template <typename T>
+void launch_routed_adapter_weight_grad(const RoutedAdapterWeightGrad<T>& params, const Device& device) {
+  if (narrow_of<T>(params.down.ranks) == kSmallRank) {
+    launch_weight_grad<T, kSmallRank>(params, device);
+  } else {
+    launch_weight_grad<T, kChunk<T>>(params, device);
+  }
+}
+
+#define ADAMIX_INSTANTIATE(T)                                                                      \
+  template void launch_routed_adapter_input_grad(const RoutedAdapterInputGrad<T>&, const Device&); \
+  template void launch_routed_adapter_weight_grad(const RoutedAdapterWeightGrad<T>&, const Device&);
+ADAMIX_INSTANTIATE(float)
+ADAMIX_INSTANTIATE(half)
+ADAMIX_INSTANTIATE(bfloat16)
+#undef ADAMIX_INSTANTIATE
+#endif
+
+}  // namespace adamix

@@ -1,0 +1,253 @@
+// Routed LoRA's entries from the dispatcher: checks, allocation, launch.
+#include "routed_lora/routed_lora.h"
+
+#include <algorithm>
+
+#include "common/checks.h"
+#include "common/row_shares.h"
+#include "registration.h"
+
+namespace adamix {
+namespace {
+
+// What forward and backward have in common, checked.
+struct Call {
+  DType dtype;
+  int64_t batch, tokens, rows, features, experts_a, experts_b, rank, ranks;
+  int width;  // columns of base, or of the gradient
+  ColumnRanges ranges;
+  Routing a, b;
+  Dropout dropout;
+  float scaling;
+  std::vector<Tensor> kept;
+};
+
+std::string text(const std::vector<int64_t>& values) {
+  std::string joined;
+  for (int64_t value : values) joined += (joined.empty() ? "" : ", ") + std::to_string(value);
+  return "(" + joined + ")";
+}
+
+// width: how many columns there are, or -1 for as many as the groups reach.
+ColumnRanges check_ranges(const std::vector<int64_t>& offsets, int64_t groups, int64_t cols, int64_t width) {
+  if (static_cast<int64_t>(offsets.size()) != groups) {
+    fail("offsets", text(offsets), std::to_string(groups) + " of them, one for each group");
+  }
+  ColumnRanges ranges{};
+  ranges.groups = static_cast<int>(groups);
+  ranges.cols = check_int("Ng", cols);
+  int64_t end = 0;  // of the ranges before
+  std::vector<int64_t> sorted(offsets);
+  std::sort(sorted.begin(), sorted.end());
+  for (int64_t start : sorted) {
+    check_int("offsets", start);
+    if (start < 0) fail("offsets", text(offsets), "offsets of at least 0");
+    if (start < end) fail("offsets", text(offsets), "ranges of Ng = " + std::to_string(cols) + " that do not overlap");
+    if (start > end) {
+      ranges.gap_start[ranges.gaps] = static_cast<int>(end);
+      ranges.gap_cols[ranges.gaps++] = static_cast<int>(start - end);
+    }
+    end = start + cols;
+  }
+  if (width >= 0 && end > width) fail("offsets", text(offsets), "ranges within " + std::to_string(width) + " columns");
+  check_int("N", std::max(end, width));
+  if (end < width) {
+    ranges.gap_start[ranges.gaps] = static_cast<int>(end);
+    ranges.gap_cols[ranges.gaps++] = static_cast<int>(width - end);
+  }
+  std::transform(offsets.begin(), offsets.end(), ranges.start, [](int64_t start) { return static_cast<int>(start); });
+  return ranges;
+}
+
+Dropout check_dropout(const OptionalTensor& seed, double p, const Tensor& x) {
+  if (!(p >= 0 && p < 1)) fail("dropout_p", std::to_string(p), "a probability, 0 <= dropout_p < 1");
+  if (!seed.has_value()) {
+    if (p > 0) fail("seed", "none", "a seed, as dropout_p is " + std::to_string(p));
+    return {nullptr, 0, 1.f};
+  }
+  if (seed->scalar_type() != ScalarType::Long) {
+    fail("seed", torch::headeronly::toString(seed->scalar_type()), "Long");
+  }
+  check_sizes("seed", *seed, "[]", {});
+  if (seed->device() != x.device()) fail("seed", "another device", "the device of x");
+  return {data<const int64_t>(*seed), static_cast<uint32_t>(p * 4294967296.0), static_cast<float>(1 / (1 - p))};
+}
+
+// rows_like: base or the gradient [B, S, N], named rows_name; none: as many columns as the groups reach.
+Call check_call(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& a_index,
+                const OptionalTensor& b_index, const char* rows_name, const OptionalTensor& rows_like,
+                const OptionalTensor& seed, double scaling, int64_t groups, const std::vector<int64_t>& offsets,
+                double dropout_p) {
+  Call call{};
+  call.dtype = check_dtype("x", x);
+  check_sizes("x", x, "[B, S, K]", {-1, -1, -1});
+  call.batch = x.size(0), call.tokens = x.size(1), call.features = x.size(2);
+  call.rows = check_int("B * S", call.batch * call.tokens);
+  check_int("S", call.tokens), check_int("K", call.features);
+  if (groups < 1 || groups > kMaxGroups) {
+    fail("groups", std::to_string(groups), "1 to " + std::to_string(kMaxGroups) + " groups");
+  }
+  check_like("lora_a", lora_a, "x", x);
+  check_sizes("lora_a", lora_a, "[Ma, groups * r, K]", {-1, -1, call.features});
+  call.experts_a = check_int("Ma", lora_a.size(0)), call.ranks = check_int("groups * r", lora_a.size(1));
+  if (call.ranks % groups != 0) {
+    fail("lora_a", shape_text(lora_a), "rows that " + std::to_string(groups) + " groups divide");
+  }
+  call.rank = call.ranks / groups;
+  check_like("lora_b", lora_b, "x", x);
+  check_sizes("lora_b", lora_b, "[Mb, groups * Ng, r]", {-1, -1, call.rank});
+  call.experts_b = check_int("Mb", lora_b.size(0));
+  if (lora_b.size(1) % groups != 0) {
+    fail("lora_b", shape_text(lora_b), "rows that " + std::to_string(groups) + " groups divide");
+  }
+  if (rows_like.has_value()) {
+    check_like(rows_name, *rows_like, "x", x);
+    check_sizes(rows_name, *rows_like, "[B, S, N]", {call.batch, call.tokens, -1});
+  }
+  int64_t cols = lora_b.size(1) / groups;
+  call.ranges = check_ranges(offsets, groups, cols, rows_like.has_value() ? rows_like->size(2) : -1);
+  call.width = static_cast<int>(rows_like.has_value() ? rows_like->size(2)
+                                                      : *std::max_element(offsets.begin(), offsets.end()) + cols);
+  call.a = check_routing("a_index", a_index, call.batch, call.tokens, call.experts_a, x, call.kept);
+  call.b = check_routing("b_index", b_index, call.batch, call.tokens, call.experts_b, x, call.kept);
+  call.dropout = check_dropout(seed, dropout_p, x);
+  call.scaling = static_cast<float>(scaling);
+  return call;
+}
+
+// Writes out [B, S, N] and returns t; out may be base itself.
+Tensor run_forward(Call& call, const Device& device, Tensor x, Tensor lora_a, Tensor lora_b, OptionalTensor base,
+                   const Tensor& out) {
+  Tensor t = allocate(x, {call.batch, call.tokens, call.ranks});
+  x = with_contiguous_rows(x), lora_a = as_contiguous(lora_a), lora_b = as_contiguous(lora_b);
+  if (base.has_value()) base = with_contiguous_rows(*base);
+  DeviceScope scope(device);
+  dispatch(call.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    RoutedLoraForward<T> params{};
+    params.x = rows_of<const T>(x);
+    params.base = rows_of<const T>(base);
+    params.lora_a = data<const T>(lora_a);
+    params.lora_b = data<const T>(lora_b);
+    params.out = data<T>(out);
+    params.t = data<T>(t);
+    params.a = call.a;
+    params.b = call.b;
+    params.ranges = call.ranges;
+    params.dropout = call.dropout;
+    params.rows = call.rows;
+    params.features = call.features;
+    params.rank = call.rank;
+    params.width = call.width;
+    params.scaling = call.scaling;
+    params.a_aligned = is_aligned(params.lora_a, {call.features}, sizeof(T));
+    params.b_aligned = is_aligned(params.lora_b, {call.rank}, sizeof(T));
+    params.out_aligned = is_aligned(params.out, {call.width}, sizeof(T));
+    launch_routed_lora_forward(params, device);
+  });
+  return t;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> routed_lora_forward(Tensor x, Tensor lora_a, Tensor lora_b, OptionalTensor a_index,
+                                               OptionalTensor b_index, OptionalTensor base, OptionalTensor seed,
+                                               double scaling, int64_t groups, std::vector<int64_t> offsets,
+                                               double dropout_p) {
+  Call call = check_call(x, lora_a, lora_b, a_index, b_index, "base", base, seed, scaling, groups, offsets, dropout_p);
+  Device device = check_device("x", x);
+  Tensor out = allocate(x, {call.batch, call.tokens, call.width});
+  Tensor t = run_forward(call, device, x, lora_a, lora_b, base, out);
+  return {out, t};
+}
+
+Tensor routed_lora_forward_inplace(Tensor x, Tensor lora_a, Tensor lora_b, OptionalTensor a_index,
+                                   OptionalTensor b_index, Tensor base, OptionalTensor seed, double scaling,
+                                   int64_t groups, std::vector<int64_t> offsets, double dropout_p) {
+  Call call = check_call(x, lora_a, lora_b, a_index, b_index, "base", base, seed, scaling, groups, offsets, dropout_p);
+  if (!base.is_contiguous()) fail("base", "a tensor that is not contiguous", "a contiguous one to be overwritten");
+  Device device = check_device("x", x);
+  call.ranges.gaps = 0;
+  return run_forward(call, device, x, lora_a, lora_b, base, base);
+}
+
+std::tuple<Tensor, Tensor, Tensor> routed_lora_backward(Tensor grad_out, Tensor x, Tensor t, Tensor lora_a,
+                                                        Tensor lora_b, OptionalTensor a_index, OptionalTensor b_index,
+                                                        OptionalTensor seed, bool need_x, bool need_a, bool need_b,
+                                                        double scaling, int64_t groups, std::vector<int64_t> offsets,
+                                                        double dropout_p) {
+  Call call =
+      check_call(x, lora_a, lora_b, a_index, b_index, "grad_out", grad_out, seed, scaling, groups, offsets, dropout_p);
+  check_like("t", t, "x", x);
+  check_sizes("t", t, "[B, S, groups * r]", {call.batch, call.tokens, call.ranks});
+  Device device = check_device("x", x);
+
+  auto gradient = [&](bool needed, const std::vector<int64_t>& sizes) {
+    return allocate(x, needed ? sizes : std::vector<int64_t>{0});
+  };
+  Tensor dx = gradient(need_x, {call.batch, call.tokens, call.features});
+  Tensor da = gradient(need_a, {call.experts_a, call.ranks, call.features});
+  Tensor db = gradient(need_b, {call.experts_b, groups * call.ranges.cols, call.rank});
+  OptionalTensor dt = need_a ? OptionalTensor(allocate(x, {call.batch, call.tokens, call.ranks})) : std::nullopt;
+  OptionalTensor planes;
+  x = with_contiguous_rows(x), grad_out = with_contiguous_rows(grad_out), t = as_contiguous(t);
+  lora_a = as_contiguous(lora_a), lora_b = as_contiguous(lora_b);
+  DeviceScope scope(device);
+  dispatch(call.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    bool rank_aligned = is_aligned(nullptr, {call.rank}, sizeof(T));
+    PlaneSum<T> sum{};
+    RoutedLoraWeightGrad<T> weights{};
+    weights.ranges = call.ranges;
+    weights.dropout = call.dropout;
+    weights.scaling = call.scaling;
+    GradSide<T>& of_a = weights.a;
+    of_a.groups = 1, of_a.cols = call.features, of_a.ranks = call.ranks;
+    if (need_a) {
+      of_a.wide = rows_of<const T>(x);
+      of_a.narrow = data<const T>(dt);
+      of_a.narrow_aligned = is_aligned(of_a.narrow, {call.ranks}, sizeof(T));
+      of_a.routing = call.a;
+      of_a.weight = sum.add(data<T>(da), da.numel());
+      of_a.experts = call.experts_a;
+      of_a.ranks_first = true;
+    }
+    GradSide<T>& of_b = weights.b;
+    of_b.groups = groups, of_b.cols = call.ranges.cols, of_b.ranks = call.rank;
+    if (need_b) {
+      of_b.wide = rows_of<const T>(grad_out);
+      of_b.narrow = data<const T>(t);
+      of_b.narrow_aligned = rank_aligned && is_aligned(of_b.narrow, {}, sizeof(T));
+      of_b.routing = call.b;
+      of_b.weight = sum.add(data<T>(db), db.numel());
+      of_b.experts = call.experts_b;
+    }
+    weights.shares = share_rows(of_a, of_b, narrow_of<T>(call.ranks), call.rows, sum, x, device, planes);
+
+    if (need_x || need_a) {
+      RoutedLoraInputGrad<T> params{};
+      params.grad_out = rows_of<const T>(grad_out);
+      params.lora_a = data<const T>(lora_a);
+      params.lora_b = data<const T>(lora_b);
+      params.dt = data<T>(dt);
+      params.dx = need_x ? data<T>(dx) : nullptr;
+      params.a = call.a;
+      params.b = call.b;
+      params.ranges = call.ranges;
+      params.dropout = call.dropout;
+      params.rows = call.rows;
+      params.features = call.features;
+      params.rank = call.rank;
+      params.scaling = call.scaling;
+      params.a_aligned = is_aligned(params.lora_a, {call.features}, sizeof(T));
+      params.b_aligned = rank_aligned && is_aligned(params.lora_b, {}, sizeof(T));
+      params.dx_aligned = is_aligned(params.dx, {call.features}, sizeof(T));
+      launch_routed_lora_input_grad(params, device);
+    }
+    if (need_a || need_b) launch_routed_lora_weight_grad(weights, device);
+    if (weights.shares.count > 1) launch_plane_sum("routed_lora_plane_sum", sum, device);
+  });
+  return {dx, da, db};
+}
+
+}  // namespace adamix

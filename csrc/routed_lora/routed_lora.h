@@ -1,0 +1,78 @@
+// out[:, o_g : o_g + Ng] = base + scaling * (dropout(x) A[i]_g^T) B[j]_g^T for every group g of columns, every row
+// through its own experts i and j.
+#pragma once
+
+#include "common/dropout.h"
+#include "common/grad_side.h"
+#include "common/launch.h"
+#include "common/rows.h"
+
+namespace adamix {
+
+constexpr int kMaxGroups = 64;
+
+// Which columns of the output the groups serve, and which none of them.
+struct ColumnRanges {
+  int groups;
+  int cols;  // Ng, of a group
+  int start[kMaxGroups];
+  int gaps;
+  int gap_start[kMaxGroups + 1];
+  int gap_cols[kMaxGroups + 1];
+};
+
+template <typename T>
+struct RoutedLoraForward {
+  Rows<const T> x;     // [B, S, K]
+  Rows<const T> base;  // [B, S, N]; data null: zeros
+  const T* lora_a;     // [Ma, groups * r, K]
+  const T* lora_b;     // [Mb, groups * Ng, r]
+  T* out;              // [N, width]; may be base's own memory, and the gaps are then none
+  T* t;                // [N, groups * r], dropout(x) A^T
+  Routing a, b;
+  ColumnRanges ranges;
+  Dropout dropout;
+  int64_t rows;  // N = B * S
+  int features, rank, width;
+  float scaling;
+  bool a_aligned, b_aligned, out_aligned;  // rows start at multiples of 16 bytes
+};
+
+template <typename T>
+struct RoutedLoraInputGrad {
+  Rows<const T> grad_out;  // [B, S, N]
+  const T* lora_a;
+  const T* lora_b;
+  T* dt;  // [N, groups * r], scaling * grad_out B, or null
+  T* dx;  // [N, K], dropout'(dt A), or null
+  Routing a, b;
+  ColumnRanges ranges;
+  Dropout dropout;
+  int64_t rows;
+  int features, rank;
+  float scaling;
+  bool a_aligned, b_aligned, dx_aligned;
+};
+
+template <typename T>
+struct RoutedLoraWeightGrad {
+  GradSide<T> a;  // dA = dt^T dropout(x)
+  GradSide<T> b;  // dB = scaling * grad_out^T t
+  ColumnRanges ranges;
+  Dropout dropout;
+  RowShares shares;
+  float scaling;
+};
+
+#if defined(ADAMIX_LAUNCHERS)
+template <typename T>
+void launch_routed_lora_forward(const RoutedLoraForward<T>& params, const Device& device);
+
+template <typename T>
+void launch_routed_lora_input_grad(const RoutedLoraInputGrad<T>& params, const Device& device);
+
+template <typename T>
+void launch_routed_lora_weight_grad(const RoutedLoraWeightGrad<T>& params, const Device& device);
+#endif
+
+}  // namespace adamix

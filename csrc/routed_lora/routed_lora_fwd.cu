@@ -1,0 +1,136 @@
+// Routed LoRA's forward for all groups: one launch, [tile, groups * r] never leaves the block.
+#include "common/tile_rows.h"
+#include "routed_lora/routed_lora.h"
+
+namespace adamix {
+
+template <typename T, int Narrow>
+struct LoraForwardTile {
+  Stages<T, Narrow> stages;
+  NarrowTile<T> t;  // every group's r columns start at a multiple of 16
+  TileRows rows;
+
+  template <typename Memory>
+  ADAMIX_BOTH LoraForwardTile(Memory& memory, int groups, int rank)
+      : stages(memory), t(memory, groups * round_up(rank, 16)), rows(memory) {}
+};
+
+// `cols` columns of out from `start` on = those of base, or zeros, for the tile's rows.
+template <typename T>
+ADAMIX_DEVICE void copy_columns(const RoutedLoraForward<T>& p, const TileRows& rows, int start, int cols) {
+  constexpr int kSize = Piece<T>::kSize;
+  bool aligned = start % kSize == 0;
+  int pieces = ceil_div(cols, kSize);
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(rows.count) * pieces; i += kTileThreads) {
+    int row = static_cast<int>(i / pieces), col = static_cast<int>(i % pieces) * kSize;
+    Piece<T> piece{};
+    if (p.base.data != nullptr) {
+      piece = load_piece(p.base.data + rows.added_offset[row] + start + col, cols - col, aligned && p.base.aligned);
+    }
+    store_piece(p.out + (rows.first + row) * p.width + start + col, piece, cols - col, aligned && p.out_aligned);
+  }
+}
+
+template <typename T, int Narrow>
+__global__ void __launch_bounds__(kTileThreads, 2) routed_lora_forward_kernel(RoutedLoraForward<T> p) {
+  SharedMemory memory;
+  LoraForwardTile<T, Narrow> tile(memory, p.ranges.groups, p.rank);
+  tile.rows.find(p.rows, p.x, p.base, p.a, p.b);
+  tile.t.clear();
+  DropoutMask mask(p.dropout);
+  int64_t first = tile.rows.first;
+  int group_pitch = round_up(p.rank, 16), ranks = p.ranges.groups * p.rank;
+
+  for_each_expert(tile.rows.narrow_expert, [&](int expert) {
+    const T* weight = p.lora_a + static_cast<int64_t>(expert) * ranks * p.features;
+    for (int rank0 = 0; rank0 < ranks; rank0 += Narrow) {
+      narrow_product<T, Narrow, Inner::kContiguous>(
+          tile.stages, p.features,
+          [&](T* left, int k0) { load_rows(left, tile.rows, p.x.data, k0, p.features, p.x.aligned); },
+          [&](T* left, int k0) {
+            if (!mask.drops()) return;
+            change_tile<kTileRows, kInner<T>, kTileThreads>(
+                left, [&](float value, int row, int col) { return mask.apply(value, first + row, k0 + col); });
+          },
+          [&](T* right, int k0) {
+            load_matrix<Narrow, kInner<T>>(right, weight, rank0, ranks, k0, p.features, p.a_aligned);
+          });
+      visit_patch<float, Narrow>(tile.stages.patch, [&](int row, int col, const float* sums) {
+        if (tile.rows.narrow_expert[row] != expert) return;
+#pragma unroll 1
+        for (int e = 0; e < Piece<float>::kSize && rank0 + col + e < ranks; ++e) {
+          int rank = rank0 + col + e;
+          T t = from_float<T>(sums[e]);
+          p.t[(first + row) * ranks + rank] = t;
+          tile.t.data[row * tile.t.pitch + rank / p.rank * group_pitch + rank % p.rank] = t;
+        }
+      });
+    }
+  });
+  __syncthreads();
+
+  for_each_expert(tile.rows.wide_expert, [&](int expert) {
+    for (int group = 0; group < p.ranges.groups; ++group) {
+      int cols = p.ranges.cols, start = p.ranges.start[group];
+      bool aligned = start % Piece<T>::kSize == 0;
+      const T* weight = p.lora_b + (static_cast<int64_t>(expert) * p.ranges.groups + group) * cols * p.rank;
+      wide_product<T, Narrow, Inner::kContiguous>(
+          tile.stages, tile.t.data + group * group_pitch, tile.t.pitch, p.rank, cols,
+          [&](T* right, int col0, int k0) {
+            load_matrix<kTileCols, Narrow>(right, weight, col0, cols, k0, p.rank, p.b_aligned);
+          },
+          [&](int col0) {
+            visit_patch<T, kTileCols>(tile.stages.patch, [&](int row, int col, const float* sums) {
+              int valid = cols - col0 - col;
+              if (tile.rows.wide_expert[row] != expert || valid <= 0) return;
+              Piece<T> old{}, piece;
+              if (p.base.data != nullptr) {
+                old = load_piece(p.base.data + tile.rows.added_offset[row] + start + col0 + col, valid,
+                                 aligned && p.base.aligned);
+              }
+#pragma unroll
+              for (int e = 0; e < Piece<T>::kSize; ++e) {
+                piece.values[e] = from_float<T>(to_float(old.values[e]) + p.scaling * sums[e]);
+              }
+              store_piece(p.out + (first + row) * p.width + start + col0 + col, piece, valid, aligned && p.out_aligned);
+            });
+          });
+    }
+  });
+  for (int gap = 0; gap < p.ranges.gaps; ++gap) {
+    copy_columns(p, tile.rows, p.ranges.gap_start[gap], p.ranges.gap_cols[gap]);
+  }
+}
+
+#define ADAMIX_INSTANTIATE(T)                                                               \
+  template __global__ void routed_lora_forward_kernel<T, kSmallRank>(RoutedLoraForward<T>); \
+  template __global__ void routed_lora_forward_kernel<T, kChunk<T>>(RoutedLoraForward<T>);
+ADAMIX_INSTANTIATE(float)
+ADAMIX_INSTANTIATE(half)
+ADAMIX_INSTANTIATE(bfloat16)
+#undef ADAMIX_INSTANTIATE
+
+#if defined(ADAMIX_LAUNCHERS)
+template <typename T, int Narrow>
+static void launch_forward(const RoutedLoraForward<T>& params, const Device& device) {
+  Shape shape{dim3(count_tiles(params.rows)), kTileThreads,
+              shared_bytes<LoraForwardTile<T, Narrow>>(params.ranges.groups, params.rank)};
+  launch("routed_lora_forward", routed_lora_forward_kernel<T, Narrow>, shape, device, params);
+}
+
+template <typename T>
+void launch_routed_lora_forward(const RoutedLoraForward<T>& params, const Device& device) {
+  if (narrow_of<T>(params.ranges.groups * params.rank) == kSmallRank) {
+    launch_forward<T, kSmallRank>(params, device);
+  } else {
+    launch_forward<T, kChunk<T>>(params, device);
+  }
+}
+
+template void launch_routed_lora_forward(const RoutedLoraForward<float>&, const Device&);
+template void launch_routed_lora_forward(const RoutedLoraForward<half>&, const Device&);
+template void launch_routed_lora_forward(const RoutedLoraForward<bfloat16>&, const Device&);
+#endif
+
+}  // namespace adamix

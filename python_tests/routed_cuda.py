@@ -1,0 +1,50 @@
+"""What the tests of the routed ops' C++/CUDA backends share."""
+
+import contextlib
+
+import torch
+from cuda_host import DEVICE
+
+
+@contextlib.contextmanager
+def poisoned_memory(poison=True):
+    """Everything that is allocated without a value holds NaN, in C++ too."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(poison or before[0], warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextlib.contextmanager
+def count_allocations():
+    """Counts the tensors that the library allocates: a function to call behind the block."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield lambda: sum(event.name == "aten::new_empty" for event in profile.events())
+
+
+def far_apart(*tensors):
+    """The same values in one memory, [3, S, C] each, samples a little more than 2**30 elements apart.
+
+    The memory is 4 GiB, of which next to nothing is touched.
+    """
+    apart, room = 2**30 + 8, max(t[0].numel() for t in tensors)
+    memory = torch.empty(2 * apart + len(tensors) * room, dtype=tensors[0].dtype, device=DEVICE)
+    far = [memory[i * room :].as_strided(t.shape, (apart, t.stride(1), 1)) for i, t in enumerate(tensors)]
+    for there, t in zip(far, tensors, strict=True):
+        there.copy_(t)
+    return far
+
+
+def captured_graph(run):
+    """(what run returned under capture, the graph): replaying it computes that anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    return captured, graph
