@@ -1,28 +1,96 @@
-"""The compiled C++/CUDA library: whether it is there, and if not, why not."""
+"""The compiled C++/CUDA library: whether it is there, what it was built for, and if it cannot be used, why not.
+
+ADAMIX_CUDA_HOST=<shared object> puts another in its place, whose kernels g++ compiled for the CPU
+(`python -m adamix_kernels._build --host`): for tests, as TRITON_INTERPRET=1 is for Triton.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
+import os
 from pathlib import Path
 
 import torch
 
+_PACKAGE = Path(__file__).parent
+_HOST = "ADAMIX_CUDA_HOST"
+
+
+@functools.cache
+def on_host() -> bool:
+    """Whether backend="cuda" means kernels that run on the CPU and take its tensors."""
+    return bool(os.environ.get(_HOST))
+
 
 @functools.cache
 def library_path() -> Path | None:
-    """The shared object built by setup.py beside this file, or None."""
-    found = sorted(Path(__file__).parent.glob("_C*.so"))
+    """The shared object: that of ADAMIX_CUDA_HOST, else the one built into this package, else None."""
+    if on_host():
+        return Path(os.environ[_HOST])
+    found = sorted(_PACKAGE.glob("_C*.so"))
     return found[0] if found else None
 
 
 @functools.cache
-def problem() -> str | None:
-    """Why the compiled library cannot be used in this process, or None once it is loaded."""
+def record() -> dict:
+    """What the build wrote down: {"built": True, "architectures", "nvcc", "torch", "sources"}, or {"built": False,
+    "reason"}; {} where nothing was written, or for a library that runs on the CPU."""
+    if on_host():
+        return {}
+    try:
+        return json.loads((_PACKAGE / "_C.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@functools.cache
+def load_problem() -> str | None:
+    """Why the library is not loaded into this process, or None: its ops are then in torch.ops.adamix_cuda."""
     path = library_path()
     if path is None:
-        return "the C++/CUDA library was not built into this installation"
+        reason = record().get("reason")
+        return "the C++/CUDA library was not built into this installation" + (f": {reason}" if reason else "")
     try:
         torch.ops.load_library(str(path))
-    except OSError as error:
+        built_for = torch.ops.adamix_cuda.build_info()
+    except (OSError, AttributeError) as error:
         return f"{path.name} did not load: {error}"
+    if on_host() != (built_for == "host"):
+        return f"{_HOST}: {path} is built for {built_for}" if on_host() else f"{path.name} is built for the CPU"
     return None
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why backend="cuda" cannot be used in this process, or None."""
+    found = load_problem()
+    if found is not None or on_host():
+        return found
+    if not torch.cuda.is_available():
+        return "the C++/CUDA library is loaded, and torch sees no GPU"
+    names = torch.ops.adamix_cuda.build_info().split(";")
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        if not any(serves(name, 10 * major + minor) for name in names):
+            return f"the C++/CUDA library is built for {', '.join(names)}; GPU {device} is of {major}.{minor}"
+    return None
+
+
+def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot serve this device and dtype, or None, where `problem` is None; an op's `unsupported`."""
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the C++/CUDA kernels compute in float16, bfloat16 and float32, not {dtype}"
+    wanted = "cpu" if on_host() else "cuda"
+    if device_type != wanted:
+        return f"the C++/CUDA kernels are loaded for {wanted!r}, not for {device_type!r}"
+    return None
+
+
+def serves(name: str, capability: int) -> bool:
+    """Whether code built for `name` ("80", "120+PTX") runs on a GPU of 10 * compute capability.
+
+    Machine code runs within its major version, from its own minor version up; PTX on everything newer.
+    """
+    built = int(name.removesuffix("+PTX"))
+    return built <= capability and (built // 10 == capability // 10 or name.endswith("+PTX"))

@@ -1,0 +1,148 @@
+"""Compiles csrc/: with nvcc into the library that the package loads, with g++ into one that runs it on the CPU.
+
+`python -m adamix_kernels._build --help`. This package needs the standard library alone, and nothing beside itself:
+setup.py loads it before anything is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .objects import (
+    PACKAGE,
+    Compiled,
+    compile_all,
+    compile_one,
+    fingerprint,
+    link,
+    objects_folder,
+    replacing,
+    source_folder,
+    sources,
+    with_includes,
+)
+from .toolchain import BuildError, Torch, find_nvcc, find_torch, gencode, run, wanted_architectures
+
+LIBRARY = PACKAGE / "_C.abi3.so"
+# Beside the library: what it was built for, or why there is none.
+RECORD = "_C.json"
+MODES = ("auto", "0", "1")
+
+# The stable ABI of torch 2.11, whatever torch the headers are of.
+_COMMON = ("-std=c++17", "-I{csrc}", "-isystem", "{torch}/include", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+_NVCC = ("-c", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden", *_COMMON)
+_NVCC_STRICT = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v")
+_NVCC_LINK = ("-shared", "--cudart", "static", "-Xlinker", "--no-as-needed")
+_GXX_WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+_GXX_CODE = ("-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-DADAMIX_HOST")
+_GXX = ("-c", "-x", "c++", *_GXX_CODE, *_GXX_WARNINGS, *_COMMON)
+_LIBRARIES = ("-L{torch}/lib", "-ltorch", "-ltorch_cpu")
+# The scheduler of the threads tells the sanitisers what it does; it is not for them to watch.
+_UNWATCHED = "host/fibers.cpp"
+HOST_FLAGS = {
+    "plain": ("-O2",),
+    "asan": ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "tsan": ("-O1", "-g1", "-fsanitize=thread"),
+}
+
+
+def mode() -> str:
+    """$ADAMIX_CUDA: "auto" (also unset), "0" or "1"; BuildError for anything else."""
+    value = os.environ.get("ADAMIX_CUDA") or "auto"
+    if value not in MODES:
+        raise BuildError(f"ADAMIX_CUDA: got {value!r}, expected one of {', '.join(MODES)}")
+    return value
+
+
+def obstacle() -> str | None:
+    """Why this machine cannot build the CUDA library, or None; nothing is compiled."""
+    if not sys.platform.startswith("linux"):
+        return f"the C++/CUDA library is built on Linux, and this is {sys.platform}"
+    try:
+        find_torch()
+        wanted_architectures(find_nvcc())
+        source_folder()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def build_cuda(
+    output: Path = LIBRARY, *, strict: bool = False, architectures: Sequence[str] = (), jobs: int | None = None
+) -> list[Compiled]:
+    """Compiles csrc/ for every architecture, links `output`, and writes the record beside it.
+
+    strict: warnings are errors, and ptxas tells registers and spills in the logs. architectures: by default what
+    `wanted_architectures` says. Raises BuildError; `output` is then what it was.
+    """
+    torch, nvcc, csrc = find_torch(), find_nvcc(), source_folder()
+    names = list(architectures) or wanted_architectures(nvcc)
+    files = sources(csrc)
+    jobs = jobs or os.cpu_count() or 1
+    # Several architectures at a time would mix their messages.
+    compiler = [str(nvcc.path), "--threads", "1" if strict else str(max(1, jobs // len(files)))]
+    flags = [*_fill(_NVCC, csrc, torch), *gencode(names), *(_NVCC_STRICT if strict else ())]
+    told = [f'-DADAMIX_ARCHITECTURES="{";".join(names)}"']
+
+    def one(source: Path) -> Compiled:
+        mine = flags if source.suffix == ".cu" else flags + told
+        read = with_includes(source, csrc)
+        return compile_one(compiler, mine, source, read, folder, (nvcc.version, torch.version))
+
+    with objects_folder(csrc, "cuda-strict" if strict else "cuda") as folder:
+        made = sources_fingerprint(csrc)
+        objects = compile_all(one, files, jobs)
+        link([str(nvcc.path), *_NVCC_LINK], objects, _fill(_LIBRARIES, csrc, torch), output)
+    facts = {"built": True, "architectures": names, "nvcc": nvcc.version, "torch": torch.version, "sources": made}
+    write_record(output.parent, facts)
+    return objects
+
+
+def build_host(variant: str, output: Path | None = None, *, jobs: int | None = None) -> Path:
+    """Compiles csrc/ with g++ so that its kernels run on the CPU, for tests; variant: plain, asan or tsan.
+
+    output: by default build/csrc/adamix_host_<variant>.so of the checkout. Returns it; raises as build_cuda does.
+    """
+    torch, csrc = find_torch(), source_folder()
+    output = output or csrc.parent / "build" / "csrc" / f"adamix_host_{variant}.so"
+    if shutil.which("g++") is None:
+        raise BuildError("no g++ in $PATH")
+    versions = run("g++", "-dumpfullversion").strip(), torch.version
+    flags = _fill(_GXX, csrc, torch)
+
+    def one(source: Path) -> Compiled:
+        kernels = source.suffix == ".cu" or source.parent.name == "host"
+        name = variant if kernels and source != csrc / _UNWATCHED else "plain"
+        read = with_includes(source, csrc, host=True)
+        return compile_one(["g++"], [*flags, *HOST_FLAGS[name]], source, read, folders[name], versions)
+
+    # A sanitiser watches the kernels; all else is compiled as it is without.
+    with contextlib.ExitStack() as stack:
+        folders = {}
+        for name in sorted({variant, "plain"}):
+            folders[name] = stack.enter_context(objects_folder(csrc, f"host-{name}"))
+        objects = compile_all(one, sources(csrc, host=True), jobs or os.cpu_count() or 1)
+        libraries = ["-Wl,--no-as-needed", *_fill(_LIBRARIES, csrc, torch), "-pthread"]
+        link(["g++", "-shared", *HOST_FLAGS[variant]], objects, libraries, output)
+    return output
+
+
+def sources_fingerprint(csrc: Path) -> str:
+    """Of everything in csrc/ that the CUDA library is made of."""
+    return fingerprint([path for source in sources(csrc) for path in with_includes(source, csrc)])
+
+
+def write_record(folder: Path, record: dict) -> None:
+    """Puts the record into `folder`, whole or not at all."""
+    with replacing(folder / RECORD) as part:
+        part.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _fill(words: Sequence[str], csrc: Path, torch: Torch) -> list[str]:
+    return [word.format(csrc=csrc, torch=torch.folder) for word in words]

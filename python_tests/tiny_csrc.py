@@ -1,0 +1,94 @@
+"""A csrc/ of one kernel, in a copy of the project, for tests of the build."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FILES = {
+    "registration.cpp": """
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+
+#include "common/words.h"
+#include "doubling/doubling.h"
+
+static std::string build_info() { return TINY_WORDS; }
+static int64_t doubled(int64_t value) { return doubled_on_device(static_cast<int>(value)); }
+STABLE_TORCH_LIBRARY(adamix_cuda, m) {
+  m.def("build_info() -> str");
+  m.def("doubled(int value) -> int");
+}
+STABLE_TORCH_LIBRARY_IMPL(adamix_cuda, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&build_info));
+  m.impl("doubled", TORCH_BOX(&doubled));
+}
+""",
+    "common/words.h": """
+#pragma once
+#ifdef ADAMIX_HOST
+#define TINY_WORDS "host"
+#else
+#define TINY_WORDS ADAMIX_ARCHITECTURES
+#endif
+""",
+    "doubling/doubling.h": """
+#pragma once
+int doubled_on_device(int value);
+""",
+    "doubling/doubling.cu": """
+#include "doubling/doubling.h"
+#ifdef ADAMIX_HOST
+int doubled_on_device(int value) { return 2 * value; }
+#else
+__global__ void doubling_kernel(int* value) { *value *= 2; }
+int doubled_on_device(int value) {
+  int* there = nullptr;
+  if (cudaMalloc(&there, sizeof(int)) != cudaSuccess) return -1;
+  cudaMemcpy(there, &value, sizeof(int), cudaMemcpyHostToDevice);
+  doubling_kernel<<<1, 1>>>(there);
+  cudaMemcpy(&value, there, sizeof(int), cudaMemcpyDeviceToHost);
+  cudaFree(there);
+  return value;
+}
+#endif
+""",
+}
+
+
+def project(folder: Path) -> Path:
+    """A copy of the project whose csrc/ is the one above."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(
+        ROOT / "adamix_kernels", folder / "adamix_kernels", ignore=shutil.ignore_patterns("__pycache__", "_C*")
+    )
+    for name, text in FILES.items():
+        path = folder / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.lstrip())
+    return folder
+
+
+def run(code: str, folder: Path, **variables: str) -> subprocess.CompletedProcess:
+    """Python code in `folder`, which it imports from first, without the variables that choose or find a library."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ADAMIX", "CUDA_")) and k != "PYTHONPATH"}
+    command = [sys.executable, "-c", code]
+    environment = kept | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(folder)} | variables
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def nvcc(folder: Path, version: str, architectures: str = "75 80 90") -> str:
+    """A CUDA_HOME whose nvcc says so of itself, and compiles nothing."""
+    path = folder / "bin" / "nvcc"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = "\\n".join(f"compute_{name}" for name in architectures.split())
+    path.write_text(
+        f"#!/bin/sh\ncase $1 in\n--version) echo 'Cuda compilation tools, release x, V{version}';;\n"
+        f"--list-gpu-arch) printf '{known}\\n';;\n*) exit 1;;\nesac\n"
+    )
+    path.chmod(0o755)
+    return str(folder)
