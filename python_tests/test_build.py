@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -151,6 +153,16 @@ def test_a_library_for_the_cpu_takes_the_place_of_the_other(project):
     # Where the other is expected, it is refused.
     shutil.copy(library, project / "adamix_kernels/_C.abi3.so")
     assert "_C.abi3.so is built for the CPU" in tiny_csrc.run(code, project).stdout
+
+
+def test_the_build_needs_nothing_but_the_standard_library(project):
+    code = (
+        "import sys, sysconfig; sys.path.append('adamix_kernels'); sysconfig.get_paths = lambda: dict.fromkeys("
+        "['purelib', 'platlib'], '/nowhere'); import _build; print(_build.obstacle())"
+    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=project, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "torch is not installed; install it first" in done.stdout
 
 
 def test_nvcc_is_taken_from_cuda_home_and_must_be_new_enough(tmp_path, monkeypatch):

@@ -3,6 +3,10 @@
 
 #include "common/platform.h"
 
+#if defined(ADAMIX_LAUNCHERS)
+#include <cmath>
+#endif
+
 namespace adamix {
 
 enum class Activation : int { kNone, kGelu, kGeluTanh, kRelu, kSilu };
