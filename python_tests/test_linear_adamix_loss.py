@@ -124,7 +124,9 @@ def test_the_default_chunk_is_about_64_mib_of_logits(monkeypatch):
     for classes in (3, 1000, 50257):
         hidden, head, _, labels, _ = batch(2, classes=classes)
         linear_adamix_loss(hidden, head, labels)
-        assert seen[-1] == 64 * 2**20 // (8 * classes)
+        # Both passes' rows then start alike in 16 bytes, also where the number of classes is odd.
+        assert seen[-1] % 8 == 0
+        assert 0 <= 64 * 2**20 // (8 * classes) - seen[-1] < 8
 
 
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
