@@ -2,6 +2,7 @@
 
 ADAMIX_CUDA_HOST=<shared object> puts another in its place, whose kernels g++ compiled for the CPU
 (`python -m adamix_kernels._build --host`): for tests, as TRITON_INTERPRET=1 is for Triton.
+ADAMIX_CUDA_LIBRARY=<shared object> puts another in its place that was built for GPUs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 _PACKAGE = Path(__file__).parent
 _HOST = "ADAMIX_CUDA_HOST"
+_OTHER = "ADAMIX_CUDA_LIBRARY"
 
 
 @functools.cache
@@ -25,9 +27,10 @@ def on_host() -> bool:
 
 @functools.cache
 def library_path() -> Path | None:
-    """The shared object: that of ADAMIX_CUDA_HOST, else the one built into this package, else None."""
-    if on_host():
-        return Path(os.environ[_HOST])
+    """The shared object: that of ADAMIX_CUDA_HOST or _LIBRARY, else the one built into this package, else None."""
+    named = os.environ.get(_HOST) or os.environ.get(_OTHER)
+    if named:
+        return Path(named)
     found = sorted(_PACKAGE.glob("_C*.so"))
     return found[0] if found else None
 
@@ -35,8 +38,8 @@ def library_path() -> Path | None:
 @functools.cache
 def record() -> dict:
     """What the build wrote down: {"built": True, "architectures", "nvcc", "torch", "sources"}, or {"built": False,
-    "reason"}; {} where nothing was written, or for a library that runs on the CPU."""
-    if on_host():
+    "reason"}; {} where nothing was written, or for a library that an environment variable names."""
+    if on_host() or os.environ.get(_OTHER):
         return {}
     try:
         return json.loads((_PACKAGE / "_C.json").read_text())

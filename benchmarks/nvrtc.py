@@ -1,8 +1,9 @@
 """A compiler of device code for sm_70, which nvcc 13 no longer knows: NVRTC 12.9 from PyPI's wheels, through ctypes.
 
-python benchmarks/nvrtc.py --wheels FOLDER [-I FOLDER] SOURCE -o CUBIN
+python benchmarks/nvrtc.py --wheels FOLDER [-I FOLDER] [--ptx] SOURCE -o CUBIN
 
 It compiles every kernel that SOURCE instantiates, prints what NVRTC and ptxas say, and takes a warning for an error.
+--ptx makes the PTX of compute_70, which the driver of a newer GPU compiles for itself, instead of machine code.
 No GPU is needed. FOLDER is the --target folder of the wheels (see the Makefile).
 """
 
@@ -35,9 +36,10 @@ class Nvrtc:
         self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
         self._includes = [f"-I{path}" for path in parts]
 
-    def compile(self, source: Path, includes: Sequence[Path] = (), target: int = 70) -> tuple[bytes, str]:
-        """(cubin, messages); NvrtcError, with the messages, on an error or a warning."""
-        options = [f"-arch=sm_{target}", "-std=c++17", "-default-device", "-Xptxas=-v"]
+    def compile(self, source: Path, includes: Sequence[Path] = (), *, ptx: bool = False) -> tuple[bytes, str]:
+        """(cubin or PTX, messages); NvrtcError, with the messages, on an error or a warning."""
+        options = ["-arch=compute_70"] if ptx else ["-arch=sm_70", "-Xptxas=-v"]
+        options += ["-std=c++17", "-default-device"]
         options += [f"-I{path}" for path in includes] + self._includes
         program = ctypes.c_void_p()
         text, name = source.read_bytes(), str(source).encode()
@@ -48,7 +50,7 @@ class Nvrtc:
             log = self._read(program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
             if status or any("warning" in line and _EXPECTED not in line for line in log.splitlines()):
                 raise NvrtcError(log)
-            return self._read(program, "CUBIN"), log
+            return self._read(program, "PTX").rstrip(b"\0") if ptx else self._read(program, "CUBIN"), log
         finally:
             self._library.nvrtcDestroyProgram(ctypes.byref(program))
 
@@ -70,14 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", type=Path)
     parser.add_argument("-o", dest="output", type=Path, required=True)
     parser.add_argument("-I", dest="includes", type=Path, action="append", default=[])
+    parser.add_argument("--ptx", action="store_true")
     parser.add_argument("--wheels", type=Path, required=True)
     options = parser.parse_args(arguments)
     try:
-        cubin, log = Nvrtc(options.wheels).compile(options.source, options.includes)
+        code, log = Nvrtc(options.wheels).compile(options.source, options.includes, ptx=options.ptx)
     except (NvrtcError, OSError) as error:
         print(f"nvrtc: {options.source}: {error}", file=sys.stderr)
         return 1
-    options.output.write_bytes(cubin)
+    options.output.write_bytes(code)
     print(log)
     return 0
 

@@ -150,6 +150,9 @@ def test_a_library_for_the_cpu_takes_the_place_of_the_other(project):
     assert done.stdout.split() == ["True", "None", "42"], done.stdout + done.stderr
     missing = tiny_csrc.run(code, project, ADAMIX_CUDA_HOST="/nowhere/x.so").stdout
     assert "x.so did not load" in missing
+    assert "x.so is built for the CPU" in tiny_csrc.run(code, project, ADAMIX_CUDA_LIBRARY=library).stdout.replace(
+        Path(library).name, "x.so"
+    )
     # Where the other is expected, it is refused.
     shutil.copy(library, project / "adamix_kernels/_C.abi3.so")
     assert "_C.abi3.so is built for the CPU" in tiny_csrc.run(code, project).stdout

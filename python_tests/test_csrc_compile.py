@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from adamix_kernels import _build
-from benchmarks import cuda_compile
+from benchmarks import cuda_compile, volta_compiler
 from benchmarks.cuda_table import SHAPES, TABLE, Row, differences, problems, read, write
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +104,38 @@ def test_a_warning_for_sm_70_is_an_error(tmp_path):
     (tmp_path / "op/one.cu").write_text("__global__ void k(int* p) { int unused; *p = 1; }\n")
     with pytest.raises(_build.BuildError, match=r'variable "unused" was declared but never referenced'):
         cuda_compile.compile_nvrtc(tmp_path, cuda_compile.WHEELS, 1)
+
+
+@needs_compilers
+def test_an_object_of_ptx_for_the_v100_alone(tmp_path):
+    source, output = tmp_path / "one.cu", tmp_path / "one.o"
+    source.write_text("""
+#ifndef __CUDA_ARCH__
+#define __CUDA_ARCH__ 0
+#endif
+template <typename T>
+__global__ void k(T* p) { *p = __CUDA_ARCH__; }
+template __global__ void k(int*);
+#ifndef __CUDACC_RTC__
+void launch(int* p) { k<<<1, 1>>>(p); }
+#endif
+""")
+    command = ["--nvcc", str(_build.find_nvcc().path), "--wheels", str(cuda_compile.WHEELS)]
+    assert volta_compiler.main([*command, "-c", "-O3", str(source), "-o", str(output)]) == 0
+    tool = cuda_compile.cuobjdump()
+    listed = subprocess.run([tool, "-lelf", "-lptx", output], capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"sm_\d+\.\w+", listed) == ["sm_70.ptx"]
+    text = subprocess.run([tool, "-ptx", output], capture_output=True, text=True, check=True).stdout
+    assert ".target sm_70" in text
+    (entry,) = re.findall(r"\.entry (\w+)", text)
+    # The name under which the host's part registers the kernel.
+    assert entry.encode() + b"\0" in output.read_bytes()
+    assert re.search(r"mov\.(?:b32|u32)\s+%r\d+, 700;", text)
+
+    source.write_text("__global__ void k(int* p) { *p = nobody; }\n")
+    output.unlink()
+    assert volta_compiler.main([*command, "-c", str(source), "-o", str(output)]) == 1
+    assert not output.exists()
 
 
 @needs_compilers

@@ -36,13 +36,13 @@ MODES = ("auto", "0", "1")
 
 # The stable ABI of torch 2.11, whatever torch the headers are of.
 _COMMON = ("-std=c++17", "-I{csrc}", "-isystem", "{torch}/include", "-DTORCH_TARGET_VERSION=0x020b000000000000")
-_NVCC = ("-c", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden", *_COMMON)
+NVCC = ("-c", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden", *_COMMON)
 _NVCC_STRICT = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v")
-_NVCC_LINK = ("-shared", "--cudart", "static", "-Xlinker", "--no-as-needed")
+NVCC_LINK = ("-shared", "--cudart", "static", "-Xlinker", "--no-as-needed")
 _GXX_WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 _GXX_CODE = ("-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-DADAMIX_HOST")
 _GXX = ("-c", "-x", "c++", *_GXX_CODE, *_GXX_WARNINGS, *_COMMON)
-_LIBRARIES = ("-L{torch}/lib", "-ltorch", "-ltorch_cpu")
+LIBRARIES = ("-L{torch}/lib", "-ltorch", "-ltorch_cpu")
 # The scheduler of the threads tells the sanitisers what it does; it is not for them to watch.
 _UNWATCHED = "host/fibers.cpp"
 HOST_FLAGS = {
@@ -87,7 +87,7 @@ def build_cuda(
     jobs = jobs or os.cpu_count() or 1
     # Several architectures at a time would mix their messages.
     compiler = [str(nvcc.path), "--threads", "1" if strict else str(max(1, jobs // len(files)))]
-    flags = [*_fill(_NVCC, csrc, torch), *gencode(names), *(_NVCC_STRICT if strict else ())]
+    flags = [*fill(NVCC, csrc, torch), *gencode(names), *(_NVCC_STRICT if strict else ())]
     told = [f'-DADAMIX_ARCHITECTURES="{";".join(names)}"']
 
     def one(source: Path) -> Compiled:
@@ -98,7 +98,7 @@ def build_cuda(
     with objects_folder(csrc, "cuda-strict" if strict else "cuda") as folder:
         made = sources_fingerprint(csrc)
         objects = compile_all(one, files, jobs)
-        link([str(nvcc.path), *_NVCC_LINK], objects, _fill(_LIBRARIES, csrc, torch), output)
+        link([str(nvcc.path), *NVCC_LINK], objects, fill(LIBRARIES, csrc, torch), output)
     facts = {"built": True, "architectures": names, "nvcc": nvcc.version, "torch": torch.version, "sources": made}
     write_record(output.parent, facts)
     return objects
@@ -114,7 +114,7 @@ def build_host(variant: str, output: Path | None = None, *, jobs: int | None = N
     if shutil.which("g++") is None:
         raise BuildError("no g++ in $PATH")
     versions = run("g++", "-dumpfullversion").strip(), torch.version
-    flags = _fill(_GXX, csrc, torch)
+    flags = fill(_GXX, csrc, torch)
 
     def one(source: Path) -> Compiled:
         kernels = source.suffix == ".cu" or source.parent.name == "host"
@@ -128,7 +128,7 @@ def build_host(variant: str, output: Path | None = None, *, jobs: int | None = N
         for name in sorted({variant, "plain"}):
             folders[name] = stack.enter_context(objects_folder(csrc, f"host-{name}"))
         objects = compile_all(one, sources(csrc, host=True), jobs or os.cpu_count() or 1)
-        libraries = ["-Wl,--no-as-needed", *_fill(_LIBRARIES, csrc, torch), "-pthread"]
+        libraries = ["-Wl,--no-as-needed", *fill(LIBRARIES, csrc, torch), "-pthread"]
         link(["g++", "-shared", *HOST_FLAGS[variant]], objects, libraries, output)
     return output
 
@@ -144,5 +144,6 @@ def write_record(folder: Path, record: dict) -> None:
         part.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def _fill(words: Sequence[str], csrc: Path, torch: Torch) -> list[str]:
+def fill(words: Sequence[str], csrc: Path, torch: Torch) -> list[str]:
+    """The options with the folders in their places."""
     return [word.format(csrc=csrc, torch=torch.folder) for word in words]

@@ -52,7 +52,7 @@ def _library_in_words(facts: dict) -> str:
     if facts["problem"]:
         return facts["problem"]
     if facts["architectures"] is None:
-        return f"{facts['path']}, whose kernels run on the CPU" if _extension.on_host() else facts["path"]
+        return f"{facts['path']}, for " + ("the CPU" if _extension.on_host() else torch.ops.adamix_cuda.build_info())
     words = (
         f"for {', '.join(facts['architectures'])}, by nvcc {facts['nvcc']} with the headers of torch {facts['torch']}"
     )

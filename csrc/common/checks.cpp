@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <limits>
 
+#include "common/architectures.h"
+
 namespace adamix {
 namespace {
 
@@ -136,11 +138,12 @@ Device check_device(const char* name, const Tensor& tensor) {
   int index = tensor.get_device();
   static thread_local Device known{-1, 0, 0, 0, nullptr};
   if (known.index != index) {
-    known = {
-        index, attribute(cudaDevAttrMultiProcessorCount, index),
-        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-        10 * attribute(cudaDevAttrComputeCapabilityMajor, index) + attribute(cudaDevAttrComputeCapabilityMinor, index),
-        nullptr};
+    int capability =
+        10 * attribute(cudaDevAttrComputeCapabilityMajor, index) + attribute(cudaDevAttrComputeCapabilityMinor, index);
+    // Of the code that runs there: PTX for sm_80 has no clusters on sm_90 either.
+    known = {index, attribute(cudaDevAttrMultiProcessorCount, index),
+             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+             running_architecture(ADAMIX_ARCHITECTURES, capability), nullptr};
   }
   Device device = known;
   device.stream = current_stream(index);

@@ -21,7 +21,7 @@ struct Device {
   int index;
   int multiprocessors;
   int shared_bytes;  // a block's opt-in limit
-  int capability;    // 70, 75, 80, ...
+  int capability;    // 70, 75, 80, ...: of the code that runs there
   void* stream;
 };
 
