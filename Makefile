@@ -67,7 +67,7 @@ test: $(VENV)/.test $(VENV)/.triton $(VENV)/.encoder $(VENV)/.nvrtc $(OLD)/.read
 	$(call ON_HOST,plain) $(PYTEST) python_tests/test_cuda_*.py
 	$(call ON_HOST,asan) $(call UNDER,asan) ASAN_OPTIONS=detect_leaks=0:log_path=$(REPORT) $(SANITIZED)
 	$(call ON_HOST,tsan) $(call UNDER,tsan) TSAN_OPTIONS=halt_on_error=1:log_path=$(REPORT) $(SANITIZED)
-	PYTHONPATH=$(abspath $(OLD)) $(PYTEST) python_tests/test_trainer*.py python_tests/test_checkpointing.py
+	PYTHONPATH=$(abspath $(OLD)) $(PYTEST) --ignore-glob='*_launch.py' python_tests/test_trainer*.py python_tests/test_checkpointing.py
 	PYTHONPATH=$(abspath $(HUB)) $(PYTEST) python_tests/test_hub_layout.py
 
 aot: $(VENV)/.test $(VENV)/.triton

@@ -133,6 +133,13 @@ def test_memory_and_barriers(rows, classes, device, dtype, monkeypatch):
     gradients(run, randn(2 * rows[0], *rows[1:], classes, dtype=dtype), grad=2.0)
 
 
+@pytest.mark.sanitize
+def test_many_rows_are_counted_in_a_launch_of_their_own():
+    """Above 2**22 label reads the blocks no longer count the rows themselves."""
+    labels, mask = draw_labels((12_000,), 2), draw_mask((12_000,))
+    gradients(lambda backend, x: adamix_loss(x, labels, mask=mask, backend=backend), randn(24_000, 2))
+
+
 @pytest.mark.parametrize("options", [{}, {"num_items": 11}, {"weight": 0.0}, {"ignore_index": 1}])
 def test_options(options):
     labels = torch.randint(5, (6, 4), device=DEVICE)
