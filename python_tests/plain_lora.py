@@ -1,7 +1,9 @@
 """LoRA written once more, token by token, and the cases routed_lora is compared on."""
 
 import torch
+from poison import poisoned_memory
 
+from adamix_kernels.functional import routed_lora
 from adamix_kernels.ops._dropout import keep_mask
 
 INDEX_KINDS = ("none", "sample", "token")
@@ -36,6 +38,36 @@ def lora_case(
     )
     base = randn(batch, tokens, width) if with_base else None
     return args, dict(base=base, scaling=1.7, groups=groups, output_offsets=offsets)
+
+
+def _to(device, t):
+    return t.detach().to(device) if isinstance(t, torch.Tensor) else t
+
+
+def draw_lora(device, a_kind="sample", b_kind="none", groups=1, with_base=True, **sizes):
+    """[x, A, B, base or None, dy] and the keyword arguments of the op, all on the device."""
+    args, options = lora_case(a_kind, b_kind, groups, with_base, **sizes)
+    base = options.pop("base")
+    per_group = args[2].shape[1] // groups
+    width = max(options["output_offsets"]) + per_group if base is None else base.shape[2]
+    dy = torch.randn(*args[0].shape[:2], width, dtype=args[0].dtype)
+    options |= dict(a_index=_to(device, args[3]), b_index=_to(device, args[4]))
+    return [_to(device, t) for t in (*args[:3], base, dy)], options
+
+
+def run_lora(backend, tensors, options, dropout_p=0.0, seed=11):
+    """A function of the tensors that are not None, giving the output and every gradient; kernels get poison."""
+    present = [t is not None for t in tensors]
+
+    def run(*given):
+        it = iter(given)
+        *leaves, dy = [next(it) if there else None for there in present]
+        leaves = [t if t is None else t.clone().requires_grad_() for t in leaves]
+        with poisoned_memory(backend != "reference"):
+            out = routed_lora(*leaves[:3], base=leaves[3], **options, dropout_p=dropout_p, seed=seed, backend=backend)
+            return out.detach(), *torch.autograd.grad(out, [t for t in leaves if t is not None], dy)
+
+    return run
 
 
 def per_token_lora(

@@ -188,7 +188,7 @@ def test_two_processes_show_one_bar_and_one_result(trained, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     flags = train_flags(trained, tmp_path / "out", "--max-steps", "2", "--log-level", "info")
     flags[flags.index("--disable-tqdm") + 1] = "false"
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
     command = [*launch, "--main_process_port", "0", "-m", "adamix_kernels", *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 needs_cuda()
 
-from routed_cuda import captured_graph, poisoned_memory
+from cuda_probes import captured_graph
+from merge_cases import check_whole_model, experts_on, lora_case, lora_on
+from poison import poisoned_memory
 
-import adamix_kernels as ak
 from adamix_kernels import BackendUnavailableError
 from adamix_kernels.functional import merge_experts, merge_lora
-from adamix_kernels.modules.adapter import merge_adapters
 from adamix_kernels.ops.merge import cuda_impl, reference
 from adamix_kernels.ops.merge.api import merge_banks
 from adamix_kernels.testing import assert_in_budget
@@ -26,18 +26,6 @@ OPS = torch.ops.adamix_cuda
 
 def randn(*shape, dtype=torch.float32):
     return torch.randn(shape, dtype=torch.float64).to(dtype).to(DEVICE)
-
-
-def experts_on(backend):
-    """(bank, dy[, scores]) -> the mean and its gradients."""
-
-    def run(bank, dy, scores=None):
-        leaves = [t.detach().requires_grad_() for t in (bank, scores) if t is not None]
-        with poisoned_memory(backend == "cuda"):
-            out = merge_experts(leaves[0], leaves[1] if scores is not None else None, backend=backend)
-            return out.detach(), *torch.autograd.grad(out, leaves, dy)
-
-    return run
 
 
 def check_experts(*tensors):
@@ -164,42 +152,12 @@ def test_a_list_of_unaligned_slices_and_of_mixed_dtypes():
 
 
 def test_a_whole_model_merges_and_unmerges_to_the_same_bits():
-    model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(3)))
-    ak.adapt(model, ak.AdaMixConfig(target_modules=["0", "1", "2"], bottleneck=4, share=None)).to(DEVICE)
-    adapters = [layer.adapter for layer in model]
-    for adapter in adapters:
-        adapter.backend = "cuda"
-        for bank in adapter.banks():
-            torch.nn.init.normal_(bank)
-        adapter.down_score.data.normal_()
-    before = [bank.clone() for adapter in adapters for bank in adapter.banks()]
-    ak.merge(model)
-    for adapter in adapters:
-        adapter.backend = "reference"
-    for got, want in zip(model, merge_adapters(adapters), strict=True):
-        for mine, theirs in zip(got.adapter.banks(), want.banks(), strict=True):
-            torch.testing.assert_close(mine, theirs)
-    ak.unmerge(model)
-    assert all(torch.equal(a, b) for a, b in zip(before, (b for layer in model for b in layer.adapter.banks())))
+    check_whole_model("cuda", DEVICE)
 
 
-def lora_on(backend, **options):
-    def run(weight, lora_a, lora_b, dy):
-        leaves = [t.detach().requires_grad_() for t in (weight, lora_a, lora_b)]
-        with poisoned_memory(backend == "cuda"):
-            out = merge_lora(*leaves, backend=backend, **options)
-            return out.detach(), *torch.autograd.grad(out, leaves, dy)
-
-    return run
-
-
-def check_lora(groups, experts, r, fan, dtype, rows=130, features=45):
-    per_group, offsets = 20, tuple(43 * g for g in range(groups))
-    weight = randn(*((features, rows) if fan else (rows, features)), dtype=dtype)
-    tensors = weight, randn(experts, groups * r, features, dtype=dtype), randn(groups * per_group, r, dtype=dtype)
-    options = dict(scaling=1.7, groups=groups, output_offsets=offsets, fan_in_fan_out=fan)
-    runs = lora_on("cuda", **options), lora_on("reference", **options)
-    assert_in_budget(*runs, *tensors, randn(*weight.shape, dtype=dtype))
+def check_lora(*sizes, **more):
+    tensors, options = lora_case(randn, *sizes, **more)
+    assert_in_budget(lora_on("cuda", **options), lora_on("reference", **options), *tensors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

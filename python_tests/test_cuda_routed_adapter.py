@@ -2,6 +2,8 @@
 
 # ruff: noqa: E402 (the module is skipped where the kernels cannot run)
 
+import functools
+
 import pytest
 import torch
 from cuda_host import DEVICE, DTYPES, ON_HOST, needs_cuda
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 
 needs_cuda()
 
-from routed_cuda import captured_graph, count_allocations, far_apart, poisoned_memory
+from adapter_cases import SIDES, draw_adapter, run_adapter
+from cuda_probes import captured_graph, count_allocations, far_apart
 from test_routed_adapter import ACTIVATIONS, by_loop, index, inputs
 
 from adamix_kernels import BackendUnavailableError
@@ -18,54 +21,14 @@ from adamix_kernels.functional import routed_adapter
 from adamix_kernels.ops.routed_adapter import cuda_impl
 from adamix_kernels.testing import assert_in_budget
 
-
-def draw(dtype, batch, tokens, hidden, r, down, up, down_kind, up_kind, out=None, bias=True):
-    """(x, banks..., dy) on DEVICE and both indices."""
-    x, *banks = (t if t is None else t.detach() for t in inputs(batch, tokens, hidden, r, down, up, out, bias, dtype))
-    dy = torch.randn(batch, tokens, banks[2].shape[1], dtype=dtype)
-    tensors = [t if t is None else t.to(DEVICE) for t in (x, *banks, dy)]
-    indices = [index(kind, m, batch, tokens) for kind, m in ((down_kind, down), (up_kind, up))]
-    return tensors, [t if t is None else t.to(DEVICE) for t in indices]
-
-
-def run_on(backend, tensors, indices, residual="input", activation="gelu"):
-    """A function of the tensors that are not None, giving the output and every gradient."""
-    present = [t is not None for t in tensors]
-
-    def run(*given):
-        it = iter(given)
-        full = [next(it).clone() if there else None for there in present]
-        *leaves, dy = full
-        leaves = [t if t is None else t.requires_grad_() for t in leaves]
-        other = dy.flip(0).clone().requires_grad_() if residual == "other" else None
-        added = {"none": None, "input": leaves[0], "other": other}[residual]
-        with poisoned_memory(backend == "cuda"):
-            out = routed_adapter(*leaves, *indices, residual=added, activation=activation, backend=backend)
-            wanted = [t for t in (*leaves, other) if t is not None]
-            return out.detach(), *torch.autograd.grad(out, wanted, dy)
-
-    return run
+draw = functools.partial(draw_adapter, DEVICE)
 
 
 def check(tensors, indices, residual="input", activation="gelu"):
     # The maximum over few elements is luck; over many draws the mean errors agree.
     multiple = 2.0 if min(tensors[0].shape[0] * tensors[0].shape[1], tensors[0].shape[2]) >= 16 else 8.0
-    runs = [run_on(backend, tensors, indices, residual, activation) for backend in ("cuda", "reference")]
+    runs = [run_adapter(backend, tensors, indices, residual, activation) for backend in ("cuda", "reference")]
     assert_in_budget(*runs, *(t for t in tensors if t is not None), multiple=multiple)
-
-
-# (batch, tokens, hidden, r, Md, Mu, down's index, up's index[, out[, bias]])
-SIDES = {
-    "shared-up": (4, 17, 37, 5, 3, 1, "sample", None),
-    "shared-down": (3, 16, 37, 8, 1, 3, None, "sample"),
-    "both-routed": (4, 18, 20, 4, 3, 2, "sample", "sample"),
-    "per-token": (2, 19, 20, 6, 3, 2, "token", "token"),
-    "mixed": (3, 20, 23, 7, 3, 2, "token", "sample"),
-    "plain": (2, 21, 20, 4, 1, 1, None, None),
-    "no-bias": (3, 17, 20, 4, 3, 1, "sample", None, None, False),
-    "other-width": (2, 18, 19, 16, 2, 2, "sample", "token", 41),
-    "few-tokens": (7, 3, 20, 5, 3, 2, "sample", "token"),
-}
 
 
 @pytest.mark.parametrize("residual", ["none", "input", "other"])
@@ -141,14 +104,14 @@ def test_any_shape_and_index(data):
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 3), (3, 0), (0, 0)])
 def test_an_empty_batch_gives_zero_gradients(batch, tokens):
     tensors, indices = draw(torch.float32, batch, tokens, 20, 4, 3, 1, "sample", None)
-    out, *grads = run_on("cuda", tensors, indices)(*tensors)
+    out, *grads = run_adapter("cuda", tensors, indices)(*tensors)
     assert out.shape == (batch, tokens, 20)
     assert all(g.eq(0).all() for g in grads)
 
 
 def test_rank_zero_leaves_the_bias_and_the_residual():
     (x, *banks, dy), indices = draw(torch.float32, 2, 3, 20, 0, 3, 2, "sample", "token")
-    out, dx, _, _, _, dup_bias = run_on("cuda", (x, *banks, dy), indices)(x, *banks, dy)
+    out, dx, _, _, _, dup_bias = run_adapter("cuda", (x, *banks, dy), indices)(x, *banks, dy)
     torch.testing.assert_close(out, x + banks[3][indices[1]])
     assert torch.equal(dx, dy)
     torch.testing.assert_close(dup_bias, torch.zeros_like(banks[3]).index_add_(0, indices[1].view(-1), dy.view(-1, 20)))
@@ -169,7 +132,7 @@ def test_an_unused_expert_gets_an_exactly_zero_gradient(case):
     tensors, (used, _) = draw(torch.float32, 4, tokens, 20, r, 2, 1, kind, None)
     banks = [torch.cat([bank] * n) for bank, n in zip(tensors[1:5], (2, 2, 4, 4))]
     full = [tensors[0], *banks, tensors[5]]
-    _, _, *grads = run_on("cuda", full, [used * 2, used * 2])(*full)
+    _, _, *grads = run_adapter("cuda", full, [used * 2, used * 2])(*full)
     for grad in grads:
         assert grad[[1, 3]].eq(0).all()
         assert grad[[0, 2]].ne(0).any()
@@ -180,7 +143,7 @@ def test_a_sample_with_infinities_does_not_reach_other_experts(tokens):
     tensors, _ = draw(torch.float32, 4, tokens, 20, 4, 3, 3, "sample", "sample")
     tensors[0][0] = float("inf")
     chosen = torch.tensor([0, 1, 1, 1], device=DEVICE)
-    out, dx, *grads = run_on("cuda", tensors, [chosen, chosen])(*tensors)
+    out, dx, *grads = run_adapter("cuda", tensors, [chosen, chosen])(*tensors)
     assert out[1:].isfinite().all()
     assert dx[1:].isfinite().all()
     for grad in grads:
@@ -195,11 +158,11 @@ def test_infinite_weights_of_one_expert_do_not_reach_rows_of_another(kind, dtype
     tensors, (chosen, _) = draw(dtype, 6, 17, 20, 4, 4, 4, kind, kind)
     number = torch.arange(chosen.numel(), device=DEVICE).view(chosen.shape)
     indices = [number % 3, number // 2 % 3]
-    clean = run_on("cuda", tensors, indices)(*tensors)
+    clean = run_adapter("cuda", tensors, indices)(*tensors)
     poisoned = [t.clone() for t in tensors]
     for bank in poisoned[1:5]:
         bank[0], bank[3] = float("inf"), float("nan")  # expert 3 serves no row
-    got = run_on("cuda", tensors, indices)(*poisoned)
+    got = run_adapter("cuda", tensors, indices)(*poisoned)
     theirs = ((indices[0] != 0) & (indices[1] != 0)).view(6, -1).expand(6, 17)
     for mine, before in zip(got[:2], clean[:2]):
         assert torch.equal(mine[theirs], before[theirs])
@@ -273,7 +236,7 @@ def test_samples_may_be_farther_apart_than_32_bits_count():
 @pytest.mark.parametrize("case", ["several shares, samples", "several shares, tokens", "rank 100"])
 def test_the_same_bits_twice(case):
     tensors, indices = draw(torch.float32, *SHAPES[case])
-    first, second = (run_on("cuda", tensors, indices)(*tensors) for _ in range(2))
+    first, second = (run_adapter("cuda", tensors, indices)(*tensors) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
@@ -282,7 +245,7 @@ def test_the_same_bits_twice(case):
 @pytest.mark.parametrize("case", ["16-byte rows", "several shares, tokens", "rank 100"])
 def test_the_same_bits_in_any_order_of_threads_and_blocks(case, order, monkeypatch):
     tensors, indices = draw(torch.bfloat16, *SHAPES[case])
-    run = run_on("cuda", tensors, indices, "other")
+    run = run_adapter("cuda", tensors, indices, "other")
     want = run(*tensors)
     monkeypatch.setenv("ADAMIX_HOST_ORDER", order)
     assert all(torch.equal(a, b) for a, b in zip(run(*tensors), want))
@@ -307,7 +270,7 @@ def test_autocast_gives_gradients_in_their_own_dtype():
 def test_float64_is_refused_with_the_reason():
     tensors, indices = draw(torch.float64, *SIDES["plain"])
     with pytest.raises(BackendUnavailableError, match="float16, bfloat16 and float32, not"):
-        run_on("cuda", tensors, indices)(*tensors)
+        run_adapter("cuda", tensors, indices)(*tensors)
 
 
 @pytest.mark.skipif(ON_HOST, reason="CUDA graphs need a GPU")

@@ -3,6 +3,7 @@
 # ruff: noqa: E402 (the module is skipped where the kernels cannot run)
 
 import ctypes
+import functools
 import mmap
 
 import pytest
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 
 needs_cuda()
 
-from plain_lora import INDEX_KINDS, lora_case, per_token_lora
-from routed_cuda import captured_graph, count_allocations, far_apart, poisoned_memory
+from cuda_probes import captured_graph, count_allocations, far_apart
+from plain_lora import INDEX_KINDS, draw_lora, per_token_lora, run_lora
 
 from adamix_kernels import BackendUnavailableError
 from adamix_kernels.functional import routed_lora
@@ -22,41 +23,13 @@ from adamix_kernels.ops._dropout import keep_mask
 from adamix_kernels.ops.routed_lora import cuda_impl
 from adamix_kernels.testing import assert_in_budget
 
-
-def to_device(t):
-    return t.detach().to(DEVICE) if isinstance(t, torch.Tensor) else t
-
-
-def draw(a_kind="sample", b_kind="none", groups=1, with_base=True, **sizes):
-    """[x, A, B, base or None, dy] and the keyword arguments of the op, all on DEVICE."""
-    args, options = lora_case(a_kind, b_kind, groups, with_base, **sizes)
-    base = options.pop("base")
-    per_group = args[2].shape[1] // groups
-    width = max(options["output_offsets"]) + per_group if base is None else base.shape[2]
-    dy = torch.randn(*args[0].shape[:2], width, dtype=args[0].dtype)
-    options |= dict(a_index=to_device(args[3]), b_index=to_device(args[4]))
-    return [to_device(t) for t in (*args[:3], base, dy)], options
-
-
-def run_on(backend, tensors, options, dropout_p=0.0, seed=11):
-    """A function of the tensors that are not None, giving the output and every gradient."""
-    present = [t is not None for t in tensors]
-
-    def run(*given):
-        it = iter(given)
-        *leaves, dy = [next(it) if there else None for there in present]
-        leaves = [t if t is None else t.clone().requires_grad_() for t in leaves]
-        with poisoned_memory(backend == "cuda"):
-            out = routed_lora(*leaves[:3], base=leaves[3], **options, dropout_p=dropout_p, seed=seed, backend=backend)
-            return out.detach(), *torch.autograd.grad(out, [t for t in leaves if t is not None], dy)
-
-    return run
+draw = functools.partial(draw_lora, DEVICE)
 
 
 def check(tensors, options, dropout_p=0.0):
     # The maximum over few elements is luck; over many draws the mean errors agree.
     multiple = 2.0 if min(tensors[0].shape[0] * tensors[0].shape[1], *tensors[2].shape[1:]) >= 16 else 8.0
-    runs = [run_on(backend, tensors, options, dropout_p) for backend in ("cuda", "reference")]
+    runs = [run_lora(backend, tensors, options, dropout_p) for backend in ("cuda", "reference")]
     assert_in_budget(*runs, *(t for t in tensors if t is not None), multiple=multiple)
 
 
@@ -177,9 +150,9 @@ def test_the_mask_is_keep_mask_bit_for_bit(p, seed):
 def test_dropped_elements_are_zero_whatever_they_hold():
     tensors, options = draw(batch=2, tokens=5, features=20, dtype=torch.float32)
     keep = keep_mask(torch.tensor(11), 10, 20, 0.5).view(2, 5, 20).to(DEVICE)
-    clean = run_on("cuda", tensors, options, 0.5)(*tensors)
+    clean = run_lora("cuda", tensors, options, 0.5)(*tensors)
     tensors[0] = torch.where(keep, tensors[0], float("nan"))
-    assert all(torch.equal(a, b) for a, b in zip(clean, run_on("cuda", tensors, options, 0.5)(*tensors)))
+    assert all(torch.equal(a, b) for a, b in zip(clean, run_lora("cuda", tensors, options, 0.5)(*tensors)))
 
 
 @pytest.mark.parametrize("per_group", [3, 8])
@@ -198,7 +171,7 @@ def test_columns_outside_every_group_keep_the_base(per_group):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_in_place_gives_the_same_bits_in_the_bases_memory(dtype):
     tensors, options = draw("token", "sample", 2, batch=3, tokens=25, features=20, per_group=9, dtype=dtype)
-    want = run_on("cuda", tensors, options, 0.3)(*tensors)
+    want = run_lora("cuda", tensors, options, 0.3)(*tensors)
     leaves = [t.clone().requires_grad_() for t in tensors[:4]]
     base = leaves[3] * 1
     out = routed_lora(*leaves[:3], base=base, **options, dropout_p=0.3, seed=11, inplace=True, backend="cuda")
@@ -227,14 +200,14 @@ def test_in_place_neither_reads_nor_writes_columns_outside_every_group():
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 3), (3, 0), (0, 0)])
 def test_an_empty_batch_gives_zero_gradients(batch, tokens):
     tensors, options = draw(groups=2, batch=batch, tokens=tokens, dtype=torch.float32)
-    out, *grads = run_on("cuda", tensors, options, 0.3)(*tensors)
+    out, *grads = run_lora("cuda", tensors, options, 0.3)(*tensors)
     assert out.shape == (batch, tokens, 10)
     assert all(g.eq(0).all() for g in grads)
 
 
 def test_rank_zero_leaves_the_base():
     tensors, options = draw(groups=2, rank=0, dtype=torch.float32)
-    out, dx, da, db, dbase = run_on("cuda", tensors, options)(*tensors)
+    out, dx, da, db, dbase = run_lora("cuda", tensors, options)(*tensors)
     assert torch.equal(out, tensors[3])
     assert dx.eq(0).all()
     assert da.numel() == db.numel() == 0
@@ -247,7 +220,7 @@ def test_an_unused_expert_gets_an_exactly_zero_gradient(case):
     sizes = dict(batch=4, tokens=3 if case == "few tokens" else 80, rank=70 if case == "wide" else 4)
     tensors, options = draw(kind, kind, features=20, dtype=torch.float32, **sizes)
     options |= {name: options[name] % 2 * 2 for name in ("a_index", "b_index")}
-    _, _, da, db, _ = run_on("cuda", tensors, options, 0.3)(*tensors)
+    _, _, da, db, _ = run_lora("cuda", tensors, options, 0.3)(*tensors)
     for grad in (da, db):
         assert grad[[1, 3]].eq(0).all()
         assert grad[[0, 2]].ne(0).any()
@@ -263,7 +236,7 @@ def test_infinities_of_one_expert_do_not_reach_another(tokens, kind):
     options |= dict(a_index=chosen, b_index=chosen)
     tensors[0][0] = float("inf")
     tensors[1][0], tensors[2][0], tensors[1][3] = float("inf"), float("nan"), float("nan")
-    out, dx, da, db, _ = run_on("cuda", tensors, options)(*tensors)
+    out, dx, da, db, _ = run_lora("cuda", tensors, options)(*tensors)
     for t in (out[1:], dx[1:], da[1], db[1]):
         assert t.isfinite().all()
     for grad in (da, db):
@@ -273,7 +246,7 @@ def test_infinities_of_one_expert_do_not_reach_another(tokens, kind):
 def test_infinities_of_one_group_do_not_reach_another():
     tensors, options = draw("none", "none", 2, batch=2, tokens=5, features=20, rank=3, dtype=torch.float32)
     tensors[1][0, 3:] = float("inf")
-    out = run_on("cuda", tensors, options)(*tensors)[0]
+    out = run_lora("cuda", tensors, options)(*tensors)[0]
     assert out[..., :3].isfinite().all()
     assert not out[..., 6:9].isfinite().any()
 
@@ -315,7 +288,7 @@ def inside(t):
 @pytest.mark.parametrize("layout", [spread, inside])
 def test_strides_do_not_matter_and_inputs_are_not_written(layout):
     tensors, options = draw("sample", "token", 2, batch=3, tokens=18, features=20, dtype=torch.float32)
-    want = run_on("cuda", tensors, options, 0.3)(*tensors)
+    want = run_lora("cuda", tensors, options, 0.3)(*tensors)
     strided = [layout(t) for t in tensors]
     before = [t.clone() for t in strided]
     leaves = [t.detach().requires_grad_() for t in strided[:4]]
@@ -337,7 +310,7 @@ def test_samples_may_be_farther_apart_than_32_bits_count():
 @pytest.mark.parametrize("case", ["several shares, samples", "several shares, tokens"])
 def test_the_same_bits_twice(case):
     tensors, options = draw(**SHAPES[case], dtype=torch.float32)
-    run = run_on("cuda", tensors, options, 0.3)
+    run = run_lora("cuda", tensors, options, 0.3)
     assert all(torch.equal(a, b) for a, b in zip(run(*tensors), run(*tensors)))
 
 
@@ -346,7 +319,7 @@ def test_the_same_bits_twice(case):
 @pytest.mark.parametrize("case", ["16-byte rows", "several shares, tokens", "two groups of rank 100"])
 def test_the_same_bits_in_any_order_of_threads_and_blocks(case, order, monkeypatch):
     tensors, options = draw(**SHAPES[case], dtype=torch.bfloat16)
-    run = run_on("cuda", tensors, options, 0.3)
+    run = run_lora("cuda", tensors, options, 0.3)
     want = run(*tensors)
     monkeypatch.setenv("ADAMIX_HOST_ORDER", order)
     assert all(torch.equal(a, b) for a, b in zip(run(*tensors), want))
@@ -364,7 +337,7 @@ def test_opcheck():
 def test_float64_is_refused_with_the_reason():
     tensors, options = draw()
     with pytest.raises(BackendUnavailableError, match="float16, bfloat16 and float32, not"):
-        run_on("cuda", tensors, options)(*tensors)
+        run_lora("cuda", tensors, options)(*tensors)
 
 
 @pytest.mark.skipif(ON_HOST, reason="CUDA graphs need a GPU")

@@ -2,14 +2,20 @@
 
 # ruff: noqa: E402 (the module is skipped before it imports triton)
 
+import functools
+
 import pytest
 import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_spy import DEVICE, DTYPES, launches, needs_triton, poisoned_memory
+from triton_spy import DEVICE, DTYPES, launches, needs_triton
 
 needs_triton()
+
+import loss_cases
+from loss_cases import check_a_masked_vocabulary, check_nan_and_infinities
+from poison import poisoned_memory
 
 from adamix_kernels import BackendUnavailableError, _backends
 from adamix_kernels.functional import adamix_loss, consistency_loss, linear_adamix_loss
@@ -18,21 +24,9 @@ from adamix_kernels.ops.consistency.triton_impl import plan
 from adamix_kernels.testing import assert_in_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-INF = float("inf")
-
-
-def randn(*shape, dtype=torch.float32, scale=2.0):
-    return (torch.randn(shape, dtype=torch.float64) * scale).to(dtype).to(DEVICE)
-
-
-def draw_labels(rows, classes):
-    labels = torch.randint(classes, rows)
-    labels[torch.rand(rows) < 0.2] = -100
-    return labels.to(DEVICE)
-
-
-def draw_mask(rows):
-    return (torch.rand(rows) < 0.7).to(DEVICE)
+randn = functools.partial(loss_cases.randn, DEVICE)
+draw_labels = functools.partial(loss_cases.draw_labels, DEVICE)
+draw_mask = functools.partial(loss_cases.draw_mask, DEVICE)
 
 
 def gradients(loss, wanted, *tensors, grad=1.0):
@@ -175,35 +169,12 @@ def test_large_logits_stay_exact(kind, detach, classes, dtype):
 @pytest.mark.parametrize("classes", [7, 9001])
 def test_a_masked_vocabulary_adds_nothing(classes, detach):
     """-inf in both passes, here in whole chunks and at the front."""
-    kept = randn(6, classes)
-    wide = torch.full((6, 2 * classes), -INF, device=DEVICE)
-    wide[:, classes:] = kept
-    labels = torch.randint(classes, (3,), device=DEVICE)
-    run = lambda x, y: adamix_loss(x, y, detach_target=detach, backend="triton")  # noqa: E731
-    want, got = kept.requires_grad_(), wide.requires_grad_()
-    a, b = run(want, labels), run(got, labels + classes)
-    torch.testing.assert_close(b, a)
-    ga, gb = torch.autograd.grad(a.loss, want)[0], torch.autograd.grad(b.loss, got)[0]
-    torch.testing.assert_close(gb[:, classes:], ga)
-    assert gb[:, :classes].eq(0).all()
+    check_a_masked_vocabulary(randn(6, classes), detach, "triton")
 
 
 @pytest.mark.parametrize("classes", [5, 9001])
 def test_nan_gives_nan_and_what_is_masked_may_hold_it(classes):
-    logits, labels = randn(8, classes), torch.randint(classes, (4,), device=DEVICE)
-    logits[5, 2] = float("nan")
-    assert adamix_loss(logits, labels, backend="triton").loss.isnan()
-    mask = torch.tensor([True, False, True, True], device=DEVICE)
-    x = logits.clone().requires_grad_()
-    out = adamix_loss(x, labels, mask=mask, backend="triton")
-    (grad,) = torch.autograd.grad(out.loss, x)
-    assert out.loss.isfinite()
-    assert grad[[1, 5]].eq(0).all()
-    assert grad.isfinite().all()
-    logits[5] = -INF
-    assert adamix_loss(logits, labels, backend="triton").loss.isnan()
-    logits[5], logits[1, 0] = 0.0, -INF
-    assert adamix_loss(logits, labels * 0 + 1, backend="triton").consistency == INF
+    check_nan_and_infinities(randn(8, classes), "triton")
 
 
 @pytest.mark.parametrize(("rows", "classes"), [((0,), 5), ((0, 3), 5), ((2, 0), 5), ((0,), 5000)])

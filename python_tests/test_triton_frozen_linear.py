@@ -6,7 +6,8 @@ import os
 
 import pytest
 import torch
-from triton_spy import DEVICE, DTYPES, launches, needs_triton, poisoned_memory
+from poison import poisoned_memory
+from triton_spy import DEVICE, DTYPES, launches, needs_triton
 
 needs_triton()
 

@@ -5,7 +5,8 @@
 import pytest
 import torch
 from plain_losses import adamix, frozen
-from triton_spy import DEVICE, launches, needs_triton, poisoned_memory
+from poison import poisoned_memory
+from triton_spy import DEVICE, launches, needs_triton
 
 needs_triton()
 

@@ -7,14 +7,15 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_spy import DEVICE, DTYPES, launches, needs_triton, poisoned_memory
+from triton_spy import DEVICE, DTYPES, launches, needs_triton
 
 needs_triton()
 
-import adamix_kernels as ak
+from merge_cases import check_whole_model, experts_on, lora_case, lora_on
+from poison import poisoned_memory
+
 from adamix_kernels import BackendUnavailableError, _backends
 from adamix_kernels.functional import merge_experts, merge_lora
-from adamix_kernels.modules.adapter import merge_adapters
 from adamix_kernels.ops.merge import triton_impl
 from adamix_kernels.ops.merge.api import merge_banks
 from adamix_kernels.testing import assert_in_budget
@@ -26,24 +27,9 @@ def randn(*shape, dtype=torch.float32):
     return torch.randn(shape, dtype=torch.float64).to(dtype).to(DEVICE)
 
 
-def experts_on(backend):
-    """(bank, dy[, scores]) -> the mean and its gradients."""
-
-    def run(bank, dy, scores=None):
-        leaves = [t.detach().requires_grad_() for t in (bank, scores) if t is not None]
-        out = merge_experts(leaves[0], leaves[1] if scores is not None else None, backend=backend)
-        return out.detach(), *torch.autograd.grad(out, leaves, dy)
-
-    return run
-
-
 def check_experts(*tensors):
-    def spied(*given):
-        with poisoned_memory():
-            return experts_on("triton")(*given)
-
     with launches(triton_impl) as names:
-        assert_in_budget(spied, experts_on("reference"), *tensors)
+        assert_in_budget(experts_on("triton"), experts_on("reference"), *tensors)
     want = ["merge_experts_kernel", "merge_experts_grad_kernel", "merge_scores_grad_kernel"]
     assert names == want[: 2 if len(tensors) == 2 else 3]
 
@@ -126,49 +112,16 @@ def test_bad_lists_are_named():
 
 
 def test_a_whole_model_merges_in_one_launch_and_back_to_the_same_bits():
-    model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(3)))
-    ak.adapt(model, ak.AdaMixConfig(target_modules=["0", "1", "2"], bottleneck=4, share=None)).to(DEVICE)
-    adapters = [layer.adapter for layer in model]
-    for adapter in adapters:
-        adapter.backend = "triton"
-        for bank in adapter.banks():
-            torch.nn.init.normal_(bank)
-        adapter.down_score.data.normal_()
-    before = [bank.clone() for adapter in adapters for bank in adapter.banks()]
-    with launches(triton_impl) as names:
-        ak.merge(model)
-    assert names == ["merge_banks_kernel"]
-    for adapter in adapters:
-        adapter.backend = "reference"
-    for got, want in zip(model, merge_adapters(adapters), strict=True):
-        for mine, theirs in zip(got.adapter.banks(), want.banks(), strict=True):
-            torch.testing.assert_close(mine, theirs)
-    ak.unmerge(model)
-    assert all(torch.equal(a, b) for a, b in zip(before, (b for layer in model for b in layer.adapter.banks())))
-
-
-def lora_on(backend, **options):
-    def run(weight, lora_a, lora_b, dy):
-        leaves = [t.detach().requires_grad_() for t in (weight, lora_a, lora_b)]
-        out = merge_lora(*leaves, backend=backend, **options)
-        return out.detach(), *torch.autograd.grad(out, leaves, dy)
-
-    return run
+    assert check_whole_model("triton", DEVICE, lambda: launches(triton_impl)) == ["merge_banks_kernel"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fan", [False, True])
 @pytest.mark.parametrize(("groups", "experts", "r"), [(1, 1, 4), (2, 3, 5), (3, 1, 17)])
 def test_lora_into_a_weight(groups, experts, r, fan, dtype):
-    rows, features, per_group = 130, 45, 20
-    offsets = tuple(43 * g for g in range(groups))
-    weight = randn(*((features, rows) if fan else (rows, features)), dtype=dtype)
-    tensors = weight, randn(experts, groups * r, features, dtype=dtype), randn(groups * per_group, r, dtype=dtype)
-    options = dict(scaling=1.7, groups=groups, output_offsets=offsets, fan_in_fan_out=fan)
-    with launches(triton_impl) as names, poisoned_memory():
-        assert_in_budget(
-            lora_on("triton", **options), lora_on("reference", **options), *tensors, randn(*weight.shape, dtype=dtype)
-        )
+    tensors, options = lora_case(randn, groups, experts, r, fan, dtype)
+    with launches(triton_impl) as names:
+        assert_in_budget(lora_on("triton", **options), lora_on("reference", **options), *tensors)
     assert names == ["merge_experts_kernel"] * (experts > 1) + ["merge_lora_kernel"]
 
 

@@ -10,10 +10,12 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_spy import DEVICE, DTYPES, GPU, launches, needs_triton, poisoned_memory
+from triton_spy import DEVICE, DTYPES, GPU, launches, needs_triton
 
 needs_triton()
 
+from adapter_cases import SIDES, draw_adapter, run_adapter
+from poison import poisoned_memory
 from test_routed_adapter import ACTIVATIONS, by_loop, index, inputs
 
 from adamix_kernels import BackendUnavailableError, _backends
@@ -27,60 +29,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarn
 spied_launches = functools.partial(launches, triton_impl, weights)
 
 
-def draw(dtype, batch, tokens, hidden, r, down, up, down_kind, up_kind, out=None, bias=True):
-    """(x, banks..., dy) on DEVICE and both indices."""
-    x, *banks = (t if t is None else t.detach() for t in inputs(batch, tokens, hidden, r, down, up, out, bias, dtype))
-    dy = torch.randn(batch, tokens, banks[2].shape[1], dtype=dtype)
-    tensors = [t if t is None else t.to(DEVICE) for t in (x, *banks, dy)]
-    indices = [index(kind, m, batch, tokens) for kind, m in ((down_kind, down), (up_kind, up))]
-    return tensors, [t if t is None else t.to(DEVICE) for t in indices]
-
-
-def run_on(backend, tensors, indices, residual="input", activation="gelu"):
-    """A function of the tensors that are not None, giving the output and every gradient."""
-    present = [t is not None for t in tensors]
-
-    def run(*given):
-        it = iter(given)
-        full = [next(it).clone() if there else None for there in present]
-        *leaves, dy = full
-        leaves = [t if t is None else t.requires_grad_() for t in leaves]
-        other = dy.flip(0).clone().requires_grad_() if residual == "other" else None
-        added = {"none": None, "input": leaves[0], "other": other}[residual]
-        out = routed_adapter(*leaves, *indices, residual=added, activation=activation, backend=backend)
-        wanted = [t for t in (*leaves, other) if t is not None]
-        return out.detach(), *torch.autograd.grad(out, wanted, dy)
-
-    return run
+draw = functools.partial(draw_adapter, DEVICE)
 
 
 def check(tensors, indices, residual="input", activation="gelu"):
     # The maximum over few elements is luck; over many draws the mean errors agree.
     multiple = 2.0 if min(tensors[0].shape[0] * tensors[0].shape[1], tensors[0].shape[2]) >= 16 else 8.0
-    run = run_on("triton", tensors, indices, residual, activation)
+    runs = [run_adapter(backend, tensors, indices, residual, activation) for backend in ("triton", "reference")]
     with spied_launches() as names:
-
-        def spied(*given):
-            with poisoned_memory():
-                return run(*given)
-
-        plain = run_on("reference", tensors, indices, residual, activation)
-        assert_in_budget(spied, plain, *(t for t in tensors if t is not None), multiple=multiple)
+        assert_in_budget(*runs, *(t for t in tensors if t is not None), multiple=multiple)
     assert names[:2] == ["adapter_forward_kernel", "adapter_input_grad_kernel"]
-
-
-# (batch, tokens, hidden, r, Md, Mu, down's index, up's index[, out[, bias]])
-SIDES = {
-    "shared-up": (4, 17, 37, 5, 3, 1, "sample", None),
-    "shared-down": (3, 16, 37, 8, 1, 3, None, "sample"),
-    "both-routed": (4, 18, 20, 4, 3, 2, "sample", "sample"),
-    "per-token": (2, 19, 20, 6, 3, 2, "token", "token"),
-    "mixed": (3, 20, 23, 7, 3, 2, "token", "sample"),
-    "plain": (2, 21, 20, 4, 1, 1, None, None),
-    "no-bias": (3, 17, 20, 4, 3, 1, "sample", None, None, False),
-    "other-width": (2, 18, 19, 16, 2, 2, "sample", "token", 41),
-    "few-tokens": (7, 3, 20, 5, 3, 2, "sample", "token"),
-}
 
 
 @pytest.mark.parametrize("residual", ["none", "input", "other"])
@@ -146,7 +104,7 @@ def test_planes_cost_at_most_a_quarter_of_what_they_sum():
 def test_an_empty_batch_gives_zero_gradients(batch, tokens):
     tensors, indices = draw(torch.float32, batch, tokens, 20, 4, 3, 1, "sample", None)
     with poisoned_memory(), spied_launches() as names:
-        out, *grads = run_on("triton", tensors, indices)(*tensors)
+        out, *grads = run_adapter("triton", tensors, indices)(*tensors)
     assert out.shape == (batch, tokens, 20)
     assert all(g.eq(0).all() for g in grads)
     assert names == []
@@ -179,7 +137,7 @@ def test_an_unused_expert_gets_an_exactly_zero_gradient(case):
     banks = [torch.cat([bank] * n) for bank, n in zip(tensors[1:5], (2, 2, 4, 4))]
     full = [tensors[0], *banks, tensors[5]]
     with poisoned_memory():
-        _, _, *grads = run_on("triton", full, [used * 2, used * 2])(*full)
+        _, _, *grads = run_adapter("triton", full, [used * 2, used * 2])(*full)
     for grad in grads:
         assert grad[[1, 3]].eq(0).all()
         assert grad[[0, 2]].ne(0).any()
@@ -190,7 +148,7 @@ def test_a_sample_with_infinities_does_not_reach_other_experts(tokens):
     tensors, _ = draw(torch.float32, 4, tokens, 20, 4, 3, 3, "sample", "sample")
     tensors[0][0] = float("inf")
     chosen = torch.tensor([0, 1, 1, 1], device=DEVICE)
-    out, dx, *grads = run_on("triton", tensors, [chosen, chosen])(*tensors)
+    out, dx, *grads = run_adapter("triton", tensors, [chosen, chosen])(*tensors)
     assert out[1:].isfinite().all()
     assert dx[1:].isfinite().all()
     for grad in grads:
@@ -209,11 +167,11 @@ def test_infinite_weights_of_one_expert_do_not_reach_rows_of_another(case, dtype
     tensors, (chosen, _) = draw(dtype, 6, tokens, 20, r, 4, 4, kind, kind)
     number = torch.arange(chosen.numel(), device=DEVICE).view(chosen.shape)
     indices = [number % 3, number // 2 % 3]
-    clean = run_on("triton", tensors, indices)(*tensors)
+    clean = run_adapter("triton", tensors, indices)(*tensors)
     poisoned = [t.clone() for t in tensors]
     for bank in poisoned[1:5]:
         bank[0], bank[3] = float("inf"), float("nan")  # expert 3 serves no row
-    got = run_on("triton", tensors, indices)(*poisoned)
+    got = run_adapter("triton", tensors, indices)(*poisoned)
     theirs = ((indices[0] != 0) & (indices[1] != 0)).view(6, -1).expand(6, tokens)
     for mine, before in zip(got[:2], clean[:2]):
         assert torch.equal(mine[theirs], before[theirs])
@@ -261,7 +219,7 @@ def test_strides_do_not_matter_and_inputs_are_not_written():
 @pytest.mark.parametrize("case", ["several splits, samples", "several splits, tokens", "grouped by one side"])
 def test_the_same_bits_twice(case):
     tensors, indices = draw(torch.float32, *SHAPES[case])
-    first, second = (run_on("triton", tensors, indices)(*tensors) for _ in range(2))
+    first, second = (run_adapter("triton", tensors, indices)(*tensors) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
@@ -269,7 +227,7 @@ def test_the_same_bits_twice(case):
 def test_one_launch_forward_and_at_most_three_backward(tokens, last):
     tensors, indices = draw(torch.bfloat16, 4, tokens, 20, 4, 3, 1, "sample", None)
     with spied_launches() as names:
-        run_on("triton", tensors, indices)(*tensors)
+        run_adapter("triton", tensors, indices)(*tensors)
     assert names[:3] == ["adapter_forward_kernel", "adapter_input_grad_kernel", "adapter_weight_grad_kernel"]
     assert names[-1] == last
     assert len(names) <= 4
@@ -359,7 +317,7 @@ def test_autocast_gives_gradients_in_their_own_dtype():
 def test_float64_is_refused_with_the_reason():
     tensors, indices = draw(torch.float64, *SIDES["plain"])
     with pytest.raises(BackendUnavailableError, match="float16, bfloat16 and float32, not"):
-        run_on("triton", tensors, indices)(*tensors)
+        run_adapter("triton", tensors, indices)(*tensors)
 
 
 def test_auto_never_interprets():
@@ -370,7 +328,7 @@ def test_auto_never_interprets():
 @pytest.mark.parametrize("case", ["several splits, samples", "several splits, tokens", "grouped by one side"])
 def test_a_cuda_graph_replays_new_values(case):
     tensors, indices = draw(torch.bfloat16, *SHAPES[case])
-    run = run_on("triton", tensors, indices)
+    run = run_adapter("triton", tensors, indices)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

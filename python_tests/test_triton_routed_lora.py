@@ -9,11 +9,12 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_spy import DEVICE, DTYPES, GPU, launches, needs_triton, poisoned_memory
+from triton_spy import DEVICE, DTYPES, GPU, launches, needs_triton
 
 needs_triton()
 
-from plain_lora import INDEX_KINDS, lora_case, per_token_lora
+from plain_lora import INDEX_KINDS, draw_lora, per_token_lora, run_lora
+from poison import poisoned_memory
 
 from adamix_kernels import BackendUnavailableError, _backends
 from adamix_kernels.functional import routed_lora
@@ -26,47 +27,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarn
 spied_launches = functools.partial(launches, triton_impl)
 
 
-def to_device(t):
-    return t.detach().to(DEVICE) if isinstance(t, torch.Tensor) else t
-
-
-def draw(a_kind="sample", b_kind="none", groups=1, with_base=True, **sizes):
-    """[x, A, B, base or None, dy] and the keyword arguments of the op, all on DEVICE."""
-    args, options = lora_case(a_kind, b_kind, groups, with_base, **sizes)
-    base = options.pop("base")
-    per_group = args[2].shape[1] // groups
-    width = max(options["output_offsets"]) + per_group if base is None else base.shape[2]
-    dy = torch.randn(*args[0].shape[:2], width, dtype=args[0].dtype)
-    options |= dict(a_index=to_device(args[3]), b_index=to_device(args[4]))
-    return [to_device(t) for t in (*args[:3], base, dy)], options
-
-
-def run_on(backend, tensors, options, dropout_p=0.0, seed=11):
-    """A function of the tensors that are not None, giving the output and every gradient."""
-    present = [t is not None for t in tensors]
-
-    def run(*given):
-        it = iter(given)
-        *leaves, dy = [next(it) if there else None for there in present]
-        leaves = [t if t is None else t.clone().requires_grad_() for t in leaves]
-        out = routed_lora(*leaves[:3], base=leaves[3], **options, dropout_p=dropout_p, seed=seed, backend=backend)
-        return out.detach(), *torch.autograd.grad(out, [t for t in leaves if t is not None], dy)
-
-    return run
+draw = functools.partial(draw_lora, DEVICE)
 
 
 def check(tensors, options, dropout_p=0.0):
     # The maximum over few elements is luck; over many draws the mean errors agree.
     multiple = 2.0 if min(tensors[0].shape[0] * tensors[0].shape[1], *tensors[2].shape[1:]) >= 16 else 8.0
-    run = run_on("triton", tensors, options, dropout_p)
+    runs = [run_lora(backend, tensors, options, dropout_p) for backend in ("triton", "reference")]
     with spied_launches() as names:
-
-        def spied(*given):
-            with poisoned_memory():
-                return run(*given)
-
-        plain = run_on("reference", tensors, options, dropout_p)
-        assert_in_budget(spied, plain, *(t for t in tensors if t is not None), multiple=multiple)
+        assert_in_budget(*runs, *(t for t in tensors if t is not None), multiple=multiple)
     assert names[:3] == ["lora_forward_kernel", "lora_dx_kernel", "lora_grads_kernel"]
     assert names[3:] in ([], ["lora_sum_kernel"])
 
@@ -146,9 +115,9 @@ def test_the_mask_is_keep_mask_bit_for_bit(p, seed):
 def test_dropped_elements_are_zero_whatever_they_hold():
     tensors, options = draw(batch=2, tokens=5, features=20, dtype=torch.float32)
     keep = keep_mask(torch.tensor(11), 10, 20, 0.5).view(2, 5, 20).to(DEVICE)
-    clean = run_on("triton", tensors, options, 0.5)(*tensors)
+    clean = run_lora("triton", tensors, options, 0.5)(*tensors)
     tensors[0] = torch.where(keep, tensors[0], float("nan"))
-    assert all(torch.equal(a, b) for a, b in zip(clean, run_on("triton", tensors, options, 0.5)(*tensors)))
+    assert all(torch.equal(a, b) for a, b in zip(clean, run_lora("triton", tensors, options, 0.5)(*tensors)))
 
 
 def test_columns_outside_every_group_keep_the_base():
@@ -166,7 +135,7 @@ def test_columns_outside_every_group_keep_the_base():
 def test_an_empty_batch_gives_zero_gradients(batch, tokens):
     tensors, options = draw(groups=2, batch=batch, tokens=tokens, dtype=torch.float32)
     with poisoned_memory(), spied_launches() as names:
-        out, *grads = run_on("triton", tensors, options, 0.3)(*tensors)
+        out, *grads = run_lora("triton", tensors, options, 0.3)(*tensors)
     assert out.shape == (batch, tokens, 10)
     assert all(g.eq(0).all() for g in grads)
     assert names == []
@@ -189,7 +158,7 @@ def test_an_unused_expert_gets_an_exactly_zero_gradient(case):
     tensors, options = draw(kind, kind, features=20, dtype=torch.float32, **sizes)
     options |= {name: options[name] % 2 * 2 for name in ("a_index", "b_index")}
     with poisoned_memory():
-        _, _, da, db, _ = run_on("triton", tensors, options, 0.3)(*tensors)
+        _, _, da, db, _ = run_lora("triton", tensors, options, 0.3)(*tensors)
     for grad in (da, db):
         assert grad[[1, 3]].eq(0).all()
         assert grad[[0, 2]].ne(0).any()
@@ -205,7 +174,7 @@ def test_infinities_of_one_expert_do_not_reach_another(tokens, kind):
     options |= dict(a_index=chosen, b_index=chosen)
     tensors[0][0] = float("inf")
     tensors[1][0], tensors[2][0], tensors[1][3] = float("inf"), float("nan"), float("nan")
-    out, dx, da, db, _ = run_on("triton", tensors, options)(*tensors)
+    out, dx, da, db, _ = run_lora("triton", tensors, options)(*tensors)
     for t in (out[1:], dx[1:], da[1], db[1]):
         assert t.isfinite().all()
     for grad in (da, db):
@@ -230,7 +199,7 @@ def test_only_what_is_needed_is_computed_with_the_same_bits(needs):
 
 def test_strides_do_not_matter_and_inputs_are_not_written():
     tensors, options = draw("sample", "token", 2, batch=3, tokens=18, features=20, dtype=torch.float32)
-    want = run_on("triton", tensors, options, 0.3)(*tensors)
+    want = run_lora("triton", tensors, options, 0.3)(*tensors)
     strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in tensors]
     before = [t.clone() for t in strided]
     leaves = [t.detach().requires_grad_() for t in strided[:4]]
@@ -244,7 +213,7 @@ def test_strides_do_not_matter_and_inputs_are_not_written():
 @pytest.mark.parametrize("case", ["several splits, samples", "sorted by both sides"])
 def test_the_same_bits_twice(case):
     tensors, options = draw(**SHAPES[case], dtype=torch.float32)
-    run = run_on("triton", tensors, options, 0.3)
+    run = run_lora("triton", tensors, options, 0.3)
     assert all(torch.equal(a, b) for a, b in zip(run(*tensors), run(*tensors)))
 
 
@@ -317,7 +286,7 @@ def test_gaps_are_the_columns_outside_every_group():
 def test_float64_is_refused_with_the_reason():
     tensors, options = draw()
     with pytest.raises(BackendUnavailableError, match="float16, bfloat16 and float32, not"):
-        run_on("triton", tensors, options)(*tensors)
+        run_lora("triton", tensors, options)(*tensors)
 
 
 def test_auto_never_interprets():
@@ -328,7 +297,7 @@ def test_auto_never_interprets():
 @pytest.mark.parametrize("case", ["several splits, samples", "several splits, tokens", "sorted by both sides"])
 def test_a_cuda_graph_replays_new_values(case):
     tensors, options = draw(**SHAPES[case], dtype=torch.bfloat16)
-    run = run_on("triton", tensors, options, 0.3, torch.tensor(5, device=DEVICE))
+    run = run_lora("triton", tensors, options, 0.3, torch.tensor(5, device=DEVICE))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

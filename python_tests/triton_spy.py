@@ -1,4 +1,4 @@
-"""What the tests of the Triton backends share: poisoned memory, a spy on launches, the device."""
+"""What the tests of the Triton backends share: a spy on launches, the device."""
 
 import contextlib
 import os
@@ -18,23 +18,6 @@ def needs_triton():
     if not INTERPRET and not GPU:
         pytest.skip("set TRITON_INTERPRET=1 or have a GPU", allow_module_level=True)
     pytest.importorskip("triton")
-
-
-@contextlib.contextmanager
-def poisoned_memory():
-    """Everything allocated without a value holds NaN."""
-
-    def nan(function):
-        def allocate(*args, **kwargs):
-            out = function(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out
-
-        return allocate
-
-    with contextlib.ExitStack() as stack:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-            stack.enter_context(mock.patch.object(owner, name, nan(getattr(owner, name))))
-        yield
 
 
 @contextlib.contextmanager

@@ -71,7 +71,11 @@ def is_main_process() -> bool:
 
 def set_log_level(level: int) -> None:
     """Sends the records of this package and of transformers at `level` and above to stderr."""
+    import transformers
+
     logging.basicConfig(format=_FORMAT)
+    # It has a handler of its own; where CI is set its records reach the root's as well.
+    transformers.logging.disable_propagation()
     logging.getLogger("adamix_kernels").setLevel(level)
 
 

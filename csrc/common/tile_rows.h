@@ -75,4 +75,15 @@ struct NarrowTile {
   }
 };
 
+// What a block that multiplies a tile of rows twice keeps in shared memory.
+template <typename T, int Narrow>
+struct RoutedTile {
+  Stages<T, Narrow> stages;
+  NarrowTile<T> narrow;  // what the first product leaves for the second
+  TileRows rows;
+
+  template <typename Memory>
+  ADAMIX_BOTH RoutedTile(Memory& memory, int cols) : stages(memory), narrow(memory, cols), rows(memory) {}
+};
+
 }  // namespace adamix

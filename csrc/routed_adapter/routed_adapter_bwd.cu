@@ -1,26 +1,15 @@
 // The routed adapter's backward: the input's gradient in one launch, both sides' weight gradients in another.
-#include "common/tile_rows.h"
-#include "common/weight_grad.h"
+#include "common/routed_launch.h"
 #include "routed_adapter/routed_adapter.h"
 
 namespace adamix {
 
 template <typename T, int Narrow>
-struct BackwardTile {
-  Stages<T, Narrow> stages;
-  NarrowTile<T> dpre;
-  TileRows rows;
-
-  template <typename Memory>
-  ADAMIX_BOTH BackwardTile(Memory& memory, int rank) : stages(memory), dpre(memory, rank), rows(memory) {}
-};
-
-template <typename T, int Narrow>
 __global__ void __launch_bounds__(kTileThreads, 2) routed_adapter_input_grad_kernel(RoutedAdapterInputGrad<T> p) {
   SharedMemory memory;
-  BackwardTile<T, Narrow> tile(memory, p.rank);
+  RoutedTile<T, Narrow> tile(memory, p.rank);
   tile.rows.find(p.rows, p.grad_out, p.grad_out, p.up, p.down);
-  tile.dpre.clear();
+  tile.narrow.clear();
   int64_t first = tile.rows.first;
 
   for_each_expert(tile.rows.narrow_expert, [&](int expert) {
@@ -41,7 +30,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) routed_adapter_input_grad_ker
           int64_t at = (first + row) * p.rank + rank;
           T dpre = from_float<T>(sums[e] * activation_slope(p.activation, to_float(p.pre[at])));
           if (p.dpre != nullptr) p.dpre[at] = dpre;
-          tile.dpre.data[row * tile.dpre.pitch + rank] = dpre;
+          tile.narrow.data[row * tile.narrow.pitch + rank] = dpre;
         }
       });
     }
@@ -52,7 +41,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) routed_adapter_input_grad_ker
   for_each_expert(tile.rows.wide_expert, [&](int expert) {
     const T* weight = p.down_weight + static_cast<int64_t>(expert) * p.rank * p.hidden;
     wide_product<T, Narrow, Inner::kStrided>(
-        tile.stages, tile.dpre.data, tile.dpre.pitch, p.rank, p.hidden,
+        tile.stages, tile.narrow.data, tile.narrow.pitch, p.rank, p.hidden,
         [&](T* right, int col0, int k0) {
           load_matrix<Narrow, kTileCols>(right, weight, k0, p.rank, col0, p.hidden, p.down_aligned);
         },
@@ -105,37 +94,22 @@ ADAMIX_INSTANTIATE(bfloat16)
 #undef ADAMIX_INSTANTIATE
 
 #if defined(ADAMIX_LAUNCHERS)
-template <typename T, int Narrow>
-static void launch_input_grad(const RoutedAdapterInputGrad<T>& params, const Device& device) {
-  Shape shape{dim3(count_tiles(params.rows)), kTileThreads, shared_bytes<BackwardTile<T, Narrow>>(params.rank)};
-  launch("routed_adapter_input_grad", routed_adapter_input_grad_kernel<T, Narrow>, shape, device, params);
-}
-
-template <typename T, int Narrow>
-static void launch_weight_grad(const RoutedAdapterWeightGrad<T>& params, const Device& device) {
-  int jobs = params.down.experts * blocks_an_expert(params.down, Narrow) +
-             params.up.experts * blocks_an_expert(params.up, Narrow);
-  dim3 grid(jobs, params.shares.count);
-  Shape shape{grid, kTileThreads, shared_bytes<GradTile<T, Narrow>>()};
-  launch("routed_adapter_weight_grad", routed_adapter_weight_grad_kernel<T, Narrow>, shape, device, params);
-}
-
 template <typename T>
 void launch_routed_adapter_input_grad(const RoutedAdapterInputGrad<T>& params, const Device& device) {
-  if (narrow_of<T>(params.rank) == kSmallRank) {
-    launch_input_grad<T, kSmallRank>(params, device);
-  } else {
-    launch_input_grad<T, kChunk<T>>(params, device);
-  }
+  dispatch_narrow<T>(params.rank, [&](auto narrow) {
+    constexpr int kNarrow = decltype(narrow)::value;
+    launch_tiles<T, kNarrow>("routed_adapter_input_grad", routed_adapter_input_grad_kernel<T, kNarrow>, params.rank,
+                             device, params);
+  });
 }
 
 template <typename T>
 void launch_routed_adapter_weight_grad(const RoutedAdapterWeightGrad<T>& params, const Device& device) {
-  if (narrow_of<T>(params.down.ranks) == kSmallRank) {
-    launch_weight_grad<T, kSmallRank>(params, device);
-  } else {
-    launch_weight_grad<T, kChunk<T>>(params, device);
-  }
+  dispatch_narrow<T>(params.down.ranks, [&](auto narrow) {
+    constexpr int kNarrow = decltype(narrow)::value;
+    launch_weight_grad<T, kNarrow>("routed_adapter_weight_grad", routed_adapter_weight_grad_kernel<T, kNarrow>,
+                                   params.down, params.up, device, params);
+  });
 }
 
 #define ADAMIX_INSTANTIATE(T)                                                                      \

@@ -1,25 +1,15 @@
 // The routed adapter's forward: one launch, [tile, r] never leaves the block.
-#include "common/tile_rows.h"
+#include "common/routed_launch.h"
 #include "routed_adapter/routed_adapter.h"
 
 namespace adamix {
 
 template <typename T, int Narrow>
-struct ForwardTile {
-  Stages<T, Narrow> stages;
-  NarrowTile<T> hidden;  // act(pre)
-  TileRows rows;
-
-  template <typename Memory>
-  ADAMIX_BOTH ForwardTile(Memory& memory, int rank) : stages(memory), hidden(memory, rank), rows(memory) {}
-};
-
-template <typename T, int Narrow>
 __global__ void __launch_bounds__(kTileThreads, 2) routed_adapter_forward_kernel(RoutedAdapterForward<T> p) {
   SharedMemory memory;
-  ForwardTile<T, Narrow> tile(memory, p.rank);
+  RoutedTile<T, Narrow> tile(memory, p.rank);
   tile.rows.find(p.rows, p.x, p.residual, p.down, p.up);
-  tile.hidden.clear();
+  tile.narrow.clear();
   int64_t first = tile.rows.first;
 
   for_each_expert(tile.rows.narrow_expert, [&](int expert) {
@@ -39,7 +29,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) routed_adapter_forward_kernel
           float bias = p.down_bias == nullptr ? 0.f : to_float(p.down_bias[expert * p.rank + rank]);
           T pre = from_float<T>(sums[e] + bias);
           p.pre[(first + row) * p.rank + rank] = pre;
-          tile.hidden.data[row * tile.hidden.pitch + rank] = from_float<T>(activate(p.activation, to_float(pre)));
+          tile.narrow.data[row * tile.narrow.pitch + rank] = from_float<T>(activate(p.activation, to_float(pre)));
         }
       });
     }
@@ -50,7 +40,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) routed_adapter_forward_kernel
     const T* weight = p.up_weight + static_cast<int64_t>(expert) * p.out_features * p.rank;
     const T* bias = p.up_bias == nullptr ? nullptr : p.up_bias + static_cast<int64_t>(expert) * p.out_features;
     wide_product<T, Narrow, Inner::kContiguous>(
-        tile.stages, tile.hidden.data, tile.hidden.pitch, p.rank, p.out_features,
+        tile.stages, tile.narrow.data, tile.narrow.pitch, p.rank, p.out_features,
         [&](T* right, int col0, int k0) {
           load_matrix<kTileCols, Narrow>(right, weight, col0, p.out_features, k0, p.rank, p.up_aligned);
         },
@@ -84,19 +74,13 @@ ADAMIX_INSTANTIATE(bfloat16)
 #undef ADAMIX_INSTANTIATE
 
 #if defined(ADAMIX_LAUNCHERS)
-template <typename T, int Narrow>
-static void launch_forward(const RoutedAdapterForward<T>& params, const Device& device) {
-  Shape shape{dim3(count_tiles(params.rows)), kTileThreads, shared_bytes<ForwardTile<T, Narrow>>(params.rank)};
-  launch("routed_adapter_forward", routed_adapter_forward_kernel<T, Narrow>, shape, device, params);
-}
-
 template <typename T>
 void launch_routed_adapter_forward(const RoutedAdapterForward<T>& params, const Device& device) {
-  if (narrow_of<T>(params.rank) == kSmallRank) {
-    launch_forward<T, kSmallRank>(params, device);
-  } else {
-    launch_forward<T, kChunk<T>>(params, device);
-  }
+  dispatch_narrow<T>(params.rank, [&](auto narrow) {
+    constexpr int kNarrow = decltype(narrow)::value;
+    launch_tiles<T, kNarrow>("routed_adapter_forward", routed_adapter_forward_kernel<T, kNarrow>, params.rank, device,
+                             params);
+  });
 }
 
 template void launch_routed_adapter_forward(const RoutedAdapterForward<float>&, const Device&);

@@ -115,6 +115,23 @@ Call check_call(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b, con
   return call;
 }
 
+// What the forward and the input's gradient both know of a call; the factors are contiguous.
+template <typename T, typename Params>
+void fill(Params& params, const Call& call, const Tensor& lora_a, const Tensor& lora_b) {
+  params.lora_a = data<const T>(lora_a);
+  params.lora_b = data<const T>(lora_b);
+  params.a = call.a;
+  params.b = call.b;
+  params.ranges = call.ranges;
+  params.dropout = call.dropout;
+  params.rows = call.rows;
+  params.features = call.features;
+  params.rank = call.rank;
+  params.scaling = call.scaling;
+  params.a_aligned = is_aligned(params.lora_a, {call.features}, sizeof(T));
+  params.b_aligned = is_aligned(params.lora_b, {call.rank}, sizeof(T));
+}
+
 // Writes out [B, S, N] and returns t; out may be base itself.
 Tensor run_forward(Call& call, const Device& device, Tensor x, Tensor lora_a, Tensor lora_b, OptionalTensor base,
                    const Tensor& out) {
@@ -127,21 +144,10 @@ Tensor run_forward(Call& call, const Device& device, Tensor x, Tensor lora_a, Te
     RoutedLoraForward<T> params{};
     params.x = rows_of<const T>(x);
     params.base = rows_of<const T>(base);
-    params.lora_a = data<const T>(lora_a);
-    params.lora_b = data<const T>(lora_b);
     params.out = data<T>(out);
     params.t = data<T>(t);
-    params.a = call.a;
-    params.b = call.b;
-    params.ranges = call.ranges;
-    params.dropout = call.dropout;
-    params.rows = call.rows;
-    params.features = call.features;
-    params.rank = call.rank;
     params.width = call.width;
-    params.scaling = call.scaling;
-    params.a_aligned = is_aligned(params.lora_a, {call.features}, sizeof(T));
-    params.b_aligned = is_aligned(params.lora_b, {call.rank}, sizeof(T));
+    fill<T>(params, call, lora_a, lora_b);
     params.out_aligned = is_aligned(params.out, {call.width}, sizeof(T));
     launch_routed_lora_forward(params, device);
   });
@@ -195,7 +201,6 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora_backward(Tensor grad_out, Tensor 
   DeviceScope scope(device);
   dispatch(call.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    bool rank_aligned = is_aligned(nullptr, {call.rank}, sizeof(T));
     PlaneSum<T> sum{};
     RoutedLoraWeightGrad<T> weights{};
     weights.ranges = call.ranges;
@@ -217,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora_backward(Tensor grad_out, Tensor 
     if (need_b) {
       of_b.wide = rows_of<const T>(grad_out);
       of_b.narrow = data<const T>(t);
-      of_b.narrow_aligned = rank_aligned && is_aligned(of_b.narrow, {}, sizeof(T));
+      of_b.narrow_aligned = is_aligned(of_b.narrow, {call.rank}, sizeof(T));
       of_b.routing = call.b;
       of_b.weight = sum.add(data<T>(db), db.numel());
       of_b.experts = call.experts_b;
@@ -227,20 +232,9 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora_backward(Tensor grad_out, Tensor 
     if (need_x || need_a) {
       RoutedLoraInputGrad<T> params{};
       params.grad_out = rows_of<const T>(grad_out);
-      params.lora_a = data<const T>(lora_a);
-      params.lora_b = data<const T>(lora_b);
       params.dt = data<T>(dt);
       params.dx = need_x ? data<T>(dx) : nullptr;
-      params.a = call.a;
-      params.b = call.b;
-      params.ranges = call.ranges;
-      params.dropout = call.dropout;
-      params.rows = call.rows;
-      params.features = call.features;
-      params.rank = call.rank;
-      params.scaling = call.scaling;
-      params.a_aligned = is_aligned(params.lora_a, {call.features}, sizeof(T));
-      params.b_aligned = rank_aligned && is_aligned(params.lora_b, {}, sizeof(T));
+      fill<T>(params, call, lora_a, lora_b);
       params.dx_aligned = is_aligned(params.dx, {call.features}, sizeof(T));
       launch_routed_lora_input_grad(params, device);
     }

@@ -1,27 +1,16 @@
 // Routed LoRA's backward: the input's gradient in one launch, both sides' weight gradients in another.
-#include "common/tile_rows.h"
-#include "common/weight_grad.h"
+#include "common/routed_launch.h"
 #include "routed_lora/routed_lora.h"
 
 namespace adamix {
 
 template <typename T, int Narrow>
-struct LoraBackwardTile {
-  Stages<T, Narrow> stages;
-  NarrowTile<T> dt;
-  TileRows rows;
-
-  template <typename Memory>
-  ADAMIX_BOTH LoraBackwardTile(Memory& memory, int ranks) : stages(memory), dt(memory, ranks), rows(memory) {}
-};
-
-template <typename T, int Narrow>
 __global__ void __launch_bounds__(kTileThreads, 2) routed_lora_input_grad_kernel(RoutedLoraInputGrad<T> p) {
   SharedMemory memory;
   int ranks = p.ranges.groups * p.rank;
-  LoraBackwardTile<T, Narrow> tile(memory, ranks);
+  RoutedTile<T, Narrow> tile(memory, ranks);
   tile.rows.find(p.rows, p.grad_out, Rows<const T>{nullptr, 0, 0, 1, false}, p.b, p.a);
-  tile.dt.clear();
+  tile.narrow.clear();
   DropoutMask mask(p.dropout);
   int64_t first = tile.rows.first;
 
@@ -45,7 +34,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) routed_lora_input_grad_kernel
             int rank = group * p.rank + rank0 + col + e;
             T dt = from_float<T>(p.scaling * sums[e]);
             if (p.dt != nullptr) p.dt[(first + row) * ranks + rank] = dt;
-            tile.dt.data[row * tile.dt.pitch + rank] = dt;
+            tile.narrow.data[row * tile.narrow.pitch + rank] = dt;
           }
         });
       }
@@ -57,7 +46,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) routed_lora_input_grad_kernel
   for_each_expert(tile.rows.wide_expert, [&](int expert) {
     const T* weight = p.lora_a + static_cast<int64_t>(expert) * ranks * p.features;
     wide_product<T, Narrow, Inner::kStrided>(
-        tile.stages, tile.dt.data, tile.dt.pitch, ranks, p.features,
+        tile.stages, tile.narrow.data, tile.narrow.pitch, ranks, p.features,
         [&](T* right, int col0, int k0) {
           load_matrix<Narrow, kTileCols>(right, weight, k0, ranks, col0, p.features, p.a_aligned);
         },
@@ -116,38 +105,23 @@ ADAMIX_INSTANTIATE(bfloat16)
 #undef ADAMIX_INSTANTIATE
 
 #if defined(ADAMIX_LAUNCHERS)
-template <typename T, int Narrow>
-static void launch_input_grad(const RoutedLoraInputGrad<T>& params, const Device& device) {
-  Shape shape{dim3(count_tiles(params.rows)), kTileThreads,
-              shared_bytes<LoraBackwardTile<T, Narrow>>(params.ranges.groups * params.rank)};
-  launch("routed_lora_input_grad", routed_lora_input_grad_kernel<T, Narrow>, shape, device, params);
-}
-
-template <typename T, int Narrow>
-static void launch_weight_grad(const RoutedLoraWeightGrad<T>& params, const Device& device) {
-  int jobs =
-      params.a.experts * blocks_an_expert(params.a, Narrow) + params.b.experts * blocks_an_expert(params.b, Narrow);
-  dim3 grid(jobs, params.shares.count);
-  Shape shape{grid, kTileThreads, shared_bytes<GradTile<T, Narrow>>()};
-  launch("routed_lora_weight_grad", routed_lora_weight_grad_kernel<T, Narrow>, shape, device, params);
-}
-
 template <typename T>
 void launch_routed_lora_input_grad(const RoutedLoraInputGrad<T>& params, const Device& device) {
-  if (narrow_of<T>(params.ranges.groups * params.rank) == kSmallRank) {
-    launch_input_grad<T, kSmallRank>(params, device);
-  } else {
-    launch_input_grad<T, kChunk<T>>(params, device);
-  }
+  int ranks = params.ranges.groups * params.rank;
+  dispatch_narrow<T>(ranks, [&](auto narrow) {
+    constexpr int kNarrow = decltype(narrow)::value;
+    launch_tiles<T, kNarrow>("routed_lora_input_grad", routed_lora_input_grad_kernel<T, kNarrow>, ranks, device,
+                             params);
+  });
 }
 
 template <typename T>
 void launch_routed_lora_weight_grad(const RoutedLoraWeightGrad<T>& params, const Device& device) {
-  if (narrow_of<T>(params.a.ranks) == kSmallRank) {
-    launch_weight_grad<T, kSmallRank>(params, device);
-  } else {
-    launch_weight_grad<T, kChunk<T>>(params, device);
-  }
+  dispatch_narrow<T>(params.a.ranks, [&](auto narrow) {
+    constexpr int kNarrow = decltype(narrow)::value;
+    launch_weight_grad<T, kNarrow>("routed_lora_weight_grad", routed_lora_weight_grad_kernel<T, kNarrow>, params.a,
+                                   params.b, device, params);
+  });
 }
 
 #define ADAMIX_INSTANTIATE(T)                                                                \

@@ -1,19 +1,14 @@
 // Routed LoRA's forward for all groups: one launch, [tile, groups * r] never leaves the block.
-#include "common/tile_rows.h"
+#include "common/routed_launch.h"
 #include "routed_lora/routed_lora.h"
 
 namespace adamix {
 
-template <typename T, int Narrow>
-struct LoraForwardTile {
-  Stages<T, Narrow> stages;
-  NarrowTile<T> t;  // every group's r columns start at a multiple of 16
-  TileRows rows;
-
-  template <typename Memory>
-  ADAMIX_BOTH LoraForwardTile(Memory& memory, int groups, int rank)
-      : stages(memory), t(memory, groups * round_up(rank, 16)), rows(memory) {}
-};
+// Columns of the narrow result: every group's r columns start at a multiple of 16.
+template <typename T>
+ADAMIX_BOTH int narrow_cols(const RoutedLoraForward<T>& p) {
+  return p.ranges.groups * round_up(p.rank, 16);
+}
 
 // `cols` columns of out from `start` on = those of base, or zeros, for the tile's rows.
 template <typename T>
@@ -35,9 +30,9 @@ ADAMIX_DEVICE void copy_columns(const RoutedLoraForward<T>& p, const TileRows& r
 template <typename T, int Narrow>
 __global__ void __launch_bounds__(kTileThreads, 2) routed_lora_forward_kernel(RoutedLoraForward<T> p) {
   SharedMemory memory;
-  LoraForwardTile<T, Narrow> tile(memory, p.ranges.groups, p.rank);
+  RoutedTile<T, Narrow> tile(memory, narrow_cols(p));
   tile.rows.find(p.rows, p.x, p.base, p.a, p.b);
-  tile.t.clear();
+  tile.narrow.clear();
   DropoutMask mask(p.dropout);
   int64_t first = tile.rows.first;
   int group_pitch = round_up(p.rank, 16), ranks = p.ranges.groups * p.rank;
@@ -63,7 +58,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) routed_lora_forward_kernel(Ro
           int rank = rank0 + col + e;
           T t = from_float<T>(sums[e]);
           p.t[(first + row) * ranks + rank] = t;
-          tile.t.data[row * tile.t.pitch + rank / p.rank * group_pitch + rank % p.rank] = t;
+          tile.narrow.data[row * tile.narrow.pitch + rank / p.rank * group_pitch + rank % p.rank] = t;
         }
       });
     }
@@ -76,7 +71,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) routed_lora_forward_kernel(Ro
       bool aligned = start % Piece<T>::kSize == 0;
       const T* weight = p.lora_b + (static_cast<int64_t>(expert) * p.ranges.groups + group) * cols * p.rank;
       wide_product<T, Narrow, Inner::kContiguous>(
-          tile.stages, tile.t.data + group * group_pitch, tile.t.pitch, p.rank, cols,
+          tile.stages, tile.narrow.data + group * group_pitch, tile.narrow.pitch, p.rank, cols,
           [&](T* right, int col0, int k0) {
             load_matrix<kTileCols, Narrow>(right, weight, col0, cols, k0, p.rank, p.b_aligned);
           },
@@ -112,20 +107,13 @@ ADAMIX_INSTANTIATE(bfloat16)
 #undef ADAMIX_INSTANTIATE
 
 #if defined(ADAMIX_LAUNCHERS)
-template <typename T, int Narrow>
-static void launch_forward(const RoutedLoraForward<T>& params, const Device& device) {
-  Shape shape{dim3(count_tiles(params.rows)), kTileThreads,
-              shared_bytes<LoraForwardTile<T, Narrow>>(params.ranges.groups, params.rank)};
-  launch("routed_lora_forward", routed_lora_forward_kernel<T, Narrow>, shape, device, params);
-}
-
 template <typename T>
 void launch_routed_lora_forward(const RoutedLoraForward<T>& params, const Device& device) {
-  if (narrow_of<T>(params.ranges.groups * params.rank) == kSmallRank) {
-    launch_forward<T, kSmallRank>(params, device);
-  } else {
-    launch_forward<T, kChunk<T>>(params, device);
-  }
+  dispatch_narrow<T>(params.ranges.groups * params.rank, [&](auto narrow) {
+    constexpr int kNarrow = decltype(narrow)::value;
+    launch_tiles<T, kNarrow>("routed_lora_forward", routed_lora_forward_kernel<T, kNarrow>, narrow_cols(params), device,
+                             params);
+  });
 }
 
 template void launch_routed_lora_forward(const RoutedLoraForward<float>&, const Device&);

@@ -1,20 +1,9 @@
-"""What the tests of the routed ops' C++/CUDA backends share."""
+"""What the tests of the C++/CUDA backend look at a call with: allocations, addresses, a captured graph."""
 
 import contextlib
 
 import torch
 from cuda_host import DEVICE
-
-
-@contextlib.contextmanager
-def poisoned_memory(poison=True):
-    """Everything that is allocated without a value holds NaN, in C++ too."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(poison or before[0], warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @contextlib.contextmanager

@@ -1,0 +1,56 @@
+"""What the tests of every backend of the consistency losses draw, and what each must do with -inf and NaN."""
+
+import torch
+
+from adamix_kernels.functional import adamix_loss
+
+INF = float("inf")
+
+
+def randn(device, *shape, dtype=torch.float32, scale=2.0):
+    return (torch.randn(shape, dtype=torch.float64) * scale).to(dtype).to(device)
+
+
+def draw_labels(device, rows, classes):
+    labels = torch.randint(classes, rows)
+    labels[torch.rand(rows) < 0.2] = -100
+    return labels.to(device)
+
+
+def draw_mask(device, rows):
+    return (torch.rand(rows) < 0.7).to(device)
+
+
+def check_a_masked_vocabulary(kept, detach, backend):
+    """As many classes of -inf in front of `kept` [2B, V], in both passes, change nothing and get no gradient."""
+    classes = kept.shape[1]
+    wide = torch.full((len(kept), 2 * classes), -INF, device=kept.device)
+    wide[:, classes:] = kept
+    labels = torch.randint(classes, (len(kept) // 2,), device=kept.device)
+    run = lambda x, y: adamix_loss(x, y, detach_target=detach, backend=backend)  # noqa: E731
+    want, got = kept.requires_grad_(), wide.requires_grad_()
+    a, b = run(want, labels), run(got, labels + classes)
+    torch.testing.assert_close(b, a)
+    ga, gb = torch.autograd.grad(a.loss, want)[0], torch.autograd.grad(b.loss, got)[0]
+    torch.testing.assert_close(gb[:, classes:], ga)
+    assert gb[:, :classes].eq(0).all()
+
+
+def check_nan_and_infinities(logits, backend):
+    """In logits [8, V]: NaN gives NaN, a masked row may hold it, one class of -inf in one pass gives infinity."""
+    labels = torch.randint(logits.shape[1], (4,), device=logits.device)
+    logits[5, 2] = float("nan")
+    assert adamix_loss(logits, labels, backend=backend).loss.isnan()
+    mask = torch.tensor([True, False, True, True], device=logits.device)
+    x = logits.clone().requires_grad_()
+    out = adamix_loss(x, labels, mask=mask, backend=backend)
+    (grad,) = torch.autograd.grad(out.loss, x)
+    assert out.loss.isfinite()
+    assert grad[[1, 5]].eq(0).all()
+    assert grad.isfinite().all()
+    logits[5] = -INF
+    assert adamix_loss(logits, labels, backend=backend).loss.isnan()
+    logits[5], logits[1, 0] = 0.0, -INF
+    assert adamix_loss(logits, labels * 0 + 1, backend=backend).consistency == INF
+    logits[1, 0] = INF
+    assert adamix_loss(logits, labels * 0 + 1, backend=backend).loss.isnan()
