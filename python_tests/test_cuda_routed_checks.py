@@ -8,9 +8,8 @@ from cuda_host import DEVICE, needs_cuda
 
 needs_cuda()
 
-from test_cuda_routed_adapter import draw as draw_adapter
-from test_cuda_routed_adapter import run_on
-from test_cuda_routed_lora import draw as draw_lora
+from adapter_cases import draw_adapter, run_adapter
+from plain_lora import draw_lora
 from test_cuda_routed_lora import spread
 
 from adamix_kernels.functional import routed_lora
@@ -19,7 +18,7 @@ from adamix_kernels.functional import routed_lora
 def adapter_arguments(direction):
     """The C++ op's arguments by name, all right."""
     (x, down_weight, down_bias, up_weight, up_bias, dy), (down, up) = draw_adapter(
-        torch.float32, 2, 3, 20, 4, 3, 2, "sample", "token"
+        DEVICE, torch.float32, 2, 3, 20, 4, 3, 2, "sample", "token"
     )
     weights = dict(x=x, down_weight=down_weight, up_weight=up_weight, down_index=down, up_index=up)
     options = dict(add_input=False, activation="gelu")
@@ -31,7 +30,9 @@ def adapter_arguments(direction):
 
 def lora_arguments(direction):
     """The C++ op's arguments by name, all right."""
-    (x, a, b, base, dy), options = draw_lora("sample", "token", 2, batch=2, tokens=3, features=20, dtype=torch.float32)
+    (x, a, b, base, dy), options = draw_lora(
+        DEVICE, "sample", "token", 2, batch=2, tokens=3, features=20, dtype=torch.float32
+    )
     common = dict(x=x, lora_a=a, lora_b=b, a_index=options["a_index"], b_index=options["b_index"])
     common |= dict(seed=torch.tensor(3, device=DEVICE), scaling=1.7, groups=2, offsets=[0, 6], dropout_p=0.3)
     if direction == "backward":
@@ -149,13 +150,13 @@ def test_tensors_elsewhere_are_refused(op, arguments):
 
 
 def test_a_rank_beyond_shared_memory_is_refused_with_the_sizes():
-    tensors, indices = draw_adapter(torch.float32, 1, 2, 4, 2000, 1, 1, None, None)
+    tensors, indices = draw_adapter(DEVICE, torch.float32, 1, 2, 4, 2000, 1, 1, None, None)
     with pytest.raises(RuntimeError, match=r"routed_adapter_forward: needs \d+ bytes of shared memory, the device has"):
-        run_on("cuda", tensors, indices)(*tensors)
+        run_adapter("cuda", tensors, indices)(*tensors)
 
 
 def test_a_refused_launch_leaves_the_base_as_it_was():
-    (x, a, b, base, _), options = draw_lora(batch=1, tokens=2, rank=2000, dtype=torch.float32)
+    (x, a, b, base, _), options = draw_lora(DEVICE, batch=1, tokens=2, rank=2000, dtype=torch.float32)
     before = base.clone()
     with pytest.raises(RuntimeError, match=r"routed_lora_forward: needs \d+ bytes of shared memory, the device has"):
         routed_lora(x, a, b, base=base, **options, inplace=True, backend="cuda")
