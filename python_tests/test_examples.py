@@ -33,7 +33,7 @@ def run(name):
 
 
 def test_these_are_the_examples():
-    assert NAMES == ["fewshot", "glue", "nlg", "serve_mixed_domains"]
+    assert NAMES == ["e2e_from_scratch", "fewshot", "glue", "nlg", "serve_mixed_domains"]
 
 
 def test_glue():
@@ -46,6 +46,14 @@ def test_nlg():
     out = run("nlg")
     assert 0 < float(re.search(r"dev loss (\S+)", out)[1]) < 3.2  # ln 28, a blind guess, is 3.33
     assert len(re.findall(r"^name : \w+ \| food : \w+\n    -> .+$", out, flags=re.MULTILINE)) == 2
+
+
+def test_e2e_from_scratch():
+    out = run("e2e_from_scratch")
+    before = float(re.search(r'^before adapting: .*"loss": (\S+)}$', out, flags=re.MULTILINE)[1])
+    after = [float(loss) for loss in re.findall(r'^\S+ 0 {.*"loss": (\S+)}}$', out, flags=re.MULTILINE)]
+    assert len(after) == 2
+    assert max(after) < before - 0.1
 
 
 def test_fewshot():
