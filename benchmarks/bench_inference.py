@@ -161,7 +161,7 @@ def _written_out(model: nn.Module) -> None:
 
 def add_parser(commands) -> None:
     parser = commands.add_parser("inference", help="merged models against the bare one and a hand-fused adapter")
-    add_run_options(parser)
+    add_run_options(parser, sizes.INFERENCE)
     parser.set_defaults(run=run)
 
 

@@ -190,7 +190,7 @@ def add_parser(commands) -> None:
     parser = commands.add_parser("models", help="whole training steps in every mode, on a GPU")
     every = sorted({name for models in sizes.STEPS.values() for name in models})
     parser.add_argument("names", nargs="*", help=f"of {', '.join(every)} (default: all of --size)")
-    add_run_options(parser)
+    add_run_options(parser, sizes.STEPS)
     parser.set_defaults(run=run)
 
 

@@ -25,8 +25,10 @@ class Ceilings:
 
 
 def measure(device: torch.device, dtypes: set[torch.dtype], *, smoke: bool) -> Ceilings:
-    """Medians over copies of 2 GiB and products of 8192 x 8192 matrices of random numbers; far smaller for smoke."""
-    size, side = (2**22, 128) if smoke else (2**31, 8192)
+    """Medians over copies of 2 GiB and products of 8192 x 8192 matrices of random numbers; on the CPU of 256 MiB and
+    2048 x 2048; far smaller for smoke.
+    """
+    size, side = (2**22, 128) if smoke else (2**31, 8192) if device.type == "cuda" else (2**28, 2048)
     matmul = {dtype: 2 * side**3 / _product_seconds(device, dtype, side) for dtype in sorted(dtypes, key=str)}
     return Ceilings(2 * size / _copy_seconds(device, size), matmul)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import time
+from collections.abc import Iterable
 
 import torch
 
@@ -24,9 +25,9 @@ def add_parser(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
+def add_run_options(parser: argparse.ArgumentParser, sets: Iterable[str] = sizes.SETS) -> None:
     """What every benchmark of the GPU proof takes."""
-    parser.add_argument("--size", choices=sizes.SETS, default="gpu", help="smoke: tiny, for tests of the harness")
+    parser.add_argument("--size", choices=tuple(sets), default="gpu", help="smoke: tiny, for tests of the harness")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--check-only", action="store_true", help="check and compile everything, time nothing")
     parser.add_argument("--out", help="CSV to write, after every contender")

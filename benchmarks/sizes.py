@@ -1,12 +1,12 @@
-"""The sizes of every benchmark: on a GPU ("gpu"), tiny ones that test the harness ("smoke"), and for sanitizers, tails
-everywhere ("odd").
+"""The sizes of every benchmark: on a GPU ("gpu"), for ops on the CPU ("cpu"), tiny ones that test the harness
+("smoke"), and for sanitizers, tails everywhere ("odd").
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-SETS = ("gpu", "smoke", "odd")
+SETS = ("gpu", "cpu", "smoke", "odd")
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,11 @@ ADAPTER = {
         AdapterSize(16, 512, 1024, 16, routing="token"),
         AdapterSize(16, 512, 1024, 16, dtype="float32"),
     ),
+    "cpu": (
+        AdapterSize(16, 128, 768, 48, routing="batch", dtype="float32"),
+        AdapterSize(16, 128, 768, 48, dtype="float32"),
+        AdapterSize(16, 128, 768, 16, routing="token", dtype="float32"),
+    ),
     "smoke": (
         AdapterSize(2, 8, 32, 8, routing="batch", dtype="float32"),
         AdapterSize(3, 8, 32, 8, routing="token", dtype="bfloat16"),
@@ -135,6 +140,10 @@ ADAPTER = {
 }
 LORA = {
     "gpu": (LORA_8K, LORA_64K, LORA_GPT2),
+    "cpu": (
+        LoraSize(16, 128, 768, 768, 8, dtype="float32"),
+        LoraSize(2, 512, 1024, 3072, 4, experts=8, groups=2, routing="batch", dtype="float32"),
+    ),
     "smoke": (
         LoraSize(4, 8, 32, 32, 8, dtype="float32"),
         LoraSize(2, 8, 32, 48, 4, groups=2, routing="batch", dtype="bfloat16"),
@@ -144,26 +153,45 @@ LORA = {
         LoraSize(3, 37, 40, 51, 3, groups=2, routing="token", dtype="float32"),
     ),
 }
-LORA_LINEAR = {"gpu": (LORA_8K, LORA_GPT2), "smoke": LORA["smoke"][:1], "odd": LORA["odd"][:1]}
+LORA_LINEAR = {
+    "gpu": (LORA_8K, LORA_GPT2),
+    "cpu": LORA["cpu"],
+    "smoke": LORA["smoke"][:1],
+    "odd": LORA["odd"][:1],
+}
 LOSS = {
     "gpu": (LOSS_GPT2, LOSS_LLAMA, *GLUE),
+    "cpu": (LossSize(512, 50257, dtype="float32"), *GLUE),
     "smoke": (LossSize(6, 37, dtype="bfloat16"), LossSize(4, 2, dtype="float32")),
     "odd": (LossSize(5, 1031), LossSize(7, 3, dtype="float32")),
 }
-CONSISTENCY = {"gpu": (LOSS_GPT2,), "smoke": (LossSize(6, 37, dtype="float32"),), "odd": (LossSize(5, 1031),)}
+CONSISTENCY = {
+    "gpu": (LOSS_GPT2,),
+    "cpu": LOSS["cpu"][:1],
+    "smoke": (LossSize(6, 37, dtype="float32"),),
+    "odd": (LossSize(5, 1031),),
+}
 HEAD = {
     "gpu": (HEAD_MEMORY, HEAD_GPT2, HEAD_LLAMA),
+    "cpu": (LossSize(512, 50257, hidden=768, dtype="float32"),),
     "smoke": (LossSize(6, 37, hidden=16, dtype="float32"),),
     "odd": (LossSize(5, 1031, hidden=24),),
 }
-MERGE_BANKS = {"gpu": (BANKS,), "smoke": (BankSize(2, 3, 4, 16),), "odd": (BankSize(2, 3, 5, 37),)}
+MERGE_BANKS = {
+    "gpu": (BANKS,),
+    "cpu": (BankSize(24, 4, 64, 1024),),
+    "smoke": (BankSize(2, 3, 4, 16),),
+    "odd": (BankSize(2, 3, 5, 37),),
+}
 MERGE_EXPERTS = {
     "gpu": (BankSize(1, 4, 16384, 1024),),
+    "cpu": (BankSize(1, 4, 4096, 1024),),
     "smoke": (BankSize(1, 3, 4, 16),),
     "odd": (BankSize(1, 3, 5, 37),),
 }
 MERGE_LORA = {
     "gpu": (LoraSize(24, 1, 1024, 1024, 16, routing="layers"),),
+    "cpu": (LoraSize(24, 1, 1024, 1024, 16, routing="layers", dtype="float32"),),
     "smoke": (LoraSize(2, 1, 16, 16, 4, routing="layers", dtype="float32"),),
     "odd": (LoraSize(2, 1, 37, 19, 5, routing="layers", dtype="float32"),),
 }
