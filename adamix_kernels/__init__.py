@@ -6,6 +6,7 @@ Importing this package needs torch alone; what needs transformers is imported wh
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from ._backends import BackendState, BackendUnavailableError, backends
 from ._version import __version__
@@ -63,7 +64,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

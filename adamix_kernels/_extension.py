@@ -11,6 +11,7 @@ import functools
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ def library_path() -> Path | None:
 
 
 @functools.cache
-def record() -> dict:
+def record() -> dict[str, Any]:
     """What the build wrote down: {"built": True, "architectures", "nvcc", "torch", "sources"}, or {"built": False,
     "reason"}; {} where nothing was written, or for a library that an environment variable names."""
     if on_host() or os.environ.get(_OTHER):

@@ -7,6 +7,9 @@ module can be copied and pickled.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
 import torch
 from torch import nn
 
@@ -17,9 +20,13 @@ def translate_keys(module: nn.Module) -> None:
     module.register_load_state_dict_pre_hook(_read_official_keys)
 
 
+def _banks(module: nn.Module) -> Mapping[str, str]:
+    return cast("Mapping[str, str]", module.official_banks)
+
+
 def _bank_keys(module: nn.Module, prefix: str) -> list[tuple[str, int, str]]:
     """(parameter name, expert, the reference project's key) for every expert, in that project's order."""
-    banks = module.official_banks
+    banks = _banks(module)
     count = max(getattr(module, name).shape[0] for name in banks)
     return [
         (name, m, prefix + pattern.format(m=m))
@@ -29,19 +36,28 @@ def _bank_keys(module: nn.Module, prefix: str) -> list[tuple[str, int, str]]:
     ]
 
 
-def _write_official_keys(module: nn.Module, state_dict: dict, prefix: str, _local_metadata: dict) -> None:
-    stacked = {name: state_dict.pop(prefix + name) for name in module.official_banks}
+def _write_official_keys(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, _local_metadata: dict[str, Any]
+) -> None:
+    stacked = {name: state_dict.pop(prefix + name) for name in _banks(module)}
     for name, m, key in _bank_keys(module, prefix):
         state_dict[key] = stacked[name][m]
 
 
 def _read_official_keys(
-    module: nn.Module, state_dict: dict, prefix: str, _local_metadata, _strict, missing_keys, unexpected_keys, errors
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    _local_metadata: dict[str, Any],
+    _strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    errors: list[str],
 ) -> None:
     """Stacks the experts found; an absent or mis-shaped one keeps its values here and is reported by its key."""
-    for key in module.official_ignored:
+    for key in cast("Sequence[str]", module.official_ignored):
         state_dict.pop(prefix + key, None)
-    rows: dict[str, list[torch.Tensor]] = {name: [] for name in module.official_banks}
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in _banks(module)}
     for name in rows:
         if state_dict.pop(prefix + name, None) is not None:
             unexpected_keys.append(prefix + name)

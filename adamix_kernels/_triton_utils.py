@@ -105,4 +105,5 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
         s = sigmoid(z)
         return s + z * s * (1.0 - s)
     else:
-        return z * 0.0 + 1.0
+        # Not z * 0 + 1, which is NaN where z is infinite.
+        return tl.zeros_like(z) + 1.0

@@ -7,6 +7,7 @@ one key per expert, so its checkpoints load strictly and ours load there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import nn
 
 from ._official_keys import translate_keys
 from .functional import merge_experts, routed_adapter, routed_lora
+from .modules._banks import check_finite, check_fraction
 from .routing import Router
 
 _ACTIVATIONS = {
@@ -154,6 +156,9 @@ class ExpertSoup(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """x, residual: [..., H] (usually [B, S, H]) -> the same shape and dtype."""
+        features = self.MoA_A.deepspeed_experts.weight.shape[-1]
+        if not isinstance(x, torch.Tensor) or x.shape[-1:] != (features,):
+            raise ValueError(f"x: got {getattr(x, 'shape', type(x).__name__)}, expected a tensor [..., {features}]")
         batched = _as_batch(x)
         batch, tokens, _ = batched.shape
         down_weight, down_bias, down_index = self.MoA_A.route(batch, tokens, x.device)
@@ -234,10 +239,15 @@ class AdamixMergedLinear(nn.Linear):
         enable_lora: Sequence[bool] = (False,),
         fan_in_fan_out: bool = False,
         merge_weights: bool = True,
-        **linear_options,
+        **linear_options: Any,
     ):
-        _check_positive("num_experts", num_experts)
-        _check_positive("r", r)
+        sizes = dict(num_experts=num_experts, r=r, in_features=in_features, out_features=out_features)
+        for name, size in sizes.items():
+            _check_positive(name, size)
+        check_finite("lora_alpha", lora_alpha)
+        check_fraction("lora_dropout", lora_dropout)
+        if not isinstance(enable_lora, Sequence):
+            raise TypeError(f"enable_lora: got {enable_lora!r}, expected a sequence of flags")
         share_down, share_up = _check_flag("share_A", share_A), _check_flag("share_B", share_B)
         if not any(enable_lora):
             raise ValueError(f"enable_lora: got {list(enable_lora)}, expected at least one True")
@@ -245,8 +255,6 @@ class AdamixMergedLinear(nn.Linear):
             raise ValueError(
                 f"enable_lora: got {len(enable_lora)} flags, expected a divisor of out_features = {out_features}"
             )
-        if not 0 <= lora_dropout < 1:
-            raise ValueError(f"lora_dropout: got {lora_dropout!r}, expected 0 <= lora_dropout < 1")
         super().__init__(in_features, out_features, **linear_options)
         block = out_features // len(enable_lora)
         groups = sum(map(bool, enable_lora))

@@ -3,6 +3,9 @@
 Indices are drawn on the device, inside the layer's forward, from the global random generator: then
 activation checkpointing, which restores that generator, redraws the same experts when it recomputes.
 An index kept on a shared object, or a private generator, would give other experts in silence.
+
+The threads of a process share that generator: two that train at once draw valid experts, but which ones depends on who
+comes first (use_experts fixes them). For reproducible runs, or activation checkpointing, train one model per process.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class Router:
 
     def __init__(self, level: str = "batch", passes: int = 2):
         check_level("level", level)
-        if not isinstance(passes, int) or passes < 1:
+        if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
             raise ValueError(f"passes: got {passes!r}, expected an int of at least 1")
         self.level = level
         self.passes = passes
@@ -86,6 +89,7 @@ class Router:
 
     def _chosen(self, batch: int, tokens: int, device: torch.device, stacked: bool) -> torch.Tensor:
         """The caller's index for this layer. stacked: a larger batch is whole passes, one after the other."""
+        assert self.experts is not None  # draw() asked
         index = self.experts.to(device)
         if index.dim() == 0:
             return index.expand(batch)

@@ -1,10 +1,22 @@
-"""What the tests of every backend measure with: an error budget instead of hand-picked tolerances."""
+"""What the tests of every backend measure with: an error budget instead of hand-picked tolerances, poisoned memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+
+
+@contextlib.contextmanager
+def poisoned_memory(poison: bool = True) -> Iterator[None]:
+    """Everything that is allocated without a value holds NaN until it is written, in C++ too."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn" if poison else before)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
 def error_in_budget(

@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .objects import (
     PACKAGE,
@@ -23,11 +24,12 @@ from .objects import (
     link,
     objects_folder,
     replacing,
-    source_folder,
     sources,
     with_includes,
 )
-from .toolchain import BuildError, Torch, find_nvcc, find_torch, gencode, run, wanted_architectures
+from .objects import source_folder as source_folder
+from .toolchain import BuildError as BuildError
+from .toolchain import Torch, find_nvcc, find_torch, gencode, run, wanted_architectures
 
 LIBRARY = PACKAGE / "_C.abi3.so"
 # Beside the library: what it was built for, or why there is none.
@@ -36,12 +38,16 @@ MODES = ("auto", "0", "1")
 
 # The stable ABI of torch 2.11, whatever torch the headers are of.
 _COMMON = ("-std=c++17", "-I{csrc}", "-isystem", "{torch}/include", "-DTORCH_TARGET_VERSION=0x020b000000000000")
-NVCC = ("-c", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden", *_COMMON)
+# A library is shipped: where it was compiled is nobody's business, and the same sources give the same file.
+_NO_PATHS = ("-ffile-prefix-map={csrc}=csrc", "-ffile-prefix-map={torch}=torch")
+_NVCC_HOST = ",".join(("-fPIC", "-fvisibility=hidden", *_NO_PATHS))
+NVCC = ("-c", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", _NVCC_HOST, *_COMMON)
 _NVCC_STRICT = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v")
-NVCC_LINK = ("-shared", "--cudart", "static", "-Xlinker", "--no-as-needed")
+# Without the device link, which no kernel here needs and which would write its command line into the library.
+NVCC_LINK = ("-shared", "--no-device-link", "--cudart", "static", "-Xlinker", "--no-as-needed")
 _GXX_WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 _GXX_CODE = ("-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-DADAMIX_HOST")
-_GXX = ("-c", "-x", "c++", *_GXX_CODE, *_GXX_WARNINGS, *_COMMON)
+_GXX = ("-c", "-x", "c++", *_GXX_CODE, *_GXX_WARNINGS, *_NO_PATHS, *_COMMON)
 LIBRARIES = ("-L{torch}/lib", "-ltorch", "-ltorch_cpu")
 # The scheduler of the threads tells the sanitisers what it does; it is not for them to watch.
 _UNWATCHED = "host/fibers.cpp"
@@ -138,7 +144,7 @@ def sources_fingerprint(csrc: Path) -> str:
     return fingerprint([path for source in sources(csrc) for path in with_includes(source, csrc)])
 
 
-def write_record(folder: Path, record: dict) -> None:
+def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Puts the record into `folder`, whole or not at all."""
     with replacing(folder / RECORD) as part:
         part.write_text(json.dumps(record, indent=2) + "\n")

@@ -108,8 +108,8 @@ def link(linker: Sequence[str], objects: Sequence[Compiled], libraries: Sequence
 def objects_folder(csrc: Path, name: str) -> Iterator[Path]:
     """Where objects are kept: build/csrc/<name> of a checkout, for one process at a time; nowhere when installed."""
     if csrc.parent == PACKAGE:
-        with tempfile.TemporaryDirectory(prefix="adamix-build-") as folder:
-            yield Path(folder)
+        with tempfile.TemporaryDirectory(prefix="adamix-build-") as temporary:
+            yield Path(temporary)
         return
     import fcntl
 

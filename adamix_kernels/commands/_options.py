@@ -30,7 +30,7 @@ class OptionParser(argparse.ArgumentParser):
             return self.parse_args(argv)
         return self.parse_args(self._flags(argv[0], read_object(argv[0])))
 
-    def _flags(self, path: str, values: dict) -> list[str]:
+    def _flags(self, path: str, values: dict[str, Any]) -> list[str]:
         actions = {action.dest: action for action in self._actions if action.dest != "help"}
         unknown = sorted(set(values) - set(actions))
         if unknown:
@@ -47,7 +47,7 @@ class OptionParser(argparse.ArgumentParser):
         return [*flags, "--", *positional]
 
 
-def add_output(parser: OptionParser) -> None:
+def add_output(parser: argparse.ArgumentParser) -> None:
     """--log-level and --disable-tqdm, as in adamix train."""
     parser.add_argument("--log-level", choices=LEVELS, default="warning", help="default: %(default)s")
     parser.add_argument("--disable-tqdm", action="store_true", help="no progress bars")

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from .._backends import backends
 PACKAGES = ("adamix_kernels", "torch", "triton", "transformers", "accelerate", "safetensors", "peft", "datasets")
 
 
-def describe() -> dict:
+def describe() -> dict[str, Any]:
     """Versions (None where not installed), the devices, the C++/CUDA library, and the state of each backend."""
     return {
         "python": platform.python_version(),
@@ -31,7 +32,7 @@ def describe() -> dict:
     }
 
 
-def library() -> dict:
+def library() -> dict[str, Any]:
     """The C++/CUDA library: its path, why it is not loaded, what the build wrote down, and whether csrc/ is newer."""
     path, built = _extension.library_path(), _extension.record() if _extension.library_path() else {}
     changed = False
@@ -48,9 +49,9 @@ def library() -> dict:
     }
 
 
-def _library_in_words(facts: dict) -> str:
+def _library_in_words(facts: dict[str, Any]) -> str:
     if facts["problem"]:
-        return facts["problem"]
+        return str(facts["problem"])
     if facts["architectures"] is None:
         return f"{facts['path']}, for " + ("the CPU" if _extension.on_host() else torch.ops.adamix_cuda.build_info())
     words = (

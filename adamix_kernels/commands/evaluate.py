@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..models.contexts import eval_routing
+from ..models.state import adamix_state
 from ..tasks import accuracy, collator, load_text_classification, predict, tokenize
 from ._checkpoint import add_checkpoint, open_checkpoint
 from ._options import OptionParser, is_main_process, start
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         bar = not args.disable_tqdm and is_main_process()
         percent = accuracy(predict(model, rows, collator(tokenizer), args.batch_size, progress=bar), rows)
     # A merged checkpoint has one expert a side, whatever the routing.
-    routing = "merged" if model.adamix.merged else args.routing
+    routing = "merged" if adamix_state(model).merged else args.routing
     if not is_main_process():
         return 0
     if args.json:

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from ..models.config import AdaMixConfig
 from ..models.inject import adapt
@@ -134,34 +134,40 @@ def parse(argv: Sequence[str]) -> tuple[TrainOptions, Any]:
     """
     from transformers import HfArgumentParser, TrainingArguments
 
+    parts: Any = (TrainOptions, TrainingArguments)
     if len(argv) == 1 and argv[0].endswith(".json"):
         values = read_object(argv[0])
         if "out" in values:
             values["output_dir"] = values.pop("out")
         if isinstance(values.get("resume"), bool):
             values["resume"] = LAST if values["resume"] else ""
-        return HfArgumentParser((TrainOptions, TrainingArguments)).parse_dict({**DEFAULTS, **values})
+        options, arguments = HfArgumentParser(parts).parse_dict({**DEFAULTS, **values})
+        return cast("TrainOptions", options), arguments
     parser = HfArgumentParser(
-        (TrainOptions, TrainingArguments),
+        parts,
         prog="adamix train",
         description="Fine-tune an encoder with AdaMix. Instead of flags, one JSON file of them may be given.",
     )
     parser.add_argument("--out", dest="output_dir", help="the same as --output-dir")
     parser.set_defaults(**DEFAULTS)
-    return parser.parse_args_into_dataclasses(list(argv))
+    options, arguments = parser.parse_args_into_dataclasses(list(argv))
+    return cast("TrainOptions", options), arguments
 
 
 def _checkpoint(options: TrainOptions, arguments: Any) -> str | None:
     """The checkpoint to go on from, or None. Raises ValueError where --out has another run's and none is asked for."""
     from transformers.trainer_utils import get_last_checkpoint
 
+    from ..models.manifest import newest_whole_checkpoint
+
     wanted = options.resume or arguments.resume_from_checkpoint
     folder = arguments.output_dir
-    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
     if wanted == LAST:
+        last = newest_whole_checkpoint(folder)
         if last is None:
-            raise ValueError(f"resume: {folder!r} holds no checkpoint to go on from")
+            raise ValueError(f"resume: {folder!r} holds no checkpoint to go on from that is whole")
         return last
+    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
     if not wanted and last is not None:
         raise ValueError(
             f"out: {folder!r} holds {os.path.basename(last)} of an earlier run, expected --resume, or another folder"

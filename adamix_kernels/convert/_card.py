@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -48,7 +49,8 @@ def peft_card(model: nn.Module, expert: int | None) -> str:
 
 def adapterhub_card(model: nn.Module, name: str) -> str:
     state = adamix_state(model)
-    width = model.get_submodule(state.paths[0]).adapter.bottleneck
+    adapted: Any = model.get_submodule(state.paths[0])
+    width = adapted.adapter.bottleneck
     return _card(
         model,
         # The Hub's key for the library that is now called `adapters`.

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import re
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from ..models._files import as_path
+from ..modules import RoutedLoRALinear
+
+logger = logging.getLogger(__name__)
 
 _BERT = re.compile(r"(bert|roberta)\.encoder\.layer\.\d+\.output\.ExpertSoup\.")
 _GPT2 = re.compile(r"transformer\.h\.\d+\.(mlp\.ExpertSoup|attn\.c_attn)\.")
@@ -45,14 +54,16 @@ class OfficialFacts:
         return "up" if self.up == 1 else "down"
 
 
-def read_official(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+def read_official(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """key -> tensor: unwrapped from "model_state_dict", without "module.", without what is ignored.
 
-    Only tensors are unpickled (weights_only). Raises ValueError for anything else.
+    Only tensors are unpickled (weights_only), and the file's own checksums are compared, which torch.load does
+    not do. A file of the format before torch 1.6 has none, and a warning says so. Raises ValueError for anything else.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if not path.is_file():
         raise ValueError(f"path: got {str(path)!r}, which is no file, expected a checkpoint of microsoft/AdaMix")
+    has_sums = _check_sums(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -60,8 +71,10 @@ def read_official(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             f"path: got {str(path)!r}, which holds more than tensors and is refused, because unpickling it could "
             f"run code; expected a state dict ({str(error).splitlines()[0]})"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged pickle may make the unpickler raise anything
         raise ValueError(f"path: got {str(path)!r}, which torch.load cannot read ({error})") from error
+    if not has_sums:
+        logger.warning("%s has no checksums (the format before torch 1.6): damage to it cannot be noticed", path)
     if isinstance(state, dict) and isinstance(state.get("model_state_dict"), dict):
         state = state["model_state_dict"]
     if not isinstance(state, dict):
@@ -72,6 +85,20 @@ def read_official(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             raise ValueError(f"{key}: got a {type(value).__name__}, expected a tensor under a name")
         found[key.removeprefix("module.")] = value
     return {key: value for key, value in found.items() if not _IGNORED.fullmatch(key)}
+
+
+def _check_sums(path: Path) -> bool:
+    """Whether there are any."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OSError, zlib.error) as error:
+        raise ValueError(f"path: got {str(path)!r}, which is no whole zip archive ({error})") from error
+    if damaged is not None:
+        raise ValueError(f"path: got {str(path)!r}, whose {damaged} does not have its checksum; the file is corrupt")
+    return True
 
 
 def read_facts(state: dict[str, torch.Tensor]) -> OfficialFacts:
@@ -107,7 +134,7 @@ def is_added(key: str) -> bool:
     return _ADDED.fullmatch(key) is not None
 
 
-def _count(pattern: re.Pattern, state: dict) -> int:
+def _count(pattern: re.Pattern[str], state: dict[str, Any]) -> int:
     numbers = [int(found.group(1)) for key in state if (found := pattern.fullmatch(key))]
     return max(numbers, default=-1) + 1
 
@@ -136,7 +163,7 @@ def adapter_slots(stem: str, adapter: torch.nn.Module) -> dict[str, list[Slot]]:
     return slots
 
 
-def lora_slots(stem: str, layer: torch.nn.Module) -> dict[str, list[Slot]]:
+def lora_slots(stem: str, layer: RoutedLoRALinear) -> dict[str, list[Slot]]:
     """The keys below `stem` ("...c_attn.") for a RoutedLoRALinear; its one score vector serves both sides."""
     slots = {}
     sides = (("A", layer.lora_a, "a"), ("B", layer.lora_b, "b"))

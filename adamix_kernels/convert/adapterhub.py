@@ -6,13 +6,15 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ..models._files import make_folder, replace_file, write_json, write_safetensors
+from ..models._files import make_folder, write_json, write_pickled_tensors, write_safetensors
 from ..models.state import AdaMixState, adamix_state
 from ..models.targets import layer_number, model_type
+from ..modules import AdaptedLayer
 from ._card import adapterhub_card, write_card
 
 _FAMILIES = ("bert", "roberta")
@@ -22,7 +24,7 @@ _FORMAT = "adapters.1.3.0"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def export_adapterhub(model: nn.Module, directory: str | os.PathLike, name: str = "adamix") -> Path:
+def export_adapterhub(model: nn.Module, directory: str | os.PathLike[str], name: str = "adamix") -> Path:
     """Writes the merged adapter as a sequential bottleneck adapter of `adapters`; returns the folder.
 
     Files: `adapter_config.json`; `pytorch_adapter.bin` and `adapter.safetensors`, the same tensors, under
@@ -43,24 +45,26 @@ def export_adapterhub(model: nn.Module, directory: str | os.PathLike, name: str 
     """
     state = adamix_state(model)
     _check(model, state, name)
+    folder = make_folder(directory)
     family = model_type(model)
     outer = "" if state.paths[0].startswith(f"{family}.") else f"{family}."
     tensors = {}
     for path in state.paths:
         stem = f"{outer}{path.removesuffix('.dense')}.adapters.{name}"
         with torch.no_grad():
-            down_weight, down_bias, up_weight, up_bias = model.get_submodule(path).adapter.merged_banks()
+            layer = cast("AdaptedLayer", model.get_submodule(path))
+            down_weight, down_bias, up_weight, up_bias = layer.adapter.merged_banks()
         tensors[f"{stem}.adapter_down.0.weight"], tensors[f"{stem}.adapter_down.0.bias"] = down_weight[0], down_bias[0]
         tensors[f"{stem}.adapter_up.weight"], tensors[f"{stem}.adapter_up.bias"] = up_weight[0], up_bias[0]
     heads = {
         f"{path}.{key}": value for path in state.saved for key, value in model.get_submodule(path).state_dict().items()
     }
-    folder = make_folder(directory)
     _write_weights(folder, "pytorch_adapter.bin", "adapter.safetensors", tensors)
     write_json(folder / "adapter_config.json", {**_facts(model, name), "config": _adapter_config(model, state)})
     if heads:
         _write_weights(folder, "pytorch_model_head.bin", "model_head.safetensors", heads)
-        labels = {"label2id": model.config.label2id, "num_labels": model.config.num_labels}
+        config: Any = model.config
+        labels = {"label2id": config.label2id, "num_labels": config.num_labels}
         write_json(folder / "head_config.json", {**_facts(model, None), "config": None, **labels})
     write_card(folder, adapterhub_card(model, name))
     return folder
@@ -74,24 +78,26 @@ def _check(model: nn.Module, state: AdaMixState, name: str) -> None:
     for path in state.paths:
         if not _PLACE.fullmatch(path):
             raise ValueError(f"model: got an adapter at {path!r}, expected encoder.layer.N.output.dense only")
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"name: got {name!r}, expected letters, digits, '_' and '-'")
 
 
-def _facts(model: nn.Module, name: str | None) -> dict:
+def _facts(model: nn.Module, name: str | None) -> dict[str, Any]:
+    config: Any = model.config
     return {
         "model_type": model_type(model),
-        "hidden_size": model.config.hidden_size,
-        "model_name": getattr(model.config, "_name_or_path", None) or None,
+        "hidden_size": config.hidden_size,
+        "model_name": getattr(config, "_name_or_path", None) or None,
         "model_class": type(model).__name__,
         "name": name,
         "version": _FORMAT,
     }
 
 
-def _adapter_config(model: nn.Module, state: AdaMixState) -> dict:
+def _adapter_config(model: nn.Module, state: AdaMixState) -> dict[str, Any]:
     """SeqBnConfig's fields with AdaMix's placement: behind the dense layer, before the residual and LayerNorm."""
-    adapter = model.get_submodule(state.paths[0]).adapter
+    config: Any = model.config
+    adapter = cast("AdaptedLayer", model.get_submodule(state.paths[0])).adapter
     adapted = {layer_number(path) for path in state.paths}
     return {
         "mh_adapter": False,
@@ -111,7 +117,7 @@ def _adapter_config(model: nn.Module, state: AdaMixState) -> dict:
         "inv_adapter": None,
         "inv_adapter_reduction_factor": None,
         "cross_adapter": False,
-        "leave_out": [i for i in range(model.config.num_hidden_layers) if i not in adapted],
+        "leave_out": [i for i in range(config.num_hidden_layers) if i not in adapted],
         "dropout": 0.0,
         "init_weights": "bert",
         "phm_layer": False,
@@ -121,4 +127,4 @@ def _adapter_config(model: nn.Module, state: AdaMixState) -> dict:
 def _write_weights(folder: Path, pickled: str, safe: str, tensors: dict[str, torch.Tensor]) -> None:
     ready = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     write_safetensors(folder / safe, ready)
-    replace_file(folder / pickled, lambda temporary: torch.save(ready, temporary))
+    write_pickled_tensors(folder / pickled, ready)

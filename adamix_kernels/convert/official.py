@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from ..models.config import AdaMixConfig
 from ..models.inject import adapt, build_layers
 from ..models.state import adamix_state
 from ..models.targets import model_type
+from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import Router
 from ._official_format import OfficialFacts, Slot, adapter_slots, is_added, lora_slots, read_facts, read_official
 
@@ -23,7 +26,7 @@ _SHOWN = 6
 
 
 def load_official(
-    model: nn.Module, path: str | os.PathLike, *, head: bool = True, alpha: float = 32.0, backend: str = "auto"
+    model: nn.Module, path: str | os.PathLike[str], *, head: bool = True, alpha: float = 32.0, backend: str = "auto"
 ) -> nn.Module:
     """Puts a checkpoint of the reference project into `model` and returns it.
 
@@ -53,6 +56,7 @@ def load_official(
         raise ValueError(f"model: got model_type {model_type(model)!r}, expected {facts.family!r} for this file")
     config = _config(facts, alpha)
     bare = getattr(model, "adamix", None) is None
+    layers: Mapping[str, nn.Module]
     if bare:
         layers = build_layers(model, config, Router())
     else:
@@ -90,24 +94,26 @@ def _check_adapted(model: nn.Module, wanted: AdaMixConfig) -> None:
     if wanted.method == "adapter":
         expected = "gelu_tanh" if model_type(model) == "gpt2" else "gelu"
         for path in state.paths:
-            got = model.get_submodule(path).adapter.activation
+            got = cast("AdaptedLayer", model.get_submodule(path)).adapter.activation
             if got != expected:
                 raise ValueError(f"activation: got {got!r} in {path}, expected {expected!r} for this file")
 
 
 def _has_base_prefix(model: nn.Module) -> bool:
     """Whether paths start with "bert." and so on, as in the file; a headless model lacks it."""
-    return isinstance(getattr(model, model.base_model_prefix, None), nn.Module)
+    return isinstance(getattr(model, str(model.base_model_prefix), None), nn.Module)
 
 
-def _slots(layers: dict[str, nn.Module], facts: OfficialFacts, outer: str) -> dict[str, list[Slot]]:
+def _slots(layers: Mapping[str, nn.Module], facts: OfficialFacts, outer: str) -> dict[str, list[Slot]]:
     """key in the file -> where its value goes, for every value that AdaMix adds."""
     found = {}
     for path, layer in layers.items():
         if facts.method == "lora":
-            here = lora_slots(f"{outer}{path}.", layer)
+            here = lora_slots(f"{outer}{path}.", cast("RoutedLoRALinear", layer))
         else:
-            here = adapter_slots(f"{outer}{path}".rpartition(".")[0] + ".ExpertSoup.", layer.adapter)
+            here = adapter_slots(
+                f"{outer}{path}".rpartition(".")[0] + ".ExpertSoup.", cast("AdaptedLayer", layer).adapter
+            )
         found.update({k: [replace(s, name=f"{path}.{s.name}") for s in targets] for k, targets in here.items()})
     return found
 
@@ -135,7 +141,7 @@ def _base_slots(
     return heads, rest
 
 
-def _check(values: dict[str, torch.Tensor], slots: dict, heads: dict, rest: dict) -> None:
+def _check(values: dict[str, torch.Tensor], slots: dict[str, Any], heads: dict[str, Any], rest: dict[str, Any]) -> None:
     wanted = {**slots, **heads}
     absent = sorted(set(wanted) - set(values))
     more = sorted({k for k in values if is_added(k) and k not in slots} | {k for k, to in rest.items() if not to})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ _TASK_HEADS = {
 
 
 def export_peft(
-    model: nn.Module, directory: str | os.PathLike, *, expert: int | str | None = None, head: bool = True
+    model: nn.Module, directory: str | os.PathLike[str], *, expert: int | str | None = None, head: bool = True
 ) -> Path:
     """Writes B A of the merged experts as a LoRA that PEFT loads onto the unmerged base; returns the folder.
 
@@ -122,7 +123,7 @@ def _one_lora(layer: RoutedLoRALinear, expert: int | None) -> tuple[torch.Tensor
     return lora_a, lora_b
 
 
-def _peft_config(model: nn.Module, layers: dict[str, RoutedLoRALinear], saved: list[str]) -> dict:
+def _peft_config(model: nn.Module, layers: dict[str, RoutedLoRALinear], saved: list[str]) -> dict[str, Any]:
     ranks = {path: layer.groups * layer.r for path, layer in layers.items()}
     alphas = {path: _whole(layer.groups * layer.alpha) for path, layer in layers.items()}
     # vLLM holds r, and no pattern, against its bound; all layers have one alpha / r.
@@ -147,7 +148,7 @@ def _peft_config(model: nn.Module, layers: dict[str, RoutedLoRALinear], saved: l
 
 def _task(model: nn.Module, saved: list[str]) -> str | None:
     task = next((task for part, task in _TASKS.items() if part in type(model).__name__), None)
-    absent = [head for head in _TASK_HEADS.get(task, ()) if hasattr(model, head) and head not in saved]
+    absent = [head for head in _TASK_HEADS.get(task or "", ()) if hasattr(model, head) and head not in saved]
     return None if absent else task
 
 

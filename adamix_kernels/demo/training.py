@@ -13,6 +13,7 @@ from torch import nn
 
 from ..functional import adamix_loss
 from ..models.doubling import double_batch
+from ..models.state import adamix_state
 from ..models.targets import saved_modules
 from ..tasks import TextClassification, collator, mean_pool, tokenize
 
@@ -40,7 +41,7 @@ class Data:
 
     train: list[dict[str, Any]]
     dev: list[dict[str, Any]]
-    collate: Callable
+    collate: Callable[..., Any]
 
 
 @dataclass
@@ -75,7 +76,7 @@ def batches(rows: list[dict[str, Any]], settings: Settings, seed: int) -> Iterat
 
 def train(model: nn.Module, data: Data, settings: Settings, seed: int, bar: Any) -> Curve:
     """Trains what requires grad in an adapted model: one pass, or both AdaMix passes in one doubled batch."""
-    weight = model.adamix.config.consistency_weight
+    weight = adamix_state(model).config.consistency_weight
     heads = [p for _, head in saved_modules(model, None) for p in head.parameters()]
     adapters = [p for p in model.parameters() if p.requires_grad and not any(p is h for h in heads)]
     lr = settings.adamix_lr if weight > 0 else settings.lr
@@ -116,7 +117,8 @@ def frozen_features(model: nn.Module, data: Data) -> dict[str, torch.Tensor]:
         for rows in _slices(split):
             inputs = dict(data.collate(rows))
             del inputs["labels"]
-            states = model.base_model(**inputs).last_hidden_state  # [B, S, H]
+            encoder: Any = model.base_model
+            states = encoder(**inputs).last_hidden_state  # [B, S, H]
             pooled.append(mean_pool(states, inputs["attention_mask"]))
         features[name] = torch.cat(pooled).float()
     return features
@@ -127,7 +129,8 @@ def train_head(
 ) -> tuple[nn.Linear, Curve]:
     """Trains a linear head on frozen features, from the initial head of `model` where that is one linear layer."""
     hidden = features["train"].shape[1]
-    head = nn.Linear(hidden, model.config.num_labels)
+    config: Any = model.config
+    head = nn.Linear(hidden, config.num_labels)
     heads = [m for _, m in saved_modules(model, None) if isinstance(m, nn.Linear) and m.in_features == hidden]
     if heads:
         head.load_state_dict({**head.state_dict(), **heads[0].state_dict()})
@@ -147,7 +150,7 @@ def train_head(
     return head, curve
 
 
-def _optimizer(groups: list[tuple[float, list[nn.Parameter]]], data: Data, settings: Settings):
+def _optimizer(groups: list[tuple[float, list[nn.Parameter]]], data: Data, settings: Settings) -> tuple[Any, Any]:
     """AdamW, linear warm-up over the first 6% of the steps, then linear decay to zero."""
     steps = settings.steps(len(data.train))
     warmup = max(1, round(WARMUP * steps))
@@ -158,6 +161,6 @@ def _optimizer(groups: list[tuple[float, list[nn.Parameter]]], data: Data, setti
     return optimizer, schedule
 
 
-def _slices(rows: list) -> Iterator[list]:
+def _slices(rows: list[Any]) -> Iterator[list[Any]]:
     for start in range(0, len(rows), EVAL_ROWS):
         yield rows[start : start + EVAL_ROWS]

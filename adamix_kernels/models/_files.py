@@ -1,36 +1,74 @@
-"""Files that exist whole or not at all."""
+"""Files that exist whole or not at all, and JSON that knows when it was damaged."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import os
+import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 _CHUNK = 1 << 20  # bytes
+_SEAL = "sha256"
+_TEMPORARY = re.compile(r"\.adamix\.(\d+)\.(?:\d+\.)?tmp")
 
 
-def make_folder(path: str | os.PathLike) -> Path:
+def as_path(name: str, value: object) -> Path:
+    """Raises TypeError, naming the argument, for what is no path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a path")
+    return Path(value)
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
     """Raises ValueError when `path` is there and is not a folder."""
-    path = Path(path)
+    path = as_path("directory", path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"directory: got {str(path)!r}, which is a file, expected a folder or a new name")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """write(temporary) in the same folder, flushed to the disk, then renamed to `path` in one step."""
     _replace(path.parent, write, lambda _temporary: path)
 
 
-def write_json(path: Path, values: dict) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
     text = json.dumps(values, indent=2) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_sealed_json(path: Path, values: dict[str, Any]) -> None:
+    """write_json of `values` and, as their last entry, the SHA-256 of their canonical JSON."""
+    write_json(path, sealed(values))
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with their own SHA-256 under "sha256", which unsealed() checks."""
+    return {**values, _SEAL: _digest_of(values)}
+
+
+def unsealed(values: dict[str, Any], where: object) -> dict[str, Any]:
+    """What was given to sealed(). Raises ValueError, naming `where`, when a value is not what it was."""
+    rest = {name: value for name, value in values.items() if name != _SEAL}
+    digest = _digest_of(rest)
+    if values.get(_SEAL) != digest:
+        raise ValueError(f"{where}: got SHA-256 {digest}, expected {values.get(_SEAL)!r}; it is corrupt, or was edited")
+    return rest
+
+
+def _digest_of(values: dict[str, Any]) -> str:
+    as_read = json.loads(json.dumps(values))
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -49,8 +87,33 @@ def write_safetensors_by_digest(folder: Path, stem: str, tensors: dict[str, torc
     return _replace(folder, lambda temporary: _save_tensors(temporary, tensors), name), digest
 
 
-def _replace(folder: Path, write: Callable[[Path], None], name: Callable[[Path], Path]) -> Path:
-    temporary = folder / f".adamix.{os.getpid()}.tmp"
+def write_pickled_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """torch.save of tensors alone. Through memory: torch's own writer has no OSError for a full disk."""
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    replace_file(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what killed processes of this machine left unfinished in `folder`."""
+    for path in folder.glob(".adamix.*.tmp"):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is not None and not _alive(int(found.group(1))):
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's process, or no such question on this system
+        return True
+    return True
+
+
+def _replace(folder: Path, write: Callable[[Path], object], name: Callable[[Path], Path]) -> Path:
+    temporary = folder / f".adamix.{os.getpid()}.{threading.get_ident()}.tmp"
     try:
         write(temporary)
         _flush(temporary)
@@ -64,10 +127,15 @@ def _replace(folder: Path, write: Callable[[Path], None], name: Callable[[Path],
 
 
 def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(ready, path, metadata={"format": "pt"})
+    try:
+        save_file(ready, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # which a full disk is, too
+        number = re.search(r"(?:os error|Os \{ code:) (\d+)", str(error))  # the second is safetensors 0.5's
+        raise OSError(int(number.group(1)) if number else errno.EIO, str(error), str(path)) from error
 
 
 def sha256(path: Path) -> str:

@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from .._backends import check_request
 from .._version import __version__
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..modules.lora import linear_sizes
 from ..routing import Router, process_rank
-from ._files import make_folder, sha256, write_json, write_safetensors_by_digest
+from ._files import (
+    as_path,
+    make_folder,
+    remove_temporaries,
+    sha256,
+    unsealed,
+    write_safetensors_by_digest,
+    write_sealed_json,
+)
 from .config import AdaMixConfig
 from .inject import adapt, build_layers
 from .merging import mergeable, plain_lora
 from .sharding import is_sharded, plain_class, put, whole
-from .state import AdaMixState, adamix_state, replace_module
+from .state import AdaMixState, adamix_state, check_model, replace_module
 from .targets import model_type, saved_modules
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAME = "adamix_checkpoint.json"
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
+UNSEALED_VERSION = 1  # its JSON holds no digest of itself
 _FACTS = ("hidden_size", "num_hidden_layers", "vocab_size")
 _SHOWN = 4
 
 
-def save_adamix(model: nn.Module, directory: str | os.PathLike) -> Path:
+def save_adamix(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Writes what adapt() added to `model`, as it is now, into `directory`; returns the folder.
 
     Files: `adamix-<digest>.safetensors` (the banks and merge scores, the plain adapters after merge(), for a
     merged LoRA model the changed weights of the adapted layers, or a plain LoRA on a quantised one; and the
     trained head) and
-    `adamix_checkpoint.json` (version, configuration, base model, layers, trainable flags, and the tensor
-    file's name, size and SHA-256). Every file appears in one step and the JSON comes last: an interrupted
-    save leaves the previous checkpoint. The frozen base is not written.
+    `adamix_checkpoint.json` (version, configuration, base model, layers, trainable flags, the tensor file's
+    name, size and SHA-256, and the SHA-256 of all this). Every file appears in one step and the JSON comes
+    last: an interrupted save leaves the previous checkpoint. The frozen base is not written.
 
     The experts that merge() keeps aside are not part of a merged model: save before merging to keep them.
     A model sharded with FSDP2 must be saved by every process; the first one writes.
@@ -48,6 +61,7 @@ def save_adamix(model: nn.Module, directory: str | os.PathLike) -> Path:
 
     Raises:
         ValueError: `model` is not adapted, or `directory` is a file.
+        OSError: a file could not be written; the previous checkpoint stays.
     """
     state = adamix_state(model)
     layers = {path: model.get_submodule(path) for path in state.paths}
@@ -58,29 +72,27 @@ def save_adamix(model: nn.Module, directory: str | os.PathLike) -> Path:
         tensors = {name: whole(tensor) for name, tensor in tensors.items()}
         if process_rank() != 0:
             return folder
-    file, digest = write_safetensors_by_digest(folder, "adamix", tensors)
-    write_json(
-        folder / CHECKPOINT_NAME,
-        {
-            "version": CHECKPOINT_VERSION,
-            "package_version": __version__,
-            "config": state.config.to_dict(),
-            "merged": state.merged,
-            "base_model": _base_facts(model),
-            "layers": {path: _structure(layer) for path, layer in layers.items()},
-            "saved_modules": state.saved,
-            "trainable": trainable,
-            "tensors": {"file": file.name, "bytes": file.stat().st_size, "sha256": digest},
-        },
-    )
-    for old in folder.glob("adamix-*.safetensors"):
-        if old != file:
-            old.unlink(missing_ok=True)
+    header = {
+        "version": CHECKPOINT_VERSION,
+        "package_version": __version__,
+        "config": state.config.to_dict(),
+        "merged": state.merged,
+        "base_model": _base_facts(model),
+        "layers": {path: _structure(layer) for path, layer in layers.items()},
+        "saved_modules": state.saved,
+        "trainable": trainable,
+    }
+    try:
+        file, digest = write_safetensors_by_digest(folder, "adamix", tensors)
+        tensor_file = {"file": file.name, "bytes": file.stat().st_size, "sha256": digest}
+        write_sealed_json(folder / CHECKPOINT_NAME, {**header, "tensors": tensor_file})
+    finally:
+        _tidy(folder)
     logger.info("Saved the adaptation in %s (%d tensors, %d bytes)", folder, len(tensors), file.stat().st_size)
     return folder
 
 
-def load_adamix(model: nn.Module, directory: str | os.PathLike, *, backend: str = "auto") -> nn.Module:
+def load_adamix(model: nn.Module, directory: str | os.PathLike[str], *, backend: str = "auto") -> nn.Module:
     """Puts a saved adaptation into `model` and returns it: the same bits, the same trainable flags.
 
     Args:
@@ -96,8 +108,10 @@ def load_adamix(model: nn.Module, directory: str | os.PathLike, *, backend: str 
         ValueError: a file is missing, truncated, corrupt or of an unknown version; the model is another one;
             a tensor is missing, unexpected or of another shape. Everything is checked before `model` changes.
     """
-    folder = Path(directory)
-    header = _read_header(folder / CHECKPOINT_NAME)
+    check_model(model)
+    check_request(backend)
+    folder = as_path("directory", directory)
+    header = read_header(folder / CHECKPOINT_NAME)
     config, merged = AdaMixConfig.from_dict(header["config"]), header["merged"]
     _check_base(model, header)
     tensors = _read_tensors(folder, header["tensors"])
@@ -107,6 +121,7 @@ def load_adamix(model: nn.Module, directory: str | os.PathLike, *, backend: str 
             f"model: got an adapted model ({_word(adamix_state(model).merged)}) for a checkpoint that is "
             f"{_word(merged)}, expected both unmerged, or a bare model"
         )
+    layers: Mapping[str, nn.Module]
     if bare:
         layers = build_layers(model, config, Router())
     else:
@@ -128,12 +143,23 @@ def load_adamix(model: nn.Module, directory: str | os.PathLike, *, backend: str 
     return model
 
 
-def _tensors(model: nn.Module, layers: dict[str, nn.Module], saved: list[str]) -> dict[str, torch.Tensor]:
+def _tidy(folder: Path) -> None:
+    """Removes the tensor files that the JSON on the disk does not name, and what killed processes left."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        path = folder / CHECKPOINT_NAME
+        wanted = json.loads(path.read_text(encoding="utf-8"))["tensors"]["file"] if path.exists() else None
+        for file in folder.glob("adamix-*.safetensors"):
+            if file.name != wanted:
+                file.unlink(missing_ok=True)
+        remove_temporaries(folder)
+
+
+def _tensors(model: nn.Module, layers: Mapping[str, nn.Module], saved: list[str]) -> dict[str, torch.Tensor]:
     """Everything a checkpoint of `model` holds, by its name in the model. layers may stand outside it."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path, layer in layers.items():
         if isinstance(layer, (AdaptedLayer, RoutedLoRALinear)):
-            own = {n: p for n, p in layer.named_parameters() if not n.startswith("base.")}
+            own: dict[str, Any] = {n: p for n, p in layer.named_parameters() if not n.startswith("base.")}
         else:
             own = {"weight": layer.weight}
         found.update({f"{path}.{name}": value for name, value in own.items()})
@@ -143,11 +169,13 @@ def _tensors(model: nn.Module, layers: dict[str, nn.Module], saved: list[str]) -
     return found
 
 
-def _structure(layer: nn.Module) -> dict:
+def _structure(layer: nn.Module) -> dict[str, Any]:
     """What decides the shapes and the meaning of one adapted layer's tensors."""
     base = layer.base if isinstance(layer, (AdaptedLayer, RoutedLoRALinear)) else layer
     inputs, outputs, transposed = linear_sizes(base)
     facts = {"in_features": inputs, "out_features": outputs, "fan_in_fan_out": transposed}
+    names: tuple[str, ...]
+    holder: nn.Module
     if isinstance(layer, AdaptedLayer):
         names, holder = ("bottleneck", "num_experts", "share", "activation"), layer.adapter
     elif isinstance(layer, RoutedLoRALinear):
@@ -155,13 +183,15 @@ def _structure(layer: nn.Module) -> dict:
     else:
         return facts
     facts.update({name: getattr(holder, name) for name in names})
-    return json.loads(json.dumps(facts))
+    as_read: dict[str, Any] = json.loads(json.dumps(facts))
+    return as_read
 
 
 def _merged_layer(layer: nn.Module) -> nn.Module:
     if isinstance(layer, AdaptedLayer):
         return AdaptedLayer(layer.base, layer.adapter.merged())
-    return layer.base if mergeable(layer) else plain_lora(layer)
+    lora = cast("RoutedLoRALinear", layer)
+    return lora.base if mergeable(lora) else plain_lora(lora)
 
 
 def _become_merged(model: nn.Module) -> None:
@@ -185,7 +215,7 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], trainable: set[str
             target.requires_grad_(name in trainable)
 
 
-def _base_facts(model: nn.Module) -> dict:
+def _base_facts(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     facts = {"class": plain_class(model).__name__, "model_type": model_type(model)}
     facts["name_or_path"] = getattr(config, "_name_or_path", None) or None
@@ -193,7 +223,8 @@ def _base_facts(model: nn.Module) -> dict:
     return facts
 
 
-def _read_header(path: Path) -> dict:
+def read_header(path: Path) -> dict[str, Any]:
+    """The JSON of a checkpoint. Raises ValueError, naming the file, for any other or a damaged one."""
     if not path.is_file():
         raise ValueError(f"{path}: got no such file, expected a folder written by save_adamix")
     try:
@@ -201,8 +232,10 @@ def _read_header(path: Path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: got a file that is not JSON ({error}), expected an AdaMix checkpoint") from error
     version = header.get("version") if isinstance(header, dict) else None
-    if version != CHECKPOINT_VERSION:
-        raise ValueError(f"{path}: got version {version!r}, expected {CHECKPOINT_VERSION}, the one this release reads")
+    if version not in (UNSEALED_VERSION, CHECKPOINT_VERSION):
+        raise ValueError(f"{path}: got version {version!r}, expected 1 or 2, those this release reads")
+    if version != UNSEALED_VERSION:
+        unsealed(header, path)
     kinds = {"config": dict, "merged": bool, "base_model": dict, "layers": dict, "tensors": dict}
     for name, kind in {**kinds, "saved_modules": list, "trainable": list}.items():
         if not isinstance(header.get(name), kind):
@@ -210,10 +243,11 @@ def _read_header(path: Path) -> dict:
     for name, layer in header["layers"].items():
         if not isinstance(layer, dict):
             raise ValueError(f"{path}: got layers[{name!r}] = {layer!r}, expected a JSON dict")
-    return header
+    checked: dict[str, Any] = header
+    return checked
 
 
-def _check_base(model: nn.Module, header: dict) -> None:
+def _check_base(model: nn.Module, header: dict[str, Any]) -> None:
     stored, here = header["base_model"], _base_facts(model)
     for name in ("model_type", *_FACTS):
         if stored.get(name) != here[name]:
@@ -223,7 +257,7 @@ def _check_base(model: nn.Module, header: dict) -> None:
             )
 
 
-def _read_tensors(folder: Path, entry: dict) -> dict[str, torch.Tensor]:
+def _read_tensors(folder: Path, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -253,7 +287,7 @@ def _check_same(name: str, stored: list[str], here: list[str]) -> None:
         )
 
 
-def _check_structure(path: str, stored: dict, here: dict) -> None:
+def _check_structure(path: str, stored: dict[str, Any], here: dict[str, Any]) -> None:
     for name in {**stored, **here}:
         if stored.get(name) != here.get(name):
             raise ValueError(f"{path}: got {name} = {here.get(name)!r} in the model, expected {stored.get(name)!r}")

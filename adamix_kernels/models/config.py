@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..modules._banks import SHARES
+from ..modules._banks import SHARES, check_finite, check_fraction
 from ..routing import check_level
 from ._files import write_json
 
@@ -64,7 +67,8 @@ class AdaMixConfig:
     modules_to_save: list[str] | None = None
     version: int = CONFIG_VERSION
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        _names("qkv", self.qkv, optional=False)
         self.qkv = tuple(self.qkv)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (set, tuple)):
@@ -74,12 +78,21 @@ class AdaMixConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, expected an int of at least 1")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout: got {self.dropout!r}, expected 0 <= dropout < 1")
+        check_fraction("dropout", self.dropout)
+        for name in ("alpha", "consistency_weight"):
+            check_finite(name, getattr(self, name))
         if not self.alpha > 0:
             raise ValueError(f"alpha: got {self.alpha!r}, expected a number above 0")
         if not self.consistency_weight >= 0:
             raise ValueError(f"consistency_weight: got {self.consistency_weight!r}, expected a number of at least 0")
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            _names(name, getattr(self, name))
+        for name in ("target_modules", "exclude_modules"):
+            _expression(name, getattr(self, name))
+        _names("modules_to_save", self.modules_to_save, string=False)
+        layers: Any = self.layers_to_transform
+        if layers is not None and not all(isinstance(n, int) for n in (layers if _several(layers) else [layers])):
+            raise ValueError(f"layers_to_transform: got {layers!r}, expected ints, an int or None")
         _choice("activation", self.activation, ACTIVATIONS)
         _choice("share", self.share, SHARES)
         check_level("routing", self.routing)
@@ -95,11 +108,11 @@ class AdaMixConfig:
         """Passes that ride in one training batch: two, or one without the consistency loss."""
         return 2 if self.consistency_weight > 0 else 1
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "qkv": list(self.qkv)}
 
     @classmethod
-    def from_dict(cls, values: dict) -> AdaMixConfig:
+    def from_dict(cls, values: dict[str, Any]) -> AdaMixConfig:
         """Raises ValueError for a key that is not a field, and for an unknown version before all else."""
         if not isinstance(values, dict):
             raise ValueError(f"config: got {type(values).__name__}, expected a JSON object")
@@ -112,14 +125,14 @@ class AdaMixConfig:
             raise ValueError(f"config: got unknown keys {unknown}, expected the fields of AdaMixConfig")
         return cls(**values)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON; a folder receives adamix_config.json. Atomic: the old file or the new one."""
         path = Path(path)
         path = path / CONFIG_NAME if path.is_dir() else path
         write_json(path, self.to_dict())
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> AdaMixConfig:
+    def load(cls, path: str | os.PathLike[str]) -> AdaMixConfig:
         """Reads what save wrote. Raises ValueError, naming the file, for JSON that is not such a config."""
         path = Path(path)
         path = path / CONFIG_NAME if path.is_dir() else path
@@ -129,6 +142,28 @@ class AdaMixConfig:
             raise ValueError(f"{path}: got a file that is not JSON ({error}), expected an AdaMix config") from error
 
 
-def _choice(name: str, value: object, choices: tuple) -> None:
+def _several(value: object) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset, range))
+
+
+def _names(name: str, value: object, optional: bool = True, string: bool = True) -> None:
+    """A list of strings, or a string or None where these are allowed."""
+    if (value is None and optional) or (isinstance(value, str) and string):
+        return
+    if not isinstance(value, Iterable) or not _several(value) or not all(isinstance(item, str) for item in value):
+        raise ValueError(
+            f"{name}: got {value!r}, expected names{', a string' if string else ''}{' or None' if optional else ''}"
+        )
+
+
+def _expression(name: str, value: object) -> None:
+    """A string is a regular expression."""
+    try:
+        re.compile(value if isinstance(value, str) else "")
+    except re.error as error:
+        raise ValueError(f"{name}: got {value!r}, expected a regular expression ({error})") from error
+
+
+def _choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")

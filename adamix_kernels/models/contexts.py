@@ -52,7 +52,10 @@ def use_experts(model: nn.Module, index: int | Sequence[int] | torch.Tensor) -> 
     state = adamix_state(model)
     if state.merged:
         raise ValueError("model: got a merged model, expected one that still has its experts")
-    index = torch.as_tensor(index)
+    try:
+        index = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"index: got {index!r}, expected expert ids [], [B] or [B, S] ({error})") from error
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"index: got {index.dtype}, expected int32 or int64")
     if index.dim() > 2:

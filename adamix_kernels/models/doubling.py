@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def find_batch_size(inputs: Any) -> int:
     raise ValueError(f"inputs: got {type(inputs).__name__} without a tensor [B, ...], expected the inputs of a model")
 
 
-def _tensors(value: Any):
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -78,7 +78,8 @@ def _apply(value: Any, change: Any) -> Any:
         return change(value)
     if isinstance(value, Mapping):
         items = {name: item if name in _UNBATCHED else _apply(item, change) for name, item in value.items()}
-        return items if type(value) is dict else type(value)(items)
+        rebuild: Callable[[dict[str, Any]], Any] = type(value)
+        return items if type(value) is dict else rebuild(items)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_apply(item, change) for item in value))
     if isinstance(value, (list, tuple)):

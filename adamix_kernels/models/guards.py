@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
+
+from .state import adamix_state
 
 logger = logging.getLogger(__name__)
 
 
 def install_guards(model: nn.Module) -> None:
     """Installs the guards on an adapted model; they travel with it through deepcopy and pickle."""
-    model.adamix.checkpointable = checkpointable(model)
+    adamix_state(model).checkpointable = checkpointable(model)
     model.register_forward_pre_hook(_before_forward)
-    embeddings = _input_embeddings(model) if model.adamix.checkpointable else None
+    embeddings = _input_embeddings(model) if adamix_state(model).checkpointable else None
     if embeddings is not None:
-        embeddings.register_forward_hook(RequireGrad(model.adamix.checkpointable))
+        embeddings.register_forward_hook(RequireGrad(adamix_state(model).checkpointable))
     if callable(getattr(model, "generate", None)):
-        model.generate = GuardedGenerate(model)
+        model.generate = GuardedGenerate(model)  # type: ignore[assignment]  # a method, in the place of the class's
 
 
-def _before_forward(model: nn.Module, _args) -> None:
-    if model.adamix.router.experts is None or not (model.training and torch.is_grad_enabled()):
+def _before_forward(model: nn.Module, _args: object) -> None:
+    if adamix_state(model).router.experts is None or not (model.training and torch.is_grad_enabled()):
         return
     wrapped = any(hasattr(module, "_checkpoint_wrapped_module") for module in model.modules())
-    if wrapped or any(part.gradient_checkpointing for part in model.adamix.checkpointable):
+    if wrapped or any(part.gradient_checkpointing for part in adamix_state(model).checkpointable):
         raise RuntimeError(
             "use_experts: got a training forward under activation checkpointing, expected no checkpointing: the "
             "layers are recomputed in backward, outside the context, and would draw other experts"
@@ -38,8 +41,10 @@ def checkpointable(model: nn.Module) -> list[nn.Module]:
 
 
 def _input_embeddings(model: nn.Module) -> nn.Module | None:
+    owner: Any = model
     try:
-        return model.get_input_embeddings()
+        found: nn.Module | None = owner.get_input_embeddings()
+        return found
     except (AttributeError, NotImplementedError):  # no text model
         return None
 
@@ -54,7 +59,7 @@ class RequireGrad:
     def __init__(self, parts: list[nn.Module]):
         self.parts = parts
 
-    def __call__(self, module: nn.Module, _args, output: torch.Tensor) -> None:
+    def __call__(self, module: nn.Module, _args: object, output: torch.Tensor) -> None:
         if not torch.is_grad_enabled() or not output.is_floating_point():
             return
         if any(part.training and part.gradient_checkpointing and is_reentrant(part) for part in self.parts):
@@ -73,10 +78,11 @@ class GuardedGenerate:
     def __init__(self, model: nn.Module):
         self.model = model
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model
-        generate = type(model).generate
-        router = model.adamix.router
+        kind: Any = type(model)
+        generate = kind.generate
+        router = adamix_state(model).router
         if not model.training or router.force_merged:
             return generate(model, *args, **kwargs)
         logger.warning(

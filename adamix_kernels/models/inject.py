@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from .._backends import check_request
 from ..modules import AdaptedLayer, RoutedAdapter, RoutedLoRALinear
 from ..modules.lora import linear_sizes
 from ..routing import Router
 from .config import AdaMixConfig
 from .guards import install_guards
 from .quantised import dynamic_linear, let_gradients_through, plain_weight
-from .state import AdaMixState, replace_module
+from .state import AdaMixState, check_model, replace_module
 from .targets import model_type, saved_modules, target_layers
 
 _TANH_GELU_MODELS = ("gpt2",)
@@ -31,11 +34,16 @@ def adapt(model: nn.Module, config: AdaMixConfig | None = None, *, backend: str 
         backend: "auto", "reference", "triton" or "cuda", for every layer.
 
     Raises:
-        ValueError: the model is adapted already, or config does not fit it. Nothing is changed then.
+        TypeError, ValueError: the model is adapted already, an argument is no such thing, or config does not fit
+            the model. Nothing is changed then.
 
     Source: AdaMix section 3; placement as in the reference project's BERT, RoBERTa and GPT-2.
     """
+    check_model(model)
+    check_request(backend)
     config = AdaMixConfig() if config is None else config
+    if not isinstance(config, AdaMixConfig):
+        raise TypeError(f"config: got {type(config).__name__}, expected an AdaMixConfig or None")
     if getattr(model, "adamix", None) is not None:
         raise ValueError(f"model: got a {type(model).__name__} that is adapted already, expected a bare one")
     saved = saved_modules(model, config.modules_to_save)
@@ -51,7 +59,9 @@ def adapt(model: nn.Module, config: AdaMixConfig | None = None, *, backend: str 
         replace_module(model, path, layer.train(model.training))
     for _, module in saved:
         module.requires_grad_(True)
-    model.adamix = AdaMixState(config, router, list(routed), [path for path, _ in saved])
+    # torch types every attribute as a tensor or a module.
+    owner: Any = model
+    owner.adamix = AdaMixState(config, router, list(routed), [path for path, _ in saved])
     install_guards(model)
     return model
 
@@ -64,14 +74,22 @@ def build_layers(
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         return {
-            path: build(model, layer, config, router, backend) for path, layer in target_layers(model, config).items()
+            path: _placed(path, build(model, layer, config, router, backend))
+            for path, layer in target_layers(model, config).items()
         }
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
 
-def _adapted_layer(model, layer, config: AdaMixConfig, router: Router, backend: str) -> AdaptedLayer:
+def _placed(path: str, layer: AdaptedLayer | RoutedLoRALinear) -> AdaptedLayer | RoutedLoRALinear:
+    (layer.adapter if isinstance(layer, AdaptedLayer) else layer).place = path
+    return layer
+
+
+def _adapted_layer(
+    model: nn.Module, layer: nn.Module, config: AdaMixConfig, router: Router, backend: str
+) -> AdaptedLayer:
     _, hidden, _ = linear_sizes(layer)
     activation = config.activation
     if activation == "auto":
@@ -89,7 +107,9 @@ def _adapted_layer(model, layer, config: AdaMixConfig, router: Router, backend: 
     return AdaptedLayer(layer, adapter)
 
 
-def _lora_layer(model, layer, config: AdaMixConfig, router: Router, backend: str) -> RoutedLoRALinear:
+def _lora_layer(
+    model: nn.Module, layer: nn.Module, config: AdaMixConfig, router: Router, backend: str
+) -> RoutedLoRALinear:
     inputs, outputs, transposed = linear_sizes(layer)
     fused = transposed and outputs == 3 * inputs
     return RoutedLoRALinear.from_linear(
@@ -106,7 +126,7 @@ def _lora_layer(model, layer, config: AdaMixConfig, router: Router, backend: str
     )
 
 
-def _bank_options(layer: nn.Module) -> dict:
+def _bank_options(layer: nn.Module) -> dict[str, Any]:
     """Banks train in at least float32, on the layer's device; a 16-bit model casts them per call."""
     weight = getattr(layer, "weight", None)
     plain = plain_weight(layer)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 
-from ..modules import RoutedLoRALinear
+from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..modules.adapter import merge_adapters
 from ..modules.lora import merge_factors
 from .quantised import plain_weight
@@ -34,22 +36,24 @@ def merge(model: nn.Module) -> nn.Module:
         raise ValueError("model: got a merged model, expected an unmerged one; call unmerge() first")
     layers = {path: model.get_submodule(path) for path in state.paths}
     if state.config.method == "adapter":
-        adapters = merge_adapters([layer.adapter for layer in layers.values()])
+        adapted = {path: cast("AdaptedLayer", layer) for path, layer in layers.items()}
+        adapters = merge_adapters([layer.adapter for layer in adapted.values()])
         merged = dict(zip(layers, adapters, strict=True))
-        for path, layer in layers.items():
+        for path, layer in adapted.items():
             state.stash[path] = layer.adapter
             layer.adapter = merged[path]
     else:
-        factors = dict(zip(layers, merge_factors(list(layers.values())), strict=True))
-        weights = {p: layer.merged_weight(factors[p]) for p, layer in layers.items() if mergeable(layer)}
-        for path, layer in layers.items():
+        loras = {path: cast("RoutedLoRALinear", layer) for path, layer in layers.items()}
+        factors = dict(zip(loras, merge_factors(list(loras.values())), strict=True))
+        weights = {p: lora.merged_weight(factors[p]) for p, lora in loras.items() if mergeable(lora)}
+        for path, lora in loras.items():
             if path in weights:
-                state.stash[path] = (layer, layer.base.weight.detach().clone())
-                layer.base.weight.copy_(weights[path])
-                replace_module(model, path, layer.base)
+                state.stash[path] = (lora, lora.weight.detach().clone())
+                lora.weight.copy_(weights[path])
+                replace_module(model, path, lora.base)
             else:
-                state.stash[path] = (layer, None)
-                replace_module(model, path, plain_lora(layer, factors[path]))
+                state.stash[path] = (lora, None)
+                replace_module(model, path, plain_lora(lora, factors[path]))
     state.merged = True
     return model
 
@@ -83,6 +87,7 @@ def plain_lora(layer: RoutedLoRALinear, factors: tuple[torch.Tensor, torch.Tenso
     with torch.no_grad():
         plain.lora_a[0].copy_(lora_a)
         plain.lora_b[0].copy_(lora_b)
+    plain.place = layer.place
     for name, parameter in plain.named_parameters(recurse=False):
         parameter.requires_grad_(getattr(layer, name).requires_grad)
     return plain.train(layer.training)
@@ -103,7 +108,7 @@ def unmerge(model: nn.Module) -> nn.Module:
             f"model: got a merged checkpoint without experts for {missing[0]!r}, expected merge() on this model"
         )
     for path in state.paths:
-        here = model.get_submodule(path)
+        here: Any = model.get_submodule(path)
         if state.config.method == "adapter":
             adapter = state.stash.pop(path).to(here.adapter.down_weight.device)
             here.adapter = adapter.train(here.training)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -64,7 +64,8 @@ class Objective:
         """Inputs (not doubled) for a forward without labels and without a cache."""
         inputs = dict(inputs)
         if self.task == SEQ2SEQ and "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
-            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+            owner: Any = self.model
+            inputs["decoder_input_ids"] = owner.prepare_decoder_input_ids_from_labels(labels=labels)
         if "use_cache" in inspect.signature(type(self.model).forward).parameters:
             inputs["use_cache"] = False
         return inputs
@@ -75,7 +76,8 @@ class Objective:
         collects hidden states on the first forward that asks for them."""
         if self.task != CAUSAL or self._plain_head() is None:
             return
-        mode, ids = self.model.training, torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+        device = cast("torch.device", self.model.device)
+        mode, ids = self.model.training, torch.zeros(1, 1, dtype=torch.long, device=device)
         options = {"attention_mask": torch.ones_like(ids), "logits_to_keep": 1, "output_hidden_states": True}
         self.model.eval()(input_ids=ids, use_cache=False, **options)
         self.model.train(mode)
@@ -91,7 +93,7 @@ class Objective:
         label_smoothing: float = 0.0,
         num_items: int | torch.Tensor | None = None,
         fuse_head: bool = True,
-        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> tuple[AdaMixLossOutput, Any]:
         """One forward of `network` (the model or its DDP wrapper), and the loss.
 
@@ -131,17 +133,18 @@ class Objective:
 
     def _problem(self, labels: torch.Tensor) -> str:
         """problem_type, by transformers' own rule where the configuration leaves it open."""
-        config = self.model.config
+        config: Any = self.model.config
         if config.problem_type is not None:
-            return config.problem_type
+            return str(config.problem_type)
         if config.num_labels == 1:
             return REGRESSION
         return MULTI_LABEL if labels.is_floating_point() else "single_label_classification"
 
     def _plain_head(self) -> nn.Linear | None:
-        if self.model.config.model_type not in _PLAIN_HEADS:
+        owner: Any = self.model
+        if owner.config.model_type not in _PLAIN_HEADS:
             return None
-        head = self.model.get_output_embeddings()
+        head = owner.get_output_embeddings()
         return head if type(head) is nn.Linear else None
 
 
@@ -160,11 +163,14 @@ def _task_of(model: nn.Module) -> str:
     return task
 
 
-def _single_pass(logits, labels, label_smoothing, num_items) -> AdaMixLossOutput:
+def _single_pass(
+    logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float, num_items: Any
+) -> AdaMixLossOutput:
     """Cross-entropy (squared error for float labels) alone, in float32."""
     logits = logits.float() if logits.dtype != torch.float64 else logits
     if labels.is_floating_point():
-        total, count = F.mse_loss(logits, labels.to(logits.dtype), reduction="sum"), labels.numel()
+        total = F.mse_loss(logits, labels.to(logits.dtype), reduction="sum")
+        count: torch.Tensor | int = labels.numel()
     else:
         total = F.cross_entropy(
             logits.flatten(0, -2),
@@ -178,7 +184,9 @@ def _single_pass(logits, labels, label_smoothing, num_items) -> AdaMixLossOutput
     return AdaMixLossOutput(loss, loss.detach(), torch.zeros_like(loss.detach()))
 
 
-def _multi_label(logits, labels, doubled, weight, num_items) -> AdaMixLossOutput:
+def _multi_label(
+    logits: torch.Tensor, labels: torch.Tensor, doubled: bool, weight: float, num_items: Any
+) -> AdaMixLossOutput:
     """Binary cross-entropy, mean over labels; symmetric KL of Bernoullis, sigmoid(z) = softmax([z, 0])[0], summed."""
     logits = logits.float() if logits.dtype != torch.float64 else logits
     batch, classes = labels.shape

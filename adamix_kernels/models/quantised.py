@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,9 +67,10 @@ def let_gradients_through(model: nn.Module) -> None:
             layer.register_forward_hook(_attach_backward)
 
 
-def _attach_backward(layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+def _attach_backward(layer: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
     if torch.is_grad_enabled() and args[0].requires_grad:
-        return _StraightThrough.apply(args[0], output.detach(), layer)
+        apply: Callable[..., torch.Tensor] = _StraightThrough.apply
+        return apply(args[0], output.detach(), layer)
     return None
 
 
@@ -76,14 +78,14 @@ class _StraightThrough(torch.autograd.Function):
     """The rounding of x counts as the identity."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, output: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, output: torch.Tensor, layer: nn.Module) -> torch.Tensor:
         ctx.layer = layer
         ctx.mark_dirty(output)  # handed on as it is, and not as a view, so that what follows may write into it
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return grad @ ctx.layer.weight().dequantize().to(grad.dtype), None, None
 
 

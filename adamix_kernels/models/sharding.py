@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -14,7 +16,9 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 @torch.no_grad()
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole value of a tensor; itself when it is not sharded. Every process must call it, in the same order."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    sharded: Any = tensor
+    value: torch.Tensor = sharded.full_tensor() if is_sharded(tensor) else tensor
+    return value
 
 
 @torch.no_grad()
@@ -24,7 +28,8 @@ def put(target: torch.Tensor, value: torch.Tensor) -> None:
         from torch.distributed.tensor import distribute_tensor
 
         value = value.to(device=target.device, dtype=target.dtype)
-        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+        sharded: Any = target
+        value = distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
     target.copy_(value)
 
 

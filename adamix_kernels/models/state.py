@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -27,7 +28,7 @@ class AdaMixState:
     paths: list[str]
     saved: list[str]
     merged: bool = False
-    stash: dict = field(default_factory=dict, repr=False)
+    stash: dict[str, Any] = field(default_factory=dict, repr=False)
     checkpointable: list[nn.Module] = field(default_factory=list, repr=False)
 
 
@@ -37,6 +38,11 @@ def adamix_state(model: nn.Module) -> AdaMixState:
     if not isinstance(state, AdaMixState):
         raise ValueError(f"model: got a {type(model).__name__} without AdaMix, expected one returned by adapt()")
     return state
+
+
+def check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:

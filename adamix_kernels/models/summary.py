@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..modules import AdaptedLayer, RoutedLoRALinear
@@ -23,7 +25,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
     What DeepSpeed has partitioned away counts whole.
     """
-    packed = [layer for layer in model.modules() if dynamic_linear(layer)]
+    packed: list[Any] = [layer for layer in model.modules() if dynamic_linear(layer)]
     total = sum(_numel(p) for p in model.parameters())
     total += sum(t.numel() for layer in packed for t in (layer.weight(), layer.bias()) if t is not None)
     return sum(_numel(p) for p in model.parameters() if p.requires_grad), total
@@ -51,7 +53,7 @@ def summary(model: nn.Module) -> str:
     """
     state = adamix_state(model)
     config = state.config
-    rows: dict[tuple, list] = {}
+    rows: dict[tuple[Any, ...], list[Any]] = {}
     for path in state.paths:
         kept = state.stash.get(path)
         facts, parameters, merged = _layer_facts(model.get_submodule(path), kept)
@@ -59,7 +61,7 @@ def summary(model: nn.Module) -> str:
         entry[0].append(path)
         entry[1] += parameters
         entry[2] += merged
-    table = [
+    table: list[tuple[str, ...]] = [
         (_together(paths), str(len(paths)), facts[0], facts[1], facts[2], f"{parameters:,}", f"{merged:,}")
         for (_, facts), (paths, parameters, merged) in rows.items()
     ]
@@ -77,7 +79,7 @@ def summary(model: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def _layer_facts(layer: nn.Module, kept: object) -> tuple[tuple[str, str, str], int, int]:
+def _layer_facts(layer: nn.Module, kept: Any) -> tuple[tuple[str, str, str], int, int]:
     """((sizes, adaptation, experts), parameters held now, parameters after merging)."""
     if isinstance(layer, AdaptedLayer):
         inputs, outputs, _ = linear_sizes(layer.base)
@@ -86,25 +88,26 @@ def _layer_facts(layer: nn.Module, kept: object) -> tuple[tuple[str, str, str], 
         experts = f"{banks[0].shape[0]}/{banks[2].shape[0]}"
         words = f"adapter {adapter.bottleneck}, {adapter.activation}"
         return (f"{inputs} -> {outputs}", words, experts), _sizes(banks), _sizes(bank[:1] for bank in banks)
-    lora = layer if isinstance(layer, RoutedLoRALinear) else kept[0] if kept else None
+    lora: RoutedLoRALinear | None = layer if isinstance(layer, RoutedLoRALinear) else kept[0] if kept else None
     inputs, outputs, _ = linear_sizes(layer.base if isinstance(layer, RoutedLoRALinear) else layer)
     if lora is None:
         return (f"{inputs} -> {outputs}", "lora, in the weight", "0/0"), 0, 0
     words = f"lora {lora.r}, alpha {lora.alpha:g}" + (f", {lora.groups} slices" if lora.groups > 1 else "")
-    banks = (lora.lora_a, lora.lora_b)
-    merged = 0 if mergeable(lora) else _sizes(bank[:1] for bank in banks)
+    sides = (lora.lora_a, lora.lora_b)
+    merged = 0 if mergeable(lora) else _sizes(bank[:1] for bank in sides)
     if lora is not layer:
         return (f"{inputs} -> {outputs}", f"{words}, in the weight", "0/0"), 0, 0
-    return (f"{inputs} -> {outputs}", words, f"{banks[0].shape[0]}/{banks[1].shape[0]}"), _sizes(banks), merged
+    return (f"{inputs} -> {outputs}", words, f"{sides[0].shape[0]}/{sides[1].shape[0]}"), _sizes(sides), merged
 
 
-def _sizes(tensors: Iterable) -> int:
+def _sizes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
 def _numel(parameter: nn.Parameter) -> int:
     if parameter.numel() == 0 and hasattr(parameter, "ds_numel"):
-        return parameter.ds_numel
+        whole: int = parameter.ds_numel
+        return whole
     if type(parameter).__name__ == "Params4bit" and not parameter.is_floating_point():
         return parameter.numel() * 2 * parameter.element_size()
     return parameter.numel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -56,7 +57,7 @@ def target_layers(model: nn.Module, config: AdaMixConfig) -> dict[str, nn.Module
 
     Raises ValueError when the model_type has no default, nothing matches, or a match is not a linear layer.
     """
-    rule = config.target_modules
+    rule: str | Sequence[str] | None = config.target_modules
     if rule is None:
         defaults = _ADAPTER_TARGETS if config.method == "adapter" else _LORA_TARGETS
         kind = model_type(model)
@@ -66,8 +67,8 @@ def target_layers(model: nn.Module, config: AdaMixConfig) -> dict[str, nn.Module
                 + ", ".join(sorted(defaults))
             )
         rule = defaults[kind]
-    wanted = config.layers_to_transform
-    wanted = {wanted} if isinstance(wanted, int) else set(wanted) if wanted else None
+    only = config.layers_to_transform
+    wanted = {only} if isinstance(only, int) else set(only) if only else None
     heads = {path for path, _ in saved_modules(model, config.modules_to_save)}
     found = {}
     for path, layer in model.named_modules():
@@ -96,7 +97,8 @@ def target_layers(model: nn.Module, config: AdaMixConfig) -> dict[str, nn.Module
 def matches(path: str, layer: nn.Module, rule: str | Sequence[str], model: nn.Module) -> bool:
     """PEFT's rule for target_modules: as `named`, and "all-linear" is every linear layer but the output embeddings."""
     if isinstance(rule, str) and rule.lower() == "all-linear":
-        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        owner: Any = model
+        output = owner.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         return layer is not output and _is_linear(layer)
     return named(path, rule)
 
@@ -119,7 +121,7 @@ def layer_number(path: str, pattern: str | Sequence[str] | None = None) -> int |
         names = [pattern] if isinstance(pattern, str) else pattern
         tries = (re.match(rf"(?:^|.*?\.)(?:{name})\.(\d+)\.", path) for name in names)
         found = next((hit for hit in tries if hit), None)
-    return int(found[found.lastindex]) if found else None
+    return int(found[found.lastindex or 0]) if found else None
 
 
 def saved_modules(model: nn.Module, names: Sequence[str] | None) -> list[tuple[str, nn.Module]]:

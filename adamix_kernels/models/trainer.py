@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
 
-from .checkpoint import load_adamix, save_adamix
+from ..modules._finite import checking
 from .doubling import double_batch, find_batch_size, split_passes
+from .finite import check_gradients, check_loss
 from .objectives import Objective
 from .quantised import known_to_train
 from .state import adamix_state
+from .trainer_checkpoints import CheckpointMixin
 
 logger = logging.getLogger(__name__)
 
-TRAINING_ARGS_NAME = "training_args.bin"
-SCHEDULER_NAME = "scheduler.pt"
 
-
-class AdaMixTrainerMixin:
+class AdaMixTrainerMixin(CheckpointMixin):
     """loss = CE(pass 1) + weight * consistency(pass 1, pass 2), both passes in one forward of a doubled batch.
 
     Put it before Trainer or a subclass of it: `class T(AdaMixTrainerMixin, Seq2SeqTrainer)`. It takes a model
@@ -38,7 +37,9 @@ class AdaMixTrainerMixin:
         consistency), averaged over the updates since the last log; they stay on the device in between.
         Label smoothing acts on the cross-entropy alone.
     Evaluation: that of the base trainer, on the merged experts.
-    Checkpoints: what save_adamix writes, not the frozen weights; resuming and load_best_model_at_end read it.
+    Checkpoints: what save_adamix writes, not the frozen weights; resuming and load_best_model_at_end read it. A file
+        written last vouches for the whole folder: an unfinished or damaged checkpoint is refused, and
+        resume_from_checkpoint=True passes over it.
     Several processes: DDP or FSDP2 (fsdp_config version 2, the frozen base sharded too). accelerate shards on
         accelerators only: on CPUs it runs DDP in its place, and a warning says so.
 
@@ -53,11 +54,12 @@ class AdaMixTrainerMixin:
 
     # The loss is divided by the targets of the whole update, never by accumulation steps (transformers 5).
     loss_is_scaled_for_ga = True
+    model: nn.Module
     _counts_targets = False
     _component_sums: torch.Tensor | None = None
     _summed_from = 0
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: got a function, expected None: AdaMixTrainer computes its own loss")
         model = kwargs.get("model", args[0] if args else None)
@@ -65,18 +67,19 @@ class AdaMixTrainerMixin:
             super().__init__(*args, **kwargs)
         self._check_trainable()
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         self._check_trainable()
+        resume_from_checkpoint = self._checked_resume(resume_from_checkpoint)
         if self.args.fsdp and not self.is_fsdp_enabled:
             logger.warning("args.fsdp: accelerate shards on accelerators only, and this run has none: it runs DDP")
         if str(self.accelerator.state.dynamo_plugin.backend.value) != "NO":
             Objective(self.model).before_compile()
         self._component_sums = None
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ):
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Training: the AdaMix loss; outputs are those of pass 1 (B rows). Evaluation: the base trainer's."""
         if not model.training:
             return super().compute_loss(
@@ -95,13 +98,15 @@ class AdaMixTrainerMixin:
             double_batch(inputs, batch) if doubled else inputs,
             labels,
             doubled=doubled,
-            weight=self.model.adamix.config.consistency_weight,
+            weight=adamix_state(self.model).config.consistency_weight,
             label_smoothing=self.args.label_smoothing_factor,
             num_items=num_items_in_batch,
             # Under FSDP the head's weight is whole only inside the model's forward.
             fuse_head=not return_outputs and not self.is_fsdp_enabled,
             autocast=self.accelerator.autocast,
         )
+        if checking():
+            check_loss(result)
         loss, components = result.loss, torch.stack([result.cross_entropy, result.consistency]).detach()
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The targets of all processes were counted, and the gradients will be averaged over them.
@@ -114,22 +119,29 @@ class AdaMixTrainerMixin:
             return loss
         return loss, split_passes(outputs, batch)[0] if doubled else outputs
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._own_normalisation():
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+        if checking() and getattr(self.accelerator, "scaler", None) is None:  # a scaler skips such a step
+            check_gradients(self.model)
+        return loss
 
-    def get_batch_samples(self, *args, **kwargs):
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        if 0 < self.state.max_steps <= self.state.global_step:
+            # Resumed after its last step, which the base trainer notices only behind one more.
+            self.control.should_training_stop = True
+            return [], None
         with self._own_normalisation():
             return super().get_batch_samples(*args, **kwargs)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         if self._counts_targets and batch_samples and all("labels" in batch for batch in batch_samples):
             objective = Objective(self.model)
             rows = [objective.targets(batch["labels"]) for batch in batch_samples]
             batch_samples = [{"labels": r, "shift_labels": r} for r in rows]
         return super()._get_num_items_in_batch(batch_samples, device)
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds cross_entropy and consistency to a training log."""
         if "loss" in logs and "learning_rate" in logs and self._component_sums is not None:
             updates = max(1, self.state.global_step - self._summed_from)
@@ -146,53 +158,9 @@ class AdaMixTrainerMixin:
         """That of the base trainer, times the passes."""
         return super().floating_point_ops(inputs) * self._passes()
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes what save_adamix writes, the tokenizer and the arguments; under FSDP every process must call it."""
-        if not self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call)
-            return
-        self._save(output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not (self.args.should_save or self.is_fsdp_enabled):
-            return
-        output_dir = self.args.output_dir if output_dir is None else output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        save_adamix(self.model, output_dir)
-        if not self.args.should_save:
-            return
-        tokenizer = self.processing_class
-        if tokenizer is None:
-            tokenizer = getattr(self.data_collator, "tokenizer", None)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(output_dir)
-        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        from accelerate.utils import save_fsdp_optimizer
-
-        # The base trainer would write the frozen weights as well.
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_adamix(self.model if model is None else model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        logger.info("Loading best model from %s (score: %s)", best, self.state.best_metric)
-        load_adamix(self.model, best)
-
     def _passes(self) -> int:
         """Passes of a training batch; tells the router, which must still know in a recomputing backward."""
-        state = self.model.adamix
+        state = adamix_state(self.model)
         if state.config.consistency_weight == 0:
             state.router.passes = 1
         if state.router.passes not in (1, 2):
@@ -242,7 +210,7 @@ def check_checkpointing(model: nn.Module, args: Any, fsdp_plugin: Any = None) ->
     """Raises ValueError for activation checkpointing that would not redraw the same experts in backward."""
     # Renamed in transformers 5.23.
     names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
-    options = next((getattr(args, n) for n in names if getattr(args, n, None)), {})
+    options: dict[str, Any] = next((getattr(args, n) for n in names if getattr(args, n, None)), {})
     # The functions that recompute: transformers' own, and that of torch's CheckpointWrapper.
     functions = (
         getattr(m, n, None) for m in model.modules() for n in ("_gradient_checkpointing_func", "checkpoint_fn")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import nn
 
 from ..functional import merge_experts
 from ..ops.merge.api import merge_banks
+from ..routing import Router
 
 SHARES = ("up", "down", None)
 
@@ -17,6 +20,34 @@ def check_positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: got {value!r}, expected an int of at least 1")
+
+
+def check_finite(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}: got {value!r}, expected a finite number")
+
+
+def check_fraction(name: str, value: object) -> None:
+    """A probability of dropping."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{name}: got {value!r}, expected 0 <= {name} < 1")
+
+
+def check_router(router: object) -> Router:
+    """`router`, or one of its own for None."""
+    if router is not None and not isinstance(router, Router):
+        raise TypeError(f"router: got a {type(router).__name__}, expected a Router or None")
+    return Router() if router is None else router
+
+
+def check_input(x: object, features: int) -> None:
+    """x is [..., features], floating."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, expected a torch.Tensor")
+    if not x.is_floating_point():
+        raise TypeError(f"x: got {x.dtype}, expected a floating dtype")
+    if x.dim() < 2 or x.shape[-1] != features:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, S, {features}] or [N, {features}]")
 
 
 def bank_sizes(num_experts: int, share: str | None) -> tuple[int, int]:
@@ -31,6 +62,10 @@ def merge_score(num_experts: int, device: torch.device | None) -> nn.Parameter:
     return nn.Parameter(torch.zeros(num_experts, device=device, dtype=torch.float32), requires_grad=False)
 
 
+@overload
+def merged_bank(bank: torch.Tensor, score: torch.Tensor, backend: str) -> torch.Tensor: ...
+@overload
+def merged_bank(bank: None, score: torch.Tensor, backend: str) -> None: ...
 def merged_bank(bank: torch.Tensor | None, score: torch.Tensor, backend: str) -> torch.Tensor | None:
     """[M, ...] -> [1, ...]: the softmax(score)-weighted mean, as a bank of one."""
     if bank is None or bank.shape[0] == 1:
@@ -67,6 +102,10 @@ def fold_passes(rows: torch.Tensor, passes: int) -> torch.Tensor:
     return rows.reshape(passes, batch // passes * tokens, hidden)
 
 
+@overload
+def cast_like(x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]: ...
+@overload
+def cast_like(x: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]: ...
 def cast_like(x: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Trainable banks stay float32 while a 16-bit model runs: they are cast to x's dtype for the call."""
     return tuple(t if t is None or t.dtype == x.dtype else t.to(x.dtype) for t in tensors)

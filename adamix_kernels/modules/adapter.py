@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from .._backends import check_request
 from ..functional import routed_adapter
+from ..ops._checks import check_choice
+from ..ops.routed_adapter.api import ACTIVATIONS
 from ..routing import Router
-from ._banks import as_batch, bank_sizes, cast_like, check_positive, fold_passes, merge_score, merged_bank, merged_banks
+from ._banks import (
+    as_batch,
+    bank_sizes,
+    cast_like,
+    check_input,
+    check_positive,
+    check_router,
+    fold_passes,
+    merge_score,
+    merged_bank,
+    merged_banks,
+)
+from ._finite import check_output, checking
 
 INIT_STD = 0.02
 
@@ -30,10 +46,12 @@ class RoutedAdapter(nn.Module):
     learns the merging.
 
     Raises:
-        ValueError: a size, share or (at the call) an activation is not one of the above.
+        TypeError, ValueError: an argument, or at the call x, is not one of the above; the message names it.
 
     Source: AdaMix section 3; `ExpertSoup` of the reference project.
     """
+
+    place: str | None = None  # its path in the model, for messages; set by adapt()
 
     def __init__(
         self,
@@ -51,14 +69,15 @@ class RoutedAdapter(nn.Module):
         super().__init__()
         check_positive(hidden_size=hidden_size, bottleneck=bottleneck, num_experts=num_experts)
         down, up = bank_sizes(num_experts, share)
+        check_choice("activation", activation, ACTIVATIONS)
+        check_request(backend)
         self.hidden_size, self.bottleneck, self.num_experts = hidden_size, bottleneck, num_experts
         self.share, self.activation, self.backend = share, activation, backend
-        self.router = Router() if router is None else router
-        options = {"dtype": dtype, "device": device}
-        self.down_weight = nn.Parameter(torch.empty(down, bottleneck, hidden_size, **options))
-        self.down_bias = nn.Parameter(torch.empty(down, bottleneck, **options))
-        self.up_weight = nn.Parameter(torch.empty(up, hidden_size, bottleneck, **options))
-        self.up_bias = nn.Parameter(torch.empty(up, hidden_size, **options))
+        self.router = check_router(router)
+        self.down_weight = nn.Parameter(torch.empty(down, bottleneck, hidden_size, dtype=dtype, device=device))
+        self.down_bias = nn.Parameter(torch.empty(down, bottleneck, dtype=dtype, device=device))
+        self.up_weight = nn.Parameter(torch.empty(up, hidden_size, bottleneck, dtype=dtype, device=device))
+        self.up_bias = nn.Parameter(torch.empty(up, hidden_size, dtype=dtype, device=device))
         self.down_score = merge_score(down, device)
         self.up_score = merge_score(up, device)
         self.reset_parameters()
@@ -71,11 +90,13 @@ class RoutedAdapter(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, S, H] (or [N, H]); residual of x's shape, x itself when None. Returns x's shape."""
+        check_input(x, self.hidden_size)
         if not self.router.enabled:
             return x if residual is None else residual
-        rows = as_batch(x)
+        rows = inputs = as_batch(x)
         down_index = up_index = None
-        if self.router.uses_merged(self.training, self.down_score.requires_grad or self.up_score.requires_grad):
+        merged = self.router.uses_merged(self.training, self.down_score.requires_grad or self.up_score.requires_grad)
+        if merged:
             banks = self.merged_banks()
             passes = 0
         else:
@@ -86,22 +107,29 @@ class RoutedAdapter(nn.Module):
             down_index = self.router.draw(self.down_weight.shape[0], batch, tokens, x.device, self.training)
             up_index = self.router.draw(self.up_weight.shape[0], batch, tokens, x.device, self.training)
         added = rows if residual is None else fold_passes(as_batch(residual), passes)
+        down_weight, down_bias, up_weight, up_bias = cast_like(rows, *banks)
         out = routed_adapter(
             rows,
-            *cast_like(rows, *banks),
+            down_weight,
+            down_bias,
+            up_weight,
+            up_bias,
             down_index,
             up_index,
             residual=added,
             activation=self.activation,
             backend=self.backend,
         )
+        if checking():
+            other = None if residual is None else as_batch(residual)
+            check_output(self, out.view(inputs.shape), inputs, other, {"down": down_index, "up": up_index}, merged)
         return out.view(x.shape)
 
     def merged_banks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(down_weight, down_bias, up_weight, up_bias), each a bank of one; each side averaged by itself."""
-        return tuple(
-            merged_bank(bank, score, self.backend) for bank, score in zip(self.banks(), self.bank_scores(), strict=True)
-        )
+        pairs = zip(self.banks(), self.bank_scores(), strict=True)
+        down_weight, down_bias, up_weight, up_bias = (merged_bank(bank, score, self.backend) for bank, score in pairs)
+        return down_weight, down_bias, up_weight, up_bias
 
     def merged(self) -> RoutedAdapter:
         """A plain adapter (one expert) that computes what this one does in evaluation."""
@@ -145,6 +173,8 @@ def merge_adapters(adapters: Sequence[RoutedAdapter]) -> list[RoutedAdapter]:
         targets = [bank for mine, _ in pairs for bank in mine.banks()]
         for target, value in zip(targets, merged_banks(banks, scores, backend), strict=True):
             target.copy_(value)
+    for mine, full in zip(plain, adapters, strict=True):
+        mine.place = full.place
     return plain
 
 
@@ -162,11 +192,12 @@ class AdaptedLayer(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.base.weight
+        return cast("torch.Tensor", self.base.weight)
 
     @property
     def bias(self) -> torch.Tensor | None:
-        return self.base.bias
+        return cast("torch.Tensor | None", self.base.bias)
 
-    def forward(self, *args, **kwargs) -> torch.Tensor:
-        return self.adapter(self.base(*args, **kwargs))
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out: torch.Tensor = self.adapter(self.base(*args, **kwargs))
+        return out

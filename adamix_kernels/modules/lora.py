@@ -5,14 +5,31 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.modules import module
 
+from .._backends import check_request
 from ..functional import merge_lora, routed_lora
+from ..ops._checks import check_flag
 from ..routing import Router
-from ._banks import as_batch, bank_sizes, cast_like, check_positive, fold_passes, merge_score, merged_bank, merged_banks
+from ._banks import (
+    as_batch,
+    bank_sizes,
+    cast_like,
+    check_finite,
+    check_fraction,
+    check_input,
+    check_positive,
+    check_router,
+    fold_passes,
+    merge_score,
+    merged_bank,
+    merged_banks,
+)
+from ._finite import check_output, checking
 
 QKV = ("q", "k", "v")
 # Hooks of a layer, or of all layers, that are given its output.
@@ -37,10 +54,12 @@ class RoutedLoRALinear(nn.Module):
     [Mb, groups*Ng, r], zero; a_score [Ma], b_score [Mb], frozen zeros, as in RoutedAdapter.
 
     Raises:
-        ValueError: a size, probability, slice or share does not fit; the message names it.
+        TypeError, ValueError: an argument, or at the call x, does not fit; the message names it.
 
     Source: AdaMix section 3, equation (LoRA); `AdamixMergedLinear` of the reference project.
     """
+
+    place: str | None = None  # its path in the model, for messages; set by adapt()
 
     def __init__(
         self,
@@ -64,8 +83,16 @@ class RoutedLoRALinear(nn.Module):
     ):
         super().__init__()
         check_positive(in_features=in_features, out_features=out_features, r=r, num_experts=num_experts, groups=groups)
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: got {dropout!r}, expected 0 <= dropout < 1")
+        if not callable(base):
+            raise TypeError(f"base: got {type(base).__name__}, expected a layer, or anything callable")
+        check_finite("alpha", alpha)
+        check_fraction("dropout", dropout)
+        check_flag("fan_in_fan_out", fan_in_fan_out)
+        check_request(backend)
+        if not isinstance(output_offsets, Sequence) or not all(isinstance(offset, int) for offset in output_offsets):
+            raise TypeError(f"output_offsets: got {output_offsets!r}, expected a sequence of ints")
+        if group_features is not None:
+            check_positive(group_features=group_features)
         width = out_features - max(output_offsets, default=0) if group_features is None else group_features
         _check_groups(groups, output_offsets, width, out_features)
         down, up = bank_sizes(num_experts, share)
@@ -75,10 +102,9 @@ class RoutedLoRALinear(nn.Module):
         self.num_experts, self.share, self.dropout = num_experts, share, dropout
         self.groups, self.output_offsets = groups, tuple(output_offsets)
         self.fan_in_fan_out, self.backend = fan_in_fan_out, backend
-        self.router = Router() if router is None else router
-        options = {"dtype": dtype, "device": device}
-        self.lora_a = nn.Parameter(torch.empty(down, groups * r, in_features, **options))
-        self.lora_b = nn.Parameter(torch.empty(up, groups * width, r, **options))
+        self.router = check_router(router)
+        self.lora_a = nn.Parameter(torch.empty(down, groups * r, in_features, dtype=dtype, device=device))
+        self.lora_b = nn.Parameter(torch.empty(up, groups * width, r, dtype=dtype, device=device))
         self.a_score = merge_score(down, device)
         self.b_score = merge_score(up, device)
         self.reset_parameters()
@@ -95,7 +121,7 @@ class RoutedLoRALinear(nn.Module):
         groups: int = 1,
         targets: Sequence[str] | None = None,
         output_offsets: Sequence[int] = (0,),
-        **options,
+        **options: Any,
     ) -> RoutedLoRALinear:
         """Wraps an nn.Linear, a Conv1D of transformers, or any layer with in_features and out_features.
 
@@ -110,9 +136,12 @@ class RoutedLoRALinear(nn.Module):
             groups = len(output_offsets)
             options["group_features"] = out_features // len(QKV)
         weight = getattr(layer, "weight", None)
-        floating = isinstance(weight, torch.Tensor) and weight.is_floating_point()
-        options.setdefault("device", weight.device if isinstance(weight, torch.Tensor) else None)
-        options.setdefault("dtype", torch.promote_types(weight.dtype, torch.float32) if floating else None)
+        device, dtype = None, None
+        if isinstance(weight, torch.Tensor):
+            device = weight.device
+            dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else None
+        options.setdefault("device", device)
+        options.setdefault("dtype", dtype)
         layer.requires_grad_(False)
         return cls(
             layer, in_features, out_features, r, alpha, num_experts, share, dropout, groups, output_offsets,
@@ -128,22 +157,24 @@ class RoutedLoRALinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.base.weight
+        return cast("torch.Tensor", self.base.weight)
 
     @property
     def bias(self) -> torch.Tensor | None:
-        return self.base.bias
+        return cast("torch.Tensor | None", self.base.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, S, K] (or [N, K]) -> [B, S, N] (or [N, N'])."""
-        base = self.base(x)
+        check_input(x, self.in_features)
+        base: torch.Tensor = self.base(x)
         if not self.router.enabled:
             return base
         rows, added = as_batch(x), as_batch(base)
         if not torch.is_autocast_enabled(x.device.type):
             rows = rows.to(added.dtype)
         a_index = b_index = None
-        if self.router.uses_merged(self.training, self.a_score.requires_grad or self.b_score.requires_grad):
+        merged = self.router.uses_merged(self.training, self.a_score.requires_grad or self.b_score.requires_grad)
+        if merged:
             lora_a = merged_bank(self.lora_a, self.a_score, self.backend)
             lora_b = merged_bank(self.lora_b, self.b_score, self.backend)
         else:
@@ -153,9 +184,12 @@ class RoutedLoRALinear(nn.Module):
             batch, tokens, _ = rows.shape
             a_index = self.router.draw(lora_a.shape[0], batch, tokens, x.device, self.training)
             b_index = self.router.draw(lora_b.shape[0], batch, tokens, x.device, self.training)
+        looking = checking()
+        lora_a, lora_b = cast_like(rows, lora_a, lora_b)
         out = routed_lora(
             rows,
-            *cast_like(rows, lora_a, lora_b),
+            lora_a,
+            lora_b,
             a_index,
             b_index,
             base=added,
@@ -163,9 +197,12 @@ class RoutedLoRALinear(nn.Module):
             groups=self.groups,
             output_offsets=self.output_offsets,
             dropout_p=self.dropout if self.training else 0.0,
-            inplace=_may_overwrite(self.base, rows, added),
+            inplace=not looking and _may_overwrite(self.base, rows, added),
             backend=self.backend,
         )
+        if looking:
+            result = as_batch(out.view(base.shape))
+            check_output(self, result, as_batch(x), as_batch(base), {"a": a_index, "b": b_index}, merged)
         return out.view(base.shape)
 
     def merged_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,11 +258,12 @@ def merge_factors(layers: Sequence[RoutedLoRALinear]) -> list[tuple[torch.Tensor
 def linear_sizes(layer: nn.Module) -> tuple[int, int, bool]:
     """(in_features, out_features, fan_in_fan_out) of a linear layer or a Conv1D of transformers."""
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-        return layer.in_features, layer.out_features, False
+        return cast("int", layer.in_features), cast("int", layer.out_features), False
     # A base class too: FSDP2 puts a class of its own in front.
     conv = any(base.__name__ == "Conv1D" for base in type(layer).__mro__)
-    if conv and getattr(layer, "weight", None) is not None and layer.weight.dim() == 2:
-        return layer.weight.shape[0], layer.weight.shape[1], True
+    weight = getattr(layer, "weight", None)
+    if conv and weight is not None and weight.dim() == 2:
+        return weight.shape[0], weight.shape[1], True
     raise ValueError(f"layer: got {type(layer).__name__}, expected nn.Linear, Conv1D or in_features and out_features")
 
 

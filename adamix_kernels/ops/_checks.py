@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any, NoReturn
 
 import torch
 
@@ -10,7 +11,11 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
-def fail(name: str, got: object, expected: str, error: type[Exception] = ValueError) -> None:
+class OutOfRangeError(IndexError, ValueError):
+    """An expert id or a class beyond what it counts: an index error, and a wrong value as every other bad argument."""
+
+
+def fail(name: str, got: object, expected: str, error: type[Exception] = ValueError) -> NoReturn:
     raise error(f"{name}: got {got}, expected {expected}")
 
 
@@ -45,6 +50,13 @@ def check_shape(name: str, value: torch.Tensor, layout: str, *sizes: int) -> Non
             fail(name, f"shape {tuple(value.shape)}", f"{layout} = {tuple(int(s) for s in sizes)}")
 
 
+def check_bank(name: str, bank: torch.Tensor, layout: str) -> None:
+    """`bank` has the dimensions of layout, whose first axis counts its experts, at least one."""
+    check_dims(name, bank, layout)
+    if bank.shape[0] < 1:
+        fail(name, f"shape {tuple(bank.shape)}", f"{layout} with at least one expert")
+
+
 def check_index(name: str, index: torch.Tensor | None, num_experts: int, x: torch.Tensor) -> None:
     """A routing index is int32/int64, [B] or [B, S]; None only for a bank of one."""
     if index is None:
@@ -60,9 +72,14 @@ def check_index(name: str, index: torch.Tensor | None, num_experts: int, x: torc
         fail(name, f"shape {tuple(index.shape)}", f"[B] or [B, S] with B, S = {tuple(x.shape[:2])}")
 
 
-def check_choice(name: str, value: object, choices: tuple) -> None:
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         fail(name, repr(value), "one of " + ", ".join(map(repr, choices)))
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, int) or value not in (0, 1):
+        fail(name, repr(value), "True or False", TypeError)
 
 
 def check_index_values(name: str, index: torch.Tensor | None, num_experts: int) -> None:
@@ -77,12 +94,13 @@ def check_index_values(name: str, index: torch.Tensor | None, num_experts: int) 
     low, high = torch.aminmax(index)
     if low < 0 or high >= num_experts:
         bad = int(low) if low < 0 else int(high)
-        fail(name, f"expert id {bad}", f"0 <= id < {num_experts}, the experts in its bank", IndexError)
+        fail(name, f"expert id {bad}", f"0 <= id < {num_experts}, the experts in its bank", OutOfRangeError)
 
 
-def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Under autocast every floating tensor takes the autocast dtype, float64 excepted (as F.linear)."""
-    device_type = tensors[0].device.type
+def autocast(first: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:
+    """Under autocast every floating tensor takes its dtype, float64 excepted (as F.linear); None stays None."""
+    tensors = (first, *others)
+    device_type = first.device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)

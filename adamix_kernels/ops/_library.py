@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ NAMESPACE = __package__.removesuffix(".ops").replace(".", "_")
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
-def define(schema: str, kernel: Callable, fake: Callable) -> torch._ops.OpOverload:
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
     """Defines `<the package's name>::<schema>`, with one kernel for every device and its fake.
 
     The kernel runs outside autocast: api.py has cast its arguments, and a backward called inside an
@@ -20,7 +21,7 @@ def define(schema: str, kernel: Callable, fake: Callable) -> torch._ops.OpOverlo
     """
 
     @functools.wraps(kernel)
-    def outside_autocast(*args):
+    def outside_autocast(*args: Any) -> Any:
         with torch._C._DisableAutocast():
             return kernel(*args)
 
@@ -39,7 +40,7 @@ def differentiate(op: torch._ops.OpOverload, function: type[torch.autograd.Funct
     much host time a call.
     """
 
-    def autograd_kernel(*args):
+    def autograd_kernel(*args: Any) -> Any:
         if records(args):
             return function.apply(*args)
         return below_autograd(op, *args)
@@ -47,12 +48,12 @@ def differentiate(op: torch._ops.OpOverload, function: type[torch.autograd.Funct
     _LIBRARY.impl(op._schema.name.partition("::")[2], autograd_kernel, "Autograd")
 
 
-def records(args: tuple) -> bool:
+def records(args: tuple[Any, ...]) -> bool:
     """Whether autograd records a call with these arguments."""
     return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
 
 
-def below_autograd(op: torch._ops.OpOverload, *args):
+def below_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:
     """Calls `op` without passing its autograd kernel again."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)

@@ -15,15 +15,16 @@ def project(x: torch.Tensor, bank: torch.Tensor, bias: torch.Tensor | None, inde
     """y = x W[i]^T + b[i]: [B, S, K] -> [B, S, R]."""
     if bank.shape[0] == 1:
         return F.linear(x, bank[0], None if bias is None else bias[0])
+    assert index is not None  # api.py: only a bank of one has none
     if index.dim() == 1:
         weight = bank.index_select(0, index).transpose(1, 2)  # [B, K, R]
         if bias is None:
             return torch.bmm(x, weight)
         return torch.baddbmm(bias.index_select(0, index).unsqueeze(1), x, weight)
-    out = None
-    for m in range(bank.shape[0]):
+    out = F.linear(x, bank[0], None if bias is None else bias[0])
+    for m in range(1, bank.shape[0]):
         y = F.linear(x, bank[m], None if bias is None else bias[m])
-        out = y if out is None else torch.where((index == m).unsqueeze(-1), y, out)
+        out = torch.where(index.eq(m).unsqueeze(-1), y, out)
     return out
 
 
@@ -31,6 +32,7 @@ def project_back(g: torch.Tensor, bank: torch.Tensor, index: torch.Tensor | None
     """dx = g W[i]: [B, S, R] -> [B, S, K]."""
     if bank.shape[0] == 1:
         return torch.matmul(g, bank[0])
+    assert index is not None  # api.py: only a bank of one has none
     if index.dim() == 1:
         return torch.bmm(g, bank.index_select(0, index))
     return project(g, bank.transpose(1, 2), None, index)
@@ -40,12 +42,13 @@ def weight_grad(g: torch.Tensor, x: torch.Tensor, num_experts: int, index: torch
     """dW[m] = sum of g_t x_t^T over the tokens t routed to m: [M, R, K], exactly zero for an unused expert."""
     if num_experts == 1:
         return torch.mm(g.flatten(0, 1).t(), x.flatten(0, 1)).unsqueeze(0)
+    assert index is not None  # api.py: only a bank of one has none
     if index.dim() == 1:
         return _sum_by_expert(torch.bmm(g.transpose(1, 2), x), num_experts, index)
     flat = x.flatten(0, 1)
     rows = []
     for m in range(num_experts):
-        mine = (index == m).reshape(-1, 1)
+        mine = index.eq(m).reshape(-1, 1)
         grad = torch.mm(torch.where(mine, g.flatten(0, 1), 0).t(), flat)
         rows.append(torch.where(mine.any(), grad, 0))
     return torch.stack(rows)
@@ -55,10 +58,11 @@ def bias_grad(g: torch.Tensor, num_experts: int, index: torch.Tensor | None) -> 
     """db[m] = sum of g_t over the tokens t routed to m: [M, R]."""
     if num_experts == 1:
         return _wide(g).sum((0, 1)).to(g.dtype).unsqueeze(0)
+    assert index is not None  # api.py: only a bank of one has none
     if index.dim() == 1:
         return _sum_by_expert(_wide(g).sum(1), num_experts, index).to(g.dtype)
     return torch.stack(
-        [torch.where((index == m).unsqueeze(-1), _wide(g), 0).sum((0, 1)).to(g.dtype) for m in range(num_experts)]
+        [torch.where(index.eq(m).unsqueeze(-1), _wide(g), 0).sum((0, 1)).to(g.dtype) for m in range(num_experts)]
     )
 
 

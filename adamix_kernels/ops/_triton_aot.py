@@ -17,7 +17,7 @@ class AotCase(NamedTuple):
     fn: Any
     signature: dict[str, str]
     constexprs: dict[str, Any]
-    attrs: dict[tuple[int, ...], list]
+    attrs: dict[tuple[int, ...], list[Any]]
     num_warps: int
     num_stages: int
     maxnreg: int | None
@@ -42,7 +42,7 @@ def make_case(
     signature = {a: arguments[a] if is_type[a] else "constexpr" for a in fn.arg_names}
     constexprs = {a: arguments[a] for a in fn.arg_names if not is_type[a]}
     aligned = [n for n, a in enumerate(fn.arg_names) if signature[a].startswith("*") or a in divisible]
-    attrs = {(n,): [["tt.divisibility", 16]] for n in aligned}
+    attrs: dict[tuple[int, ...], list[Any]] = {(n,): [["tt.divisibility", 16]] for n in aligned}
     label = str(dtype).removeprefix("torch.")
     return AotCase(
         f"{fn.__name__.removesuffix('_kernel')}/{name}/{label}",

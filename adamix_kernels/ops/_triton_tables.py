@@ -27,6 +27,11 @@ Table = Mapping[int, Mapping[tuple[int, int], Config]]
 
 
 @functools.cache
+def _sizes(key: str) -> tuple[int, int]:
+    first, second = (int(n) for n in key.split("x"))
+    return first, second
+
+
 def measured(path: str | None) -> dict[str, dict[int, dict[tuple[int, int], Config]]]:
     """Tables that `adamix bench tune` wrote: {kernel: {"90": {"2x16": [rows, cols, num_warps, num_stages]}}}.
 
@@ -38,8 +43,7 @@ def measured(path: str | None) -> dict[str, dict[int, dict[tuple[int, int], Conf
         raw = json.load(file)
     return {
         kernel: {
-            int(arch): {tuple(int(n) for n in key.split("x")): Config(*row) for key, row in classes.items()}
-            for arch, classes in table.items()
+            int(arch): {_sizes(key): Config(*row) for key, row in classes.items()} for arch, classes in table.items()
         }
         for kernel, table in raw.items()
         if kernel != "about"

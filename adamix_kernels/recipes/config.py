@@ -69,7 +69,7 @@ class Recipe:
     source: str = ""
     version: int = RECIPE_VERSION
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.version != RECIPE_VERSION:
             raise ValueError(f"version: got {self.version!r}, expected {RECIPE_VERSION}")
         for name, value, known in (("kind", self.kind, KINDS), ("select", self.select, SELECT)):
@@ -82,7 +82,7 @@ class Recipe:
             raise ValueError("metrics: got none, expected at least one")
         if self.kind == "prompt" and not {"template", "words"} <= set(self.prompt):
             raise ValueError(f"prompt: got the keys {sorted(self.prompt)}, expected template and words among them")
-        AdaMixConfig.from_dict(dict(self.adamix))
+        AdaMixConfig.from_dict(self.adamix)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -78,11 +78,12 @@ def beam_decode(
     Source: gpt2_beam.py and gpt2_decode.py of the reference project.
     """
     from transformers import LogitsProcessorList
-    from transformers.generation import NoRepeatNGramLogitsProcessor
+    from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 
     model.eval()
+    language_model: Any = model
     device = next(model.parameters()).device
-    vocabulary = model.config.vocab_size
+    vocabulary = language_model.config.vocab_size
     ends = [tokenizer.eos_token_id, *(i for i in stop_ids if i < vocabulary)]
     texts = []
     for first in range(0, len(contexts), batch_size):
@@ -94,7 +95,7 @@ def beam_decode(
         processors = LogitsProcessorList()
         if no_repeat_ngram:
             processors.append(_AfterContext(NoRepeatNGramLogitsProcessor(no_repeat_ngram), width))
-        out = model.generate(
+        out = language_model.generate(
             input_ids=ids,
             attention_mask=mask,
             num_beams=beams,
@@ -118,4 +119,5 @@ class _AfterContext:
         self.processor, self.width = processor, width
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return self.processor(input_ids[:, self.width :], scores)
+        out: torch.Tensor = self.processor(input_ids[:, self.width :], scores)
+        return out

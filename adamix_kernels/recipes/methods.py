@@ -11,6 +11,7 @@ from torch import nn
 
 from ..models.config import AdaMixConfig
 from ..models.inject import adapt
+from ..models.state import adamix_state
 from ..models.targets import model_type, saved_modules
 from .config import Recipe
 
@@ -159,14 +160,16 @@ def adapter_config(method: Method, model: nn.Module, recipe: Recipe, options: di
 
 def learning_rate(method: Method, recipe: Recipe) -> float:
     """The method's own where the recipe has one, else that of AdaMix."""
-    return recipe.methods.get(method.name, {}).get("learning_rate", recipe.training["learning_rate"])
+    rate: float = recipe.methods.get(method.name, {}).get("learning_rate", recipe.training["learning_rate"])
+    return rate
 
 
 def heads(model: nn.Module) -> list[nn.Parameter]:
     """The task head's parameters: the classifier, or a language model's head without what its embeddings own."""
     found = [module for _, module in saved_modules(model, None)]
     found = found or [m for name, m in model.named_children() if name in _LM_HEADS]
-    embedded = {id(p) for p in model.base_model.parameters()}
+    encoder: Any = model.base_model
+    embedded = {id(p) for p in encoder.parameters()}
     return [p for module in found for p in module.parameters() if id(p) not in embedded]
 
 
@@ -175,7 +178,7 @@ def kept_parameters(built: Built) -> int:
     model = built.model
     if not built.adapted:
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
-    state = model.adamix
+    state = adamix_state(model)
     banks = [
         p
         for path in state.paths

@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 CLASS_METRICS = ("accuracy", "f1", "matthews")
 NUMBER_METRICS = ("pearson", "spearman")
@@ -90,8 +91,8 @@ def _version(package: str) -> str:
         return package
 
 
-def _sklearn(name: str):
-    def score(labels, predicted):
+def _sklearn(name: str) -> Callable[..., tuple[float, str]]:
+    def score(labels: list[Any], predicted: list[Any]) -> tuple[float, str]:
         from sklearn import metrics
 
         return 100 * getattr(metrics, name)(labels, predicted), "scikit-learn"
@@ -99,8 +100,8 @@ def _sklearn(name: str):
     return score
 
 
-def _scipy(name: str):
-    def score(labels, predicted):
+def _scipy(name: str) -> Callable[..., tuple[float, str]]:
+    def score(labels: list[Any], predicted: list[Any]) -> tuple[float, str]:
         from scipy import stats
 
         return 100 * getattr(stats, name)(labels, predicted).statistic, "scipy"
@@ -108,8 +109,8 @@ def _scipy(name: str):
     return score
 
 
-def _sacrebleu(name: str):
-    def score(texts, references):
+def _sacrebleu(name: str) -> Callable[..., tuple[float, str]]:
+    def score(texts: list[str], references: list[list[str]]) -> tuple[float, str]:
         from sacrebleu import metrics
 
         # Streams of first, second, ... references; a text that has fewer has None there.
@@ -121,13 +122,13 @@ def _sacrebleu(name: str):
     return score
 
 
-def _nist(texts, references):
+def _nist(texts: list[str], references: list[list[str]]) -> tuple[float, str]:
     from nltk.translate.nist_score import corpus_nist
 
     return corpus_nist([[r.split() for r in rs] for rs in references], [t.split() for t in texts], n=5), "nltk"
 
 
-def _rouge_l(texts, references):
+def _rouge_l(texts: list[str], references: list[list[str]]) -> tuple[float, str]:
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"])
@@ -135,13 +136,13 @@ def _rouge_l(texts, references):
     return 100 * sum(best) / len(best), "rouge-score"
 
 
-def _cider(texts, references):
+def _cider(texts: list[str], references: list[list[str]]) -> tuple[float, str]:
     from pycocoevalcap.cider.cider import Cider
 
     return Cider().compute_score(dict(enumerate(references)), {i: [t] for i, t in enumerate(texts)})[0], "pycocoevalcap"
 
 
-def _meteor(texts, references):
+def _meteor(texts: list[str], references: list[list[str]]) -> tuple[float, str]:
     if shutil.which("java") and importlib.util.find_spec("pycocoevalcap"):
         from pycocoevalcap.meteor.meteor import Meteor
 

@@ -34,7 +34,7 @@ class LabelProblem:
     Attributes: collate (rows to tensors), loss (for transformers.Trainer: None is the model's own).
     """
 
-    loss: Callable | None = None
+    loss: Callable[..., torch.Tensor] | None = None
 
     def __init__(self, recipe: Recipe, limits: Limits):
         self.recipe, self.limits = recipe, limits
@@ -44,6 +44,7 @@ class LabelProblem:
 
     def fresh(self) -> nn.Module:
         """A new model, its head drawn from the global generator."""
+        model: nn.Module
         model, self.tokenizer = load_classifier(self.encoder, self.task.label_names, self.recipe.pooling)
         self.collate = collator(self.tokenizer)
         return model
@@ -64,7 +65,7 @@ class LabelProblem:
         logits = predict(model, rows, self.collate, self.recipe.training.get("per_device_eval_batch_size", 64))
         return self.scores_of(logits, [row["labels"] for row in rows])
 
-    def scores_of(self, logits: torch.Tensor, labels: list) -> Scores:
+    def scores_of(self, logits: torch.Tensor, labels: list[Any]) -> Scores:
         predicted = logits[:, 0] if self.recipe.regression else logits.argmax(-1)
         return label_scores(self.recipe.metrics, predicted.tolist(), labels)
 

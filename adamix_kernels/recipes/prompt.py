@@ -28,7 +28,7 @@ class Prompt:
     bare_text: bool = False
     lower_pair: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.template.count("{mask}") != 1 or "{text}" not in self.template:
             raise ValueError(f"template: got {self.template!r}, expected {{text}} and one {{mask}} in it")
 
@@ -117,7 +117,8 @@ def read_at_mask(model: nn.Module, mask_id: int, words: list[int]) -> nn.Module:
     """
     reader = _Reader(mask_id, words)
     model.register_forward_pre_hook(reader.note, with_kwargs=True)
-    model.base_model.register_forward_hook(reader.take)
+    encoder: Any = model.base_model
+    encoder.register_forward_hook(reader.take)
     model.register_forward_hook(reader.keep)
     return model
 
@@ -130,12 +131,13 @@ class _Reader:
         self.words = torch.tensor(words)
         self.place: torch.Tensor | None = None
 
-    def note(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def note(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         self.place = (ids == self.mask_id).int().argmax(1)
 
     def take(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         states = output["last_hidden_state"]
+        assert self.place is not None  # note() ran first
         index = self.place.view(-1, 1, 1).expand(-1, 1, states.shape[2])
         output["last_hidden_state"] = states.gather(1, index)
         return output

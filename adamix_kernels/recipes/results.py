@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..models._files import sealed, unsealed
+
 logger = logging.getLogger(__name__)
 
 
@@ -20,14 +22,14 @@ def row_key(values: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def append_row(path: str | os.PathLike, row: dict[str, Any]) -> None:
-    """Appends one line in one write, flushed to the disk; several processes may share the file.
+def append_row(path: str | os.PathLike[str], row: dict[str, Any]) -> None:
+    """Appends one line in one write, flushed to the disk, with a digest; several processes may share the file.
 
     A line that an interrupted write left unfinished is ended first (read_rows leaves it out).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = json.dumps(row, sort_keys=True).encode() + b"\n"
+    data = json.dumps(sealed(row), sort_keys=True).encode() + b"\n"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         with _locked(descriptor):
@@ -42,8 +44,11 @@ def append_row(path: str | os.PathLike, row: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
-def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Every whole line, in order; none where there is no file. A damaged line is left out with a warning."""
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Every whole line, in order, without its digest; none where there is no file.
+
+    A line that is damaged is left out with a warning. A line without a digest (an older release's) is believed.
+    """
     path = Path(path)
     if not path.is_file():
         return []
@@ -53,12 +58,11 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            logger.warning("%s, line %d: not a whole JSON object, left out", path, number)
+            if not isinstance(row, dict):
+                raise ValueError(f"got a {type(row).__name__}, expected an object")
+            rows.append(unsealed(row, f"line {number}") if "sha256" in row else row)
+        except ValueError as error:
+            logger.warning("%s, line %d: not a whole JSON object, left out (%s)", path, number, error)
     return rows
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from .config import Recipe
 from .methods import Method, learning_rate
-from .problems import PROBLEMS, Limits
+from .problems import PROBLEMS
+from .problems import Limits as Limits
 from .results import append_row, read_rows, row_key
 
 logger = logging.getLogger(__name__)
@@ -22,10 +23,10 @@ def run_recipe(
     recipe: Recipe,
     methods: Sequence[Method],
     seeds: Sequence[int],
-    results: str | os.PathLike,
+    results: str | os.PathLike[str],
     *,
     limits: Limits | None = None,
-    reports: str | os.PathLike | None = None,
+    reports: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
     """Runs what `results` does not hold yet, appends a row after each run, and returns all rows asked for.
@@ -90,7 +91,7 @@ def _labels(recipe: Recipe, method: Method, seed: int, limits: Limits) -> dict[s
 
 
 def _outcome(
-    recipe: Recipe, problem: Any, method: Method, seed: int, reports: str | os.PathLike | None
+    recipe: Recipe, problem: Any, method: Method, seed: int, reports: str | os.PathLike[str] | None
 ) -> dict[str, Any]:
     from .training import train_once
 

@@ -42,7 +42,7 @@ class Group:
 
 def group_rows(rows: Sequence[dict[str, Any]]) -> list[Group]:
     """Rows by what must be equal for a comparison, each group's lines in order of appearance."""
-    settings: dict[tuple, list[dict[str, Any]]] = {}
+    settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         limits = row["identity"]["limits"]
         key = (row["recipe"], row["model"], row["data"], row["epochs"], row["batch"], row["shots"])
@@ -71,7 +71,7 @@ def markdown(groups: Sequence[Group]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_summary(rows: Sequence[dict[str, Any]], folder: str | os.PathLike) -> list[Path]:
+def write_summary(rows: Sequence[dict[str, Any]], folder: str | os.PathLike[str]) -> list[Path]:
     """Writes table.md and, for each group, methods-N.png, routings-N.png and losses-N.png; returns what it wrote.
 
     routings is the paper's violin plot: single experts and random routing of all seeds, the merged experts as a line.
@@ -92,10 +92,11 @@ def write_summary(rows: Sequence[dict[str, Any]], folder: str | os.PathLike) -> 
     return written
 
 
-def _group(key: tuple, rows: list[dict[str, Any]]) -> Group:
+def _group(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> Group:
     recipe, model, data, epochs, batch, shots, train_rows, dev_rows = key
     lines: dict[tuple[str, str], Line] = {}
-    skipped, missing = {}, {}
+    skipped: dict[str, str] = {}
+    missing: dict[str, Any] = {}
     for row in rows:
         if "skipped" in row:
             skipped[row["method"]] = row["skipped"]
@@ -148,7 +149,7 @@ def _routings(group: Group) -> Any:
         1, len(merged), figsize=(1 + 3 * len(merged), 4), layout="constrained", sharey=True, squeeze=False
     )
     for axes, line in zip(panels[0], merged):
-        spread = {
+        spread: dict[str, Sequence[float]] = {
             name: [v for row in line.rows for v in row["spread"].get(key, [])]
             for key, name in (("random", "random routing"), ("fixed", "one expert"))
         }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FORMATS = ("e2e", "webnlg", "dart")
-_FILES = {
+_FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "e2e": {"train": ("train.txt",), "dev": ("valid.txt", "dev.txt"), "test": ("test.txt",)},
     "webnlg": {"train": ("train.json",), "dev": ("dev.json",), "test": ("test.json",)},
     "dart": {s: (f"dart-v1.1.1-full-{s}.json", f"{s}.json") for s in ("train", "dev", "test")},
@@ -59,7 +59,7 @@ def load_tables(source: str, data_format: str) -> TableData:
     folder = Path(source)
     if not folder.is_dir():
         return _from_hub(source, data_format)
-    splits = {}
+    splits: dict[str, Any] = {}
     for split, names in _FILES[data_format].items():
         path = next((folder / n for n in names if (folder / n).is_file()), None)
         if path is None and split != "test":
@@ -152,7 +152,7 @@ def _from_hub(source: str, data_format: str) -> TableData:
             f"data: {source!r} is no folder, and datasets.load_dataset refused it: {str(error).splitlines()[0]}"
         ) from error
     row = HUB_ROWS[data_format]
-    splits = {}
+    splits: dict[str, Any] = {}
     for split, names in _HUB_SPLITS.items():
         found = next((n for n in names if n in loaded), None)
         if found is None and split != "test":

@@ -7,6 +7,7 @@ import logging
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..tasks import TextClassification, TextSplit, load_text_classification
 
@@ -103,10 +104,11 @@ def _read(path: Path, layout: Layout) -> tuple[list[str], list[str] | None, list
         missing = [c for c in (layout.text, layout.pair, layout.label) if c is not None and c not in header]
         if missing:
             raise ValueError(f"{path}: no column {missing[0]!r}, the columns are {', '.join(map(repr, header))}")
-        text, label = header.index(layout.text), header.index(layout.label)
-        pair = None if layout.pair is None else header.index(layout.pair)
+        text, label = header.index(layout.text), header.index(str(layout.label))
+        pair = None if layout.pair is None else header.index(str(layout.pair))
     else:
-        text, pair, label = layout.text, layout.pair, layout.label
+        text, label = layout.text, int(layout.label)
+        pair = None if layout.pair is None else int(layout.pair)
     last = max(c for c in (text, pair, label) if c is not None)
     whole = [row for row in rows if len(row) > last]
     if len(whole) < len(rows):
@@ -135,7 +137,7 @@ def _plain_splits(source: str) -> list[tuple[list[str], list[str] | None, list[s
     ]
 
 
-def _numbered(source: str, splits: list, regression: bool) -> TextClassification:
+def _numbered(source: str, splits: list[Any], regression: bool) -> TextClassification:
     """Numbers as floats, or class names as their places in alphabetical order."""
     if regression:
         made = [TextSplit(list(t), p, [float(v) for v in labels]) for t, p, labels in splits]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from ..models.contexts import eval_routing, use_experts
 from ..models.merging import merge
+from ..models.state import adamix_state
 from ..models.trainer import AdaMixTrainer
 from ..reports import TrainingReport
 from .config import Recipe
@@ -48,6 +50,9 @@ def train_once(
         score = None if recipe.kind == "generation" else lambda m: problem.scores(m).values.get(first, math.nan)
         callbacks.append(TrainingReport(report, score=score, score_name=first))
     best = recipe.select == "best"
+    more: dict[str, Any] = {} if built.adapted else {"compute_loss_func": problem.loss}
+    if best:
+        more["compute_metrics"] = _metric(problem)
     trainer = (AdaMixTrainer if built.adapted else Trainer)(
         model=model,
         args=arguments,
@@ -55,8 +60,7 @@ def train_once(
         eval_dataset=problem.dev_rows() if best else None,
         data_collator=problem.collate,
         callbacks=callbacks,
-        **({} if built.adapted else {"compute_loss_func": problem.loss}),
-        **({"compute_metrics": _metric(problem)} if best else {}),
+        **more,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -124,7 +128,7 @@ def evaluate(recipe: Recipe, problem: Any, built: Built, seed: int) -> tuple[dic
         values["random"], spread["random"] = _mean(runs), [r.values.get(recipe.metrics[0]) for r in runs]
     if "fixed" in recipe.evaluations:
         runs = []
-        for expert in range(model.adamix.config.num_experts):
+        for expert in range(adamix_state(model).config.num_experts):
             with use_experts(model, expert):
                 runs.append(scores := problem.scores(model))
         values["fixed"], spread["fixed"] = _mean(runs), [r.values.get(recipe.metrics[0]) for r in runs]
@@ -143,7 +147,7 @@ def _details(scores: Scores) -> dict[str, Any]:
     return {"metric_sources": scores.sources, "metrics_missing": scores.missing}
 
 
-def _metric(problem: Any):
+def _metric(problem: Any) -> Callable[[Any], dict[str, float]]:
     """compute_metrics of Trainer: the first metric alone, 0 where its library is missing or it is not defined."""
     name = problem.recipe.metrics[0]
 
@@ -164,11 +168,11 @@ def _history(logs: list[dict[str, Any]]) -> dict[str, list[float]]:
 class _Timer(TrainerCallback):
     """Seconds of each step, from its first forward to the optimizer's end."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds.append(time.perf_counter() - self._start)

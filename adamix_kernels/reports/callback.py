@@ -46,7 +46,7 @@ class TrainingReport(TrainerCallback):
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         score: Callable[[nn.Module], float] | None = None,
         score_name: str = "accuracy",
         draws: int = 5,
@@ -61,7 +61,7 @@ class TrainingReport(TrainerCallback):
         self._counter: DrawCounter | None = None
         self._agreement: Agreement | None = None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._counter, self._agreement = DrawCounter(model), Agreement(model)
         self.points, self.usage, self.routings = [], [], {}
         if getattr(args, "torch_compile", False):
@@ -70,7 +70,7 @@ class TrainingReport(TrainerCallback):
         self._counter.start()
         self._agreement.start()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or "learning_rate" not in logs or self._agreement is None:
             return
         names = ("loss", "cross_entropy", "consistency")
@@ -79,8 +79,8 @@ class TrainingReport(TrainerCallback):
         if state.is_world_process_zero:
             self._scalars({n: v for n, v in point.items() if n != "step"}, state.global_step)
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        if self._counter is None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._counter is None or self._agreement is None:
             return
         self._counter.stop()
         self._agreement.stop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,9 @@ def deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def draw_curves(axes: Any, steps: Sequence[int], curves: dict[str, Sequence[float]], ylabel: str) -> None:
+def draw_curves(
+    axes: Any, steps: Sequence[float | None], curves: Mapping[str, Sequence[float | None]], ylabel: str
+) -> None:
     """Lines by name over steps; a curve that is None at a step has a gap there."""
     for (name, values), color in zip(curves.items(), (GREY, BLUE, GREEN, ORANGE)):
         axes.plot(steps, [math.nan if v is None else v for v in values], label=name, color=color)
@@ -69,7 +71,7 @@ def draw_usage(axes: Any, shares: Sequence[Sequence[float]]) -> None:
     axes.set_title("share of the training draws")
 
 
-def draw_routings(axes: Any, groups: dict[str, Sequence[float]], merged: Sequence[float], name: str) -> None:
+def draw_routings(axes: Any, groups: Mapping[str, Sequence[float]], merged: Sequence[float], name: str) -> None:
     """A violin a group (random routing, single experts), with its points; the merged experts as a line, their mean."""
     groups = {label: [v for v in values if v is not None and math.isfinite(v)] for label, values in groups.items()}
     groups = {label: values for label, values in groups.items() if values}

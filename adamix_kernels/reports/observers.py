@@ -32,13 +32,13 @@ class DrawCounter:
             self._handles.append(layer.register_forward_pre_hook(lambda *_args, n=number: self._enter(n)))
         draw = self._router.draw
 
-        def counted(num_experts: int, batch: int, tokens: int, device: torch.device, training: bool):
+        def counted(num_experts: int, batch: int, tokens: int, device: torch.device, training: bool) -> Any:
             index = draw(num_experts, batch, tokens, device, training)
             if training and index is not None:
                 self._add(index)
             return index
 
-        self._router.draw = counted
+        self._router.draw = counted  # type: ignore[method-assign]  # for as long as it watches
 
     def stop(self) -> None:
         for handle in self._handles:
@@ -84,7 +84,7 @@ class Agreement:
         """The mean over the batches since the last call; None where there was none to compare."""
         if not self._batches:
             return None
-        value = (self._same / self._batches).item()
+        value = None if self._same is None else float((self._same / self._batches).item())
         self._same, self._batches = None, 0
         return value
 

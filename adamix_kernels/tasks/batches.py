@@ -27,7 +27,11 @@ def collator(tokenizer: Any) -> Any:
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, rows: list[dict[str, Any]], collate: Callable, batch_size: int = 64, progress: bool = False
+    model: nn.Module,
+    rows: list[dict[str, Any]],
+    collate: Callable[..., Any],
+    batch_size: int = 64,
+    progress: bool = False,
 ) -> torch.Tensor:
     """Logits [rows, classes] in float32 on the CPU, in the rows' order; the model is left in evaluation mode."""
     from tqdm.auto import tqdm

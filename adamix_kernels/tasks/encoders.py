@@ -100,7 +100,7 @@ def mean_pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (states * weights).sum(1) / weights.sum(1)
 
 
-def _pool_by_mean(_module: Any, _args: Any, kwargs: dict, output: Any) -> Any:
+def _pool_by_mean(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """A forward hook on the encoder: its pooler's output becomes the mean, everything else stays."""
     if getattr(output, "pooler_output", None) is not None:
         states = output.last_hidden_state

@@ -6,6 +6,7 @@ import importlib.resources
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ._tsv import Table, read_tsv
 
@@ -25,11 +26,11 @@ _DEV_SPLITS = ("validation", "validation_matched", "dev", "test")
 
 @dataclass(frozen=True)
 class TextSplit:
-    """One split: texts, the second text of each pair (None for single sentences), integer labels."""
+    """One split: texts, the second text of each pair (None for single sentences), labels (numbers in a regression)."""
 
     texts: list[str]
     pairs: list[str] | None
-    labels: list[int]
+    labels: Sequence[int | float]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -88,6 +89,8 @@ def load_text_classification(source: str = EMBEDDED) -> TextClassification:
 
 def _from_tables(name: str, tables: Sequence[Table | None]) -> TextClassification:
     train, dev, test = tables
+    assert train is not None  # only the test split may be absent
+    assert dev is not None
     values = sorted(set(train.column("label")))
     if all(_is_integer(v) for v in values):
         values.sort(key=int)
@@ -162,7 +165,7 @@ def _hub_tables(source: str) -> list[Table | None]:
     return [_hub_table(source, s, splits[s]) if s else None for s in ("train", dev, test)]
 
 
-def _hub_table(source: str, split: str, rows) -> Table:
+def _hub_table(source: str, split: str, rows: Any) -> Table:
     label_names = getattr(rows.features.get("label"), "names", None)
     columns = {c: [str(v) for v in rows[c]] for c in rows.column_names}
     return Table(f"{source}, split {split}", columns, first_line=1, unit="row", label_names=label_names)

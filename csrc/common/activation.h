@@ -42,7 +42,7 @@ ADAMIX_DEVICE float activation_slope(Activation kind, float z) {
       return 0.5f * (1.f + inner) + 0.5f * z * (1.f - inner * inner) * inner_slope;
     }
     case Activation::kRelu:
-      return z > 0.f ? 1.f : 0.f;
+      return z <= 0.f ? 0.f : 1.f;  // of NaN: 1, as PyTorch passes the gradient on
     case Activation::kSilu: {
       float s = 1.f / (1.f + expf(-z));
       return s * (1.f + z * (1.f - s));

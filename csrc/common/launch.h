@@ -35,7 +35,7 @@ void launch(const char* name, void (*kernel)(Params), const Shape& shape, const 
                              "; a smaller rank needs less, and so does a 16-bit dtype");
   }
 #if defined(ADAMIX_HOST)
-  host::run(shape.grid, shape.threads, shape.shared_bytes, shape.cluster, [&] { kernel(params); });
+  host::run(name, shape.grid, shape.threads, shape.shared_bytes, shape.cluster, [&] { kernel(params); });
 #else
   auto check = [&](cudaError_t error) {
     if (error != cudaSuccess) {

@@ -62,12 +62,22 @@ __global__ void __launch_bounds__(Lanes == 0 ? kPairBlockThreads : kPairThreads,
     }
     for (int slot = lane; slot < p.slots; slot += threads) {
       if (row.flags.selected && first + slot < row.pieces) row.add(s, slot_a[slot], slot_b[slot], first + slot);
-      if (!gradients && next.flags.selected && first + slot < next.pieces) {
+      if (!gradients && !p.full && next.flags.selected && first + slot < next.pieces) {
         next.copy(slot_a + slot, slot_b + slot, first + slot);
       }
     }
     join_statistics<Lanes>(s, tile.scratch);
     PairResult result = result_of(s, row.flags, p.classes, p.smoothing);
+    if (p.full) {
+      PairMeans means{{0.f, 0.f}};
+      for (int slot = lane; slot < p.slots; slot += threads) {
+        if (row.flags.selected && first + slot < row.pieces) row.add(means, result, slot_a[slot], slot_b[slot]);
+        if (!gradients && next.flags.selected && first + slot < next.pieces) {
+          next.copy(slot_a + slot, slot_b + slot, first + slot);
+        }
+      }
+      join_means<Lanes>(result, means, row.flags.selected, tile.scratch);
+    }
     entropy_sum += result.entropy, pair_sum += result.pair;
     if (row.live && lane == 0 && first == 0) store_row(p, row.row, result);
 

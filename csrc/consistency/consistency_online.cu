@@ -92,6 +92,15 @@ __global__ void __launch_bounds__(kPairBlockThreads, 1) pair_online_kernel(PairL
       }
     }
     PairResult result = result_of(s, row.flags, p.classes, p.smoothing);
+    if (p.full && p.splits == 1) {
+      PairMeans means{{0.f, 0.f}};
+      for (int piece = begin + threadIdx.x; row.flags.selected && piece < end; piece += blockDim.x) {
+        Piece<T> a, b;
+        row.read(a, b, piece);
+        row.add(means, result, a, b);
+      }
+      join_means<0>(result, means, row.flags.selected, scratch);
+    }
     if (split == 0) {
       entropy_sum += result.entropy, pair_sum += result.pair;
       if (threadIdx.x == 0) store_row(p, number, result);

@@ -142,6 +142,30 @@ ADAMIX_DEVICE PairResult result_of(const PairStatistics& s, const PairFlags& fla
   return r;
 }
 
+// One column: p and q, p - q, d.
+struct PairPoint {
+  float p, q, gap, d;
+};
+
+ADAMIX_DEVICE PairPoint point_of(const PairResult& r, float x, float y) {
+  x = x - r.top_a - r.log_a, y = y - r.top_b - r.log_b;
+  PairPoint at{expf(x), expf(y), 0.f, x == y ? 0.f : x - y};
+  at.gap = at.p - at.q;
+  return at;
+}
+
+// E_p d and E_q d once more, as slope_of needs them: of its own d, whose rounding is large where the logits are, and
+// with the sum of p - q, which is rounding alone. A row's gradient then sums to 0 also where its parts cancel.
+struct PairMeans {
+  float values[2];
+
+  ADAMIX_DEVICE void add(const PairResult& r, float x, float y) {
+    PairPoint at = point_of(r, x, y);
+    values[0] += (at.p == 0.f ? 0.f : at.p * at.d) + at.gap;
+    values[1] += (at.q == 0.f ? 0.f : at.q * at.d) + at.gap;
+  }
+};
+
 // Both gradients of one column.
 struct PairSlope {
   float a, b;
@@ -150,16 +174,14 @@ struct PairSlope {
 // entropy: the cross-entropy's coefficient, half: half of J's; target: what the cross-entropy wants p to be.
 ADAMIX_DEVICE PairSlope slope_of(const PairResult& r, float x, float y, float entropy, float half, float target,
                                  bool full) {
-  x = x - r.top_a - r.log_a, y = y - r.top_b - r.log_b;
-  float p = expf(x), q = expf(y), gap = p - q;
-  PairSlope slope{half * gap, 0.f};
+  PairPoint at = point_of(r, x, y);
+  PairSlope slope{half * at.gap, 0.f};
   slope.b = -slope.a;
   if (full) {
-    float d = x == y ? 0.f : x - y;
-    slope.a = half * (p * (d - r.mean_p) + gap);
-    slope.b = -half * (q * (d - r.mean_q) + gap);
+    slope.a = half * (at.p * (at.d - r.mean_p) + at.gap);
+    slope.b = -half * (at.q * (at.d - r.mean_q) + at.gap);
   }
-  if (entropy != 0.f) slope.a += entropy * (p - target);
+  if (entropy != 0.f) slope.a += entropy * (at.p - target);
   return slope;
 }
 

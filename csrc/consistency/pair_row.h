@@ -100,6 +100,12 @@ struct PairRow {
     s.add(x, y, begin(piece), end(piece));
   }
 
+  ADAMIX_DEVICE void add(PairMeans& means, const PairResult& result, const Piece<T>& from_a,
+                         const Piece<T>& from_b) const {
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) means.add(result, to_float(from_a.values[e]), to_float(from_b.values[e]));
+  }
+
   // Gradients of a piece's columns in the place of its logits.
   ADAMIX_DEVICE void slopes(Piece<T>& from_a, Piece<T>& from_b, int piece, const PairResult& result, float entropy,
                             float half, float smoothing, bool full) const {

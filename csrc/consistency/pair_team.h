@@ -77,6 +77,13 @@ ADAMIX_DEVICE void join_statistics(PairStatistics& s, const PairScratch& scratch
   s.gap_a = gaps[0], s.gap_b = gaps[1];
 }
 
+// A row's means from those of its threads; after join_statistics, whose phase 2 lies between both uses of phase 1.
+template <int Lanes>
+ADAMIX_DEVICE void join_means(PairResult& result, PairMeans means, bool selected, const PairScratch& scratch) {
+  reduce_row<Lanes>(means.values, Add{}, 0.f, scratch, 1);
+  if (selected) result.mean_p = means.values[0], result.mean_q = means.values[1];
+}
+
 ADAMIX_DEVICE float inverse_of(float count) { return count > 0.f ? 1.f / count : 0.f; }
 
 // One over the numbers of rows, or 1 where sums are asked for. Every thread of the block calls.

@@ -24,4 +24,6 @@ struct Copies {
 
 Copies& copies_of_this_thread();
 
+void note_launch(const char* name);
+
 }  // namespace adamix::host

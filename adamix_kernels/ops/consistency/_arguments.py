@@ -7,21 +7,22 @@ from itertools import pairwise
 
 import torch
 
-from .._checks import INDEX_DTYPES, check_device, fail
+from .._checks import INDEX_DTYPES, check_device, check_flag, fail
 
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_number(name: str, value: object, high: float, expected: str) -> None:
     """A finite real number between 0 and high."""
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         fail(name, type(value).__name__, expected, TypeError)
     if not (0 <= value <= high and value < math.inf):
         fail(name, value, expected)
 
 
-def check_options(weight: object, ignore_index: object, label_smoothing: object) -> None:
-    if not isinstance(ignore_index, int):
+def check_options(weight: object, ignore_index: object, label_smoothing: object, detach_target: object) -> None:
+    check_flag("detach_target", detach_target)
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         fail("ignore_index", type(ignore_index).__name__, "an int", TypeError)
     check_number("weight", weight, math.inf, "a finite number >= 0")
     check_number("label_smoothing", label_smoothing, 1.0, "a number in [0, 1]")
@@ -65,8 +66,10 @@ def as_num_items(num_items: object, like: torch.Tensor) -> torch.Tensor | None:
     if isinstance(num_items, torch.Tensor):
         if num_items.dim() != 0:
             fail("num_items", f"shape {tuple(num_items.shape)}", "an int or a 0-dim tensor")
+        if num_items.dtype == torch.bool or num_items.is_complex():
+            fail("num_items", num_items.dtype, "an integer or floating dtype", TypeError)
         return num_items.detach().to(like.device)
-    if not isinstance(num_items, int):
+    if not isinstance(num_items, int) or isinstance(num_items, bool):
         fail("num_items", type(num_items).__name__, "an int or a 0-dim tensor", TypeError)
     if num_items < 0:
         fail("num_items", num_items, "an int >= 0")

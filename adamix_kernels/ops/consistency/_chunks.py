@@ -19,16 +19,27 @@ class Chunk(NamedTuple):
 
 
 def linear_loss(
-    chunk: Callable[..., Chunk], hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index,
-    chunk_rows, need_hidden, need_weight, need_bias,
-):  # fmt: skip
+    chunk: Callable[..., Chunk],
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    weight: float,
+    ignore_index: int,
+    chunk_rows: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, cross-entropy, consistency, d_hidden, d_weight, d_bias, factor).
 
     chunk(logits, labels, counted, selected, factors, need_grad): the loss of some row pairs; logits
     [2 * rows, V] are its to overwrite, factors [2] those of both parts' gradients.
 
-    Gradients are held divided by the larger of both parts' factors on a row (1/rows would underflow in
-    float16, a weight overflow): that factor is returned, and backward applies it with the incoming gradient.
+    float16 gradients are held divided by the larger of both parts' factors on a row (1/rows would underflow, a
+    weight overflow): that factor, else 1, is returned, and backward applies it with the incoming gradient.
     """
     vocab, width = lm_head_weight.shape
     counted, selected = (rows.reshape(-1) for rows in rows_of(labels, mask, ignore_index))
@@ -37,7 +48,7 @@ def linear_loss(
     dtype = wide_dtype(hidden.dtype)
     scales = scales_of(counted, selected, num_items, dtype)
     factors = torch.stack([scales[0], scales[1] * weight])
-    factor = factors.amax()
+    factor = factors.amax() if hidden.dtype == torch.float16 else factors.new_ones(())
     factors = torch.where(factor > 0, factors / factor, 0)
     sums = torch.zeros(2, dtype=dtype, device=hidden.device)
     d_hidden = torch.empty_like(pairs, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
@@ -53,17 +64,21 @@ def linear_loss(
         sums[0] += out.cross_entropy
         sums[1] += out.consistency
         if not need_grad:
+            del x, logits, out
             continue
+        assert out.d_logits is not None  # asked for
         if need_bias:
             d_bias += out.d_logits.sum(0, dtype=dtype)
         d_logits = out.d_logits.to(hidden.dtype)
         if need_hidden:
-            d_hidden[:, part] = (d_logits @ lm_head_weight).view(2, -1, width)
+            d_hidden[:, part] = (d_logits @ lm_head_weight).unflatten(0, (2, -1))
         if need_weight and hidden.dtype == torch.bfloat16:
             d_weight += d_logits.t() @ x
         elif need_weight:
             # float16 would overflow in a sum over many rows, before the factor makes it small.
             d_weight.addmm_(d_logits.t().to(dtype), x.to(dtype))
+        # Or the next chunk's logits are made while these still live.
+        del x, logits, out, d_logits
     cross_entropy, consistency = sums[0] * scales[0], sums[1] * scales[1]
     loss = cross_entropy + weight * consistency
     if need_hidden:

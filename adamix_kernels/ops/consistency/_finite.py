@@ -41,7 +41,13 @@ def check_pair_loss(
     raise FloatingPointError(f"{first}: got finite values whose loss is {_value(loss)}, expected a finite loss")
 
 
-def check_linear_loss(loss, hidden, lm_head_weight, bias, selected) -> None:
+def check_linear_loss(
+    loss: torch.Tensor,
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    selected: torch.Tensor | None,
+) -> None:
     """As check_pair_loss; hidden [2B, ..., D], selected [B, ...] or None."""
     if not checking() or loss.isfinite().all():
         return
@@ -49,10 +55,12 @@ def check_linear_loss(loss, hidden, lm_head_weight, bias, selected) -> None:
     for number, states in enumerate((hidden[:half], hidden[half:]), 1):
         _report("hidden", number, states, ~states.isfinite(), selected, "finite numbers")
     for name, values in (("lm_head_weight", lm_head_weight), ("bias", bias)):
-        wrong = None if values is None else ~values.isfinite()
-        if name == "bias" and bias is not None:
+        if values is None:
+            continue
+        wrong = ~values.isfinite()
+        if name == "bias":
             wrong &= values != -torch.inf
-        if wrong is not None and wrong.any():
+        if wrong.any():
             at = tuple(wrong.nonzero()[0].tolist())
             raise FloatingPointError(f"{name}: got {values[at].item()} at {at}, expected finite numbers")
     raise FloatingPointError(
@@ -61,7 +69,9 @@ def check_linear_loss(loss, hidden, lm_head_weight, bias, selected) -> None:
     )
 
 
-def check_scalar_loss(loss, predictions, labels, selected) -> None:
+def check_scalar_loss(
+    loss: torch.Tensor, predictions: torch.Tensor, labels: torch.Tensor, selected: torch.Tensor | None
+) -> None:
     """As check_pair_loss, for regression; predictions [2B, ...], labels [B, ...]."""
     if not checking() or loss.isfinite().all():
         return
@@ -74,13 +84,16 @@ def check_scalar_loss(loss, predictions, labels, selected) -> None:
     raise FloatingPointError(f"logits: got finite values whose loss is {_value(loss)}, expected a finite loss")
 
 
-def _report(name, number, values, wrong, selected, expected) -> None:
+def _report(
+    name: str, number: int, values: torch.Tensor, wrong: torch.Tensor, selected: torch.Tensor | None, expected: str
+) -> None:
     """Raises at the first element of `wrong` in a selected row; values, wrong: [..., V], selected: [...]."""
     if selected is not None:
         wrong = wrong & selected.unsqueeze(-1)
     if wrong.any():
         *row, column = wrong.nonzero()[0].tolist()
-        got = values[(*row, column)].item()
+        place = (*row, column)
+        got = values[place].item()
         raise FloatingPointError(
             f"{name}: got {got} in pass {number}, row {tuple(row)}, column {column}, expected {expected}"
         )

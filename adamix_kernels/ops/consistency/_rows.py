@@ -20,13 +20,15 @@ def inverse(count: torch.Tensor) -> torch.Tensor:
     return torch.where(count > 0, 1 / count, 0)
 
 
-def rows_of(labels, mask, ignore_index):
+def rows_of(labels: torch.Tensor, mask: torch.Tensor | None, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows of the cross-entropy, rows of the consistency); the first are among the second."""
     labelled = labels != ignore_index
     return (labelled, labelled) if mask is None else (labelled & mask, mask)
 
 
-def scales_of(counted, selected, num_items, dtype):
+def scales_of(
+    counted: torch.Tensor, selected: torch.Tensor, num_items: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
     """[2]: one over the number of cross-entropy rows and of consistency rows, 0 where there are none."""
     if num_items is not None:
         return inverse(num_items.to(dtype)).expand(2).contiguous()
@@ -44,14 +46,17 @@ def held(scales: torch.Tensor, weight: float, dtype: torch.dtype) -> tuple[torch
     return torch.where(factor > 0, scales / factor, 0), factor
 
 
-def log_softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def log_softmax(logits: torch.Tensor, as_restored: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(log softmax [..., V], row maximum [...], log of the row's sum of exp(x - maximum) [...]), wide.
 
     At its maximum the log softmax is minus that log. The two statistics stay apart: their sum would
     round away the second where logits are large.
+    as_restored: the log softmax has the bits that `restore` gives. What the backward subtracts from its own d must be
+    the mean of the same d, or where logits are large a rounding of d is left of the difference.
     """
     log_probs = torch.log_softmax(logits, -1, dtype=wide_dtype(logits.dtype))
-    return log_probs, logits.amax(-1).to(log_probs.dtype), log_probs.amax(-1).neg_()
+    maximum, logsum = logits.amax(-1).to(log_probs.dtype), log_probs.amax(-1).neg_()
+    return restore(logits, maximum, logsum) if as_restored else log_probs, maximum, logsum
 
 
 def restore(logits: torch.Tensor, maximum: torch.Tensor, logsum: torch.Tensor) -> torch.Tensor:
@@ -59,24 +64,40 @@ def restore(logits: torch.Tensor, maximum: torch.Tensor, logsum: torch.Tensor) -
     return (logits.to(maximum.dtype) - maximum.unsqueeze(-1)).sub_(logsum.unsqueeze(-1))
 
 
-def divergence(log_p: torch.Tensor, log_q: torch.Tensor, p: torch.Tensor, q: torch.Tensor, need_means: bool):
+def divergence(
+    log_p: torch.Tensor, log_q: torch.Tensor, p: torch.Tensor, q: torch.Tensor, need_means: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """J = 1/2 sum (p - q) d per row, and E_p[d], E_q[d] if needed.
 
-    p - q and d have the same sign in every class, so nothing cancels.
+    p - q and d have the same sign in every class, so nothing cancels. The means take the sum of p - q along, which is
+    its rounding alone: divergence_grad subtracts it, so that a row's gradient sums to 0 also where p is nearly q.
     """
     d = _difference(log_p, log_q)
-    means = ((p * d).sum(-1), (q * d).sum(-1)) if need_means else (None, None)
-    return (p - q).mul_(d).sum(-1).mul_(0.5), *means
+    gap = p - q
+    means: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+    if need_means:
+        # Apart from the products: beside a large one the small sum would be rounded away.
+        rounding = gap.sum(-1)
+        means = (p * d).sum(-1).add_(rounding), (q * d).sum(-1).add_(rounding)
+    return gap.mul_(d).sum(-1).mul_(0.5), *means
 
 
-def divergence_grad(log_p, log_q, p, q, mean_p, mean_q, coefficient):
+def divergence_grad(
+    log_p: torch.Tensor,
+    log_q: torch.Tensor,
+    p: torch.Tensor,
+    q: torch.Tensor,
+    mean_p: torch.Tensor | None,
+    mean_q: torch.Tensor | None,
+    coefficient: torch.Tensor | float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """coefficient * dJ/da and dJ/db: [..., V]; coefficient broadcasts to them. Without means the targets are constants.
 
     constant targets: 1/2 (p - q) and its opposite
     otherwise:        1/2 [p (d - E_p d) + p - q] and 1/2 [-q (d - E_q d) - (p - q)]
     """
     half = coefficient * 0.5
-    if mean_p is None:
+    if mean_p is None or mean_q is None:
         ga = (p - q).mul_(half)
         return ga, ga.neg()
     d = _difference(log_p, log_q)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -16,10 +19,16 @@ from .grad_op import (
 )
 from .op import (
     adamix_loss_backward_op,
-    adamix_loss_op,
     consistency_backward_op,
-    consistency_op,
-    linear_adamix_loss_op,
+)
+from .op import (
+    adamix_loss_op as adamix_loss_op,
+)
+from .op import (
+    consistency_op as consistency_op,
+)
+from .op import (
+    linear_adamix_loss_op as linear_adamix_loss_op,
 )
 
 
@@ -31,7 +40,15 @@ class ConsistencyFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits_a, logits_b, mask, detach_target, reduction, backend):
+    def forward(
+        ctx: Any,
+        logits_a: torch.Tensor,
+        logits_b: torch.Tensor,
+        mask: torch.Tensor | None,
+        detach_target: bool,
+        reduction: str,
+        backend: str,
+    ) -> Any:
         args = logits_a, logits_b, mask, detach_target, reduction
         ctx.ahead = None
         if reduction != "none" and writes_gradient(logits_a, backend) and writes_gradient(logits_b, backend):
@@ -47,7 +64,9 @@ class ConsistencyFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _grad_stats, _grad_scale):
+    def backward(
+        ctx: Any, grad: torch.Tensor | None, _grad_stats: torch.Tensor | None, _grad_scale: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
             return (None,) * 6
         ahead, ctx.ahead = ctx.ahead, None
@@ -64,7 +83,14 @@ class AdaMixLossFunction(torch.autograd.Function):
     """Saves the logits and the row statistics; the gradient as in ConsistencyFunction."""
 
     @staticmethod
-    def forward(ctx, logits, labels, mask, num_items, *options):
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        mask: torch.Tensor | None,
+        num_items: torch.Tensor | None,
+        *options: Any,
+    ) -> Any:
         ctx.ahead = None
         if writes_gradient(logits, options[-1]):
             ctx.ahead = _empty_like(logits)
@@ -80,7 +106,7 @@ class AdaMixLossFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
             return (None,) * 9
         ahead, ctx.ahead = ctx.ahead, None
@@ -94,7 +120,15 @@ class InplaceConsistencyFunction(torch.autograd.Function):
     """The logits are overwritten by their gradient, and saved as such; a changed version is autograd's to report."""
 
     @staticmethod
-    def forward(ctx, logits_a, logits_b, mask, detach_target, reduction, backend):
+    def forward(
+        ctx: Any,
+        logits_a: torch.Tensor,
+        logits_b: torch.Tensor,
+        mask: torch.Tensor | None,
+        detach_target: bool,
+        reduction: str,
+        backend: str,
+    ) -> Any:
         needs = ctx.needs_input_grad[:2]
         over = [t.detach() if need else None for t, need in zip((logits_a, logits_b), needs, strict=True)]
         args = logits_a, logits_b, mask, detach_target, reduction, *over, backend
@@ -104,7 +138,7 @@ class InplaceConsistencyFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return *_take_overwritten(ctx, grad, 2), None, None, None, None
 
 
@@ -112,7 +146,14 @@ class InplaceAdaMixLossFunction(torch.autograd.Function):
     """As InplaceConsistencyFunction."""
 
     @staticmethod
-    def forward(ctx, logits, labels, mask, num_items, *options):
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        mask: torch.Tensor | None,
+        num_items: torch.Tensor | None,
+        *options: Any,
+    ) -> Any:
         args = logits, labels, mask, num_items, *options[:-1], logits.detach(), options[-1]
         *losses, _, _, factor = below_autograd(adamix_loss_grad_op, *args)
         _keep_overwritten(ctx, factor, options[-1], logits)
@@ -121,18 +162,18 @@ class InplaceAdaMixLossFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
         return *_take_overwritten(ctx, grad, 1), *[None] * 8
 
 
-def _keep_overwritten(ctx, factor, backend, *logits):
+def _keep_overwritten(ctx: Any, factor: torch.Tensor, backend: str, *logits: torch.Tensor | None) -> None:
     ctx.save_for_backward(factor, *logits)
     ctx.backend, ctx.spent = backend, False
     ctx.set_materialize_grads(False)
     torch.autograd.graph.increment_version([t for t in logits if t is not None])
 
 
-def _take_overwritten(ctx, grad, count):
+def _take_overwritten(ctx: Any, grad: torch.Tensor | None, count: int) -> Sequence[torch.Tensor | None]:
     if grad is None:
         return (None,) * count
     if ctx.spent:
@@ -155,7 +196,9 @@ class LinearAdaMixLossFunction(torch.autograd.Function):
     """Saves the gradients that the forward computed; backward only scales them, into new tensors."""
 
     @staticmethod
-    def forward(ctx, hidden, lm_head_weight, bias, *rest):
+    def forward(
+        ctx: Any, hidden: torch.Tensor, lm_head_weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any
+    ) -> Any:
         loss, cross_entropy, consistency, *grads, scale = below_autograd(
             linear_adamix_loss_op, hidden, lm_head_weight, bias, *rest
         )
@@ -167,7 +210,7 @@ class LinearAdaMixLossFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
             return (None,) * 15
         *grads, scale = ctx.saved_tensors
@@ -183,5 +226,6 @@ differentiate(consistency_op, ConsistencyFunction)
 differentiate(adamix_loss_op, AdaMixLossFunction)
 differentiate(linear_adamix_loss_op, LinearAdaMixLossFunction)
 
-inplace_adamix_loss = InplaceAdaMixLossFunction.apply
-inplace_consistency = InplaceConsistencyFunction.apply
+# torch gives apply no types.
+inplace_adamix_loss: Callable[..., Any] = InplaceAdaMixLossFunction.apply
+inplace_consistency: Callable[..., Any] = InplaceConsistencyFunction.apply

@@ -23,15 +23,34 @@ GRADIENT_DTYPES = (torch.bfloat16, torch.float32)
 _ops = torch.ops.adamix_cuda
 
 
-def forward(logits_a, logits_b, mask, detach_target, reduction):
+def forward(
+    logits_a: torch.Tensor, logits_b: torch.Tensor, mask: torch.Tensor | None, detach_target: bool, reduction: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _ops.consistency_forward(logits_a, logits_b, mask, detach_target, reduction, None, None)[:3]
 
 
-def forward_grad(logits_a, logits_b, mask, detach_target, reduction, da, db):
+def forward_grad(
+    logits_a: torch.Tensor,
+    logits_b: torch.Tensor,
+    mask: torch.Tensor | None,
+    detach_target: bool,
+    reduction: str,
+    da: torch.Tensor | None,
+    db: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return _ops.consistency_forward(logits_a, logits_b, mask, detach_target, reduction, da, db)
 
 
-def backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, out=None):
+def backward(
+    grad: torch.Tensor,
+    logits_a: torch.Tensor,
+    logits_b: torch.Tensor,
+    mask: torch.Tensor | None,
+    stats: torch.Tensor,
+    scale: torch.Tensor,
+    detach_target: bool,
+    out: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     correct = out is not None
     if out is None:
         out = logits_a.new_empty(logits_a.shape), logits_b.new_empty(logits_b.shape)
@@ -39,21 +58,48 @@ def backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, out=No
     return out
 
 
-def adamix_forward(logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target):
+def adamix_forward(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     options = weight, ignore_index, label_smoothing, detach_target
     return _ops.adamix_forward(logits, labels, mask, num_items, *options, None)[:5]
 
 
 def adamix_forward_grad(
-    logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, d_logits
-):  # fmt: skip
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+    d_logits: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     options = weight, ignore_index, label_smoothing, detach_target
     return _ops.adamix_forward(logits, labels, mask, num_items, *options, d_logits)
 
 
 def adamix_backward(
-    grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target, out=None
-):  # fmt: skip
+    grad: torch.Tensor,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    stats: torch.Tensor,
+    scales: torch.Tensor,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     correct = out is not None
     out = logits.new_empty(logits.shape) if out is None else out
     options = weight, ignore_index, label_smoothing, detach_target
@@ -61,17 +107,36 @@ def adamix_backward(
     return out
 
 
-def rescale(gradient, factor):
+def rescale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
     _ops.consistency_rescale(gradient, factor)
 
 
 def linear_forward(
-    hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target,
-    chunk_rows, need_hidden, need_weight, need_bias,
-):  # fmt: skip
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+    chunk_rows: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The reference's chunks; a chunk's logits are overwritten by their gradient."""
 
-    def chunk(logits, labels, counted, selected, factors, need_grad) -> Chunk:
+    def chunk(
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        counted: torch.Tensor,
+        selected: torch.Tensor,
+        factors: tuple[torch.Tensor, torch.Tensor | float],
+        need_grad: bool,
+    ) -> Chunk:
         sums = _ops.adamix_chunk(
             logits, labels, selected, factors, ignore_index, label_smoothing, detach_target, need_grad
         )

@@ -5,6 +5,9 @@ They serve eager mode alone: a traced graph has the two steps of op.py.
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import torch
 
 from ..._backends import select
@@ -20,11 +23,20 @@ def writes_gradient(logits: torch.Tensor, backend: str) -> bool:
     return plain and logits.dtype in _select(logits, backend).GRADIENT_DTYPES
 
 
-def _select(logits, backend):
+def _select(logits: torch.Tensor, backend: str) -> ModuleType:
     return select("consistency", backend, logits.device.type, logits.dtype)
 
 
-def _consistency_grad(logits_a, logits_b, mask, detach_target, reduction, da, db, backend):
+def _consistency_grad(
+    logits_a: torch.Tensor,
+    logits_b: torch.Tensor,
+    mask: torch.Tensor | None,
+    detach_target: bool,
+    reduction: str,
+    da: torch.Tensor | None,
+    db: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if checking():
         # Before anything is overwritten.
         _consistency(logits_a, logits_b, mask, detach_target, reduction, backend)
@@ -32,18 +44,47 @@ def _consistency_grad(logits_a, logits_b, mask, detach_target, reduction, da, db
     return module.forward_grad(logits_a, logits_b, mask, detach_target, reduction, da, db)
 
 
-def _consistency_grad_fake(logits_a, logits_b, mask, detach_target, reduction, da, db, backend):
+def _consistency_grad_fake(
+    logits_a: torch.Tensor,
+    logits_b: torch.Tensor,
+    mask: torch.Tensor | None,
+    detach_target: bool,
+    reduction: str,
+    da: torch.Tensor | None,
+    db: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     out = _consistency_fake(logits_a, logits_b, mask, detach_target, reduction, backend)
     return *out, logits_a.new_empty((), dtype=wide_dtype(logits_a.dtype))
 
 
-def _consistency_correct(grad, logits_a, logits_b, mask, stats, scale, detach_target, da, db, backend):
+def _consistency_correct(
+    grad: torch.Tensor,
+    logits_a: torch.Tensor,
+    logits_b: torch.Tensor,
+    mask: torch.Tensor | None,
+    stats: torch.Tensor,
+    scale: torch.Tensor,
+    detach_target: bool,
+    da: torch.Tensor | None,
+    db: torch.Tensor | None,
+    backend: str,
+) -> None:
     _select(logits_a, backend).backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, (da, db))
 
 
 def _adamix_grad(
-    logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, d_logits, backend
-):  # fmt: skip
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+    d_logits: torch.Tensor,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     options = weight, ignore_index, label_smoothing, detach_target
     if checking():
         _adamix(logits, labels, mask, num_items, *options, backend)
@@ -52,8 +93,17 @@ def _adamix_grad(
 
 
 def _adamix_grad_fake(
-    logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, d_logits, backend
-):  # fmt: skip
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+    d_logits: torch.Tensor,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     out = _adamix_fake(
         logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, backend
     )  # fmt: skip
@@ -61,17 +111,28 @@ def _adamix_grad_fake(
 
 
 def _adamix_correct(
-    grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target, d_logits, backend
-):  # fmt: skip
+    grad: torch.Tensor,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    stats: torch.Tensor,
+    scales: torch.Tensor,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+    d_logits: torch.Tensor,
+    backend: str,
+) -> None:
     options = weight, ignore_index, label_smoothing, detach_target
     _select(logits, backend).adamix_backward(grad, logits, labels, mask, stats, scales, *options, d_logits)
 
 
-def _rescale(gradient, factor, backend):
+def _rescale(gradient: torch.Tensor, factor: torch.Tensor, backend: str) -> None:
     _select(gradient, backend).rescale(gradient, factor)
 
 
-def _nothing_fake(*_):
+def _nothing_fake(*_: Any) -> None:
     return None
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from ..._backends import select
-from .._checks import fail
+from .._checks import OutOfRangeError, fail
 from .._library import define
 from ._finite import check_linear_loss, check_pair_loss, checking
 from ._rows import wide_dtype
 
 
-def _check_labels(labels, mask, ignore_index, num_classes):
+def _check_labels(labels: torch.Tensor, mask: torch.Tensor | None, ignore_index: int, num_classes: int) -> None:
     """Checked where the values exist and reading them costs no synchronisation (or ADAMIX_CHECK=1)."""
     if labels.device.type != "cpu" and not checking():
         return
@@ -22,10 +22,17 @@ def _check_labels(labels, mask, ignore_index, num_classes):
     wrong = wrong if mask is None else wrong & mask
     if wrong.any():
         bad = int(labels[wrong][0])
-        fail("labels", f"class {bad}", f"0 <= class < {num_classes}, or ignore_index {ignore_index}", IndexError)
+        fail("labels", f"class {bad}", f"0 <= class < {num_classes}, or ignore_index {ignore_index}", OutOfRangeError)
 
 
-def _consistency(logits_a, logits_b, mask, detach_target, reduction, backend):
+def _consistency(
+    logits_a: torch.Tensor,
+    logits_b: torch.Tensor,
+    mask: torch.Tensor | None,
+    detach_target: bool,
+    reduction: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out = select("consistency", backend, logits_a.device.type, logits_a.dtype).forward(
         logits_a, logits_b, mask, detach_target, reduction
     )
@@ -33,7 +40,14 @@ def _consistency(logits_a, logits_b, mask, detach_target, reduction, backend):
     return out
 
 
-def _consistency_fake(logits_a, logits_b, mask, detach_target, reduction, backend):
+def _consistency_fake(
+    logits_a: torch.Tensor,
+    logits_b: torch.Tensor,
+    mask: torch.Tensor | None,
+    detach_target: bool,
+    reduction: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     select("consistency", backend, logits_a.device.type, logits_a.dtype)
     rows = logits_a.shape[:-1]
     dtype = wide_dtype(logits_a.dtype)
@@ -42,17 +56,45 @@ def _consistency_fake(logits_a, logits_b, mask, detach_target, reduction, backen
     return loss, stats, logits_a.new_empty((), dtype=dtype)
 
 
-def _consistency_backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, backend):
+def _consistency_backward(
+    grad: torch.Tensor,
+    logits_a: torch.Tensor,
+    logits_b: torch.Tensor,
+    mask: torch.Tensor | None,
+    stats: torch.Tensor,
+    scale: torch.Tensor,
+    detach_target: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     return select("consistency", backend, logits_a.device.type, logits_a.dtype).backward(
         grad, logits_a, logits_b, mask, stats, scale, detach_target
     )
 
 
-def _consistency_backward_fake(grad, logits_a, logits_b, mask, stats, scale, detach_target, backend):
+def _consistency_backward_fake(
+    grad: torch.Tensor,
+    logits_a: torch.Tensor,
+    logits_b: torch.Tensor,
+    mask: torch.Tensor | None,
+    stats: torch.Tensor,
+    scale: torch.Tensor,
+    detach_target: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     return logits_a.new_empty(logits_a.shape), logits_b.new_empty(logits_b.shape)
 
 
-def _adamix(logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, backend):
+def _adamix(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     _check_labels(labels, mask, ignore_index, logits.shape[-1])
     out = select("consistency", backend, logits.device.type, logits.dtype).adamix_forward(
         logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target
@@ -64,7 +106,17 @@ def _adamix(logits, labels, mask, num_items, weight, ignore_index, label_smoothi
     return out
 
 
-def _adamix_fake(logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, backend):
+def _adamix_fake(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     select("consistency", backend, logits.device.type, logits.dtype)
     dtype = wide_dtype(logits.dtype)
     loss, cross_entropy, consistency = (logits.new_empty((), dtype=dtype) for _ in range(3))
@@ -73,23 +125,56 @@ def _adamix_fake(logits, labels, mask, num_items, weight, ignore_index, label_sm
 
 
 def _adamix_backward(
-    grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target, backend
-):
+    grad: torch.Tensor,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    stats: torch.Tensor,
+    scales: torch.Tensor,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+    backend: str,
+) -> torch.Tensor:
     return select("consistency", backend, logits.device.type, logits.dtype).adamix_backward(
         grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target
     )
 
 
 def _adamix_backward_fake(
-    grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target, backend
-):
+    grad: torch.Tensor,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    stats: torch.Tensor,
+    scales: torch.Tensor,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+    backend: str,
+) -> torch.Tensor:
     return logits.new_empty(logits.shape)
 
 
 def _linear(
-    hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target,
-    chunk_rows, need_hidden, need_weight, need_bias, backend,
-):  # fmt: skip
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+    chunk_rows: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     _check_labels(labels, mask, ignore_index, lm_head_weight.shape[0])
     out = select("consistency", backend, hidden.device.type, hidden.dtype).linear_forward(
         hidden,
@@ -113,9 +198,22 @@ def _linear(
 
 
 def _linear_fake(
-    hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target,
-    chunk_rows, need_hidden, need_weight, need_bias, backend,
-):  # fmt: skip
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+    chunk_rows: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     select("consistency", backend, hidden.device.type, hidden.dtype)
     dtype = wide_dtype(hidden.dtype)
     loss, cross_entropy, consistency, scale = (hidden.new_empty((), dtype=dtype) for _ in range(4))

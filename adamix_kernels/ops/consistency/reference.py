@@ -44,12 +44,14 @@ from ._rows import (
 GRADIENT_DTYPES = ()
 
 
-def forward(logits_a, logits_b, mask, detach_target, reduction):
-    log_p, max_a, sum_a = log_softmax(logits_a)
-    log_q, max_b, sum_b = log_softmax(logits_b)
+def forward(
+    logits_a: torch.Tensor, logits_b: torch.Tensor, mask: torch.Tensor | None, detach_target: bool, reduction: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    log_p, max_a, sum_a = log_softmax(logits_a, not detach_target)
+    log_q, max_b, sum_b = log_softmax(logits_b, not detach_target)
     rows, mean_p, mean_q = divergence(log_p, log_q, log_p.exp(), log_q.exp(), not detach_target)
     rows = rows if mask is None else keep(rows, mask)
-    stats = [max_a, max_b, sum_a, sum_b] + ([] if detach_target else [mean_p, mean_q])
+    stats = [max_a, max_b, sum_a, sum_b] + [mean for mean in (mean_p, mean_q) if mean is not None]
     scale = rows.new_ones(())
     if reduction == "batchmean":
         scale = inverse(rows.new_full((), rows.numel()) if mask is None else mask.sum(dtype=rows.dtype))
@@ -57,52 +59,97 @@ def forward(logits_a, logits_b, mask, detach_target, reduction):
     return loss.contiguous(), torch.stack(stats), scale
 
 
-def forward_grad(logits_a, logits_b, mask, detach_target, reduction, da, db):
+def forward_grad(
+    logits_a: torch.Tensor,
+    logits_b: torch.Tensor,
+    mask: torch.Tensor | None,
+    detach_target: bool,
+    reduction: str,
+    da: torch.Tensor | None,
+    db: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     loss, stats, scale = forward(logits_a, logits_b, mask, detach_target, reduction)
     scale_held, factor = held(scale, 1.0, logits_a.dtype)
     backward(loss.new_ones(()), logits_a, logits_b, mask, stats, scale_held, detach_target, (da, db))
     return loss, stats, scale, factor
 
 
-def backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, out=None):
+def backward(
+    grad: torch.Tensor,
+    logits_a: torch.Tensor,
+    logits_b: torch.Tensor,
+    mask: torch.Tensor | None,
+    stats: torch.Tensor,
+    scale: torch.Tensor,
+    detach_target: bool,
+    out: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     log_p = restore(logits_a, stats[0], stats[2])
     log_q = restore(logits_b, stats[1], stats[3])
     means = (None, None) if detach_target else (stats[4], stats[5])
     coefficient = (grad * scale).unsqueeze(-1)
-    ga, gb = divergence_grad(log_p, log_q, log_p.exp(), log_q.exp(), *means, coefficient)
+    ga, gb = divergence_grad(log_p, log_q, log_p.exp(), log_q.exp(), means[0], means[1], coefficient)
     if mask is not None:
         ga, gb = keep(ga, mask.unsqueeze(-1)), keep(gb, mask.unsqueeze(-1))
     if out is None:
         return ga.to(logits_a.dtype).contiguous(), gb.to(logits_b.dtype).contiguous()
-    return tuple(None if into is None else into.copy_(g) for into, g in zip(out, (ga, gb), strict=True))
+    da, db = out
+    return None if da is None else da.copy_(ga), None if db is None else db.copy_(gb)
 
 
-def adamix_forward(logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target):
+def adamix_forward(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     counted, selected = rows_of(labels, mask, ignore_index)
-    log_probs, maximum, logsum = log_softmax(logits)
+    log_probs, maximum, logsum = log_softmax(logits, not detach_target)
     half = labels.shape[0]
     entropy_rows = _cross_entropy(log_probs[:half], labels, counted, label_smoothing)
     rows, mean_p, mean_q = divergence(*_halves(log_probs, half), *_halves(log_probs.exp(), half), not detach_target)
     scales = scales_of(counted, selected, num_items, rows.dtype)
     cross_entropy = keep(entropy_rows, counted).sum() * scales[0]
     consistency = keep(rows, selected).sum() * scales[1]
-    stats = [maximum, logsum] + ([] if detach_target else [torch.cat([mean_p, mean_q])])
+    stats = [maximum, logsum] + ([] if mean_p is None or mean_q is None else [torch.cat([mean_p, mean_q])])
     return cross_entropy + weight * consistency, cross_entropy, consistency, torch.stack(stats), scales
 
 
 def adamix_forward_grad(
-    logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, d_logits
-):  # fmt: skip
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+    d_logits: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     options = weight, ignore_index, label_smoothing, detach_target
-    *losses, stats, scales = adamix_forward(logits, labels, mask, num_items, *options)
+    loss, cross_entropy, consistency, stats, scales = adamix_forward(logits, labels, mask, num_items, *options)
     scales_held, factor = held(scales, weight, logits.dtype)
     adamix_backward(scales.new_ones(()), logits, labels, mask, stats, scales_held, *options, d_logits)
-    return *losses, stats, scales, factor
+    return loss, cross_entropy, consistency, stats, scales, factor
 
 
 def adamix_backward(
-    grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target, out=None
-):  # fmt: skip
+    grad: torch.Tensor,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    stats: torch.Tensor,
+    scales: torch.Tensor,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     counted, selected = rows_of(labels, mask, ignore_index)
     log_probs = restore(logits, stats[0], stats[1])
     half = labels.shape[0]
@@ -116,25 +163,44 @@ def adamix_backward(
     return out
 
 
-def rescale(gradient, factor):
+def rescale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
     gradient.copy_(gradient.to(factor.dtype) * factor)
 
 
 def linear_forward(
-    hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target,
-    chunk_rows, need_hidden, need_weight, need_bias,
-):  # fmt: skip
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+    chunk_rows: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Chunks of row pairs: logits, losses and gradients of one chunk live at a time."""
 
-    def chunk(logits, labels, counted, selected, factors, need_grad) -> Chunk:
+    def chunk(
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        counted: torch.Tensor,
+        selected: torch.Tensor,
+        factors: tuple[torch.Tensor, torch.Tensor | float],
+        need_grad: bool,
+    ) -> Chunk:
         log_probs = torch.log_softmax(logits, -1, dtype=wide_dtype(logits.dtype))
         half = log_probs.shape[0] // 2
         pair = (*_halves(log_probs, half), *_halves(log_probs.exp(), half))
-        rows, *means = divergence(*pair, not detach_target)
+        rows, mean_p, mean_q = divergence(*pair, not detach_target)
         entropy_rows = _cross_entropy(pair[0], labels, counted, label_smoothing)
         d_logits = None
         if need_grad:
-            grads = _pair_grad(pair, means, labels, counted, *factors, label_smoothing)
+            grads = _pair_grad(pair, (mean_p, mean_q), labels, counted, *factors, label_smoothing)
             d_logits = torch.cat([keep(g, selected.unsqueeze(-1)) for g in grads])
         return Chunk(keep(entropy_rows, counted).sum(), keep(rows, selected).sum(), d_logits)
 
@@ -144,7 +210,9 @@ def linear_forward(
     )  # fmt: skip
 
 
-def _cross_entropy(log_p, labels, counted, label_smoothing):
+def _cross_entropy(
+    log_p: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor, label_smoothing: float
+) -> torch.Tensor:
     """-(1 - s) log p[label] - s mean(log p), per row; meaningless where not counted."""
     rows = log_p.gather(-1, torch.where(counted, labels, 0).long().unsqueeze(-1)).squeeze(-1).neg()
     if label_smoothing:
@@ -152,11 +220,19 @@ def _cross_entropy(log_p, labels, counted, label_smoothing):
     return rows
 
 
-def _halves(values, half):
+def _halves(values: torch.Tensor, half: int) -> tuple[torch.Tensor, torch.Tensor]:
     return values[:half], values[half:]
 
 
-def _pair_grad(pair, means, labels, counted, entropy_scale, consistency_scale, label_smoothing):
+def _pair_grad(
+    pair: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    means: tuple[torch.Tensor | None, torch.Tensor | None],
+    labels: torch.Tensor,
+    counted: torch.Tensor,
+    entropy_scale: torch.Tensor,
+    consistency_scale: torch.Tensor | float,
+    label_smoothing: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient on a and on b; pair: log p, log q, p, q; scales: a 0-dim tensor, and one or a number."""
     p = pair[2]
     ga, gb = divergence_grad(*pair, *means, consistency_scale)

@@ -11,7 +11,16 @@ from ._finite import check_scalar_loss
 from ._rows import inverse, keep, wide_dtype
 
 
-def regression_loss(logits, labels, weight, label_smoothing, mask, num_items, detach_target, backend):
+def regression_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: float,
+    label_smoothing: float,
+    mask: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    detach_target: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """mean (a - y)^2 + weight * mean 1/2 (a - b)^2 over the rows in the mask; the rule is `adamix_loss`'s."""
     layout = "[2B, ..., 1] or [2B, ...], since labels are floating (regression)"
     check_doubled("logits", logits, 1, layout)

@@ -10,7 +10,17 @@ def wide_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def lora_backward(grad_out, lora_a, lora_b, need_a, need_b, scaling, groups, offsets, fan_in_fan_out):
+def lora_backward(
+    grad_out: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    need_a: bool,
+    need_b: bool,
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    fan_in_fan_out: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(d lora_a, d lora_b): skinny matmuls, which PyTorch's library serves on every device."""
     wide = wide_dtype(grad_out, lora_a)
     grad = (grad_out.t() if fan_in_fan_out else grad_out).to(wide)

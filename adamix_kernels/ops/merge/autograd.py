@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
 from .._library import below_autograd, differentiate
-from .op import merge_experts_backward_op, merge_experts_op, merge_lora_backward_op, merge_lora_op
+from .op import merge_experts_backward_op, merge_lora_backward_op
+from .op import merge_experts_op as merge_experts_op
+from .op import merge_lora_op as merge_lora_op
 
 
 class MergeExpertsFunction(torch.autograd.Function):
     """Saves the bank and the scores."""
 
     @staticmethod
-    def forward(ctx, bank, scores, backend):
+    def forward(ctx: Any, bank: torch.Tensor, scores: torch.Tensor | None, backend: str) -> torch.Tensor:
         ctx.save_for_backward(bank, scores)
         ctx.backend = backend
         return below_autograd(merge_experts_op, bank, scores, backend)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:2]
         grads = merge_experts_backward_op(grad_out, *ctx.saved_tensors, *wanted, ctx.backend)
         dbank, dscores = (g if w else None for g, w in zip(grads, wanted, strict=True))
@@ -31,14 +35,24 @@ class MergeLoRAFunction(torch.autograd.Function):
     """Saves the factors; the weight's gradient is grad_out itself."""
 
     @staticmethod
-    def forward(ctx, weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out, backend):
+    def forward(
+        ctx: Any,
+        weight: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        scaling: float,
+        groups: int,
+        offsets: list[int],
+        fan_in_fan_out: bool,
+        backend: str,
+    ) -> torch.Tensor:
         ctx.save_for_backward(lora_a, lora_b)
         ctx.options = (scaling, groups, offsets, fan_in_fan_out, backend)
         return below_autograd(merge_lora_op, weight, lora_a, lora_b, *ctx.options)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         need_weight, *wanted = ctx.needs_input_grad[:3]
         da = db = None
         if any(wanted):

@@ -16,17 +16,27 @@ __all__ = ["banks_forward", "experts_backward", "experts_forward", "lora_backwar
 _ops = torch.ops.adamix_cuda
 
 
-def experts_forward(bank, scores):
+def experts_forward(bank: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
     return _ops.merge_experts_forward(bank, scores)
 
 
-def banks_forward(banks, scores):
+def banks_forward(banks: list[torch.Tensor], scores: list[torch.Tensor | None]) -> list[torch.Tensor]:
     return _ops.merge_banks_forward(banks, scores)
 
 
-def experts_backward(grad_out, bank, scores, need_bank, need_scores):
+def experts_backward(
+    grad_out: torch.Tensor, bank: torch.Tensor, scores: torch.Tensor | None, need_bank: bool, need_scores: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     return _ops.merge_experts_backward(grad_out, bank, scores, need_bank, need_scores)
 
 
-def lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out):
+def lora_forward(
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    fan_in_fan_out: bool,
+) -> torch.Tensor:
     return _ops.merge_lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out)

@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
 from ..._backends import select
 from .._library import define
 
 
-def _experts_forward(bank, scores, backend):
+def _experts_forward(bank: torch.Tensor, scores: torch.Tensor | None, backend: str) -> torch.Tensor:
     return _select(bank, backend).experts_forward(bank, scores)
 
 
-def _experts_forward_fake(bank, scores, backend):
+def _experts_forward_fake(bank: torch.Tensor, scores: torch.Tensor | None, backend: str) -> torch.Tensor:
     _select(bank, backend)
     return bank.new_empty(bank.shape[1:])
 
 
-def _experts_backward(grad_out, bank, scores, need_bank, need_scores, backend):
+def _experts_backward(
+    grad_out: torch.Tensor,
+    bank: torch.Tensor,
+    scores: torch.Tensor | None,
+    need_bank: bool,
+    need_scores: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     return _select(bank, backend).experts_backward(grad_out, bank, scores, need_bank, need_scores)
 
 
-def _experts_backward_fake(grad_out, bank, scores, need_bank, need_scores, backend):
+def _experts_backward_fake(
+    grad_out: torch.Tensor,
+    bank: torch.Tensor,
+    scores: torch.Tensor | None,
+    need_bank: bool,
+    need_scores: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     dbank = bank.new_empty(bank.shape if need_bank else 0)
-    return dbank, scores.new_empty(scores.shape) if need_scores else bank.new_empty(0)
+    return dbank, bank.new_empty(0) if scores is None or not need_scores else scores.new_empty(scores.shape)
 
 
-def _banks_forward(banks, scores, backend):
-    alike: dict[tuple, list[int]] = {}
+def _banks_forward(banks: list[torch.Tensor], scores: list[torch.Tensor | None], backend: str) -> list[torch.Tensor]:
+    alike: dict[tuple[ModuleType, torch.device, torch.dtype], list[int]] = {}
     for n, bank in enumerate(banks):
         alike.setdefault((_select(bank, backend), bank.device, bank.dtype), []).append(n)
-    merged = [None] * len(banks)
+    merged = list(banks)
     for (module, _, _), which in alike.items():
         outs = module.banks_forward([banks[n] for n in which], [scores[n] for n in which])
         for n, out in zip(which, outs, strict=True):
@@ -38,30 +54,72 @@ def _banks_forward(banks, scores, backend):
     return merged
 
 
-def _banks_forward_fake(banks, scores, backend):
+def _banks_forward_fake(
+    banks: list[torch.Tensor], scores: list[torch.Tensor | None], backend: str
+) -> list[torch.Tensor]:
     return [_experts_forward_fake(bank, score, backend) for bank, score in zip(banks, scores, strict=True)]
 
 
-def _lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out, backend):
+def _lora_forward(
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    fan_in_fan_out: bool,
+    backend: str,
+) -> torch.Tensor:
     return _select(weight, backend).lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out)
 
 
-def _lora_forward_fake(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out, backend):
+def _lora_forward_fake(
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    fan_in_fan_out: bool,
+    backend: str,
+) -> torch.Tensor:
     _select(weight, backend)
     return weight.new_empty(weight.shape)
 
 
-def _lora_backward(grad_out, lora_a, lora_b, need_a, need_b, scaling, groups, offsets, fan_in_fan_out, backend):
+def _lora_backward(
+    grad_out: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    need_a: bool,
+    need_b: bool,
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    fan_in_fan_out: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     return _select(grad_out, backend).lora_backward(
         grad_out, lora_a, lora_b, need_a, need_b, scaling, groups, offsets, fan_in_fan_out
     )
 
 
-def _lora_backward_fake(grad_out, lora_a, lora_b, need_a, need_b, scaling, groups, offsets, fan_in_fan_out, backend):
+def _lora_backward_fake(
+    grad_out: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    need_a: bool,
+    need_b: bool,
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    fan_in_fan_out: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     return lora_a.new_empty(lora_a.shape if need_a else 0), lora_b.new_empty(lora_b.shape if need_b else 0)
 
 
-def _select(tensor: torch.Tensor, backend: str):
+def _select(tensor: torch.Tensor, backend: str) -> ModuleType:
     return select("merge", backend, tensor.device.type, tensor.dtype)
 
 

@@ -19,7 +19,7 @@ from ._wide import lora_backward, wide_dtype
 __all__ = ["banks_forward", "experts_backward", "experts_forward", "lora_backward", "lora_forward"]
 
 
-def experts_forward(bank, scores):
+def experts_forward(bank: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
     wide = wide_dtype(bank, scores)
     if scores is None:
         return bank.mean(0, dtype=wide).to(bank.dtype).contiguous()
@@ -27,7 +27,9 @@ def experts_forward(bank, scores):
     return (bank.to(wide) * _column(share, bank)).sum(0).to(bank.dtype).contiguous()
 
 
-def experts_backward(grad_out, bank, scores, need_bank, need_scores):
+def experts_backward(
+    grad_out: torch.Tensor, bank: torch.Tensor, scores: torch.Tensor | None, need_bank: bool, need_scores: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     wide = wide_dtype(bank, scores)
     grad = grad_out.to(wide).unsqueeze(0)
     num_experts = bank.shape[0]
@@ -36,17 +38,26 @@ def experts_backward(grad_out, bank, scores, need_bank, need_scores):
     if need_bank:
         each = grad / num_experts if share is None else grad * _column(share, bank)
         dbank = each.to(bank.dtype).expand(bank.shape).clone(memory_format=torch.contiguous_format)
-    if need_scores:
+        del each
+    if need_scores and scores is not None and share is not None:
         dots = (bank.to(wide) * grad).flatten(1).sum(1) if bank.dim() > 1 else bank.to(wide) * grad
         dscores = (share * (dots - (share * dots).sum())).to(scores.dtype)
     return dbank, dscores
 
 
-def banks_forward(banks, scores):
+def banks_forward(banks: list[torch.Tensor], scores: list[torch.Tensor | None]) -> list[torch.Tensor]:
     return [experts_forward(bank, score) for bank, score in zip(banks, scores, strict=True)]
 
 
-def lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out):
+def lora_forward(
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    fan_in_fan_out: bool,
+) -> torch.Tensor:
     wide = wide_dtype(weight, lora_a)
     out = weight.to(wide, copy=True, memory_format=torch.contiguous_format)
     rows = out.t() if fan_in_fan_out else out  # [N, K]

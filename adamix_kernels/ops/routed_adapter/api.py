@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..._backends import check_request
-from .._checks import autocast, check_choice, check_dims, check_index, check_shape, check_tensor
+from .._checks import autocast, check_bank, check_choice, check_dims, check_index, check_shape, check_tensor
 from .autograd import routed_adapter_op
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", None)
@@ -42,6 +42,16 @@ def routed_adapter(
 
     Under autocast every floating argument (float64 excepted) is cast to the autocast dtype.
 
+    Memory at the peak, in bytes beyond the arguments, for e bytes an element and H, Hout well above r. The forward
+    counts its output and what it saves, the backward its gradients:
+        triton, cuda: forward `e * B*S * (Hout + r)`,
+            backward `e * (B*S * (H + r) + r * (Md*H + Mu*Hout))`, and a float32 copy of the banks' gradients for each
+            of the parts that many tokens are split into.
+        reference, float32, indices [B]: forward `e * (B*S * (Hout + 2*r) + B * r * Hout)`,
+            backward `e * (B*S * (H + r) + B * r * H + r * (Md*H + Mu*Hout))`
+        reference, float32, indices [B, S]: forward `e * B*S * (3*Hout + 2*r)`,
+            backward `e * (B*S * (3*H + r) + r * (Md*H + Mu*Hout))`
+
     Raises:
         TypeError, ValueError: an argument's type, dtype, device or shape is wrong; the message names it.
         IndexError: an expert id outside its bank (always on the CPU; on a GPU with ADAMIX_CHECK=1).
@@ -71,15 +81,26 @@ def routed_adapter(
     )[0]
 
 
-def _check(x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual, add_input, activation):
+def _check(
+    x: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_index: torch.Tensor | None,
+    up_index: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    add_input: bool,
+    activation: str | None,
+) -> None:
     check_dims("x", x, "[B, S, H]")
     hidden = x.shape[2]
     check_tensor("down_weight", down_weight, x)
-    check_dims("down_weight", down_weight, "[Md, r, H]")
+    check_bank("down_weight", down_weight, "[Md, r, H]")
     md, r, _ = down_weight.shape
     check_shape("down_weight", down_weight, "[Md, r, H]", md, r, hidden)
     check_tensor("up_weight", up_weight, x)
-    check_dims("up_weight", up_weight, "[Mu, Hout, r]")
+    check_bank("up_weight", up_weight, "[Mu, Hout, r]")
     mu, out_features, _ = up_weight.shape
     check_shape("up_weight", up_weight, "[Mu, Hout, r]", mu, out_features, r)
     if down_bias is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
 from .._library import below_autograd, differentiate
-from .op import routed_adapter_backward_op, routed_adapter_op
+from .op import routed_adapter_backward_op
+from .op import routed_adapter_op as routed_adapter_op
 
 
 class RoutedAdapterFunction(torch.autograd.Function):
@@ -14,19 +17,19 @@ class RoutedAdapterFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        x,
-        down_weight,
-        down_bias,
-        up_weight,
-        up_bias,
-        down_index,
-        up_index,
-        residual,
-        add_input,
-        activation,
-        backend,
-    ):
+        ctx: Any,
+        x: torch.Tensor,
+        down_weight: torch.Tensor,
+        down_bias: torch.Tensor | None,
+        up_weight: torch.Tensor,
+        up_bias: torch.Tensor | None,
+        down_index: torch.Tensor | None,
+        up_index: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        add_input: bool,
+        activation: str,
+        backend: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         out, pre = below_autograd(
             routed_adapter_op,
             x, down_weight, down_bias, up_weight, up_bias, down_index, up_index,
@@ -40,7 +43,7 @@ class RoutedAdapterFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, _grad_pre):
+    def backward(ctx: Any, grad_out: torch.Tensor, _grad_pre: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad_out is None:
             return (None,) * 11
         x, pre, down_weight, up_weight, down_index, up_index = ctx.saved_tensors

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..._backends import select
 from .._checks import check_index_values
 from .._library import define
 
 
 def _forward(
-    x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual, add_input, activation, backend
-):
+    x: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_index: torch.Tensor | None,
+    up_index: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    add_input: bool,
+    activation: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     check_index_values("down_index", down_index, down_weight.shape[0])
     check_index_values("up_index", up_index, up_weight.shape[0])
     return select("routed_adapter", backend, x.device.type, x.dtype).forward(
@@ -18,17 +30,38 @@ def _forward(
 
 
 def _forward_fake(
-    x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual, add_input, activation, backend
-):
+    x: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_index: torch.Tensor | None,
+    up_index: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    add_input: bool,
+    activation: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     select("routed_adapter", backend, x.device.type, x.dtype)
     batch, tokens, _ = x.shape
     return x.new_empty(batch, tokens, up_weight.shape[1]), x.new_empty(batch, tokens, down_weight.shape[1])
 
 
 def _backward(
-    grad_out, x, pre, down_weight, up_weight, down_index, up_index,
-    need_input, need_down, need_up, add_input, activation, backend,
-):  # fmt: skip
+    grad_out: torch.Tensor,
+    x: torch.Tensor,
+    pre: torch.Tensor,
+    down_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    down_index: torch.Tensor | None,
+    up_index: torch.Tensor | None,
+    need_input: bool,
+    need_down: bool,
+    need_up: bool,
+    add_input: bool,
+    activation: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return select("routed_adapter", backend, x.device.type, x.dtype).backward(
         grad_out,
         x,
@@ -46,10 +79,21 @@ def _backward(
 
 
 def _backward_fake(
-    grad_out, x, pre, down_weight, up_weight, down_index, up_index,
-    need_input, need_down, need_up, add_input, activation, backend,
-):  # fmt: skip
-    def bank(weight, needed):
+    grad_out: torch.Tensor,
+    x: torch.Tensor,
+    pre: torch.Tensor,
+    down_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    down_index: torch.Tensor | None,
+    up_index: torch.Tensor | None,
+    need_input: bool,
+    need_down: bool,
+    need_up: bool,
+    add_input: bool,
+    activation: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def bank(weight: torch.Tensor, needed: bool) -> tuple[torch.Tensor, torch.Tensor]:
         if not needed:
             return x.new_empty(0), x.new_empty(0)
         return x.new_empty(weight.shape), x.new_empty(weight.shape[:2])

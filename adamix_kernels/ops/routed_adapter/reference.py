@@ -8,7 +8,18 @@ import torch.nn.functional as F
 from .._routed_matmul import bias_grad, project, project_back, weight_grad
 
 
-def forward(x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual, add_input, activation):
+def forward(
+    x: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_index: torch.Tensor | None,
+    up_index: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    add_input: bool,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     pre = project(x, down_weight, down_bias, down_index)
     out = project(_activate(pre, activation), up_weight, up_bias, up_index)
     if add_input:
@@ -19,19 +30,19 @@ def forward(x, down_weight, down_bias, up_weight, up_bias, down_index, up_index,
 
 
 def backward(
-    grad_out,
-    x,
-    pre,
-    down_weight,
-    up_weight,
-    down_index,
-    up_index,
-    need_input,
-    need_down,
-    need_up,
-    add_input,
-    activation,
-):
+    grad_out: torch.Tensor,
+    x: torch.Tensor,
+    pre: torch.Tensor,
+    down_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    down_index: torch.Tensor | None,
+    up_index: torch.Tensor | None,
+    need_input: bool,
+    need_down: bool,
+    need_up: bool,
+    add_input: bool,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dx, ddown_weight, ddown_bias, dup_weight, dup_bias = (x.new_empty(0) for _ in range(5))
     if need_up:
         dup_weight = weight_grad(grad_out, _activate(pre, activation), up_weight.shape[0], up_index)

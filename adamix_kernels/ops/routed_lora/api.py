@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ..._backends import check_request
-from .._checks import autocast, check_choice, check_device, check_dims, check_index, check_shape, check_tensor, fail
+from .._checks import (
+    autocast,
+    check_bank,
+    check_device,
+    check_dims,
+    check_flag,
+    check_index,
+    check_shape,
+    check_tensor,
+    fail,
+)
 from .._groups import check_groups, check_number, check_scaling
 from .autograd import routed_lora_inplace, routed_lora_op
 
@@ -54,6 +65,17 @@ def routed_lora(
 
     Under autocast every floating argument (float64 excepted) is cast to the autocast dtype.
 
+    Memory at the peak, in bytes beyond the arguments, for e bytes an element, one group and K, N well above r. The
+    forward counts its output (none if inplace) and what it saves, the backward its gradients:
+        triton, cuda: forward `e * B*S * (N + r)`, backward `e * (B*S * (K + r) + r * (Ma*K + Mb*N))`, and a float32
+            copy of the banks' gradients for each of the parts that many tokens are split into. Dropout adds nothing.
+        reference, float32, indices [B]: forward `e * B*S * (2*N + r)`,
+            backward `e * (B*S * (K + r) + B * r * K + r * (Ma*K + Mb*N))`
+        reference, float32, indices [B, S]: forward `e * B*S * (3*N + r)`,
+            backward `e * (B*S * (3*K + r) + r * (Ma*K + Mb*N))`
+        reference, float32, indices [B], dropout: forward `e * B*S * (K + 2*N + r)`,
+            backward `B*S * (e * (3*K + r) + K) + e * r * (Ma*K + Mb*N)`
+
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong; the message names it.
         IndexError: an expert id outside its bank (always on the CPU; on a GPU with ADAMIX_CHECK=1).
@@ -67,7 +89,7 @@ def routed_lora(
     offsets = _check(x, lora_a, lora_b, a_index, b_index, base, scaling, groups, output_offsets)
     check_request(backend)
     check_number("dropout_p", dropout_p, 0, 1, "a Python number, 0 <= dropout_p < 1")
-    check_choice("inplace", inplace, (False, True))
+    check_flag("inplace", inplace)
     target = _check_inplace(given, x, lora_a, lora_b) if inplace else base
     seed = _seed_tensor(seed, x) if dropout_p > 0 else None
     arguments = (x, lora_a, lora_b, a_index, b_index, target, seed, scaling, groups, offsets, dropout_p, backend)
@@ -79,7 +101,9 @@ def routed_lora(
     return routed_lora_inplace(*arguments).view(base.shape)
 
 
-def _autocast(x, lora_a, lora_b, base):
+def _autocast(
+    x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, base: torch.Tensor | None
+) -> tuple[Any, ...]:
     for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
         check_tensor(name, value)
     if base is not None:
@@ -87,13 +111,23 @@ def _autocast(x, lora_a, lora_b, base):
     return autocast(x, lora_a, lora_b, base)
 
 
-def _check(x, lora_a, lora_b, a_index, b_index, base, scaling, groups, output_offsets) -> list[int]:
+def _check(
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    a_index: torch.Tensor | None,
+    b_index: torch.Tensor | None,
+    base: torch.Tensor | None,
+    scaling: float,
+    groups: int,
+    output_offsets: Sequence[int],
+) -> list[int]:
     check_dims("x", x, "[B, S, K]")
     check_tensor("lora_a", lora_a, x)
-    check_dims("lora_a", lora_a, "[Ma, groups*r, K]")
+    check_bank("lora_a", lora_a, "[Ma, groups*r, K]")
     check_shape("lora_a", lora_a, "[Ma, groups*r, K]", lora_a.shape[0], lora_a.shape[1], x.shape[2])
     check_tensor("lora_b", lora_b, x)
-    check_dims("lora_b", lora_b, "[Mb, groups*Ng, r]")
+    check_bank("lora_b", lora_b, "[Mb, groups*Ng, r]")
     check_index("a_index", a_index, lora_a.shape[0], x)
     check_index("b_index", b_index, lora_b.shape[0], x)
     width = None
@@ -123,7 +157,7 @@ def _check_inplace(
     if not base.is_contiguous():
         fail("base", f"strides {base.stride()}", f"a contiguous tensor {wanted}")
     for name, other in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b)):
-        if torch._C._is_alias_of(base, other):
+        if torch._C._is_alias_of(base, other):  # type: ignore[attr-defined]  # absent from torch's stubs
             fail("base", f"a tensor in {name}'s memory", f"memory of its own {wanted}")
     if not torch.is_grad_enabled():
         return base

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
 from .._library import below_autograd, differentiate, records
-from .op import routed_lora_backward_op, routed_lora_inplace_op, routed_lora_op
+from .op import routed_lora_backward_op, routed_lora_inplace_op
+from .op import routed_lora_op as routed_lora_op
 
 
 class RoutedLoRAFunction(torch.autograd.Function):
@@ -14,8 +18,20 @@ class RoutedLoRAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, backend
-    ):  # fmt: skip
+        ctx: Any,
+        x: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        a_index: torch.Tensor | None,
+        b_index: torch.Tensor | None,
+        base: torch.Tensor | None,
+        seed: torch.Tensor | None,
+        scaling: float,
+        groups: int,
+        offsets: list[int],
+        dropout_p: float,
+        backend: str,
+    ) -> Any:
         out, t = below_autograd(
             routed_lora_op, x, lora_a, lora_b, a_index, b_index, base, seed,
             scaling, groups, offsets, dropout_p, backend,
@@ -28,7 +44,7 @@ class RoutedLoRAFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, _grad_t):
+    def backward(ctx: Any, grad_out: torch.Tensor, _grad_t: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return _gradients(ctx, grad_out)
 
 
@@ -37,8 +53,20 @@ class RoutedLoRAInPlaceFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, backend
-    ):  # fmt: skip
+        ctx: Any,
+        x: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        a_index: torch.Tensor | None,
+        b_index: torch.Tensor | None,
+        base: torch.Tensor | None,
+        seed: torch.Tensor | None,
+        scaling: float,
+        groups: int,
+        offsets: list[int],
+        dropout_p: float,
+        backend: str,
+    ) -> Any:
         t = below_autograd(
             routed_lora_inplace_op, x, lora_a, lora_b, a_index, b_index, base, seed,
             scaling, groups, offsets, dropout_p, backend,
@@ -51,11 +79,11 @@ class RoutedLoRAInPlaceFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return _gradients(ctx, grad_out)
 
 
-def _gradients(ctx, grad_out):
+def _gradients(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     if grad_out is None:
         return (None,) * 12
     x, t, lora_a, lora_b, a_index, b_index, seed = ctx.saved_tensors
@@ -72,12 +100,13 @@ def _gradients(ctx, grad_out):
 differentiate(routed_lora_op, RoutedLoRAFunction)
 
 
-def routed_lora_inplace(*args) -> torch.Tensor:
+def routed_lora_inplace(*args: Any) -> torch.Tensor:
     """routed_lora_inplace_op with its derivative: base, overwritten.
 
     base may not be a view where a gradient is recorded: autograd takes the first argument for the view rewritten.
     """
     if records(args):
-        return RoutedLoRAInPlaceFunction.apply(*args)
+        apply: Callable[..., torch.Tensor] = RoutedLoRAInPlaceFunction.apply
+        return apply(*args)
     below_autograd(routed_lora_inplace_op, *args)
     return args[5]

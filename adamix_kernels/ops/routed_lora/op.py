@@ -9,7 +9,20 @@ from .._checks import check_index_values
 from .._library import define
 
 
-def _forward(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, backend):
+def _forward(
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    a_index: torch.Tensor | None,
+    b_index: torch.Tensor | None,
+    base: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    dropout_p: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     check_index_values("a_index", a_index, lora_a.shape[0])
     check_index_values("b_index", b_index, lora_b.shape[0])
     return select("routed_lora", backend, x.device.type, x.dtype).forward(
@@ -17,14 +30,40 @@ def _forward(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, o
     )
 
 
-def _forward_fake(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, backend):
+def _forward_fake(
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    a_index: torch.Tensor | None,
+    b_index: torch.Tensor | None,
+    base: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    dropout_p: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     select("routed_lora", backend, x.device.type, x.dtype)
     batch, tokens, _ = x.shape
     width = max(offsets) + lora_b.shape[1] // groups if base is None else base.shape[2]
     return x.new_empty(batch, tokens, width), x.new_empty(batch, tokens, lora_a.shape[1])
 
 
-def _inplace(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, backend):
+def _inplace(
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    a_index: torch.Tensor | None,
+    b_index: torch.Tensor | None,
+    base: torch.Tensor,
+    seed: torch.Tensor | None,
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    dropout_p: float,
+    backend: str,
+) -> torch.Tensor:
     check_index_values("a_index", a_index, lora_a.shape[0])
     check_index_values("b_index", b_index, lora_b.shape[0])
     rows = base.view(*x.shape[:2], base.shape[-1])
@@ -37,15 +76,42 @@ def _inplace(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, o
     return t
 
 
-def _inplace_fake(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, backend):
+def _inplace_fake(
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    a_index: torch.Tensor | None,
+    b_index: torch.Tensor | None,
+    base: torch.Tensor,
+    seed: torch.Tensor | None,
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    dropout_p: float,
+    backend: str,
+) -> torch.Tensor:
     select("routed_lora", backend, x.device.type, x.dtype)
     return x.new_empty(*x.shape[:2], lora_a.shape[1])
 
 
 def _backward(
-    grad_out, x, t, lora_a, lora_b, a_index, b_index, seed,
-    need_x, need_a, need_b, scaling, groups, offsets, dropout_p, backend,
-):  # fmt: skip
+    grad_out: torch.Tensor,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    a_index: torch.Tensor | None,
+    b_index: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    dropout_p: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return select("routed_lora", backend, x.device.type, x.dtype).backward(
         grad_out, x, t, lora_a, lora_b, a_index, b_index, seed,
         need_x, need_a, need_b, scaling, groups, offsets, dropout_p,
@@ -53,11 +119,25 @@ def _backward(
 
 
 def _backward_fake(
-    grad_out, x, t, lora_a, lora_b, a_index, b_index, seed,
-    need_x, need_a, need_b, scaling, groups, offsets, dropout_p, backend,
-):  # fmt: skip
-    pairs = ((x, need_x), (lora_a, need_a), (lora_b, need_b))
-    return tuple(x.new_empty(like.shape) if needed else x.new_empty(0) for like, needed in pairs)
+    grad_out: torch.Tensor,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    a_index: torch.Tensor | None,
+    b_index: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    dropout_p: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx = x.new_empty(x.shape if need_x else 0)
+    return dx, x.new_empty(lora_a.shape if need_a else 0), x.new_empty(lora_b.shape if need_b else 0)
 
 
 # Returns (out [B, S, N], t = dropout(x) A^T [B, S, groups*r]). seed is None exactly when dropout_p is 0.

@@ -8,12 +8,25 @@ from .._dropout import dropout, keep_mask
 from .._routed_matmul import project, project_back, weight_grad
 
 
-def forward(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, inplace=False):
+def forward(
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    a_index: torch.Tensor | None,
+    b_index: torch.Tensor | None,
+    base: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    dropout_p: float,
+    inplace: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     if seed is not None:
         x = dropout(x, _keep(x, seed, dropout_p), dropout_p)
     t = project(x, lora_a, None, a_index)
     per_group = lora_b.shape[1] // groups
-    if inplace:
+    if inplace and base is not None:
         out = base
     elif base is not None:
         if groups == 1 and base.shape[2] == per_group:
@@ -27,9 +40,22 @@ def forward(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, of
 
 
 def backward(
-    grad_out, x, t, lora_a, lora_b, a_index, b_index, seed,
-    need_x, need_a, need_b, scaling, groups, offsets, dropout_p,
-):  # fmt: skip
+    grad_out: torch.Tensor,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    a_index: torch.Tensor | None,
+    b_index: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dx, da, db = (x.new_empty(0) for _ in range(3))
     per_group = lora_b.shape[1] // groups
     grads = [grad_out.narrow(2, offset, per_group) for offset in offsets]  # each [B, S, Ng]
@@ -41,8 +67,7 @@ def backward(
         dt = torch.cat([project_back(g, b_g, b_index) for g, b_g in pairs], 2).mul_(scaling)  # [B, S, groups*r]
         keep = None if seed is None else _keep(x, seed, dropout_p)
         if need_a:
-            dropped = x if keep is None else dropout(x, keep, dropout_p)
-            da = weight_grad(dt, dropped, lora_a.shape[0], a_index)
+            da = weight_grad(dt, x if keep is None else dropout(x, keep, dropout_p), lora_a.shape[0], a_index)
         if need_x:
             dx = project_back(dt, lora_a, a_index)
             dx = dx if keep is None else dropout(dx, keep, dropout_p)

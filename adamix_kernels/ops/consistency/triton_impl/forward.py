@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .finish import arrives_last, coefficients, load_scales, row_scales, store_scalars, sum_rows
-from .pieces import offsets, pair_grads, row_flags, row_losses, statistics, store_grads, store_row
+from .pieces import gradient_means, offsets, pair_grads, row_flags, row_losses, statistics, store_grads, store_row
 
 _SIZES = ["n", "inner", "l_outer", "m_outer", "ignore_index"]
 
@@ -22,7 +22,7 @@ def pair_rows_kernel(
 ):  # fmt: skip
     """Losses and statistics of row pairs, tiles of ROWS; with da or db also those gradients, INPLACE over a and b.
 
-    Traffic: each logit once; for the gradients once more, from L2 where the rows fit, and one write.
+    Traffic: each logit once; for the gradients once more, from L2 where the rows fit, and one write; FULL, once more.
     scales: of the cross-entropy and of J, as row_scales gives them; with COUNT every program finds them itself,
     which is cheap as its tiles are many. FINISH: the last program writes the scalars.
     """
@@ -52,6 +52,10 @@ def pair_rows_kernel(
         entropy, pair, log_a, log_b, mean_p, mean_q = row_losses(
             a, at_a, label, counted, selected, top_a, sum_a, sum_b, gap_a, gap_b, total, V, smoothing, ENTROPY, SMOOTH
         )
+        if FULL:
+            mean_p, mean_q = gradient_means(
+                a, b, at_a, at_b, selected, top_a, top_b, log_a, log_b, V, ROWS, COLS
+            )  # fmt: skip
         store_row(stats, rows, row, live, n, top_a, top_b, log_a, log_b, mean_p, mean_q, entropy, pair, ENTROPY, FULL)
         if GRADS:
             share, half, _ = coefficients(entropy_scale, pair_scale, weight, ENTROPY, HELD)

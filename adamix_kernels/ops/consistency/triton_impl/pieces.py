@@ -142,6 +142,38 @@ def store_row(
 
 
 @triton.jit
+def _point(x, y, top_a, top_b, log_a, log_b):
+    """(p, q, p - q, d) of a tile."""
+    x = x - top_a[:, None] - log_a[:, None]
+    y = y - top_b[:, None] - log_b[:, None]
+    p = tl.exp(x)
+    q = tl.exp(y)
+    return p, q, p - q, tl.where(x == y, 0.0, x - y)
+
+
+@triton.jit
+def gradient_means(
+    a, b, at_a, at_b, selected, top_a, top_b, log_a, log_b, V, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    """E_p d and E_q d once more, as pair_grads needs them, of its own d, whose rounding is large where the logits are.
+
+    With the sum of p - q, which is rounding alone: a row's gradient then sums to 0 also where its parts cancel.
+    """
+    mean_p = tl.zeros([ROWS, COLS], tl.float32)
+    mean_q = tl.zeros([ROWS, COLS], tl.float32)
+    stop = tl.where(tl.max(selected.to(tl.int32)) > 0, V, 0)
+    for start in range(0, stop, COLS):
+        col = start + tl.arange(0, COLS)
+        here = selected[:, None] & (col < V)[None, :]
+        x = tl.load(a + at_a[:, None] + col[None, :], mask=here, other=0.0).to(tl.float32)
+        y = tl.load(b + at_b[:, None] + col[None, :], mask=here, other=0.0).to(tl.float32)
+        p, q, gap, d = _point(x, y, top_a, top_b, log_a, log_b)
+        mean_p += tl.where(here, tl.where(p == 0, 0.0, p * d) + gap, 0.0)
+        mean_q += tl.where(here, tl.where(q == 0, 0.0, q * d) + gap, 0.0)
+    return tl.sum(mean_p, axis=1), tl.sum(mean_q, axis=1)
+
+
+@triton.jit
 def pair_grads(
     x, y, col, label, share, half, top_a, top_b, log_a, log_b, mean_p, mean_q, V, smoothing,
     ENTROPY: tl.constexpr, FULL: tl.constexpr,
@@ -150,13 +182,8 @@ def pair_grads(
 
     share, half [ROWS]: coefficient of the cross-entropy, and half of J's.
     """
-    x = x - top_a[:, None] - log_a[:, None]
-    y = y - top_b[:, None] - log_b[:, None]
-    p = tl.exp(x)
-    q = tl.exp(y)
-    gap = p - q
+    p, q, gap, d = _point(x, y, top_a, top_b, log_a, log_b)
     if FULL:
-        d = tl.where(x == y, 0.0, x - y)
         ga = half[:, None] * (p * (d - mean_p[:, None]) + gap)
         gb = -half[:, None] * (q * (d - mean_q[:, None]) + gap)
     else:

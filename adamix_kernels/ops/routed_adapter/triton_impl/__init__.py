@@ -6,6 +6,8 @@ routing over more than 256 narrow columns adds the device-side sort of the rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...._triton_utils import capability, dot_dtype, launch, precision
@@ -77,7 +79,7 @@ def _input_grad(grad_out, pre, down_weight, up_weight, down_index, up_index, dpr
     )  # fmt: skip
 
 
-def _tile_meta(plan: Plan, chosen, dtype: torch.dtype) -> dict:
+def _tile_meta(plan: Plan, chosen, dtype: torch.dtype) -> dict[str, Any]:
     return dict(
         RP=plan.rp,
         MD=plan.down.experts,

@@ -26,7 +26,7 @@ def _accumulate(
     g_mask = valid[:, None] & (k < R)[None, :]
     g_tile = tl.load(g + rows * R + k[None, :], mask=g_mask, other=0.0)
     z_mask = valid[:, None]
-    if C % COLS != 0:
+    if C == 0 or C % COLS != 0:
         z_mask = z_mask & (c < C)[None, :]
     z_tile = tl.load(z + rows * C + c[None, :], mask=z_mask, other=0.0).to(DOT)
     if ACTIVATION != "":
@@ -150,14 +150,16 @@ def adapter_plane_sum_kernel(
     a: tl.constexpr = (DOWN + COLS - 1) // COLS
     b: tl.constexpr = a + (DOWN_BIAS + COLS - 1) // COLS
     c: tl.constexpr = b + (UP + COLS - 1) // COLS
-    if DOWN > 0:
+    if DOWN > 0:  # noqa: SIM102
         if block < a:
             _sum_planes(down_plane, down_grad, splits, block, DOWN, CHUNK, COLS)
-        elif block < b:
+    # Of a side of no features the bias alone is there.
+    if DOWN_BIAS > 0:  # noqa: SIM102
+        if block >= a and block < b:
             _sum_planes(down_bias_plane, down_bias_grad, splits, block - a, DOWN_BIAS, CHUNK, COLS)
     if UP > 0:  # noqa: SIM102
-        if block >= b:
-            if block < c:
-                _sum_planes(up_plane, up_grad, splits, block - b, UP, CHUNK, COLS)
-            else:
-                _sum_planes(up_bias_plane, up_bias_grad, splits, block - c, UP_BIAS, CHUNK, COLS)
+        if block >= b and block < c:
+            _sum_planes(up_plane, up_grad, splits, block - b, UP, CHUNK, COLS)
+    if UP_BIAS > 0:  # noqa: SIM102
+        if block >= c:
+            _sum_planes(up_bias_plane, up_bias_grad, splits, block - c, UP_BIAS, CHUNK, COLS)

@@ -79,7 +79,7 @@ def count_splits(rows: int, blocks: int, tile: int, columns: int, row_bytes: int
     Enough programs, each with enough tiles, and float32 planes [splits, columns] that hold at most a
     quarter of the bytes they sum: `row_bytes` a row, both for one feature of every side that is wanted.
     """
-    affordable = rows * row_bytes // (4 * 4 * columns)
+    affordable = rows * row_bytes // max(1, 4 * 4 * columns)
     return max(1, min(PROGRAMS // blocks, -(-rows // (tile * MIN_TILES)), affordable, MAX_SPLITS))
 
 

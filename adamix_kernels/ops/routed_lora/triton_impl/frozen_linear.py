@@ -5,6 +5,8 @@ Not wired into the op: "auto" may use it only for shapes in `WINS`, and no commi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...._triton_utils import capability, dot_dtype, launch, precision
@@ -98,7 +100,7 @@ def _launch(kernel, plan: Plan, columns: int, *args) -> None:
     launch(kernel, (tiles,), args[0].device, *args, **plan.sizes, **meta)
 
 
-def frozen_meta(gpu: int, dtype: torch.dtype, rank: int) -> dict:
+def frozen_meta(gpu: int, dtype: torch.dtype, rank: int) -> dict[str, Any]:
     """Block sizes for a padded rank; gpu: 10 * major + minor."""
     chosen = config("frozen_kernel", gpu, dtype.itemsize, rank)
     return dict(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
     perm: torch.Tensor | None
     a_wide: int
     b_wide: int
-    sizes: dict
+    sizes: dict[str, Any]
     rank: int
     dtype: torch.dtype
     capability: int
@@ -65,7 +65,7 @@ class Plan(NamedTuple):
         """What every kernel takes after its tensors."""
         return self.num_rows, self.a_divisor, self.b_divisor, *dropout_constants(dropout_p), scaling
 
-    def tiles(self, kernel: str, wide: int, columns: int) -> tuple[dict, tuple[int, int]]:
+    def tiles(self, kernel: str, wide: int, columns: int) -> tuple[dict[str, Any], tuple[int, int]]:
         """Block sizes and grid (row tiles, column splits) of a kernel that walks `columns` for a tile of rows."""
         width = self.rank * max(wide, 1)
         chosen = config(kernel, self.capability, self.dtype.itemsize, width)
@@ -76,10 +76,11 @@ class Plan(NamedTuple):
         tiles = -(-self.num_rows // rows)
         splits = max(1, min(-(-columns // chosen.cols), MIN_PROGRAMS // max(tiles, 1), 8))
         packed = len(self.sizes["OFFSETS"]) * self.sizes["RANK"]
-        meta = self._meta(chosen, rows, width) | dict(WIDE=wide, BLOCK_R=self.rank, CHUNKS=-(-packed // self.rank))
+        chunks = max(1, -(-packed // self.rank))
+        meta = self._meta(chosen, rows, width) | dict(WIDE=wide, BLOCK_R=self.rank, CHUNKS=chunks)
         return meta, (tiles, splits)
 
-    def grads(self, need_a: bool, need_b: bool) -> tuple[dict, tuple[int, int, int], int]:
+    def grads(self, need_a: bool, need_b: bool) -> tuple[dict[str, Any], tuple[int, int, int], int]:
         """Block sizes, grid (column blocks, splits of the rows, experts) and tiles of a split."""
         groups, rank, per_group, k = (len(self.sizes["OFFSETS"]), *(self.sizes[s] for s in ("RANK", "NG", "K")))
         chosen = config("lora_grads_kernel", self.capability, self.dtype.itemsize, self.rank)
@@ -93,7 +94,7 @@ class Plan(NamedTuple):
         meta = self._meta(chosen, chosen.rows, self.rank) | dict(BLOCK_RA=self.rank, BLOCK_RB=own)
         return meta, (blocks, splits, experts), -(-tiles // splits)
 
-    def _meta(self, chosen, rows: int, width: int) -> dict:
+    def _meta(self, chosen, rows: int, width: int) -> dict[str, Any]:
         return dict(
             self.sizes, BLOCK_M=rows, BLOCK_C=chosen.cols, DOT=dot_dtype(self.dtype), PRECISION=precision(self.dtype),
             num_warps=chosen.num_warps, num_stages=chosen.num_stages,

@@ -1,0 +1,120 @@
+"""What AdaMixTrainer writes, and what it goes on from."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .checkpoint import load_adamix, save_adamix
+from .manifest import check_manifest, newest_whole_checkpoint, remove_manifest, write_manifest
+
+logger = logging.getLogger(__name__)
+
+TRAINING_ARGS_NAME = "training_args.bin"
+SCHEDULER_NAME = "scheduler.pt"
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # that of the class which mixes this in
+
+
+class CheckpointMixin(_Trainer):
+    """The part of AdaMixTrainerMixin that reads and writes files."""
+
+    model: nn.Module
+    lr_scheduler: Any
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes what save_adamix writes, the tokenizer and the arguments; under FSDP every process must call it."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not (self.args.should_save or self.is_fsdp_enabled):
+            return
+        folder = str(self.args.output_dir if output_dir is None else output_dir)
+        os.makedirs(folder, exist_ok=True)
+        save_adamix(self.model, folder)
+        if not self.args.should_save:
+            return
+        tokenizer = self.processing_class
+        if tokenizer is None:
+            tokenizer = getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from accelerate.utils import save_fsdp_optimizer
+
+        # The base trainer would write the frozen weights as well.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """That of the base trainer; then the file that vouches for the folder; then older checkpoints may go."""
+        run_folder = self._get_output_dir(trial=trial)
+        folder = os.path.join(run_folder, f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            remove_manifest(folder)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if not self.args.push_to_hub:
+            self._finish_checkpoint(folder)
+        if self.args.should_save:
+            self._delete_old_checkpoints(run_folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._finish_checkpoint(checkpoint_folder)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_checkpoint(self, folder: str) -> None:
+        # Each process wrote its own random state.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(folder)
+
+    def _delete_old_checkpoints(self, run_folder: str) -> None:
+        if hasattr(self, "_rotate_checkpoints"):  # transformers 4
+            self._rotate_checkpoints(use_mtime=True, output_dir=run_folder)
+            return
+        from transformers.trainer_utils import rotate_checkpoints
+
+        rotate_checkpoints(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _checked_resume(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:
+        """The folder to go on from. Raises ValueError where it is not a whole checkpoint."""
+        if resume_from_checkpoint is True:
+            folder = str(self.args.output_dir)
+            newest = newest_whole_checkpoint(folder)
+            if newest is None:
+                raise ValueError(f"resume_from_checkpoint: {folder!r} holds no checkpoint to go on from that is whole")
+            return newest
+        if resume_from_checkpoint:
+            check_manifest(resume_from_checkpoint)
+        return resume_from_checkpoint
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_adamix(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        logger.info("Loading best model from %s (score: %s)", best, self.state.best_metric)
+        load_adamix(self.model, str(best))
