@@ -1,16 +1,5 @@
-"""Memory that holds NaN until it is written."""
+"""Memory that holds NaN until it is written, under the name that the tests know."""
 
-import contextlib
+from adamix_kernels.testing import poisoned_memory
 
-import torch
-
-
-@contextlib.contextmanager
-def poisoned_memory(poison=True):
-    """Everything that is allocated without a value holds NaN, in C++ too."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(poison or before[0], warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+__all__ = ["poisoned_memory"]

@@ -1,14 +1,18 @@
 """save_adamix / load_adamix: the same bits back, or a clear error and an untouched model."""
 
 import copy
+import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import tiny
 import torch
 
-from adamix_kernels.models import checkpoint
+from adamix_kernels.models import _files, checkpoint
+from adamix_kernels.models._files import sealed
 from adamix_kernels.models.checkpoint import load_adamix, save_adamix
 from adamix_kernels.models.config import AdaMixConfig
 from adamix_kernels.models.contexts import eval_routing
@@ -131,12 +135,20 @@ def test_the_base_is_not_written(tmp_path):
     want = {f"{layer}.adapter.{name}" for layer in layers for name in names}
     assert keys == want | {"classifier.weight", "classifier.bias"}
     assert set(header["layers"]) == layers
-    assert (header["version"], header["merged"], header["base_model"]["hidden_size"]) == (1, False, tiny.HIDDEN)
+    assert (header["version"], header["merged"], header["base_model"]["hidden_size"]) == (2, False, tiny.HIDDEN)
 
 
 def edit_header(folder, **changes):
+    """A header that is wrong in itself, not damaged: its digest is right."""
     path = folder / checkpoint.CHECKPOINT_NAME
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    header = json.loads(path.read_text())
+    del header["sha256"]
+    path.write_text(json.dumps(sealed({**header, **changes})))
+
+
+def edit_text(folder, old, new):
+    path = folder / checkpoint.CHECKPOINT_NAME
+    path.write_text(path.read_text().replace(old, new))
 
 
 def tensor_file(folder):
@@ -176,6 +188,8 @@ DAMAGE = {
     "not json": (lambda f: (f / checkpoint.CHECKPOINT_NAME).write_text("{"), "not JSON"),
     "unknown version": (lambda f: edit_header(f, version=99), "version 99, expected 1"),
     "no version": (lambda f: edit_header(f, version=None), "version None, expected 1"),
+    "edited": (lambda f: edit_text(f, '"dropout": 0.0', '"dropout": 0.1'), "corrupt, or was edited"),
+    "no digest": (lambda f: edit_text(f, '"sha256": "', '"sha512": "'), "corrupt, or was edited"),
     "missing field": (lambda f: edit_header(f, layers=None), "layers = None"),
     "path outside": (lambda f: edit_header(f, tensors={"file": "../x"}), "expected a file name"),
     "unknown config": (lambda f: edit_header(f, config={"version": 1, "novel": 2}), "novel"),
@@ -263,6 +277,31 @@ def test_an_unadapted_model_is_not_saved(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="which is a file"):
         save_adamix(adapted(), tmp_path / "file")
+
+
+def test_version_1_of_an_older_release_loads(tmp_path):
+    model = adapted()
+    save_adamix(model, tmp_path)
+    path = tmp_path / checkpoint.CHECKPOINT_NAME
+    header = json.loads(path.read_text())
+    del header["sha256"]
+    path.write_text(json.dumps({**header, "version": 1}))
+    same_bits(model, load_adamix(bare(), tmp_path))
+
+
+def test_saving_removes_what_killed_processes_left(tmp_path):
+    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    for name in (f".adamix.{process.stdout.strip()}.1.tmp", f".adamix.{os.getppid()}.1.tmp", "adamix-0.safetensors"):
+        (tmp_path / name).write_text("")
+    save_adamix(adapted(), tmp_path)
+    assert {p.name for p in tmp_path.iterdir() if p.name.startswith(".")} == {f".adamix.{os.getppid()}.1.tmp"}
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_what_safetensors_cannot_write_is_an_oserror(tmp_path):
+    with pytest.raises(OSError, match="No such file") as error:
+        _files.write_safetensors(tmp_path / "absent" / "x.safetensors", {"a": torch.ones(2)})
+    assert error.value.errno == errno.ENOENT
 
 
 def test_saving_again_replaces(tmp_path):

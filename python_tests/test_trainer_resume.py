@@ -1,6 +1,7 @@
 """AdaMixTrainer's checkpoints: contents, resume, best model, rotation."""
 
 import copy
+import json
 import os
 
 import pytest
@@ -9,6 +10,8 @@ from tiny import batch_for, tiny_bert, tiny_gpt2, tiny_t5
 from transformers import Trainer, TrainingArguments, set_seed
 
 from adamix_kernels import AdaMixConfig, AdaMixTrainer, adapt, load_adamix
+from adamix_kernels.models import trainer_checkpoints
+from adamix_kernels.models.manifest import check_manifest, write_manifest
 
 BASES = {"bert": lambda: tiny_bert(3, dropout=0.1), "gpt2": lambda: tiny_gpt2(dropout=0.1), "t5": tiny_t5}
 
@@ -78,7 +81,7 @@ def test_a_checkpoint_holds_no_frozen_weights(tmp_path):
     assert len(tensors) == 1
     assert files - tensors == {
         "adamix_checkpoint.json", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt",
-        "rng_state.pth",
+        "rng_state.pth", "adamix_files.json",
     }  # fmt: skip
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = (tmp_path / "checkpoint-2" / tensors.pop()).stat().st_size
@@ -147,3 +150,90 @@ def test_a_foreign_checkpoint_is_refused_and_changes_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"adamix_checkpoint\.json"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
+
+
+def trained(folder, **options):
+    model = adapted(tiny_bert(3))
+    trainer = AdaMixTrainer(model, arguments(folder, max_steps=4, **options), train_dataset=data_for(model))
+    trainer.train()
+    return trainer
+
+
+def unfinished(folder):
+    (folder / "adamix_files.json").unlink()
+
+
+def flipped(folder):
+    path = folder / "optimizer.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+SPOILED = {
+    "unfinished": (unfinished, r"checkpoint-4: got no adamix_files\.json"),
+    "flipped": (flipped, r"checkpoint-4/optimizer\.pt: got SHA-256"),
+    "absent": (lambda folder: (folder / "scheduler.pt").unlink(), r"scheduler\.pt: got no such file"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_an_unwhole_checkpoint_is_refused_or_passed_over(how, tmp_path, caplog):
+    finished = trained_parameters(trained(tmp_path).model)
+    spoil, message = SPOILED[how]
+    spoil(tmp_path / "checkpoint-4")
+    model = adapted(tiny_bert(3))
+    trainer = AdaMixTrainer(model, arguments(tmp_path, max_steps=4), train_dataset=data_for(model))
+    before = trained_parameters(model)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
+    trainer.train(resume_from_checkpoint=True)
+    assert "is passed over" in caplog.text
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in finished.items())
+    assert check_manifest(tmp_path / "checkpoint-4") is None  # it was written anew
+
+
+def test_resuming_where_nothing_is_whole_says_so(tmp_path):
+    trainer = trained(tmp_path, save_steps=4)
+    unfinished(tmp_path / "checkpoint-4")
+    with pytest.raises(ValueError, match="holds no checkpoint to go on from that is whole"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_version_1_has_no_list_of_files(tmp_path):
+    trained(tmp_path)
+    path = tmp_path / "checkpoint-4" / "adamix_checkpoint.json"
+    unfinished(path.parent)
+    header = json.loads(path.read_text())
+    del header["sha256"]
+    path.write_text(json.dumps({**header, "version": 1}))
+    assert check_manifest(path.parent) is None
+
+
+def test_older_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
+    whole = []
+
+    def observed(folder):
+        whole.append(sorted(f for f in os.listdir(tmp_path) if f.startswith("checkpoint")))
+        write_manifest(folder)
+
+    monkeypatch.setattr(trainer_checkpoints, "write_manifest", observed)
+    trained(tmp_path, save_steps=1, save_total_limit=1)
+    assert whole == [["checkpoint-1"]] + [[f"checkpoint-{n}", f"checkpoint-{n + 1}"] for n in (1, 2, 3)]
+    assert [f for f in os.listdir(tmp_path) if f.startswith("checkpoint")] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resuming_a_finished_training_takes_no_further_step(accumulation, tmp_path):
+    """4 steps end within an epoch of 5 (or of 3): the base trainer would go on to a fifth."""
+    finished = trained(tmp_path, gradient_accumulation_steps=accumulation)
+    again = AdaMixTrainer(
+        adapted(tiny_bert(3)),
+        arguments(tmp_path, max_steps=4, gradient_accumulation_steps=accumulation),
+        train_dataset=data_for(finished.model),
+    )
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    wanted = trained_parameters(finished.model)
+    assert all(torch.equal(again.model.get_parameter(name), value) for name, value in wanted.items())

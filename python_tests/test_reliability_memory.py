@@ -1,0 +1,79 @@
+"""The memory part in its small size, and that a leak or an op that takes more than it says shows."""
+
+import functools
+
+import pytest
+import torch
+
+from adamix_kernels import functional
+from reliability import memory
+from reliability.memory import growth, peaks
+
+OPS = [name for name in functional.__all__ if name.islower()]
+
+
+def test_nothing_grows_and_every_op_takes_what_it_documents():
+    figures = list(memory.run("small", ["reference"]))
+    assert [f"{figure.about}: {figure.value}" for figure in figures if not figure.passed] == []
+    for name in OPS:
+        assert any(figure.about.startswith(f"{name}, reference") for figure in figures)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_public_op_documents_its_bytes_on_every_backend(name):
+    titles = ", ".join(peaks.formulas(getattr(functional, name)))
+    assert all(backend in titles for backend in ("reference", "triton", "cuda"))
+
+
+@functools.cache
+def _cached(n):
+    return n
+
+
+_cached.__module__ = "adamix_kernels.somewhere"
+
+
+@pytest.mark.parametrize(
+    ("keep", "shows"),
+    [
+        (lambda n: [n], "objects"),
+        (lambda n: torch.zeros(8), "20 tensors of 640 bytes"),
+        (lambda n: bytes(2**18), "MiB resident"),
+        (_cached, "20 cache entries"),
+    ],
+    ids=["objects", "tensors", "memory", "cache"],
+)
+def test_a_leak_shows(keep, shows):
+    kept = []
+    added = growth.growth(lambda n: kept.append(keep(n)), 20, 20)
+    # The warm-up fills what it may fill: a cache whose keys are those of the warm-up has stopped growing.
+    if keep is _cached:
+        added = growth.growth(lambda n: _cached(1000 + n + len(kept)), 20, 0)
+    assert shows in ", ".join(growth.grown(added))
+
+
+def test_a_step_that_lets_go_does_not_show():
+    assert list(growth.grown(growth.growth(lambda n: torch.zeros(1 + n % growth.CYCLE), 40, 20))) == []
+
+
+def test_an_op_that_takes_more_than_it_documents_shows(monkeypatch):
+    real = functional.merge_experts
+
+    @functools.wraps(real)
+    def wasteful(bank, *args, **options):
+        held = bank.detach().clone()
+        return real(bank, *args, **options) + 0 * held.sum()
+
+    monkeypatch.setattr(functional, "merge_experts", wasteful)
+    figures = [memory.peaked(peak, "reference") for peak in peaks.peaks("reference", 4) if peak.op is wasteful]
+    assert figures
+    assert not any(figure.passed for figure in figures)
+
+
+def test_five_per_cent_is_the_limit_either_way():
+    assert peaks.within(0.05, (105, 95), (100, 100))
+    assert not peaks.within(0.05, (106, 100), (100, 100))
+    assert not peaks.within(0.05, (100, 94), (100, 100))
+    # Where nothing is documented, what is taken counts against the other direction.
+    assert peaks.within(0.05, (100, 5), (100, 0))
+    assert not peaks.within(0.05, (100, 6), (100, 0))

@@ -1,0 +1,77 @@
+"""How many cases every kernel ran in: calls of the ops, until each kernel that they should reach has had its number."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from hypothesis.strategies import SearchStrategy
+
+from ..record import Figure
+from .case import Case, check
+from .run import SEED, Outcome, figure, run_cases
+
+_TURNS = 12
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cases of one op. kernels: those that most of them launch. around: what makes the op take another of its ways."""
+
+    about: str
+    cases: SearchStrategy[Case]
+    kernels: tuple[str, ...]
+    around: Callable[[], AbstractContextManager] = nullcontext
+
+
+def run_groups(
+    groups: list[Group], backend: str, launches: Callable[[], AbstractContextManager[list[str]]],
+    every_kernel: tuple[str, ...], wanted: int, small: bool,
+) -> Iterator[Figure]:  # fmt: skip
+    """A figure for each group, then one for each kernel: the cases that it ran in and that ended well.
+
+    launches: a context that gives the names of the kernels launched within it. every_kernel: all there are.
+    """
+    counts: Counter[str] = Counter()
+    # The interpreter's programs run one after another in Python, and take most of a case.
+    every = 4 if backend == "triton" else 1
+
+    def counted(case: Case) -> None:
+        drawn = counts["cases"]
+        with launches() as names:
+            check(case, backend, twice=drawn % every == 0)
+        counts.update({"cases", *names})
+
+    for group in groups:
+        outcome = _run_group(group, counted, counts, wanted, small)
+        about = f"{outcome.about}: drawn cases" + ("" if small else f", seed {SEED}")
+        yield figure(Outcome(about, outcome.ended, outcome.failure, outcome.seconds), outcome.ended)
+    for kernel in every_kernel:
+        reached = counts[kernel]
+        yield Figure(f"{kernel}: cases it ran in", f"{reached:,} cases", f"at least {wanted:,}", reached >= wanted)
+
+
+def _run_group(group: Group, counted, counts: Counter[str], wanted: int, small: bool) -> Outcome:
+    before, ended, seconds = Counter(counts), 0, 0.0
+    for turn in range(_TURNS):
+        missing = max(wanted - (counts[kernel] - before[kernel]) for kernel in group.kernels)
+        if missing <= 0:
+            break
+        with group.around():
+            count = max(8, missing + missing // 4)
+            outcome = run_cases(group.about, group.cases, counted, count, small and turn == 0, turn)
+        ended, seconds = ended + outcome.ended, seconds + outcome.seconds
+        if outcome.failure is not None:
+            return Outcome(group.about, ended, outcome.failure, seconds)
+    return Outcome(group.about, ended, None, seconds)
+
+
+@contextlib.contextmanager
+def all_of(*contexts: AbstractContextManager) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

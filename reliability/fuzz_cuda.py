@@ -1,0 +1,104 @@
+"""Random calls that reach every kernel of csrc/, compiled for the CPU: `python -m adamix_kernels._build --host plain`,
+then `ADAMIX_CUDA_HOST=build/csrc/adamix_host_plain.so python -m reliability run fuzz_cuda`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from unittest import mock
+
+from adamix_kernels import _extension
+
+from .fuzz import adapters, loras, losses, merges
+from .fuzz.draws import HALVES_AND_FLOAT, Sizes
+from .fuzz.kernels import Group, run_groups
+from .record import Figure
+
+TITLE = "Fuzz: every C++/CUDA kernel, compiled for the CPU"
+COUNTS = {"full": 500, "small": 2}
+# The name of a launch -> the kernel. One kernel serves several launches where its parameters differ.
+KERNELS = {
+    "routed_adapter_forward": "routed_adapter_forward_kernel",
+    "routed_adapter_input_grad": "routed_adapter_input_grad_kernel",
+    "routed_adapter_weight_grad": "routed_adapter_weight_grad_kernel",
+    "routed_adapter_plane_sum": "plane_sum_kernel",
+    "routed_lora_forward": "routed_lora_forward_kernel",
+    "routed_lora_input_grad": "routed_lora_input_grad_kernel",
+    "routed_lora_weight_grad": "routed_lora_weight_grad_kernel",
+    "routed_lora_plane_sum": "plane_sum_kernel",
+    "merge_banks": "merge_banks_kernel",
+    "merge_grad": "merge_grad_kernel",
+    "merge_scores_grad": "merge_scores_grad_kernel",
+    "merge_lora": "merge_lora_kernel",
+    "consistency": "pair_loss_kernel",
+    "consistency_statistics": "pair_online_kernel",
+    "consistency_online": "pair_online_kernel",
+    "consistency_grad": "pair_grad_kernel",
+    "consistency_rescale": "pair_scale_kernel",
+    "consistency_count": "pair_count_kernel",
+    "consistency_finish": "pair_finish_kernel",
+}
+
+
+def run(size: str) -> Iterator[Figure]:
+    """Figures of the ops, then of every kernel. Raises RuntimeError where the CPU cannot run them."""
+    reason = _extension.problem() if _extension.on_host() else "ADAMIX_CUDA_HOST is not set"
+    if reason is not None:
+        raise RuntimeError(
+            f"fuzz_cuda: {reason}; build the kernels for the CPU (python -m adamix_kernels._build --host plain), and "
+            "set ADAMIX_CUDA_HOST=build/csrc/adamix_host_plain.so in the environment from the start"
+        )
+    names = tuple(sorted(set(KERNELS.values())))
+    yield from run_groups(groups(), "cuda", launches, names, COUNTS[size], size == "small")
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list[str]]:
+    """Names of the kernels launched within, from the library's own record."""
+    library = ctypes.CDLL(str(_extension.library_path()))
+    library.adamix_host_launches.restype = ctypes.c_char_p
+    library.adamix_host_launches()
+    names: list[str] = []
+    yield names
+    names += [KERNELS[name] for name in library.adamix_host_launches().decode().splitlines()]
+
+
+def groups() -> list[Group]:
+    dtypes, sizes = HALVES_AND_FLOAT, Sizes()
+    # Rows are shared out from 256 on, and where the planes are small beside what they sum.
+    shared_out = Sizes(batch=2, tokens=4, features=9, rank=1, more_rows=300)
+    many = Sizes(tokens=4, classes=2, more_rows=17000)
+    adapter = "routed_adapter_forward_kernel", "routed_adapter_input_grad_kernel", "routed_adapter_weight_grad_kernel"
+    lora = "routed_lora_forward_kernel", "routed_lora_input_grad_kernel", "routed_lora_weight_grad_kernel"
+    return [
+        Group("routed_adapter", adapters.routed_adapter_cases(dtypes, sizes), adapter),
+        Group("routed_lora", loras.routed_lora_cases(dtypes, sizes), lora),
+        Group(
+            "routed_adapter, rows shared out", adapters.routed_adapter_cases(dtypes, shared_out), ("plane_sum_kernel",),
+        ),
+        Group(
+            "merge_experts", merges.merge_experts_cases(dtypes, sizes),
+            ("merge_banks_kernel", "merge_grad_kernel", "merge_scores_grad_kernel"),
+        ),
+        Group("merge of many banks", merges.merge_banks_cases(dtypes, sizes), ("merge_banks_kernel",)),
+        Group("merge_lora", merges.merge_lora_cases(dtypes, sizes), ("merge_lora_kernel",)),
+        Group("consistency_loss", losses.consistency_cases(dtypes, sizes), ("pair_loss_kernel", "pair_grad_kernel")),
+        Group("adamix_loss", losses.adamix_cases(dtypes, sizes), ("pair_loss_kernel",)),
+        Group(
+            "adamix_loss, no row in shared memory", losses.adamix_cases(dtypes, sizes),
+            ("pair_online_kernel",), _small_gpu,
+        ),
+        Group("linear_adamix_loss", losses.linear_cases(dtypes, sizes), ("pair_scale_kernel",)),
+        Group(
+            "consistency_loss, several blocks", losses.consistency_cases(dtypes, Sizes(tokens=60, classes=3)),
+            ("pair_finish_kernel",),
+        ),
+        Group("consistency_loss, rows counted first", losses.consistency_cases(dtypes, many), ("pair_count_kernel",)),
+    ]  # fmt: skip
+
+
+def _small_gpu():
+    """A device whose shared memory holds no pair of rows."""
+    return mock.patch.dict(os.environ, ADAMIX_HOST_CAPABILITY="80", ADAMIX_HOST_SHARED="2100")

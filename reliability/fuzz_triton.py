@@ -1,0 +1,133 @@
+"""Random calls that reach every Triton kernel: `TRITON_INTERPRET=1 python -m reliability run fuzz_triton`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import pkgutil
+import warnings
+from collections.abc import Iterator
+from unittest import mock
+
+from .fuzz import adapters, frozen, loras, losses, merges
+from .fuzz.draws import HALVES_AND_FLOAT, Sizes
+from .fuzz.kernels import Group, all_of, run_groups
+from .record import Figure
+
+TITLE = "Fuzz: every Triton kernel, interpreted on the CPU"
+COUNTS = {"full": 500, "small": 2}
+_OPS = ("routed_adapter", "routed_lora", "merge", "consistency")
+
+
+def run(size: str) -> Iterator[Figure]:
+    """Figures of the ops, then of every kernel. Raises RuntimeError where no kernel can be interpreted."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        raise RuntimeError(
+            "fuzz_triton: got no interpreter, expected TRITON_INTERPRET=1 in the environment from the start, and the "
+            'packages triton and numpy<2.4 ("make test" installs both)'
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of the infinities that are drawn
+        yield from run_groups(groups(), "triton", launches, kernels(), COUNTS[size], size == "small")
+
+
+def kernels() -> tuple[str, ...]:
+    """The names of all kernels in the ops' triton_impl, found there."""
+    return tuple(sorted({name for module in _modules() for name in vars(module) if _is_kernel(module, name)}))
+
+
+def _is_kernel(module, name: str) -> bool:
+    return name.endswith("_kernel") and hasattr(getattr(module, name), "fn")
+
+
+@functools.cache
+def _modules():
+    found = []
+    for op in _OPS:
+        package = importlib.import_module(f"adamix_kernels.ops.{op}.triton_impl")
+        found.append(package)
+        for info in pkgutil.iter_modules(package.__path__):
+            found.append(importlib.import_module(f"{package.__name__}.{info.name}"))
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list[str]]:
+    """Names of the kernels launched within, by any module."""
+    names: list[str] = []
+
+    def spied(real):
+        def launch(kernel, grid, *args, **meta):
+            if 0 not in grid:
+                names.append(kernel.fn.__name__)
+            real(kernel, grid, *args, **meta)
+
+        return launch
+
+    with contextlib.ExitStack() as stack:
+        for module in _modules():
+            if hasattr(module, "launch"):
+                stack.enter_context(mock.patch.object(module, "launch", spied(module.launch)))
+        yield names
+
+
+def groups() -> list[Group]:
+    dtypes, sizes = HALVES_AND_FLOAT, Sizes()
+    many_tokens = Sizes(tokens=16)
+    adapter = "adapter_forward_kernel", "adapter_input_grad_kernel", "adapter_weight_grad_kernel"
+    lora = "lora_forward_kernel", "lora_dx_kernel", "lora_grads_kernel"
+    return [
+        Group("routed_adapter", adapters.routed_adapter_cases(dtypes, sizes), adapter),
+        Group(
+            "routed_adapter, rows split", adapters.routed_adapter_cases(dtypes, sizes),
+            ("adapter_plane_sum_kernel",), _adapter_planes,
+        ),
+        Group("routed_lora", loras.routed_lora_cases(dtypes, sizes), lora),
+        Group(
+            "routed_lora, rows split", loras.routed_lora_cases(dtypes, many_tokens),
+            ("lora_sum_kernel",), _lora_planes,
+        ),
+        Group(
+            "frozen linear layer with LoRA", frozen.frozen_cases(dtypes, sizes),
+            ("frozen_forward_kernel", "frozen_dx_kernel"),
+        ),
+        Group(
+            "merge_experts", merges.merge_experts_cases(dtypes, sizes),
+            ("merge_experts_kernel", "merge_experts_grad_kernel", "merge_scores_grad_kernel"),
+        ),
+        Group("merge of many banks", merges.merge_banks_cases(dtypes, sizes), ("merge_banks_kernel",)),
+        Group("merge_lora", merges.merge_lora_cases(dtypes, sizes), ("merge_lora_kernel",)),
+        Group("consistency_loss", losses.consistency_cases(dtypes, sizes), ("pair_rows_kernel", "pair_grad_kernel")),
+        Group("adamix_loss", losses.adamix_cases(dtypes, sizes), ("pair_rows_kernel",)),
+        Group("adamix_loss, classes in parts", losses.adamix_cases(dtypes, sizes), ("pair_parts_kernel",), _parts),
+        Group("adamix_loss, rows counted first", losses.adamix_cases(dtypes, sizes), ("pair_count_kernel",), _counted),
+        Group("linear_adamix_loss", losses.linear_cases(dtypes, sizes), ("rescale_kernel",)),
+    ]  # fmt: skip
+
+
+def _plan(op: str, module: str = "plan"):
+    return importlib.import_module(f"adamix_kernels.ops.{op}.triton_impl.{module}")
+
+
+def _adapter_planes():
+    return mock.patch.object(_plan("routed_adapter", "weights"), "count_splits", return_value=3)
+
+
+def _lora_planes():
+    """Tiles of 16 rows, and a split for each."""
+    plan = _plan("routed_lora")
+    real = plan.config
+    config = lambda *args: real(*args)._replace(rows=16)  # noqa: E731
+    return all_of(mock.patch.object(plan, "config", config), mock.patch.object(plan, "MIN_TILES", 1))
+
+
+def _parts():
+    """Tiles of 8 classes: more are in parts."""
+    return mock.patch.object(_plan("consistency"), "CHUNK", 8)
+
+
+def _counted():
+    return mock.patch.object(_plan("consistency"), "MAX_COUNTED", 0)
