@@ -1,6 +1,7 @@
 """The memory part in its small size, and that a leak or an op that takes more than it says shows."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -31,29 +32,26 @@ def _cached(n):
 
 
 _cached.__module__ = "adamix_kernels.somewhere"
+_NUMBERS = itertools.count()
 
 
-@pytest.mark.parametrize(
-    ("keep", "shows"),
-    [
-        (lambda n: [n], "objects"),
-        (lambda n: torch.zeros(8), "20 tensors of 640 bytes"),
-        (lambda n: bytes(2**18), "MiB resident"),
-        (_cached, "20 cache entries"),
-    ],
-    ids=["objects", "tensors", "memory", "cache"],
-)
-def test_a_leak_shows(keep, shows):
+def test_leaks_show_and_what_is_let_go_does_not():
     kept = []
-    added = growth.growth(lambda n: kept.append(keep(n)), 20, 20)
-    # The warm-up fills what it may fill: a cache whose keys are those of the warm-up has stopped growing.
-    if keep is _cached:
-        added = growth.growth(lambda n: _cached(1000 + n + len(kept)), 20, 0)
-    assert shows in ", ".join(growth.grown(added))
 
+    def leak(n):
+        kept.extend([[n], torch.zeros(8), bytes(2**18)])
+        _cached(next(_NUMBERS))
 
-def test_a_step_that_lets_go_does_not_show():
-    assert list(growth.grown(growth.growth(lambda n: torch.zeros(1 + n % growth.CYCLE), 40, 20))) == []
+    found = list(growth.grown(growth.growth(leak, 20, 20)))
+    assert [words.split(maxsplit=1)[1] for words in found] == [
+        "Python objects", "tensors of 640 bytes", "cache entries", "MiB resident"
+    ]  # fmt: skip
+    assert found[1:3] == ["20 tensors of 640 bytes", "20 cache entries"]
+
+    def let_go(n):
+        return [n], torch.zeros(1 + n % growth.CYCLE), bytes(2**18), _cached(n)
+
+    assert list(growth.grown(growth.growth(let_go, 20, 20))) == []
 
 
 def test_an_op_that_takes_more_than_it_documents_shows(monkeypatch):

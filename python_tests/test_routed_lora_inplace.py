@@ -141,7 +141,7 @@ def test_what_cannot_be_overwritten_is_named_and_left_alone(name):
 def test_other_bad_arguments():
     source, leaves, indices, options = case()
     call = functools.partial(routed_lora, *leaves, **options)
-    with pytest.raises(ValueError, match=r"^inplace: got 'yes'"):
+    with pytest.raises(TypeError, match=r"^inplace: got 'yes'"):
         call(*indices, base=source * 3, inplace="yes")
     with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(TypeError, match=r"^base: got torch\.float32"):
         call(*indices, base=source * 3, inplace=True)

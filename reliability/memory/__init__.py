@@ -25,7 +25,7 @@ from . import growth, peaks
 TITLE = "Memory: growth over steps, and peaks against what is documented"
 SHARE = 0.05
 STEPS, WARM_UP = 1000, 200
-_SMALL_STEPS, _SMALL_WARM_UP = 60, 40
+_SMALL_STEPS, _SMALL_WARM_UP = 40, 20
 
 
 def run(size: str, only: Sequence[str] | None = None) -> Iterator[Figure]:
