@@ -12,7 +12,7 @@ _CLOSED = -1e30
 def consistency(a, b, mask, detach_target, reduction, jitter=None):
     """1/2 [KL(b||a) + KL(a||b)] over the rows in the mask."""
     kept = torch.ones(a.shape[:-1], dtype=torch.bool) if mask is None else mask.bool()
-    values = pair_rows(jittered(a[kept], jitter), jittered(b[kept], jitter), detach_target)
+    values = pair_rows(jittered(a[kept], jitter), jittered(b[kept], jitter), detach_target, jitter)
     if reduction == "none":
         return torch.zeros(kept.shape, dtype=a.dtype).masked_scatter(kept, values)
     return _mean(values, len(values) if reduction == "batchmean" else 1)
@@ -27,10 +27,8 @@ def adamix(
     a, b = logits.chunk(2) if logits.shape[0] else (logits, logits)
     kept = labels != ignore_index if mask is None else mask.bool()
     counted = kept & (labels != ignore_index)
-    entropy_rows = F.cross_entropy(
-        a[counted], labels[counted].long(), reduction="none", label_smoothing=label_smoothing
-    )
-    pairs = pair_rows(a[kept], b[kept], detach_target)
+    entropy_rows = cross_entropy_rows(a[counted], labels[counted].long(), label_smoothing, jitter)
+    pairs = pair_rows(a[kept], b[kept], detach_target, jitter)
     entropy = _mean(entropy_rows, len(entropy_rows) if num_items is None else num_items)
     divergence = _mean(pairs, len(pairs) if num_items is None else num_items)
     return entropy + weight * divergence, entropy, divergence
@@ -66,10 +64,42 @@ def jittered(logits, generator):
     return logits + torch.finfo(logits.dtype).eps * sign * logits.detach().abs().nan_to_num(0, 0, 0).clamp(min=1)
 
 
-def pair_rows(a, b, detach_target):
+class _RoundedLogSoftmax(torch.autograd.Function):
+    """log_softmax, its result off by a rounding of its own size: all together, as equal rows err, and each by itself."""
+
+    @staticmethod
+    def forward(ctx, logits, generator):
+        exact = F.log_softmax(logits, -1)
+        sizes = exact.abs().nan_to_num(0, 0, 0).clamp(min=1)
+        together, each = (torch.randint(-1, 2, shape, generator=generator) for shape in ((), exact.shape))
+        rounded = exact + torch.finfo(exact.dtype).eps * sizes * (together + each)
+        ctx.save_for_backward(rounded)
+        return rounded
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rounded,) = ctx.saved_tensors
+        return grad - rounded.exp() * grad.sum(-1, keepdim=True), None
+
+
+def log_softmax(logits, generator):
+    """generator: None, or what draws the roundings."""
+    return F.log_softmax(logits, -1) if generator is None else _RoundedLogSoftmax.apply(logits, generator)
+
+
+def cross_entropy_rows(logits, labels, label_smoothing, generator):
+    """Of every row, [rows, V] and [rows]."""
+    if generator is None:
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    log_p = log_softmax(logits, generator)
+    rows = F.nll_loss(log_p, labels, reduction="none")
+    return (1 - label_smoothing) * rows - label_smoothing * log_p.mean(-1) if label_smoothing else rows
+
+
+def pair_rows(a, b, detach_target, generator=None):
     """1/2 [KL(b||a) + KL(a||b)] of every row, [rows, V] each; the value without the cancellation of its definition."""
     closed = (a == -torch.inf) & (b == -torch.inf)
-    log_p, log_q = (F.log_softmax(t.masked_fill(closed, _CLOSED), -1) for t in (a, b))
+    log_p, log_q = (log_softmax(t.masked_fill(closed, _CLOSED), generator) for t in (a, b))
     targets = (log_q.detach(), log_p.detach()) if detach_target else (log_q, log_p)
     rows = sum(
         F.kl_div(mine, target, reduction="none", log_target=True).sum(-1) / 2

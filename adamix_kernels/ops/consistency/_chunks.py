@@ -50,19 +50,20 @@ def linear_loss(
     factors = torch.stack([scales[0], scales[1] * weight])
     factor = factors.amax() if hidden.dtype == torch.float16 else factors.new_ones(())
     factors = torch.where(factor > 0, factors / factor, 0)
-    sums = torch.zeros(2, dtype=dtype, device=hidden.device)
+    # Added up at the end: one rounding a chunk, all in one direction, would be more than PyTorch errs.
+    sums = torch.zeros(2, -(-labels.shape[0] // chunk_rows), dtype=dtype, device=hidden.device)
     d_hidden = torch.empty_like(pairs, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
     d_weight = hidden.new_zeros((vocab, width) if need_weight else 0, dtype=dtype)
     d_bias = hidden.new_zeros(vocab if need_bias else 0, dtype=dtype)
     need_grad = need_hidden or need_weight or need_bias
-    for start in range(0, labels.shape[0], chunk_rows):
+    for number, start in enumerate(range(0, labels.shape[0], chunk_rows)):
         part = slice(start, start + chunk_rows)
         # A masked row's hidden states may be NaN: zero them, or 0 * NaN reaches d_weight.
         x = keep(pairs[:, part], selected[part].unsqueeze(-1)).flatten(0, 1)
         logits = torch.nn.functional.linear(x, lm_head_weight, bias)
         out = chunk(logits, labels[part], counted[part], selected[part], factors, need_grad)
-        sums[0] += out.cross_entropy
-        sums[1] += out.consistency
+        sums[0, number] = out.cross_entropy
+        sums[1, number] = out.consistency
         if not need_grad:
             del x, logits, out
             continue
@@ -79,7 +80,8 @@ def linear_loss(
             d_weight.addmm_(d_logits.t().to(dtype), x.to(dtype))
         # Or the next chunk's logits are made while these still live.
         del x, logits, out, d_logits
-    cross_entropy, consistency = sums[0] * scales[0], sums[1] * scales[1]
+    totals = sums.sum(1)
+    cross_entropy, consistency = totals[0] * scales[0], totals[1] * scales[1]
     loss = cross_entropy + weight * consistency
     if need_hidden:
         d_hidden = d_hidden.view(hidden.shape)
