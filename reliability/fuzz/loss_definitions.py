@@ -65,7 +65,7 @@ def jittered(logits, generator):
 
 
 class _RoundedLogSoftmax(torch.autograd.Function):
-    """log_softmax, its result off by a rounding of its own size: all together, as equal rows err, and each by itself."""
+    """log_softmax, its result off by a rounding of its size: all together, as equal rows err, and each alone."""
 
     @staticmethod
     def forward(ctx, logits, generator):
