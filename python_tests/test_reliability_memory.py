@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adamix_kernels import functional
 from reliability import memory
@@ -52,6 +53,15 @@ def test_leaks_show_and_what_is_let_go_does_not():
         return [n], torch.zeros(1 + n % growth.CYCLE), bytes(2**18), _cached(n)
 
     assert list(growth.grown(growth.growth(let_go, 20, 20))) == []
+
+
+def test_tensors_without_memory_count_for_none():
+    with FakeTensorMode():
+        kept = [torch.zeros(2**20)]
+    kept.append(torch.zeros(2**20, device="meta"))
+    held = growth.held()
+    kept.clear()
+    assert held.tensor_bytes - growth.held().tensor_bytes <= 0
 
 
 def test_an_op_that_takes_more_than_it_documents_shows(monkeypatch):

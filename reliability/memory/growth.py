@@ -39,11 +39,20 @@ def held() -> Held:
     gc.collect()
     objects = gc.get_objects()
     tensors = [o for o in objects if issubclass(type(o), torch.Tensor)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    storages = dict(filter(None, map(_memory, tensors)))
     caches = [o for o in objects if type(o) is functools._lru_cache_wrapper]
     mine = [c for c in caches if (getattr(c, "__module__", None) or "").startswith("adamix_kernels")]
     entries = sum(cache.cache_info().currsize for cache in mine)
     return Held(len(objects), len(tensors), sum(storages.values()), entries, _resident())
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """(address, bytes); None for what torch.compile traces with, which has no memory."""
+    try:
+        storage = tensor.untyped_storage()
+        return None if storage.device.type == "meta" else (storage.data_ptr(), storage.nbytes())
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def growth(step: Callable[[int], None], steps: int, warm_up: int) -> Held:
