@@ -67,9 +67,15 @@ def _command(part: str, size: str) -> str:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or "not under git"
+    """Of the sources; results of other parts that are not committed yet do not make it "-dirty"."""
+    commit = _git("describe", "--always")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS.name}")
+    return f"{commit}-dirty" if changed else commit or "not under git"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent)
+    return done.stdout.strip()
 
 
 def _versions() -> dict[str, str]:
