@@ -7,12 +7,49 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from adamix_kernels import backends
 
 BACKENDS = ("reference", "triton", "cuda")
 _ROOT = Path(__file__).parent.parent
 _HOST_LIBRARY = _ROOT / "build" / "csrc" / "adamix_host_plain.so"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Backends shared out: here: to measure in this process; children: backend -> a process; missing: -> the reason."""
+
+    wanted: tuple[str, ...]
+    here: tuple[str, ...]
+    children: dict[str, subprocess.Popen]
+    missing: dict[str, str]
+
+    def said(self, measured: Sequence[str]) -> str:
+        """`measured`, and why the others are not in it."""
+        return ", ".join(measured) + "".join(f"; {name}: {reason}" for name, reason in self.missing.items())
+
+
+def share_out(module: str, size: str, only: Sequence[str] | None = None) -> Shared:
+    """Starts `python -m module BACKEND SIZE` for the backends that this process does not have.
+
+    only: the backends to measure; None for all of them in full, and in small for those this process has.
+    """
+    usable = {name for name, state in backends().items() if state.usable}
+    wanted = tuple(only or [name for name in BACKENDS if size == "full" or name in usable])
+    children, missing = {}, {}
+    for name in wanted:
+        if name in usable:
+            continue
+        found = environment(name)
+        if isinstance(found, str):
+            missing[name] = found
+        else:
+            children[name] = start(module, name, size, variables=found)
+    return Shared(wanted, tuple(name for name in wanted if name in usable), children, missing)
 
 
 def environment(backend: str) -> dict[str, str] | str:

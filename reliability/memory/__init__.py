@@ -16,8 +16,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from adamix_kernels import backends
-
 from .. import kernel_children
 from ..record import Figure
 from . import growth, peaks
@@ -30,27 +28,15 @@ _SMALL_STEPS, _SMALL_WARM_UP = 40, 20
 
 def run(size: str, only: Sequence[str] | None = None) -> Iterator[Figure]:
     """only: the backends to measure; None for all of them in full, and in small for those this process has."""
-    usable = {name for name, state in backends().items() if state.usable}
-    wanted = only or [name for name in kernel_children.BACKENDS if size == "full" or name in usable]
-    children, missing = {}, {}
-    for name in wanted:
-        if name in usable:
-            continue
-        found = kernel_children.environment(name)
-        if isinstance(found, str):
-            missing[name] = found
-        else:
-            children[name] = kernel_children.start(f"{__name__}.child", name, size, variables=found)
-    measured = [name for name in wanted if name not in missing]
-    said = "".join(f"; {name}: {reason}" for name, reason in missing.items())
-    yield Figure("backends measured", ", ".join(measured) + said, ", ".join(wanted), not missing)
+    shared = kernel_children.share_out(f"{__name__}.child", size, only)
+    measured = [name for name in shared.wanted if name not in shared.missing]
+    yield Figure("backends measured", shared.said(measured), ", ".join(shared.wanted), not shared.missing)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for name in wanted:
-        if name in usable:
-            yield from of_backend(name, size)
+    for name in shared.here:
+        yield from of_backend(name, size)
     torch.set_num_threads(threads)
-    for child in children.values():
+    for child in shared.children.values():
         yield from (Figure(**figure) for figure in kernel_children.finish(child))
 
 

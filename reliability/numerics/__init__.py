@@ -17,8 +17,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from adamix_kernels import backends
-
 from .. import kernel_children
 from ..record import Figure
 from .measure import Worst, of_backend, worst
@@ -29,25 +27,16 @@ LIMIT = 2.0
 
 def run(size: str, only: Sequence[str] | None = None) -> Iterator[Figure]:
     """only: the backends to measure; None for all of them in full, and in small for those this process has."""
-    usable = {name for name, state in backends().items() if state.usable}
-    wanted = only or [name for name in kernel_children.BACKENDS if size == "full" or name in usable]
-    children, missing = {}, {}
     started = time.perf_counter()
-    for name in wanted:
-        if name in usable:
-            continue
-        found = kernel_children.environment(name)
-        if isinstance(found, str):
-            missing[name] = found
-        else:
-            children[name] = kernel_children.start(f"{__name__}.measure", name, size, variables=found)
-    errors = {name: of_backend(name, size) for name in wanted if name in usable}
-    errors |= {name: kernel_children.finish(child) for name, child in children.items()}
-    measured = [name for name in wanted if name in errors]
-    said = "".join(f"; {name}: {reason}" for name, reason in missing.items())
+    shared = kernel_children.share_out(f"{__name__}.measure", size, only)
+    errors = {name: of_backend(name, size) for name in shared.here}
+    errors |= {name: kernel_children.finish(child) for name, child in shared.children.items()}
+    measured = [name for name in shared.wanted if name in errors]
     largest = worst(errors, size)
     seconds = time.perf_counter() - started
-    yield Figure("backends measured", ", ".join(measured) + said, ", ".join(wanted), not missing, seconds)
+    yield Figure(
+        "backends measured", shared.said(measured), ", ".join(shared.wanted), not shared.missing, seconds
+    )  # fmt: skip
     yield from figures(largest)
 
 
