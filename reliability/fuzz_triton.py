@@ -104,7 +104,7 @@ def groups() -> list[Group]:
         Group("adamix_loss", losses.adamix_cases(dtypes, sizes), ("pair_rows_kernel",)),
         Group("adamix_loss, classes in parts", losses.adamix_cases(dtypes, sizes), ("pair_parts_kernel",), _parts),
         Group("adamix_loss, rows counted first", losses.adamix_cases(dtypes, sizes), ("pair_count_kernel",), _counted),
-        Group("linear_adamix_loss", losses.linear_cases(dtypes, sizes), ("rescale_kernel",)),
+        Group("linear_adamix_loss", losses.linear_cases(dtypes, sizes), ("pair_rows_kernel",)),
     ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,8 @@ from ..record import Figure
 from .case import Case, check
 from .run import SEED, Outcome, figure, run_cases
 
-_TURNS = 12
+# Turns that a group has, and the share of its cases that may be the rarest launch's.
+_TURNS, _RAREST = 12, 0.02
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,13 @@ def run_groups(
 def _run_group(group: Group, counted, counts: Counter[str], wanted: int, small: bool) -> Outcome:
     before, ended, seconds = Counter(counts), 0, 0.0
     for turn in range(_TURNS):
-        missing = max(wanted - (counts[kernel] - before[kernel]) for kernel in group.kernels)
-        if missing <= 0:
+        reached = min(counts[kernel] - before[kernel] for kernel in group.kernels)
+        if reached >= wanted:
             break
+        # As many as it takes at the rate so far, and some more.
+        rate = max(reached / ended, _RAREST) if ended else 1.0
+        count = max(8, math.ceil(1.2 * (wanted - reached) / rate))
         with group.around():
-            count = max(8, missing + missing // 4)
             outcome = run_cases(group.about, group.cases, counted, count, small and turn == 0, turn)
         ended, seconds = ended + outcome.ended, seconds + outcome.seconds
         if outcome.failure is not None:
