@@ -62,9 +62,9 @@ def _run_group(group: Group, counted, counts: Counter[str], wanted: int, small: 
         reached = min(counts[kernel] - before[kernel] for kernel in group.kernels)
         if reached >= wanted:
             break
-        # As many as it takes at the rate so far, and some more.
+        # As many as it takes at the rate so far, and some more; a rate of few cases is luck.
         rate = max(reached / ended, _RAREST) if ended else 1.0
-        count = max(8, math.ceil(1.2 * (wanted - reached) / rate))
+        count = max(8, min(math.ceil(1.2 * (wanted - reached) / rate), 3 * ended or wanted + wanted // 4))
         with group.around():
             outcome = run_cases(group.about, group.cases, counted, count, small and turn == 0, turn)
         ended, seconds = ended + outcome.ended, seconds + outcome.seconds
