@@ -90,7 +90,7 @@ def groups() -> list[Group]:
             "adamix_loss, no row in shared memory", losses.adamix_cases(dtypes, sizes),
             ("pair_online_kernel",), _small_gpu,
         ),
-        Group("linear_adamix_loss", losses.linear_cases(dtypes, sizes), ("pair_scale_kernel",)),
+        Group("linear_adamix_loss", losses.linear_cases(dtypes, sizes), ("pair_loss_kernel",)),
         Group(
             "consistency_loss, several blocks", losses.consistency_cases(dtypes, Sizes(tokens=60, classes=3)),
             ("pair_finish_kernel",),
