@@ -93,9 +93,12 @@ def groups() -> list[Group]:
         Group("linear_adamix_loss", losses.linear_cases(dtypes, sizes), ("pair_loss_kernel",)),
         Group(
             "consistency_loss, several blocks", losses.consistency_cases(dtypes, Sizes(tokens=60, classes=3)),
-            ("pair_finish_kernel",),
+            ("pair_finish_kernel",), twice=4,
         ),
-        Group("consistency_loss, rows counted first", losses.consistency_cases(dtypes, many), ("pair_count_kernel",)),
+        Group(
+            "consistency_loss, rows counted first", losses.consistency_cases(dtypes, many, masked_mean=True),
+            ("pair_count_kernel",), twice=4,
+        ),
     ]  # fmt: skip
 
 

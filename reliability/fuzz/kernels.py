@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from hypothesis.strategies import SearchStrategy
 
@@ -21,12 +22,17 @@ _TURNS, _RAREST = 12, 0.02
 
 @dataclass(frozen=True)
 class Group:
-    """Cases of one op. kernels: those that most of them launch. around: what makes the op take another of its ways."""
+    """Cases of one op.
+
+    kernels: those that most of them launch. around: what makes the op take another of its ways. twice: of so many cases
+    one runs a second time, for the same bits.
+    """
 
     about: str
     cases: SearchStrategy[Case]
     kernels: tuple[str, ...]
     around: Callable[[], AbstractContextManager] = nullcontext
+    twice: int = 1
 
 
 def run_groups(
@@ -38,17 +44,15 @@ def run_groups(
     launches: a context that gives the names of the kernels launched within it. every_kernel: all there are.
     """
     counts: Counter[str] = Counter()
-    # The interpreter's programs run one after another in Python, and take most of a case.
-    every = 4 if backend == "triton" else 1
 
-    def counted(case: Case) -> None:
+    def counted(case: Case, twice: int) -> None:
         drawn = counts["cases"]
         with launches() as names:
-            check(case, backend, twice=drawn % every == 0)
+            check(case, backend, twice=drawn % twice == 0)
         counts.update({"cases", *names})
 
     for group in groups:
-        outcome = _run_group(group, counted, counts, wanted, small)
+        outcome = _run_group(group, partial(counted, twice=group.twice), counts, wanted, small)
         about = f"{outcome.about}: drawn cases" + ("" if small else f", seed {SEED}")
         yield figure(Outcome(about, outcome.ended, outcome.failure, outcome.seconds), outcome.ended)
     for kernel in every_kernel:

@@ -14,15 +14,17 @@ from .draws import INF, LAYOUTS, NAN, Draw, Sizes, lay_out
 # "closed": a class that is -inf in both passes, as a masked vocabulary has it.
 LOGITS = ("normal", "normal", "normal", "zeros", "huge", "tiny", "one huge", "closed", "closed", "infinity", "nan")
 WEIGHTS = (1.0, 1, 0.0, 0.3, 20.0, 1e-4)
+_MASKS = ("none", "any", "any", "all", "nothing")
 INCOMING = (1.0, 1.0, -1.0, 0.0, 1024.0, 1e-3)
 
 
 @st.composite
-def consistency_cases(draw, dtypes, sizes: Sizes) -> Case:
+def consistency_cases(draw, dtypes, sizes: Sizes, masked_mean: bool = False) -> Case:
+    """masked_mean: means over a mask alone, whose rows have to be counted."""
     d = Draw(draw, dtypes)
     rows, classes = _rows(d, sizes), d.integer(1, sizes.classes)
-    reduction, detach = d.choose(("batchmean", "sum", "none")), d.flag()
-    mask = _mask(d, rows)
+    reduction, detach = "batchmean" if masked_mean else d.choose(("batchmean", "sum", "none")), d.flag()
+    mask = _mask(d, rows, _MASKS[1:] if masked_mean else _MASKS)
     inplace = reduction != "none" and d.flag()
     kind, plain_layouts = d.choose(LOGITS), ("contiguous", "misaligned")
     options = dict(values=_simple(kind), huge=_huge(d), layouts=plain_layouts if inplace else LAYOUTS)
@@ -141,9 +143,9 @@ def _rows(d: Draw, sizes: Sizes, most: int = 3) -> tuple[int, ...]:
     return tuple(d.size(sizes.tokens) for _ in range(d.integer(0, most)))
 
 
-def _mask(d: Draw, rows) -> torch.Tensor | None:
+def _mask(d: Draw, rows, kinds=_MASKS) -> torch.Tensor | None:
     """None, or which rows count: any of them, all, none; bool or integers, in any layout."""
-    kind = d.choose(("none", "any", "any", "all", "nothing"))
+    kind = d.choose(kinds)
     if kind == "none":
         return None
     share = {"any": 0.6, "all": 2.0, "nothing": -1.0}[kind]
