@@ -96,11 +96,11 @@ def _contenders(size: LoraSize, device: torch.device, *, smoke: bool) -> list[Co
 
 def _linear_contenders(size: LoraSize, device: torch.device, *, smoke: bool) -> list[Contender]:
     made = [
-        Contender(c.name, functools.partial(_open_linear, c))
+        Contender(c.name, functools.partial(_open_linear, c), exacting=c.exacting)
         for c in ours("routed_lora", device, functools.partial(_ours, size))
     ]
     gathered = _linear(_gathered(size))
-    made.append(Contender("triton_one_kernel", functools.partial(_open_one_kernel, size, device)))
+    made.append(Contender("triton_one_kernel", functools.partial(_open_one_kernel, size, device), exacting=True))
     made += [of("gathered_bmm", gathered), compiled("compile_gathered_bmm", gathered, smoke=smoke)]
     return made
 

@@ -44,7 +44,8 @@ def run_cases(
                     continue
                 with watching(device):
                     both_ways, binder = "both" in case.traffic, contender.open()
-                    require_agreement(case, contender, binder, device, both_ways)
+                    error = require_agreement(case, contender, binder, device, both_ways)
+                    rows.append(item.row("error", "x", error, "of what the formula errs in the same dtype"))
                     inputs = inputs or _sets(case, device, timed=ceilings is not None)
                     calls = _Calls(contender, binder, inputs, both_ways)
                     if ceilings is None:

@@ -46,7 +46,8 @@ class Contender:
 
     name: the CSV's backend. open: ready to bind inputs; raises ImportError or AbsentError where it cannot run.
     narrow: the inputs it can serve, where that is not all of them (one expert instead of M). plain: the
-    formula it computes, where it is another than the case's. graph: whether a CUDA graph can hold it.
+    formula it computes, where it is another than the case's. graph: whether a CUDA graph can hold it. exacting:
+    whether it is held to the exactness that our own kernels promise.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Contender:
     narrow: Callable[[Inputs], Inputs] | None = None
     plain: Callable | None = None
     graph: bool = True
+    exacting: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def ours(op: str, device: torch.device, make: Callable[[str], Callable]) -> list
                 raise AbsentError(f"backend {name} is timed on a GPU only")
             return bind(_raising_absent(make(name)))
 
-        made.append(Contender(name, opened))
+        made.append(Contender(name, opened, exacting=True))
     return made
 
 

@@ -14,7 +14,7 @@ from benchmarks import clock, op_bench, record, run, sizes
 from benchmarks.ceilings import Ceilings
 from benchmarks.clock import SMOKE
 from benchmarks.ledger import AbsentError, BrokenDeviceError, Item, Ledger, RefusedError
-from benchmarks.op_cases import Case, Draw, Inputs, absent, of
+from benchmarks.op_cases import Case, Contender, Draw, Inputs, absent, bind, of
 from benchmarks.op_check import disagreement, require_agreement
 from benchmarks.run_ops import OPS
 from benchmarks.sanitize import run as run_kernels
@@ -109,7 +109,7 @@ def test_checking_alone_times_nothing():
     counted = of("right", lambda x, w: calls.append(1) or plain(x, w))
     op_bench.run_cases([case_of(counted)], CPU, ledger, None, SMOKE)
     assert outcomes(ledger) == {"right": "checked"}
-    assert {r.metric for r in ledger.rows} == {"checked"}
+    assert {r.metric for r in ledger.rows} == {"checked", "error"}
     # Once for the check, once at the real size.
     assert len(calls) == 2
 
@@ -123,6 +123,19 @@ def test_one_number_may_err_more_than_a_tensor():
     assert "errs by" in disagreement(torch.full((100,), 10.00002), many, many.float())
     assert "shape" in disagreement(torch.ones(2), torch.ones(1, 2).double(), torch.ones(1, 2))
     assert "errs by nan" in disagreement(torch.tensor(float("nan")), exact, own)
+
+
+def test_a_peer_may_add_up_less_exactly_than_we_may():
+    def sloppy(x, w):
+        return plain(x, w) * (1 + 5e-6)
+
+    ledger = Ledger()
+    ours = Contender("ours", lambda: bind(sloppy), exacting=True)
+    op_bench.run_cases([case_of(of("peer", sloppy), ours)], CPU, ledger, None, SMOKE)
+    assert outcomes(ledger) == {"peer": "checked", "ours": "refused"}
+    (error,) = [r for r in ledger.rows if r.metric == "error"]
+    assert error.backend == "peer"
+    assert 4 * 8 < error.value < 16 * 8
 
 
 def test_inputs_are_random_and_rotate():
