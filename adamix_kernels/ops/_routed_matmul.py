@@ -1,8 +1,8 @@
 """Batched products with a bank of weights, one expert per sample or per token, in plain PyTorch.
 
-Shared by the reference backends of routed_adapter and routed_lora. No tensor value reaches Python,
-so shapes never depend on the routing. A bank is [M, R, K]; x is [B, S, K]; an index is None (bank of
-one), [B] or [B, S].
+Shared by the reference backends of routed_adapter and routed_lora. A bank is [M, R, K]; x is [B, S, K]; an index is
+None (bank of one), [B] or [B, S]. On a CPU each expert gets the tokens routed to it; elsewhere no tensor value
+reaches Python (a CUDA graph can hold it): every expert gets all tokens, and what is not its own counts as 0.
 """
 
 from __future__ import annotations
@@ -21,6 +21,12 @@ def project(x: torch.Tensor, bank: torch.Tensor, bias: torch.Tensor | None, inde
         if bias is None:
             return torch.bmm(x, weight)
         return torch.baddbmm(bias.index_select(0, index).unsqueeze(1), x, weight)
+    if reads_routing(index):
+        flat = x.flatten(0, 1)
+        rows = x.new_empty(flat.shape[0], bank.shape[1])
+        for m, mine in enumerate(_tokens_of_each(index, bank.shape[0])):
+            rows.index_copy_(0, mine, F.linear(flat.index_select(0, mine), bank[m], None if bias is None else bias[m]))
+        return rows.view(*x.shape[:2], bank.shape[1])
     out = F.linear(x, bank[0], None if bias is None else bias[0])
     for m in range(1, bank.shape[0]):
         y = F.linear(x, bank[m], None if bias is None else bias[m])
@@ -45,11 +51,14 @@ def weight_grad(g: torch.Tensor, x: torch.Tensor, num_experts: int, index: torch
     assert index is not None  # api.py: only a bank of one has none
     if index.dim() == 1:
         return _sum_by_expert(torch.bmm(g.transpose(1, 2), x), num_experts, index)
-    flat = x.flatten(0, 1)
+    flat, flat_g = x.flatten(0, 1), g.flatten(0, 1)
+    if reads_routing(index):
+        each = _tokens_of_each(index, num_experts)
+        return torch.stack([torch.mm(flat_g.index_select(0, t).t(), flat.index_select(0, t)) for t in each])
     rows = []
     for m in range(num_experts):
         mine = index.eq(m).reshape(-1, 1)
-        grad = torch.mm(torch.where(mine, g.flatten(0, 1), 0).t(), flat)
+        grad = torch.mm(torch.where(mine, flat_g, 0).t(), flat)
         rows.append(torch.where(mine.any(), grad, 0))
     return torch.stack(rows)
 
@@ -61,9 +70,22 @@ def bias_grad(g: torch.Tensor, num_experts: int, index: torch.Tensor | None) -> 
     assert index is not None  # api.py: only a bank of one has none
     if index.dim() == 1:
         return _sum_by_expert(_wide(g).sum(1), num_experts, index).to(g.dtype)
-    return torch.stack(
-        [torch.where(index.eq(m).unsqueeze(-1), _wide(g), 0).sum((0, 1)).to(g.dtype) for m in range(num_experts)]
-    )
+    if reads_routing(index):
+        flat = g.flatten(0, 1)
+        sums = [_wide(flat.index_select(0, mine)).sum(0) for mine in _tokens_of_each(index, num_experts)]
+    else:
+        sums = [torch.where(index.eq(m).unsqueeze(-1), _wide(g), 0).sum((0, 1)) for m in range(num_experts)]
+    return torch.stack(sums).to(g.dtype)
+
+
+def reads_routing(index: torch.Tensor) -> bool:
+    """Whether shapes may depend on the routing: where its values are at hand."""
+    return index.device.type == "cpu"
+
+
+def _tokens_of_each(index: torch.Tensor, num_experts: int) -> list[torch.Tensor]:
+    """The numbers of the tokens routed to each expert, ascending."""
+    return [index.flatten().eq(m).nonzero().squeeze(1) for m in range(num_experts)]
 
 
 def _sum_by_expert(per_sample: torch.Tensor, num_experts: int, index: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,10 @@ def routed_adapter(
             of the parts that many tokens are split into.
         reference, float32, indices [B]: forward `e * (B*S * (Hout + 2*r) + B * r * Hout)`,
             backward `e * (B*S * (H + r) + B * r * H + r * (Md*H + Mu*Hout))`
-        reference, float32, indices [B, S]: forward `e * B*S * (3*Hout + 2*r)`,
+        reference, float32, indices [B, S], with T tokens at most to an expert:
+            forward `e * (B*S * (Hout + 2*r) + T * Hout)`,
+            backward `e * (B*S * (H + r) + T * H + r * (Md*H + Mu*Hout))`
+        reference on a GPU, float32, indices [B, S]: forward `e * B*S * (3*Hout + 2*r)`,
             backward `e * (B*S * (3*H + r) + r * (Md*H + Mu*Hout))`
 
     Raises:

@@ -71,7 +71,9 @@ def routed_lora(
             copy of the banks' gradients for each of the parts that many tokens are split into. Dropout adds nothing.
         reference, float32, indices [B]: forward `e * B*S * (2*N + r)`,
             backward `e * (B*S * (K + r) + B * r * K + r * (Ma*K + Mb*N))`
-        reference, float32, indices [B, S]: forward `e * B*S * (3*N + r)`,
+        reference, float32, indices [B, S], with T tokens at most to an expert: forward `e * B*S * (2*N + r)`,
+            backward `e * (B*S * (K + r) + T * K + r * (Ma*K + Mb*N))`
+        reference on a GPU, float32, indices [B, S]: forward `e * B*S * (3*N + r)`,
             backward `e * (B*S * (3*K + r) + r * (Ma*K + Mb*N))`
         reference, float32, indices [B], dropout: forward `e * B*S * (K + 2*N + r)`,
             backward `B*S * (e * (3*K + r) + K) + e * r * (Ma*K + Mb*N)`
