@@ -55,12 +55,12 @@ def _head_case(size: LossSize, device: torch.device, *, smoke: bool) -> Case:
         dtype=getattr(torch, size.dtype),
         make=functools.partial(_hidden, size, size.rows),
         make_check=functools.partial(_hidden, size, min(CHECKED_ROWS, size.rows)),
-        plain=_head_loss,
+        plain=head_formula,
         contenders=[
             *ours("consistency", device, _ours_head),
             of("unfused", _unfused),
-            of("formula", _head_loss),
-            compiled("compile_formula", _head_loss, smoke=smoke),
+            of("formula", head_formula),
+            compiled("compile_formula", head_formula, smoke=smoke),
             Contender("fla_fused_kl_div_x2", _fla),
         ],
         # Hidden states and head read, the gradient of the hidden states written.
@@ -108,7 +108,7 @@ def _loss(logits, labels):
     return F.cross_entropy(first.to(wide), labels) + symmetric_kl(first, second)
 
 
-def _head_loss(hidden, head, labels):
+def head_formula(hidden, head, labels):
     return _loss(F.linear(hidden, head), labels)
 
 

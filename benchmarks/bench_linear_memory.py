@@ -1,6 +1,7 @@
-"""Peak memory of linear_adamix_loss against the same loss on all logits: `python -m benchmarks.bench_linear_memory`.
+"""Peak memory of linear_adamix_loss against losses on all logits: `python -m benchmarks.bench_linear_memory`.
 
-Forward and backward, on the CPU. Counted is what PyTorch's allocator hands out beyond what was there before the
+The unfused path is PyTorch's formula in eager mode; our own loss on all logits stands beside it. Forward and backward,
+on the CPU. Counted is what PyTorch's allocator hands out beyond what was there before the
 forward; memory that a matrix library takes for itself is not seen, on either side.
 """
 
@@ -20,13 +21,14 @@ from torch.profiler import ProfilerActivity, profile
 from adamix_kernels.functional import adamix_loss, linear_adamix_loss
 
 from . import record
+from .bench_consistency import head_formula
 from .sizes import HEAD_MEMORY, LossSize
 
 RESULT = Path(__file__).parent / "results" / "linear_memory_cpu.csv"
 OP = "linear_adamix_loss/both"
 # The fused path's share of the unfused one's, at most.
 LIMIT = 0.15
-FUSED, UNFUSED = "reference", "unfused"
+FUSED, UNFUSED, WHOLE = "reference", "formula", "unfused"
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
@@ -57,7 +59,8 @@ def measure(
     labels = torch.randint(vocab, (1, rows), generator=generator)
     losses = {
         FUSED: lambda: linear_adamix_loss(hidden, head, labels, chunk_rows=chunk_rows, backend="reference").loss,
-        UNFUSED: lambda: adamix_loss(F.linear(hidden, head), labels, backend="reference").loss,
+        UNFUSED: lambda: head_formula(hidden.flatten(0, 1), head, labels.flatten()),
+        WHOLE: lambda: adamix_loss(F.linear(hidden, head), labels, backend="reference").loss,
     }
     peaks = {}
     for name, loss in losses.items():

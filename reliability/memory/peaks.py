@@ -12,6 +12,8 @@ from unittest import mock
 import torch
 
 from adamix_kernels import functional as ak
+from adamix_kernels.ops import _routed_matmul
+from adamix_kernels.ops.consistency._blocks import pairs_at_once
 from benchmarks.bench_linear_memory import peak_bytes
 
 _LINE = re.compile(
@@ -52,7 +54,7 @@ def measured(peak: Peak, backend: str) -> tuple[int, int]:
     """(forward, backward): most bytes that PyTorch's allocator had handed out, beyond those before the step."""
     made: list = []
     gc.collect()  # what is freed meanwhile would count against the peak
-    with _freeing_interpreter(backend):
+    with _freeing_interpreter(backend), _as_on_a_gpu("on a GPU" in peak.title):
         forward = peak_bytes(lambda: made.append(peak.call(backend)))
         out = made.pop()
         incoming = torch.full_like(out, 1.0 if out.dim() == 0 else 0.5)
@@ -76,6 +78,16 @@ def _freeing_interpreter(backend: str) -> Iterator[None]:
         gc.collect()
 
     with mock.patch.object(GridExecutor, "__call__", launch_and_collect):
+        yield
+
+
+@contextlib.contextmanager
+def _as_on_a_gpu(wanted: bool) -> Iterator[None]:
+    """The reference takes the way that does not read the routing."""
+    if not wanted:
+        yield
+        return
+    with mock.patch.object(_routed_matmul, "reads_routing", return_value=False):
         yield
 
 
@@ -106,7 +118,7 @@ def _routed(scale: int) -> Iterator[Peak]:
         shapes = (experts, rank, hidden), (experts, rank), (experts, hidden, rank), (experts, hidden)
         banks = [_leaf(*shape, dtype=dtype) for shape in shapes]
         i, j = (torch.randint(experts, rows[kind]) for _ in range(2))
-        mine = sizes | dict(H=hidden, Hout=hidden, Md=experts, Mu=experts, e=dtype.itemsize)
+        mine = sizes | dict(H=hidden, Hout=hidden, Md=experts, Mu=experts, e=dtype.itemsize, T=_busiest(i, j))
         call = lambda backend: ak.routed_adapter(x, *banks, i, j, residual=x, backend=backend)  # noqa: E731
         return Peak(ak.routed_adapter, title, mine, (x, *banks), call)
 
@@ -114,7 +126,7 @@ def _routed(scale: int) -> Iterator[Peak]:
         x, base = (_leaf(batch, tokens, hidden, dtype=dtype) for _ in range(2))
         factors = _leaf(experts, rank, hidden, dtype=dtype), _leaf(experts, hidden, rank, dtype=dtype)
         i, j = (torch.randint(experts, rows[kind]) for _ in range(2))
-        mine = sizes | dict(K=hidden, N=hidden, Ma=experts, Mb=experts, e=dtype.itemsize)
+        mine = sizes | dict(K=hidden, N=hidden, Ma=experts, Mb=experts, e=dtype.itemsize, T=_busiest(i, j))
 
         def call(backend):
             return ak.routed_lora(x, *factors, i, j, base=base, dropout_p=dropout_p, seed=1, backend=backend)
@@ -123,10 +135,16 @@ def _routed(scale: int) -> Iterator[Peak]:
 
     for op in (adapter, lora):
         yield op("reference, float32, indices [B]", "[B]")
-        yield op("reference, float32, indices [B, S]", "[B, S]")
+        yield op("reference, float32, indices [B, S], with T tokens at most to an expert", "[B, S]")
+        yield op("reference on a GPU, float32, indices [B, S]", "[B, S]")
         yield op("triton, cuda", "[B]", dtype=torch.bfloat16)
     yield lora("reference, float32, indices [B], dropout", "[B]", 0.1)
     yield lora("triton, cuda", "[B, S]", 0.1, torch.bfloat16)
+
+
+def _busiest(*indices: torch.Tensor) -> int:
+    """The most samples or tokens that go to one expert."""
+    return max(int(index.flatten().bincount().max()) for index in indices)
 
 
 def _merges(scale: int) -> Iterator[Peak]:
@@ -154,32 +172,33 @@ def _merges(scale: int) -> Iterator[Peak]:
 
 
 def _losses(scale: int) -> Iterator[Peak]:
-    rows, classes, width = 32, 256 * scale, 32
-    chunk = rows // 2
+    rows, classes, width = 32, 2048 * scale, 32
+    chunk, at_once = rows // 2, pairs_at_once(classes, torch.device("cpu"))
 
     def pair(title, dtype, detach=True):
         leaves = _leaf(rows, classes, dtype=dtype), _leaf(rows, classes, dtype=dtype)
-        sizes = dict(R=rows, V=classes, e=dtype.itemsize)
+        sizes = dict(R=rows, V=classes, e=dtype.itemsize, P=min(rows, at_once))
         call = lambda backend: ak.consistency_loss(*leaves, detach_target=detach, backend=backend)  # noqa: E731
         return Peak(ak.consistency_loss, title, sizes, leaves, call)
 
     def doubled(title, dtype, detach=True):
         logits, labels = _leaf(2 * rows, classes, dtype=dtype), torch.randint(classes, (rows,))
-        sizes = dict(R=rows, V=classes, e=dtype.itemsize)
+        sizes = dict(R=rows, V=classes, e=dtype.itemsize, P=min(rows, at_once))
         call = lambda backend: ak.adamix_loss(logits, labels, detach_target=detach, backend=backend).loss  # noqa: E731
         return Peak(ak.adamix_loss, title, sizes, (logits,), call)
 
     for op in (pair, doubled):
         for dtype in (torch.float32, torch.bfloat16):
-            yield op("reference, 4 or 2 bytes", dtype)
+            yield op("reference, 4 or 2 bytes, P rows at once", dtype)
             yield op("reference, 4 or 2 bytes, detach_target=False", dtype, False)
             yield op("triton, cuda", dtype)
 
-    for title in ("reference, float32", "triton, cuda, float32"):
+    for title in ("reference, float32, P rows at once", "triton, cuda, float32"):
         hidden, head = _leaf(2 * rows, width), _leaf(classes, width)
         labels = torch.randint(classes, (rows,))
+        sizes = dict(R=rows, V=classes, D=width, C=chunk, P=min(chunk, at_once))
         yield Peak(
-            ak.linear_adamix_loss, title, dict(R=rows, V=classes, D=width, C=chunk), (hidden, head),
+            ak.linear_adamix_loss, title, sizes, (hidden, head),
             lambda backend, hidden=hidden, head=head, labels=labels: ak.linear_adamix_loss(
                 hidden, head, labels, chunk_rows=chunk, backend=backend
             ).loss,

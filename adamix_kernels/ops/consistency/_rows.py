@@ -46,17 +46,19 @@ def held(scales: torch.Tensor, weight: float, dtype: torch.dtype) -> tuple[torch
     return torch.where(factor > 0, scales / factor, 0), factor
 
 
-def log_softmax(logits: torch.Tensor, as_restored: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log softmax [..., V], row maximum [...], log of the row's sum of exp(x - maximum) [...]), wide.
+def softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log softmax [..., V], softmax, row maximum [...], log of the row's sum of exp(x - maximum)), wide.
 
-    At its maximum the log softmax is minus that log. The two statistics stay apart: their sum would
-    round away the second where logits are large.
-    as_restored: the log softmax has the bits that `restore` gives. What the backward subtracts from its own d must be
-    the mean of the same d, or where logits are large a rounding of d is left of the difference.
+    The two statistics stay apart: their sum would round away the second where logits are large. The log softmax has the
+    bits that `restore` gives: what the backward subtracts from its own d must be the mean of the same d, or where
+    logits are large a rounding of d is left of the difference.
     """
-    log_probs = torch.log_softmax(logits, -1, dtype=wide_dtype(logits.dtype))
-    maximum, logsum = logits.amax(-1).to(log_probs.dtype), log_probs.amax(-1).neg_()
-    return restore(logits, maximum, logsum) if as_restored else log_probs, maximum, logsum
+    maximum = logits.amax(-1).to(wide_dtype(logits.dtype))
+    log_probs = logits.to(maximum.dtype) - maximum.unsqueeze(-1)
+    probs = log_probs.exp()
+    total = probs.sum(-1)
+    logsum = total.log()
+    return log_probs.sub_(logsum.unsqueeze(-1)), probs.div_(total.unsqueeze(-1)), maximum, logsum
 
 
 def restore(logits: torch.Tensor, maximum: torch.Tensor, logsum: torch.Tensor) -> torch.Tensor:

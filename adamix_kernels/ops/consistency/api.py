@@ -55,8 +55,9 @@ def consistency_loss(
     included; a few numbers a row are left out:
         triton, cuda: forward `2 * e * R * V`, backward `0`; for float16, and under torch.compile, the other way round;
             inplace, none at all.
-        reference, 4 or 2 bytes: forward `24 * R * V`, backward `24 * R * V`
-        reference, 4 or 2 bytes, detach_target=False: forward `28 * R * V`, backward `28 * R * V`
+        reference, 4 or 2 bytes, P rows at once: forward `24 * P * V`, backward `2 * e * R * V + 24 * P * V`
+        reference, 4 or 2 bytes, detach_target=False: forward `28 * P * V`, backward `2 * e * R * V + 28 * P * V`
+    P is at most R, on a CPU 2**16 // V rows (at least one) for each thread, on a GPU 2**26 // V.
 
     The maths is float32 or float64 whatever the logits' dtype; autocast changes nothing.
 
@@ -126,8 +127,9 @@ def adamix_loss(
     a few numbers a row are left out:
         triton, cuda: forward `2 * e * R * V`, backward `0`; for float16, and under torch.compile, the other way round;
             inplace, none at all.
-        reference, 4 or 2 bytes: forward `24 * R * V`, backward `(28 + 2*e) * R * V`
-        reference, 4 or 2 bytes, detach_target=False: forward `28 * R * V`, backward `(28 + 2*e) * R * V`
+        reference, 4 or 2 bytes, P rows at once: forward `24 * P * V`, backward `2 * e * R * V + 28 * P * V`
+        reference, 4 or 2 bytes, detach_target=False: forward `28 * P * V`, backward `2 * e * R * V + 28 * P * V`
+    P is at most R, on a CPU 2**16 // V rows (at least one) for each thread, on a GPU 2**26 // V.
 
     Regression: with floating labels [B, ...] and logits [2B, ..., 1] or [2B, ...], cross_entropy is the
     mean of (a - y)^2 over pass 1 and consistency the same symmetric KL, between unit-variance Gaussians

@@ -1,7 +1,7 @@
 """Reference backend of the consistency losses: explicit forward and backward in plain PyTorch.
 
 a and b are the two passes' logits, p and q their softmaxes, d = log p - log q. Leading dimensions are
-rows and are never flattened or compacted, so sliced logits cost no copy.
+rows and are never flattened or compacted, so sliced logits cost no copy. Rows are taken in blocks (_blocks.py).
 
 What a backend module holds; arguments are checked and on one device, logits have any strides:
     unsupported(device_type, dtype) -> why it cannot serve them, or None (not here: the reference serves all).
@@ -25,8 +25,11 @@ out: such gradients (factor 1), which stay as they are where the device scalar g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from ._blocks import At, by_blocks, rows_by_blocks
 from ._chunks import Chunk, linear_loss
 from ._rows import (
     divergence,
@@ -34,24 +37,34 @@ from ._rows import (
     held,
     inverse,
     keep,
-    log_softmax,
     restore,
     rows_of,
     scales_of,
+    softmax,
     wide_dtype,
 )
 
 GRADIENT_DTYPES = ()
 
+_Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_Means = Sequence[torch.Tensor | None]
+_DENSE = torch.contiguous_format
+# Before a block's slices: both passes.
+_BOTH: At = (slice(None),)
+
 
 def forward(
     logits_a: torch.Tensor, logits_b: torch.Tensor, mask: torch.Tensor | None, detach_target: bool, reduction: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    log_p, max_a, sum_a = log_softmax(logits_a, not detach_target)
-    log_q, max_b, sum_b = log_softmax(logits_b, not detach_target)
-    rows, mean_p, mean_q = divergence(log_p, log_q, log_p.exp(), log_q.exp(), not detach_target)
+    def read(at: At) -> Sequence[torch.Tensor]:
+        log_p, p, *stats_a = softmax(logits_a[at])
+        log_q, q, *stats_b = softmax(logits_b[at])
+        rows, *means = divergence(log_p, log_q, p, q, not detach_target)
+        pairs = zip([*stats_a, means[0]], [*stats_b, means[1]], strict=True)
+        return rows, *(t for pair in pairs for t in pair if t is not None)
+
+    rows, *stats = rows_by_blocks(read, logits_a)
     rows = rows if mask is None else keep(rows, mask)
-    stats = [max_a, max_b, sum_a, sum_b] + [mean for mean in (mean_p, mean_q) if mean is not None]
     scale = rows.new_ones(())
     if reduction == "batchmean":
         scale = inverse(rows.new_full((), rows.numel()) if mask is None else mask.sum(dtype=rows.dtype))
@@ -84,17 +97,21 @@ def backward(
     detach_target: bool,
     out: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    log_p = restore(logits_a, stats[0], stats[2])
-    log_q = restore(logits_b, stats[1], stats[3])
-    means = (None, None) if detach_target else (stats[4], stats[5])
-    coefficient = (grad * scale).unsqueeze(-1)
-    ga, gb = divergence_grad(log_p, log_q, log_p.exp(), log_q.exp(), means[0], means[1], coefficient)
-    if mask is not None:
-        ga, gb = keep(ga, mask.unsqueeze(-1)), keep(gb, mask.unsqueeze(-1))
-    if out is None:
-        return ga.to(logits_a.dtype).contiguous(), gb.to(logits_b.dtype).contiguous()
-    da, db = out
-    return None if da is None else da.copy_(ga), None if db is None else db.copy_(gb)
+    da, db = (torch.empty_like(t, memory_format=_DENSE) for t in (logits_a, logits_b)) if out is None else out
+    stats, coefficient = stats.unflatten(0, (-1, 2)), (grad * scale).unsqueeze(-1)
+    each_row = coefficient.dim() > 1
+
+    def write(at: At) -> None:
+        maximum, logsum, *means = stats[(slice(None), *_BOTH, *at)]
+        log_p, log_q = restore(logits_a[at], maximum[0], logsum[0]), restore(logits_b[at], maximum[1], logsum[1])
+        pair = log_p, log_q, log_p.exp(), log_q.exp()
+        grads = divergence_grad(*pair, *_each(means), coefficient[at] if each_row else coefficient)
+        for to, g in zip((da, db), grads, strict=True):
+            if to is not None:
+                to[at] = g if mask is None else keep(g, mask[at].unsqueeze(-1))
+
+    by_blocks(write, logits_a)
+    return da, db
 
 
 def adamix_forward(
@@ -108,15 +125,21 @@ def adamix_forward(
     detach_target: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     counted, selected = rows_of(labels, mask, ignore_index)
-    log_probs, maximum, logsum = log_softmax(logits, not detach_target)
-    half = labels.shape[0]
-    entropy_rows = _cross_entropy(log_probs[:half], labels, counted, label_smoothing)
-    rows, mean_p, mean_q = divergence(*_halves(log_probs, half), *_halves(log_probs.exp(), half), not detach_target)
+    both = _passes(logits)
+
+    def read(at: At) -> Sequence[torch.Tensor]:
+        log_probs, probs, *stats = softmax(both[_BOTH + at])
+        pair = (*log_probs, *probs)
+        entropy_rows = _cross_entropy(pair[0], labels[at], counted[at], label_smoothing)
+        rows, mean_p, mean_q = divergence(*pair, not detach_target)
+        means = [] if mean_p is None or mean_q is None else [torch.stack([mean_p, mean_q])]
+        return entropy_rows, rows, *stats, *means
+
+    entropy_rows, rows, *stats = rows_by_blocks(read, both[0])
     scales = scales_of(counted, selected, num_items, rows.dtype)
     cross_entropy = keep(entropy_rows, counted).sum() * scales[0]
     consistency = keep(rows, selected).sum() * scales[1]
-    stats = [maximum, logsum] + ([] if mean_p is None or mean_q is None else [torch.cat([mean_p, mean_q])])
-    return cross_entropy + weight * consistency, cross_entropy, consistency, torch.stack(stats), scales
+    return cross_entropy + weight * consistency, cross_entropy, consistency, torch.stack(stats).flatten(1, 2), scales
 
 
 def adamix_forward_grad(
@@ -151,15 +174,19 @@ def adamix_backward(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     counted, selected = rows_of(labels, mask, ignore_index)
-    log_probs = restore(logits, stats[0], stats[1])
-    half = labels.shape[0]
-    means = (None, None) if detach_target else (stats[2][:half], stats[2][half:])
     entropy_scale, consistency_scale = grad * scales[0], grad * scales[1] * weight
-    pair = (*_halves(log_probs, half), *_halves(log_probs.exp(), half))
-    ga, gb = _pair_grad(pair, means, labels, counted, entropy_scale, consistency_scale, label_smoothing)
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
-    out[:half] = keep(ga, selected.unsqueeze(-1))
-    out[half:] = keep(gb, selected.unsqueeze(-1))
+    out = torch.empty_like(logits, memory_format=_DENSE) if out is None else out
+    both, to, stats = _passes(logits), _passes(out), stats.unflatten(1, (2, labels.shape[0]))
+
+    def write(at: At) -> None:
+        maximum, logsum, *means = stats[(slice(None), *_BOTH, *at)]
+        log_probs = restore(both[_BOTH + at], maximum, logsum)
+        pair, scales_here = (*log_probs, *log_probs.exp()), (entropy_scale, consistency_scale)
+        grads = _pair_grad(pair, _each(means), labels[at], counted[at], *scales_here, label_smoothing)
+        for one, g in zip(to, grads, strict=True):
+            one[at] = keep(g, selected[at].unsqueeze(-1))
+
+    by_blocks(write, both[0])
     return out
 
 
@@ -193,16 +220,24 @@ def linear_forward(
         factors: tuple[torch.Tensor, torch.Tensor | float],
         need_grad: bool,
     ) -> Chunk:
-        log_probs = torch.log_softmax(logits, -1, dtype=wide_dtype(logits.dtype))
-        half = log_probs.shape[0] // 2
-        pair = (*_halves(log_probs, half), *_halves(log_probs.exp(), half))
-        rows, mean_p, mean_q = divergence(*pair, not detach_target)
-        entropy_rows = _cross_entropy(pair[0], labels, counted, label_smoothing)
-        d_logits = None
-        if need_grad:
-            grads = _pair_grad(pair, (mean_p, mean_q), labels, counted, *factors, label_smoothing)
-            d_logits = torch.cat([keep(g, selected.unsqueeze(-1)) for g in grads])
-        return Chunk(keep(entropy_rows, counted).sum(), keep(rows, selected).sum(), d_logits)
+        both, wide = _passes(logits), wide_dtype(logits.dtype)
+        rows = labels.new_empty((2, *labels.shape), dtype=wide)
+        # Gradients take the logits' place; where those are narrower, they are rounded after the sum for the bias.
+        d_logits = logits if logits.dtype == wide else logits.new_empty(logits.shape if need_grad else 0, dtype=wide)
+
+        def read_and_write(at: At) -> None:
+            log_probs, probs, *_ = softmax(both[_BOTH + at])
+            pair = (*log_probs, *probs)
+            rows[0][at] = _cross_entropy(pair[0], labels[at], counted[at], label_smoothing)
+            rows[1][at], *means = divergence(*pair, not detach_target)
+            if need_grad:
+                grads = _pair_grad(pair, means, labels[at], counted[at], *factors, label_smoothing)
+                for one, g in zip(_passes(d_logits), grads, strict=True):
+                    one[at] = keep(g, selected[at].unsqueeze(-1))
+
+        by_blocks(read_and_write, both[0])
+        sums = keep(rows, torch.stack([counted, selected])).sum(1)
+        return Chunk(*sums, d_logits if need_grad else None)
 
     return linear_loss(
         chunk, hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index,
@@ -220,13 +255,19 @@ def _cross_entropy(
     return rows
 
 
-def _halves(values: torch.Tensor, half: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return values[:half], values[half:]
+def _passes(logits: torch.Tensor) -> torch.Tensor:
+    """[2B, ..., V] -> [2, B, ..., V]."""
+    return logits.unflatten(0, (2, logits.shape[0] // 2))
+
+
+def _each(means: Sequence[torch.Tensor]) -> _Means:
+    """E_p d and E_q d of [passes, ...] in a list, or what stands for none."""
+    return means[0].unbind() if means else (None, None)
 
 
 def _pair_grad(
-    pair: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    means: tuple[torch.Tensor | None, torch.Tensor | None],
+    pair: _Pair,
+    means: _Means,
     labels: torch.Tensor,
     counted: torch.Tensor,
     entropy_scale: torch.Tensor,
