@@ -28,12 +28,13 @@ def rows_by_blocks(work: Callable[[At], Sequence[torch.Tensor]], logits: torch.T
     if math.prod(rows) <= pairs:
         return work(())
     made: list[torch.Tensor] = []
+    leading = (...,)
 
     def keep(at: At) -> None:
         parts = work(at)
         made.extend(p.new_empty((*p.shape[: p.dim() - len(rows)], *rows)) for p in parts[len(made) :])
         for whole, part in zip(made, parts, strict=True):
-            whole[(..., *at)] = part
+            whole[leading + at] = part
 
     by_blocks(keep, logits)
     return made

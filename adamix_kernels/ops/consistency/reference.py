@@ -47,10 +47,11 @@ from ._rows import (
 GRADIENT_DTYPES = ()
 
 _Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-_Means = Sequence[torch.Tensor | None]
+_Means = tuple[torch.Tensor | None, torch.Tensor | None]
 _DENSE = torch.contiguous_format
-# Before a block's slices: both passes.
+# Before a block's slices: both passes; all statistics of both.
 _BOTH: At = (slice(None),)
+_ALL = (slice(None), *_BOTH)
 
 
 def forward(
@@ -59,9 +60,9 @@ def forward(
     def read(at: At) -> Sequence[torch.Tensor]:
         log_p, p, *stats_a = softmax(logits_a[at])
         log_q, q, *stats_b = softmax(logits_b[at])
-        rows, *means = divergence(log_p, log_q, p, q, not detach_target)
-        pairs = zip([*stats_a, means[0]], [*stats_b, means[1]], strict=True)
-        return rows, *(t for pair in pairs for t in pair if t is not None)
+        rows, mean_p, mean_q = divergence(log_p, log_q, p, q, not detach_target)
+        pairs = zip([*stats_a, mean_p], [*stats_b, mean_q], strict=True)
+        return [rows, *(t for pair in pairs for t in pair if t is not None)]
 
     rows, *stats = rows_by_blocks(read, logits_a)
     rows = rows if mask is None else keep(rows, mask)
@@ -102,7 +103,7 @@ def backward(
     each_row = coefficient.dim() > 1
 
     def write(at: At) -> None:
-        maximum, logsum, *means = stats[(slice(None), *_BOTH, *at)]
+        maximum, logsum, *means = stats[_ALL + at]
         log_p, log_q = restore(logits_a[at], maximum[0], logsum[0]), restore(logits_b[at], maximum[1], logsum[1])
         pair = log_p, log_q, log_p.exp(), log_q.exp()
         grads = divergence_grad(*pair, *_each(means), coefficient[at] if each_row else coefficient)
@@ -129,11 +130,11 @@ def adamix_forward(
 
     def read(at: At) -> Sequence[torch.Tensor]:
         log_probs, probs, *stats = softmax(both[_BOTH + at])
-        pair = (*log_probs, *probs)
+        pair = _pair(log_probs, probs)
         entropy_rows = _cross_entropy(pair[0], labels[at], counted[at], label_smoothing)
         rows, mean_p, mean_q = divergence(*pair, not detach_target)
         means = [] if mean_p is None or mean_q is None else [torch.stack([mean_p, mean_q])]
-        return entropy_rows, rows, *stats, *means
+        return [entropy_rows, rows, *stats, *means]
 
     entropy_rows, rows, *stats = rows_by_blocks(read, both[0])
     scales = scales_of(counted, selected, num_items, rows.dtype)
@@ -179,9 +180,9 @@ def adamix_backward(
     both, to, stats = _passes(logits), _passes(out), stats.unflatten(1, (2, labels.shape[0]))
 
     def write(at: At) -> None:
-        maximum, logsum, *means = stats[(slice(None), *_BOTH, *at)]
+        maximum, logsum, *means = stats[_ALL + at]
         log_probs = restore(both[_BOTH + at], maximum, logsum)
-        pair, scales_here = (*log_probs, *log_probs.exp()), (entropy_scale, consistency_scale)
+        pair, scales_here = _pair(log_probs, log_probs.exp()), (entropy_scale, consistency_scale)
         grads = _pair_grad(pair, _each(means), labels[at], counted[at], *scales_here, label_smoothing)
         for one, g in zip(to, grads, strict=True):
             one[at] = keep(g, selected[at].unsqueeze(-1))
@@ -227,17 +228,17 @@ def linear_forward(
 
         def read_and_write(at: At) -> None:
             log_probs, probs, *_ = softmax(both[_BOTH + at])
-            pair = (*log_probs, *probs)
+            pair = _pair(log_probs, probs)
             rows[0][at] = _cross_entropy(pair[0], labels[at], counted[at], label_smoothing)
-            rows[1][at], *means = divergence(*pair, not detach_target)
+            rows[1][at], mean_p, mean_q = divergence(*pair, not detach_target)
             if need_grad:
-                grads = _pair_grad(pair, means, labels[at], counted[at], *factors, label_smoothing)
+                grads = _pair_grad(pair, (mean_p, mean_q), labels[at], counted[at], *factors, label_smoothing)
                 for one, g in zip(_passes(d_logits), grads, strict=True):
                     one[at] = keep(g, selected[at].unsqueeze(-1))
 
         by_blocks(read_and_write, both[0])
         sums = keep(rows, torch.stack([counted, selected])).sum(1)
-        return Chunk(*sums, d_logits if need_grad else None)
+        return Chunk(sums[0], sums[1], d_logits if need_grad else None)
 
     return linear_loss(
         chunk, hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index,
@@ -260,9 +261,14 @@ def _passes(logits: torch.Tensor) -> torch.Tensor:
     return logits.unflatten(0, (2, logits.shape[0] // 2))
 
 
+def _pair(log_probs: torch.Tensor, probs: torch.Tensor) -> _Pair:
+    """(log p, log q, p, q) from [2, ...]."""
+    return log_probs[0], log_probs[1], probs[0], probs[1]
+
+
 def _each(means: Sequence[torch.Tensor]) -> _Means:
     """E_p d and E_q d of [passes, ...] in a list, or what stands for none."""
-    return means[0].unbind() if means else (None, None)
+    return (means[0][0], means[0][1]) if means else (None, None)
 
 
 def _pair_grad(
