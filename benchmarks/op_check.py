@@ -12,7 +12,7 @@ from .op_cases import Bound, Case, Contender, Draw, Inputs, tensors
 # A result may err this many times what the formula errs in the same dtype, or what rounding errs if that is more.
 MULTIPLE = 4.0
 # A peer computes the same formula, but may add up as it likes: compiled for the CPU, sums run from first to last.
-MULTIPLE_OF_PEERS = 16.0
+MULTIPLE_OF_PEERS = 32.0
 # One number's own error is luck: it may be nothing. Results of fewer numbers are allowed this many times more.
 FEW, SLACK_OF_FEW = 64, 8.0
 

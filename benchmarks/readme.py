@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import goals, plot, record
+from . import goals, plot, readme_ops, record
 from .contender_names import ADAMIX, TITLES
 from .goals import CPU_LIMITS, RESULTS, Verdict
 from .proof_report import write_text
@@ -20,13 +20,15 @@ BEGIN = "<!-- performance, written by `python -m benchmarks.readme --write`: beg
 END = "<!-- performance: end -->"
 STEPS = RESULTS / "step_cpu.csv"
 EARLIER = RESULTS / "step_cpu_earlier.csv"
+OPS = RESULTS / "ops_cpu.csv"
 
 
 def section() -> str:
     """The text between the markers."""
     verdicts = goals.evaluate(goals.load())
     parts = [_gpu(verdicts), _cpu_table(record.read(STEPS)), _cpu_words(record.read(STEPS), record.read(EARLIER))]
-    parts += [*_pictures(), _goals(verdicts)]
+    command = f"python -m benchmarks.run op NAME --size cpu --out {OPS.relative_to(README.parent)}"
+    parts += [readme_ops.table(record.read(OPS), command), *_pictures(), _goals(verdicts)]
     return "\n\n".join(part for part in parts if part)
 
 

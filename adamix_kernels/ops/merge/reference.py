@@ -12,9 +12,14 @@ What a backend module holds; arguments are checked and on one device:
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ._wide import lora_backward, wide_dtype
+
+# Numbers of an expert whose products with the gradient live at once.
+_AT_ONCE = 2**16
 
 __all__ = ["banks_forward", "experts_backward", "experts_forward", "lora_backward", "lora_forward"]
 
@@ -24,23 +29,27 @@ def experts_forward(bank: torch.Tensor, scores: torch.Tensor | None) -> torch.Te
     if scores is None:
         return bank.mean(0, dtype=wide).to(bank.dtype).contiguous()
     share = torch.softmax(scores.to(wide), 0)
-    return (bank.to(wide) * _column(share, bank)).sum(0).to(bank.dtype).contiguous()
+    merged = (bank[0].to(wide) * share[0]).contiguous()
+    for expert, part in zip(bank[1:], share[1:], strict=True):
+        merged.addcmul_(expert.to(wide), part)
+    return merged.to(bank.dtype)
 
 
 def experts_backward(
     grad_out: torch.Tensor, bank: torch.Tensor, scores: torch.Tensor | None, need_bank: bool, need_scores: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     wide = wide_dtype(bank, scores)
-    grad = grad_out.to(wide).unsqueeze(0)
-    num_experts = bank.shape[0]
+    grad = grad_out.to(wide)
     dbank, dscores = bank.new_empty(0), bank.new_empty(0)
     share = None if scores is None else torch.softmax(scores.to(wide), 0)
     if need_bank:
-        each = grad / num_experts if share is None else grad * _column(share, bank)
-        dbank = each.to(bank.dtype).expand(bank.shape).clone(memory_format=torch.contiguous_format)
-        del each
+        dbank = torch.empty_like(bank, memory_format=torch.contiguous_format)
+        if share is None:
+            dbank.copy_(grad / bank.shape[0])
+        else:
+            torch.mul(grad, share.view(-1, *[1] * grad.dim()), out=dbank)
     if need_scores and scores is not None and share is not None:
-        dots = (bank.to(wide) * grad).flatten(1).sum(1) if bank.dim() > 1 else bank.to(wide) * grad
+        dots = _dots(bank, grad, wide)
         dscores = (share * (dots - (share * dots).sum())).to(scores.dtype)
     return dbank, dscores
 
@@ -68,6 +77,10 @@ def lora_forward(
     return out.to(weight.dtype)
 
 
-def _column(share: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-    """[M] -> [M, 1, ..., 1], to broadcast over bank."""
-    return share.view(-1, *[1] * (bank.dim() - 1))
+def _dots(bank: torch.Tensor, grad: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """sum over d of bank[m, d] grad[d]: [M], a part at a time, so that the products stay in the cache."""
+    if grad.dim() == 0:
+        return bank.to(wide) * grad
+    rows = max(1, _AT_ONCE // max(1, math.prod(grad.shape[1:])))
+    parts = zip(bank.split(rows, 1), grad.split(rows), strict=True)
+    return torch.stack([(b.to(wide) * g).flatten(1).sum(1) for b, g in parts]).sum(0)
