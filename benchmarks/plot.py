@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, zip_longest
 from pathlib import Path
 
 from . import goals, record
@@ -134,12 +135,17 @@ def _where(rows: Sequence[Row]) -> str:
 def _speedups(bars: Sequence[Bar], where: str):
     plt = _pyplot()
     groups = list(dict.fromkeys(bar.group for bar in bars))
+    across = 1 if len(groups) < 4 else 2
+    lines = [groups[at : at + across] for at in range(0, len(groups), across)]
+    longest = [max(sum(b.group == g for b in bars) for g in line) for line in lines]
     figure, axes = plt.subplots(
-        len(groups), 1, figsize=(8, sum(0.9 + 0.32 * sum(b.group == g for b in bars) for g in groups)),
-        sharex=True, squeeze=False, layout="constrained",
-        height_ratios=[1 + sum(b.group == g for b in bars) for g in groups],
+        len(lines), across, figsize=(8 if across == 1 else 12, sum(0.9 + 0.32 * n for n in longest)),
+        sharex=True, squeeze=False, layout="constrained", height_ratios=[1 + n for n in longest],
     )  # fmt: skip
-    for axis, group in zip(axes[:, 0], groups, strict=True):
+    for axis, group in zip_longest(axes.flat, groups):
+        if group is None:
+            axis.set_visible(False)
+            continue
         shown = [bar for bar in bars if bar.group == group][::-1]
         axis.barh([b.label for b in shown], [b.value for b in shown], color=BLUE, height=0.6)
         for place, bar in enumerate(shown):
@@ -153,35 +159,33 @@ def _speedups(bars: Sequence[Bar], where: str):
         axis.set_title(group, loc="left", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel(
-        "times as fast as this (right of 1: we are faster); line: 20th to 80th percentile", fontsize=8
-    )
-    axes[-1, 0].margins(x=0.1)
+        axis.margins(x=0.1)
+    figure.supxlabel("times as fast as this (right of 1: we are faster); line: 20th to 80th percentile", fontsize=8)
     figure.suptitle(where, fontsize=8, color="#555555")
     return figure
 
 
 def _roofline(scattered: Sequence[Point], copy: float, product: float, where: str):
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     left, right = min(p.intensity for p in scattered) / 3, max(max(p.intensity for p in scattered), product / copy) * 3
     corner = product / copy
     axis.plot([left, corner, right], [left * copy, product, product], color="black", linewidth=1.2)
     # Where a kernel of ours ran, the plain PyTorch backend is one more peer.
     kernels = {p.backend for p in scattered}.intersection(OURS[1:]) or OURS
-    for name, colour, mine in (("peers", GREY, False), ("ours", ORANGE, True)):
-        chosen = [p for p in scattered if (p.backend in kernels) == mine]
-        axis.scatter([p.intensity for p in chosen], [p.throughput for p in chosen], s=18, color=colour, label=name)
-    best: dict[str, Point] = {}
+    peers = [p for p in scattered if p.backend not in kernels]
+    axis.scatter([p.intensity for p in peers], [p.throughput for p in peers], s=10, color=GREY, label="peers")
+    by_op: dict[str, list[Point]] = {}
     for p in scattered:
-        if p.op not in best or p.throughput > best[p.op].throughput:
-            best[p.op] = p
-    for p in best.values():
-        axis.annotate(
-            f"{p.op} ({p.backend})", (p.intensity, p.throughput), (4, 4), textcoords="offset points", fontsize=7
-        )
+        if p.backend in kernels:
+            by_op.setdefault(p.op.partition("/")[0], []).append(p)
+    for (op, mine), marker in zip(by_op.items(), cycle("os^DvPX*<>"), strict=False):
+        axis.scatter(
+            [p.intensity for p in mine], [p.throughput for p in mine], s=30, marker=marker, color=ORANGE,
+            edgecolors="black", linewidths=0.4, label=f"{op}, ours",
+        )  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="operations a second")
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     axis.set_title(f"{where}; roofs measured: {copy / 1e9:.0f} GB/s, {product / 1e12:.3g} TFLOP/s", fontsize=8)
     return figure
 

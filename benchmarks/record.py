@@ -57,8 +57,7 @@ def environment() -> dict[str, str]:
         "triton": version("triton"),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "",
         # A copy of the tree without its history can be told what it is.
-        "commit": os.environ.get("ADAMIX_COMMIT")
-        or _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "commit": os.environ.get("ADAMIX_COMMIT") or commit(Path(__file__).parent / "results"),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "cpu_name": _cpu_name(),
     }
@@ -67,6 +66,14 @@ def environment() -> dict[str, str]:
 def row(op: str, backend: str, shape: str, dtype: str, metric: str, unit: str, value: float, note: str = "") -> Row:
     """A Row with the columns of `environment()` filled in."""
     return Row(op, backend, shape, dtype, metric, unit, value, **environment(), note=note)
+
+
+def commit(results: Path) -> str:
+    """The commit of the sources beside `results`, with "-dirty" where files outside it differ; "" outside of git."""
+    git = "git", "-C", str(results.parent)
+    found = _output(*git, "describe", "--always")
+    changed = _output(*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{results.name}")
+    return f"{found}-dirty" if changed else found
 
 
 def version(package: str) -> str:

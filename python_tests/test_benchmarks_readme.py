@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 
 import pytest
 
@@ -240,3 +241,20 @@ def test_bars_of_paired_steps_turn_the_ratio_round():
     ]
     assert bar.value == pytest.approx(1 / 0.766, abs=0.01)
     assert bar.low < bar.value < bar.high
+
+
+def test_a_commit_is_dirty_by_sources_and_not_by_results(tmp_path):
+    assert record.commit(tmp_path / "results") == ""
+    for name in ("source.py", "benchmarks/results/rows.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "both"]):
+        subprocess.run([*git, *command], check=True)
+    results = tmp_path / "benchmarks/results"
+    clean = record.commit(results)
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    (results / "rows.csv").write_text("after")
+    assert record.commit(results) == clean
+    (tmp_path / "source.py").write_text("after")
+    assert record.commit(results) == f"{clean}-dirty"

@@ -6,12 +6,12 @@ import datetime
 import importlib.metadata
 import json
 import platform
-import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from adamix_kernels.models._files import write_json
+from benchmarks.record import commit
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "triton", "transformers", "hypothesis")
@@ -47,7 +47,9 @@ class Record:
 
 def record(part: str, size: str, figures: Iterable[Figure]) -> Record:
     today = datetime.date.today().isoformat()
-    return Record(part, size, _command(part, size), _commit(), today, _versions(), tuple(figures))
+    return Record(
+        part, size, _command(part, size), commit(RESULTS) or "not under git", today, _versions(), tuple(figures)
+    )
 
 
 def write(result: Record, folder: Path = RESULTS) -> Path:
@@ -64,18 +66,6 @@ def read(path: Path) -> Record:
 
 def _command(part: str, size: str) -> str:
     return f"python -m reliability run {part}" + ("" if size == "full" else f" --size {size}")
-
-
-def _commit() -> str:
-    """Of the sources; results of other parts that are not committed yet do not make it "-dirty"."""
-    commit = _git("describe", "--always")
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS.name}")
-    return f"{commit}-dirty" if changed else commit or "not under git"
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent)
-    return done.stdout.strip()
 
 
 def _versions() -> dict[str, str]:
