@@ -46,19 +46,22 @@ def held(scales: torch.Tensor, weight: float, dtype: torch.dtype) -> tuple[torch
     return torch.where(factor > 0, scales / factor, 0), factor
 
 
-def softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def softmax(logits: torch.Tensor, as_restored: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(log softmax [..., V], softmax, row maximum [...], log of the row's sum of exp(x - maximum)), wide.
 
     The two statistics stay apart: their sum would round away the second where logits are large. The log softmax has the
     bits that `restore` gives: what the backward subtracts from its own d must be the mean of the same d, or where
-    logits are large a rounding of d is left of the difference.
+    logits are large a rounding of d is left of the difference. as_restored: so has the softmax, at the price of another
+    exp, for the means to hold the rounding of the same p - q.
     """
     maximum = logits.amax(-1).to(wide_dtype(logits.dtype))
     log_probs = logits.to(maximum.dtype) - maximum.unsqueeze(-1)
     probs = log_probs.exp()
     total = probs.sum(-1)
     logsum = total.log()
-    return log_probs.sub_(logsum.unsqueeze(-1)), probs.div_(total.unsqueeze(-1)), maximum, logsum
+    log_probs.sub_(logsum.unsqueeze(-1))
+    probs = torch.exp(log_probs, out=probs) if as_restored else probs.div_(total.unsqueeze(-1))
+    return log_probs, probs, maximum, logsum
 
 
 def restore(logits: torch.Tensor, maximum: torch.Tensor, logsum: torch.Tensor) -> torch.Tensor:

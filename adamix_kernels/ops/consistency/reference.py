@@ -58,8 +58,8 @@ def forward(
     logits_a: torch.Tensor, logits_b: torch.Tensor, mask: torch.Tensor | None, detach_target: bool, reduction: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     def read(at: At) -> Sequence[torch.Tensor]:
-        log_p, p, *stats_a = softmax(logits_a[at])
-        log_q, q, *stats_b = softmax(logits_b[at])
+        log_p, p, *stats_a = softmax(logits_a[at], not detach_target)
+        log_q, q, *stats_b = softmax(logits_b[at], not detach_target)
         rows, mean_p, mean_q = divergence(log_p, log_q, p, q, not detach_target)
         pairs = zip([*stats_a, mean_p], [*stats_b, mean_q], strict=True)
         return [rows, *(t for pair in pairs for t in pair if t is not None)]
@@ -129,7 +129,7 @@ def adamix_forward(
     both = _passes(logits)
 
     def read(at: At) -> Sequence[torch.Tensor]:
-        log_probs, probs, *stats = softmax(both[_BOTH + at])
+        log_probs, probs, *stats = softmax(both[_BOTH + at], not detach_target)
         pair = _pair(log_probs, probs)
         entropy_rows = _cross_entropy(pair[0], labels[at], counted[at], label_smoothing)
         rows, mean_p, mean_q = divergence(*pair, not detach_target)
@@ -227,7 +227,7 @@ def linear_forward(
         d_logits = logits if logits.dtype == wide else logits.new_empty(logits.shape if need_grad else 0, dtype=wide)
 
         def read_and_write(at: At) -> None:
-            log_probs, probs, *_ = softmax(both[_BOTH + at])
+            log_probs, probs, *_ = softmax(both[_BOTH + at], False)
             pair = _pair(log_probs, probs)
             rows[0][at] = _cross_entropy(pair[0], labels[at], counted[at], label_smoothing)
             rows[1][at], mean_p, mean_q = divergence(*pair, not detach_target)
