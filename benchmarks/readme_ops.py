@@ -25,8 +25,8 @@ def table(rows: Sequence[Row], command: str) -> str:
         return ""
     commits = ", ".join(dict.fromkeys(r.commit for r in rows))
     said = (
-        "Ops on one thread of the same CPU, float32, against their peers in the same run; forward and backward together "
-        f"where\nan op has both.\n`{command}`, commit {commits}."
+        "Ops on one thread of the same CPU, float32, against their peers in the same run; forward and backward\n"
+        f"together where an op has both.\n`{command}`, commit {commits}."
     )
     if refused:
         said += f" Refused by the check against float64, or failed: {'; '.join(refused)}."
