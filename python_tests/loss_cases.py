@@ -1,10 +1,14 @@
 """What the tests of every backend of the consistency losses draw, and what each must do with -inf and NaN."""
 
+import math
+
 import torch
 
 from adamix_kernels.functional import adamix_loss
 
 INF = float("inf")
+# How many times PyTorch's own error, and a spacing of the numbers, a loss or a gradient may err.
+MULTIPLE, TURNS = 8.0, 4
 
 
 def randn(device, *shape, dtype=torch.float32, scale=2.0):
@@ -19,6 +23,28 @@ def draw_labels(device, rows, classes):
 
 def draw_mask(device, rows):
     return (torch.rand(rows) < 0.7).to(device)
+
+
+def check_errors(found, plain, *tensors):
+    """found(*tensors) errs against float64 as plain does in the same dtype, or by a few spacings of the largest number.
+
+    One error of a scalar is luck and may be nothing: plain's is the worst over the classes turned round a few times.
+    """
+    exact = plain(*(t.double() for t in tensors))
+    units = [0.0] * len(exact)
+    for turned in ([t.roll(places, -1) for t in tensors] for places in range(TURNS)):
+        wanted = plain(*(t.double() for t in turned))
+        errors = [_error(own, want) for own, want in zip(plain(*turned), wanted, strict=True)]
+        units = [max(unit, error) if math.isfinite(error) else unit for unit, error in zip(units, errors, strict=True)]
+    for number, (result, want, unit) in enumerate(zip(found(*tensors), exact, units, strict=True)):
+        assert result.shape == want.shape
+        spacing = torch.finfo(result.dtype).eps * want.abs().max().item() if want.numel() else 0.0
+        error, budget = _error(result, want), MULTIPLE * (unit + spacing)
+        assert error <= budget, f"output {number}: error {error:.3e}, PyTorch's own {unit:.3e}, budget {budget:.3e}"
+
+
+def _error(result, want):
+    return (result.double() - want).abs().max().item() if want.numel() else 0.0
 
 
 def check_a_masked_vocabulary(kept, detach, backend):
