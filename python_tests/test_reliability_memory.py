@@ -55,6 +55,22 @@ def test_leaks_show_and_what_is_let_go_does_not():
     assert list(growth.grown(growth.growth(let_go, 20, 20))) == []
 
 
+def test_what_comes_once_is_no_leak_and_what_comes_in_every_round_is():
+    """Something else of the process may keep an object while a step runs; a step that keeps one now and then leaks."""
+    calls, kept = itertools.count(), []
+
+    def keeps_one_at(wanted):
+        def step(n):
+            if next(calls) in wanted:
+                kept.append([n])
+
+        return step
+
+    assert list(growth.grown(growth.growth(keeps_one_at({25}), 20, 20))) == []
+    calls = itertools.count()
+    assert list(growth.grown(growth.growth(keeps_one_at({25, 45, 65}), 20, 20))) == ["1 Python objects"]
+
+
 def test_tensors_without_memory_count_for_none():
     with FakeTensorMode():
         kept = [torch.zeros(2**20)]
