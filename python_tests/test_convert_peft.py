@@ -19,8 +19,9 @@ MODELS = {
     "bert": tiny.tiny_bert, "roberta": tiny.tiny_roberta, "gpt2": tiny.tiny_gpt2, "llama": tiny.tiny_llama,
     "t5": tiny.tiny_t5,
 }  # fmt: skip
-# T5 scales no attention: its logits turn a last bit of a merged weight into 2e-5.
-CLOSE = {"rtol": 1e-5, "atol": 5e-5}
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+# For T5, which does not scale its attention: updates far above the weights would only measure float32's rounding.
+MILD = 0.2
 
 
 def adapted(kind, spread=0.5, **options):
@@ -45,7 +46,7 @@ def loaded(kind, folder):
 @pytest.mark.parametrize("share", ["up", "down", None])
 @pytest.mark.parametrize("kind", MODELS)
 def test_peft_computes_the_merged_model(kind, share, tmp_path):
-    model = adapted(kind, share=share)
+    model = adapted(kind, spread=MILD if kind == "t5" else 0.5, share=share)
     want = logits(model, kind)
     assert not torch.allclose(want, logits(MODELS[kind](), kind), atol=1e-2)
     export_peft(model, tmp_path)
@@ -66,8 +67,7 @@ def test_a_merged_model_exports_the_same_bits(kind, tmp_path):
 @pytest.mark.parametrize("kind", MODELS)
 def test_each_expert_is_an_adapter_of_its_own(kind, tmp_path):
     """One PeftModel holds them all, as load_adapter and set_adapter have it; export is the same after merge()."""
-    # T5 does not scale its attention: updates far above the weights would only measure float32's rounding there.
-    model = adapted(kind, spread=0.2, share="up" if kind == "roberta" else None)
+    model = adapted(kind, spread=MILD, share="up" if kind == "roberta" else None)
     batch, want = tiny.batch_for(MODELS[kind]()), []
     for expert in range(3):
         with torch.no_grad(), use_experts(model, expert):

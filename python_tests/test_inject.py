@@ -72,7 +72,8 @@ def test_placement_training_and_merging(kind, method):
     model.eval()
 
     assert merge(model) is model
-    torch.testing.assert_close(logits(model, batch), before, atol=1e-5, rtol=1e-5)
+    # In units of the largest logit: T5's is 4, the others' are below 1.
+    torch.testing.assert_close(logits(model, batch), before, atol=2e-6 * max(1.0, before.abs().max().item()), rtol=1e-5)
     assert unmerge(model) is model
     now = model.state_dict()
     assert list(now) == list(saved)
