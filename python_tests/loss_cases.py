@@ -7,7 +7,7 @@ import torch
 from adamix_kernels.functional import adamix_loss
 
 INF = float("inf")
-# How many times PyTorch's own error, and a spacing of the numbers, a loss or a gradient may err.
+# How many times PyTorch's own error a loss or a gradient may err; of how many draws that is the worst.
 MULTIPLE, TURNS = 8.0, 4
 
 
@@ -26,7 +26,7 @@ def draw_mask(device, rows):
 
 
 def check_errors(found, plain, *tensors):
-    """found(*tensors) errs against float64 as plain does in the same dtype, or by a few spacings of the largest number.
+    """found(*tensors) errs against float64 as plain does in the same dtype, or by a spacing of the largest number.
 
     One error of a scalar is luck and may be nothing: plain's is the worst over the classes turned round a few times.
     """
@@ -39,7 +39,7 @@ def check_errors(found, plain, *tensors):
     for number, (result, want, unit) in enumerate(zip(found(*tensors), exact, units, strict=True)):
         assert result.shape == want.shape
         spacing = torch.finfo(result.dtype).eps * want.abs().max().item() if want.numel() else 0.0
-        error, budget = _error(result, want), MULTIPLE * (unit + spacing)
+        error, budget = _error(result, want), MULTIPLE * unit + spacing
         assert error <= budget, f"output {number}: error {error:.3e}, PyTorch's own {unit:.3e}, budget {budget:.3e}"
 
 
