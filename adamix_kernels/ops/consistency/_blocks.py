@@ -12,32 +12,34 @@ import torch
 _CPU, _GPU = 2**16, 2**26
 
 At = tuple[slice, ...]
+# In front of a block's slices: whatever dimensions come before the rows.
+_LEADING = (...,)
 
 
 def by_blocks(work: Callable[[At], None], logits: torch.Tensor) -> None:
     """work(slices of the row dimensions) for every block of one pass's logits; what a call makes is gone before the
     next. Bits do not depend on the blocks.
     """
-    for at in blocks(logits.shape[:-1], pairs_at_once(logits.shape[-1], logits.device)):
+    for at in _of(logits):
         work(at)
 
 
 def rows_by_blocks(work: Callable[[At], Sequence[torch.Tensor]], logits: torch.Tensor) -> Sequence[torch.Tensor]:
     """The same for a work that returns tensors [..., *rows]: those of all rows."""
-    rows, pairs = logits.shape[:-1], pairs_at_once(logits.shape[-1], logits.device)
-    if math.prod(rows) <= pairs:
-        return work(())
+    rows = logits.shape[:-1]
     made: list[torch.Tensor] = []
-    leading = (...,)
-
-    def keep(at: At) -> None:
+    for at in _of(logits):
         parts = work(at)
-        made.extend(p.new_empty((*p.shape[: p.dim() - len(rows)], *rows)) for p in parts[len(made) :])
+        if not at:
+            return parts
+        made = made or [part.new_empty((*part.shape[: -len(rows)], *rows)) for part in parts]
         for whole, part in zip(made, parts, strict=True):
-            whole[leading + at] = part
-
-    by_blocks(keep, logits)
+            whole[_LEADING + at] = part
     return made
+
+
+def _of(logits: torch.Tensor) -> Iterator[At]:
+    return blocks(logits.shape[:-1], pairs_at_once(logits.shape[-1], logits.device))
 
 
 def pairs_at_once(vocab: int, device: torch.device) -> int:
