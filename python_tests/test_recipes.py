@@ -1,13 +1,14 @@
 """Recipes as files, methods by name, metrics, result rows, and the table and plots made of them."""
 
 import json
+import shutil
 
 import pytest
 
 from adamix_kernels import AdaMixConfig
 from adamix_kernels.recipes import append_row, expand_methods, load_recipe, parse_method, read_rows, recipe_names
 from adamix_kernels.recipes.methods import ablations, learning_rate
-from adamix_kernels.recipes.metrics import label_scores, normalised, text_scores
+from adamix_kernels.recipes.metrics import TOKENS, _caption, label_scores, text_scores
 from adamix_kernels.recipes.summary import group_rows, markdown, write_summary
 
 GLUE = ("mnli", "qnli", "sst2", "qqp", "mrpc", "cola", "rte", "stsb")
@@ -75,6 +76,13 @@ def test_a_recipe_of_ones_own(tmp_path):
         recipe.changed({"colour": 1})
     with pytest.raises(ValueError, match="num_experts: got 0"):
         recipe.changed({"adamix.num_experts": 0})
+    # Before anything is trained.
+    with pytest.raises(ValueError, match=r"metrics: got \['bleu'\], expected some of accuracy"):
+        recipe.changed({"metrics": ["bleu"]})
+    text = load_recipe("nlg/lora/e2e")
+    for key, value in (("normalise", True), ("tokens", "bpe")):
+        with pytest.raises(ValueError, match=f"generation: got .*{key}.*, expected some of beams"):
+            text.changed({f"generation.{key}": value})
 
 
 def test_methods_by_name_and_option():
@@ -126,7 +134,7 @@ def test_scores_of_labels():
         ("bleu", "sacrebleu", 100.0, lambda v: v < 90),
         ("ter", "sacrebleu", 0.0, lambda v: v > 5),
         ("chrf", "sacrebleu", 100.0, lambda v: v < 95),
-        ("rouge_l", "rouge_score", 100.0, lambda v: v < 95),
+        ("rouge_l", "pycocoevalcap", 100.0, lambda v: v < 95),
         ("nist", "nltk", None, lambda v: v > 0),
         ("cider", "pycocoevalcap", 10.0, lambda v: v < 8),
     ],
@@ -162,8 +170,49 @@ def test_meteor_without_java_and_wordnet_says_what_it_needs(monkeypatch):
     assert "needs pycocoevalcap and Java" in text_scores(["meteor"], ["a"], [["a"]]).missing["meteor"]
 
 
-def test_text_as_the_reference_project_tokenizes_it():
-    assert normalised("The Mill's food, 5-star.") == "the mill ' s food , 5 - star ."
+def test_rouge_without_its_first_library(monkeypatch):
+    pytest.importorskip("rouge_score")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    scores = text_scores(["rouge_l"], ["a b c"], [["a b c", "d"]])
+    assert (scores.values, scores.sources["rouge_l"].split()[0]) == ({"rouge_l": 100.0}, "rouge-score")
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="METEOR 1.5 runs Java, and there is none here")
+def test_meteor_is_its_authors_own():
+    pytest.importorskip("pycocoevalcap")
+    texts, references = ["the cats sat on a mat ."], [["a cat was sitting on the mat .", "no cat ."]]
+    scores = text_scores(["meteor"], texts, references)
+    # Stems and paraphrases count: of the same words in the same order none is exact but "on", "a", "mat".
+    assert 25 < scores.values["meteor"] < 60
+    assert scores.sources["meteor"].startswith("pycocoevalcap")
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("spaces", "The Mill's food, 5-star: £20.50."),
+        ("words", "the mill ' s food , 5 - star : £ 20 . 50 ."),
+        ("mteval", "the mill's food , 5 - star : £20.50 ."),
+    ],
+)
+def test_tokens_of_the_published_metrics(kind, expected):
+    pytest.importorskip("sacrebleu")
+    assert TOKENS[kind]("The Mill's food, 5-star: £20.50.") == expected
+
+
+def test_mteval_tokens_are_those_of_bleu_and_without_punctuation_those_of_captions():
+    sacrebleu = pytest.importorskip("sacrebleu")
+    pytest.importorskip("pycocoevalcap")
+    texts = ["Blue Spice is a pub, near Clowns.", "It's cheap; no families!"]
+    references = [["Blue Spice is a Pub near Clowns.", "A pub, Blue Spice."], ["it's cheap: families no.", "Cheap."]]
+    streams = [list(stream) for stream in zip(*references)]
+    expected = sacrebleu.BLEU(lowercase=True, tokenize="13a").corpus_score(texts, streams).score
+    assert text_scores(["bleu"], texts, references, "mteval").values["bleu"] == pytest.approx(expected, abs=1e-9)
+    assert _caption(texts[0]) == "blue spice is a pub near clowns"
+    bare = text_scores(["rouge_l"], [texts[0]], [["blue spice is a pub near clowns"]], "mteval")
+    assert bare.values["rouge_l"] == pytest.approx(100.0)
+    with pytest.raises(ValueError, match="tokens: got 'bpe', expected one of spaces, words, mteval"):
+        text_scores(["bleu"], texts, references, "bpe")
 
 
 def test_rows_survive_an_interrupted_write(tmp_path, caplog):

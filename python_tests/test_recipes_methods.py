@@ -24,7 +24,8 @@ def _recipe(kind="classification", **adamix):
     more = {"prompt": {"template": "{text} {mask}", "words": {}}} if kind == "prompt" else {}
     return from_dict(
         {
-            "name": "t", "kind": kind, "model": "m", "data": "d", "metrics": ["accuracy"],
+            "name": "t", "kind": kind, "model": "m", "data": "d",
+            "metrics": ["bleu" if kind == "generation" else "accuracy"],
             "training": {"learning_rate": 1e-3}, "adamix": {"bottleneck": 6, **adamix}, **more,
         }
     )  # fmt: skip
@@ -65,6 +66,43 @@ def test_sizes_on_an_encoder(method, size, kept):
     # None of what is trained stays out of the gradient (of M experts, those drawn).
     without = [n for n, p in built.model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
+
+
+@pytest.mark.parametrize("make", [tiny.tiny_bert, tiny.tiny_roberta])
+def test_prefixes_reach_an_encoder_with_and_without_a_pooler(make):
+    pytest.importorskip("peft")
+    model, batch = make(), tiny.batch_for(tiny.tiny_bert())
+    plain = model(**batch).logits
+    built = build(parse_method("prefix:tokens=3"), model, _recipe()).model
+    (prefix,) = (p for n, p in built.named_parameters() if "prompt_encoder" in n and p.requires_grad)
+    with torch.no_grad():
+        prefix.fill_(1.0)
+    logits = built(**batch).logits
+    assert logits.shape == plain.shape
+    assert (logits - plain).abs().max() > 1e-3
+    logits.sum().backward()
+    assert prefix.grad.abs().sum() > 0
+
+
+def test_prefixes_reach_what_is_generated():
+    pytest.importorskip("peft")
+    built = build(parse_method("prefix:tokens=3"), tiny.tiny_gpt2(), _recipe("generation")).model
+    (prefix,) = (p for p in built.parameters() if p.requires_grad)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    seen = []
+    for scale in (0.0, 5.0):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            prefix.copy_(scale * torch.randn(prefix.shape))
+        out = built.generate(**inputs, **options)
+        for step, logits in enumerate(out.logits):
+            known = out.sequences[:, : 4 + step]
+            once = built(input_ids=known, attention_mask=torch.ones_like(known)).logits[:, -1]
+            torch.testing.assert_close(logits, once, atol=1e-5, rtol=1e-5)
+        seen.append(out.logits[0])
+    assert (seen[0] - seen[1]).abs().max() > 1e-2
 
 
 def test_full_and_biases():

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ..models.config import AdaMixConfig
+from .metrics import CLASS_METRICS, NUMBER_METRICS, TEXT_METRICS, TOKENS
 
 RECIPE_VERSION = 1
 KINDS = ("classification", "prompt", "generation")
 EVALUATIONS = ("merged", "random", "fixed")
 SELECT = ("best", "last")
+GENERATION = (
+    "beams", "length_penalty", "no_repeat_ngram", "max_new_tokens", "max_context", "batch_size", "stop_ids", "tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,15 @@ class Recipe:
         shots: training rows, drawn by the seed evenly over the classes; None takes all.
         prompt: template with {text}, {pair}, {mask}; words: label word -> names of its label; bare_text drops the
             text's last punctuation mark; lower_pair lowers the pair's first letter.
-        generation: beams, length_penalty, no_repeat_ngram, max_new_tokens, max_context, stop_ids (token ids that
-            end a text besides the tokenizer's own), normalise (lower case, tokens apart, before the metrics).
+        generation: beams, length_penalty, no_repeat_ngram, max_new_tokens, max_context, batch_size, stop_ids (token
+            ids that end a text besides the tokenizer's own), and tokens, of which the metrics are made: "spaces",
+            "words" or "mteval" (see metrics.text_scores).
         select: "best" epoch on dev, or the "last".
         evaluations: of an AdaMix model: "merged", "random" routing, every "fixed" expert.
         source: where the numbers come from.
 
-    Raises ValueError for a kind, evaluation or selection that is none of these, and for wrong AdaMix fields.
+    Raises ValueError for a kind, metric, evaluation, selection or setting of generation that is none of these, and for
+    wrong AdaMix fields.
     """
 
     name: str
@@ -78,8 +84,14 @@ class Recipe:
         unknown = set(self.evaluations) - set(EVALUATIONS)
         if unknown or not self.evaluations:
             raise ValueError(f"evaluations: got {self.evaluations!r}, expected some of {', '.join(EVALUATIONS)}")
-        if not self.metrics:
-            raise ValueError("metrics: got none, expected at least one")
+        metrics = TEXT_METRICS if self.kind == "generation" else CLASS_METRICS + NUMBER_METRICS
+        if not self.metrics or set(self.metrics) - set(metrics):
+            raise ValueError(f"metrics: got {self.metrics!r}, expected some of {', '.join(metrics)}")
+        if set(self.generation) - set(GENERATION) or self.generation.get("tokens", "spaces") not in TOKENS:
+            raise ValueError(
+                f"generation: got {self.generation!r}, expected some of {', '.join(GENERATION)}, tokens being one of "
+                f"{', '.join(TOKENS)}"
+            )
         if self.kind == "prompt" and not {"template", "words"} <= set(self.prompt):
             raise ValueError(f"prompt: got the keys {sorted(self.prompt)}, expected template and words among them")
         AdaMixConfig.from_dict(self.adamix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -212,8 +213,46 @@ def _prefix(model: nn.Module, recipe: Recipe, options: dict[str, Any]) -> nn.Mod
         raise NotImplementedError("prefix: PEFT's prefix tuning has no task type for masked language models")
     from peft import PrefixTuningConfig, get_peft_model
 
-    task = "CAUSAL_LM" if recipe.kind == "generation" else "SEQ_CLS"
-    return get_peft_model(model, PrefixTuningConfig(task_type=task, num_virtual_tokens=options.get("tokens", 20)))
+    generates = recipe.kind == "generation"
+    if not generates:
+        _take_prefixes(model.base_model)
+    task = "CAUSAL_LM" if generates else "SEQ_CLS"
+    config = PrefixTuningConfig(task_type=task, num_virtual_tokens=options.get("tokens", 20))
+    prefixed: Any = get_peft_model(model, config)
+    if generates:
+        _generate_with_prefixes(prefixed)
+    built: nn.Module = prefixed
+    return built
+
+
+def _generate_with_prefixes(model: Any) -> None:
+    """Makes PEFT's generate() see the cache by its old name; beside the new one of transformers 5.24 the prefixes,
+    which PEFT adds under the old one, are dropped."""
+    prepare = model.base_model_prepare_inputs_for_generation
+
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        inputs = prepare(*args, **kwargs)
+        if "cache" in inputs:
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
+
+    model.base_model_prepare_inputs_for_generation = renamed
+
+
+def _take_prefixes(encoder: Any) -> None:
+    """Makes an encoder take prefixes as PEFT's classifiers hand them over, and return none of them.
+
+    transformers 5.24 calls the argument cache. Encoders without a pooler return the prefixes where PEFT looks for
+    what the head classifies.
+    """
+    forward = encoder.forward
+    name = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+    def with_prefixes(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        output = forward(*args, **{name: past_key_values}, **kwargs)
+        return type(output)(**{key: value for key, value in output.items() if key != name})
+
+    encoder.forward = with_prefixes
 
 
 def _peft_lora(model: nn.Module, recipe: Recipe, options: dict[str, Any]) -> nn.Module:

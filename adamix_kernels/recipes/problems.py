@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..tasks import TextClassification, TextSplit, collator, load_classifier, predict, resolve_model, tokenize
 from .config import Recipe
 from .generation import IGNORED, beam_decode, encode_pairs, pair_collator
-from .metrics import Scores, label_scores, normalised, text_scores
+from .metrics import Scores, label_scores, text_scores
 from .prompt import encode_prompts, prompt_for, read_at_mask, word_ids
 from .table_data import TableData, load_tables, references
 from .text_data import draw_shots, load_labelled
@@ -141,13 +141,11 @@ class TextProblem:
     def scores(self, model: nn.Module) -> Scores:
         """Text metrics on the test part (dev where there is none), and the dev loss per token."""
         settings = dict(self.recipe.generation)
-        clean = normalised if settings.pop("normalise", False) else str
+        tokens = settings.pop("tokens", "spaces")
         known = references(self.data.dev if self.data.test is None else self.data.test)
         contexts = list(known)[: self.limits.dev_rows]
         texts = beam_decode(model, self.tokenizer, contexts, **settings)
-        scores = text_scores(
-            self.recipe.metrics, [clean(t) for t in texts], [[clean(r) for r in known[c]] for c in contexts]
-        )
+        scores = text_scores(self.recipe.metrics, texts, [known[c] for c in contexts], tokens)
         scores.values["loss"] = self._loss(model)
         return scores
 
