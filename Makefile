@@ -4,6 +4,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 UV := uv==0.13.9
 VENV ?= .venv
+# Versions as locked; LOCKED= takes the newest that pyproject.toml allows.
+LOCKED ?= requirements/dev.lock
 JOBS ?= 2
 DEMO_FLAGS ?=
 BENCH ?=
@@ -38,6 +40,9 @@ LOCK := $(VENV)/bin/uv pip compile -q --extra test --python-version 3.10 --no-he
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# torch and triton are TORCH's and TRITON's; a constraint has no hashes.
+CONSTRAINTS := $(VENV)/constraints.txt
+INSTALL := $(PIP) install -c $(CONSTRAINTS)
 OLD := $(VENV)/transformers-4.57
 HUB := $(VENV)/kernels-hub
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
@@ -62,6 +67,7 @@ help:
 	@echo 'make lint      ruff check, ruff format --check, mypy --strict and clang-format'
 	@echo 'make lock      writes requirements/ anew: the lowest versions, and the newest with their hashes'
 	@echo 'make bench     python -m benchmarks.run step (BENCH="step --batch 2 --tokens 16")'
+	@echo 'make test LOCKED= takes the newest versions instead of those of requirements/dev.lock'
 	@echo 'make clean     removes $(VENV), demo_out and caches'
 	@echo 'variables: PYTHON=$(PYTHON) TORCH=$(TORCH) TRITON=$(TRITON) VENV=$(VENV) JOBS=$(JOBS) ADAMIX_CUDA=$(ADAMIX_CUDA)'
 
@@ -79,7 +85,8 @@ test: $(VENV)/.test $(VENV)/.triton $(VENV)/.encoder $(VENV)/.nvrtc $(OLD)/.read
 	$(call ON_HOST,plain) $(PYTEST) python_tests/test_cuda_*.py
 	$(call ON_HOST,asan) $(call UNDER,asan) ASAN_OPTIONS=detect_leaks=0:log_path=$(REPORT) $(SANITIZED)
 	$(call ON_HOST,tsan) $(call UNDER,tsan) TSAN_OPTIONS=halt_on_error=1:log_path=$(REPORT) $(SANITIZED)
-	PYTHONPATH=$(abspath $(OLD)) $(PYTEST) --ignore-glob='*_launch.py' python_tests/test_trainer*.py python_tests/test_checkpointing.py
+	PYTHONPATH=$(abspath $(OLD)) $(PYTEST) --ignore-glob='*_launch.py' python_tests/test_trainer*.py python_tests/test_checkpointing.py \
+		python_tests/test_recipes_methods.py python_tests/test_recipes_unipelt.py
 	PYTHONPATH=$(abspath $(HUB)) $(PYTEST) python_tests/test_hub_layout.py
 
 oldest: $(OLDEST)/.ready
@@ -103,7 +110,7 @@ lint: $(VENV)/.ruff $(VENV)/.clang-format
 
 lock: $(VENV)/.uv
 	$(LOCK) --resolution lowest-direct | grep -vE '$(NOT_OLDEST)' > requirements/oldest.txt
-	printf '%s\n' "$(TORCH)" "numpy<2.4" | $(LOCK) --universal --generate-hashes -c - -o requirements/dev.lock
+	printf '%s\n' "$(TORCH)" "numpy<2.4" | $(LOCK) --upgrade --universal --generate-hashes -c - -o requirements/dev.lock
 
 bench: $(VENV)/.test $(VENV)/.encoder
 	$(BIN)/python -m benchmarks.run $(or $(BENCH),step)
@@ -117,16 +124,19 @@ $(VENV)/.torch:
 	$(PIP) install "$(TORCH)"
 	@touch $@
 
-$(VENV)/.package: $(VENV)/.torch $(PACKAGE_FROM)
-	$(PIP) install -e .
+$(CONSTRAINTS): $(VENV)/.torch $(LOCKED)
+	sed -nE '/^(torch|triton|nvidia-|cuda-)/d; s/^([a-z].*) \\$$/\1/p' $(or $(LOCKED),/dev/null) > $@
+
+$(VENV)/.package: $(CONSTRAINTS) $(PACKAGE_FROM)
+	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/.train: $(VENV)/.torch $(PACKAGE_FROM)
-	$(PIP) install -e '.[train]'
+$(VENV)/.train: $(CONSTRAINTS) $(PACKAGE_FROM)
+	$(INSTALL) -e '.[train]'
 	@touch $@ $(VENV)/.package
 
-$(VENV)/.test: $(VENV)/.torch $(PACKAGE_FROM)
-	$(PIP) install -e '.[test]'
+$(VENV)/.test: $(CONSTRAINTS) $(PACKAGE_FROM)
+	$(INSTALL) -e '.[test]'
 	@touch $@ $(VENV)/.package $(VENV)/.train $(VENV)/.ruff
 
 # torch for GPUs brings its own; Triton's interpreter needs the older numpy.
@@ -166,8 +176,8 @@ $(VENV)/.nvrtc: $(VENV)/.torch
 	$(PIP) install --no-deps --target $(VENV)/nvrtc-12.9 $(NVRTC)
 	@touch $@
 
-$(VENV)/.docs: $(VENV)/.torch $(PACKAGE_FROM)
-	$(PIP) install -e '.[docs]'
+$(VENV)/.docs: $(CONSTRAINTS) $(PACKAGE_FROM)
+	$(INSTALL) -e '.[docs]'
 	@touch $@
 
 $(HUB)/.ready: $(VENV)/.test

@@ -96,7 +96,7 @@ def test_methods_by_name_and_option():
         ("adamix:routing=expert", ValueError, "routing"),
         ("lora:rank=2", ValueError, r"\['rank'\]"),
         ("lora:r", ValueError, "option=value"),
-        ("unipelt", NotImplementedError, "transformers 4.57"),
+        ("unipelt:parts=p", ValueError, "parts='p', expected one of ap, apl"),
     ):
         with pytest.raises(error, match=message):
             parse_method(text)
@@ -105,8 +105,8 @@ def test_methods_by_name_and_option():
 def test_groups_of_methods():
     recipe = load_recipe("glue/bert-base/rte")
     names = [str(m) for m in expand_methods(["baselines", "adamix", "ablations"], recipe)]
-    assert names[:8] == ["full", "head", "bitfit", "pfeiffer", "houlsby", "prefix", "lora", "adamix"]
-    assert names[8:] == [
+    assert names[:9] == ["full", "head", "bitfit", "pfeiffer", "houlsby", "prefix", "lora", "unipelt", "adamix"]
+    assert names[9:] == [
         "adamix:consistency_weight=0", "adamix:share=null", "adamix:routing=sample", "adamix:routing=token",
         "adamix:num_experts=1", "adamix:num_experts=2", "adamix:num_experts=8",
         "adamix:bottleneck=24", "adamix:bottleneck=96",

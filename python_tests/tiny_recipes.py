@@ -7,6 +7,21 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from adamix_kernels.recipes.config import from_dict
+
+SETTINGS = {
+    "name": "tiny",
+    "kind": "classification",
+    "model": "m",
+    "data": "d",
+    "metrics": ["accuracy"],
+    "max_tokens": 16,
+    "training": {
+        "learning_rate": 1e-2, "num_train_epochs": 1, "per_device_train_batch_size": 6,
+        "warmup_ratio": 0.06, "weight_decay": 0.1, "use_cpu": True,
+    },
+    "adamix": {"num_experts": 2, "bottleneck": 4},
+}  # fmt: skip
 WORDS = ("name", "area", "food", ":", "|", ".", "the", "a", "is", "in", "place", "blue", "red", "north", "south", "and")
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]")
 
@@ -15,7 +30,7 @@ def write_causal(folder):
     """A 2-layer GPT-2 of width 16 with a word-level tokenizer."""
     torch.manual_seed(3)
     config = transformers.GPT2Config(
-        vocab_size=len(SPECIAL) + len(WORDS), n_embd=16, n_layer=2, n_head=2, n_positions=64,
+        vocab_size=len(SPECIAL) + len(WORDS), n_embd=16, n_layer=2, n_head=2, n_positions=128,
         bos_token_id=2, eos_token_id=3, pad_token_id=0,
     )  # fmt: skip
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
@@ -68,19 +83,8 @@ def write_dart(folder):
 
 def tiny_recipe(folder, **changes):
     """A classification recipe on a tiny BERT and twelve sentences, one epoch."""
-    from adamix_kernels.recipes.config import from_dict
-
-    values = {
-        "name": "tiny",
-        "kind": "classification",
+    places = {
         "model": str(tiny_text.write_encoder(folder / "encoder")),
         "data": str(tiny_text.write_data(folder / "data")),
-        "metrics": ["accuracy"],
-        "max_tokens": 16,
-        "training": {
-            "learning_rate": 1e-2, "num_train_epochs": 1, "per_device_train_batch_size": 6,
-            "warmup_ratio": 0.06, "weight_decay": 0.1, "use_cpu": True,
-        },
-        "adamix": {"num_experts": 2, "bottleneck": 4},
-    }  # fmt: skip
-    return from_dict({**values, **changes})
+    }
+    return from_dict({**SETTINGS, **places, **changes})

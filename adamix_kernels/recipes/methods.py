@@ -25,9 +25,10 @@ METHODS = {
     "prefix": "PEFT's prefix tuning",
     "lora": "LoRA on query and value: PEFT's; on GPT-2, where PEFT adapts the keys too, AdaMix's of one expert",
     "adamix": "the recipe's AdaMix; any field of AdaMixConfig as an option",
-    "unipelt": "not available: AdapterHub's adapters 1.3 alone has it, and requires transformers 4.57",
+    "unipelt": "gated adapter, prefixes and LoRA, by AdapterHub's adapters 1.3, which needs transformers 4.57; "
+    "parts=ap goes without LoRA",
 }
-BASELINES = ("full", "head", "bitfit", "pfeiffer", "houlsby", "prefix", "lora", "adamix")
+BASELINES = ("full", "head", "bitfit", "pfeiffer", "houlsby", "prefix", "lora", "unipelt", "adamix")
 _OPTIONS = {
     "full": (),
     "head": (),
@@ -36,7 +37,9 @@ _OPTIONS = {
     "houlsby": ("bottleneck",),
     "prefix": ("tokens",),
     "lora": ("r", "alpha", "dropout"),
+    "unipelt": ("parts",),
 }
+_UNIPELT_PARTS = ("ap", "apl")
 _ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie")
 _HOULSBY = {
     **dict.fromkeys(_ENCODERS, r"(.*\.)?layer\.\d+\.(attention\.)?output\.dense"),
@@ -69,15 +72,11 @@ class Built:
 def parse_method(text: str) -> Method:
     """ "adamix:num_experts=8,routing=sample" -> Method. Values are JSON where they can be ("null", 0.5), else words.
 
-    Raises:
-        ValueError: an unknown method or option.
-        NotImplementedError: "unipelt"; the message says why.
+    Raises ValueError for an unknown method or option.
     """
     name, _, written = text.partition(":")
     if name not in METHODS:
         raise ValueError(f"method: got {name!r}, expected one of {', '.join(METHODS)}")
-    if name == "unipelt":
-        raise NotImplementedError(f"method: unipelt is {METHODS[name]}")
     options = {}
     for part in filter(None, written.split(",")):
         key, equals, value = part.partition("=")
@@ -88,6 +87,8 @@ def parse_method(text: str) -> Method:
         AdaMixConfig.from_dict(options)
     elif unknown := sorted(set(options) - set(_OPTIONS[name])):
         raise ValueError(f"method: got the options {unknown} for {name}, expected some of {list(_OPTIONS[name])}")
+    if options.get("parts", "apl") not in _UNIPELT_PARTS:
+        raise ValueError(f"method: got parts={options['parts']!r}, expected one of {', '.join(_UNIPELT_PARTS)}")
     return Method(name, tuple(sorted(options.items())))
 
 
@@ -124,7 +125,7 @@ def build(method: Method, model: nn.Module, recipe: Recipe) -> Built:
     Raises:
         ValueError: the method has no place in this model (no head, no bias, no known layers).
         ModuleNotFoundError: PEFT is needed and not installed.
-        NotImplementedError: PEFT has no such method for this kind of task.
+        NotImplementedError: PEFT has no such method for this kind of task, or adapters cannot be imported here.
     """
     options = {**_settings(method, recipe), **dict(method.options)}
     if method.name == "full":
@@ -134,6 +135,8 @@ def build(method: Method, model: nn.Module, recipe: Recipe) -> Built:
         return Built(_partly(model, biases=method.name == "bitfit"), False, False)
     if method.name == "prefix":
         return Built(_prefix(model, recipe, options), False, False)
+    if method.name == "unipelt":
+        return Built(_unipelt(model, options.get("parts", "apl")), False, False)
     if method.name == "lora" and model_type(model) != "gpt2":
         return Built(_peft_lora(model, recipe, options), False, False)
     config = adapter_config(method, model, recipe, options)
@@ -267,6 +270,24 @@ def _peft_lora(model: nn.Module, recipe: Recipe, options: dict[str, Any]) -> nn.
         target_modules=["query", "value"] if model_type(model) in _ENCODERS else None,
     )
     return get_peft_model(model, config)
+
+
+def _unipelt(model: nn.Module, parts: str) -> nn.Module:
+    """With the widths that adapters has for it: prefixes of 10, adapters of H / 16, LoRA of rank 8 and alpha 2."""
+    try:
+        import adapters
+    except ImportError as error:
+        raise NotImplementedError(
+            f"unipelt: needs AdapterHub's adapters 1.3 with transformers 4.57, which cannot be imported here: {error}"
+        ) from error
+    union = adapters.UniPELTConfig()
+    if parts == "ap":
+        union = adapters.ConfigUnion(*(part for part in union.configs if not isinstance(part, adapters.LoRAConfig)))
+    adapters.init(model)
+    owner: Any = model
+    owner.add_adapter("unipelt", config=union)
+    owner.train_adapter("unipelt")
+    return model
 
 
 def _value(text: str) -> Any:

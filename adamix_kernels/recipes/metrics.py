@@ -1,13 +1,13 @@
 """The metrics of the paper's tables, each computed by a library that others use for it.
 
 Accuracy, F1, Matthews: scikit-learn. Pearson, Spearman: scipy. BLEU, TER, chrF: sacrebleu. NIST: nltk. ROUGE-L, CIDEr,
-METEOR 1.5: pycocoevalcap (without it rouge-score stands in for ROUGE-L; METEOR runs Java, without which nltk's stands in
-where WordNet is installed). All are in the extra `recipes`. Each score comes with the library that gave it, and what is
-absent with the reason.
+METEOR 1.5: pycocoevalcap (without it rouge-score stands in for ROUGE-L; METEOR runs Java, without which nltk's stands
+in where WordNet is installed). All are in the extra `recipes`. Each score comes with the library that gave it, and what
+is absent with the reason.
 
-Against the scripts of the published figures: BLEU is the E2E challenge's to the last digit. NIST is lower: nltk takes the
-best reference alone, mteval all of them together (7.81 for 8.93 on 300 of E2E's own texts). TER is the corpus's, theirs
-the mean of each text's.
+Against the scripts of the published figures: BLEU is the E2E challenge's to the last digit. NIST is lower: nltk takes
+the best reference alone, mteval all of them together (7.81 for 8.93 on 300 of E2E's own texts). TER is the corpus's,
+theirs the mean of each text's.
 """
 
 from __future__ import annotations

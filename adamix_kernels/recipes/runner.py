@@ -36,8 +36,9 @@ def run_recipe(
         reports: a folder for a TrainingReport of every AdaMix run.
         progress: a bar over the runs.
 
-    A method that cannot run on this recipe (NotImplementedError) leaves a row whose `skipped` says why. Seeds run in
-    the outer loop, so that an interrupted run has compared all methods on the same seeds.
+    A method that cannot run on this recipe (NotImplementedError) leaves a row whose `skipped` says why, and is tried
+    again the next time. Seeds run in the outer loop, so that an interrupted run has compared all methods on the same
+    seeds.
     """
     from tqdm.auto import tqdm
 
@@ -47,12 +48,14 @@ def run_recipe(
     problem, rows = None, []
     for seed, method, identity in tqdm(wanted, unit="run", disable=not progress):
         key = row_key(identity)
-        if key not in done:
+        before = done.get(key)
+        if before is None or "skipped" in before:
             if problem is None:
                 problem = PROBLEMS[recipe.kind](recipe, limits)
             row = {"key": key, **_labels(recipe, method, seed, limits), "identity": identity}
             row |= _outcome(recipe, problem, method, seed, reports)
-            append_row(results, row)
+            if before is None or before["skipped"] != row.get("skipped"):
+                append_row(results, row)
             done[key] = row
         rows.append(done[key])
     return rows
