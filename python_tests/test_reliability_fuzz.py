@@ -5,11 +5,16 @@ from unittest import mock
 import pytest
 import torch
 
+from adamix_kernels import RoutedAdapter
+from adamix_kernels.models import checkpoint, inject
+from adamix_kernels.models import merging as model_merging
+from adamix_kernels.modules import adapter as adapter_module
 from adamix_kernels.ops.consistency import reference as losses
 from adamix_kernels.ops.merge import reference as merging
 from adamix_kernels.ops.routed_adapter import reference as adapters
 from adamix_kernels.routing import Router
 from reliability import fuzz_reference
+from reliability.fuzz import models, modules
 from reliability.fuzz.adapters import routed_adapter_cases, unused_experts
 from reliability.fuzz.case import check
 from reliability.fuzz.draws import ALL_FLOATS, Sizes
@@ -82,6 +87,44 @@ def test_a_router_beyond_its_bank_is_found():
     with mock.patch.object(Router, "_randint", lambda self, experts, *rest: real(self, experts + 1, *rest)):
         strategy, held = fuzz_reference.PLAIN["Router.draw"]
         assert run_cases("", strategy(), held, 200, True).failure is not None
+
+
+def _found_in(strategy, check):
+    return run_cases("", strategy(), check, 400, True).failure
+
+
+def test_a_module_off_its_definition_is_found(monkeypatch):
+    real = modules.RoutedLoRALinear.forward
+    monkeypatch.setattr(modules.RoutedLoRALinear, "forward", lambda self, x: real(self, x) * 1.01)
+    assert "RoutedLoRALinear" in _found_in(modules.layers, modules.check_layer)
+
+
+def test_an_expert_other_than_the_drawn_one_is_found(monkeypatch):
+    real = adapter_module.routed_adapter
+
+    def wrong(x, wd, bd, wu, bu, down_index, up_index, **options):
+        return real(x, wd, bd, wu, bu, None if down_index is None else down_index * 0, up_index, **options)
+
+    monkeypatch.setattr(adapter_module, "routed_adapter", wrong)
+    assert "RoutedAdapter" in _found_in(modules.layers, modules.check_layer)
+
+
+def _fresh_adapters(adapters):
+    return [RoutedAdapter(a.hidden_size, a.bottleneck, 1, None, a.activation, router=a.router) for a in adapters]
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "wrong", "said"),
+    [
+        (model_merging, "merge_adapters", _fresh_adapters, "merged"),
+        (checkpoint, "put", lambda target, value: None, "after loading"),
+        (Router, "uses_merged", lambda self, training, learning: True, "alone computes"),
+        (inject, "install_guards", lambda model: model.requires_grad_(True), "requires_grad"),
+    ],
+)
+def test_a_model_that_is_not_what_it_should_be_is_found(monkeypatch, place, name, wrong, said):
+    monkeypatch.setattr(place, name, wrong)
+    assert said in _found_in(models.adaptations, models.check_adaptation)
 
 
 def test_exactly_so_many_cases_run():

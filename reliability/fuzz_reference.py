@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .fuzz import adapters, loras, losses, merges, routing
+from .fuzz import adapters, loras, losses, merges, models, modules, routing
 from .fuzz.case import check
 from .fuzz.draws import ALL_FLOATS, Sizes
 from .fuzz.run import SEED, figure, run_cases
@@ -21,7 +21,15 @@ OPS = {
     "adamix_loss": losses.adamix_cases,
     "linear_adamix_loss": losses.linear_cases,
 }
-PLAIN = {"Router.draw": (routing.draws, routing.check_draw), "double_batch": (routing.batches, routing.check_doubling)}
+PLAIN = {
+    "Router.draw": (routing.draws, routing.check_draw),
+    "double_batch": (routing.batches, routing.check_doubling),
+    "RoutedAdapter, RoutedLoRALinear, ExpertSoup, AdamixMergedLinear": (modules.layers, modules.check_layer),
+    "adapt, summary, disable, use_experts, eval_routing, save_adamix, load_adamix, merge, unmerge": (
+        models.adaptations,
+        models.check_adaptation,
+    ),
+}
 
 
 def run(size: str, backend: str = "reference") -> Iterator[Figure]:
