@@ -1,7 +1,9 @@
 """Recipes as files, methods by name, metrics, result rows, and the table and plots made of them."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from adamix_kernels.recipes.methods import ablations, learning_rate
 from adamix_kernels.recipes.metrics import TOKENS, _caption, label_scores, text_scores
 from adamix_kernels.recipes.summary import group_rows, markdown, write_summary
 
+ROOT = Path(__file__).resolve().parent.parent
 GLUE = ("mnli", "qnli", "sst2", "qqp", "mrpc", "cola", "rte", "stsb")
 
 
@@ -24,6 +27,14 @@ def test_every_experiment_of_the_paper_has_a_recipe():
         assert recipe.name == name
         assert recipe.source
         assert all(parse_method(m) for m in recipe.default_methods)
+
+
+def test_the_docs_name_every_recipe():
+    named = set()
+    for cell in re.findall(r"`([^`]+)`", (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")):
+        stem, brace, tasks = cell.partition("{")
+        named |= {stem + task for task in tasks.rstrip("}").split(",")} if brace else {cell}
+    assert set(recipe_names()) <= named
 
 
 @pytest.mark.parametrize(
