@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
@@ -38,12 +39,18 @@ def run_cases(
     first_turn: another one draws other cases.
     """
     start, ended, failure, turn = time.perf_counter(), 0, None, 0
-    while ended < count and failure is None:
-        done, failure = _turn(strategy, check, count - ended, derandomize and turn == 0, SEED + 100 * first_turn + turn)
-        ended += done
-        turn += 1
-        if turn > 20:
-            failure = failure or f"hypothesis drew {ended} cases and no more"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine a few numbers shared out to two take ten times as long
+    try:
+        while ended < count and failure is None:
+            number = SEED + 100 * first_turn + turn
+            done, failure = _turn(strategy, check, count - ended, derandomize and turn == 0, number)
+            ended += done
+            turn += 1
+            if turn > 20:
+                failure = failure or f"hypothesis drew {ended} cases and no more"
+    finally:
+        torch.set_num_threads(threads)
     return Outcome(about, ended, failure, time.perf_counter() - start)
 
 
