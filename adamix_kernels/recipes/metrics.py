@@ -52,7 +52,7 @@ def text_scores(
     """Scores of generated texts. references: one or more for each text, as many as each has.
 
     Args:
-        tokens: how texts and references become tokens, for every metric alike:
+        tokens: how texts and references become tokens:
             "spaces": as they are, split at spaces;
             "words": lower case, every character that is no letter, digit or underscore a token of its own, as the
             reference project has WebNLG and DART (gpt2_decode.py --tokenize --lower);
