@@ -5,7 +5,7 @@ METEOR 1.5: pycocoevalcap (without it rouge-score stands in for ROUGE-L; METEOR 
 in where WordNet is installed). All are in the extra `recipes`. Each score comes with the library that gave it, and what
 is absent with the reason.
 
-Against the scripts of the published figures: BLEU is the E2E challenge's to the last digit. NIST is lower: nltk takes
+Against the scripts of the published figures: BLEU is the E2E challenge's to 13 digits. NIST is lower: nltk takes
 the best reference alone, mteval all of them together (7.81 for 8.93 on 300 of E2E's own texts). TER is the corpus's,
 theirs the mean of each text's.
 """
