@@ -127,7 +127,12 @@ def _pictures() -> list[str]:
 def _goals(verdicts: Sequence[Verdict]) -> str:
     counts = ", ".join(f"{sum(v.state == s for v in verdicts)} {s}" for s in ("met", "missed", "not measured"))
     lines = goals.markdown(verdicts)
-    return "\n".join([f"<details><summary>Every goal: {counts}</summary>", "", *lines, "", "</details>"])
+    commands = (
+        "Goals 2.8 are the steps' above, 5.2.1 is `python -m benchmarks.bench_linear_memory`'s; "
+        "`adamix bench gpu-proof` measures those of a GPU."
+    )
+    head = f"<details><summary>Every goal: {counts}</summary>"
+    return "\n".join([head, "", _wrapped(commands), "", *lines, "", "</details>"])
 
 
 def _ratios(rows: Sequence[Row]) -> dict[tuple[str, str, str], float]:

@@ -186,6 +186,7 @@ def test_rouge_without_its_first_library(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     scores = text_scores(["rouge_l"], ["a b c"], [["a b c", "d"]])
     assert (scores.values, scores.sources["rouge_l"].split()[0]) == ({"rouge_l": 100.0}, "rouge-score")
+    assert text_scores(["rouge_l"], ["c a b"], [["a b c", "d"]]).values["rouge_l"] < 95
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="METEOR 1.5 runs Java, and there is none here")

@@ -1,6 +1,8 @@
 """UniPELT by AdapterHub's adapters, which stands on transformers 4.57 (`make test` runs this there as well)."""
 
 import importlib.util
+import sys
+import types
 
 import pytest
 import tiny
@@ -19,12 +21,15 @@ def _run(recipe, methods, path):
 
 
 def test_without_the_library_a_row_says_so_and_it_is_tried_again(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "adapters", None)
+    monkeypatch.setitem(sys.modules, "adapters", None)
     recipe, path = tiny_recipes.tiny_recipe(tmp_path), tmp_path / "rows.jsonl"
+    nothing_there = recipe.changed({"data": str(tmp_path / "none"), "model": str(tmp_path / "none")})
+    assert "skipped" in _run(nothing_there, ["unipelt"], tmp_path / "other.jsonl")[0]  # before anything is read
     for _ in range(2):
         (row,) = _run(recipe, ["unipelt"], path)
         assert "adapters 1.3 with transformers 4.57" in row["skipped"]
     assert len(read_rows(path)) == 1
+    monkeypatch.setitem(sys.modules, "adapters", types.ModuleType("adapters"))  # installed since
     outcome = {"scores": {"plain": {"accuracy": 50.0}}}
     monkeypatch.setattr("adamix_kernels.recipes.training.train_once", lambda *_args: outcome)
     assert _run(recipe, ["unipelt"], path)[0]["scores"] == outcome["scores"]

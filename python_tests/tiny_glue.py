@@ -9,24 +9,22 @@ TEXT = ("the", "film", "meal", "story", "place", "was", "is", "a", "good", "bad"
 PROMPT = ("Yes", "Maybe", "No", "great", "terrible", "subjective", "objective", "It", "This")
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
-# task: header (None where there is none), labels, dev file; a row is made of two texts and a label.
+# task: header (None where there is none), labels; a row is made of two texts and a label.
 LAYOUTS = {
-    "mnli": ("index sentence1 sentence2 gold_label", ("entailment", "neutral", "contradiction"), "dev_matched"),
-    "qnli": ("index question sentence label", ("entailment", "not_entailment"), "dev"),
-    "rte": ("index sentence1 sentence2 label", ("entailment", "not_entailment"), "dev"),
-    "sst2": ("sentence label", ("0", "1"), "dev"),
-    "qqp": ("id qid1 qid2 question1 question2 is_duplicate", ("0", "1"), "dev"),
-    "mrpc": ("Quality|#1 ID|#2 ID|#1 String|#2 String", ("0", "1"), "dev"),
-    "cola": (None, ("0", "1"), "dev"),
-    "stsb": ("index sentence1 sentence2 score", ("0.5", "2.25", "5.0"), "dev"),
-    "subj": ("sentence label", ("0", "1"), "dev"),
-    "mpqa": ("sentence label", ("0", "1"), "dev"),
-    "minilm": ("sentence label", ("0", "1"), "dev"),
+    "mnli": ("index sentence1 sentence2 gold_label", ("entailment", "neutral", "contradiction")),
+    "qnli": ("index question sentence label", ("entailment", "not_entailment")),
+    "rte": ("index sentence1 sentence2 label", ("entailment", "not_entailment")),
+    "qqp": ("id qid1 qid2 question1 question2 is_duplicate", ("0", "1")),
+    "mrpc": ("Quality|#1 ID|#2 ID|#1 String|#2 String", ("0", "1")),
+    "cola": (None, ("0", "1")),
+    "stsb": ("index sentence1 sentence2 score", ("0.5", "2.25", "5.0")),
+    **dict.fromkeys(("sst2", "subj", "mpqa", "minilm"), ("sentence label", ("0", "1"))),
 }
 
 
 def write_task(folder, task, train=36, dev=6):
-    header, labels, dev_name = LAYOUTS[task]
+    header, labels = LAYOUTS[task]
+    dev_name = "dev_matched" if task == "mnli" else "dev"
     columns = ["source", "label", "mark", "text"] if header is None else header.split("|" if "|" in header else None)
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", train), (dev_name, dev)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from ..models.config import AdaMixConfig
 from ..models.inject import adapt
 from ..models.state import adamix_state
 from ..models.targets import model_type, saved_modules
+from . import libraries
 from .config import Recipe
 
 METHODS = {
@@ -119,6 +119,14 @@ def ablations(recipe: Recipe) -> list[str]:
     return ["adamix", *(f"adamix:{change}" for change in changes)]
 
 
+def check_available(method: Method, recipe: Recipe) -> None:
+    """Raises NotImplementedError where the method cannot run, whatever the model: build()'s reasons, before a load."""
+    if method.name == "prefix" and recipe.kind == "prompt":
+        raise NotImplementedError("prefix: PEFT's prefix tuning has no task type for masked language models")
+    if method.name == "unipelt":
+        libraries.adapterhub()
+
+
 def build(method: Method, model: nn.Module, recipe: Recipe) -> Built:
     """Makes `model` what the method trains: weights frozen or free, adapters or prefixes put in.
 
@@ -127,6 +135,7 @@ def build(method: Method, model: nn.Module, recipe: Recipe) -> Built:
         ModuleNotFoundError: PEFT is needed and not installed.
         NotImplementedError: PEFT has no such method for this kind of task, or adapters cannot be imported here.
     """
+    check_available(method, recipe)
     options = {**_settings(method, recipe), **dict(method.options)}
     if method.name == "full":
         model.requires_grad_(True)
@@ -134,11 +143,12 @@ def build(method: Method, model: nn.Module, recipe: Recipe) -> Built:
     if method.name in ("head", "bitfit"):
         return Built(_partly(model, biases=method.name == "bitfit"), False, False)
     if method.name == "prefix":
-        return Built(_prefix(model, recipe, options), False, False)
+        return Built(libraries.prefix(model, recipe, options), False, False)
     if method.name == "unipelt":
-        return Built(_unipelt(model, options.get("parts", "apl")), False, False)
+        return Built(libraries.unipelt(model, options.get("parts", "apl")), False, False)
     if method.name == "lora" and model_type(model) != "gpt2":
-        return Built(_peft_lora(model, recipe, options), False, False)
+        encoder = model_type(model) in _ENCODERS
+        return Built(libraries.lora(model, recipe, options, ["query", "value"] if encoder else None), False, False)
     config = adapter_config(method, model, recipe, options)
     return Built(adapt(model, config), True, config.num_experts > 1)
 
@@ -208,85 +218,6 @@ def _partly(model: nn.Module, biases: bool) -> nn.Module:
         )
     for parameter in trained:
         parameter.requires_grad_(True)
-    return model
-
-
-def _prefix(model: nn.Module, recipe: Recipe, options: dict[str, Any]) -> nn.Module:
-    if recipe.kind == "prompt":
-        raise NotImplementedError("prefix: PEFT's prefix tuning has no task type for masked language models")
-    from peft import PrefixTuningConfig, get_peft_model
-
-    generates = recipe.kind == "generation"
-    if not generates:
-        _take_prefixes(model.base_model)
-    task = "CAUSAL_LM" if generates else "SEQ_CLS"
-    config = PrefixTuningConfig(task_type=task, num_virtual_tokens=options.get("tokens", 20))
-    prefixed: Any = get_peft_model(model, config)
-    if generates:
-        _generate_with_prefixes(prefixed)
-    built: nn.Module = prefixed
-    return built
-
-
-def _generate_with_prefixes(model: Any) -> None:
-    """Makes PEFT's generate() see the cache by its old name; beside the new one of transformers 5.24 the prefixes,
-    which PEFT adds under the old one, are dropped."""
-    prepare = model.base_model_prepare_inputs_for_generation
-
-    def renamed(*args: Any, **kwargs: Any) -> Any:
-        inputs = prepare(*args, **kwargs)
-        if "cache" in inputs:
-            inputs["past_key_values"] = inputs.pop("cache")
-        return inputs
-
-    model.base_model_prepare_inputs_for_generation = renamed
-
-
-def _take_prefixes(encoder: Any) -> None:
-    """Makes an encoder take prefixes as PEFT's classifiers hand them over, and return none of them.
-
-    transformers 5.24 calls the argument cache. Encoders without a pooler return the prefixes where PEFT looks for
-    what the head classifies.
-    """
-    forward = encoder.forward
-    name = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
-
-    def with_prefixes(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        output = forward(*args, **{name: past_key_values}, **kwargs)
-        return type(output)(**{key: value for key, value in output.items() if key != name})
-
-    encoder.forward = with_prefixes
-
-
-def _peft_lora(model: nn.Module, recipe: Recipe, options: dict[str, Any]) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    r = options.get("r", 8)
-    config = LoraConfig(
-        task_type={"classification": "SEQ_CLS", "generation": "CAUSAL_LM"}.get(recipe.kind),
-        r=r,
-        lora_alpha=options.get("alpha", 2 * r),
-        lora_dropout=options.get("dropout", 0.0),
-        target_modules=["query", "value"] if model_type(model) in _ENCODERS else None,
-    )
-    return get_peft_model(model, config)
-
-
-def _unipelt(model: nn.Module, parts: str) -> nn.Module:
-    """With the widths that adapters has for it: prefixes of 10, adapters of H / 16, LoRA of rank 8 and alpha 2."""
-    try:
-        import adapters
-    except ImportError as error:
-        raise NotImplementedError(
-            f"unipelt: needs AdapterHub's adapters 1.3 with transformers 4.57, which cannot be imported here: {error}"
-        ) from error
-    union = adapters.UniPELTConfig()
-    if parts == "ap":
-        union = adapters.ConfigUnion(*(part for part in union.configs if not isinstance(part, adapters.LoRAConfig)))
-    adapters.init(model)
-    owner: Any = model
-    owner.add_adapter("unipelt", config=union)
-    owner.train_adapter("unipelt")
     return model
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .config import Recipe
-from .methods import Method, learning_rate
+from .methods import Method, check_available, learning_rate
 from .problems import PROBLEMS
 from .problems import Limits as Limits
 from .results import append_row, read_rows, row_key
@@ -45,13 +46,12 @@ def run_recipe(
     limits = Limits() if limits is None else limits
     done = {row.get("key"): row for row in read_rows(results)}
     wanted = [(seed, method, run_identity(recipe, method, seed, limits)) for seed in seeds for method in methods]
-    problem, rows = None, []
+    rows = []
+    problem = functools.cache(lambda: PROBLEMS[recipe.kind](recipe, limits))
     for seed, method, identity in tqdm(wanted, unit="run", disable=not progress):
         key = row_key(identity)
         before = done.get(key)
         if before is None or "skipped" in before:
-            if problem is None:
-                problem = PROBLEMS[recipe.kind](recipe, limits)
             row = {"key": key, **_labels(recipe, method, seed, limits), "identity": identity}
             row |= _outcome(recipe, problem, method, seed, reports)
             if before is None or before["skipped"] != row.get("skipped"):
@@ -94,7 +94,7 @@ def _labels(recipe: Recipe, method: Method, seed: int, limits: Limits) -> dict[s
 
 
 def _outcome(
-    recipe: Recipe, problem: Any, method: Method, seed: int, reports: str | os.PathLike[str] | None
+    recipe: Recipe, problem: Callable[[], Any], method: Method, seed: int, reports: str | os.PathLike[str] | None
 ) -> dict[str, Any]:
     from .training import train_once
 
@@ -103,8 +103,9 @@ def _outcome(
         name = f"{recipe.name}-{method}-{seed}".replace("/", "_").replace(":", "_").replace(",", "_")
         report = Path(reports) / name
     try:
+        check_available(method, recipe)
         with tempfile.TemporaryDirectory(prefix="adamix_recipe_") as folder:
-            return train_once(recipe, problem, method, seed, Path(folder), report)
+            return train_once(recipe, problem(), method, seed, Path(folder), report)
     except NotImplementedError as error:
         logger.warning("%s on %s: %s", method, recipe.name, error)
         return {"skipped": str(error)}

@@ -55,15 +55,15 @@ def check(case: Case, backend: str, twice: bool = True) -> None:
     is not and finite where PyTorch's is, and (twice) has the same bits a second time, when memory is fresh as well as
     when it holds NaN; no input is written.
     """
-    before = [_bits(t) for t in (*case.tensors, *case.integers) if t is not None]
+    before = [bits(t) for t in (*case.tensors, *case.integers) if t is not None]
     op = lambda *given: case.op(backend, *given)  # noqa: E731
     with poisoned_memory():
         got = _results(op, case.tensors, case.incoming, strict=True)
     again = _results(op, case.tensors, case.incoming, strict=True) if twice else got
     for number, (first, second) in enumerate(zip(got, again, strict=True)):
-        assert torch.equal(_bits(first), _bits(second)), f"{case}: result {number} has other bits the second time"
+        assert torch.equal(bits(first), bits(second)), f"{case}: result {number} has other bits the second time"
     for number, t in enumerate(t for t in (*case.tensors, *case.integers) if t is not None):
-        assert torch.equal(before[number], _bits(t)), f"{case}: input {number} was written"
+        assert torch.equal(before[number], bits(t)), f"{case}: input {number} was written"
     outputs = len(got) - sum(t is not None for t in case.tensors)
     present = [n for n, t in enumerate(case.tensors) if t is not None]
     spread = {outputs + present.index(n) for n in case.summed_together} if backend == "reference" else set()
@@ -155,7 +155,7 @@ def _as(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     return None if t is None else t.to(dtype)
 
 
-def _bits(t: torch.Tensor) -> torch.Tensor:
+def bits(t: torch.Tensor) -> torch.Tensor:
     """A contiguous copy to compare with torch.equal, NaN included."""
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     t = t.detach().clone(memory_format=torch.contiguous_format)

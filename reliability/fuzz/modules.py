@@ -15,7 +15,8 @@ from adamix_kernels import RoutedAdapter, RoutedLoRALinear
 from adamix_kernels.compat import AdamixMergedLinear, ExpertSoup
 from adamix_kernels.routing import LEVELS, Router
 
-from ..numerics.plain import ACTIVATIONS
+from ..numerics import plain
+from .case import bits
 
 MODES = ("training", "training", "training", "learning the merging", "merged", "random per sample", "random per token")
 
@@ -24,13 +25,13 @@ MODES = ("training", "training", "training", "learning the merging", "merged", "
 class Layer:
     """A module with drawn sizes, parameters and routing, and its input. banks: parameter -> its side.
 
-    plain(x, expert): by definition and in float64, x [n, K] through one pair of experts (down, up); None is the mean.
+    definition(x, i, j): in float64, x [n, 1, K], each row through its experts [n] of both sides; None is the mean.
     """
 
     said: str
     module: nn.Module
     x: torch.Tensor
-    plain: Callable[[torch.Tensor, tuple[int | None, int | None]], torch.Tensor]
+    definition: Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
     seed: int
     banks: dict[str, int]
 
@@ -50,7 +51,7 @@ def layers(draw) -> Layer:
     mode = draw(st.sampled_from(MODES))
     router = Router(draw(st.sampled_from(LEVELS)), draw(st.integers(1, 3)))
     shape = draw(st.sampled_from(((0,), (1,), (4,), (6, 3), (2, 1), (3, 0), (4, 2, 2))))
-    module, plain, banks = kind(draw, features, rank, experts, share, router)
+    module, definition, banks = kind(draw, features, rank, experts, share, router)
     module = module.to(dtype)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -65,25 +66,17 @@ def layers(draw) -> Layer:
     x = torch.randn(*shape, features, dtype=dtype)
     said = f"{type(module).__name__}({features}, {rank}, M={experts}, share={share}), x {tuple(x.shape)} {dtype}, "
     said += f"{mode}, {router.level} x {router.passes}, seed {seed}"
-    return Layer(said, module, x, plain(module), seed, banks)
+    return Layer(said, module, x, definition, seed, banks)
 
 
 def _adapter(draw, features, rank, experts, share, router):
-    activation = draw(st.sampled_from(tuple(ACTIVATIONS)))
+    activation = draw(st.sampled_from(tuple(plain.ACTIVATIONS)))
     module = RoutedAdapter(features, rank, experts, share, activation, router=router)
 
-    def plain(module):
-        banks = [bank.detach().double() for bank in module.banks()]
-        scores = [score.detach().double() for score in module.bank_scores()]
+    def definition(x, i, j):
+        return _adapter_by_definition(x, i, j, module.banks(), (module.down_score, module.up_score), activation)
 
-        def through(x, experts):
-            sides = (experts[0], experts[0], experts[1], experts[1])
-            wd, bd, wu, bu = map(_one, banks, scores, sides)
-            return x + ACTIVATIONS[activation](x @ wd.T + bd) @ wu.T + bu
-
-        return through
-
-    return module, plain, {"down_weight": 0, "down_bias": 0, "up_weight": 1, "up_bias": 1}
+    return module, definition, {"down_weight": 0, "down_bias": 0, "up_weight": 1, "up_bias": 1}
 
 
 def _lora(draw, features, rank, experts, share, router):
@@ -93,39 +86,27 @@ def _lora(draw, features, rank, experts, share, router):
     targets = draw(st.sampled_from((None, ["q"], ["q", "v"], ["v", "k", "q"])))
     module = RoutedLoRALinear.from_linear(base, rank, 4.0, experts, share, targets=targets, router=router)
 
-    def plain(module):
-        weight = module.weight.detach().double()
-        weight = weight.T if conv else weight
-        bias = 0.0 if module.bias is None else module.bias.detach().double()
-        return _lora_plain(module, "lora_a", "lora_b", module.a_score, module.b_score, weight, bias)
+    def definition(x, i, j):
+        banks, scores = (module.lora_a, module.lora_b), (module.a_score, module.b_score)
+        return _lora_by_definition(x, i, j, module, banks, scores, conv)
 
-    return module, plain, {"lora_a": 0, "lora_b": 1}
+    return module, definition, {"lora_a": 0, "lora_b": 1}
 
 
 def _soup(draw, features, rank, experts, share, router):
     act = draw(st.sampled_from((None, "gelu", "gelu_new", "relu", "silu")))
     level = draw(st.sampled_from((0, 1, 3)))
     module = ExpertSoup(features, rank, act, experts, level, int(share == "down"), int(share == "up"))
-    function = ACTIVATIONS[{"gelu_new": "gelu_tanh"}.get(act, act)]
 
-    def plain(module):
-        sides = (module.MoA_A, module.MoA_B)
-        banks = [
-            (s.deepspeed_experts.weight.detach().double(), s.deepspeed_experts.bias.detach().double()) for s in sides
-        ]
-        scores = [s.expert_score_weight.detach().double() for s in sides]
-
-        def through(x, experts):
-            (wd, bd), (wu, bu) = (
-                [_one(bank, score, expert) for bank in pair] for pair, score, expert in zip(banks, scores, experts)
-            )
-            return x + function(x @ wd.T + bd) @ wu.T + bu
-
-        return through
+    def definition(x, i, j):
+        sides = module.MoA_A, module.MoA_B
+        banks = [bank for s in sides for bank in (s.deepspeed_experts.weight, s.deepspeed_experts.bias)]
+        scores = [s.expert_score_weight for s in sides]
+        return _adapter_by_definition(x, i, j, banks, scores, {"gelu_new": "gelu_tanh"}.get(act, act))
 
     module.forward = lambda x, forward=module.forward: forward(x, x)
     names = {f"MoA_{'AB'[side]}.deepspeed_experts.{kind}": side for side in (0, 1) for kind in ("weight", "bias")}
-    return module, plain, names
+    return module, definition, names
 
 
 def _merged_linear(draw, features, rank, experts, share, router):
@@ -136,37 +117,35 @@ def _merged_linear(draw, features, rank, experts, share, router):
         r=rank, lora_alpha=3, enable_lora=enabled, fan_in_fan_out=conv,
     )  # fmt: skip
 
-    def plain(module):
-        weight, bias = module.weight.detach().double(), module.bias.detach().double()
-        score = module.lora_expert_score_weight
-        names = ("experts_lora_A", "experts_lora_B")
-        return _lora_plain(module, *names, score, score, weight.T if conv else weight, bias)
+    def definition(x, i, j):
+        banks, scores = (module.experts_lora_A, module.experts_lora_B), [module.lora_expert_score_weight] * 2
+        return _lora_by_definition(x, i, j, module, banks, scores, conv)
 
-    return module, plain, {"experts_lora_A": 0, "experts_lora_B": 1}
+    return module, definition, {"experts_lora_A": 0, "experts_lora_B": 1}
 
 
-def _lora_plain(module, a_name, b_name, a_score, b_score, weight, bias):
-    groups = len(module.output_offsets)
-    banks = [getattr(module, name).detach().double() for name in (a_name, b_name)]
-    scores = [a_score.detach().double(), b_score.detach().double()]
-
-    def through(x, experts):
-        a, b = (_one(bank, score, expert).chunk(groups) for bank, score, expert in zip(banks, scores, experts))
-        out = x @ weight.T + bias
-        for a_g, b_g, offset in zip(a, b, module.output_offsets):
-            out[:, offset : offset + len(b_g)] += module.scaling * (x @ a_g.T) @ b_g.T
-        return out
-
-    return through
+def _adapter_by_definition(x, i, j, banks, scores, activation):
+    sides = (scores[0], i), (scores[0], i), (scores[1], j), (scores[1], j)
+    chosen = [_bank(bank, score, index) for bank, (score, index) in zip(banks, sides, strict=True)]
+    return plain.adapter(x, *chosen, i, j, x, activation, False)
 
 
-def _one(bank, score, expert):
-    """An expert of a bank, or with None the weighted mean; of a bank of one the one."""
-    if len(bank) == 1:
-        return bank[0]
-    if expert is not None:
-        return bank[expert]
-    return (bank * score[: len(bank)].softmax(0).view(-1, *[1] * (bank.dim() - 1))).sum(0)
+def _lora_by_definition(x, i, j, module, banks, scores, conv):
+    weight = module.weight.detach().double()
+    base = x @ (weight if conv else weight.T)
+    if module.bias is not None:
+        base = base + module.bias.detach().double()
+    a, b = (_bank(bank, score, index) for bank, score, index in zip(banks, scores, (i, j), strict=True))
+    offsets = module.output_offsets
+    return plain.lora(x, a, b, base, i, j, module.scaling, len(offsets), offsets, None, 0.0)
+
+
+def _bank(bank, score, index):
+    """A bank in float64 for experts `index`: the bank itself, or for None its weighted mean as a bank of one."""
+    bank = bank.detach().double()
+    if index is not None or len(bank) == 1:
+        return bank
+    return plain.mean_of_experts(bank, score.detach().double()).unsqueeze(0)
 
 
 def check_layer(case: Layer) -> None:
@@ -175,7 +154,7 @@ def check_layer(case: Layer) -> None:
     module, x = case.module, case.x.clone().requires_grad_()
     drawn, out = _watched(case, x)
     again, second = _watched(case, x)
-    assert torch.equal(_bits(out), _bits(second)), f"{case}: other bits from the same seed"
+    assert torch.equal(bits(out), bits(second)), f"{case}: other bits from the same seed"
     assert all(map(torch.equal, drawn, again)), f"{case}: other experts from the same seed"
     assert out.shape[:-1] == x.shape[:-1], f"{case}: {tuple(out.shape)}"
     assert out.dtype == x.dtype, f"{case}: {out.dtype}"
@@ -200,7 +179,7 @@ def check_layer(case: Layer) -> None:
             parameter.zero_()
     twin.load_state_dict(module.state_dict())
     torch.manual_seed(case.seed)
-    assert torch.equal(_bits(out), _bits(twin(x))), f"{case}: another output after the state dict's way"
+    assert torch.equal(bits(out), bits(twin(x))), f"{case}: another output after the state dict's way"
 
 
 def _watched(case: Layer, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -227,18 +206,14 @@ def _watched(case: Layer, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Te
 
 def _by_definition(case: Layer, drawn: list[torch.Tensor]):
     """([rows, N] in float64, the experts used of each side or None where the mean was)."""
-    rows = case.x.double().reshape(-1, case.x.shape[-1])
+    rows = case.x.double().reshape(-1, 1, case.x.shape[-1])
     batch, tokens = _samples(case)
-    sizes = {side: len(dict(case.module.named_parameters())[name]) for name, side in case.banks.items()}
+    parameters = dict(case.module.named_parameters())
+    sizes = {side: len(parameters[name]) for name, side in case.banks.items()}
     waiting = iter(drawn)
     ids = [_per_row(next(waiting, None), batch, tokens) if sizes[side] > 1 else None for side in (0, 1)]
-    pairs = [[None] * len(rows) if i is None else i.tolist() for i in ids]
-    want = torch.zeros(len(rows), case.plain(rows[:0], (None, None)).shape[1], dtype=torch.float64)
-    for pair in set(zip(*pairs)):
-        mine = [n for n, other in enumerate(zip(*pairs)) if other == pair]
-        want[mine] = case.plain(rows[mine], pair)
     assert next(waiting, None) is None, f"{case}: drawn more often than there are sides"
-    return want, [None if i is None else i.unique() for i in ids]
+    return case.definition(rows, *ids).squeeze(1), [None if i is None else i.unique() for i in ids]
 
 
 def _samples(case: Layer) -> tuple[int, int]:
@@ -259,7 +234,3 @@ def _per_row(index: torch.Tensor | None, batch: int, tokens: int) -> torch.Tenso
     if len(index) and batch % len(index) == 0 and len(index) != batch:
         index = index.repeat_interleave(batch // len(index))
     return index.repeat_interleave(tokens)
-
-
-def _bits(t: torch.Tensor) -> torch.Tensor:
-    return t.detach().contiguous().view(torch.int64 if t.dtype == torch.float64 else torch.int32)

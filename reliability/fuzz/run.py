@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
+from ..one_thread import one_thread
 from ..record import Figure
 
 # The full size's; the small size takes what hypothesis derives from the test itself, the same every time.
@@ -39,9 +39,7 @@ def run_cases(
     first_turn: another one draws other cases.
     """
     start, ended, failure, turn = time.perf_counter(), 0, None, 0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine a few numbers shared out to two take ten times as long
-    try:
+    with one_thread():  # on a busy machine a few numbers shared out to two take ten times as long
         while ended < count and failure is None:
             number = SEED + 100 * first_turn + turn
             done, failure = _turn(strategy, check, count - ended, derandomize and turn == 0, number)
@@ -49,8 +47,6 @@ def run_cases(
             turn += 1
             if turn > 20:
                 failure = failure or f"hypothesis drew {ended} cases and no more"
-    finally:
-        torch.set_num_threads(threads)
     return Outcome(about, ended, failure, time.perf_counter() - start)
 
 

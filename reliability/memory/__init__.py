@@ -14,9 +14,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from .. import kernel_children
+from ..one_thread import one_thread
 from ..record import Figure
 from . import growth, peaks
 
@@ -31,11 +30,9 @@ def run(size: str, only: Sequence[str] | None = None) -> Iterator[Figure]:
     shared = kernel_children.share_out(f"{__name__}.child", size, only)
     measured = [name for name in shared.wanted if name not in shared.missing]
     yield Figure("backends measured", shared.said(measured), ", ".join(shared.wanted), not shared.missing)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for name in shared.here:
-        yield from of_backend(name, size)
-    torch.set_num_threads(threads)
+    with one_thread():
+        for name in shared.here:
+            yield from of_backend(name, size)
     for child in shared.children.values():
         yield from (Figure(**figure) for figure in kernel_children.finish(child))
 
