@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import _smoke
+from accelerate import PartialState
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from adamix_kernels import AdaMixConfig, AdaMixTrainer, adapt, merge, save_adamix
@@ -73,3 +74,4 @@ if __name__ == "__main__":
             main(options, args)
     else:
         main(options, args)
+    PartialState().destroy_process_group()  # under accelerate launch; nothing to do in one process

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import _smoke
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 
 from adamix_kernels import AdaMixConfig, AdaMixTrainer, adapt, export_peft, merge
@@ -131,3 +132,4 @@ if __name__ == "__main__":
             main(options, args)
     else:
         main(options, args)
+    PartialState().destroy_process_group()  # under accelerate launch; nothing to do in one process
