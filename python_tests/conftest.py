@@ -1,4 +1,4 @@
-"""Every test: offline, one intra-op thread, fixed seed."""
+"""Every test: offline, one intra-op thread, fixed seeds, Hypothesis' cases too, and no time limit for one of those."""
 
 import os
 
@@ -7,8 +7,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+# A run on a busy machine is no other test; new cases are reliability's part to draw.
+settings.register_profile("fixed", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True)

@@ -116,7 +116,7 @@ def test_no_rows_axis_no_mask_and_one_gradient_alone():
         gradients(loss, randn(4, 70))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_any_shape(data):
     pick = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731

@@ -54,7 +54,7 @@ def test_memory_and_barriers_of_the_mean(shape, dtype):
     check_experts(*draw_experts(shape, True, dtype))
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(experts=st.integers(1, 9), size=st.integers(1, 3000), scored=st.booleans(), dtype=st.sampled_from(DTYPES))
 def test_any_size(experts, size, scored, dtype):
     check_experts(*draw_experts((experts, size), scored, dtype))

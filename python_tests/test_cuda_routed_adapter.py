@@ -91,7 +91,7 @@ def test_memory_and_barriers(case, dtype):
     check(*draw(dtype, *(SIDES | SHAPES)[case]), "other")
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_shape_and_index(data):
     pick = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731

@@ -96,7 +96,7 @@ def test_gradcheck(sizes, down_kind, up_kind, activation):
     assert torch.autograd.gradcheck(run, leaves)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_shape_and_index(data):
     draw = data.draw

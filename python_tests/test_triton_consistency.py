@@ -130,7 +130,7 @@ def test_no_rows_axis_and_no_mask():
     gradients(lambda backend, a, b: consistency_loss(a, b, backend=backend), ROWS, randn(9), randn(9))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_any_shape(data):
     pick = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731

@@ -42,7 +42,7 @@ def test_the_mean_and_its_gradients(shape, scored, dtype):
     check_experts(randn(*shape, dtype=dtype), randn(*shape[1:], dtype=dtype), *scores)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(experts=st.integers(1, 9), size=st.integers(1, 3000), scored=st.booleans(), dtype=st.sampled_from(DTYPES))
 def test_any_size(experts, size, scored, dtype):
     scores = [randn(experts, dtype=dtype)] if scored else []

@@ -141,7 +141,7 @@ def test_an_empty_batch_gives_zero_gradients(batch, tokens):
     assert names == []
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_any_shape_and_index(data):
     pick = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
