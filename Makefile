@@ -36,6 +36,7 @@ OLDEST := $(VENV)/oldest
 OLDEST_PYTHON ?= $(PYTHON)
 OLDEST_TESTS := $(addprefix python_tests/test_,consistency.py adamix_loss.py merge.py routed_adapter.py routed_lora.py \
 	modules.py routing.py config.py inject.py checkpoint.py convert_peft.py trainer.py reports.py)
+LIBRARY := build/csrc/strict/_C.abi3.so
 NOT_OLDEST := ^(nvidia-|cuda-|triton|ruff|mypy|pdoc|librt|ast-serialize|pathspec)
 LOCK := $(VENV)/bin/uv pip compile -q --extra test --python-version 3.10 --no-header --no-annotate pyproject.toml
 
@@ -92,6 +93,10 @@ test: $(VENV)/.test $(VENV)/.triton $(VENV)/.encoder $(VENV)/.nvrtc $(OLD)/.read
 
 oldest: $(OLDEST)/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n $(JOBS) --dist worksteal -k "not compile and not opcheck" $(OLDEST_TESTS)
+	@if [ -f $(LIBRARY) ]; then \
+		$(OLDEST)/bin/python -c 'import torch; torch.ops.load_library("$(LIBRARY)"); \
+			print("the library of make test on torch", torch.__version__, torch.ops.adamix_cuda.build_info())'; \
+	else echo 'no library loaded: make test compiles $(LIBRARY) where nvcc is'; fi
 
 aot: $(VENV)/.test $(VENV)/.triton
 	$(BIN)/python -m benchmarks.aot --check
