@@ -94,8 +94,9 @@ test: $(VENV)/.test $(VENV)/.triton $(VENV)/.encoder $(VENV)/.nvrtc $(OLD)/.read
 oldest: $(OLDEST)/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n $(JOBS) --dist worksteal -k "not compile and not opcheck" $(OLDEST_TESTS)
 	@if [ -f $(LIBRARY) ]; then \
-		$(OLDEST)/bin/python -c 'import torch; torch.ops.load_library("$(LIBRARY)"); \
-			print("the library of make test on torch", torch.__version__, torch.ops.adamix_cuda.build_info())'; \
+		ADAMIX_CUDA_LIBRARY=$(LIBRARY) $(OLDEST)/bin/python -c \
+			'import sys; from adamix_kernels import _extension; sys.exit(_extension.load_problem())' \
+		&& echo 'the library of make test loads: $(LIBRARY)'; \
 	else echo 'no library loaded: make test compiles $(LIBRARY) where nvcc is'; fi
 
 aot: $(VENV)/.test $(VENV)/.triton

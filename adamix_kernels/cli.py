@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("options", nargs=argparse.REMAINDER, help="the command's own")
     args = parser.parse_args(argv)
     try:
-        return importlib.import_module(_MODULES[args.command]).main(args.options)
+        status: int = importlib.import_module(_MODULES[args.command]).main(args.options)
     except KeyboardInterrupt:
         print(f"adamix {args.command}: interrupted", file=sys.stderr)
         return 130
@@ -56,6 +58,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"adamix {args.command}: {lines[0]}", file=sys.stderr)
         return 2
+    if "RANK" in os.environ:  # torchrun and accelerate set it
+        _close_process_group_at_exit()
+    return status
+
+
+def _close_process_group_at_exit() -> None:
+    """Closes what a launched command opened, before Python ends.
+
+    gloo's threads may still be letting go of a tensor then, and abort the process; the launcher would end the other
+    ranks for it, whatever they are writing. Not after an error: closing would wait for what the other ranks still owe.
+    """
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from accelerate import PartialState
+
+        atexit.register(PartialState().destroy_process_group)
 
 
 if __name__ == "__main__":

@@ -12,4 +12,4 @@ def report():
 
 if __name__ == "__main__":
     atexit.register(report)  # before the command's own: those that came later run earlier
-    runpy.run_module("adamix_kernels", run_name="__main__", alter_sys=True)
+    runpy.run_module("adamix_kernels", run_name="__main__")

@@ -98,6 +98,10 @@ def test_compiling_gives_the_table_and_a_library_that_loads_here():
     assert {f"adamix_cuda::{name}" for name in declared} == set(names.split())
 
 
+def test_make_oldest_loads_the_library_that_is_compiled_here():
+    assert f"LIBRARY := {cuda_compile.LIBRARY.relative_to(ROOT)}\n" in (ROOT / "Makefile").read_text()
+
+
 @needs_compilers
 def test_a_warning_for_sm_70_is_an_error(tmp_path):
     (tmp_path / "op").mkdir()

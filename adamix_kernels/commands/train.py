@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 from collections.abc import Sequence
@@ -125,10 +124,6 @@ def main(argv: Sequence[str]) -> int:
         run = Run(options.model, options.data, task.label_names, options.max_tokens, options.pooling)
         write_run(arguments.output_dir, run)
         print(f"dev accuracy {100 * metrics['eval_accuracy']:.2f} % (merged); checkpoint: {arguments.output_dir}")
-    if arguments.world_size > 1:
-        # Left to Python's own end, gloo's threads may still be letting go of a tensor then, and abort the process; the
-        # launcher would end the other ranks for it, whatever they are writing.
-        atexit.register(trainer.accelerator.state.destroy_process_group)
     return 0
 
 
