@@ -1,13 +1,15 @@
 """`python -m adamix_kernels` that says, as it ends, whether its process group is closed."""
 
 import atexit
+import os
 import runpy
 
 import torch
 
 
 def report():
-    print("process group", "open" if torch.distributed.is_initialized() else "closed", flush=True)
+    said = "open" if torch.distributed.is_initialized() else "closed"
+    os.write(1, f"process group {said}\n".encode())  # in one piece: print writes its words, and two ranks print at once
 
 
 if __name__ == "__main__":
