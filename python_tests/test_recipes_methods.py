@@ -10,11 +10,10 @@ from transformers.generation import NoRepeatNGramLogitsProcessor
 
 from adamix_kernels.recipes import parse_method
 from adamix_kernels.recipes.config import from_dict
-from adamix_kernels.recipes.generation import _AfterContext, beam_decode, encode_pairs, pair_collator
 from adamix_kernels.recipes.methods import build, kept_parameters
 from adamix_kernels.recipes.prompt import Prompt, encode_prompts, prompt_for, read_at_mask, word_ids
-from adamix_kernels.recipes.table_data import Pair
 from adamix_kernels.tasks import TextSplit
+from adamix_kernels.tasks.generation import _AfterContext, beam_decode, encode_texts, pair_collator
 
 H, LAYERS = tiny.HIDDEN, tiny.LAYERS
 HEAD = 2 * H + 2
@@ -202,7 +201,7 @@ def test_logits_at_the_mask_are_those_of_the_whole_model(kind):
 
 def test_pairs_are_labelled_from_the_text_on(tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_recipes.write_causal(tmp_path))
-    rows = encode_pairs([Pair("name : blue", "a blue place"), Pair("a", "the place is red .")], tokenizer, 8)
+    rows = encode_texts(["name : blue", "a"], ["a blue place", "the place is red ."], tokenizer, 8)
     assert tokenizer.decode(rows[0]["input_ids"]) == "name : blue [BOS] a blue place [EOS]"
     assert rows[0]["labels"] == [-100] * 4 + rows[0]["input_ids"][4:]
     batch = pair_collator(tokenizer)(rows)

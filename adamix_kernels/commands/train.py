@@ -1,31 +1,25 @@
-"""adamix train: AdaMixTrainer on a text-classification set, with every flag of transformers' TrainingArguments."""
+"""adamix train: AdaMixTrainer on texts, with every flag of transformers' TrainingArguments."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import os
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
-from ..models.config import AdaMixConfig
+import torch
+
 from ..models.inject import adapt
-from ..tasks import (
-    DEFAULT_MODEL,
-    EMBEDDED,
-    Run,
-    collator,
-    load_classifier,
-    load_text_classification,
-    resolve_model,
-    tokenize,
-    write_run,
-)
-from ._options import is_main_process, read_object, set_log_level
+from ..tasks import Run, TextTask, load_causal, load_classifier, load_task, resolve_model, write_run
+from ._baselines import Baselines, Work, measure
+from ._kinds import Kind, checked_metrics, make_kind, without_text
+from ._options import is_main_process, quiet_loading, set_log_level
+from ._parser import OptionParser
+from ._train_options import SHOWN, AdaptationOptions, DataOptions, FitOptions
 
-LAST = "last"
-
-# Where they differ from TrainingArguments'; a flag or a JSON key overrides each.
+# Where they differ from TrainingArguments'; a flag or a file overrides each.
 DEFAULTS = {
     "output_dir": "adamix_out",
     "learning_rate": 1e-3,
@@ -39,143 +33,152 @@ DEFAULTS = {
     "logging_steps": 20,
     "report_to": "none",
 }
+LOGS = 4  # lines of training loss in a run shorter than logging_steps
 
 
 @dataclass
-class TrainOptions:
-    """Model, data and adaptation; see AdaMixConfig for the latter."""
+class Options:
+    """arguments: TrainingArguments. given: names of the options that the user set."""
 
-    model: str = field(default=DEFAULT_MODEL, metadata={"help": "hub id or folder of the encoder"})
-    data: str = field(
-        default=EMBEDDED, metadata={"help": "'remarks', a folder with train.tsv and dev.tsv, or a hub data set"}
-    )
-    pooling: str = field(
-        default="model",
-        metadata={"help": "what the head reads: model (the model's own pooler) or mean (hidden states)"},
-    )
-    max_tokens: int = field(default=128, metadata={"help": "longer texts are cut"})
-    max_train_rows: int = field(default=0, metadata={"help": "use the first N training rows only; 0 is all"})
-    max_eval_rows: int = field(default=0, metadata={"help": "use the first N dev rows only; 0 is all"})
-    method: str = field(default="adapter", metadata={"help": "adapter or lora"})
-    num_experts: int = field(default=4, metadata={"help": "M, the experts of a side that is not shared"})
-    bottleneck: int = field(default=16, metadata={"help": "adapter width"})
-    r: int = field(default=4, metadata={"help": "LoRA rank"})
-    alpha: float = field(default=32.0, metadata={"help": "LoRA scaling is alpha / r"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "on the LoRA input"})
-    share: str = field(default="up", metadata={"help": "the shared side: up, down or none"})
-    routing: str = field(default="batch", metadata={"help": "experts drawn per batch, sample or token"})
-    consistency_weight: float = field(default=1.0, metadata={"help": "weight of the KL term; 0 is one pass"})
-    target_modules: str = field(
-        default="", metadata={"help": "regular expression of the layers to adapt; by the model's type when empty"}
-    )
-    resume: str = field(
-        default="",
-        metadata={
-            "help": "go on from a checkpoint folder; alone, from the last one in --out",
-            "nargs": "?",
-            "const": LAST,
-        },
-    )
+    data: DataOptions
+    adaptation: AdaptationOptions
+    fit: FitOptions
+    arguments: Any
+    given: frozenset[str]
 
-    def config(self) -> AdaMixConfig:
-        return AdaMixConfig(
-            method=self.method,
-            num_experts=self.num_experts,
-            bottleneck=self.bottleneck,
-            r=self.r,
-            alpha=self.alpha,
-            dropout=self.lora_dropout,
-            share=None if self.share.lower() == "none" else self.share,
-            routing=self.routing,
-            consistency_weight=self.consistency_weight,
-            target_modules=self.target_modules or None,
-        )
+
+def parse(argv: Sequence[str]) -> Options:
+    """Flags, or a JSON or YAML file of them. Raises ValueError for what is no option or no value of one."""
+    from transformers import TrainingArguments
+
+    theirs = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    parser = OptionParser(
+        "train",
+        (DataOptions, AdaptationOptions, FitOptions, TrainingArguments),
+        "Fine-tune a model with AdaMix on texts: classification, regression, or generation. Flags may stand in a JSON "
+        "or YAML file: adamix train FILE, or --config FILE beside flags, which come first.",
+        hidden=theirs,
+        shown=SHOWN,
+        hidden_title="the Trainer's (transformers' TrainingArguments; --help_all shows the rest)",
+        defaults={**DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()},
+        aliases={"out": "output_dir"},
+    )
+    flags = list(argv)
+    parsed = parser.parse(flags)
+    data, adaptation, fit, arguments = parsed.parts
+    if fit.early_stopping < 0:
+        raise ValueError(f"early_stopping: got {fit.early_stopping}, expected 0 (off) or more")
+    if fit.early_stopping and not arguments.load_best_model_at_end:
+        arguments = dataclasses.replace(arguments, load_best_model_at_end=True)
+    return Options(data, adaptation, fit, arguments, parsed.given)
 
 
 def main(argv: Sequence[str]) -> int:
-    options, arguments = parse(argv)
+    options = parse(argv)
+    arguments, data, fit = options.arguments, options.data, options.fit
     import transformers
 
-    from ..models.trainer import AdaMixTrainer
+    from ._fit import checkpoint_of, run_training
+    from ._report import Outcome, tell
 
     set_log_level(logging.WARNING if arguments.log_level == "passive" else arguments.get_process_log_level())
     if not is_main_process():
         transformers.logging.disable_progress_bar()
-    config, checkpoint = options.config(), _checkpoint(options, arguments)
-    encoder = resolve_model(options.model)
-    task = load_text_classification(options.data)
+    config, checkpoint = options.adaptation.config(), checkpoint_of(fit.resume, arguments)
+    encoder, task = resolve_model(data.model), _task(options)
+    checked_metrics(task.kind, fit.metrics)
     transformers.set_seed(arguments.seed)
-    model, tokenizer = load_classifier(encoder, task.label_names, options.pooling)
+    with quiet_loading():
+        if task.kind == "generation":
+            model, tokenizer = load_causal(encoder)
+        else:
+            model, tokenizer = load_classifier(encoder, task.label_names, data.pooling, task=task.kind)
+    settings = {"max_new_tokens": fit.max_new_tokens, "beams": fit.beams} if task.kind == "generation" else {}
+    size = arguments.per_device_eval_batch_size
+    kind = make_kind(task.kind, task.label_names, tokenizer, data.max_tokens, fit.metrics, settings, size)
+    dev = task.dev.sample(data.max_eval_rows or None, 0)
+    rows, dev_rows = kind.encode(task.train.sample(data.max_train_rows or None, arguments.seed)), kind.encode(dev)
+    run = _run(options, task, model, settings)
+    notes = [*task.notes, *_notes(run, rows, dev_rows, model, config.method)]
+    if is_main_process():
+        for note in notes:
+            print(f"note: {note}", flush=True)
+    steps = _steps(arguments, len(rows))
+    if steps < arguments.logging_steps and "logging_steps" not in options.given:
+        arguments.logging_steps = max(1, steps // LOGS)
+    baselines = _baselines(options, model, kind, rows, dev_rows, steps)
     adapt(model, config)
-    trainer = AdaMixTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=tokenize(task.train.head(options.max_train_rows or None), tokenizer, options.max_tokens),
-        eval_dataset=tokenize(task.dev.head(options.max_eval_rows or None), tokenizer, options.max_tokens),
-        data_collator=collator(tokenizer),
-        processing_class=tokenizer,
-        compute_metrics=_accuracy,
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.save_metrics("eval", metrics)
-    if trainer.is_world_process_zero():
-        run = Run(options.model, options.data, task.label_names, options.max_tokens, options.pooling)
+    trained = run_training(model, kind, rows, dev_rows, options, checkpoint, run)
+    if is_main_process():
         write_run(arguments.output_dir, run)
-        print(f"dev accuracy {100 * metrics['eval_accuracy']:.2f} % (merged); checkpoint: {arguments.output_dir}")
+        scores = trained.scores
+        if kind.decodes:  # the Trainer sees losses alone
+            scores = kind.evaluate(model, dev, not arguments.disable_tqdm).values
+        tell(Outcome(model, kind, run, scores, trained.logs, baselines, notes, len(dev_rows)), arguments.output_dir)
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[TrainOptions, Any]:
-    """(TrainOptions, TrainingArguments) from flags, or from the one JSON file that argv names.
-
-    Raises ValueError for a JSON file that is not an object, or has a key that is no option.
-    """
-    from transformers import HfArgumentParser, TrainingArguments
-
-    parts: Any = (TrainOptions, TrainingArguments)
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        values = read_object(argv[0])
-        if "out" in values:
-            values["output_dir"] = values.pop("out")
-        if isinstance(values.get("resume"), bool):
-            values["resume"] = LAST if values["resume"] else ""
-        options, arguments = HfArgumentParser(parts).parse_dict({**DEFAULTS, **values})
-        return cast("TrainOptions", options), arguments
-    parser = HfArgumentParser(
-        parts,
-        prog="adamix train",
-        description="Fine-tune an encoder with AdaMix. Instead of flags, one JSON file of them may be given.",
+def _task(options: Options) -> TextTask:
+    data = options.data
+    task = load_task(
+        data.data,
+        task=data.task,
+        text_column=data.text_column,
+        text_pair_column=data.text_pair_column,
+        label_column=data.label_column,
+        dev_fraction=data.dev_fraction,
+        seed=options.arguments.seed,
     )
-    parser.add_argument("--out", dest="output_dir", help="the same as --output-dir")
-    parser.set_defaults(**DEFAULTS)
-    options, arguments = parser.parse_args_into_dataclasses(list(argv))
-    return cast("TrainOptions", options), arguments
+    return task
 
 
-def _checkpoint(options: TrainOptions, arguments: Any) -> str | None:
-    """The checkpoint to go on from, or None. Raises ValueError where --out has another run's and none is asked for."""
-    from transformers.trainer_utils import get_last_checkpoint
+def _run(options: Options, task: TextTask, model: Any, settings: dict[str, Any]) -> Run:
+    from ..models.pooling import pooling_of
 
-    from ..models.manifest import newest_whole_checkpoint
-
-    wanted = options.resume or arguments.resume_from_checkpoint
-    folder = arguments.output_dir
-    if wanted == LAST:
-        last = newest_whole_checkpoint(folder)
-        if last is None:
-            raise ValueError(f"resume: {folder!r} holds no checkpoint to go on from that is whole")
-        return last
-    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-    if not wanted and last is not None:
-        raise ValueError(
-            f"out: {folder!r} holds {os.path.basename(last)} of an earlier run, expected --resume, or another folder"
-        )
-    if wanted and not os.path.isdir(wanted):
-        raise ValueError(f"resume: {wanted!r}: no such folder")
-    return wanted or None
+    return Run(
+        model=options.data.model,
+        data=options.data.data,
+        label_names=task.label_names,
+        max_tokens=options.data.max_tokens,
+        pooling=pooling_of(model) or "model",
+        task=task.kind,
+        text_column=task.columns.text,
+        text_pair_column=task.columns.pair,
+        label_column=task.columns.label,
+        generation=settings,
+    )
 
 
-def _accuracy(prediction: Any) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+def _notes(run: Run, rows: list[dict[str, Any]], dev: list[dict[str, Any]], model: Any, method: str) -> list[str]:
+    from .export import problem
+
+    notes = []
+    if run.task == "generation" and (lost := without_text(rows) + without_text(dev)):
+        notes.append(f"{lost} texts do not fit into --max_tokens {run.max_tokens} and teach nothing")
+    why = problem(model, run, method)
+    if why:
+        notes.append(f"adamix export will refuse this run: {why}")
+    return notes
+
+
+def _steps(arguments: Any, rows: int) -> int:
+    """Optimizer steps of the run, as the Trainer counts them."""
+    if arguments.max_steps > 0:
+        return int(arguments.max_steps)
+    processes = max(1, arguments.world_size)
+    batches = math.ceil(rows / (arguments.train_batch_size * processes))
+    return math.ceil(arguments.num_train_epochs * max(1, math.ceil(batches / arguments.gradient_accumulation_steps)))
+
+
+def _baselines(
+    options: Options, model: Any, kind: Kind, rows: list[Any], dev: list[Any], steps: int
+) -> Baselines | None:
+    """On the main process alone, before the model is adapted."""
+    arguments = options.arguments
+    if options.fit.no_baselines or not is_main_process() or arguments.fsdp:
+        return None
+    model.to(arguments.device)
+    size = arguments.train_batch_size * arguments.gradient_accumulation_steps * max(1, arguments.world_size)
+    # A run shorter than an epoch sees so many rows.
+    seen = rows if steps * size >= len(rows) else rows[: steps * size]
+    return measure(model, kind, Work(seen, dev, size, steps, arguments.seed), not arguments.disable_tqdm)

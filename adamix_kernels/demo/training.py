@@ -15,9 +15,8 @@ from ..functional import adamix_loss
 from ..models.doubling import double_batch
 from ..models.state import adamix_state
 from ..models.targets import saved_modules
-from ..tasks import TextClassification, collator, mean_pool, tokenize
-
-WARMUP, WEIGHT_DECAY, EVAL_ROWS = 0.06, 0.01, 64
+from ..tasks import TextClassification, collator, tokenize
+from ..tasks.frozen import length_batches, mean_features, train_linear, warmed_up
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,7 @@ def prepare(
 
 def batches(rows: list[dict[str, Any]], settings: Settings, seed: int) -> Iterator[list[int]]:
     """Row numbers of every training batch, of like lengths: the same for every method with the same seed."""
-    from transformers.trainer_pt_utils import get_length_grouped_indices
-
-    generator = torch.Generator().manual_seed(seed)
-    lengths = [len(row["input_ids"]) for row in rows]
-    for _ in range(settings.epochs):
-        order = get_length_grouped_indices(lengths, settings.batch_size, generator=generator)
-        made = [order[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
-        yield from (made[i] for i in torch.randperm(len(made), generator=generator).tolist())
+    return length_batches([len(row["input_ids"]) for row in rows], settings.batch_size, settings.epochs, seed)
 
 
 def train(model: nn.Module, data: Data, settings: Settings, seed: int, bar: Any) -> Curve:
@@ -80,7 +72,8 @@ def train(model: nn.Module, data: Data, settings: Settings, seed: int, bar: Any)
     heads = [p for _, head in saved_modules(model, None) for p in head.parameters()]
     adapters = [p for p in model.parameters() if p.requires_grad and not any(p is h for h in heads)]
     lr = settings.adamix_lr if weight > 0 else settings.lr
-    optimizer, schedule = _optimizer([(lr, adapters), (settings.head_lr, heads)], data, settings)
+    groups = [(lr, adapters), (settings.head_lr, heads)]
+    optimizer, schedule = warmed_up(groups, settings.steps(len(data.train)))
     torch.manual_seed(seed)
     model.train()
     curve = Curve()
@@ -104,24 +97,13 @@ def train(model: nn.Module, data: Data, settings: Settings, seed: int, bar: Any)
     return curve
 
 
-@torch.no_grad()
 def frozen_features(model: nn.Module, data: Data) -> dict[str, torch.Tensor]:
     """Mean-pooled last hidden states [rows, H] of both splits, without dropout: computed once for all seeds.
 
     They are what the head reads in the adapted rows too (see load_classifier).
     """
-    model.eval()
-    features = {}
-    for name, split in (("train", data.train), ("dev", data.dev)):
-        pooled = []
-        for rows in _slices(split):
-            inputs = dict(data.collate(rows))
-            del inputs["labels"]
-            encoder: Any = model.base_model
-            states = encoder(**inputs).last_hidden_state  # [B, S, H]
-            pooled.append(mean_pool(states, inputs["attention_mask"]))
-        features[name] = torch.cat(pooled).float()
-    return features
+    splits = (("train", data.train), ("dev", data.dev))
+    return {name: mean_features(model, rows, data.collate) for name, rows in splits}
 
 
 def train_head(
@@ -135,32 +117,14 @@ def train_head(
     if heads:
         head.load_state_dict({**head.state_dict(), **heads[0].state_dict()})
     labels = torch.tensor([row["labels"] for row in data.train])
-    optimizer, schedule = _optimizer([(settings.head_lr, list(head.parameters()))], data, settings)
     curve = Curve()
-    for rows in batches(data.train, settings, seed):
-        start = time.perf_counter()
-        loss = F.cross_entropy(head(features["train"][rows]), labels[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        curve.cross_entropy.append(loss.item())
-        curve.seconds.append(time.perf_counter() - start)
+
+    def on_step(loss: float, seconds: float) -> None:
+        curve.cross_entropy.append(loss)
+        curve.seconds.append(seconds)
         bar.update()
-    return head, curve
 
-
-def _optimizer(groups: list[tuple[float, list[nn.Parameter]]], data: Data, settings: Settings) -> tuple[Any, Any]:
-    """AdamW, linear warm-up over the first 6% of the steps, then linear decay to zero."""
     steps = settings.steps(len(data.train))
-    warmup = max(1, round(WARMUP * steps))
-    optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for lr, p in groups], weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-    )
-    return optimizer, schedule
-
-
-def _slices(rows: list[Any]) -> Iterator[list[Any]]:
-    for start in range(0, len(rows), EVAL_ROWS):
-        yield rows[start : start + EVAL_ROWS]
+    made = batches(data.train, settings, seed)
+    train_linear(head, features["train"], labels, F.cross_entropy, made, steps, settings.head_lr, on_step)
+    return head, curve

@@ -38,12 +38,19 @@ class Scores:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def label_scores(names: Sequence[str], predicted: Sequence[float], labels: Sequence[float]) -> Scores:
-    """Scores of predicted classes (F1: of class 1 of two) or of predicted numbers.
+def label_scores(
+    names: Sequence[str], predicted: Sequence[float], labels: Sequence[float], classes: int = 2
+) -> Scores:
+    """Scores of predicted classes (F1: of class 1 of two, or the mean over more classes) or of predicted numbers.
 
     Raises ValueError for a name that is no metric of labels.
     """
-    return _all(names, CLASS_METRICS + NUMBER_METRICS, lambda name: _LABELS[name](list(labels), list(predicted)))
+    options = {"f1": {"average": "macro"}} if classes > 2 else {}
+    return _all(
+        names,
+        CLASS_METRICS + NUMBER_METRICS,
+        lambda name: _LABELS[name](list(labels), list(predicted), **options.get(name, {})),
+    )
 
 
 def text_scores(
@@ -122,10 +129,10 @@ def _version(package: str) -> str:
 
 
 def _sklearn(name: str) -> Callable[..., tuple[float, str]]:
-    def score(labels: list[Any], predicted: list[Any]) -> tuple[float, str]:
+    def score(labels: list[Any], predicted: list[Any], **options: Any) -> tuple[float, str]:
         from sklearn import metrics
 
-        return 100 * getattr(metrics, name)(labels, predicted), "scikit-learn"
+        return 100 * getattr(metrics, name)(labels, predicted, **options), "scikit-learn"
 
     return score
 

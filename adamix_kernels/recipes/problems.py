@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..tasks import TextClassification, TextSplit, collator, load_classifier, predict, resolve_model, tokenize
+from ..tasks.generation import IGNORED, beam_decode, encode_texts, pair_collator, token_loss
 from .config import Recipe
-from .generation import IGNORED, beam_decode, encode_pairs, pair_collator
 from .metrics import Scores, label_scores, text_scores
 from .prompt import encode_prompts, prompt_for, read_at_mask, word_ids
-from .table_data import TableData, load_tables, references
+from .table_data import Pair, TableData, load_tables, references
 from .text_data import draw_shots, load_labelled
 
 
@@ -133,10 +133,14 @@ class TextProblem:
 
     def train_rows(self, seed: int) -> list[dict[str, Any]]:
         del seed  # no shots are drawn here
-        return encode_pairs(self.data.train[: self.limits.train_rows], self.tokenizer, self.recipe.max_tokens)
+        return self._encode(self.data.train[: self.limits.train_rows])
 
     def dev_rows(self) -> list[dict[str, Any]]:
-        return encode_pairs(self.data.dev[: self.limits.dev_rows], self.tokenizer, self.recipe.max_tokens)
+        return self._encode(self.data.dev[: self.limits.dev_rows])
+
+    def _encode(self, pairs: list[Pair]) -> list[dict[str, Any]]:
+        contexts, texts = [pair.context for pair in pairs], [pair.text for pair in pairs]
+        return encode_texts(contexts, texts, self.tokenizer, self.recipe.max_tokens)
 
     def scores(self, model: nn.Module) -> Scores:
         """Text metrics on the test part (dev where there is none), and the dev loss per token."""
@@ -146,22 +150,9 @@ class TextProblem:
         contexts = list(known)[: self.limits.dev_rows]
         texts = beam_decode(model, self.tokenizer, contexts, **settings)
         scores = text_scores(self.recipe.metrics, texts, [known[c] for c in contexts], tokens)
-        scores.values["loss"] = self._loss(model)
+        size = self.recipe.training.get("per_device_eval_batch_size", 4)
+        scores.values["loss"] = token_loss(model, self.dev_rows(), self.collate, size)
         return scores
-
-    @torch.inference_mode()
-    def _loss(self, model: nn.Module) -> float:
-        """Cross-entropy per token of the dev texts, in nats."""
-        rows, size = self.dev_rows(), self.recipe.training.get("per_device_eval_batch_size", 4)
-        device = next(model.parameters()).device
-        total, count = 0.0, 0
-        for start in range(0, len(rows), size):
-            inputs = {k: v.to(device) for k, v in self.collate(rows[start : start + size]).items()}
-            labels = inputs.pop("labels")[:, 1:]
-            logits = model(**inputs).logits[:, -labels.shape[1] - 1 : -1]  # a prefix may stand before
-            total += F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum").item()
-            count += int((labels != IGNORED).sum())
-        return total / max(1, count)
 
 
 PROBLEMS = {"classification": LabelProblem, "prompt": PromptProblem, "generation": TextProblem}

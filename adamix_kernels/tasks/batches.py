@@ -43,7 +43,7 @@ def predict(
     logits = []
     for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=not progress):
         inputs = dict(collate([rows[i] for i in order[start : start + batch_size]]))
-        del inputs["labels"]
+        inputs.pop("labels", None)
         logits.append(model(**{k: v.to(device) for k, v in inputs.items()}).logits.float().cpu())
     return torch.cat(logits)[torch.tensor(order).argsort()]
 

@@ -1,27 +1,36 @@
-"""Text from tables with a causal model: training rows, and the published beam search."""
+"""Text from a causal model: training rows, the loss per token, and the published beam search."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-
-from .table_data import Pair
+from torch.nn import functional as F
 
 IGNORED = -100
 
 
-def encode_pairs(pairs: list[Pair], tokenizer: Any, max_tokens: int) -> list[dict[str, Any]]:
+def encode_texts(
+    contexts: Sequence[str], texts: Sequence[str], tokenizer: Any, max_tokens: int, *, keep_text: bool = False
+) -> list[dict[str, Any]]:
     """context, beginning, " text", end; labels are the text's and the end's ids, -100 before.
+
+    Args:
+        contexts, texts: what is read, and what is to be written after it; as many of each.
+        max_tokens: of both together; longer rows lose their end.
+        keep_text: longer rows lose the beginning of their context instead, and the text's end only where the text
+            alone is longer.
 
     Source: gpt2_encode.py of the reference project with --add_bos --add_eos.
     """
     rows = []
-    for pair in pairs:
-        start = context_ids(pair.context, tokenizer)
-        end = [*tokenizer(" " + pair.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    for context, text in zip(contexts, texts, strict=True):
+        start = context_ids(context, tokenizer)
+        end = [*tokenizer(" " + text, add_special_tokens=False)["input_ids"], _end(tokenizer)]
+        if keep_text and len(start) + len(end) > max_tokens:
+            start = start[-max(1, max_tokens - len(end)) :]
         ids, labels = start + end, [IGNORED] * len(start) + end
         rows.append(
             {
@@ -34,7 +43,16 @@ def encode_pairs(pairs: list[Pair], tokenizer: Any, max_tokens: int) -> list[dic
 
 
 def context_ids(context: str, tokenizer: Any) -> list[int]:
-    return [*tokenizer(context, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id]
+    """The context, and what says that the text begins: the tokenizer's beginning, its end where it has none."""
+    beginning = _end(tokenizer) if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [*tokenizer(context, add_special_tokens=False)["input_ids"], beginning]
+
+
+def _end(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("model: got a tokenizer without an end-of-text token, expected one for generation")
+    end: int = tokenizer.eos_token_id
+    return end
 
 
 def pair_collator(tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
@@ -84,7 +102,7 @@ def beam_decode(
     language_model: Any = model
     device = next(model.parameters()).device
     vocabulary = language_model.config.vocab_size
-    ends = [tokenizer.eos_token_id, *(i for i in stop_ids if i < vocabulary)]
+    ends = [_end(tokenizer), *(i for i in stop_ids if i < vocabulary)]
     texts = []
     for first in range(0, len(contexts), batch_size):
         rows = [context_ids(c, tokenizer)[-max_context:] for c in contexts[first : first + batch_size]]
@@ -110,6 +128,27 @@ def beam_decode(
             text = tokenizer.decode(new, skip_special_tokens=True)
             texts.append(text.split("\n\n")[0].strip())
     return texts
+
+
+@torch.inference_mode()
+def token_loss(
+    model: nn.Module, rows: Sequence[dict[str, Any]], collate: Callable[..., Any], batch_size: int = 4
+) -> float:
+    """Cross-entropy per token of the texts, in nats; the model is left in evaluation mode.
+
+    Args:
+        rows: of encode_texts. collate: of pair_collator.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        inputs = {k: v.to(device) for k, v in collate(list(rows[start : start + batch_size])).items()}
+        labels = inputs.pop("labels")[:, 1:]
+        logits = model(**inputs).logits[:, -labels.shape[1] - 1 : -1]  # a prefix may stand before
+        total += F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum").item()
+        count += int((labels != IGNORED).sum())
+    return total / max(1, count)
 
 
 class _AfterContext:

@@ -1,0 +1,221 @@
+"""The kinds of task: how each becomes rows, scores and predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..recipes.metrics import CLASS_METRICS, NUMBER_METRICS, TEXT_METRICS, Scores, label_scores, text_scores
+from ..tasks import TextSplit, collator, predict, tokenize
+from ..tasks.generation import IGNORED, beam_decode, encode_texts, pair_collator, token_loss
+
+METRICS = {"classification": CLASS_METRICS, "regression": NUMBER_METRICS, "generation": TEXT_METRICS}
+DEFAULT_METRICS = {"classification": ("accuracy",), "regression": ("pearson", "spearman"), "generation": ()}
+GENERATION = {"max_new_tokens": 64, "beams": 4, "length_penalty": 0.8, "no_repeat_ngram": 4}
+FALLING = ("loss", "rmse", "ter")  # less is better
+_PLAIN = ("nist", "cider", "rmse", "loss")  # no percentages
+
+
+def written(name: str, value: float) -> str:
+    """ "accuracy 82.40 %" """
+    return f"{name} {value:.4f}" if name in _PLAIN else f"{name} {value:.2f} %"
+
+
+@dataclass
+class LabelKind:
+    """Classification or regression: one row of logits a text.
+
+    Attributes: names: of the labels, in id order. metrics: of recipes.metrics; the first one leads.
+    """
+
+    kind: str
+    names: list[str]
+    tokenizer: Any
+    max_tokens: int
+    metrics: tuple[str, ...] = ()
+    batch_size: int = 64
+    decodes = False
+
+    def __post_init__(self) -> None:
+        self.metrics = checked_metrics(self.kind, self.metrics)
+
+    @property
+    def leading(self) -> str:
+        return self.metrics[0]
+
+    @property
+    def collate(self) -> Any:
+        return collator(self.tokenizer)
+
+    def encode(self, split: TextSplit) -> list[dict[str, Any]]:
+        return tokenize(split, self.tokenizer, self.max_tokens)
+
+    def encode_inputs(self, texts: list[str], pairs: list[str] | None) -> list[dict[str, Any]]:
+        more = [] if pairs is None else [pairs]
+        encoded = self.tokenizer(texts, *more, truncation=True, max_length=self.max_tokens)
+        return [{name: encoded[name][i] for name in encoded} for i in range(len(texts))]
+
+    def scores(self, predicted: Sequence[float], labels: Sequence[float]) -> Scores:
+        """predicted: classes, or numbers. Percent; the root mean squared error of a regression has its labels' unit."""
+        if self.kind == "classification":
+            return _class_scores(self.metrics, predicted, labels, len(self.names))
+        scores = label_scores([name for name in self.metrics if name != "rmse"], predicted, labels)
+        squares = [(p - y) ** 2 for p, y in zip(predicted, labels, strict=True)]
+        scores.values["rmse"] = math.sqrt(sum(squares) / len(squares))
+        return scores
+
+    def chosen(self, logits: torch.Tensor) -> list[float]:
+        """Classes, or numbers, of logits [rows, classes or 1]."""
+        values: list[float] = (logits.argmax(-1) if self.kind == "classification" else logits[:, 0]).tolist()
+        return values
+
+    def trainer_metrics(self, prediction: Any) -> dict[str, float]:
+        """compute_metrics of a Trainer: as fractions, as scikit-learn and scipy have them."""
+        logits = torch.as_tensor(prediction.predictions)
+        values = self.scores(self.chosen(logits), prediction.label_ids.reshape(-1).tolist()).values
+        return {name: value if name in _PLAIN else value / 100 for name, value in values.items()}
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.kind == "classification":
+            return F.cross_entropy(logits, labels)
+        return F.mse_loss(logits[:, 0], labels)
+
+    def evaluate(self, model: nn.Module, split: TextSplit, progress: bool) -> Scores:
+        rows = self.encode(split)
+        logits = predict(model, rows, self.collate, self.batch_size, progress=progress)
+        return self.scores(self.chosen(logits), [row["labels"] for row in rows])
+
+    def predictions(self, model: nn.Module, texts: list[str], pairs: list[str] | None) -> list[dict[str, Any]]:
+        """{"label", "probabilities"} of each text, or its {"score"}."""
+        logits = predict(model, self.encode_inputs(texts, pairs), self.collate, self.batch_size)
+        if self.kind == "regression":
+            return [{"score": value} for value in logits[:, 0].tolist()]
+        found = []
+        for row in logits.softmax(-1):
+            by_name = {name: round(p, 6) for name, p in zip(self.names, row.tolist(), strict=True)}
+            found.append({"label": self.names[int(row.argmax())], "probabilities": by_name})
+        return found
+
+
+@dataclass
+class GenerationKind:
+    """A causal model that goes on from a text. settings: of beam_decode."""
+
+    tokenizer: Any
+    max_tokens: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    metrics: tuple[str, ...] = ()
+    batch_size: int = 8
+    kind = "generation"
+    leading = "loss"
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.metrics = checked_metrics(self.kind, self.metrics)
+        self.settings = {**GENERATION, **self.settings}
+
+    @property
+    def decodes(self) -> bool:
+        return bool(self.metrics)
+
+    @property
+    def collate(self) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
+        return pair_collator(self.tokenizer)
+
+    def encode(self, split: TextSplit) -> list[dict[str, Any]]:
+        texts = [str(text) for text in split.labels]
+        return encode_texts(contexts(split.texts, split.pairs), texts, self.tokenizer, self.max_tokens, keep_text=True)
+
+    def evaluate(self, model: nn.Module, split: TextSplit, progress: bool) -> Scores:
+        """The loss per token and, where metrics are asked for, those of the decoded texts."""
+        loss = token_loss(model, self.encode(split), self.collate, self.batch_size)
+        scores = Scores({"loss": loss})
+        if self.metrics:
+            known: dict[str, list[str]] = {}
+            for context, text in zip(contexts(split.texts, split.pairs), split.labels, strict=True):
+                known.setdefault(context, []).append(str(text))
+            made = self._decode(model, list(known), progress)
+            found = text_scores(self.metrics, made, list(known.values()), "words")
+            scores.values.update(found.values)
+            scores.missing.update(found.missing)
+        return scores
+
+    def predictions(self, model: nn.Module, texts: list[str], pairs: list[str] | None) -> list[dict[str, Any]]:
+        return [{"generated": text} for text in self._decode(model, contexts(texts, pairs), False)]
+
+    def _decode(self, model: nn.Module, texts: list[str], progress: bool) -> list[str]:
+        from tqdm.auto import tqdm
+
+        options = {**self.settings, "max_context": self.max_tokens, "batch_size": self.batch_size}
+        made: list[str] = []
+        with tqdm(total=len(texts), unit="text", disable=not progress) as bar:
+            for start in range(0, len(texts), self.batch_size):
+                part = texts[start : start + self.batch_size]
+                made += beam_decode(model, self.tokenizer, part, **options)
+                bar.update(len(part))
+        return made
+
+
+Kind = LabelKind | GenerationKind
+
+
+def contexts(texts: Sequence[str], pairs: Sequence[str] | None) -> list[str]:
+    """What a causal model reads: the text, and the second one of a pair after a blank."""
+    return list(texts) if pairs is None else [f"{t} {p}" for t, p in zip(texts, pairs, strict=True)]
+
+
+def without_text(rows: Sequence[dict[str, Any]]) -> int:
+    """How many rows of encode_texts have nothing to learn."""
+    return sum(all(label == IGNORED for label in row["labels"]) for row in rows)
+
+
+def make_kind(
+    task: str,
+    names: Sequence[str],
+    tokenizer: Any,
+    max_tokens: int,
+    metrics: Sequence[str] = (),
+    settings: dict[str, Any] | None = None,
+    batch_size: int | None = None,
+) -> Kind:
+    """Raises ValueError for a metric that is none of the task's, or whose library is not installed."""
+    more = {} if batch_size is None else {"batch_size": batch_size}
+    if task == "generation":
+        return GenerationKind(tokenizer, max_tokens, settings or {}, tuple(metrics), **more)
+    return LabelKind(task, list(names), tokenizer, max_tokens, tuple(metrics), **more)
+
+
+def checked_metrics(task: str, asked: Sequence[str]) -> tuple[str, ...]:
+    """What to measure. Metrics that nobody asked for are left out where their library is missing."""
+    known = METRICS[task]
+    wrong = [name for name in asked if name not in known]
+    if wrong:
+        raise ValueError(f"metrics: got {wrong[0]!r} for {task}, expected some of {', '.join(known)}")
+    asked_or_default = tuple(asked) or DEFAULT_METRICS[task]
+    if task == "generation":
+        missing = text_scores(asked_or_default, ["a b c d e f"], [["a b c d e f"]]).missing if asked else {}
+    else:
+        missing = _class_scores(asked_or_default, [0, 1, 2], [0, 1, 2], 3).missing
+    missing = {name: why for name, why in missing.items() if "needs" in why}
+    if asked and missing:
+        name, why = next(iter(missing.items()))
+        raise ValueError(f"metrics: got {name!r}, which {why}")
+    left = tuple(name for name in asked_or_default if name not in missing)
+    return left or (("rmse",) if task == "regression" else ())
+
+
+def _class_scores(
+    metrics: Sequence[str], predicted: Sequence[float], labels: Sequence[float], classes: int
+) -> Scores:
+    """label_scores, but the accuracy, which needs no library."""
+    scores = label_scores([name for name in metrics if name != "accuracy"], predicted, labels, classes)
+    if "accuracy" in metrics:
+        right = sum(p == y for p, y in zip(predicted, labels, strict=True))
+        scores.values = {"accuracy": 100 * right / len(labels), **scores.values}
+    return scores

@@ -1,0 +1,100 @@
+"""The end of a run: what was trained, how good it is and beside what, and the next commands to type."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..models._files import write_json
+from ..models.summary import count_parameters, summary
+from ..tasks import Run
+from ._baselines import Baselines, not_above
+from ._kinds import Kind, written
+from .export import format_of, problem
+
+REPORT_NAME = "adamix_report.json"
+
+
+@dataclass
+class Outcome:
+    """A finished run on the main process. scores: on dev, merged. losses: of the training."""
+
+    model: nn.Module
+    kind: Kind
+    run: Run
+    scores: dict[str, float]
+    losses: dict[str, float]
+    baselines: Baselines | None
+    notes: list[str]
+    dev_rows: int
+
+
+def tell(outcome: Outcome, folder: str) -> None:
+    """Prints the report, and writes it into the folder as adamix_report.json."""
+    print(summary(outcome.model))
+    losses = outcome.losses
+    parts = ", ".join(f"{name.replace('_', '-')} {losses[name]:.4f}" for name in losses if name != "loss")
+    print(f"training loss {losses['loss']:.4f}, mean of the run" + (f"; at its end {parts}" if parts else ""))
+    values = ", ".join(written(name, value) for name, value in outcome.scores.items())
+    print(f"dev {values} (merged experts, {outcome.dev_rows} texts)")
+    warning = None
+    if outcome.baselines is not None:
+        for name, found in outcome.baselines.values.items():
+            print(f"  {name}: " + ", ".join(written(metric, value) for metric, value in found.items()))
+        for name, why in outcome.baselines.absent.items():
+            print(f"  {name}: not measured ({why})")
+        lost = not_above(outcome.scores, outcome.baselines)
+        if lost:
+            warning = (
+                f"AdaMix is not better than: {', '.join(lost)}. Try more epochs (--num_train_epochs), another "
+                "--learning_rate, or another --model; look at the labels"
+            )
+            print(f"WARNING: {warning}")
+    _write(outcome, Path(folder), warning)
+    print(f"checkpoint: {folder}\nnext:")
+    for command in next_commands(outcome, folder):
+        print(f"  {command}")
+
+
+def next_commands(outcome: Outcome, folder: str) -> list[str]:
+    """To be pasted into a shell."""
+    run, place = outcome.run, shlex.quote(folder)
+    texts = '"some text"' + (' --pair "its second text"' if run.text_pair_column else "")
+    commands = [
+        f"adamix predict --run {place} {texts}",
+        f"adamix eval {place}",
+        f"adamix merge {place} --out {shlex.quote(folder.rstrip('/') + '_merged')}",
+    ]
+    method = _method(outcome.model)
+    if not problem(outcome.model, run, method):
+        name = format_of(method)
+        out = shlex.quote(f"{folder.rstrip('/')}_{name}")
+        commands.append(f"adamix export {place} --format {name} --out {out}")
+    return commands
+
+
+def _method(model: nn.Module) -> str:
+    from ..models.state import adamix_state
+
+    return adamix_state(model).config.method
+
+
+def _write(outcome: Outcome, folder: Path, warning: str | None) -> None:
+    trainable, total = count_parameters(outcome.model)
+    baselines = outcome.baselines
+    values: dict[str, Any] = {
+        "task": outcome.run.task,
+        "dev_rows": outcome.dev_rows,
+        "scores": outcome.scores,
+        "baselines": {} if baselines is None else {**baselines.values, **{n: None for n in baselines.absent}},
+        "warning": warning,
+        "training": outcome.losses,
+        "trainable_parameters": trainable,
+        "parameters": total,
+        "notes": outcome.notes,
+    }
+    write_json(folder / REPORT_NAME, values)

@@ -1,0 +1,84 @@
+"""What eval, predict, merge and export share: a run, opened with the encoder it belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..models.hub import resolve_folder
+from ..tasks import Run, load, read_run
+from ..tasks.run_file import RUN_NAME
+from ._options import quiet_loading
+
+MAX_TOKENS = 512  # where neither a run file nor the tokenizer says
+
+
+@dataclass
+class RunOptions:
+    _argument_group_name = "run"
+
+    run: str = field(
+        default="",
+        metadata={"help": "folder of adamix train, adamix merge or save_pretrained, or user/repo on the hub"},
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "hub id or folder of the encoder, where it is another than in training"}
+    )
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of user/repo"})
+
+
+@dataclass
+class Opened:
+    """folder: on this disk. run: of its run file, or what the model itself tells."""
+
+    model: nn.Module
+    tokenizer: Any
+    run: Run
+    folder: Path
+
+
+def the_run(options: RunOptions, words: Sequence[str], command: str) -> RunOptions:
+    """With the run taken from the words where --run is not given. Raises ValueError for none, or several."""
+    given = [*([options.run] if options.run else []), *words]
+    if len(given) != 1:
+        got = ", ".join(map(repr, given)) or "nothing"
+        raise ValueError(f"run: got {got}, expected one folder or user/repo: adamix {command} RUN")
+    return dataclasses.replace(options, run=given[0])
+
+
+def open_run(options: RunOptions) -> Opened:
+    """Raises ValueError for what is no run, naming what is missing."""
+    folder = resolve_folder(options.run, options.revision)
+    with quiet_loading():
+        model, tokenizer = load(folder, model=options.model)
+    place = run_folder(folder)
+    run = _described(model, tokenizer, folder) if place is None else read_run(place)
+    return Opened(model, tokenizer, run, folder)
+
+
+def run_folder(folder: Path) -> Path | None:
+    """Where the run file of `folder` is: in it, or, of a Trainer's checkpoint-N, beside it; None where there is none."""
+    places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+    return next((place for place in places if (place / RUN_NAME).is_file()), None)
+
+
+def _described(model: Any, tokenizer: Any, folder: Path) -> Run:
+    """A run out of a model that came without its file: its head says the task, its configuration the labels."""
+    config = model.config
+    kind = type(model).__name__
+    if "SequenceClassification" not in kind:
+        if not (hasattr(model, "generate") and model.can_generate()):
+            raise ValueError(f"{folder}: got a {kind}, expected a model that classifies texts or writes them")
+        task, names = "generation", []
+    elif config.num_labels == 1 or config.problem_type == "regression":
+        task, names = "regression", ["score"]
+    else:
+        task, names = "classification", [config.id2label[i] for i in range(config.num_labels)]
+    most = min(tokenizer.model_max_length or MAX_TOKENS, MAX_TOKENS)
+    base = getattr(config, "_name_or_path", None) or str(folder)
+    return Run(base, "", names, most, task=task)

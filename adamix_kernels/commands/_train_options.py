@@ -1,0 +1,131 @@
+"""The options of adamix train that are not the Trainer's, in the groups that --help shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..models.config import AdaMixConfig
+from ..tasks import DEFAULT_MODEL, EMBEDDED
+from ._parser import names, numbers
+
+LAST = "last"
+Tasks = Literal["auto", "classification", "regression", "generation"]
+Poolings = Literal["auto", "mean", "model"]
+
+
+def _option(text: str, default: Any = None, **more: Any) -> Any:
+    """A field with its help. A list is made anew for each instance."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text, **more})
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class DataOptions:
+    _argument_group_name = "model and data"
+
+    model: str = _option("hub id or folder", DEFAULT_MODEL)
+    data: str = _option(
+        "'remarks', a file or a folder (TSV, CSV, JSONL, Parquet; GLUE's own files too), or a hub data set", EMBEDDED
+    )
+    task: Tasks = _option("what the labels are: classes, numbers, or texts to write; auto: by the labels", "auto")
+    text_column: str | None = _option("column of the text, or of what a generation reads")
+    text_pair_column: str | None = _option("column of the second text of a pair")
+    label_column: str | None = _option("column of the label, or of the text to write")
+    dev_fraction: float = _option("of the training rows, drawn by the seed, where the data has no dev split", 0.1)
+    max_tokens: int = _option("longer texts are cut", 128)
+    max_train_rows: int = _option("a sample of so many training rows, drawn by the seed; 0 is all", 0)
+    max_eval_rows: int = _option("a sample of so many dev rows; 0 is all", 0)
+    pooling: Poolings = _option(
+        "what the head reads: the mean of the hidden states, or what the model's own head does; auto: the mean "
+        "where the own one is a pooler",
+        "auto",
+    )
+
+
+@dataclass
+class AdaptationOptions:
+    """See AdaMixConfig."""
+
+    _argument_group_name = "AdaMix"
+
+    method: str = _option("adapter or lora", "adapter")
+    num_experts: int = _option("M, the experts of a side that is not shared", 4)
+    bottleneck: int = _option("adapter width", 16)
+    r: int = _option("LoRA rank", 4)
+    alpha: float = _option("LoRA scaling is alpha / r", 32.0, aliases=["--lora_alpha", "--lora-alpha"])
+    lora_dropout: float = _option("on the LoRA input", 0.0)
+    share: str = _option("the shared side: up, down or none", "up")
+    routing: str = _option("experts drawn per batch, sample or token", "batch")
+    consistency_weight: float = _option("weight of the KL term; 0 is one pass", 1.0)
+    target_modules: list[str] = _option(
+        "layers to adapt: names (a b or a,b), one regular expression, or all-linear; by the model's type when empty", []
+    )
+    exclude_modules: list[str] = _option("layers to leave out: names, or one regular expression", [])
+    layers_to_transform: list[str] = _option("numbers of the transformer layers to adapt (0 1 or 0,1)", [])
+    layers_pattern: list[str] = _option("names that may stand before the layer's number", [])
+    modules_to_save: list[str] = _option("modules trained and saved whole; the task head when empty", [])
+
+    def config(self) -> AdaMixConfig:
+        saved = names("modules_to_save", self.modules_to_save)
+        return AdaMixConfig(
+            method=self.method,
+            num_experts=self.num_experts,
+            bottleneck=self.bottleneck,
+            r=self.r,
+            alpha=self.alpha,
+            dropout=self.lora_dropout,
+            share=None if self.share.lower() == "none" else self.share,
+            routing=self.routing,
+            consistency_weight=self.consistency_weight,
+            target_modules=names("target_modules", self.target_modules),
+            exclude_modules=names("exclude_modules", self.exclude_modules),
+            layers_to_transform=numbers("layers_to_transform", self.layers_to_transform),
+            layers_pattern=names("layers_pattern", self.layers_pattern),
+            modules_to_save=[saved] if isinstance(saved, str) else saved,
+        )
+
+
+@dataclass
+class FitOptions:
+    _argument_group_name = "training and evaluation"
+
+    metrics: list[str] = _option(
+        "accuracy, f1, matthews; pearson, spearman; bleu, nist, meteor, rouge_l, cider, ter, chrf. The first one leads",
+        [],
+    )
+    early_stopping: int = _option("end after so many evaluations without a better score; 0 does not", 0)
+    head_learning_rate: float = _option("of the task head; 0 is --learning_rate", 0.0)
+    max_new_tokens: int = _option("of a generated text", 64)
+    beams: int = _option("of the beam search that generates a text", 4)
+    no_baselines: bool = _option("do not measure the majority class and the frozen encoder beside the run", False)
+    resume: str = _option(
+        "go on from a checkpoint folder; alone, from the last one in --out", "", nargs="?", const=LAST
+    )
+
+
+# Of TrainingArguments', what --help shows, in our words.
+SHOWN = {
+    "output_dir": "folder of the run; also --out",
+    "learning_rate": "of the experts",
+    "num_train_epochs": "epochs",
+    "max_steps": "optimizer steps, in place of epochs",
+    "per_device_train_batch_size": "texts of a training batch",
+    "per_device_eval_batch_size": "texts of an evaluation batch",
+    "gradient_accumulation_steps": "batches of an optimizer step",
+    "weight_decay": "of AdamW",
+    "warmup_steps": "steps of linear warm-up; below 1, a share of all steps",
+    "seed": "of the head, the order of the batches and the experts drawn",
+    "eval_strategy": "when to evaluate: epoch, steps or no",
+    "save_strategy": "when to write a checkpoint: epoch, steps, best or no",
+    "save_total_limit": "checkpoints kept",
+    "load_best_model_at_end": "keep the checkpoint of the best score, not the last",
+    "logging_steps": "steps between two lines of training loss",
+    "bf16": "train in bfloat16",
+    "gradient_checkpointing": "recompute in backward: less memory, more time",
+    "report_to": "tensorboard, wandb, ... or none",
+    "use_cpu": "train on the CPU though a GPU is there",
+    "disable_tqdm": "no progress bars",
+    "log_level": "what goes to stderr",
+}
