@@ -21,10 +21,10 @@ FINISHED = "adamix_checkpoint.json"
 
 @dataclass
 class Trained:
-    """scores: of the kept model on dev, in the units of Kind.scores. logs: mean training losses of the run."""
+    """scores: of the kept model on dev, in the units of Kind.scores. losses: the mean over the run, and the parts of the last log."""
 
     scores: dict[str, float]
-    logs: dict[str, float]
+    losses: dict[str, float]
 
 
 class HeadRateTrainer(AdaMixTrainer):

@@ -40,7 +40,6 @@ class LabelKind:
     max_tokens: int
     metrics: tuple[str, ...] = ()
     batch_size: int = 64
-    decodes = False
 
     def __post_init__(self) -> None:
         self.metrics = checked_metrics(self.kind, self.metrics)
@@ -119,10 +118,6 @@ class GenerationKind:
     def __post_init__(self) -> None:
         self.metrics = checked_metrics(self.kind, self.metrics)
         self.settings = {**GENERATION, **self.settings}
-
-    @property
-    def decodes(self) -> bool:
-        return bool(self.metrics)
 
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:

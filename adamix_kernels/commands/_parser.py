@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -233,6 +232,8 @@ def _text(value: Any) -> str:
 
 def _reworded(message: str) -> str:
     """argparse's errors as `--flag: got X, expected Y`."""
+    if message.startswith("the following arguments are required: "):
+        return f"{message.partition(': ')[2].split(',')[0].split('/')[0]}: got nothing, expected a value"
     found = re.fullmatch(r"argument (\S+): (.*)", message, re.DOTALL)
     if not found:
         return message
@@ -275,10 +276,3 @@ def numbers(option: str, values: Sequence[str]) -> list[int] | None:
 
 def _is_expression(value: str) -> bool:
     return re.search(r"[\\*+?()\[\]{}|^$]", value) is not None
-
-
-def existing(option: str, path: str) -> str:
-    """Raises FileNotFoundError, naming the option."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{option}: {path!r}: no such file")
-    return path

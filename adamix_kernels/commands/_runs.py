@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from ..models.checkpoint import load_adamix
 from ..models.hub import resolve_folder
-from ..tasks import Run, load, read_run
+from ..tasks import Run, load, load_causal, load_classifier, read_run, resolve_model
 from ..tasks.run_file import RUN_NAME
 from ._options import quiet_loading
 
@@ -54,11 +55,23 @@ def the_run(options: RunOptions, words: Sequence[str], command: str) -> RunOptio
 def open_run(options: RunOptions) -> Opened:
     """Raises ValueError for what is no run, naming what is missing."""
     folder = resolve_folder(options.run, options.revision)
-    with quiet_loading():
-        model, tokenizer = load(folder, model=options.model)
     place = run_folder(folder)
-    run = _described(model, tokenizer, folder) if place is None else read_run(place)
-    return Opened(model, tokenizer, run, folder)
+    run = None if place is None else read_run(place)
+    with quiet_loading():
+        if run is None or place == folder:
+            model, tokenizer = load(folder, model=options.model)
+        else:  # a Trainer's checkpoint, whose run stands beside it
+            model, tokenizer = _load_into_base(run, options.model, folder)
+    return Opened(model, tokenizer, run or _described(model, tokenizer, folder), folder)
+
+
+def _load_into_base(run: Run, name: str | None, folder: Path) -> tuple[nn.Module, Any]:
+    encoder = resolve_model(run.model if name is None else name)
+    if run.task == "generation":
+        model, tokenizer = load_causal(encoder)
+    else:
+        model, tokenizer = load_classifier(encoder, run.label_names, run.pooling, run.task)
+    return load_adamix(model, folder).eval(), tokenizer
 
 
 def run_folder(folder: Path) -> Path | None:

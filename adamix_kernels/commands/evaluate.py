@@ -1,58 +1,99 @@
-"""adamix eval: accuracy of a saved checkpoint on dev or test."""
+"""adamix eval: the scores of a saved run on train, dev or test."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from ..models.contexts import eval_routing
 from ..models.state import adamix_state
-from ..tasks import accuracy, collator, load_text_classification, predict, tokenize
-from ._checkpoint import add_checkpoint, open_checkpoint
-from ._options import OptionParser, is_main_process, start
+from ..tasks import Run, TextTask, load_task
+from ._kinds import make_kind, written
+from ._options import OutputOptions, is_main_process, shows_bars, start
+from ._parser import OptionParser
+from ._runs import RunOptions, open_run, the_run
+
+
+@dataclass
+class EvalOptions:
+    _argument_group_name = "evaluation"
+
+    data: str | None = field(default=None, metadata={"help": "as in adamix train; what it was trained on, if not given"})
+    split: Literal["train", "dev", "test"] = field(default="dev", metadata={"help": "which part of the data"})
+    metrics: list[str] = field(default_factory=list, metadata={"help": "as in adamix train"})
+    text_column: str | None = field(default=None, metadata={"help": "where --data has other names than in training"})
+    text_pair_column: str | None = field(default=None, metadata={"help": "likewise"})
+    label_column: str | None = field(default=None, metadata={"help": "likewise"})
+    routing: Literal["merged", "batch", "sample", "token"] = field(
+        default="merged", metadata={"help": "merged experts, or one drawn at random per batch, sample or token"}
+    )
+    seed: int = field(default=0, metadata={"help": "of random routing"})
+    batch_size: int = field(default=64, metadata={"help": "texts of a batch"})
+    max_rows: int | None = field(default=None, metadata={"help": "a sample of so many rows"})
+    json: bool = field(default=False, metadata={"help": "print one JSON object instead of a sentence"})
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = OptionParser(prog="adamix eval", description="Accuracy of a saved checkpoint.")
-    add_checkpoint(parser)
-    parser.add_argument("--data", help="as in adamix train (default: what it was trained on)")
-    parser.add_argument("--split", choices=("train", "dev", "test"), default="dev", help="default: %(default)s")
-    parser.add_argument(
-        "--routing",
-        choices=("merged", "batch", "sample", "token"),
-        default="merged",
-        help="merged experts, or one drawn at random per batch, sample or token (default: %(default)s)",
+    parser = OptionParser(
+        "eval",
+        (RunOptions, EvalOptions, OutputOptions),
+        "The scores of a saved run.",
+        words="RUN",
+        aliases={"checkpoint": "run"},
     )
-    parser.add_argument("--seed", type=int, default=0, help="of random routing (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--max-rows", type=int, help="use the first N rows only")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
-    args = parser.parse(argv)
-    start(args)
-    model, tokenizer, run = open_checkpoint(args)
-    source = args.data or run.data
-    task = load_text_classification(source)
-    if task.label_names != run.label_names:
-        raise ValueError(f"data: {source!r} has the labels {task.label_names}, the checkpoint has {run.label_names}")
-    split = getattr(task, args.split)
+    parsed = parser.parse(argv)
+    place, options, output = parsed.parts
+    where = the_run(place, parsed.words, "eval")
+    start(output)
+    opened = open_run(where)
+    model, run = opened.model, opened.run
+    source = options.data or run.data
+    if not source:
+        raise ValueError(f"data: got nothing, expected --data: {where.run!r} does not say what it was trained on")
+    task = _task(options, run, source)
+    split = getattr(task, options.split)
     if split is None:
         raise ValueError(f"split: {source!r} has no labelled test split")
-    rows = tokenize(split.head(args.max_rows), tokenizer, run.max_tokens)
+    names = run.label_names if run.task == "classification" else task.label_names
+    kind = make_kind(
+        run.task, names, opened.tokenizer, run.max_tokens, options.metrics, run.generation, options.batch_size
+    )
+    rows = split.sample(options.max_rows, 0)
     if torch.cuda.is_available():
         model.cuda()
-    torch.manual_seed(args.seed)
-    with eval_routing(model, args.routing):
-        bar = not args.disable_tqdm and is_main_process()
-        percent = accuracy(predict(model, rows, collator(tokenizer), args.batch_size, progress=bar), rows)
+    torch.manual_seed(options.seed)
+    adapted = hasattr(model, "adamix")
+    with eval_routing(model, options.routing if adapted else "merged"):
+        scores = kind.evaluate(model, rows, shows_bars(output))
     # A merged checkpoint has one expert a side, whatever the routing.
-    routing = "merged" if adamix_state(model).merged else args.routing
+    routing = "merged" if not adapted or adamix_state(model).merged else options.routing
     if not is_main_process():
         return 0
-    if args.json:
-        values = {"accuracy": percent, "rows": len(rows), "split": args.split, "data": source, "routing": routing}
-        print(json.dumps(values))
-    else:
-        print(f"accuracy {percent:.2f} % on {len(rows)} {args.split} texts of {source} ({routing})")
+    if options.json:
+        facts = {"rows": len(rows), "split": options.split, "data": source, "routing": routing}
+        print(json.dumps({**scores.values, **({"missing": scores.missing} if scores.missing else {}), **facts}))
+        return 0
+    values = ", ".join(written(name, value) for name, value in scores.values.items())
+    print(f"{values} on {len(rows)} {options.split} texts of {source} ({routing})")
+    for name, why in scores.missing.items():
+        print(f"{name}: {why}")
     return 0
+
+
+def _task(options: EvalOptions, run: Run, source: str) -> TextTask:
+    """The data, read by the columns of the training unless it is another set. Raises ValueError for other labels."""
+    same = source == run.data
+    task = load_task(
+        source,
+        task=run.task,
+        text_column=options.text_column or (run.text_column if same else None),
+        text_pair_column=options.text_pair_column or (run.text_pair_column if same else None),
+        label_column=options.label_column or (run.label_column if same else None),
+    )
+    if run.task == "classification" and task.label_names != run.label_names:
+        raise ValueError(f"data: {source!r} has the labels {task.label_names}, the run has {run.label_names}")
+    return task

@@ -2,32 +2,82 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from ._checkpoint import add_checkpoint, open_checkpoint
-from ._options import OptionParser, start
+from torch import nn
+
+from ..models.state import adamix_state
+from ..tasks import Run
+from ._options import OutputOptions, start
+from ._parser import OptionParser
+from ._runs import RunOptions, open_run, the_run
+
+FORMATS = {"lora": "peft", "adapter": "adapterhub"}
+
+
+@dataclass
+class ExportOptions:
+    _argument_group_name = "export"
+
+    out: str = field(metadata={"help": "folder for the exported files"})
+    format: Literal["auto", "peft", "adapterhub"] = field(
+        default="auto", metadata={"help": "auto: peft for --method lora, adapterhub for --method adapter"}
+    )
+    no_head: bool = field(default=False, metadata={"help": "peft: leave the trained head out"})
+    base_model: str | None = field(
+        default=None, metadata={"help": "hub id of the encoder to write into the files; without it, none of a folder"}
+    )
+
+
+def format_of(method: str) -> str:
+    return FORMATS[method]
+
+
+def problem(model: Any, run: Run, method: str) -> str | None:
+    """Why the formats cannot say this run, and what to do; None where they can."""
+    if run.task != "generation" and run.pooling == "mean":
+        what = "train with --pooling model" + (", or export with --no_head" if method == "lora" else "")
+        return f"its head reads the mean of the hidden states, which these formats cannot say: {what}"
+    kind = getattr(model.config, "model_type", None)
+    if method == "adapter" and kind not in ("bert", "roberta"):
+        return f"AdapterHub's format is written for BERT and RoBERTa, this is {kind}: train with --method lora"
+    return None
 
 
 def main(argv: Sequence[str]) -> int:
     parser = OptionParser(
-        prog="adamix export",
-        description="Write the merged experts as a PEFT LoRA (method lora) or an AdapterHub adapter (method adapter).",
+        "export",
+        (RunOptions, ExportOptions, OutputOptions),
+        "Write the merged experts as a PEFT LoRA (method lora) or an AdapterHub adapter (method adapter).",
+        words="RUN",
+        aliases={"checkpoint": "run"},
     )
-    add_checkpoint(parser)
-    parser.add_argument("--format", choices=("peft", "adapterhub"), required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the exported files")
-    args = parser.parse(argv)
-    start(args)
+    parsed = parser.parse(argv)
+    place, options, output = parsed.parts
+    run = the_run(place, parsed.words, "export")
+    start(output)
     from .. import convert
 
-    model, _, run = open_checkpoint(args)
-    if run.pooling != "model":
-        raise ValueError(
-            f"{args.checkpoint}: its head reads the mean of the hidden states, which these formats cannot say: "
-            "train with --pooling model"
-        )
-    write = convert.export_peft if args.format == "peft" else convert.export_adapterhub
-    write(model, args.out)
-    print(f"{args.format} files: {args.out}")
+    opened = open_run(run)
+    method = adamix_state(opened.model).config.method
+    wanted = format_of(method) if options.format == "auto" else options.format
+    why = problem(opened.model, opened.run, "lora" if wanted == "peft" else "adapter")
+    if why and not (options.no_head and wanted == "peft"):
+        raise ValueError(f"{run.run}: {why}")
+    if options.no_head and wanted != "peft":
+        raise ValueError("no_head: got it with --format adapterhub, expected --format peft")
+    if options.base_model:
+        _base(opened.model).name_or_path = options.base_model
+    if wanted == "peft":
+        convert.export_peft(opened.model, options.out, head=not options.no_head)
+    else:
+        convert.export_adapterhub(opened.model, options.out)
+    print(f"{wanted} files: {options.out}")
     return 0
+
+
+def _base(model: nn.Module) -> Any:
+    return model.config

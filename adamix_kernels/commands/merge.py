@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..models.checkpoint import save_adamix
 from ..models.merging import merge
 from ..tasks import write_run
-from ._checkpoint import add_checkpoint, open_checkpoint
-from ._options import OptionParser, start
+from ._options import OutputOptions, start
+from ._parser import OptionParser
+from ._runs import RunOptions, open_run, the_run
+
+
+@dataclass
+class MergeOptions:
+    _argument_group_name = "merge"
+
+    out: str = field(metadata={"help": "folder for the merged checkpoint"})
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = OptionParser(prog="adamix merge", description="Average a checkpoint's experts.")
-    add_checkpoint(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the merged checkpoint")
-    args = parser.parse(argv)
-    if args.out.exists() and args.out.resolve() == args.checkpoint.resolve():
-        raise ValueError(f"out: {args.out} is the checkpoint itself, and merging there would lose its experts")
-    start(args)
-    model, tokenizer, run = open_checkpoint(args)
-    save_adamix(merge(model), args.out)
-    tokenizer.save_pretrained(args.out)
-    write_run(args.out, run)
-    print(f"merged checkpoint: {args.out}")
+    parser = OptionParser(
+        "merge",
+        (RunOptions, MergeOptions, OutputOptions),
+        "Average a run's experts: one adapter, or LoRA in the weights.",
+        words="RUN",
+        aliases={"checkpoint": "run"},
+    )
+    parsed = parser.parse(argv)
+    place, options, output = parsed.parts
+    run, out = the_run(place, parsed.words, "merge"), Path(options.out)
+    if out.exists() and Path(run.run).exists() and out.resolve() == Path(run.run).resolve():
+        raise ValueError(f"out: {out} is the checkpoint itself, and merging there would lose its experts")
+    start(output)
+    opened = open_run(run)
+    save_adamix(merge(opened.model), out)
+    opened.tokenizer.save_pretrained(out)
+    write_run(out, opened.run)
+    print(f"merged checkpoint: {out}")
     return 0

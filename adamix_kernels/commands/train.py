@@ -112,9 +112,9 @@ def main(argv: Sequence[str]) -> int:
     if is_main_process():
         write_run(arguments.output_dir, run)
         scores = trained.scores
-        if kind.decodes:  # the Trainer sees losses alone
+        if task.kind == "generation":  # per token, which the Trainer's is not, and the decoded texts
             scores = kind.evaluate(model, dev, not arguments.disable_tqdm).values
-        tell(Outcome(model, kind, run, scores, trained.logs, baselines, notes, len(dev_rows)), arguments.output_dir)
+        tell(Outcome(model, kind, run, scores, trained.losses, baselines, notes, len(dev_rows)), arguments.output_dir)
     return 0
 
 

@@ -70,7 +70,7 @@ def adapterhub_card(model: nn.Module, name: str) -> str:
 
 def _card(model: nn.Module, facts: list[str], tags: list[str], title: str, what: str, usage: list[str]) -> str:
     base = _base(model)
-    on_hub = base != _UNKNOWN and base.count("/") <= 1 and not os.path.isabs(base) and not os.path.exists(base)
+    on_hub = base != _UNKNOWN and base.count("/") <= 1 and not os.path.exists(base)
     base_line = [f"base_model: {base}"] if on_hub else []
     lines = [
         "---",
@@ -94,5 +94,12 @@ def _card(model: nn.Module, facts: list[str], tags: list[str], title: str, what:
     return "\n".join(lines) + "\n"
 
 
+def base_name(model: nn.Module) -> str | None:
+    """What the base is called where others can find it; None for a folder by its absolute path, which is this
+    machine's alone."""
+    name: str | None = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return None if not name or os.path.isabs(name) else name
+
+
 def _base(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or _UNKNOWN
+    return base_name(model) or _UNKNOWN

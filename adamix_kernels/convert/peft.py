@@ -12,7 +12,7 @@ from torch import nn
 from ..models._files import make_folder, write_json, write_safetensors
 from ..models.state import adamix_state
 from ..modules import RoutedLoRALinear
-from ._card import peft_card, write_card
+from ._card import base_name, peft_card, write_card
 
 _TASKS = {
     "SequenceClassification": "SEQ_CLS",
@@ -132,7 +132,7 @@ def _peft_config(model: nn.Module, layers: dict[str, RoutedLoRALinear], saved: l
     return {
         "peft_type": "LORA",
         "task_type": _task(model, saved),
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": base_name(model),
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,

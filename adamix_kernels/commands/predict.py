@@ -1,0 +1,156 @@
+"""adamix predict: labels and probabilities, numbers or generated texts for new texts."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..tasks import InputRow, Run, read_inputs
+from ._kinds import Kind, make_kind
+from ._options import OutputOptions, shows_bars, start
+from ._parser import OptionParser
+from ._predictions import Lines, Printed, Sink, chunks, same_file
+from ._runs import RunOptions, open_run
+
+BATCHES = 16  # of a chunk: sorted by length together, written together
+
+
+@dataclass
+class PredictOptions:
+    _argument_group_name = "texts and predictions"
+
+    pair: list[str] = field(default_factory=list, metadata={"help": "the second text of each TEXT, for text pairs"})
+    file: str | None = field(
+        default=None, metadata={"help": "txt (a text a line), csv, tsv, jsonl or parquet; - is standard input, as txt"}
+    )
+    text_column: str | None = field(default=None, metadata={"help": "of the file; by its name, if not given"})
+    text_pair_column: str | None = field(default=None, metadata={"help": "likewise, of the second text of a pair"})
+    out: str | None = field(default=None, metadata={"help": "JSON-lines file, a line a text; printed, if not given"})
+    overwrite: bool = field(default=False, metadata={"help": "replace --out if it is there"})
+    resume: bool = field(default=False, metadata={"help": "go on behind the last line of --out: the same file as at once"})
+    json: bool = field(default=False, metadata={"help": "print JSON lines"})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "texts of a batch; 64, or 8 where texts are generated"}
+    )
+    max_new_tokens: int | None = field(default=None, metadata={"help": "of a generated text, if not as in training"})
+    beams: int | None = field(default=None, metadata={"help": "of the beam search, if not as in training"})
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = OptionParser(
+        "predict",
+        (RunOptions, PredictOptions, OutputOptions),
+        "Apply a run to new texts: TEXT ... or --file. Texts that begin with - stand behind --.",
+        words="[TEXT ...]",
+        aliases={"checkpoint": "run"},
+    )
+    parsed = parser.parse(argv)
+    place, options, output = parsed.parts
+    if not place.run:
+        raise ValueError("run: got nothing, expected --run and the folder of a run, or user/repo on the hub")
+    _check(options, parsed.words)
+    start(output)
+    if options.file:
+        read_inputs(options.file)  # a missing file is answered before the model is loaded
+    lines = Lines(options.out, options.overwrite, options.resume) if options.out else None
+    opened = open_run(place)
+    kind = _kind(opened.run, opened.tokenizer, options)
+    model = opened.model.cuda() if torch.cuda.is_available() else opened.model
+    rows = _rows(options, parsed.words, opened.run)
+    size = kind.batch_size * BATCHES
+    if lines is None:
+        bar = shows_bars(output) and bool(options.file) and not sys.stdout.isatty()
+        _run(model, kind, rows, Printed(sys.stdout, options.json), size, bar)
+        return 0
+    with lines:
+        _run(model, kind, rows, lines, size, shows_bars(output))
+        lines.complete()
+    print(f"{lines.count} rows: {options.out}")
+    return 0
+
+
+def _kind(run: Run, tokenizer: Any, options: PredictOptions) -> Kind:
+    changes = {"max_new_tokens": options.max_new_tokens, "beams": options.beams}
+    settings = {**run.generation, **{name: value for name, value in changes.items() if value is not None}}
+    return make_kind(run.task, run.label_names, tokenizer, run.max_tokens, (), settings, options.batch_size)
+
+
+def _rows(options: PredictOptions, words: Sequence[str], run: Run) -> Iterator[InputRow]:
+    """The texts; of a file by the given columns, or those of the training where it has them, or by their names.
+
+    Raises ValueError, at the row, for a second text that is missing, or that the run knows nothing of.
+    """
+    if not options.file:
+        seconds: Sequence[str | None] = options.pair or [None] * len(words)
+        rows = iter([InputRow(w, p, f"text {i}") for i, (w, p) in enumerate(zip(words, seconds, strict=True), 1)])
+    elif options.text_column or options.text_pair_column or not run.text_column:
+        rows = read_inputs(options.file, text_column=options.text_column, text_pair_column=options.text_pair_column)
+    else:
+        rows = _by_training_columns(options.file, run)
+    return (_checked(row, run) for row in rows)
+
+
+def _by_training_columns(file: str, run: Run) -> Iterator[InputRow]:
+    rows = read_inputs(file, text_column=run.text_column, text_pair_column=run.text_pair_column)
+    try:
+        first = next(rows, None)
+    except ValueError as error:
+        if not str(error).startswith("text_"):
+            raise
+        return read_inputs(file)
+    return rows if first is None else itertools.chain([first], rows)
+
+
+def _checked(row: InputRow, run: Run) -> InputRow:
+    if run.text_pair_column and row.pair is None:
+        raise ValueError(f"{row.place}: got one text, expected two: the run was trained on pairs (--pair, or a file)")
+    if row.pair is not None and run.text_column and not run.text_pair_column:
+        raise ValueError(f"{row.place}: got a pair, expected one text: the run was trained on single texts")
+    return row
+
+
+def _run(model: Any, kind: Kind, rows: Iterator[InputRow], sink: Sink, size: int, progress: bool) -> None:
+    """Predicts chunk by chunk and hands each to `sink`, in the rows' order.
+
+    An unreadable row ends it with ValueError, which says how far it came; what stands before it is written first.
+    """
+    from tqdm.auto import tqdm
+
+    error: ValueError | None = None
+    try:
+        with tqdm(unit="row", disable=not progress) as bar:
+            for chunk, error in chunks(rows, size):
+                if chunk and sink.wants(chunk):
+                    texts, pairs = [row.text for row in chunk], [row.pair for row in chunk if row.pair is not None]
+                    sink.write(chunk, kind.predictions(model, texts, pairs or None))
+                bar.update(len(chunk))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(sink.told()) from None
+    if error is not None:
+        told = sink.told()
+        raise ValueError(f"{error}" + (f"; {told}" if told else "")) from error
+
+
+def _check(options: PredictOptions, words: Sequence[str]) -> None:
+    if bool(options.file) == bool(words):
+        got = "both" if words else "neither"
+        raise ValueError(f"texts: got {got} of TEXT and --file, expected one of them")
+    if options.pair and len(options.pair) != len(words):
+        raise ValueError(f"pair: got {len(options.pair)} texts for {len(words)} TEXT, expected as many")
+    if options.out and options.json:
+        raise ValueError("json: got --json beside --out, expected one of them: --out writes JSON lines anyway")
+    if (options.overwrite or options.resume) and not options.out:
+        raise ValueError("out: got nothing, expected a file with --overwrite or --resume")
+    if options.overwrite and options.resume:
+        raise ValueError("resume: got --overwrite too, expected one of them")
+    if options.out and options.file and same_file(options.out, options.file):
+        raise ValueError(f"out: got {options.out!r}, which is --file, expected another file")
+    for name in ("batch_size", "max_new_tokens", "beams"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
