@@ -13,8 +13,8 @@ from adamix_kernels.recipes.config import from_dict
 from adamix_kernels.recipes.generation import _AfterContext, beam_decode, encode_pairs, pair_collator
 from adamix_kernels.recipes.methods import build, kept_parameters
 from adamix_kernels.recipes.prompt import Prompt, encode_prompts, prompt_for, read_at_mask, word_ids
-from adamix_kernels.recipes.table_data import Pair
 from adamix_kernels.tasks import TextSplit
+from adamix_kernels.tasks.table_data import Pair
 
 H, LAYERS = tiny.HIDDEN, tiny.LAYERS
 HEAD = 2 * H + 2

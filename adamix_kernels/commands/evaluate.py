@@ -9,7 +9,7 @@ import torch
 
 from ..models.contexts import eval_routing
 from ..models.state import adamix_state
-from ..tasks import accuracy, collator, load_text_classification, predict, tokenize
+from ..tasks import accuracy, collator, load_task, predict, tokenize
 from ._checkpoint import add_checkpoint, open_checkpoint
 from ._options import OptionParser, is_main_process, start
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     start(args)
     model, tokenizer, run = open_checkpoint(args)
     source = args.data or run.data
-    task = load_text_classification(source)
+    task = load_task(source, task="classification")
     if task.label_names != run.label_names:
         raise ValueError(f"data: {source!r} has the labels {task.label_names}, the checkpoint has {run.label_names}")
     split = getattr(task, args.split)

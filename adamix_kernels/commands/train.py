@@ -16,7 +16,7 @@ from ..tasks import (
     Run,
     collator,
     load_classifier,
-    load_text_classification,
+    load_task,
     resolve_model,
     tokenize,
     write_run,
@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
         transformers.logging.disable_progress_bar()
     config, checkpoint = options.config(), _checkpoint(options, arguments)
     encoder = resolve_model(options.model)
-    task = load_text_classification(options.data)
+    task = load_task(options.data, task="classification")
     transformers.set_seed(arguments.seed)
     model, tokenizer = load_classifier(encoder, task.label_names, options.pooling)
     adapt(model, config)

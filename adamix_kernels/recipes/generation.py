@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .table_data import Pair
+from ..tasks.table_data import Pair
 
 IGNORED = -100
 

@@ -16,7 +16,7 @@ _UNSEALED_VERSION = 1  # it holds no digest of itself
 
 @dataclass(frozen=True)
 class Run:
-    """model, data: as given to resolve_model and load_text_classification. label_names: in id order.
+    """model, data: as given to resolve_model and load_task. label_names: in id order.
 
     pooling: see load_classifier.
     """

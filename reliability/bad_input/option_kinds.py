@@ -10,12 +10,14 @@ from pathlib import Path
 from adamix_kernels.commands import _options, evaluate, export, merge, recipe, train
 from adamix_kernels.models.config import AdaMixConfig
 from adamix_kernels.recipes import config as recipes
-from adamix_kernels.recipes import metrics, table_data, text_data
+from adamix_kernels.recipes import metrics, shots
 from adamix_kernels.recipes.methods import parse_method
 from adamix_kernels.recipes.prompt import Prompt, prompt_for
 from adamix_kernels.tasks.encoders import load_classifier, resolve_model
+from adamix_kernels.tasks.reading import load_task
 from adamix_kernels.tasks.run_file import read_run
-from adamix_kernels.tasks.text import TextSplit, load_text_classification
+from adamix_kernels.tasks.table_data import load_tables
+from adamix_kernels.tasks.text import TextSplit
 
 from .kinds import Kind
 
@@ -120,19 +122,19 @@ def _data(folder: Path) -> Iterator[Kind]:
         where = folder / words
         for split in ("train", "dev"):
             _file(where, f"{split}.tsv", text)
-        yield Kind(f"data: {words}", named[words], lambda where=where: load_text_classification(str(where)))
+        yield Kind(f"data: {words}", named[words], lambda where=where: load_task(str(where)))
     where = folder / "bytes"
     _file(where, "dev.tsv", "sentence\tlabel\na\t1\nb\t0\n")
     (where / "train.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")
-    yield Kind("data: bytes that are no text", "train.tsv", lambda: load_text_classification(str(where)))
+    yield Kind("data: bytes that are no text", "train.tsv", lambda: load_task(str(where)))
     split = TextSplit("train", [("a",)] * 4, [0, 1, 0, 1])
-    yield Kind("shots: fewer than classes", "shots", lambda: text_data.draw_shots(split, 1, 0))
-    yield Kind("shots: more than rows", "shots", lambda: text_data.draw_shots(split, 20, 0))
-    yield Kind("tables: another format", "data_format", lambda: table_data.load_tables(str(folder), "csv"))
+    yield Kind("shots: fewer than classes", "shots", lambda: shots.draw_shots(split, 1, 0))
+    yield Kind("shots: more than rows", "shots", lambda: shots.draw_shots(split, 20, 0))
+    yield Kind("tables: another format", "data_format", lambda: load_tables(str(folder), "csv"))
     e2e = folder / "e2e"
     for name in ("train", "valid", "test"):
         _file(e2e, f"{name}.txt", "no separator\n")
-    yield Kind("tables: E2E without its separator", "line 1", lambda: table_data.load_tables(str(e2e), "e2e"))
+    yield Kind("tables: E2E without its separator", "line 1", lambda: load_tables(str(e2e), "e2e"))
     yield Kind("run file: no such folder", str(folder / "none"), lambda: read_run(folder / "none"))
     _file(folder / "run", "run.json", "{}")
     yield Kind("pooling: another", "pooling", lambda: load_classifier(resolve_model(str(folder)), ["a", "b"], "max"))
