@@ -9,11 +9,15 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ._version import __version__
+from .commands._words import closest
+
 COMMANDS = {
-    "train": "fine-tune an encoder with AdaMix on a text-classification set",
-    "eval": "accuracy of a saved checkpoint",
-    "merge": "average a checkpoint's experts and save the result",
-    "export": "write a checkpoint in PEFT's or AdapterHub's format",
+    "train": "fine-tune a model with AdaMix on your texts: classification, regression, generation",
+    "predict": "labels and probabilities, numbers or generated texts for new texts",
+    "eval": "the scores of a saved run",
+    "merge": "average a run's experts and save the result",
+    "export": "write a run in PEFT's or AdapterHub's format",
     "recipe": "the paper's experiments, their baselines and ablations, tables and plots",
     "bench": "run the benchmarks of the source tree",
     "env": "versions, device, and which backend can run here and why",
@@ -28,30 +32,29 @@ _MODULES = {name: f"adamix_kernels.commands.{'evaluate' if name == 'eval' else n
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand.
+    """Runs one subcommand; without any, prints the help.
 
     Returns 0 when it did its work; 2 after one line on stderr for wrong usage or wrong input (arguments,
     files, data, models); 130 when it was interrupted; bench passes on the benchmarks' own status. Any other
     error is a defect, which Python shows in full, with status 1.
     """
-    parser = argparse.ArgumentParser(
-        prog="adamix",
-        description="AdaMix, mixture-of-adaptations fine-tuning.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="commands:\n"
-        + "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
-        + "\n\nadamix COMMAND --help shows a command's options; train, eval, merge and export also take one JSON file "
-        "of them." + "\n\nexit status:\n" + "\n".join(f"  {status:<8}{text}" for status, text in STATUSES.items()),
-    )
-    parser.add_argument("--traceback", action="store_true", help="on wrong input, show where it was found")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="the command's own")
+    parser = _parser()
     args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    if args.command not in COMMANDS:
+        hint = closest(args.command, COMMANDS)
+        print(f"adamix: got {args.command!r}, expected one of {', '.join(COMMANDS)}{hint}", file=sys.stderr)
+        return 2
     try:
         status: int = importlib.import_module(_MODULES[args.command]).main(args.options)
-    except KeyboardInterrupt:
-        print(f"adamix {args.command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(": ".join(filter(None, [f"adamix {args.command}: interrupted", str(error)])), file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `adamix predict ... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, NotImplementedError, ModuleNotFoundError) as error:
         if args.traceback:
             raise
@@ -61,6 +64,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "RANK" in os.environ:  # torchrun and accelerate set it
         _close_process_group_at_exit()
     return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="adamix",
+        description="AdaMix, mixture-of-adaptations fine-tuning.",
+        usage="adamix [--version] [--traceback] COMMAND ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="commands:\n"
+        + "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
+        + "\n\nadamix COMMAND --help shows a command's options. All but bench and env also take them from a JSON or YAML "
+        "file:\nadamix COMMAND FILE, or --config FILE beside other options, which override it."
+        + "\n\nexit status:\n"
+        + "\n".join(f"  {status:<8}{text}" for status, text in STATUSES.items()),
+    )
+    parser.add_argument("--version", action="version", version=f"adamix_kernels {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="on wrong input, show where it was found")
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of those below")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="the command's own")
+    return parser
 
 
 def _close_process_group_at_exit() -> None:

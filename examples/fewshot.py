@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorWithPadding, TrainingArguments, set_seed
 
 from adamix_kernels import AdaMixConfig, AdaMixTrainer, adapt
-from adamix_kernels.tasks import load_text_classification
+from adamix_kernels.tasks import load_task
 
 IGNORED = -100
 
@@ -92,7 +92,7 @@ def accuracy(model, rows, words, collate, batch=64):
 
 def main(options):
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    task, words = load_text_classification(options.data), word_ids(options.words, tokenizer)
+    task, words = load_task(options.data, task="classification"), word_ids(options.words, tokenizer)
     if len(words) != task.num_labels:
         raise SystemExit(f"--words: got {len(words)}, expected one for each of {task.label_names}")
     train, dev = (

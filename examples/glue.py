@@ -20,7 +20,7 @@ from accelerate import PartialState
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from adamix_kernels import AdaMixConfig, AdaMixTrainer, adapt, merge, save_adamix
-from adamix_kernels.tasks import collator, load_classifier, load_text_classification, resolve_model, tokenize
+from adamix_kernels.tasks import collator, load_classifier, load_task, resolve_model, tokenize
 
 
 @dataclass
@@ -45,7 +45,7 @@ def accuracy(prediction):
 
 def main(options, args):
     set_seed(args.seed)
-    task = load_text_classification(options.data)
+    task = load_task(options.data, task="classification")
     model, tokenizer = load_classifier(resolve_model(options.model), task.label_names)
     adapt(model, AdaMixConfig(num_experts=options.num_experts, bottleneck=options.bottleneck))
     trainer = AdaMixTrainer(

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import set_seed
 
 from adamix_kernels import AdaMixConfig, adapt, save_adamix, use_experts
-from adamix_kernels.tasks import collator, load_classifier, load_text_classification, resolve_model, tokenize
+from adamix_kernels.tasks import collator, load_classifier, load_task, resolve_model, tokenize
 
 
 def parse(arguments=None):
@@ -62,7 +62,7 @@ def serve(model, rows, collate, size):
 
 def main(options):
     set_seed(options.seed)
-    tasks = [load_text_classification(source) for source in options.data]
+    tasks = [load_task(source, task="classification") for source in options.data]
     names = tasks[0].label_names
     if any(task.label_names != names for task in tasks):
         raise SystemExit(f"--data: the domains have different labels: {[task.label_names for task in tasks]}")

@@ -57,7 +57,7 @@ def test_merged_checkpoint_is_a_plain_adapter_with_the_accuracy_of_the_first_see
     model, tokenizer = tasks.load_classifier(tasks.resolve_model(run.model), run.label_names, run.pooling)
     load_adamix(model, folder / "merged")
     assert model.adamix.merged
-    rows = tasks.tokenize(tasks.load_text_classification(run.data).dev, tokenizer, run.max_tokens)
+    rows = tasks.tokenize(tasks.load_task(run.data).dev, tokenizer, run.max_tokens)
     methods = json.loads((folder / "results.json").read_text())["methods"]
     assert tasks.accuracy(tasks.predict(model, rows, tasks.collator(tokenizer)), rows) == methods[3]["accuracy"][0]
 

@@ -5,9 +5,9 @@ import collections
 import pytest
 import tiny_recipes
 
-from adamix_kernels.recipes.table_data import HUB_ROWS, Pair, load_tables, references
-from adamix_kernels.recipes.text_data import draw_shots, load_labelled
-from adamix_kernels.tasks import TextSplit
+from adamix_kernels.recipes.shots import draw_shots
+from adamix_kernels.tasks import TextSplit, load_task
+from adamix_kernels.tasks.table_data import HUB_ROWS, Pair, load_tables, references
 
 
 def _write(folder, **files):
@@ -50,7 +50,7 @@ GLUE = {
 @pytest.mark.parametrize("task", GLUE)
 def test_the_files_of_the_glue_archive(tmp_path, task, caplog):
     files, (names, texts, pairs, labels, dev) = GLUE[task]
-    found = load_labelled(_write(tmp_path / task, **files))
+    found = load_task(_write(tmp_path / task, **files))
     assert (found.label_names, found.train.texts, found.train.pairs) == (names, texts, pairs)
     assert (found.train.labels, found.dev.labels) == (labels, dev)
     assert ("1 rows with too few columns" in caplog.text) == (task == "qqp")
@@ -60,20 +60,20 @@ def test_numbers_to_predict(tmp_path):
     glue = "index\tsentence1\tsentence2\tscore\n0\ta\tb\t4.5\n1\tc\td\t0.0\n"
     plain = "sentence1\tsentence2\tlabel\na\tb\t2.5\n"
     for text, labels in ((glue, [4.5, 0.0]), (plain, [2.5])):
-        task = load_labelled(_write(tmp_path / str(len(text)), train=text, dev=text), regression=True)
+        task = load_task(_write(tmp_path / str(len(text)), train=text, dev=text), task="regression")
         assert (task.label_names, task.dev.labels) == (["score"], labels)
 
 
 def test_a_tsv_folder_is_read_as_everywhere_else(tmp_path):
     text = "sentence\tlabel\na\tup\nb\tdown\n"
-    task = load_labelled(_write(tmp_path / "d", train=text, dev=text))
+    task = load_task(_write(tmp_path / "d", train=text, dev=text))
     assert (task.label_names, task.train.labels) == (["down", "up"], [1, 0])
 
 
 def test_a_label_that_training_lacks_is_an_error(tmp_path):
     files = {**GLUE["cola"][0], "dev": "gj04\t2\t\tc .\n"}
     with pytest.raises(ValueError, match=r"\['2'\] besides"):
-        load_labelled(_write(tmp_path / "d", **files))
+        load_task(_write(tmp_path / "d", **files))
 
 
 def test_shots_are_balanced_and_drawn_by_the_seed():

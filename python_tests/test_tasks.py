@@ -19,7 +19,7 @@ def _folder(path, train, dev=None, test=None):
 
 
 def test_embedded_set_is_balanced_and_disjoint():
-    task = tasks.load_text_classification()
+    task = tasks.load_task()
     assert (len(task.train), len(task.dev), task.test) == (480, 480, None)
     assert task.label_names == ["0", "1"]
     for split in (task.train, task.dev):
@@ -32,14 +32,14 @@ def test_embedded_set_is_balanced_and_disjoint():
 
 def test_tsv_keeps_quotes_carriage_returns_and_a_byte_order_mark(tmp_path):
     text = '\ufeffsentence\tlabel\r\n"good \u2028 one\t1\r\nbad\t0\r\n\r\n'
-    task = tasks.load_text_classification(_folder(tmp_path / "d", text))
+    task = tasks.load_task(_folder(tmp_path / "d", text))
     assert task.train.texts == ['"good \u2028 one', "bad"]
     assert task.train.labels == [1, 0]
 
 
 def test_names_pairs_and_a_test_split(tmp_path):
     text = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tyes\n1\tc\td\tno\n"
-    task = tasks.load_text_classification(_folder(tmp_path / "d", text, test=text))
+    task = tasks.load_task(_folder(tmp_path / "d", text, test=text))
     assert task.label_names == ["no", "yes"]
     assert task.dev.pairs == ["b", "d"]
     assert task.test.labels == [1, 0]
@@ -47,7 +47,7 @@ def test_names_pairs_and_a_test_split(tmp_path):
 
 
 def test_integer_labels_are_numbered_in_ascending_order(tmp_path):
-    task = tasks.load_text_classification(_folder(tmp_path / "d", "sentence\tlabel\na\t10\nb\t9\nc\t2\n"))
+    task = tasks.load_task(_folder(tmp_path / "d", "sentence\tlabel\na\t10\nb\t9\nc\t2\n"))
     assert task.label_names == ["2", "9", "10"]
     assert task.train.labels == [2, 1, 0]
 
@@ -55,7 +55,7 @@ def test_integer_labels_are_numbered_in_ascending_order(tmp_path):
 @pytest.mark.parametrize("test", ["index\tsentence\n0\tx\n", "sentence\tlabel\nx\t-1\n"])
 def test_a_test_split_without_labels_is_left_out(tmp_path, test):
     folder = _folder(tmp_path / "d", "sentence\tlabel\na\t0\nb\t1\n", test=test)
-    assert tasks.load_text_classification(folder).test is None
+    assert tasks.load_task(folder).test is None
 
 
 @pytest.mark.parametrize(
@@ -73,20 +73,20 @@ def test_a_test_split_without_labels_is_left_out(tmp_path, test):
 )
 def test_a_malformed_file_is_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
-        tasks.load_text_classification(_folder(tmp_path / "d", text))
+        tasks.load_task(_folder(tmp_path / "d", text))
 
 
 def test_a_label_that_training_lacks_is_named(tmp_path):
     folder = _folder(tmp_path / "d", "sentence\tlabel\na\tx\nb\ty\n", dev="sentence\tlabel\na\tx\nb\tz\n")
     with pytest.raises(ValueError, match=r"dev\.tsv, line 3, column 'label': got 'z', expected .*'x', 'y'"):
-        tasks.load_text_classification(folder)
+        tasks.load_task(folder)
 
 
 def test_a_missing_file_is_named(tmp_path):
     folder = _folder(tmp_path / "d", "sentence\tlabel\na\t0\nb\t1\n")
     (tmp_path / "d" / "dev.tsv").unlink()
     with pytest.raises(FileNotFoundError, match=r"dev\.tsv: no such file"):
-        tasks.load_text_classification(folder)
+        tasks.load_task(folder)
 
 
 def test_a_folder_of_csv_goes_through_datasets(tmp_path, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_folder_of_csv_goes_through_datasets(tmp_path, monkeypatch):
     folder.mkdir()
     for name in ("train", "validation"):
         (folder / f"{name}.csv").write_text("text,label\nfine,1\npoor,0\n")
-    task = tasks.load_text_classification(str(folder))
+    task = tasks.load_task(str(folder))
     assert task.train.texts == ["fine", "poor"]
     assert task.dev.labels == [1, 0]
 
@@ -103,7 +103,7 @@ def test_a_folder_of_csv_goes_through_datasets(tmp_path, monkeypatch):
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "a/b/c"])
 def test_a_path_that_is_not_there_is_no_hub_name(source):
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        tasks.load_text_classification(source)
+        tasks.load_task(source)
 
 
 def test_a_hub_refusal_is_one_clear_error(monkeypatch):
@@ -114,7 +114,7 @@ def test_a_hub_refusal_is_one_clear_error(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(ValueError, match=r"refused it: ConnectionError: no hub for some/set rte$"):
-        tasks.load_text_classification("some/set:rte")
+        tasks.load_task("some/set:rte")
 
 
 def test_packaged_encoder_is_found_checked_and_loaded_without_importing_its_package():

@@ -21,14 +21,14 @@ FINISHED = "adamix_checkpoint.json"
 
 @dataclass
 class Trained:
-    """scores: of the kept model on dev, in the units of Kind.scores. losses: the mean over the run, and the parts of the last log."""
+    """scores: of the kept model on dev, in the units of Kind.scores. losses: the run's mean, the last log's parts."""
 
     scores: dict[str, float]
     losses: dict[str, float]
 
 
 class HeadRateTrainer(AdaMixTrainer):
-    """AdaMixTrainer with a learning rate of its own for what is trained whole, the task head; 0 keeps the common one."""
+    """AdaMixTrainer with a learning rate of its own for the task head; 0 keeps the common one."""
 
     def __init__(self, *args: Any, head_learning_rate: float = 0.0, **kwargs: Any):
         self._head_rate = head_learning_rate

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..models.targets import saved_modules
 from ..recipes.metrics import CLASS_METRICS, NUMBER_METRICS, TEXT_METRICS, Scores, label_scores, text_scores
 from ..tasks import TextSplit, collator, predict, tokenize
 from ..tasks.generation import IGNORED, beam_decode, encode_texts, pair_collator, token_loss
@@ -186,6 +187,14 @@ def make_kind(
     return LabelKind(task, list(names), tokenizer, max_tokens, tuple(metrics), **more)
 
 
+@torch.no_grad()
+def start_at(model: nn.Module, value: float) -> None:
+    """Gives a head of one output the bias `value`: the mean of the labels, or else the first epochs go to find it."""
+    last = [m for _, head in saved_modules(model, None) for m in head.modules() if isinstance(m, nn.Linear)]
+    if last and last[-1].out_features == 1 and last[-1].bias is not None:
+        last[-1].bias.fill_(value)
+
+
 def checked_metrics(task: str, asked: Sequence[str]) -> tuple[str, ...]:
     """What to measure. Metrics that nobody asked for are left out where their library is missing."""
     known = METRICS[task]
@@ -205,12 +214,11 @@ def checked_metrics(task: str, asked: Sequence[str]) -> tuple[str, ...]:
     return left or (("rmse",) if task == "regression" else ())
 
 
-def _class_scores(
-    metrics: Sequence[str], predicted: Sequence[float], labels: Sequence[float], classes: int
-) -> Scores:
+def _class_scores(metrics: Sequence[str], predicted: Sequence[float], labels: Sequence[float], classes: int) -> Scores:
     """label_scores, but the accuracy, which needs no library."""
     scores = label_scores([name for name in metrics if name != "accuracy"], predicted, labels, classes)
     if "accuracy" in metrics:
         right = sum(p == y for p, y in zip(predicted, labels, strict=True))
-        scores.values = {"accuracy": 100 * right / len(labels), **scores.values}
+        values = {**scores.values, "accuracy": 100 * right / len(labels)}
+        scores.values = {name: values[name] for name in metrics if name in values}
     return scores

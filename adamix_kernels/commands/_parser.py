@@ -1,4 +1,4 @@
-"""The parser of the commands: HfArgumentParser over dataclasses, files of options, and errors in this package's words."""
+"""The commands' parser: HfArgumentParser over dataclasses, files of options, and errors in this package's words."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class OptionParser(HfArgumentParser):
         command: its name after `adamix`, for the usage line and the errors.
         types: dataclasses; `_argument_group_name` of one titles its options in the help.
         words: how the usage line shows the words that are no options; "" allows none.
+        lone_file: whether one file as the only argument is a file of options, not a word.
         hidden: options under the title `hidden_title`, which --help leaves to --help_all, but for `shown`, by name the
             line that --help has for it.
         defaults: where they differ from the dataclasses' own.
@@ -48,13 +49,14 @@ class OptionParser(HfArgumentParser):
         description: str,
         *,
         words: str = "",
+        lone_file: bool = True,
         hidden: Collection[str] = (),
         hidden_title: str = "",
         shown: Mapping[str, str] | None = None,
         defaults: Mapping[str, Any] | None = None,
         aliases: Mapping[str, str] | None = None,
     ):
-        self._command, self._takes_words = f"adamix {command}", bool(words)
+        self._command, self._takes_words, self._lone_file = f"adamix {command}", bool(words), lone_file
         super().__init__(
             list(types),
             prog=self._command,
@@ -66,6 +68,9 @@ class OptionParser(HfArgumentParser):
         )
         for alias, name in (aliases or {}).items():
             self.add_argument(f"--{alias}", dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        for action in self._actions:
+            if action.type is string_to_bool:  # a switch also where TrainingArguments has None for a default
+                action.nargs, action.const = "?", True
         self.set_defaults(**(defaults or {}))
         self._hide(hidden, hidden_title, shown or {})
         self.add_argument("--config", metavar="FILE", help="JSON or YAML file of these options; flags override it")
@@ -125,7 +130,7 @@ class OptionParser(HfArgumentParser):
 
     def _config_file(self, flags: list[str]) -> tuple[str | None, list[str]]:
         """(file, the flags besides it): of --config, or where it is the only argument."""
-        if len(flags) == 1 and flags[0].endswith(FILES) and not flags[0].startswith("-"):
+        if self._lone_file and len(flags) == 1 and flags[0].endswith(FILES) and not flags[0].startswith("-"):
             return flags[0], []
         path, rest, i = None, [], 0
         while i < len(flags):
@@ -208,15 +213,17 @@ class _Formatter(argparse.HelpFormatter):
         name = ", ".join(names[:2]) if names and names[0] == "-h" else names[0] if names else action.dest
         if action.nargs == 0 or action.type is string_to_bool:
             return name
-        value = action.metavar or (
-            "{" + ",".join(map(str, action.choices)) + "}" if action.choices else _placeholder(action)
-        )
-        return f"{name} {value}"
+        if isinstance(action.metavar, tuple):
+            return f"{name} {' '.join(action.metavar)}"
+        choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else None
+        return f"{name} {action.metavar or choices or _placeholder(action)}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        told = default not in (None, "", False, argparse.SUPPRESS) and default != [] and "%(default)" not in text
-        return f"{text} (default: %(default)s)" if told else text
+        if default in (None, "", False, 0, argparse.SUPPRESS) or default == []:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list) else "%(default)s"
+        return f"{text} (default: {shown})"
 
 
 def _placeholder(action: argparse.Action) -> str:
@@ -261,7 +268,7 @@ def names(option: str, values: Sequence[str]) -> list[str] | str | None:
     found = [name for value in values for name in re.split(r"[,\s]+", value) if name]
     wrong = [name for name in found if _is_expression(name)]
     if wrong:
-        raise ValueError(f"{option}: got the regular expression {wrong[0]!r} among several, expected it alone, or names")
+        raise ValueError(f"{option}: got the expression {wrong[0]!r} among several values, expected it alone, or names")
     return found or None
 
 

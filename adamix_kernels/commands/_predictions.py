@@ -112,6 +112,8 @@ class Lines:
         self._opened()
 
     def told(self) -> str:
+        if not self.count:
+            return ""
         return f"{self.count} rows are in {self._path}, and --resume goes on behind them"
 
     def _stored(self, rows: Sequence[InputRow]) -> list[dict[str, Any]]:

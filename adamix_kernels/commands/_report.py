@@ -37,7 +37,8 @@ def tell(outcome: Outcome, folder: str) -> None:
     """Prints the report, and writes it into the folder as adamix_report.json."""
     print(summary(outcome.model))
     losses = outcome.losses
-    parts = ", ".join(f"{name.replace('_', '-')} {losses[name]:.4f}" for name in losses if name != "loss")
+    words = {"cross_entropy": "squared error" if outcome.run.task == "regression" else "cross-entropy"}
+    parts = ", ".join(f"{words.get(name, name)} {losses[name]:.4f}" for name in losses if name != "loss")
     print(f"training loss {losses['loss']:.4f}, mean of the run" + (f"; at its end {parts}" if parts else ""))
     values = ", ".join(written(name, value) for name, value in outcome.scores.items())
     print(f"dev {values} (merged experts, {outcome.dev_rows} texts)")

@@ -75,7 +75,7 @@ def _load_into_base(run: Run, name: str | None, folder: Path) -> tuple[nn.Module
 
 
 def run_folder(folder: Path) -> Path | None:
-    """Where the run file of `folder` is: in it, or, of a Trainer's checkpoint-N, beside it; None where there is none."""
+    """Where the run file of `folder` is: in it, or, of a Trainer's checkpoint-N, beside it; None for none."""
     places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
     return next((place for place in places if (place / RUN_NAME).is_file()), None)
 

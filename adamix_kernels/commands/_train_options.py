@@ -1,5 +1,6 @@
 """The options of adamix train that are not the Trainer's, in the groups that --help shows."""
 
+# ruff: noqa: RUF009 (_option makes a field)
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -33,7 +34,9 @@ class DataOptions:
     text_column: str | None = _option("column of the text, or of what a generation reads")
     text_pair_column: str | None = _option("column of the second text of a pair")
     label_column: str | None = _option("column of the label, or of the text to write")
-    dev_fraction: float = _option("of the training rows, drawn by the seed, where the data has no dev split", 0.1)
+    dev_fraction: float = _option(
+        "of the training rows, the same ones whatever the seed, where the data has no dev split", 0.1
+    )
     max_tokens: int = _option("longer texts are cut", 128)
     max_train_rows: int = _option("a sample of so many training rows, drawn by the seed; 0 is all", 0)
     max_eval_rows: int = _option("a sample of so many dev rows; 0 is all", 0)

@@ -22,7 +22,9 @@ from ._runs import RunOptions, open_run, the_run
 class EvalOptions:
     _argument_group_name = "evaluation"
 
-    data: str | None = field(default=None, metadata={"help": "as in adamix train; what it was trained on, if not given"})
+    data: str | None = field(
+        default=None, metadata={"help": "as in adamix train; what it was trained on, if not given"}
+    )
     split: Literal["train", "dev", "test"] = field(default="dev", metadata={"help": "which part of the data"})
     metrics: list[str] = field(default_factory=list, metadata={"help": "as in adamix train"})
     text_column: str | None = field(default=None, metadata={"help": "where --data has other names than in training"})
@@ -93,6 +95,7 @@ def _task(options: EvalOptions, run: Run, source: str) -> TextTask:
         text_column=options.text_column or (run.text_column if same else None),
         text_pair_column=options.text_pair_column or (run.text_pair_column if same else None),
         label_column=options.label_column or (run.label_column if same else None),
+        dev_fraction=run.dev_fraction,
     )
     if run.task == "classification" and task.label_names != run.label_names:
         raise ValueError(f"data: {source!r} has the labels {task.label_names}, the run has {run.label_names}")

@@ -32,7 +32,9 @@ class PredictOptions:
     text_pair_column: str | None = field(default=None, metadata={"help": "likewise, of the second text of a pair"})
     out: str | None = field(default=None, metadata={"help": "JSON-lines file, a line a text; printed, if not given"})
     overwrite: bool = field(default=False, metadata={"help": "replace --out if it is there"})
-    resume: bool = field(default=False, metadata={"help": "go on behind the last line of --out: the same file as at once"})
+    resume: bool = field(
+        default=False, metadata={"help": "go on behind the last line of --out: the same file as at once"}
+    )
     json: bool = field(default=False, metadata={"help": "print JSON lines"})
     batch_size: int | None = field(
         default=None, metadata={"help": "texts of a batch; 64, or 8 where texts are generated"}

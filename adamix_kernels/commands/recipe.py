@@ -5,107 +5,171 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ._options import add_output, is_main_process, start
+from ._options import OutputOptions, shows_bars, start
+from ._parser import OptionParser
+from ._words import closest
 
-EPILOG = (
-    "A recipe is one of `adamix recipe list`, or a JSON file as `adamix recipe show NAME` prints it. Methods are names "
+ACTIONS = {
+    "list": "names of the recipes of this package",
+    "methods": "what can be compared",
+    "show": "a recipe as JSON",
+    "run": "train and evaluate; finished runs in --results are left alone",
+    "report": "table.md and plots of one or more result files",
+}
+RECIPE = (
+    "RECIPE is one of `adamix recipe list`, or a JSON file as `adamix recipe show RECIPE` prints it. Methods are names "
     "of `adamix recipe methods`, with options after a colon (adamix:num_experts=8,routing=sample), or the groups "
     "default, baselines and ablations."
 )
 
 
+@dataclass
+class RecipeOptions:
+    _argument_group_name = "changes of the recipe"
+
+    recipe: str = field(default="", metadata={"help": "name or JSON file; also as the word after the action"})
+    model: str | None = field(default=None, metadata={"help": "hub id or folder, in place of the recipe's"})
+    data: str | None = field(default=None, metadata={"help": "folder or hub data set, in place of the recipe's"})
+    epochs: float | None = field(default=None, metadata={"help": "in place of the recipe's, for every method"})
+    set: list[str] = field(
+        default_factory=list,
+        metadata={
+            "nargs": 2,
+            "action": "append",
+            "metavar": ("KEY", "VALUE"),
+            "help": "change a field, dotted: --set adamix.num_experts 8 --set methods.full.learning_rate 2e-5",
+        },
+    )
+
+
+@dataclass
+class RunOptions:
+    _argument_group_name = "runs"
+
+    methods: list[str] = field(
+        default_factory=lambda: ["default"], metadata={"help": "names, or default, baselines, ablations"}
+    )
+    seeds: int | None = field(default=None, metadata={"help": "seeds 0 to N-1; the recipe's number by default"})
+    results: str = field(default="results.jsonl", metadata={"help": "JSON-lines file of finished runs"})
+    train_rows: int | None = field(
+        default=None, metadata={"help": "N training rows, drawn by the seed, classes in proportion"}
+    )
+    dev_rows: int | None = field(default=None, metadata={"help": "N dev rows, drawn once for all seeds"})
+    shots: int | None = field(
+        default=None, metadata={"help": "K labelled training rows, drawn by the seed evenly over the classes"}
+    )
+    reports: str | None = field(default=None, metadata={"help": "a folder for a training report of every AdaMix run"})
+
+
+@dataclass
+class ReportOptions:
+    _argument_group_name = "report"
+
+    out: str = field(default="recipe_report", metadata={"help": "folder for the table and the plots"})
+
+
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="adamix recipe", description=__doc__.partition(": ")[2], epilog=EPILOG)
-    commands = parser.add_subparsers(dest="action", required=True)
-    commands.add_parser("list", help="names of the recipes of this package")
-    commands.add_parser("methods", help="what can be compared")
-    show = commands.add_parser("show", help="a recipe as JSON")
-    run = commands.add_parser("run", help="train and evaluate; finished runs in --results are left alone")
-    for sub in (show, run):
-        sub.add_argument("recipe", help="name or JSON file")
-        sub.add_argument("--model", help="hub id or folder, in place of the recipe's")
-        sub.add_argument("--data", help="folder or hub data set, in place of the recipe's")
-        sub.add_argument("--epochs", type=float, help="in place of the recipe's, for every method")
-        sub.add_argument(
-            "--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"),
-            help="change a field, dotted: --set adamix.num_experts 8 --set methods.full.learning_rate 2e-5",
-        )  # fmt: skip
-    run.add_argument("--methods", nargs="+", default=["default"], help="default: the recipe's own")
-    run.add_argument("--seeds", type=int, help="seeds 0 to N-1 (default: the recipe's number)")
-    run.add_argument("--results", type=Path, default=Path("results.jsonl"), help="default: %(default)s")
-    run.add_argument("--train-rows", type=int, help="the first N training rows only")
-    run.add_argument("--dev-rows", type=int, help="the first N dev rows only")
-    run.add_argument("--shots", type=int, help="K labelled training rows, drawn by the seed evenly over the classes")
-    run.add_argument("--reports", type=Path, help="a folder for a training report of every AdaMix run")
-    add_output(run)
-    report = commands.add_parser("report", help="table.md and plots of one or more result files")
-    report.add_argument("results", type=Path, nargs="+")
-    report.add_argument("--out", type=Path, default=Path("recipe_report"), help="default: %(default)s")
-    args = parser.parse_args(argv)
-    return {"list": _list, "methods": _methods, "show": _show, "run": _run, "report": _report}[args.action](args)
+    """Raises ValueError for an action that is none of ACTIONS."""
+    action, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if action in ("-h", "--help", "--help_all", "--help-all"):
+        _top().print_help()
+        return 0
+    if action not in ACTIONS:
+        raise ValueError(f"action: got {action!r}, expected one of {', '.join(ACTIONS)}{closest(action, ACTIONS)}")
+    work = {"list": _list, "methods": _methods, "show": _show, "run": _run, "report": _report}[action]
+    return work(rest)
 
 
-def _list(_args: argparse.Namespace) -> int:
+def _top() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog="adamix recipe",
+        usage="adamix recipe ACTION ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(__doc__ or "").partition(": ")[2].strip(),
+        epilog="actions:\n" + "\n".join(f"  {name:9}{text}" for name, text in ACTIONS.items())
+        + "\n\nadamix recipe ACTION --help shows an action's options.",
+    )  # fmt: skip
+
+
+def _parser(action: str, types: Sequence[type], words: str) -> OptionParser:
+    text = f"{ACTIONS[action][0].upper()}{ACTIONS[action][1:]}. {RECIPE if 'RECIPE' in words else ''}"
+    return OptionParser(f"recipe {action}", types, text.strip(), words=words, lone_file=False)
+
+
+def _list(argv: Sequence[str]) -> int:
+    _parser("list", (), "").parse(argv)
     from ..recipes import recipe_names
 
     print("\n".join(recipe_names()))
     return 0
 
 
-def _methods(_args: argparse.Namespace) -> int:
+def _methods(argv: Sequence[str]) -> int:
+    _parser("methods", (), "").parse(argv)
     from ..recipes.methods import METHODS
 
     print("\n".join(f"{name:10}{text}" for name, text in METHODS.items()))
     return 0
 
 
-def _show(args: argparse.Namespace) -> int:
-    print(json.dumps(_recipe(args).to_dict(), indent=2))
+def _show(argv: Sequence[str]) -> int:
+    parsed = _parser("show", (RecipeOptions,), "RECIPE").parse(argv)
+    print(json.dumps(_recipe(parsed.parts[0], parsed.words).to_dict(), indent=2))
     return 0
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(argv: Sequence[str]) -> int:
+    parsed = _parser("run", (RecipeOptions, RunOptions, OutputOptions), "RECIPE").parse(argv)
+    changes, options, output = parsed.parts
     from ..recipes import Limits, expand_methods, run_recipe
     from ..recipes.summary import group_rows, markdown
 
-    start(args)
-    recipe = _recipe(args)
+    start(output)
+    recipe = _recipe(changes, parsed.words)
     rows = run_recipe(
         recipe,
-        expand_methods(args.methods, recipe),
-        range(recipe.seeds if args.seeds is None else args.seeds),
-        args.results,
-        limits=Limits(args.train_rows, args.dev_rows, args.shots),
-        reports=args.reports,
-        progress=not args.disable_tqdm and is_main_process(),
+        expand_methods(options.methods, recipe),
+        range(recipe.seeds if options.seeds is None else options.seeds),
+        options.results,
+        limits=Limits(options.train_rows, options.dev_rows, options.shots),
+        reports=options.reports,
+        progress=shows_bars(output),
     )
     print(markdown(group_rows(rows)))
-    print(f"rows: {args.results}; table and plots: adamix recipe report {args.results}")
+    print(f"rows: {options.results}; table and plots: adamix recipe report {options.results}")
     return 0
 
 
-def _report(args: argparse.Namespace) -> int:
+def _report(argv: Sequence[str]) -> int:
+    parsed = _parser("report", (ReportOptions,), "RESULTS ...").parse(argv)
     from ..recipes import read_rows, write_summary
 
-    missing = [path for path in args.results if not path.is_file()]
+    if not parsed.words:
+        raise ValueError("results: got nothing, expected one or more result files")
+    paths = [Path(word) for word in parsed.words]
+    missing = [path for path in paths if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"results: {missing[0]}: no such file")
-    rows = {row["key"]: row for path in args.results for row in read_rows(path)}
-    for path in write_summary(list(rows.values()), args.out):
+    rows = {row["key"]: row for path in paths for row in read_rows(path)}
+    for path in write_summary(list(rows.values()), Path(parsed.parts[0].out)):
         print(path)
     return 0
 
 
-def _recipe(args: argparse.Namespace) -> Any:
+def _recipe(options: RecipeOptions, words: Sequence[str]) -> Any:
     from ..recipes import load_recipe
 
-    changes = {name: value for name in ("model", "data") if (value := getattr(args, name)) is not None}
-    if args.epochs is not None:
-        changes["training.num_train_epochs"] = args.epochs
-    return load_recipe(args.recipe).changed({**changes, **{key: _value(text) for key, text in args.set}})
+    given = [*([options.recipe] if options.recipe else []), *words]
+    if len(given) != 1:
+        raise ValueError(f"recipe: got {', '.join(map(repr, given)) or 'nothing'}, expected one name or JSON file")
+    changes: dict[str, Any] = {n: v for n in ("model", "data") if (v := getattr(options, n)) is not None}
+    if options.epochs is not None:
+        changes["training.num_train_epochs"] = options.epochs
+    return load_recipe(given[0]).changed({**changes, **{key: _value(text) for key, text in options.set}})
 
 
 def _value(text: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 from ..models.inject import adapt
 from ..tasks import Run, TextTask, load_causal, load_classifier, load_task, resolve_model, write_run
 from ._baselines import Baselines, Work, measure
-from ._kinds import Kind, checked_metrics, make_kind, without_text
+from ._kinds import Kind, checked_metrics, make_kind, start_at, without_text
 from ._options import is_main_process, quiet_loading, set_log_level
 from ._parser import OptionParser
 from ._train_options import SHOWN, AdaptationOptions, DataOptions, FitOptions
@@ -107,6 +107,8 @@ def main(argv: Sequence[str]) -> int:
     if steps < arguments.logging_steps and "logging_steps" not in options.given:
         arguments.logging_steps = max(1, steps // LOGS)
     baselines = _baselines(options, model, kind, rows, dev_rows, steps)
+    if task.kind == "regression":
+        start_at(model, sum(row["labels"] for row in rows) / len(rows))
     adapt(model, config)
     trained = run_training(model, kind, rows, dev_rows, options, checkpoint, run)
     if is_main_process():
@@ -120,16 +122,14 @@ def main(argv: Sequence[str]) -> int:
 
 def _task(options: Options) -> TextTask:
     data = options.data
-    task = load_task(
+    return load_task(
         data.data,
         task=data.task,
         text_column=data.text_column,
         text_pair_column=data.text_pair_column,
         label_column=data.label_column,
         dev_fraction=data.dev_fraction,
-        seed=options.arguments.seed,
     )
-    return task
 
 
 def _run(options: Options, task: TextTask, model: Any, settings: dict[str, Any]) -> Run:
@@ -146,6 +146,7 @@ def _run(options: Options, task: TextTask, model: Any, settings: dict[str, Any])
         text_pair_column=task.columns.pair,
         label_column=task.columns.label,
         generation=settings,
+        dev_fraction=options.data.dev_fraction,
     )
 
 

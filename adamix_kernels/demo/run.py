@@ -29,7 +29,7 @@ from ..tasks import (
     Run,
     accuracy,
     load_classifier,
-    load_text_classification,
+    load_task,
     predict,
     resolve_model,
     write_run,
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_transformers()
     try:
         encoder = resolve_model(args.model)
-        task = load_text_classification(args.data)
+        task = load_task(args.data, task="classification")
         _, tokenizer = load_classifier(encoder, task.label_names)
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -15,7 +15,7 @@ from ..functional import adamix_loss
 from ..models.doubling import double_batch
 from ..models.state import adamix_state
 from ..models.targets import saved_modules
-from ..tasks import TextClassification, collator, tokenize
+from ..tasks import TextTask, collator, tokenize
 from ..tasks.frozen import length_batches, mean_features, train_linear, warmed_up
 
 
@@ -52,9 +52,7 @@ class Curve:
     seconds: list[float] = field(default_factory=list)
 
 
-def prepare(
-    task: TextClassification, tokenizer: Any, max_tokens: int, max_train: int | None, max_dev: int | None
-) -> Data:
+def prepare(task: TextTask, tokenizer: Any, max_tokens: int, max_train: int | None, max_dev: int | None) -> Data:
     train_rows, dev_rows = (
         tokenize(s, tokenizer, max_tokens) for s in (task.train.head(max_train), task.dev.head(max_dev))
     )

@@ -17,6 +17,7 @@ import importlib.util
 import math
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,9 +39,7 @@ class Scores:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def label_scores(
-    names: Sequence[str], predicted: Sequence[float], labels: Sequence[float], classes: int = 2
-) -> Scores:
+def label_scores(names: Sequence[str], predicted: Sequence[float], labels: Sequence[float], classes: int = 2) -> Scores:
     """Scores of predicted classes (F1: of class 1 of two, or the mean over more classes) or of predicted numbers.
 
     Raises ValueError for a name that is no metric of labels.
@@ -141,7 +140,9 @@ def _scipy(name: str) -> Callable[..., tuple[float, str]]:
     def score(labels: list[Any], predicted: list[Any]) -> tuple[float, str]:
         from scipy import stats
 
-        return 100 * getattr(stats, name)(labels, predicted).statistic, "scipy"
+        with warnings.catch_warnings():  # what is not defined is told as such
+            warnings.simplefilter("ignore")
+            return 100 * getattr(stats, name)(labels, predicted).statistic, "scipy"
 
     return score
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..tasks import TextClassification, TextSplit, collator, load_classifier, predict, resolve_model, tokenize
+from ..tasks import TextSplit, TextTask, collator, load_classifier, load_task, predict, resolve_model, tokenize
 from ..tasks.generation import IGNORED, beam_decode, encode_texts, pair_collator, token_loss
+from ..tasks.table_data import Pair, TableData, load_tables, references
 from .config import Recipe
 from .metrics import Scores, label_scores, text_scores
 from .prompt import encode_prompts, prompt_for, read_at_mask, word_ids
-from .table_data import Pair, TableData, load_tables, references
-from .text_data import draw_shots, load_labelled
+from .shots import draw_shots
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LabelProblem:
     def __init__(self, recipe: Recipe, limits: Limits):
         self.recipe, self.limits = recipe, limits
         self.encoder = resolve_model(recipe.model)
-        self.task: TextClassification = load_labelled(recipe.data, recipe.regression)
+        self.task: TextTask = load_task(recipe.data, task="regression" if recipe.regression else "classification")
         self._dev: list[dict[str, Any]] | None = None
 
     def fresh(self) -> nn.Module:

@@ -1,27 +1,33 @@
 """Real tasks for the demo and the command line: text data, encoders, and what a run was about."""
 
 from ..models.pooling import mean_pool
+from ._sources import EMBEDDED
 from .batches import accuracy, collator, predict, tokenize
 from .encoders import DEFAULT_MODEL, Encoder, load_causal, load_classifier, resolve_model
+from .inputs import InputRow, read_inputs
 from .loading import load
+from .reading import load_task
 from .run_file import Run, read_run, write_run
-from .text import EMBEDDED, TextClassification, TextSplit, load_text_classification
+from .text import Columns, TextSplit, TextTask
 
 __all__ = [
     "DEFAULT_MODEL",
     "EMBEDDED",
+    "Columns",
     "Encoder",
+    "InputRow",
     "Run",
-    "TextClassification",
     "TextSplit",
+    "TextTask",
     "accuracy",
     "collator",
     "load",
     "load_causal",
     "load_classifier",
-    "load_text_classification",
+    "load_task",
     "mean_pool",
     "predict",
+    "read_inputs",
     "read_run",
     "resolve_model",
     "tokenize",

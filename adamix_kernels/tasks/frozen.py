@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .encoders import mean_pool
+from ..models.pooling import mean_pool
 
 WARMUP, WEIGHT_DECAY, EVAL_ROWS = 0.06, 0.01, 64
 HEAD_LEARNING_RATE = 2e-2

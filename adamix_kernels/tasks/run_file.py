@@ -33,6 +33,7 @@ class Run:
         task: "classification", "regression" or "generation".
         text_column, text_pair_column, label_column: those of the data that were used; None: unknown (older runs).
         generation: how texts are written (max_new_tokens, beams, ...); empty for the other tasks.
+        dev_fraction: the share of the training rows that became dev, where the data has no dev part.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Run:
     text_pair_column: str | None = None
     label_column: str | None = None
     generation: dict[str, Any] = field(default_factory=dict)
+    dev_fraction: float = 0.1
 
 
 def write_run(folder: str | os.PathLike[str], run: Run) -> None:

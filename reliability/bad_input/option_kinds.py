@@ -7,15 +7,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from adamix_kernels.commands import _options, evaluate, export, merge, recipe, train
+from adamix_kernels.commands import _train_options, _words, evaluate, export, merge, recipe, train
 from adamix_kernels.models.config import AdaMixConfig
 from adamix_kernels.recipes import config as recipes
-from adamix_kernels.recipes import metrics, table_data, text_data
+from adamix_kernels.recipes import metrics, shots
 from adamix_kernels.recipes.methods import parse_method
 from adamix_kernels.recipes.prompt import Prompt, prompt_for
 from adamix_kernels.tasks.encoders import load_classifier, resolve_model
+from adamix_kernels.tasks.reading import load_task
 from adamix_kernels.tasks.run_file import read_run
-from adamix_kernels.tasks.text import TextSplit, load_text_classification
+from adamix_kernels.tasks.table_data import load_tables
+from adamix_kernels.tasks.text import TextSplit
 
 from .kinds import Kind
 
@@ -44,7 +46,7 @@ def _commands(folder: Path) -> Iterator[Kind]:
     for words, text in (("no JSON", "{"), ("a JSON list", "[]")):
         bad = _file(folder, f"train {words}.json", text)
         yield Kind(f"adamix train: {words}", str(bad), lambda bad=bad: train.parse([str(bad)]))
-        yield Kind(f"options: {words}", str(bad), lambda bad=bad: _options.read_object(str(bad)))
+        yield Kind(f"options: {words}", str(bad), lambda bad=bad: _words.read_options(str(bad)))
     missing = folder / "missing"
     yield Kind("adamix eval: no such checkpoint", str(missing), lambda: evaluate.main([str(missing)]))
     yield Kind("adamix merge: over its own checkpoint", "out", lambda: merge.main([str(folder), "--out", str(folder)]))
@@ -56,9 +58,9 @@ def _train_options() -> Iterator[Kind]:
         ("method", "prefix"), ("num_experts", 0), ("bottleneck", -1), ("r", 0), ("alpha", 0.0), ("alpha", -1.0),
         ("share", "both"), ("routing", "expert"), ("consistency_weight", -1.0),
     ):  # fmt: skip
-        options = train.TrainOptions(**{name: value})
+        options = _train_options.AdaptationOptions(**{name: value})
         yield Kind(f"adamix train --{name} {value}", name, options.config)
-    yield Kind("adamix train --lora_dropout 1", "dropout", train.TrainOptions(lora_dropout=1.0).config)
+    yield Kind("adamix train --lora_dropout 1", "dropout", _train_options.AdaptationOptions(lora_dropout=1.0).config)
 
 
 def _recipe(**changes) -> dict:
@@ -120,19 +122,19 @@ def _data(folder: Path) -> Iterator[Kind]:
         where = folder / words
         for split in ("train", "dev"):
             _file(where, f"{split}.tsv", text)
-        yield Kind(f"data: {words}", named[words], lambda where=where: load_text_classification(str(where)))
+        yield Kind(f"data: {words}", named[words], lambda where=where: load_task(str(where)))
     where = folder / "bytes"
     _file(where, "dev.tsv", "sentence\tlabel\na\t1\nb\t0\n")
     (where / "train.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")
-    yield Kind("data: bytes that are no text", "train.tsv", lambda: load_text_classification(str(where)))
+    yield Kind("data: bytes that are no text", "train.tsv", lambda: load_task(str(where)))
     split = TextSplit("train", [("a",)] * 4, [0, 1, 0, 1])
-    yield Kind("shots: fewer than classes", "shots", lambda: text_data.draw_shots(split, 1, 0))
-    yield Kind("shots: more than rows", "shots", lambda: text_data.draw_shots(split, 20, 0))
-    yield Kind("tables: another format", "data_format", lambda: table_data.load_tables(str(folder), "csv"))
+    yield Kind("shots: fewer than classes", "shots", lambda: shots.draw_shots(split, 1, 0))
+    yield Kind("shots: more than rows", "shots", lambda: shots.draw_shots(split, 20, 0))
+    yield Kind("tables: another format", "data_format", lambda: load_tables(str(folder), "csv"))
     e2e = folder / "e2e"
     for name in ("train", "valid", "test"):
         _file(e2e, f"{name}.txt", "no separator\n")
-    yield Kind("tables: E2E without its separator", "line 1", lambda: table_data.load_tables(str(e2e), "e2e"))
+    yield Kind("tables: E2E without its separator", "line 1", lambda: load_tables(str(e2e), "e2e"))
     yield Kind("run file: no such folder", str(folder / "none"), lambda: read_run(folder / "none"))
     _file(folder / "run", "run.json", "{}")
     yield Kind("pooling: another", "pooling", lambda: load_classifier(resolve_model(str(folder)), ["a", "b"], "max"))

@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ._library import hub_splits
+from ._table import Table
+from .text import TextSplit
+
 FORMATS = ("e2e", "webnlg", "dart")
 _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "e2e": {"train": ("train.txt",), "dev": ("valid.txt", "dev.txt"), "test": ("test.txt",)},
     "webnlg": {"train": ("train.json",), "dev": ("dev.json",), "test": ("test.json",)},
     "dart": {s: (f"dart-v1.1.1-full-{s}.json", f"{s}.json") for s in ("train", "dev", "test")},
 }
+_HUB_COLUMNS = {"webnlg": ("modified_triple_sets", "lex"), "dart": ("tripleset", "annotations")}
 _HUB_SPLITS = {"train": ("train",), "dev": ("validation", "dev"), "test": ("test",)}
 _SLOT = re.compile(r"\s*([^\[\],]+)\[([^\]]*)\]")
 
@@ -68,6 +73,34 @@ def load_tables(source: str, data_format: str) -> TableData:
         if splits[split] == []:
             raise ValueError(f"{path}: got no texts, expected some in the {split} part of {data_format}")
     return TableData(source, **splits)
+
+
+def find_tables(source: str) -> tuple[TextSplit, TextSplit, TextSplit | None] | None:
+    """Train, dev and test of a folder in one of the layouts of load_tables; None where it is in none of them."""
+    folder = Path(source).expanduser()
+    if (folder / "train.txt").is_file():
+        data_format = "e2e"
+    elif (folder / _FILES["dart"]["train"][0]).is_file():
+        data_format = "dart"
+    elif (folder / "train.json").is_file():
+        found = _json_format(folder / "train.json")
+        if found is None:
+            return None
+        data_format = found
+    else:
+        return None
+    data = load_tables(str(folder), data_format)
+    return _split(data.train), _split(data.dev), None if data.test is None else _split(data.test)
+
+
+def rows_as_text(table: Table) -> TextSplit | None:
+    """The hub's rows of WebNLG or DART, known by their columns, as contexts and texts; None for any other table."""
+    for data_format, columns in _HUB_COLUMNS.items():
+        if set(columns) <= set(table.names):
+            values = zip(*(table.read(column) for column in columns))
+            rows = (dict(zip(columns, row)) for row in values)
+            return _split([pair for row in rows for pair in HUB_ROWS[data_format](row)])
+    return None
 
 
 def references(pairs: Iterable[Pair]) -> dict[str, list[str]]:
@@ -132,6 +165,21 @@ def _triples(triples: Iterable[tuple[str, str, str]]) -> str:
     return " | ".join(" : ".join(triple) for triple in triples)
 
 
+def _split(pairs: list[Pair]) -> TextSplit:
+    return TextSplit([pair.context for pair in pairs], None, [pair.text for pair in pairs])
+
+
+def _json_format(path: Path) -> str | None:
+    try:
+        values = _json(path)
+    except ValueError:  # JSON lines, or damaged: for another reader to say
+        return None
+    if isinstance(values, dict) and "entries" in values:
+        return "webnlg"
+    rows = values if isinstance(values, list) else []
+    return "dart" if rows and isinstance(rows[0], dict) and "tripleset" in rows[0] else None
+
+
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -140,17 +188,7 @@ def _json(path: Path) -> Any:
 
 
 def _from_hub(source: str, data_format: str) -> TableData:
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"data: {source!r} is no folder; the hub needs the package datasets") from error
-    name, _, config = source.partition(":")
-    try:
-        loaded = datasets.load_dataset(name, config or None)
-    except Exception as error:
-        raise ValueError(
-            f"data: {source!r} is no folder, and datasets.load_dataset refused it: {str(error).splitlines()[0]}"
-        ) from error
+    loaded = hub_splits(source)
     row = HUB_ROWS[data_format]
     splits: dict[str, Any] = {}
     for split, names in _HUB_SPLITS.items():
