@@ -74,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
         + "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
-        + "\n\nadamix COMMAND --help shows a command's options. All but bench and env also take them from a JSON or YAML "
-        "file:\nadamix COMMAND FILE, or --config FILE beside other options, which override it."
+        + "\n\nadamix COMMAND --help shows a command's options. All but bench and env also take them from a JSON or"
+        "\nYAML file: adamix COMMAND FILE, or --config FILE beside other options, which override it."
         + "\n\nexit status:\n"
         + "\n".join(f"  {status:<8}{text}" for status, text in STATUSES.items()),
     )

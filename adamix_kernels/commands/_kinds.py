@@ -181,7 +181,7 @@ def make_kind(
     batch_size: int | None = None,
 ) -> Kind:
     """Raises ValueError for a metric that is none of the task's, or whose library is not installed."""
-    more = {} if batch_size is None else {"batch_size": batch_size}
+    more: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
     if task == "generation":
         return GenerationKind(tokenizer, max_tokens, settings or {}, tuple(metrics), **more)
     return LabelKind(task, list(names), tokenizer, max_tokens, tuple(metrics), **more)

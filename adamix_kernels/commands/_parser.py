@@ -45,7 +45,7 @@ class OptionParser(HfArgumentParser):
     def __init__(
         self,
         command: str,
-        types: Sequence[type],
+        types: Sequence[Any],
         description: str,
         *,
         words: str = "",

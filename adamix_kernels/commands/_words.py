@@ -38,7 +38,7 @@ def _read(path: str) -> str:
 
 
 def _yaml(text: str) -> Any:
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         return yaml.safe_load(text) or {}

@@ -126,7 +126,8 @@ def _run(model: Any, kind: Kind, rows: Iterator[InputRow], sink: Sink, size: int
     error: ValueError | None = None
     try:
         with tqdm(unit="row", disable=not progress) as bar:
-            for chunk, error in chunks(rows, size):
+            for chunk, wrong in chunks(rows, size):
+                error = wrong
                 if chunk and sink.wants(chunk):
                     texts, pairs = [row.text for row in chunk], [row.pair for row in chunk if row.pair is not None]
                     sink.write(chunk, kind.predictions(model, texts, pairs or None))

@@ -169,7 +169,8 @@ def _recipe(options: RecipeOptions, words: Sequence[str]) -> Any:
     changes: dict[str, Any] = {n: v for n in ("model", "data") if (v := getattr(options, n)) is not None}
     if options.epochs is not None:
         changes["training.num_train_epochs"] = options.epochs
-    return load_recipe(given[0]).changed({**changes, **{key: _value(text) for key, text in options.set}})
+    pairs: Any = options.set  # appended two by two
+    return load_recipe(given[0]).changed({**changes, **{key: _value(text) for key, text in pairs}})
 
 
 def _value(text: str) -> Any:

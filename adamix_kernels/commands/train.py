@@ -168,7 +168,8 @@ def _steps(arguments: Any, rows: int) -> int:
         return int(arguments.max_steps)
     processes = max(1, arguments.world_size)
     batches = math.ceil(rows / (arguments.train_batch_size * processes))
-    return math.ceil(arguments.num_train_epochs * max(1, math.ceil(batches / arguments.gradient_accumulation_steps)))
+    epochs: float = arguments.num_train_epochs
+    return math.ceil(epochs * max(1, math.ceil(batches / arguments.gradient_accumulation_steps)))
 
 
 def _baselines(

@@ -1,4 +1,4 @@
-"""The frozen encoder with a trained head, on features that are computed once: what an adaptation must be better than."""
+"""The frozen encoder with a trained head, on features computed once: what an adaptation must be better than."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from adamix_kernels.commands import _train_options, _words, evaluate, export, merge, recipe, train
+from adamix_kernels.commands import _words, evaluate, export, merge, recipe, train
+from adamix_kernels.commands._train_options import AdaptationOptions
 from adamix_kernels.models.config import AdaMixConfig
 from adamix_kernels.recipes import config as recipes
 from adamix_kernels.recipes import metrics, shots
@@ -58,9 +59,9 @@ def _train_options() -> Iterator[Kind]:
         ("method", "prefix"), ("num_experts", 0), ("bottleneck", -1), ("r", 0), ("alpha", 0.0), ("alpha", -1.0),
         ("share", "both"), ("routing", "expert"), ("consistency_weight", -1.0),
     ):  # fmt: skip
-        options = _train_options.AdaptationOptions(**{name: value})
+        options = AdaptationOptions(**{name: value})
         yield Kind(f"adamix train --{name} {value}", name, options.config)
-    yield Kind("adamix train --lora_dropout 1", "dropout", _train_options.AdaptationOptions(lora_dropout=1.0).config)
+    yield Kind("adamix train --lora_dropout 1", "dropout", AdaptationOptions(lora_dropout=1.0).config)
 
 
 def _recipe(**changes) -> dict:
