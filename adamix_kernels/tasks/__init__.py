@@ -4,7 +4,7 @@ from ._sources import EMBEDDED
 from .batches import accuracy, collator, predict, tokenize
 from .encoders import DEFAULT_MODEL, Encoder, load_classifier, mean_pool, resolve_model
 from .inputs import InputRow, read_inputs
-from .reading import load_task
+from .reading import load_split, load_task
 from .run_file import Run, read_run, write_run
 from .text import Columns, TextSplit, TextTask
 
@@ -20,6 +20,7 @@ __all__ = [
     "accuracy",
     "collator",
     "load_classifier",
+    "load_split",
     "load_task",
     "mean_pool",
     "predict",
