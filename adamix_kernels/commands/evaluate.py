@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,7 +12,7 @@ import torch
 
 from ..models.contexts import eval_routing
 from ..models.state import adamix_state
-from ..tasks import Run, TextTask, load_task
+from ..tasks import Run, TextSplit, load_split, load_task
 from ._kinds import make_kind, written
 from ._options import OutputOptions, is_main_process, shows_bars, start
 from ._parser import OptionParser
@@ -25,7 +26,9 @@ class EvalOptions:
     data: str | None = field(
         default=None, metadata={"help": "as in adamix train; what it was trained on, if not given"}
     )
-    split: Literal["train", "dev", "test"] = field(default="dev", metadata={"help": "which part of the data"})
+    split: Literal["train", "dev", "test"] = field(
+        default="dev", metadata={"help": "which part; of another file than the training's, every row"}
+    )
     metrics: list[str] = field(default_factory=list, metadata={"help": "as in adamix train"})
     text_column: str | None = field(default=None, metadata={"help": "where --data has other names than in training"})
     text_pair_column: str | None = field(default=None, metadata={"help": "likewise"})
@@ -56,15 +59,9 @@ def main(argv: Sequence[str]) -> int:
     source = options.data or run.data
     if not source:
         raise ValueError(f"data: got nothing, expected --data: {where.run!r} does not say what it was trained on")
-    task = _task(options, run, source)
-    split = getattr(task, options.split)
-    if split is None:
-        raise ValueError(f"split: {source!r} has no labelled test split")
-    names = run.label_names if run.task == "classification" else task.label_names
-    kind = make_kind(
-        run.task, names, opened.tokenizer, run.max_tokens, options.metrics, run.generation, options.batch_size
-    )
-    rows = split.sample(options.max_rows, 0)
+    settings, size = run.generation, options.batch_size
+    kind = make_kind(run.task, run.label_names, opened.tokenizer, run.max_tokens, options.metrics, settings, size)
+    rows = _rows(options, run, source).sample(options.max_rows, 0)
     if torch.cuda.is_available():
         model.cuda()
     torch.manual_seed(options.seed)
@@ -86,17 +83,23 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _task(options: EvalOptions, run: Run, source: str) -> TextTask:
-    """The data, read by the columns of the training unless it is another set. Raises ValueError for other labels."""
-    same = source == run.data
-    task = load_task(
-        source,
-        task=run.task,
-        text_column=options.text_column or (run.text_column if same else None),
-        text_pair_column=options.text_pair_column or (run.text_pair_column if same else None),
-        label_column=options.label_column or (run.label_column if same else None),
-        dev_fraction=run.dev_fraction,
-    )
+def _rows(options: EvalOptions, run: Run, source: str) -> TextSplit:
+    """Of the training's own data the same split as there; every row of another file, or a split of other data.
+
+    Raises ValueError for a label that the run does not have, or a split that is not there.
+    """
+    columns = {name: getattr(options, name) for name in ("text_column", "text_pair_column", "label_column")}
+    if not _same(source, run.data):
+        return load_split(source, options.split, task=run.task, label_names=run.label_names, **columns)
+    known = {name: getattr(options, name) or getattr(run, name) for name in columns}
+    task = load_task(source, task=run.task, dev_fraction=run.dev_fraction, **known)
     if run.task == "classification" and task.label_names != run.label_names:
         raise ValueError(f"data: {source!r} has the labels {task.label_names}, the run has {run.label_names}")
-    return task
+    split: TextSplit | None = getattr(task, options.split)
+    if split is None:
+        raise ValueError(f"split: {source!r} has no labelled test split")
+    return split
+
+
+def _same(one: str, other: str) -> bool:
+    return one == other or (os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other))

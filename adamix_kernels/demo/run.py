@@ -63,8 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=6e-3, help="of the plain adapter (default: %(default)s)")
     parser.add_argument("--adamix-lr", type=float, default=1e-2, help="of the experts (default: %(default)s)")
     parser.add_argument("--head-lr", type=float, default=2e-2, help="of the head, in every row (default: %(default)s)")
-    parser.add_argument("--max-train", type=_positive, help="use the first N training rows only")
-    parser.add_argument("--max-dev", type=_positive, help="use the first N dev rows only")
+    parser.add_argument("--max-train", type=_positive, help="draw N training rows, classes in proportion")
+    parser.add_argument("--max-dev", type=_positive, help="draw N dev rows")
     return parser
 
 

@@ -54,7 +54,7 @@ class Curve:
 
 def prepare(task: TextTask, tokenizer: Any, max_tokens: int, max_train: int | None, max_dev: int | None) -> Data:
     train_rows, dev_rows = (
-        tokenize(s, tokenizer, max_tokens) for s in (task.train.head(max_train), task.dev.head(max_dev))
+        tokenize(s, tokenizer, max_tokens) for s in (task.train.sample(max_train), task.dev.sample(max_dev))
     )
     return Data(train_rows, dev_rows, collator(tokenizer))
 

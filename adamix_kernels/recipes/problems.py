@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,14 +19,26 @@ from .metrics import Scores, label_scores, text_scores
 from .prompt import encode_prompts, prompt_for, read_at_mask, word_ids
 from .shots import draw_shots
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Limits:
-    """Smaller runs, the same for every method: the first N rows of a split, K shots drawn by the seed."""
+    """Smaller runs, the same for every method.
+
+    train_rows: drawn by the run's seed, classes in proportion. dev_rows: drawn too, the same for every seed.
+    shots: training rows drawn by the run's seed, as many of each class.
+    """
 
     train_rows: int | None = None
     dev_rows: int | None = None
     shots: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("train_rows", "dev_rows", "shots"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1, or None for all")
 
 
 class LabelProblem:
@@ -50,13 +63,13 @@ class LabelProblem:
         return model
 
     def train_rows(self, seed: int) -> list[dict[str, Any]]:
-        split = self.task.train.head(self.limits.train_rows)
+        split = self.task.train.sample(self.limits.train_rows, seed)
         shots = self.limits.shots or self.recipe.shots
         return self._encode(draw_shots(split, shots, seed) if shots else split)
 
     def dev_rows(self) -> list[dict[str, Any]]:
         if self._dev is None:
-            self._dev = self._encode(self.task.dev.head(self.limits.dev_rows))
+            self._dev = self._encode(self.task.dev.sample(self.limits.dev_rows))
         return self._dev
 
     def scores(self, model: nn.Module) -> Scores:
@@ -132,11 +145,10 @@ class TextProblem:
         return model
 
     def train_rows(self, seed: int) -> list[dict[str, Any]]:
-        del seed  # no shots are drawn here
-        return self._encode(self.data.train[: self.limits.train_rows])
+        return self._encode(_some(self.data.train, self.limits.train_rows, seed))
 
     def dev_rows(self) -> list[dict[str, Any]]:
-        return self._encode(self.data.dev[: self.limits.dev_rows])
+        return self._encode(_some(self.data.dev, self.limits.dev_rows))
 
     def _encode(self, pairs: list[Pair]) -> list[dict[str, Any]]:
         contexts, texts = [pair.context for pair in pairs], [pair.text for pair in pairs]
@@ -147,12 +159,19 @@ class TextProblem:
         settings = dict(self.recipe.generation)
         tokens = settings.pop("tokens", "spaces")
         known = references(self.data.dev if self.data.test is None else self.data.test)
-        contexts = list(known)[: self.limits.dev_rows]
+        contexts = _some(list(known), self.limits.dev_rows)
         texts = beam_decode(model, self.tokenizer, contexts, **settings)
         scores = text_scores(self.recipe.metrics, texts, [known[c] for c in contexts], tokens)
         size = self.recipe.training.get("per_device_eval_batch_size", 4)
         scores.values["loss"] = token_loss(model, self.dev_rows(), self.collate, size)
         return scores
+
+
+def _some(values: list[T], rows: int | None, seed: int = 0) -> list[T]:
+    """`rows` values drawn by the seed, in their order; all where rows is None or more."""
+    if rows is None or rows >= len(values):
+        return values
+    return [values[i] for i in sorted(random.Random(seed).sample(range(len(values)), rows))]
 
 
 PROBLEMS = {"classification": LabelProblem, "prompt": PromptProblem, "generation": TextProblem}

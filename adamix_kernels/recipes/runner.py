@@ -63,7 +63,9 @@ def run_recipe(
 
 def run_identity(recipe: Recipe, method: Method, seed: int, limits: Limits) -> dict[str, Any]:
     """What makes a run itself: what its outcome depends on. Other methods' settings and seeds are no part of it."""
-    values = recipe.to_dict()
+    values, amounts = recipe.to_dict(), asdict(limits)
+    if limits.train_rows is not None or limits.dev_rows is not None:
+        amounts["rows"] = "drawn"  # rows of earlier releases took the first ones
     for name in ("methods", "default_methods", "seeds", "source"):
         del values[name]
     return {
@@ -71,7 +73,7 @@ def run_identity(recipe: Recipe, method: Method, seed: int, limits: Limits) -> d
         "method": str(method),
         "settings": recipe.methods.get(method.name, {}),
         "seed": seed,
-        "limits": asdict(limits),
+        "limits": amounts,
     }
 
 

@@ -46,7 +46,7 @@ def group_rows(rows: Sequence[dict[str, Any]]) -> list[Group]:
     for row in rows:
         limits = row["identity"]["limits"]
         key = (row["recipe"], row["model"], row["data"], row["epochs"], row["batch"], row["shots"])
-        settings.setdefault((*key, limits["train_rows"], limits["dev_rows"]), []).append(row)
+        settings.setdefault((*key, limits["train_rows"], limits["dev_rows"], limits.get("rows")), []).append(row)
     return [_group(key, members) for key, members in settings.items()]
 
 
@@ -93,7 +93,7 @@ def write_summary(rows: Sequence[dict[str, Any]], folder: str | os.PathLike[str]
 
 
 def _group(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> Group:
-    recipe, model, data, epochs, batch, shots, train_rows, dev_rows = key
+    recipe, model, data, epochs, batch, shots, train_rows, dev_rows, drawn = key
     lines: dict[tuple[str, str], Line] = {}
     skipped: dict[str, str] = {}
     missing: dict[str, Any] = {}
@@ -107,9 +107,11 @@ def _group(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> Group:
             line.rows.append(row)
             for name, value in scores.items():
                 line.values.setdefault(name, []).append(value)
-    amount = f"{shots} shots" if shots else f"{train_rows or 'all'} training rows"
+    which = "" if drawn else "the first "
+    amount = f"{shots} shots" if shots else f"{which}{train_rows} training rows" if train_rows else "all training rows"
+    measured = f"{which}{dev_rows}" if dev_rows else "all"
     passes = f"{epochs:g} epoch" + ("" if epochs == 1 else "s")
-    title = f"{recipe}: {model} on {data}, {amount}, {dev_rows or 'all'} dev rows, {passes}, batch {batch}"
+    title = f"{recipe}: {model} on {data}, {amount}, {measured} dev rows, {passes}, batch {batch}"
     return Group(title, rows[0]["metric"], list(lines.values()), skipped, missing)
 
 

@@ -6,7 +6,7 @@ from .batches import accuracy, collator, predict, tokenize
 from .encoders import DEFAULT_MODEL, Encoder, load_causal, load_classifier, resolve_model
 from .inputs import InputRow, read_inputs
 from .loading import load
-from .reading import load_task
+from .reading import load_split, load_task
 from .run_file import Run, read_run, write_run
 from .text import Columns, TextSplit, TextTask
 
@@ -24,6 +24,7 @@ __all__ = [
     "load",
     "load_causal",
     "load_classifier",
+    "load_split",
     "load_task",
     "mean_pool",
     "predict",

@@ -44,8 +44,8 @@ class Labels:
         except KeyError:
             known = listed(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
             raise ValueError(
-                f"{_where(table, row, self.column)}: got {name!r}, expected one of the labels of the training part: "
-                f"{known}; mend or remove the row, or add such rows to the training part"
+                f"{_where(table, row, self.column)}: got {name!r}, expected one of the training labels: {known}; "
+                "mend or remove the row, or add such rows to the training part"
             ) from None
 
     @cached_property

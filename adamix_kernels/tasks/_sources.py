@@ -32,13 +32,18 @@ class Parts:
     notes: list[str] = field(default_factory=list)
 
 
+def is_file(source: str) -> bool:
+    """Whether a source is one file, which has no parts."""
+    return source != EMBEDDED and Path(source).expanduser().is_file()
+
+
 def find_parts(source: str) -> Parts:
     """Reads every part of a source; see load_task. Raises what load_task raises for files and names."""
     if source == EMBEDDED:
         folder = importlib.resources.files(__package__) / "data"
         return Parts(read_table(folder / f"{EMBEDDED}_train.tsv"), read_table(folder / f"{EMBEDDED}_dev.tsv"))
     path = Path(source).expanduser()
-    if path.is_file():
+    if is_file(source):
         return _noted(Parts(read_table(path)))
     if path.is_dir():
         return _folder(path)

@@ -8,7 +8,7 @@ from typing import Any
 from ._columns import choose_columns
 from ._draw import dev_rows
 from ._labels import Labels, labels_of, unlabelled
-from ._sources import EMBEDDED, Parts, find_parts
+from ._sources import EMBEDDED, PARTS, Parts, find_parts, is_file
 from ._table import Table
 from .table_data import find_tables, rows_as_text
 from .text import KINDS, Columns, TextSplit, TextTask
@@ -74,6 +74,42 @@ def load_task(
     if dev is None:
         train, dev = _drawn(source, train, kind, dev_fraction, seed, notes)
     return TextTask(source, kind, names, train, dev, test, columns, tuple(notes))
+
+
+def load_split(
+    source: str,
+    split: str = "dev",
+    *,
+    task: str = "classification",
+    label_names: Sequence[str] = (),
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+) -> TextSplit:
+    """Labelled rows for a model that is trained already: every row of a file, or one part of anything else.
+
+    Args:
+        source, text_column, text_pair_column, label_column: as in load_task.
+        split: "train", "dev" or "test", of a source that has parts. None is drawn here: a part that load_task drew from
+            the training rows comes from load_task alone, with the same seed.
+        task: "classification", "regression" or "generation".
+        label_names: the classes of the model, in id order.
+
+    Raises as load_task, and ValueError for a label that is none of label_names, or a part that is not there.
+    """
+    if task not in KINDS:
+        raise ValueError(f"task: got {task!r}, expected one of {', '.join(map(repr, KINDS))}")
+    if split not in PARTS:
+        raise ValueError(f"split: got {split!r}, expected one of {', '.join(map(repr, PARTS))}")
+    parts = find_parts(source)
+    table = parts.train if is_file(source) else getattr(parts, split)
+    if table is None:
+        there = [name for name in PARTS if getattr(parts, name) is not None]
+        raise ValueError(f"split: {source!r} has no {split} part, expected one of {', '.join(there)}")
+    columns, _ = choose_columns(table.name, table.names, task, text_column, text_pair_column, label_column)
+    made = _split(table, columns, Labels(task, str(columns.label), list(label_names)), [])
+    assert made is not None  # as table is
+    return made
 
 
 def _written(parts: Parts) -> tuple[TextSplit | None, ...] | None:
