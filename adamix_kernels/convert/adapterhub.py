@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from ..models._files import make_folder, write_json, write_pickled_tensors, write_safetensors
+from ..models.card import base_name, write_card
 from ..models.state import AdaMixState, adamix_state
 from ..models.targets import layer_number, model_type
 from ..modules import AdaptedLayer
-from ._card import adapterhub_card, write_card
+from ._card import adapterhub_card
 
 _FAMILIES = ("bert", "roberta")
 _PLACE = re.compile(r"(?:(?:bert|roberta)\.)?encoder\.layer\.\d+\.output\.dense")
@@ -87,7 +88,7 @@ def _facts(model: nn.Module, name: str | None) -> dict[str, Any]:
     return {
         "model_type": model_type(model),
         "hidden_size": config.hidden_size,
-        "model_name": getattr(config, "_name_or_path", None) or None,
+        "model_name": base_name(model),
         "model_class": type(model).__name__,
         "name": name,
         "version": _FORMAT,
