@@ -135,7 +135,7 @@ def test_the_base_is_not_written(tmp_path):
     want = {f"{layer}.adapter.{name}" for layer in layers for name in names}
     assert keys == want | {"classifier.weight", "classifier.bias"}
     assert set(header["layers"]) == layers
-    assert (header["version"], header["merged"], header["base_model"]["hidden_size"]) == (2, False, tiny.HIDDEN)
+    assert (header["version"], header["merged"], header["base_model"]["hidden_size"]) == (3, False, tiny.HIDDEN)
 
 
 def edit_header(folder, **changes):

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from ..models._files import make_folder, write_json, write_pickled_tensors, write_safetensors
+from ..models.card import base_name, write_card
 from ..models.state import AdaMixState, adamix_state
 from ..models.targets import layer_number, model_type
 from ..modules import AdaptedLayer
-from ._card import adapterhub_card, base_name, write_card
+from ._card import adapterhub_card
 
 _FAMILIES = ("bert", "roberta")
 _PLACE = re.compile(r"(?:(?:bert|roberta)\.)?encoder\.layer\.\d+\.output\.dense")

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from ..models._files import make_folder, write_json, write_safetensors
+from ..models.card import base_name, write_card
+from ..models.factors import Factors
 from ..models.state import adamix_state
 from ..modules import RoutedLoRALinear
-from ._card import base_name, peft_card, write_card
+from ._card import peft_card
 
 _TASKS = {
     "SequenceClassification": "SEQ_CLS",
@@ -84,18 +86,25 @@ def _wanted(expert: int | str | None, count: int) -> list[int | None]:
     return [expert]
 
 
-def _lora_layer(model: nn.Module, path: str, expert: int | str | None) -> RoutedLoRALinear:
-    kept = adamix_state(model).stash.get(path)
-    layer = model.get_submodule(path) if kept is None else kept[0]
-    if not isinstance(layer, RoutedLoRALinear):
-        raise ValueError(f"model: got a merged checkpoint without factors for {path!r}, expected an unmerged model")
-    if expert is not None and kept is None and adamix_state(model).merged:
+def _lora_layer(model: nn.Module, path: str, expert: int | str | None) -> RoutedLoRALinear | Factors:
+    state = adamix_state(model)
+    kept = state.stash.get(path)
+    layer: Any = model.get_submodule(path) if kept is None else kept[0]
+    if expert is None and not isinstance(layer, RoutedLoRALinear):
+        layer = state.factors.get(path)
+    if layer is None:
+        raise ValueError(
+            f"model: got a merged checkpoint without factors for {path!r}, as releases before version 3 of the format "
+            "wrote it, expected an unmerged one, or one merged and saved anew"
+        )
+    if expert is not None and kept is None and state.merged:
         raise ValueError(f"model: got a merged checkpoint without experts for {path!r}, expected an unmerged model")
-    return layer
+    found: RoutedLoRALinear | Factors = layer
+    return found
 
 
 def _write(
-    model: nn.Module, folder: Path, layers: dict[str, RoutedLoRALinear], saved: list[str], expert: int | None
+    model: nn.Module, folder: Path, layers: dict[str, RoutedLoRALinear | Factors], saved: list[str], expert: int | None
 ) -> None:
     tensors = {}
     for path, layer in layers.items():
@@ -111,9 +120,9 @@ def _write(
 
 
 @torch.no_grad()
-def _one_lora(layer: RoutedLoRALinear, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _one_lora(layer: RoutedLoRALinear | Factors, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """A [G*r, K] and the block-diagonal B [N, G*r] of one LoRA with the same update."""
-    if expert is None:
+    if expert is None or isinstance(layer, Factors):
         lora_a, stacked = layer.merged_factors()
     else:
         lora_a, stacked = (bank[min(expert, bank.shape[0] - 1)] for bank in (layer.lora_a, layer.lora_b))
@@ -123,7 +132,7 @@ def _one_lora(layer: RoutedLoRALinear, expert: int | None) -> tuple[torch.Tensor
     return lora_a, lora_b
 
 
-def _peft_config(model: nn.Module, layers: dict[str, RoutedLoRALinear], saved: list[str]) -> dict[str, Any]:
+def _peft_config(model: nn.Module, layers: dict[str, RoutedLoRALinear | Factors], saved: list[str]) -> dict[str, Any]:
     ranks = {path: layer.groups * layer.r for path, layer in layers.items()}
     alphas = {path: _whole(layer.groups * layer.alpha) for path, layer in layers.items()}
     # vLLM holds r, and no pattern, against its bound; all layers have one alpha / r.

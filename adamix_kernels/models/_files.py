@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +116,11 @@ def _alive(process: int) -> bool:
 def _replace(folder: Path, write: Callable[[Path], object], name: Callable[[Path], Path]) -> Path:
     temporary = folder / f".adamix.{os.getpid()}.{threading.get_ident()}.tmp"
     try:
+        temporary.touch()  # with the permissions of any new file; safetensors 0.8 gives its files to the owner alone
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         write(temporary)
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            temporary.chmod(mode)
         _flush(temporary)
         path = name(temporary)
         os.replace(temporary, path)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import check_level
-from .merging import merge, unmerge
+from .merging import check_experts, merge, unmerge
 from .state import adamix_state
 
 
@@ -20,12 +20,14 @@ def disable(model: nn.Module) -> Iterator[nn.Module]:
 
     A LoRA model whose weights are merged is unmerged on entry and merged again on exit.
 
-    Raises ValueError: `model` is not adapted, or is a LoRA model that was loaded merged into its weights.
+    Raises ValueError: `model` is not adapted, or is a LoRA model whose update is in its weights for good: it was
+        loaded merged, or merged with keep=False.
     """
     state = adamix_state(model)
     in_weights = any(not isinstance(model.get_submodule(p), (AdaptedLayer, RoutedLoRALinear)) for p in state.paths)
     remerge = state.merged and in_weights
     if remerge:
+        check_experts(model, "disable")
         unmerge(model)
     previous, state.router.enabled = state.router.enabled, False
     try:

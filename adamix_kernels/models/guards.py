@@ -1,4 +1,4 @@
-"""Hooks that keep training mode honest: activation checkpointing and generate()."""
+"""Hooks that keep training mode honest: activation checkpointing and generate(); saving has its own (saving.py)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .saving import install_saving
 from .state import adamix_state
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ def install_guards(model: nn.Module) -> None:
     embeddings = _input_embeddings(model) if adamix_state(model).checkpointable else None
     if embeddings is not None:
         embeddings.register_forward_hook(RequireGrad(adamix_state(model).checkpointable))
+    install_saving(model)
     if callable(getattr(model, "generate", None)):
         model.generate = GuardedGenerate(model)  # type: ignore[assignment]  # a method, in the place of the class's
 

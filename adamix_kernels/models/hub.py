@@ -15,11 +15,12 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LOCAL = "_path"
 
 
-def resolve_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+def resolve_folder(source: str | os.PathLike[str], revision: str | None = None, name: str = "source") -> Path:
     """`source` where it is a folder; else the snapshot of the Hub's repository "user/repo", downloaded or cached.
 
     Args:
         source: a folder, or "user/repo". revision: branch, tag or commit of a repository; None: its main branch.
+        name: what messages call `source`.
 
     Only JSON, safetensors, text and tokenizer files are fetched: no pickle and no code.
 
@@ -29,19 +30,19 @@ def resolve_folder(source: str | os.PathLike[str], revision: str | None = None) 
             Hub was reached); or a revision of a folder is asked for.
         ModuleNotFoundError: a repository, and huggingface_hub is not installed.
     """
-    path = as_path("source", source)
+    path = as_path(name, source)
     if path.is_dir():
         if revision is not None:
             raise ValueError(f"revision: got {revision!r} for {str(source)!r}, a folder of this disk, expected None")
         return path
     if path.exists():
-        raise ValueError(f"source: got {str(source)!r}, a file, expected its folder")
+        raise ValueError(f"{name}: got {str(source)!r}, a file, expected its folder")
     if not isinstance(source, str) or not _REPOSITORY.fullmatch(source):
-        raise ValueError(f"source: got {str(source)!r}, no such folder, expected one, or 'user/repo' on the Hub")
-    return _snapshot(source, revision)
+        raise ValueError(f"{name}: got {str(source)!r}, no such folder, expected one, or 'user/repo' on the Hub")
+    return _snapshot(source, revision, name)
 
 
-def _snapshot(repository: str, revision: str | None) -> Path:
+def _snapshot(repository: str, revision: str | None, name: str) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -63,7 +64,7 @@ def _snapshot(repository: str, revision: str | None) -> Path:
         why = next(text for kind, text in ways if isinstance(error, kind))
         first = next(iter(str(error).strip().splitlines()), "")
         detail = f" ({type(error).__name__}: {first})" if first else f" ({type(error).__name__})"
-        raise ValueError(f"source: got {repository!r}, which is no folder here, and {why}{detail}") from error
+        raise ValueError(f"{name}: got {repository!r}, which is no folder here, and {why}{detail}") from error
     return Path(found)
 
 
@@ -76,7 +77,7 @@ def with_names(values: dict[str, str], folder: Path) -> dict[str, str]:
     found = {}
     for key, value in values.items():
         if not os.path.exists(value):
-            found[key] = value
+            found[key] = Path(value).name if os.path.isabs(value) else value
             continue
         found[key] = Path(value).resolve().name
         found[key + _LOCAL] = Path(os.path.relpath(os.path.realpath(value), os.path.realpath(folder))).as_posix()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ._files import sha256, unsealed, write_sealed_json
-from .checkpoint import CHECKPOINT_NAME, UNSEALED_VERSION, read_header
+from .header import CHECKPOINT_NAME, UNSEALED_VERSION, read_header
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,14 @@ from torch import nn
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..modules.adapter import merge_adapters
 from ..modules.lora import merge_factors
+from ..ops._checks import check_flag
+from .factors import Factors
 from .quantised import plain_weight
 from .state import adamix_state, replace_module
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, keep: bool = True) -> nn.Module:
     """Averages the experts of every layer, each side by itself, and returns `model`.
 
     W = sum_m softmax(score)_m W_m. An adapter becomes a plain adapter (one expert); a LoRA layer gives way
@@ -26,11 +28,18 @@ def merge(model: nn.Module) -> nn.Module:
     computes what it computed in evaluation. Adding the update to quantised weights would round it to their
     steps, which are often larger than the update itself.
 
+    Args:
+        keep: False drops what unmerge needs, the experts and a copy of every merged weight, and so frees their memory.
+            The merged factors of a LoRA (r (K + N) values a layer) stay in either case: export_peft and save_adamix
+            use them.
+
     Raises:
+        TypeError: keep is no bool.
         ValueError: `model` is not adapted, or is merged already; nothing is changed then.
 
     Source: AdaMix section 3.3 (merging weights); `expert_soup` of the reference project.
     """
+    check_flag("keep", keep)
     state = adamix_state(model)
     if state.merged:
         raise ValueError("model: got a merged model, expected an unmerged one; call unmerge() first")
@@ -40,21 +49,24 @@ def merge(model: nn.Module) -> nn.Module:
         adapters = merge_adapters([layer.adapter for layer in adapted.values()])
         merged = dict(zip(layers, adapters, strict=True))
         for path, layer in adapted.items():
-            state.stash[path] = layer.adapter
+            if keep:
+                state.stash[path] = layer.adapter
             layer.adapter = merged[path]
     else:
         loras = {path: cast("RoutedLoRALinear", layer) for path, layer in layers.items()}
         factors = dict(zip(loras, merge_factors(list(loras.values())), strict=True))
         weights = {p: lora.merged_weight(factors[p]) for p, lora in loras.items() if mergeable(lora)}
         for path, lora in loras.items():
-            if path in weights:
-                state.stash[path] = (lora, lora.weight.detach().clone())
-                lora.weight.copy_(weights[path])
+            in_weight = path in weights
+            if keep:
+                state.stash[path] = (lora, lora.weight.detach().clone() if in_weight else None)
+            if in_weight:
+                lora.weight.copy_(weights.pop(path))
+                state.factors[path] = Factors.of(lora, factors[path])
                 replace_module(model, path, lora.base)
             else:
-                state.stash[path] = (lora, None)
                 replace_module(model, path, plain_lora(lora, factors[path]))
-    state.merged = True
+    state.merged, state.lost = True, "" if keep else "merge(model, keep=False) dropped them"
     return model
 
 
@@ -97,16 +109,12 @@ def plain_lora(layer: RoutedLoRALinear, factors: tuple[torch.Tensor, torch.Tenso
 def unmerge(model: nn.Module) -> nn.Module:
     """Puts back the experts and the base weights that merge() kept, bit for bit, and returns `model`.
 
-    Raises ValueError: `model` is not merged, or was loaded merged and so holds no experts.
+    Raises ValueError: `model` is not merged, or holds no experts: it was loaded merged, or merged with keep=False.
     """
     state = adamix_state(model)
     if not state.merged:
         raise ValueError("model: got an unmerged model, expected one that merge() was called on")
-    missing = [path for path in state.paths if path not in state.stash]
-    if missing:
-        raise ValueError(
-            f"model: got a merged checkpoint without experts for {missing[0]!r}, expected merge() on this model"
-        )
+    check_experts(model)
     for path in state.paths:
         here: Any = model.get_submodule(path)
         if state.config.method == "adapter":
@@ -119,7 +127,19 @@ def unmerge(model: nn.Module) -> nn.Module:
         device = here.lora_a.device if weight is None else here.weight.device
         replace_module(model, path, layer.to(device).train(model.training))
     state.merged = False
+    state.factors.clear()
     return model
+
+
+def check_experts(model: nn.Module, asked: str = "unmerge") -> None:
+    """Raises ValueError for a merged model that cannot go back, and says why. asked: what needs the experts."""
+    state = adamix_state(model)
+    missing = [path for path in state.paths if path not in state.stash]
+    if state.merged and missing:
+        raise ValueError(
+            f"model: got a merged model without experts for {missing[0]!r} ({state.lost}), expected one that "
+            f"merge(model) was called on, which {asked} can undo; load_adamix gives one from an unmerged checkpoint"
+        )
 
 
 def learn_merging(model: nn.Module, enable: bool = True) -> nn.Module:

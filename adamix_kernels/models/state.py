@@ -9,6 +9,7 @@ from torch import nn
 
 from ..routing import Router
 from .config import AdaMixConfig
+from .factors import Factors
 
 
 @dataclass
@@ -20,6 +21,8 @@ class AdaMixState:
         paths: dotted paths of the adapted layers, in model order.
         saved: dotted paths of the modules trained and saved whole (the task head).
         merged: whether merge() has been called; stash then holds what unmerge() puts back.
+        factors: of each layer whose merged LoRA is in its weight.
+        lost: why a merged model has no experts to go back to; empty where it has, or is not merged.
         checkpointable: the parts of the model that can recompute their activations.
     """
 
@@ -29,6 +32,8 @@ class AdaMixState:
     saved: list[str]
     merged: bool = False
     stash: dict[str, Any] = field(default_factory=dict, repr=False)
+    factors: dict[str, Factors] = field(default_factory=dict, repr=False)
+    lost: str = ""
     checkpointable: list[nn.Module] = field(default_factory=list, repr=False)
 
 

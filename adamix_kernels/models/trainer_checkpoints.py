@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .checkpoint import load_adamix, save_adamix
+from .checkpoint import load_adamix
 from .manifest import check_manifest, newest_whole_checkpoint, remove_manifest, write_manifest
+from .saving import save_folder
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,10 @@ class CheckpointMixin(_Trainer):
     lr_scheduler: Any
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes what save_adamix writes, the tokenizer and the arguments; under FSDP every process must call it."""
+        """Writes what model.save_pretrained writes, the tokenizer and the arguments.
+
+        Under FSDP every process must call it.
+        """
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
@@ -43,7 +47,7 @@ class CheckpointMixin(_Trainer):
             return
         folder = str(self.args.output_dir if output_dir is None else output_dir)
         os.makedirs(folder, exist_ok=True)
-        save_adamix(self.model, folder)
+        save_folder(self.model, folder)
         if not self.args.should_save:
             return
         tokenizer = self.processing_class

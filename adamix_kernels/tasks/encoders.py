@@ -121,7 +121,7 @@ def _load(kind: Any, encoder: Encoder, **options: Any) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
     # The packaged folder is complete: nothing may look further than this disk.
-    here = {"local_files_only": encoder.packaged}
+    here: dict[str, Any] = {"local_files_only": encoder.packaged}
     try:
         tokenizer = AutoTokenizer.from_pretrained(encoder.path, **here)
         model = from_pretrained(kind, encoder.path, **here, **options)

@@ -70,9 +70,12 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
             raise ValueError(f"version {version!r}, expected one of {', '.join(map(str, _READABLE))}")
         values = values if version == _UNSEALED_VERSION else unsealed({"version": version, **values}, RUN_NAME)
         values.pop("version", None)
-        places = {name: value for name, value in values.items() if name.removesuffix("_path") in _PLACES}
+        places: dict[str, Any] = {
+            name: value for name, value in values.items() if name.removesuffix("_path") in _PLACES
+        }
         rest = {name: value for name, value in values.items() if name not in places}
-        run = Run(**with_paths(places, folder), **rest)
+        places = dict(with_paths(places, folder))
+        run = Run(**places, **rest)
         for name, kind in _KINDS.items():
             if not isinstance(getattr(run, name), kind):
                 raise ValueError(f"{name} = {getattr(run, name)!r}, expected a JSON {kind.__name__}")

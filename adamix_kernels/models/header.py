@@ -1,0 +1,154 @@
+"""adamix_checkpoint.json: what a checkpoint says of itself, and how that is held against a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..modules import AdaptedLayer, RoutedLoRALinear
+from ..modules.lora import linear_sizes
+from ._files import unsealed
+from .hub import with_names
+from .pooling import MARK, pooling_of
+from .sharding import plain_class
+from .targets import model_type
+
+CHECKPOINT_NAME = "adamix_checkpoint.json"
+CHECKPOINT_VERSION = 3
+UNSEALED_VERSION = 1  # its JSON holds no digest of itself
+_READABLE = (1, 2, 3)
+_FACTS = ("hidden_size", "num_hidden_layers", "vocab_size")
+_SHOWN = 4
+
+
+def base_facts(model: nn.Module, folder: Path | None = None) -> dict[str, Any]:
+    """Which model the adaptation belongs to; for a `folder`, also all that builds it anew (see tasks.load)."""
+    config = getattr(model, "config", None)
+    facts: dict[str, Any] = {"class": plain_class(model).__name__, "model_type": model_type(model)}
+    facts.update({name: getattr(config, name, None) for name in _FACTS})
+    if folder is None:
+        return facts
+    name = getattr(config, "_name_or_path", None) or None
+    names = {} if name is None else with_names({"base": name}, folder)
+    facts.update(name_or_path=names.get("base"), folder=names.get("base_path"))
+    facts.update(pooling=pooling_of(model), dtype=_dtype(model), config=_config(config))
+    return facts
+
+
+def _dtype(model: nn.Module) -> str | None:
+    dtype = getattr(model, "dtype", None)
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _config(config: Any) -> dict[str, Any] | None:
+    """The configuration of the base: sizes, labels, quantisation; without its place on this disk."""
+    if not hasattr(config, "to_json_string"):
+        return None
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return {name: value for name, value in values.items() if name not in ("_name_or_path", MARK)}
+
+
+def structure(layer: nn.Module) -> dict[str, Any]:
+    """What decides the shapes and the meaning of one adapted layer's tensors."""
+    base = layer.base if isinstance(layer, (AdaptedLayer, RoutedLoRALinear)) else layer
+    inputs, outputs, transposed = linear_sizes(base)
+    facts = {"in_features": inputs, "out_features": outputs, "fan_in_fan_out": transposed}
+    names: tuple[str, ...]
+    holder: nn.Module
+    if isinstance(layer, AdaptedLayer):
+        names, holder = ("bottleneck", "num_experts", "share", "activation"), layer.adapter
+    elif isinstance(layer, RoutedLoRALinear):
+        names, holder = ("r", "alpha", "num_experts", "share", "output_offsets"), layer
+    else:
+        return facts
+    facts.update({name: getattr(holder, name) for name in names})
+    if getattr(holder, "use_rslora", False):  # absent in older headers, which know of no other scaling
+        facts["use_rslora"] = True
+    as_read: dict[str, Any] = json.loads(json.dumps(facts))
+    return as_read
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The JSON of a checkpoint. Raises ValueError, naming the file, for any other or a damaged one."""
+    if not path.is_file():
+        raise ValueError(f"{path}: got no such file, expected a folder written by save_adamix")
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: got a file that is not JSON ({error}), expected an AdaMix checkpoint") from error
+    version = header.get("version") if isinstance(header, dict) else None
+    if version not in _READABLE:
+        wanted = ", ".join(map(str, _READABLE))
+        raise ValueError(f"{path}: got version {version!r}, expected {wanted}, those this release reads")
+    if version != UNSEALED_VERSION:
+        unsealed(header, path)
+    kinds = {"config": dict, "merged": bool, "base_model": dict, "layers": dict, "tensors": dict}
+    for name, kind in {**kinds, "saved_modules": list, "trainable": list}.items():
+        if not isinstance(header.get(name), kind):
+            raise ValueError(f"{path}: got {name} = {header.get(name)!r}, expected a JSON {kind.__name__}")
+    for name, layer in header["layers"].items():
+        if not isinstance(layer, dict):
+            raise ValueError(f"{path}: got layers[{name!r}] = {layer!r}, expected a JSON dict")
+    checked: dict[str, Any] = header
+    return checked
+
+
+def check_base(model: nn.Module, header: dict[str, Any]) -> None:
+    """Raises ValueError where `model` is not of the kind and the sizes that the checkpoint was saved from."""
+    stored, here = header["base_model"], base_facts(model)
+    for name in ("model_type", *_FACTS):
+        if stored.get(name) != here[name]:
+            raise ValueError(
+                f"model: got a {here['class']} with {name} = {here[name]!r}, expected {stored.get(name)!r}, "
+                f"as in the {stored.get('class')} that the checkpoint was saved from"
+            )
+
+
+def check_pooling(model: nn.Module, header: dict[str, Any]) -> str | None:
+    """The pooling that the checkpoint's head was trained on. Raises ValueError where the model's is set otherwise."""
+    stored: str | None = header["base_model"].get("pooling")
+    here = pooling_of(model)
+    if stored is not None and here is not None and stored != here:
+        raise ValueError(
+            f"model: got one whose head reads pooling {here!r}, expected {stored!r}, as in the checkpoint: "
+            f"load_classifier(..., pooling={stored!r}), or adamix_kernels.load(folder)"
+        )
+    return stored
+
+
+def check_states(here: bool, stored: bool) -> None:
+    """Whether an adapted model and a checkpoint are merged: both, or neither."""
+    if here == stored:
+        return
+    if stored:
+        raise ValueError(
+            "model: got an unmerged model for a checkpoint that is merged, expected a bare model, which is adapted and "
+            "merged for it, or merge(model) first; its own experts would be lost"
+        )
+    raise ValueError(
+        "model: got a merged model for a checkpoint that holds the experts, expected a bare model, or unmerge(model) "
+        "first"
+    )
+
+
+def check_same(name: str, stored: list[str], here: list[str]) -> None:
+    absent, more = sorted(set(stored) - set(here)), sorted(set(here) - set(stored))
+    if absent or more:
+        raise ValueError(
+            f"{name}: the model lacks {listed(absent)} and has {listed(more)} besides, expected the checkpoint's {name}"
+        )
+
+
+def check_structure(path: str, stored: dict[str, Any], here: dict[str, Any]) -> None:
+    for name in {**stored, **here}:
+        if stored.get(name) != here.get(name):
+            raise ValueError(f"{path}: got {name} = {here.get(name)!r} in the model, expected {stored.get(name)!r}")
+
+
+def listed(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    shown = ", ".join(names[:_SHOWN]) or "none"
+    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
