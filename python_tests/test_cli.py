@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import tiny_text
 
-from adamix_kernels import cli, commands, load_adamix, tasks
-from adamix_kernels.commands import bench, train
+from adamix_kernels import __version__, cli, commands, load_adamix, tasks
+from adamix_kernels.commands import bench
 from adamix_kernels.commands import env as commands_env
 
 SCRIPT = Path(__file__).resolve().parent / "launched_cli.py"
@@ -26,7 +26,8 @@ def trained(tmp_path_factory):
     tiny_text.write_encoder(folder / "encoder")
     tiny_text.write_data(folder / "data")
     arguments = ["--model", str(folder / "encoder"), "--data", str(folder / "data"), "--out", str(folder / "out")]
-    arguments += ["--max-steps", "5", "--use-cpu", "--per-device-train-batch-size", "4", "--disable-tqdm", "true"]
+    arguments += ["--max-steps", "5", "--use-cpu", "--per-device-train-batch-size", "4", "--disable-tqdm"]
+    arguments += ["--pooling", "model"]
     assert cli.main(["train", *arguments]) == 0
     return folder
 
@@ -57,7 +58,7 @@ def test_eval_routes_at_random_when_asked(trained, capsys):
 def test_merge_writes_a_plain_adapter_of_the_same_accuracy(trained, capsys):
     assert cli.main(["merge", str(trained / "out"), "--out", str(trained / "merged")]) == 0
     run = tasks.read_run(trained / "merged")
-    model, _ = tasks.load_classifier(tasks.resolve_model(run.model), run.label_names)
+    model, _ = tasks.load_classifier(tasks.resolve_model(run.model), run.label_names, run.pooling)
     load_adamix(model, trained / "merged")
     assert model.adamix.merged
     capsys.readouterr()
@@ -98,26 +99,6 @@ def test_train_lora_and_export_peft(trained, tmp_path):
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
-def test_train_reads_a_json_file(tmp_path):
-    path = tmp_path / "options.json"
-    path.write_text(json.dumps({"data": "d", "num_experts": 8, "share": "none", "out": "o", "max_steps": 7}))
-    options, arguments = train.parse([str(path)])
-    assert (options.data, options.config().num_experts, options.config().share) == ("d", 8, None)
-    assert (arguments.output_dir, arguments.max_steps, arguments.learning_rate) == ("o", 7, 1e-3)
-    path.write_text(json.dumps({"data": "d", "no_such_option": 1}))
-    with pytest.raises(ValueError, match="no_such_option"):
-        train.parse([str(path)])
-
-
-def test_flags_and_json_share_their_defaults(tmp_path):
-    path = tmp_path / "options.json"
-    path.write_text("{}")
-    from_json, from_flags = train.parse([str(path)]), train.parse([])
-    assert from_json[0] == from_flags[0]
-    for name in train.DEFAULTS:
-        assert getattr(from_json[1], name) == getattr(from_flags[1], name)
-
-
 def test_eval_reads_a_json_file(trained, tmp_path, capsys):
     path = tmp_path / "eval.json"
     path.write_text(json.dumps({"checkpoint": str(trained / "out"), "split": "train", "max_rows": 5, "json": True}))
@@ -125,9 +106,11 @@ def test_eval_reads_a_json_file(trained, tmp_path, capsys):
     from_json = capsys.readouterr().out
     assert cli.main(["eval", str(trained / "out"), "--split=train", "--max_rows", "5", "--json"]) == 0
     assert from_json == capsys.readouterr().out
-    path.write_text(json.dumps({"checkpoint": "c", "max-rows": 5}))
+    assert cli.main(["eval", "--config", str(path), "--max-rows", "4", "--run", str(trained / "merged_or_not")]) == 2
+    assert "merged_or_not" in capsys.readouterr().err
+    path.write_text(json.dumps({"checkpoint": "c", "max_row": 5}))
     assert cli.main(["eval", str(path)]) == 2
-    assert "max-rows" in capsys.readouterr().err
+    assert "the closest is max_rows" in capsys.readouterr().err
     path.write_text("[1]")
     assert cli.main(["merge", str(path)]) == 2
     assert "expected an object" in capsys.readouterr().err
@@ -178,15 +161,6 @@ def test_train_resumes(trained, tmp_path, capsys):
     assert digests[0] == digests[1]
 
 
-def test_resume_as_flag_and_in_json(tmp_path):
-    assert train.parse(["--resume"])[0].resume == train.parse(["--resume", "--max-steps", "3"])[0].resume == train.LAST
-    assert train.parse(["--resume", "folder"])[0].resume == "folder"
-    path = tmp_path / "options.json"
-    for value, wanted in ((True, train.LAST), (False, ""), ("folder", "folder")):
-        path.write_text(json.dumps({"resume": value}))
-        assert train.parse([str(path)])[0].resume == wanted
-
-
 def test_two_processes_show_one_bar_and_one_result(trained, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     flags = train_flags(trained, tmp_path / "out", "--max-steps", "2", "--log-level", "info")
@@ -229,11 +203,13 @@ def test_bench_hands_its_arguments_and_status_on(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval", "nowhere"], "adamix_run.json: no such file"),
+        (["eval", "nowhere"], "run: got 'nowhere', no such folder"),
         (["train", "--method", "nope"], "method: got 'nope'"),
         (["train", "--data", "./nowhere", "--model", "m"], "no such folder"),
         (["train", "--no-such-flag", "1"], "--no-such-flag"),
         (["train", "nowhere.json"], "nowhere.json"),
+        (["eval"], "run: got nothing"),
+        (["export", "nowhere"], "--out: got nothing"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(capsys, arguments, message):
@@ -245,7 +221,7 @@ def test_wrong_input_is_one_line_and_status_2(capsys, arguments, message):
 
 
 def test_traceback_is_shown_on_request():
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="no such folder"):
         cli.main(["--traceback", "eval", "nowhere"])
 
 
@@ -262,16 +238,32 @@ def test_help_tells_the_exit_statuses(capsys):
     assert all(f"  {status}" in out and text in out for status, text in cli.STATUSES.items())
 
 
-@pytest.mark.parametrize("arguments", [[], ["frob"], ["eval"]])
-def test_wrong_usage_is_status_2(arguments, capsys):
+def test_no_command_is_the_help_and_a_wrong_one_is_answered_by_the_nearest(capsys):
+    assert cli.main([]) == 0
+    assert "usage: adamix" in capsys.readouterr().out
+    assert cli.main(["trian"]) == 2
+    assert capsys.readouterr().err.endswith("the closest is train\n")
+
+
+def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
-    assert stop.value.code == 2
-    assert "usage: adamix" in capsys.readouterr().err
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"adamix_kernels {__version__}\n"
+
+
+def test_env_and_bench_are_light():
+    code = "import sys; from adamix_kernels.commands import env, bench; from adamix_kernels import cli; "
+    code += "cli.main([]); print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("False\n"), done.stderr
 
 
 def test_every_command_has_help():
     for name in cli.COMMANDS:
+        if name == "recipe":
+            assert cli.main([name, "--help"]) == 0
+            continue
         with pytest.raises(SystemExit) as stop:
             cli.main([name, "--help"])
         assert stop.value.code == 0

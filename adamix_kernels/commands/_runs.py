@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from ..models.checkpoint import load_adamix
 from ..models.hub import resolve_folder
-from ..tasks import Run, load, load_causal, load_classifier, read_run, resolve_model
+from ..models.pooling import pooling_of
+from ..tasks import Run, load, read_run
 from ..tasks.run_file import RUN_NAME
 from ._options import quiet_loading
 
@@ -35,12 +35,13 @@ class RunOptions:
 
 @dataclass
 class Opened:
-    """folder: on this disk. run: of its run file, or what the model itself tells."""
+    """folder: on this disk. run: of its run file (`filed`), or what the model itself tells."""
 
     model: nn.Module
     tokenizer: Any
     run: Run
     folder: Path
+    filed: bool
 
 
 def the_run(options: RunOptions, words: Sequence[str], command: str) -> RunOptions:
@@ -56,22 +57,14 @@ def open_run(options: RunOptions) -> Opened:
     """Raises ValueError for what is no run, naming what is missing."""
     folder = resolve_folder(options.run, options.revision)
     place = run_folder(folder)
-    run = None if place is None else read_run(place)
+    run = None if place is None else read_run(place)  # before the model: a damaged file is answered at once
     with quiet_loading():
-        if run is None or place == folder:
-            model, tokenizer = load(folder, model=options.model)
-        else:  # a Trainer's checkpoint, whose run stands beside it
-            model, tokenizer = _load_into_base(run, options.model, folder)
-    return Opened(model, tokenizer, run or _described(model, tokenizer, folder), folder)
-
-
-def _load_into_base(run: Run, name: str | None, folder: Path) -> tuple[nn.Module, Any]:
-    encoder = resolve_model(run.model if name is None else name)
-    if run.task == "generation":
-        model, tokenizer = load_causal(encoder)
-    else:
-        model, tokenizer = load_classifier(encoder, run.label_names, run.pooling, run.task)
-    return load_adamix(model, folder).eval(), tokenizer
+        model, tokenizer = load(folder, model=options.model)
+    if tokenizer is None:
+        raise ValueError(f"{folder}: got no tokenizer in it, nor beside its base model, expected one")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Opened(model, tokenizer, run or _described(model, tokenizer, folder), folder, place is not None)
 
 
 def run_folder(folder: Path) -> Path | None:
@@ -94,4 +87,4 @@ def _described(model: Any, tokenizer: Any, folder: Path) -> Run:
         task, names = "classification", [config.id2label[i] for i in range(config.num_labels)]
     most = min(tokenizer.model_max_length or MAX_TOKENS, MAX_TOKENS)
     base = getattr(config, "_name_or_path", None) or str(folder)
-    return Run(base, "", names, most, task=task)
+    return Run(base, "", names, most, pooling_of(model) or "model", task)

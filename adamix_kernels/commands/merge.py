@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     opened = open_run(run)
     save_adamix(merge(opened.model), out)
     opened.tokenizer.save_pretrained(out)
-    write_run(out, opened.run)
+    if opened.filed:
+        write_run(out, opened.run)
     print(f"merged checkpoint: {out}")
     return 0
