@@ -92,7 +92,16 @@ def test_export_refuses_what_the_formats_cannot_say(trained, tmp_path, capsys):
 
 
 def test_train_lora_and_export_peft(trained, tmp_path):
-    arguments = ["--model", str(trained / "encoder"), "--data", str(trained / "data"), "--method", "lora"]
+    arguments = [
+        "--model",
+        str(trained / "encoder"),
+        "--data",
+        str(trained / "data"),
+        "--method",
+        "lora",
+        "--pooling",
+        "model",
+    ]
     arguments += ["--out", str(tmp_path / "lora"), "--max-steps", "2", "--use-cpu", "--disable-tqdm", "true"]
     assert cli.main(["train", *arguments]) == 0
     assert cli.main(["export", str(tmp_path / "lora"), "--format", "peft", "--out", str(tmp_path / "peft")]) == 0
@@ -141,6 +150,7 @@ def test_log_level(trained, tmp_path, level, caplog):
 
 def train_flags(trained, out, *more):
     flags = ["--model", str(trained / "encoder"), "--data", str(trained / "data"), "--out", str(out), "--use-cpu"]
+    flags += ["--num-train-epochs", "3", "--pooling", "model"]
     return ["train", *flags, "--per-device-train-batch-size", "4", "--disable-tqdm", "true", *more]
 
 
@@ -205,7 +215,7 @@ def test_bench_hands_its_arguments_and_status_on(monkeypatch):
     [
         (["eval", "nowhere"], "run: got 'nowhere', no such folder"),
         (["train", "--method", "nope"], "method: got 'nope'"),
-        (["train", "--data", "./nowhere", "--model", "m"], "no such folder"),
+        (["train", "--data", "./nowhere", "--model", "m"], "./nowhere': no such file or folder"),
         (["train", "--no-such-flag", "1"], "--no-such-flag"),
         (["train", "nowhere.json"], "nowhere.json"),
         (["eval"], "run: got nothing"),

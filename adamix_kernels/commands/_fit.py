@@ -59,7 +59,8 @@ def run_training(
 ) -> Trained:
     """Trains, keeps what --load_best_model_at_end asks for, evaluates on dev and saves."""
     arguments, fit = options.arguments, options.fit
-    if "metric_for_best_model" not in options.given and isinstance(kind, LabelKind):
+    chooses = arguments.load_best_model_at_end or arguments.save_strategy == "best"
+    if chooses and "metric_for_best_model" not in options.given and isinstance(kind, LabelKind):
         arguments.metric_for_best_model = kind.leading
         arguments.greater_is_better = kind.leading not in FALLING
     trainer = HeadRateTrainer(

@@ -55,7 +55,10 @@ def the_run(options: RunOptions, words: Sequence[str], command: str) -> RunOptio
 
 def open_run(options: RunOptions) -> Opened:
     """Raises ValueError for what is no run, naming what is missing."""
-    folder = resolve_folder(options.run, options.revision)
+    try:
+        folder = resolve_folder(options.run, options.revision)
+    except ValueError as error:  # it calls its argument so
+        raise ValueError(f"run{str(error).removeprefix('source')}") from error
     place = run_folder(folder)
     run = None if place is None else read_run(place)  # before the model: a damaged file is answered at once
     with quiet_loading():
