@@ -46,7 +46,8 @@ def accuracy(prediction):
 def main(options, args):
     set_seed(args.seed)
     task = load_task(options.data, task="classification")
-    print(*task.notes, sep="\n")
+    for note in task.notes:
+        print(f"note: {note}")
     model, tokenizer = load_classifier(resolve_model(options.model), task.label_names)
     adapt(model, AdaMixConfig(num_experts=options.num_experts, bottleneck=options.bottleneck))
     trainer = AdaMixTrainer(

@@ -153,7 +153,7 @@ def test_columns_that_cannot_be_known(tmp_path, names, given, message):
 
 def test_what_is_not_there(tmp_path, monkeypatch):
     for source in ("./nowhere", "/nowhere/at/all", "a/b/c", "train.csv", "some/reviews.tsv"):
-        with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        with pytest.raises(FileNotFoundError, match="no such folder or file"):
             load_task(source)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"empty has no training file, expected train.tsv \(or .csv"):

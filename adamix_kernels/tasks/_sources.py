@@ -49,7 +49,7 @@ def find_parts(source: str) -> Parts:
         return _folder(path)
     # A hub name is "name" or "owner/name"; asking the hub for a mistyped path would take it half a minute.
     if source.startswith((".", "/", "~", "\\")) or source.count("/") > 1 or path.suffix.lower() in SUFFIXES:
-        raise FileNotFoundError(f"data: {source!r}: no such file or folder")
+        raise FileNotFoundError(f"data: {source!r}: no such folder or file")
     from ._library import hub_parts
 
     return hub_parts(source)
