@@ -29,7 +29,7 @@ IGNORED = -100
 def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="FacebookAI/roberta-large", help="folder or hub id of a masked model")
-    parser.add_argument("--data", default="stanfordnlp/sst2", help="folder with train.tsv and dev.tsv, or hub data set")
+    parser.add_argument("--data", default="stanfordnlp/sst2", help="folder or file, or hub data set")
     parser.add_argument("--template", default="{} It was {mask} .", help="{} is the text, {mask} the word to fill in")
     parser.add_argument("--words", nargs="+", default=["terrible", "great"], help="one word a label, in label order")
     parser.add_argument("--shots", type=int, default=30, help="labelled examples in all")

@@ -4,7 +4,7 @@ On tiny random weights and made-up data, in seconds:
 
     python examples/glue.py --smoke
 
-On a GLUE task (with the paper's settings for RoBERTa-large), or a folder with train.tsv and dev.tsv:
+On a GLUE task (with the paper's settings for RoBERTa-large), or a folder or file of your own:
 
     python examples/glue.py --model FacebookAI/roberta-large --data nyu-mll/glue:rte --bottleneck 16 \
         --learning_rate 3e-4 --num_train_epochs 20 --per_device_train_batch_size 64 --output_dir rte
@@ -26,7 +26,7 @@ from adamix_kernels.tasks import collator, load_classifier, load_task, resolve_m
 @dataclass
 class Options:
     model: str = field(default="all-MiniLM-L6-v2", metadata={"help": "folder or hub id of an encoder"})
-    data: str = field(default="remarks", metadata={"help": "folder with train.tsv and dev.tsv, or hub data set"})
+    data: str = field(default="remarks", metadata={"help": "folder or file of labelled texts, or hub data set"})
     num_experts: int = 4
     bottleneck: int = 16
     max_tokens: int = 128
@@ -46,6 +46,8 @@ def accuracy(prediction):
 def main(options, args):
     set_seed(args.seed)
     task = load_task(options.data, task="classification")
+    for note in task.notes:
+        print(f"note: {note}")
     model, tokenizer = load_classifier(resolve_model(options.model), task.label_names)
     adapt(model, AdaMixConfig(num_experts=options.num_experts, bottleneck=options.bottleneck))
     trainer = AdaMixTrainer(

@@ -63,6 +63,8 @@ def serve(model, rows, collate, size):
 def main(options):
     set_seed(options.seed)
     tasks = [load_task(source, task="classification") for source in options.data]
+    for note in [note for task in tasks for note in task.notes]:
+        print(f"note: {note}")
     names = tasks[0].label_names
     if any(task.label_names != names for task in tasks):
         raise SystemExit(f"--data: the domains have different labels: {[task.label_names for task in tasks]}")

@@ -238,11 +238,11 @@ def test_rows_survive_an_interrupted_write(tmp_path, caplog):
     assert read_rows(tmp_path / "none.jsonl") == []
 
 
-def _row(method, seed, scores, train_rows=None, **more):
+def _row(method, seed, scores, train_rows=None, rows=None, **more):
     return {
         "key": f"{method}{seed}", "recipe": "r", "model": "m", "data": "d", "epochs": 3, "batch": 4, "shots": None,
         "metric": "accuracy", "method": method, "seed": seed,
-        "identity": {"limits": {"train_rows": train_rows, "dev_rows": None}},
+        "identity": {"limits": {"train_rows": train_rows, "dev_rows": None, **({"rows": rows} if rows else {})}},
         "scores": scores, "spread": {}, "metrics_missing": {}, "trained": 1234, "kept": 500, "seconds_per_step": 0.5,
         "history": {"step": [1, 2], "loss": [1.0, 0.5]}, **more,
     }  # fmt: skip
@@ -257,16 +257,19 @@ def test_a_table_and_plots_out_of_rows(tmp_path):
         _row("adamix", 0, {"merged": {"accuracy": 93.0}, "random": {"accuracy": 81.0}}, spread=spread, history=history),
         {**_row("prefix", 0, {}), "skipped": "no such task"},
         _row("full", 0, {"plain": {"accuracy": 50.0}}, train_rows=64),
+        _row("full", 0, {"plain": {"accuracy": 60.0}}, train_rows=64, rows="drawn"),
     ]
     text = markdown(group_rows(rows))
     assert "| full | 91.00 ± 1.41 | 2 | 1,234 | 500 | 0.500 |" in text
     assert "| adamix, merged | 93.00 ± 0.00 | 1 |" in text
     assert "| adamix, random routing | 81.00 ± 0.00 | 1 |" in text
     assert "prefix: not run, no such task." in text
-    assert text.count("### ") == 2
-    assert "64 training rows" in text
+    assert text.count("### ") == 3
+    assert "d, the first 64 training rows, all dev rows, 3 epochs" in text  # written before rows were drawn
+    assert "d, 64 training rows, all dev rows, 3 epochs" in text
     written = write_summary(rows, tmp_path / "out")
     names = ["table.md", "methods-1.png", "routings-1.png", "losses-1.png", "methods-2.png", "losses-2.png"]
+    names += ["methods-3.png", "losses-3.png"]
     assert [p.name for p in written] == names
     assert written[0].read_text() == text
     assert all(p.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for p in written[1:])

@@ -1,79 +1,14 @@
-"""The recipes' data: GLUE's own files, regression, shots, and tables in the three challenges' layouts."""
+"""The recipes' data: shots, and tables in the three challenges' layouts. GLUE's files: test_tasks_layouts.py."""
 
 import collections
+import json
 
 import pytest
 import tiny_recipes
 
 from adamix_kernels.recipes.shots import draw_shots
-from adamix_kernels.tasks import TextSplit, load_task
+from adamix_kernels.tasks import Columns, TextSplit, load_task
 from adamix_kernels.tasks.table_data import HUB_ROWS, Pair, load_tables, references
-
-
-def _write(folder, **files):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / f"{name}.tsv").write_text(text, encoding="utf-8")
-    return str(folder)
-
-
-GLUE = {
-    "mnli": (
-        {
-            "train": "index\tsentence1\tsentence2\tgold_label\n0\ta\tb\tneutral\n1\tc\td\tentailment\n",
-            "dev_matched": "index\tsentence1\tsentence2\tlabel1\tgold_label\n0\te\tf\tentailment\tneutral\n",
-        },
-        (["entailment", "neutral"], ["a", "c"], ["b", "d"], [1, 0], [1]),
-    ),
-    "qqp": (
-        {
-            "train": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
-            "0\t1\t2\ta\tb\t1\n1\t3\tcut\n2\t5\t6\tc\td\t0\n",
-            "dev": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n0\t1\t2\te\tf\t0\n",
-        },
-        (["0", "1"], ["a", "c"], ["b", "d"], [1, 0], [0]),
-    ),
-    "mrpc": (
-        {
-            "train": 'Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t8\t9\t"a\tb\n0\t8\t9\tc\td\n',
-            "dev": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t8\t9\te\tf\n",
-        },
-        (["0", "1"], ['"a', "c"], ["b", "d"], [1, 0], [1]),
-    ),
-    "cola": (
-        {"train": "gj04\t1\t\ta b .\ngj04\t0\t*\tb a .\n", "dev": "gj04\t0\t*\tc .\n"},
-        (["0", "1"], ["a b .", "b a ."], None, [1, 0], [0]),
-    ),
-}
-
-
-@pytest.mark.parametrize("task", GLUE)
-def test_the_files_of_the_glue_archive(tmp_path, task, caplog):
-    files, (names, texts, pairs, labels, dev) = GLUE[task]
-    found = load_task(_write(tmp_path / task, **files))
-    assert (found.label_names, found.train.texts, found.train.pairs) == (names, texts, pairs)
-    assert (found.train.labels, found.dev.labels) == (labels, dev)
-    assert ("1 rows with too few columns" in caplog.text) == (task == "qqp")
-
-
-def test_numbers_to_predict(tmp_path):
-    glue = "index\tsentence1\tsentence2\tscore\n0\ta\tb\t4.5\n1\tc\td\t0.0\n"
-    plain = "sentence1\tsentence2\tlabel\na\tb\t2.5\n"
-    for text, labels in ((glue, [4.5, 0.0]), (plain, [2.5])):
-        task = load_task(_write(tmp_path / str(len(text)), train=text, dev=text), task="regression")
-        assert (task.label_names, task.dev.labels) == (["score"], labels)
-
-
-def test_a_tsv_folder_is_read_as_everywhere_else(tmp_path):
-    text = "sentence\tlabel\na\tup\nb\tdown\n"
-    task = load_task(_write(tmp_path / "d", train=text, dev=text))
-    assert (task.label_names, task.train.labels) == (["down", "up"], [1, 0])
-
-
-def test_a_label_that_training_lacks_is_an_error(tmp_path):
-    files = {**GLUE["cola"][0], "dev": "gj04\t2\t\tc .\n"}
-    with pytest.raises(ValueError, match=r"\['2'\] besides"):
-        load_task(_write(tmp_path / "d", **files))
 
 
 def test_shots_are_balanced_and_drawn_by_the_seed():
@@ -110,6 +45,24 @@ def test_webnlg_keeps_what_is_good(tmp_path):
 def test_dart_lowers_the_property(tmp_path):
     data = load_tables(str(tiny_recipes.write_dart(tmp_path / "dart")), "dart")
     assert data.train[1] == Pair("red : is_in : south", "the red place is in the south .")
+
+
+@pytest.mark.parametrize("name", ["e2e", "webnlg", "dart"])
+def test_tables_are_a_task_of_generation_too(tmp_path, name):
+    folder = str(getattr(tiny_recipes, f"write_{name}")(tmp_path / name))
+    task, data = load_task(folder, task="generation"), load_tables(folder, name)
+    assert (task.kind, task.columns, task.label_names) == ("generation", Columns(None, None, None), [])
+    for split, pairs in ((task.train, data.train), (task.dev, data.dev), (task.test, data.test)):
+        assert list(zip(split.texts, split.labels)) == [(pair.context, pair.text) for pair in pairs]
+    assert task.test.references() == references(data.test)
+
+
+def test_rows_of_the_hub_in_files_of_ones_own(tmp_path):
+    rows = [{"tripleset": [["A", "IS", str(i)]], "annotations": {"text": [f"one {i}", f"two {i}"]}} for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_task(str(tmp_path), task="generation")
+    assert (len(task.train), len(task.dev)) == (36, 4)
+    assert (task.train.references() | task.dev.references())["A : is : 3"] == ["one 3", "two 3"]
 
 
 def test_rows_as_the_hub_has_them():

@@ -8,6 +8,7 @@ import tiny_text
 
 from adamix_kernels import cli
 from adamix_kernels.recipes import Limits, expand_methods, load_recipe, problems, read_rows, run_recipe
+from adamix_kernels.recipes.runner import run_identity
 
 pytest.importorskip("peft")
 pytest.importorskip("sklearn")
@@ -94,6 +95,26 @@ def test_finished_rows_are_not_run_again(finished, monkeypatch):
         _run(recipe, ["head"], path, limits=Limits(train_rows=6))
     # Another method's settings, or more seeds, do not make a run another one.
     assert _run(recipe.changed({"methods.full.learning_rate": 1.0, "seeds": 9}), ["head"], path) == rows[1:2]
+
+
+def test_fewer_rows_are_drawn_by_the_seed_in_proportion_and_are_another_run_than_the_first_rows(finished, tmp_path):
+    recipe = tiny_recipes.tiny_recipe(tmp_path)
+    lines = [f"{('good', 'bad')[i // 30]} {i}\t{('up', 'down')[i // 30]}" for i in range(60)]  # sorted by label
+    for split in ("train", "dev"):
+        (tmp_path / "data" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+    problem = problems.LabelProblem(recipe, Limits(train_rows=10, dev_rows=4))
+    problem.fresh()
+    for seed in (0, 1):
+        assert sum(row["labels"] for row in problem.train_rows(seed)) == 5
+        assert problem.train_rows(seed) == problem.train_rows(seed)
+    assert sum(row["labels"] for row in problem.dev_rows()) == 2
+    (method,) = expand_methods(["head"], finished[0])
+    whole, drawn = (run_identity(recipe, method, 0, limits)["limits"] for limits in (Limits(shots=2), Limits(4)))
+    assert whole == {"train_rows": None, "dev_rows": None, "shots": 2}  # as in rows of old
+    assert drawn == {"train_rows": 4, "dev_rows": None, "shots": None, "rows": "drawn"}
+    for wrong in ({"train_rows": 0}, {"dev_rows": -1}, {"shots": 0}):
+        with pytest.raises(ValueError, match=rf"{next(iter(wrong))}: got .*, expected at least 1"):
+            Limits(**wrong)
 
 
 def test_the_same_seed_gives_the_same_row(finished, tmp_path):

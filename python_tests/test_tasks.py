@@ -58,65 +58,6 @@ def test_a_test_split_without_labels_is_left_out(tmp_path, test):
     assert tasks.load_task(folder).test is None
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("sentence\tlabel\na\t0\nb\n", r"train\.tsv, line 3: got 1 columns, the header has 2"),
-        ("sentence\tlabel\n", r"train\.tsv: got 1 lines"),
-        ("label\tlabel\n0\t1\n", r"train\.tsv, line 1: .*repeated"),
-        ("sentence\tclass\na\t0\n", r"train\.tsv: no column 'label', the columns are 'sentence', 'class'"),
-        ("words\tlabel\na\t0\nb\t1\n", r"train\.tsv: no column 'sentence'"),
-        ("sentence\tlabel\na\t0\nb\t2.5\n", r"train\.tsv, line 3, column 'label': got '2.5'"),
-        ("sentence\tlabel\na\t0\nb\t0\n", r"train\.tsv, column 'label': got 1 distinct"),
-        (b"sentence\tlabel\n\xff\t0\n", r"train\.tsv: byte 15 is not UTF-8"),
-    ],
-)
-def test_a_malformed_file_is_named(tmp_path, text, message):
-    with pytest.raises(ValueError, match=message):
-        tasks.load_task(_folder(tmp_path / "d", text))
-
-
-def test_a_label_that_training_lacks_is_named(tmp_path):
-    folder = _folder(tmp_path / "d", "sentence\tlabel\na\tx\nb\ty\n", dev="sentence\tlabel\na\tx\nb\tz\n")
-    with pytest.raises(ValueError, match=r"dev\.tsv, line 3, column 'label': got 'z', expected .*'x', 'y'"):
-        tasks.load_task(folder)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    folder = _folder(tmp_path / "d", "sentence\tlabel\na\t0\nb\t1\n")
-    (tmp_path / "d" / "dev.tsv").unlink()
-    with pytest.raises(FileNotFoundError, match=r"dev\.tsv: no such file"):
-        tasks.load_task(folder)
-
-
-def test_a_folder_of_csv_goes_through_datasets(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "d"
-    folder.mkdir()
-    for name in ("train", "validation"):
-        (folder / f"{name}.csv").write_text("text,label\nfine,1\npoor,0\n")
-    task = tasks.load_task(str(folder))
-    assert task.train.texts == ["fine", "poor"]
-    assert task.dev.labels == [1, 0]
-
-
-@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "a/b/c"])
-def test_a_path_that_is_not_there_is_no_hub_name(source):
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        tasks.load_task(source)
-
-
-def test_a_hub_refusal_is_one_clear_error(monkeypatch):
-    import datasets
-
-    def refuse(name, config):
-        raise ConnectionError(f"no hub for {name} {config}\nmore")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(ValueError, match=r"refused it: ConnectionError: no hub for some/set rte$"):
-        tasks.load_task("some/set:rte")
-
-
 def test_packaged_encoder_is_found_checked_and_loaded_without_importing_its_package():
     encoder = tasks.resolve_model()
     assert encoder.packaged

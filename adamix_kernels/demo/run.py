@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, help="hub id or folder of an encoder (default: %(default)s)")
     parser.add_argument(
-        "--data", default=EMBEDDED, help="folder with train.tsv and dev.tsv, or a hub data set (default: %(default)s)"
+        "--data", default=EMBEDDED, help="a file or folder of labelled texts, or a hub data set (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for results (default: %(default)s)")
     parser.add_argument("--seeds", type=_positive, default=3, help="number of seeds (default: %(default)s)")
@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
+    for note in task.notes:
+        print(f"note: {note}")
     settings = Settings(args.epochs, args.batch_size, args.lr, args.adamix_lr, args.head_lr, args.consistency)
     data = prepare(task, tokenizer, args.max_tokens, args.max_train, args.max_dev)
     print(

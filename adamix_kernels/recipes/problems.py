@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from .prompt import encode_prompts, prompt_for, read_at_mask, word_ids
 from .shots import draw_shots
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class LabelProblem:
         self.recipe, self.limits = recipe, limits
         self.encoder = resolve_model(recipe.model)
         self.task: TextTask = load_task(recipe.data, task="regression" if recipe.regression else "classification")
+        for note in self.task.notes:
+            logger.warning("%s", note)
         self._dev: list[dict[str, Any]] | None = None
 
     def fresh(self) -> nn.Module:

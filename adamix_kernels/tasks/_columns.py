@@ -60,9 +60,9 @@ def choose_columns(
         return _written(name, names, text, label)
     notes: list[str] = []
     if label is None:
-        label = _by_rank(name, [n for n in names if n not in (text, pair)], LABELS, "label", "label_column", notes)
+        label = _by_rank(name, names, (text, pair), LABELS, "label", notes)
     if text is None:
-        text, pair = _text(name, [n for n in names if n != label], notes)
+        text, pair = _text(name, names, label, notes)
     return Columns(text, pair, label), notes
 
 
@@ -73,11 +73,11 @@ def text_columns(name: str, names: Sequence[str], text: str | None, pair: str | 
             raise ValueError(f"{option}: got {column!r}, but {name} has the columns {listed(names)}")
     if text is None and pair is not None:
         raise ValueError(f"text_pair_column: got {pair!r}, expected text_column to be given with it")
-    return (text, pair) if text is not None else _text(name, names, [])
+    return (text, pair) if text is not None else _text(name, names, None, [])
 
 
-def _text(name: str, names: Sequence[str], notes: list[str]) -> tuple[str, str | None]:
-    real = {column.casefold(): column for column in names}
+def _text(name: str, names: Sequence[str], label: str | None, notes: list[str]) -> tuple[str, str | None]:
+    real = {column.casefold(): column for column in names if column != label}
     pairs = [(real[a], real[b]) for a, b in TEXT_PAIRS if a in real and b in real]
     if len(pairs) > 1:
         raise ValueError(
@@ -86,7 +86,7 @@ def _text(name: str, names: Sequence[str], notes: list[str]) -> tuple[str, str |
         )
     if pairs:
         return pairs[0]
-    return _by_rank(name, names, TEXTS, "text", "text_column", notes), None
+    return _by_rank(name, names, (label,), TEXTS, "text", notes), None
 
 
 def _written(name: str, names: Sequence[str], text: str | None, label: str | None) -> tuple[Columns, list[str]]:
@@ -105,9 +105,15 @@ def _written(name: str, names: Sequence[str], text: str | None, label: str | Non
 
 
 def _by_rank(
-    name: str, names: Sequence[str], ranks: Sequence[Sequence[str]], what: str, option: str, notes: list[str]
+    name: str,
+    names: Sequence[str],
+    taken: Sequence[str | None],
+    ranks: Sequence[Sequence[str]],
+    what: str,
+    notes: list[str],
 ) -> str:
-    fits = [[column for column in names if column.casefold() in rank] for rank in ranks]
+    option, left = f"{what}_column", [column for column in names if column not in taken]
+    fits = [[column for column in left if column.casefold() in rank] for rank in ranks]
     best = next((found for found in fits if found), [])
     if len(best) != 1:
         found = f"{listed(best)} may each be the {what}" if best else f"none is known as the {what}"

@@ -43,14 +43,18 @@ def folder_parts(folder: Path) -> Parts:
     library = _datasets(str(folder))
     path = str(folder.resolve())  # load_dataset takes a bare "csv" or "json" for one of its builders
     try:
-        saved = (folder / "dataset_dict.json").is_file()
-        loaded = library.load_from_disk(path) if saved else library.load_dataset(path)
+        loaded = library.load_from_disk(path) if is_saved(folder) else library.load_dataset(path)
     except Exception as error:
         raise ValueError(
             f"data: {folder} has no training file (train.tsv, .csv, .jsonl, .json, .parquet), and datasets refused it: "
             f"{reasons(error)}"
         ) from error
-    return _parts(str(folder), loaded)
+    return _parts(str(folder), loaded if isinstance(loaded, dict) else {"train": loaded})
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether save_to_disk wrote a folder: of several splits, or of one set."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def reasons(error: BaseException) -> str:

@@ -96,7 +96,7 @@ def _tsv(file: Any, name: str, whole_only: bool) -> Rows:
     if first is None:
         raise ValueError(f"{name}: got an empty file, expected a header line and rows")
     cells = first[1].split("\t")
-    bare = len(cells) == len(COLA) and cells[1] in ("0", "1") and cells[2] in ("", "*")
+    bare = len(cells) == len(COLA) and cells[1].isdecimal() and cells[2] in ("", "*")
     columns = list(COLA) if bare else _header(cells, name)
     cut_rows = not whole_only and any(column in columns for column in _ARCHIVE)
     found = Rows(name, "line", columns, iter(()))

@@ -49,7 +49,7 @@ def find_parts(source: str) -> Parts:
         return _folder(path)
     # A hub name is "name" or "owner/name"; asking the hub for a mistyped path would take it half a minute.
     if source.startswith((".", "/", "~", "\\")) or source.count("/") > 1 or path.suffix.lower() in SUFFIXES:
-        raise FileNotFoundError(f"data: {source!r}: no such file or folder")
+        raise FileNotFoundError(f"data: {source!r}: no such folder or file")
     from ._library import hub_parts
 
     return hub_parts(source)
@@ -89,6 +89,10 @@ def _folder(folder: Path) -> Parts:
 
 def _other_folder(folder: Path, files: dict[str, Path | None]) -> Parts:
     """A folder without a training file of ours: saved or laid out by `datasets`, or a mistake."""
+    from ._library import folder_parts, is_saved
+
+    if is_saved(folder):
+        return folder_parts(folder)
     inside = sorted(path.name for path in folder.iterdir())
     data = [name for name in inside if Path(name).suffix.lower() in SUFFIXES]
     sharded = any(_SHARD.search(name) for name in data) or (folder / "data").is_dir()
@@ -98,8 +102,6 @@ def _other_folder(folder: Path, files: dict[str, Path | None]) -> Parts:
             f"data: {folder} has no training file, expected train{SUFFIXES[0]} (or {', '.join(SUFFIXES[1:])}){beside}; "
             "rename it, or name the file itself in place of the folder"
         )
-    from ._library import folder_parts
-
     return folder_parts(folder)
 
 
