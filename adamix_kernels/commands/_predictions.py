@@ -67,6 +67,7 @@ class Lines:
             raise FileNotFoundError(f"out: {str(self._path.parent)!r}: no such folder")
         self._old = self._path.open("rb") if resume and self._path.exists() else None
         self._kept_end = 0  # bytes of whole lines
+        self._read = False  # to the end
         self._held: list[dict[str, Any]] = []  # stored records of the chunk at hand
         self._file: TextIO | None = None
 
@@ -131,10 +132,11 @@ class Lines:
         return found
 
     def _next_line(self) -> dict[str, Any] | None:
-        if self._old is None:
+        if self._old is None or self._read:
             return None
         line = self._old.readline()
-        if not line.endswith(b"\n"):  # the end, or a line that was cut
+        if not line.endswith(b"\n"):  # the end, or a line that was cut; from here on it grows
+            self._read = True
             return None
         try:
             values = json.loads(line)
