@@ -215,7 +215,7 @@ def test_bench_hands_its_arguments_and_status_on(monkeypatch):
     [
         (["eval", "nowhere"], "run: got 'nowhere', no such folder"),
         (["train", "--method", "nope"], "method: got 'nope'"),
-        (["train", "--data", "./nowhere", "--model", "m"], "./nowhere': no such file or folder"),
+        (["train", "--data", "./nowhere", "--model", "m"], "./nowhere': no such f"),
         (["train", "--no-such-flag", "1"], "--no-such-flag"),
         (["train", "nowhere.json"], "nowhere.json"),
         (["eval"], "run: got nothing"),

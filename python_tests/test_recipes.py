@@ -135,8 +135,9 @@ def test_scores_of_labels():
     pytest.importorskip("scipy")
     numbers = label_scores(["pearson", "spearman"], [1.0, 2.0, 4.0], [1.0, 2.0, 3.0])
     assert numbers.values == pytest.approx({"pearson": 98.198, "spearman": 100.0}, abs=1e-3)
-    with pytest.warns(match="constant"):
-        assert "no finite number" in label_scores(["pearson"], [1.0, 1.0, 1.0], [1.0, 2.0, 3.0]).missing["pearson"]
+    assert "no finite number" in label_scores(["pearson"], [1.0, 1.0, 1.0], [1.0, 2.0, 3.0]).missing["pearson"]
+    three = [0, 1, 2, 2], [0, 1, 2, 1]
+    assert label_scores(["f1"], *three, classes=3).values["f1"] == pytest.approx(100 * (1 + 2 / 3 + 2 / 3) / 3)
 
 
 @pytest.mark.parametrize(
