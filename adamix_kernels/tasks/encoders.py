@@ -10,7 +10,7 @@ from typing import Any
 
 from ..models._files import sha256
 from ..models.pooling import POOLINGS, reads_pooler, set_pooling
-from ._pretrained import first_line, from_pretrained
+from ._pretrained import first_line, from_pretrained, tokenizer_of
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 _KINDS = ("classification", "regression")
@@ -118,13 +118,11 @@ def load_causal(encoder: Encoder) -> tuple[Any, Any]:
 
 
 def _load(kind: Any, encoder: Encoder, **options: Any) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
-
     # The packaged folder is complete: nothing may look further than this disk.
-    here: dict[str, Any] = {"local_files_only": encoder.packaged}
+    local = encoder.packaged
     try:
-        tokenizer = AutoTokenizer.from_pretrained(encoder.path, **here)
-        model = from_pretrained(kind, encoder.path, **here, **options)
+        tokenizer = tokenizer_of(encoder.path, local)
+        model = from_pretrained(kind, encoder.path, local_files_only=local, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"model: cannot load {encoder.name!r}: {first_line(error)}") from error
     model.config.name_or_path = encoder.name  # what a checkpoint names, rather than a folder of this machine
