@@ -39,7 +39,7 @@ def tokenizer_of(path: str, local: bool, **options: Any) -> Any:
     """AutoTokenizer.from_pretrained(path). Raises OSError where no file of a tokenizer is there: transformers 5 then
     gives one that knows no word."""
     from transformers import AutoTokenizer
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     here = {"local_files_only": local, "_raise_exceptions_for_missing_entries": False}
     if not any(cached_file(path, name, **here) for name in _TOKENIZERS):
