@@ -261,11 +261,108 @@ def test_wrong_models_are_named_and_untouched(which, tmp_path):
     same_picture(before, picture(model))
 
 
-def test_a_merged_checkpoint_wants_a_bare_model(tmp_path):
-    save_adamix(merge(adapted()), tmp_path)
-    model = adapted()
+def test_a_model_and_a_checkpoint_in_other_states_say_what_to_do(tmp_path):
+    save_adamix(merge(adapted()), tmp_path / "merged")
+    save_adamix(adapted(), tmp_path / "unmerged")
+    for model, folder, message in (
+        (adapted(), "merged", r"got an unmerged model for .* expected a bare model.* or merge\(model\) first"),
+        (merge(adapted()), "unmerged", r"got a merged model for .* expected a bare model, or unmerge\(model\) first"),
+    ):
+        before = picture(model)
+        with pytest.raises(ValueError, match=message):
+            load_adamix(model, tmp_path / folder)
+        same_picture(before, picture(model))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_merged_checkpoint_goes_into_a_merged_model(case, tmp_path):
+    """Whose own experts are gone then: they are not those of the checkpoint."""
+    model = merge(adapted(case, seed=3))
+    save_adamix(model, tmp_path)
+    other = merge(adapted(case, seed=9))
+    assert load_adamix(other, tmp_path) is other
+    same_bits(model, other)
+    with pytest.raises(ValueError, match=r"without experts .*\(a merged checkpoint was loaded\)"):
+        unmerge(other)
+    batch = tiny.batch_for(model)
+    assert torch.equal(other(**batch).logits, model(**batch).logits)
+    if other.adamix.factors:
+        for path, factors in model.adamix.factors.items():
+            assert torch.equal(other.adamix.factors[path].lora_b, factors.lora_b)
+
+
+def test_merged_checkpoints_keep_small_factors(tmp_path):
+    model = adapted("gpt2_lora")
+    wanted = {path: model.get_submodule(path).merged_factors() for path in model.adamix.paths}
+    merge(model)
+    save_adamix(model, tmp_path)
+    loaded = load_adamix(bare("gpt2_lora"), tmp_path)
+    for path, (lora_a, lora_b) in wanted.items():
+        factors = loaded.adamix.factors[path]
+        assert torch.equal(factors.lora_a, lora_a)
+        assert torch.equal(factors.lora_b, lora_b)
+        assert (factors.r, factors.alpha, factors.scaling, factors.groups) == (2, 32.0, 16.0, 2)
+        assert factors.output_offsets == (0, 2 * tiny.HIDDEN)
+    header = json.loads((tmp_path / checkpoint.CHECKPOINT_NAME).read_text())
+    assert header["version"] == 3
+    names = set(header["layers"]["transformer.h.0.attn.c_attn"])
+    assert names == {"in_features", "out_features", "fan_in_fan_out", "factors"}
+
+
+@pytest.mark.parametrize("case", ["bert_lora", "gpt2_lora"])
+def test_version_2_of_a_merged_lora_loads_without_factors(case, tmp_path):
+    model = merge(adapted(case))
+    save_adamix(model, tmp_path)
+
+    def drop(tensors):
+        for name in [name for name in tensors if name.endswith((".lora_a", ".lora_b"))]:
+            del tensors[name]
+
+    rewrite_tensors(tmp_path, drop)
+    header = json.loads((tmp_path / checkpoint.CHECKPOINT_NAME).read_text())
+    layers = {path: {k: v for k, v in facts.items() if k != "factors"} for path, facts in header["layers"].items()}
+    old = ("class", "model_type", "hidden_size", "num_hidden_layers", "vocab_size", "name_or_path")
+    base = {name: header["base_model"][name] for name in old}
+    edit_header(tmp_path, version=2, layers=layers, base_model=base)
+    loaded = load_adamix(bare(case), tmp_path)
+    same_bits(model, loaded)
+    assert not loaded.adamix.factors
+    save_adamix(loaded, tmp_path / "again")
+    same_bits(model, load_adamix(bare(case), tmp_path / "again"))
+
+
+LORA_KEY = "bert.encoder.layer.0.attention.self.query"
+
+
+def spoil_factors(folder, **facts):
+    header = json.loads((folder / checkpoint.CHECKPOINT_NAME).read_text())
+    header["layers"][LORA_KEY]["factors"].update(facts)
+    edit_header(folder, layers=header["layers"])
+
+
+FACTOR_DAMAGE = {
+    "missing": (lambda f: rewrite_tensors(f, lambda t: t.pop(f"{LORA_KEY}.lora_b")), f"missing keys {LORA_KEY}.lora_b"),
+    "shape of A": (
+        lambda f: rewrite_tensors(f, lambda t: t.update({f"{LORA_KEY}.lora_a": torch.ones(2, 5)})),
+        rf"{LORA_KEY}.lora_a: got shape \(2, 5\), expected \(2, 32\)",
+    ),
+    "shape of B": (
+        lambda f: rewrite_tensors(f, lambda t: t.update({f"{LORA_KEY}.lora_b": torch.ones(32, 3)})),
+        rf"{LORA_KEY}.lora_b: got shape \(32, 3\)",
+    ),
+    "too wide": (lambda f: spoil_factors(f, output_offsets=[8]), rf"{LORA_KEY}.lora_b: got shape"),
+    "other facts": (lambda f: spoil_factors(f, novel=1), rf"{LORA_KEY}: got factors ="),
+}
+
+
+@pytest.mark.parametrize("damage", FACTOR_DAMAGE)
+def test_damaged_factors_leave_the_model_untouched(damage, tmp_path):
+    save_adamix(merge(adapted("bert_lora")), tmp_path)
+    spoil, message = FACTOR_DAMAGE[damage]
+    spoil(tmp_path)
+    model = bare("bert_lora")
     before = picture(model)
-    with pytest.raises(ValueError, match="got an adapted model"):
+    with pytest.raises(ValueError, match=message):
         load_adamix(model, tmp_path)
     same_picture(before, picture(model))
 

@@ -163,6 +163,37 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"expert: got {expert!r}"):
             export_peft(adapted("bert"), folder, expert=expert)
     save_adamix(merge(adapted("bert")), tmp_path / "checkpoint")
+    again = load_adamix(tiny.tiny_bert(), tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match="without experts"):
+        export_peft(again, folder, expert=1)
+    again.adamix.factors.clear()  # as from a checkpoint of version 2
     with pytest.raises(ValueError, match="without factors"):
-        export_peft(load_adamix(tiny.tiny_bert(), tmp_path / "checkpoint"), folder)
+        export_peft(again, folder)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_loaded_merged_checkpoint_exports_the_same_bits(kind, tmp_path):
+    model = adapted(kind)
+    export_peft(model, tmp_path / "before")
+    save_adamix(merge(model, keep=False), tmp_path / "checkpoint")
+    export_peft(model, tmp_path / "merged")
+    again = load_adamix(MODELS[kind](), tmp_path / "checkpoint")
+    export_peft(again, tmp_path / "loaded")
+    want = (tmp_path / "before" / "adapter_model.safetensors").read_bytes()
+    for name in ("merged", "loaded"):
+        assert (tmp_path / name / "adapter_model.safetensors").read_bytes() == want
+        assert (tmp_path / name / "adapter_config.json").read_text() == (
+            tmp_path / "before" / "adapter_config.json"
+        ).read_text()
+    save_adamix(again, tmp_path / "again")
+    export_peft(load_adamix(MODELS[kind](), tmp_path / "again"), tmp_path / "twice")
+    assert (tmp_path / "twice" / "adapter_model.safetensors").read_bytes() == want
+
+
+def test_a_base_that_is_a_folder_is_named_and_not_its_place(tmp_path):
+    tiny.tiny_bert().save_pretrained(tmp_path / "private" / "encoder")
+    base = type(tiny.tiny_bert()).from_pretrained(tmp_path / "private" / "encoder")
+    export_peft(adapt(base, AdaMixConfig(method="lora")), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "encoder"
+    assert "private" not in (tmp_path / "out" / "README.md").read_text()

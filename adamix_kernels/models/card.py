@@ -47,7 +47,7 @@ def adamix_card(model: nn.Module, tags: Sequence[str] = ()) -> str:
     return card(
         model,
         facts=["library_name: adamix_kernels"],
-        tags=["adamix", config.method, str(model_type(model)), *tags],
+        tags=["adamix", config.method, *filter(None, [model_type(model)]), *tags],
         title=f"{type(model).__name__}, fine-tuned with AdaMix",
         what=f"{kind[0].upper()}{kind[1:]}: {many}{config.num_experts} experts, shared side: {config.share or 'none'}. "
         "The folder holds what was trained, not the base model; AutoModel.from_pretrained does not read it.",

@@ -34,7 +34,8 @@ def base_facts(model: nn.Module, folder: Path | None = None) -> dict[str, Any]:
     name = getattr(config, "_name_or_path", None) or None
     names = {} if name is None else with_names({"base": name}, folder)
     facts.update(name_or_path=names.get("base"), folder=names.get("base_path"))
-    facts.update(pooling=pooling_of(model), dtype=_dtype(model), config=_config(config))
+    facts.update(pooling=pooling_of(model), dtype=_dtype(model), config=_as_json(config))
+    facts["generation"] = _as_json(getattr(model, "generation_config", None))
     return facts
 
 
@@ -43,8 +44,8 @@ def _dtype(model: nn.Module) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def _config(config: Any) -> dict[str, Any] | None:
-    """The configuration of the base: sizes, labels, quantisation; without its place on this disk."""
+def _as_json(config: Any) -> dict[str, Any] | None:
+    """A configuration of transformers (sizes, labels, quantisation) without its place on this disk; None for others."""
     if not hasattr(config, "to_json_string"):
         return None
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))

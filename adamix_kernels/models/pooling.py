@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,46 +34,44 @@ def set_pooling(model: nn.Module, pooling: str) -> None:
 
 
 @torch.no_grad()
-def reads_pooler(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether the logits change when the pooler's output does: tried with one small batch, in evaluation mode.
+def reads_pooler(model: nn.Module) -> bool:
+    """Whether the logits change when the pooler's output does: tried on the head alone, in evaluation mode.
 
     A BERT's do. A RoBERTa's head takes the first token itself and a decoder's the last one: neither has a pooler.
     A BigBird has one, and its head does not look at it.
     """
-    base = getattr(model, "base_model", model)
+    base: Any = getattr(model, "base_model", model)
     if base is model or getattr(base, "pooler", None) is None:
         return False
     training = model.training
     model.eval()
     try:
-        before = model(**inputs).logits
-        with _shifted_pooler(base):
-            after = model(**inputs).logits
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):  # it wants more than text
+        logits = [_head(model, base, shift) for shift in (0.0, 1.0)]
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):  # it wants more than text
         return False
     finally:
         model.train(training)
-    return not torch.equal(before, after)
+    return not torch.equal(*logits)
 
 
-@contextlib.contextmanager
-def _shifted_pooler(base: nn.Module) -> Iterator[None]:
-    def shift(_module: nn.Module, _args: Any, output: Any) -> Any:
-        if getattr(output, "pooler_output", None) is not None:
-            output["pooler_output"] = output.pooler_output + torch.linspace(
-                1,
-                2,
-                output.pooler_output.shape[-1],
-                dtype=output.pooler_output.dtype,
-                device=output.pooler_output.device,
-            )
-        return output
+def _head(model: nn.Module, base: Any, shift: float) -> torch.Tensor:
+    """The logits of three tokens, where the base gives the same states and another pooler's output with each shift."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    handle = base.register_forward_hook(shift)
+    owner: Any = model
+    width, at = owner.config.hidden_size, {"dtype": owner.dtype, "device": owner.device}
+    states = torch.linspace(-1, 1, 3 * width, **at).view(1, 3, width)
+    pooled = torch.linspace(-1, 1 + shift, width, **at).view(1, width)
+    had = vars(base).get("forward")
+    base.forward = lambda *_args, **_options: BaseModelOutputWithPooling(states, pooled)
     try:
-        yield
+        logits: torch.Tensor = model(torch.zeros(1, 3, dtype=torch.int64, device=at["device"])).logits
     finally:
-        handle.remove()
+        if had is None:
+            del base.forward
+        else:
+            base.forward = had
+    return logits
 
 
 def mean_pool(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

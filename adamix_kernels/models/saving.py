@@ -17,7 +17,7 @@ from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import process_rank
 from ._files import write_json
 from .card import adamix_card, write_card
-from .header import CHECKPOINT_NAME
+from .header import CHECKPOINT_NAME, read_header
 from .pooling import pooling_of
 from .sharding import is_sharded
 from .state import adamix_state
@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 # by its name, before it builds anything) by printing them: so they say what is to be done.
 _WAY = "an AdaMix checkpoint without its base model: use adamix_kernels.load, not from_pretrained"
 GUARD = {"model_type": f"adamix ({_WAY})", "transformers_weights": f"none, this is {_WAY}"}
-_PLAIN = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_INDEX = "model.safetensors.index.json"
+_PLAIN = ("model.safetensors", _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def install_saving(model: nn.Module) -> None:
@@ -55,8 +56,8 @@ def save_folder(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     tags: Sequence[str] = (),
 ) -> Path:
-    """save_adamix, and what makes the folder whole: config.json, which plain Transformers refuses by name, the
-    settings of generate(), and a README.md where there is none.
+    """save_adamix; config.json, for which plain Transformers refuses the folder by name; the list of tensors from which
+    transformers' Trainer resumes and takes its best model; and a README.md where there is none.
 
     Where `directory` holds a whole model, its config.json stays, and a warning says so. Under FSDP2 without
     state_dict every process must call it, and the first one writes. Arguments and errors: see save_adamix.
@@ -66,12 +67,11 @@ def save_folder(
     folder = save_adamix(model, directory, state_dict=state_dict)
     if state_dict is None and process_rank() != 0 and _sharded(model):
         return folder
-    whole = next((name for name in _PLAIN if (folder / name).exists()), None)
+    whole = _whole_model(folder)
     if whole is None:
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:
-            write_json(folder / "generation_config.json", json.loads(generation.to_json_string()))
         write_json(folder / "config.json", GUARD)
+        # from_pretrained stops at such metadata, should a caller bring a configuration of his own.
+        write_json(folder / _INDEX, {"metadata": _WAY, "weight_map": _tensor_names(folder)})
     else:
         logger.warning(
             "%s holds a whole model (%s) besides the AdaMix checkpoint that was written there: from_pretrained reads "
@@ -81,6 +81,25 @@ def save_folder(
         )
     write_card(folder, adamix_card(model, tags))
     return folder
+
+
+def _whole_model(folder: Path) -> str | None:
+    """The file of a whole model's weights in `folder`, if there is one and its config.json is not the guard."""
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        kind = None
+    if kind == GUARD["model_type"]:
+        return None
+    return next((name for name in _PLAIN if (folder / name).exists()), None)
+
+
+def _tensor_names(folder: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    file = read_header(folder / CHECKPOINT_NAME)["tensors"]["file"]
+    with safe_open(folder / file, "pt") as tensors:
+        return dict.fromkeys(tensors.keys(), file)
 
 
 class GuardedSave:

@@ -12,6 +12,10 @@ logger = logging.getLogger(__name__)
 # transformers 5's report and 4's warning.
 _REPORTS = ("LOAD REPORT", "were not initialized from the model checkpoint", "were not used when initializing")
 _SHOWN = 4
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",
+    "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
 
 
 def from_pretrained(kind: Any, path: str, *, unread: str | None = None, **options: Any) -> Any:
@@ -29,6 +33,18 @@ def from_pretrained(kind: Any, path: str, *, unread: str | None = None, **option
         shown = ", ".join(fresh[:_SHOWN]) + (f" and {len(fresh) - _SHOWN} more" if len(fresh) > _SHOWN else "")
         logger.warning("%s has no values for %d weights, which were drawn at random: %s", path, len(fresh), shown)
     return model
+
+
+def tokenizer_of(path: str, local: bool, **options: Any) -> Any:
+    """AutoTokenizer.from_pretrained(path). Raises OSError where no file of a tokenizer is there: transformers 5 then
+    gives one that knows no word."""
+    from transformers import AutoTokenizer
+    from transformers.utils.hub import cached_file
+
+    here = {"local_files_only": local, "_raise_exceptions_for_missing_entries": False}
+    if not any(cached_file(path, name, **here) for name in _TOKENIZERS):
+        raise OSError(f"{path}: no file of a tokenizer ({', '.join(_TOKENIZERS[:_SHOWN])}, ...)")
+    return AutoTokenizer.from_pretrained(path, local_files_only=local, **options)
 
 
 def first_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 from ..models._files import sha256
 from ..models.pooling import POOLINGS, reads_pooler, set_pooling
-from ._pretrained import first_line, from_pretrained
+from ._pretrained import first_line, from_pretrained, tokenizer_of
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 _KINDS = ("classification", "regression")
@@ -95,8 +98,10 @@ def load_classifier(
     unread = None if pooling == "model" else ".pooler."  # a mean stands in its place
     model, tokenizer = _load(AutoModelForSequenceClassification, encoder, unread=unread, **options)
     if pooling != "model":
-        sample = dict(tokenizer("a b c", return_tensors="pt"))
-        pooling = "mean" if reads_pooler(model, sample) else "model"
+        able = reads_pooler(model)
+        if pooling == "mean" and not able:
+            logger.warning("pooling: 'mean' changes nothing in %s, whose head does not read a pooler", encoder.name)
+        pooling = "mean" if able else "model"
     set_pooling(model, pooling)
     return model, tokenizer
 
@@ -118,13 +123,11 @@ def load_causal(encoder: Encoder) -> tuple[Any, Any]:
 
 
 def _load(kind: Any, encoder: Encoder, **options: Any) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
-
     # The packaged folder is complete: nothing may look further than this disk.
-    here: dict[str, Any] = {"local_files_only": encoder.packaged}
+    local = encoder.packaged
     try:
-        tokenizer = AutoTokenizer.from_pretrained(encoder.path, **here)
-        model = from_pretrained(kind, encoder.path, **here, **options)
+        tokenizer = tokenizer_of(encoder.path, local)
+        model = from_pretrained(kind, encoder.path, local_files_only=local, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"model: cannot load {encoder.name!r}: {first_line(error)}") from error
     model.config.name_or_path = encoder.name  # what a checkpoint names, rather than a folder of this machine

@@ -14,7 +14,7 @@ from ..models.checkpoint import load_adamix
 from ..models.header import CHECKPOINT_NAME, read_header
 from ..models.hub import resolve_folder, with_paths
 from ..models.pooling import MARK, set_pooling
-from ._pretrained import first_line, from_pretrained
+from ._pretrained import first_line, from_pretrained, tokenizer_of
 from .encoders import Encoder, load_classifier, resolve_model
 from .run_file import RUN_NAME, read_run
 
@@ -55,6 +55,8 @@ def load(
     folder = resolve_folder(source, revision)
     if not (folder / CHECKPOINT_NAME).is_file():
         return _plain(folder, source)
+    from transformers import GenerationConfig
+
     header = read_header(folder / CHECKPOINT_NAME)
     base = _base(folder, header["base_model"], None if model is None else os.fspath(model), Path(source).is_dir())
     facts = header["base_model"]
@@ -63,7 +65,8 @@ def load(
     else:
         built = _built(base, facts)
         tokenizer = _tokenizer(folder, base, built.config)
-    _restore_generation(built, folder)
+    if facts.get("generation") is not None:
+        built.generation_config = GenerationConfig.from_dict(dict(facts["generation"]))
     try:
         load_adamix(built, folder, backend=backend)
     except ValueError as error:
@@ -155,25 +158,14 @@ def _plain(folder: Path, source: object) -> tuple[Any, Any]:
 
 
 def _tokenizer(folder: Path, base: Encoder, config: Any) -> Any:
-    from transformers import AutoTokenizer
-
     own = (folder / _TOKENIZER).is_file()
     try:
-        return AutoTokenizer.from_pretrained(
-            str(folder) if own else base.path, config=config, local_files_only=own or base.packaged
-        )
+        return tokenizer_of(str(folder) if own else base.path, own or base.packaged, config=config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if own:
             raise ValueError(f"{folder / _TOKENIZER}: cannot load the tokenizer: {first_line(error)}") from error
         logger.warning("No tokenizer in %s, nor with %s: %s", folder, base.name, first_line(error))
         return None
-
-
-def _restore_generation(model: Any, folder: Path) -> None:
-    from transformers import GenerationConfig
-
-    if (folder / "generation_config.json").is_file() and getattr(model, "generation_config", None) is not None:
-        model.generation_config = GenerationConfig.from_pretrained(str(folder))
 
 
 def _quantised(header: dict[str, Any]) -> str:
