@@ -141,7 +141,7 @@ def test_columns_found_by_name(tmp_path, names, columns, note):
         (("text", "label"), {"text_column": "text", "label_column": "text"}, r"text_column and label_column: got"),
         (("text", "other", "label"), {"text_pair_column": "other"}, r"text_pair_column: got .*, expected text_column"),
         (("sentence1", "sentence2", "question1", "question2", "label"), {}, r"several pairs of texts"),
-        (("text;label",), {}, r"separated by other signs"),
+        (("text;label",), {}, r"line 1: got one column, 'text;label', .* separated by ';', expected commas"),
         (("text", "text"), {}, r"line 1: got the column 'text' twice"),
     ],
 )  # fmt: skip

@@ -138,6 +138,11 @@ def _split(table: Table | None, columns: Columns, labels: Labels, notes: list[st
     empty = sum(not text.strip() for text in texts)
     if empty:
         notes.append(f"{table.name}: {empty} rows have an empty text in {columns.text!r}.")
+    quoted = sum(_quoted(text) for text in texts) if table.name.endswith(".tsv") else 0
+    if quoted:
+        notes.append(
+            f"{table.name}: {quoted} texts look quoted, but quotes mean nothing in a TSV file: save it as CSV."
+        )
     if labels.kind != "generation":
         return TextSplit(texts, pairs, values)
     return TextSplit([t for t, v in zip(texts, values) for _ in v], pairs, [text for v in values for text in v])
@@ -146,6 +151,12 @@ def _split(table: Table | None, columns: Columns, labels: Labels, notes: list[st
 def _texts(table: Table, column: str, option: str, rows: Sequence[int]) -> list[str]:
     values = table.column(column, option)
     return [checked_text(values[row], lambda row=row: f"{table.place(row)}, column {column!r}") for row in rows]
+
+
+def _quoted(text: str) -> bool:
+    """Whether a cell is as a program writes it that quotes: quotes around, and those inside twice."""
+    inside = text[1:-1]
+    return text[:1] == text[-1:] == '"' and '""' in inside and '"' not in inside.replace('""', "")
 
 
 def checked_text(value: Any, place: Any) -> str:
