@@ -1,6 +1,7 @@
 """load_task: every layout of files and folders, its columns, and the parts it makes of them."""
 
 import json
+import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -244,3 +245,14 @@ def test_one_part_for_a_trained_model(tmp_path):
         load_split(str(tmp_path), "train", label_names=["good"])
     with pytest.raises(ValueError, match="split: got 'all'"):
         load_split(str(tmp_path), "all")
+
+
+def test_what_needs_a_package_says_which(tmp_path, monkeypatch):
+    path = _write(tmp_path / "d.parquet")
+    for name in ("datasets", "pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match=r"d\.parquet: Parquet files need the package pyarrow \(pip install"):
+        load_task(str(path))
+    with pytest.raises(ModuleNotFoundError, match=r"'some/set' needs the package datasets \(pip install"):
+        load_task("some/set")
+    assert len(load_task(str(_write(tmp_path / "d.csv"))).train) == 18  # nothing but this package

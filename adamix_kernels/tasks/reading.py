@@ -101,15 +101,27 @@ def load_split(
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(map(repr, KINDS))}")
     if split not in PARTS:
         raise ValueError(f"split: got {split!r}, expected one of {', '.join(map(repr, PARTS))}")
+    given = (text_column, text_pair_column, label_column)
+    if task == "generation" and not any(given) and (tables := find_tables(source)) is not None:
+        part: TextSplit = _there(source, split, dict(zip(PARTS, tables)))
+        return part
     parts = find_parts(source)
-    table = parts.train if is_file(source) else getattr(parts, split)
-    if table is None:
-        there = [name for name in PARTS if getattr(parts, name) is not None]
-        raise ValueError(f"split: {source!r} has no {split} part, expected one of {', '.join(there)}")
-    columns, _ = choose_columns(table.name, table.names, task, text_column, text_pair_column, label_column)
+    tables_of = {name: getattr(parts, name) for name in PARTS}
+    table: Table = parts.train if is_file(source) else _there(source, split, tables_of)
+    if task == "generation" and not any(given) and (written := rows_as_text(table)) is not None:
+        return written
+    columns, _ = choose_columns(table.name, table.names, task, *given)
     made = _split(table, columns, Labels(task, str(columns.label), list(label_names)), [])
     assert made is not None  # as table is
     return made
+
+
+def _there(source: str, split: str, parts: dict[str, Any]) -> Any:
+    """One of the parts. Raises ValueError naming those there are."""
+    if parts[split] is None:
+        there = ", ".join(name for name, part in parts.items() if part is not None)
+        raise ValueError(f"split: {source!r} has no {split} part, expected one of {there}")
+    return parts[split]
 
 
 def _written(parts: Parts) -> tuple[TextSplit | None, ...] | None:
