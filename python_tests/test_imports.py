@@ -18,7 +18,7 @@ FLOORS = {
     "commands": 6, "demo": 6, "_hub": 6, "cli": 7, "__main__": 7.5, "__init__": 8,
 }  # fmt: skip
 # What a room may load only when first used, from inside a function.
-HEAVY = {"transformers", "safetensors", "datasets", "peft", "matplotlib", "rich", "accelerate", "tqdm"}
+HEAVY = {"transformers", "safetensors", "datasets", "pyarrow", "peft", "matplotlib", "rich", "accelerate", "tqdm"}
 
 
 def _module(path):

@@ -7,7 +7,7 @@ import pytest
 import tiny_recipes
 
 from adamix_kernels.recipes.shots import draw_shots
-from adamix_kernels.tasks import Columns, TextSplit, load_task
+from adamix_kernels.tasks import Columns, TextSplit, load_split, load_task
 from adamix_kernels.tasks.table_data import HUB_ROWS, Pair, load_tables, references
 
 
@@ -55,6 +55,7 @@ def test_tables_are_a_task_of_generation_too(tmp_path, name):
     for split, pairs in ((task.train, data.train), (task.dev, data.dev), (task.test, data.test)):
         assert list(zip(split.texts, split.labels)) == [(pair.context, pair.text) for pair in pairs]
     assert task.test.references() == references(data.test)
+    assert load_split(folder, "test", task="generation") == task.test
 
 
 def test_rows_of_the_hub_in_files_of_ones_own(tmp_path):
@@ -62,6 +63,7 @@ def test_rows_of_the_hub_in_files_of_ones_own(tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = load_task(str(tmp_path), task="generation")
     assert (len(task.train), len(task.dev)) == (36, 4)
+    assert len(load_split(str(tmp_path / "train.jsonl"), task="generation")) == 40
     assert (task.train.references() | task.dev.references())["A : is : 3"] == ["one 3", "two 3"]
 
 

@@ -95,7 +95,7 @@ def test_a_wrong_line_is_named_when_it_is_reached(tmp_path, name, content, good,
         ("in.csv", "text,b\na,1\n", {"text_column": "c"}, r"text_column: got 'c', but .* columns 'text', 'b'"),
         ("in.csv", "text,b\na,1\n", {"text_pair_column": "b"}, r"text_pair_column: got 'b', expected text_column"),
         ("in.csv", "", {}, r"in\.csv: got an empty file"),
-        ("in.csv", "text;b\na;1\n", {}, r"separated by other signs"),
+        ("in.csv", "text;b\na;1\n", {}, r"separated by ';', expected commas"),
         ("in.doc", "", {}, r"got a file of type '\.doc', expected one of \.txt, \.tsv"),
     ],
 )  # fmt: skip

@@ -141,6 +141,7 @@ def test_snli_rows_without_a_gold_label_are_left_out(tmp_path):
         ("train.csv", 'text,label\na,0\n"c,1\nd,0\n', r"train\.csv, line 3: got a row that is no CSV \(unexpected end"),
         ("train.csv", "text,label\n", r"train\.csv: got a header and no rows"),
         ("train.csv", "", r"train\.csv: got an empty file"),
+        ("train.tsv", "text,label\na,1\n", r"train\.tsv, line 1: got one column, .* by ',', expected tabs"),
         ("train.csv", b"\xff\xfet\0", r"train\.csv, line 1: byte 1 of the line is not UTF-8"),
         ("train.jsonl", '{"text": "a", "label": 1}\n{"text"\n', r"line 2: got no JSON .*one object a line"),
         ("train.jsonl", '{"text": "a", "label": 1}\n\n[1]\n', r"train\.jsonl, line 3: got \[1\], expected an object"),
@@ -167,6 +168,16 @@ def test_rows_with_an_empty_text_are_counted(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\n,0\nb,1\n")
     (tmp_path / "dev.csv").write_text("text,label\na,0\n")
     assert load_task(str(tmp_path)).notes == (f"{tmp_path / 'train.csv'}: 1 rows have an empty text in 'text'.",)
+
+
+def test_a_tsv_file_with_quoted_cells_is_told(tmp_path):
+    for part in ("train", "dev"):
+        text = 'text\tlabel\n"she said ""no"""\t1\n"yes" is no "no"\t0\n'
+        (tmp_path / f"{part}.tsv").write_text(text)
+    told = load_task(str(tmp_path)).notes
+    assert [note.partition(": ")[2] for note in told] == [
+        "1 texts look quoted, but quotes mean nothing in a TSV file: save it as CSV."
+    ] * 2
 
 
 def test_tsv_keeps_quotes_carriage_returns_and_a_byte_order_mark(tmp_path):

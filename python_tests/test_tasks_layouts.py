@@ -1,6 +1,7 @@
 """load_task: every layout of files and folders, its columns, and the parts it makes of them."""
 
 import json
+import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -141,7 +142,7 @@ def test_columns_found_by_name(tmp_path, names, columns, note):
         (("text", "label"), {"text_column": "text", "label_column": "text"}, r"text_column and label_column: got"),
         (("text", "other", "label"), {"text_pair_column": "other"}, r"text_pair_column: got .*, expected text_column"),
         (("sentence1", "sentence2", "question1", "question2", "label"), {}, r"several pairs of texts"),
-        (("text;label",), {}, r"separated by other signs"),
+        (("text;label",), {}, r"line 1: got one column, 'text;label', .* separated by ';', expected commas"),
         (("text", "text"), {}, r"line 1: got the column 'text' twice"),
     ],
 )  # fmt: skip
@@ -244,3 +245,14 @@ def test_one_part_for_a_trained_model(tmp_path):
         load_split(str(tmp_path), "train", label_names=["good"])
     with pytest.raises(ValueError, match="split: got 'all'"):
         load_split(str(tmp_path), "all")
+
+
+def test_what_needs_a_package_says_which(tmp_path, monkeypatch):
+    path = _write(tmp_path / "d.parquet")
+    for name in ("datasets", "pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match=r"d\.parquet: Parquet files need the package pyarrow \(pip install"):
+        load_task(str(path))
+    with pytest.raises(ModuleNotFoundError, match=r"'some/set' needs the package datasets \(pip install"):
+        load_task("some/set")
+    assert len(load_task(str(_write(tmp_path / "d.csv"))).train) == 18  # nothing but this package

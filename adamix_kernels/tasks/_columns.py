@@ -117,15 +117,9 @@ def _by_rank(
     best = next((found for found in fits if found), [])
     if len(best) != 1:
         found = f"{listed(best)} may each be the {what}" if best else f"none is known as the {what}"
-        hint = "" if best else _hint(names)
+        hint = "" if best else " (the first line must be a header of column names)"
         raise ValueError(f"{option}: {name} has the columns {listed(names)}, {found}: name it by --{option}{hint}")
     others = [column for found in fits for column in found if column not in best]
     if others:
         notes.append(f"The {what} is read from {best[0]!r}; {listed(others)} could be meant too (--{option}).")
     return best[0]
-
-
-def _hint(names: Sequence[str]) -> str:
-    if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
-        return " (the cells seem to be separated by other signs than this kind of file has)"
-    return " (the first line must be a header of column names)"

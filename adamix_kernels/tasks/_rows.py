@@ -97,7 +97,7 @@ def _tsv(file: Any, name: str, whole_only: bool) -> Rows:
         raise ValueError(f"{name}: got an empty file, expected a header line and rows")
     cells = first[1].split("\t")
     bare = len(cells) == len(COLA) and cells[1].isdecimal() and cells[2] in ("", "*")
-    columns = list(COLA) if bare else _header(cells, name)
+    columns = list(COLA) if bare else _header(cells, name, ",;")
     cut_rows = not whole_only and any(column in columns for column in _ARCHIVE)
     found = Rows(name, "line", columns, iter(()))
 
@@ -146,7 +146,7 @@ def _csv(file: Any, name: str) -> Rows:
     first = next(lines, None)
     if first is None:
         raise ValueError(f"{name}: got an empty file, expected a header line and rows")
-    columns = _header(first[1], name)
+    columns = _header(first[1], name, ";\t")
 
     def named() -> Iterator[tuple[int, dict[str, Any]]]:
         for number, cells in lines:
@@ -240,7 +240,13 @@ def _first_character(file: Any) -> bytes:
     return start[:1]
 
 
-def _header(cells: list[str], name: str) -> list[str]:
+def _header(cells: list[str], name: str, others: str) -> list[str]:
+    if len(cells) == 1 and any(mark in cells[0] for mark in others):
+        mark = next(mark for mark in others if mark in cells[0])
+        raise ValueError(
+            f"{name}, line 1: got one column, {cells[0]!r}, whose names seem to be separated by {mark!r}, expected "
+            f"{'commas' if ',' not in others else 'tabs'}"
+        )
     # pandas writes its index under an empty name.
     columns = [cell or f"column {i}" for i, cell in enumerate(cells, start=1)]
     if len(set(columns)) < len(columns):
@@ -255,4 +261,4 @@ def _count(cells: list[str]) -> str:
 
 def _quoted(cells: list[str]) -> str:
     quoted = any(cell.startswith('"') for cell in cells)
-    return " (quotes mean nothing in a TSV file; a file with quoted cells is read as CSV)" if quoted else ""
+    return " (quotes mean nothing in a TSV file: save quoted cells as CSV)" if quoted else ""

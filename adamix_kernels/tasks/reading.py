@@ -101,15 +101,27 @@ def load_split(
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(map(repr, KINDS))}")
     if split not in PARTS:
         raise ValueError(f"split: got {split!r}, expected one of {', '.join(map(repr, PARTS))}")
+    given = (text_column, text_pair_column, label_column)
+    if task == "generation" and not any(given) and (tables := find_tables(source)) is not None:
+        part: TextSplit = _there(source, split, dict(zip(PARTS, tables)))
+        return part
     parts = find_parts(source)
-    table = parts.train if is_file(source) else getattr(parts, split)
-    if table is None:
-        there = [name for name in PARTS if getattr(parts, name) is not None]
-        raise ValueError(f"split: {source!r} has no {split} part, expected one of {', '.join(there)}")
-    columns, _ = choose_columns(table.name, table.names, task, text_column, text_pair_column, label_column)
+    tables_of = {name: getattr(parts, name) for name in PARTS}
+    table: Table = parts.train if is_file(source) else _there(source, split, tables_of)
+    if task == "generation" and not any(given) and (written := rows_as_text(table)) is not None:
+        return written
+    columns, _ = choose_columns(table.name, table.names, task, *given)
     made = _split(table, columns, Labels(task, str(columns.label), list(label_names)), [])
     assert made is not None  # as table is
     return made
+
+
+def _there(source: str, split: str, parts: dict[str, Any]) -> Any:
+    """One of the parts. Raises ValueError naming those there are."""
+    if parts[split] is None:
+        there = ", ".join(name for name, part in parts.items() if part is not None)
+        raise ValueError(f"split: {source!r} has no {split} part, expected one of {there}")
+    return parts[split]
 
 
 def _written(parts: Parts) -> tuple[TextSplit | None, ...] | None:
@@ -138,6 +150,11 @@ def _split(table: Table | None, columns: Columns, labels: Labels, notes: list[st
     empty = sum(not text.strip() for text in texts)
     if empty:
         notes.append(f"{table.name}: {empty} rows have an empty text in {columns.text!r}.")
+    quoted = sum(_quoted(text) for text in texts) if table.name.endswith(".tsv") else 0
+    if quoted:
+        notes.append(
+            f"{table.name}: {quoted} texts look quoted, but quotes mean nothing in a TSV file: save it as CSV."
+        )
     if labels.kind != "generation":
         return TextSplit(texts, pairs, values)
     return TextSplit([t for t, v in zip(texts, values) for _ in v], pairs, [text for v in values for text in v])
@@ -146,6 +163,12 @@ def _split(table: Table | None, columns: Columns, labels: Labels, notes: list[st
 def _texts(table: Table, column: str, option: str, rows: Sequence[int]) -> list[str]:
     values = table.column(column, option)
     return [checked_text(values[row], lambda row=row: f"{table.place(row)}, column {column!r}") for row in rows]
+
+
+def _quoted(text: str) -> bool:
+    """Whether a cell is as a program writes it that quotes: quotes around, and those inside twice."""
+    inside = text[1:-1]
+    return text[:1] == text[-1:] == '"' and '""' in inside and '"' not in inside.replace('""', "")
 
 
 def checked_text(value: Any, place: Any) -> str:
