@@ -196,8 +196,9 @@ def start_at(model: nn.Module, value: float) -> None:
 
 
 def checked_metrics(task: str, asked: Sequence[str]) -> tuple[str, ...]:
-    """What to measure. Metrics that nobody asked for are left out where their library is missing."""
+    """What to measure, out of names or words like "f1,accuracy". What nobody asked for may be missing its library."""
     known = METRICS[task]
+    asked = [name for word in asked for name in word.split(",") if name]
     wrong = [name for name in asked if name not in known]
     if wrong:
         raise ValueError(f"metrics: got {wrong[0]!r} for {task}, expected some of {', '.join(known)}")

@@ -54,8 +54,8 @@ def shows_bars(options: OutputOptions) -> bool:
 
 
 @contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """transformers reports a head that it drew; here that is meant, or a checkpoint fills it a moment later."""
+def quiet() -> Iterator[None]:
+    """From transformers, errors alone: it reports a head that it drew, which is meant, and warns of its own calls."""
     import transformers
 
     before, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()

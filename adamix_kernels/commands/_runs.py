@@ -14,7 +14,7 @@ from ..models.hub import resolve_folder
 from ..models.pooling import pooling_of
 from ..tasks import Run, load, read_run
 from ..tasks.run_file import RUN_NAME
-from ._options import quiet_loading
+from ._options import quiet
 
 MAX_TOKENS = 512  # where neither a run file nor the tokenizer says
 
@@ -61,7 +61,7 @@ def open_run(options: RunOptions) -> Opened:
         raise ValueError(f"run{str(error).removeprefix('source')}") from error
     place = run_folder(folder)
     run = None if place is None else read_run(place)  # before the model: a damaged file is answered at once
-    with quiet_loading():
+    with quiet():
         model, tokenizer = load(folder, model=options.model)
     if tokenizer is None:
         raise ValueError(f"{folder}: got no tokenizer in it, nor beside its base model, expected one")

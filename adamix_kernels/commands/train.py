@@ -15,7 +15,7 @@ from ..models.inject import adapt
 from ..tasks import Run, TextTask, load_causal, load_classifier, load_task, resolve_model, write_run
 from ._baselines import Baselines, Work, measure
 from ._kinds import Kind, checked_metrics, make_kind, start_at, without_text
-from ._options import is_main_process, quiet_loading, set_log_level
+from ._options import is_main_process, quiet, set_log_level
 from ._parser import OptionParser
 from ._train_options import SHOWN, AdaptationOptions, DataOptions, FitOptions
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
     encoder, task = resolve_model(data.model), _task(options)
     checked_metrics(task.kind, fit.metrics)
     transformers.set_seed(arguments.seed)
-    with quiet_loading():
+    with quiet():
         if task.kind == "generation":
             model, tokenizer = load_causal(encoder)
         else:
@@ -115,7 +115,8 @@ def main(argv: Sequence[str]) -> int:
         write_run(arguments.output_dir, run)
         scores = trained.scores
         if task.kind == "generation":  # per token, which the Trainer's is not, and the decoded texts
-            scores = kind.evaluate(model, dev, not arguments.disable_tqdm).values
+            with quiet():
+                scores = kind.evaluate(model, dev, not arguments.disable_tqdm).values
         tell(Outcome(model, kind, run, scores, trained.losses, baselines, notes, len(dev_rows)), arguments.output_dir)
     return 0
 
@@ -168,8 +169,8 @@ def _steps(arguments: Any, rows: int) -> int:
         return int(arguments.max_steps)
     processes = max(1, arguments.world_size)
     batches = math.ceil(rows / (arguments.train_batch_size * processes))
-    epochs: float = arguments.num_train_epochs
-    return math.ceil(epochs * max(1, math.ceil(batches / arguments.gradient_accumulation_steps)))
+    epochs, accumulated = float(arguments.num_train_epochs), int(arguments.gradient_accumulation_steps)
+    return int(math.ceil(epochs * max(1, math.ceil(batches / accumulated))))
 
 
 def _baselines(
