@@ -170,8 +170,15 @@ def test_resume_as_flag_and_in_a_file(tmp_path):
 def test_early_stopping_keeps_the_best():
     assert train.parse(["--early_stopping", "2"]).arguments.load_best_model_at_end
     assert not train.parse([]).arguments.load_best_model_at_end
-    with pytest.raises(ValueError, match="early_stopping: got -1"):
-        train.parse(["--early_stopping", "-1"])
+    for flags in (["--eval_strategy", "no"], ["--save_strategy", "no"], ["--eval_strategy", "steps"]):
+        with pytest.raises(ValueError, match=r"early_stopping: got --eval_strategy .* the same for both"):
+            train.parse(["--early_stopping", "1", *flags])
+
+
+@pytest.mark.parametrize("flag", ["max_tokens", "max_new_tokens", "beams", "max_train_rows", "early_stopping"])
+def test_amounts_have_a_least_value(flag):
+    with pytest.raises(ValueError, match=f"{flag}: got -1, expected at least"):
+        train.parse([f"--{flag}", "-1"])
 
 
 def _help(capsys, *flags):

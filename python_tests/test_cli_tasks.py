@@ -231,6 +231,26 @@ def test_a_sample_of_the_training_rows_is_drawn_by_the_seed(reviews, capsys, mon
     assert seen[0] == seen[1] != seen[2]
 
 
+def test_texts_are_cut_at_what_the_model_takes(reviews, capsys):
+    data = reviews / "long.csv"
+    long = " ".join(["good"] * 90)
+    data.write_text("\n".join(["text,label", *(f"{long} {i},{i % 2}" for i in range(30))]) + "\n")
+    assert run(reviews, reviews / "encoder", str(data), "--max_steps", "1", out="long") == 0
+    assert "note: texts are cut at 32 tokens" in capsys.readouterr().out
+    assert tasks.read_run(reviews / "long").max_tokens == 32
+    assert cli.main(["predict", "--run", str(reviews / "long"), long]) == 0
+    model, tokenizer = tasks.load(reviews / "out")
+    model.config.model_type, model.config.pad_token_id = "roberta", 1
+    assert _kinds.longest_text(model, tokenizer) == 30
+
+
+def test_a_long_context_leaves_room_for_the_text(written, capsys):
+    assert cli.main(["predict", "--run", str(written / "out"), "blue " * 300, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["generated"] is not None
+    assert cli.main(["predict", "--run", str(written / "out"), "blue", "--max_new_tokens", "128"]) == 2
+    assert "max_new_tokens: got 128, expected less than the 128 tokens of a text" in capsys.readouterr().err
+
+
 def test_metrics_are_checked_before_anything_is_loaded(reviews, capsys):
     data, more = str(reviews / "own.csv"), ["--text_column", "review", "--label_column", "stars"]
     assert run(reviews, "./nowhere", data, *more, "--metrics", "bleu", out="x") == 2

@@ -20,6 +20,7 @@ METRICS = {"classification": CLASS_METRICS, "regression": NUMBER_METRICS, "gener
 DEFAULT_METRICS = {"classification": ("accuracy",), "regression": ("pearson", "spearman"), "generation": ()}
 GENERATION = {"max_new_tokens": 64, "beams": 4, "length_penalty": 0.8, "no_repeat_ngram": 4}
 FALLING = ("loss", "rmse", "ter")  # less is better
+_SHIFTED = ("roberta", "xlm-roberta", "camembert")
 _PLAIN = ("nist", "cider", "rmse", "loss")  # no percentages
 
 
@@ -119,6 +120,9 @@ class GenerationKind:
     def __post_init__(self) -> None:
         self.metrics = checked_metrics(self.kind, self.metrics)
         self.settings = {**GENERATION, **self.settings}
+        new = self.settings["max_new_tokens"]
+        if new >= self.max_tokens:
+            raise ValueError(f"max_new_tokens: got {new}, expected less than the {self.max_tokens} tokens of a text")
 
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
@@ -148,7 +152,8 @@ class GenerationKind:
     def _decode(self, model: nn.Module, texts: list[str], progress: bool) -> list[str]:
         from tqdm.auto import tqdm
 
-        options = {**self.settings, "max_context": self.max_tokens, "batch_size": self.batch_size}
+        room = self.max_tokens - self.settings["max_new_tokens"]
+        options = {**self.settings, "max_context": room, "batch_size": self.batch_size}
         made: list[str] = []
         with tqdm(total=len(texts), unit="text", disable=not progress) as bar:
             for start in range(0, len(texts), self.batch_size):
@@ -164,6 +169,15 @@ Kind = LabelKind | GenerationKind
 def contexts(texts: Sequence[str], pairs: Sequence[str] | None) -> list[str]:
     """What a causal model reads: the text, and the second one of a pair after a blank."""
     return list(texts) if pairs is None else [f"{t} {p}" for t, p in zip(texts, pairs, strict=True)]
+
+
+def longest_text(model: Any, tokenizer: Any) -> int:
+    """Tokens that the model has positions for."""
+    config = model.config
+    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    if config.model_type in _SHIFTED:  # their first position stands behind that of the padding
+        positions -= config.pad_token_id + 1
+    return int(min(positions, tokenizer.model_max_length))
 
 
 def without_text(rows: Sequence[dict[str, Any]]) -> int:

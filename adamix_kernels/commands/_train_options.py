@@ -108,6 +108,16 @@ class FitOptions:
     )
 
 
+def check_amounts(data: DataOptions, fit: FitOptions) -> None:
+    """Raises ValueError, naming the option, for a number that is too small."""
+    least = {"max_tokens": 1, "max_new_tokens": 1, "beams": 1}
+    least |= dict.fromkeys(("max_train_rows", "max_eval_rows", "early_stopping", "head_learning_rate"), 0)
+    for name, bound in least.items():
+        value = getattr(data if hasattr(data, name) else fit, name)
+        if value < bound:
+            raise ValueError(f"{name}: got {value}, expected at least {bound}")
+
+
 # Of TrainingArguments', what --help shows, in our words.
 SHOWN = {
     "output_dir": "folder of the run; also --out",

@@ -14,10 +14,10 @@ import torch
 from ..models.inject import adapt
 from ..tasks import Run, TextTask, load_causal, load_classifier, load_task, resolve_model, write_run
 from ._baselines import Baselines, Work, measure
-from ._kinds import Kind, checked_metrics, make_kind, start_at, without_text
+from ._kinds import Kind, checked_metrics, longest_text, make_kind, start_at, without_text
 from ._options import is_main_process, quiet, set_log_level
 from ._parser import OptionParser
-from ._train_options import SHOWN, AdaptationOptions, DataOptions, FitOptions
+from ._train_options import SHOWN, AdaptationOptions, DataOptions, FitOptions, check_amounts
 
 # Where they differ from TrainingArguments'; a flag or a file overrides each.
 DEFAULTS = {
@@ -66,9 +66,14 @@ def parse(argv: Sequence[str]) -> Options:
     flags = list(argv)
     parsed = parser.parse(flags)
     data, adaptation, fit, arguments = parsed.parts
-    if fit.early_stopping < 0:
-        raise ValueError(f"early_stopping: got {fit.early_stopping}, expected 0 (off) or more")
-    if fit.early_stopping and not arguments.load_best_model_at_end:
+    check_amounts(data, fit)
+    if fit.early_stopping:
+        when = str(arguments.eval_strategy.value), str(arguments.save_strategy.value)
+        if when[0] == "no" or when[1] not in (when[0], "best"):
+            raise ValueError(
+                f"early_stopping: got --eval_strategy {when[0]} and --save_strategy {when[1]}, expected epoch or "
+                "steps, the same for both"
+            )
         arguments = dataclasses.replace(arguments, load_best_model_at_end=True)
     return Options(data, adaptation, fit, arguments, parsed.given)
 
@@ -95,11 +100,14 @@ def main(argv: Sequence[str]) -> int:
             model, tokenizer = load_classifier(encoder, task.label_names, data.pooling, task=task.kind)
     settings = {"max_new_tokens": fit.max_new_tokens, "beams": fit.beams} if task.kind == "generation" else {}
     size = arguments.per_device_eval_batch_size
-    kind = make_kind(task.kind, task.label_names, tokenizer, data.max_tokens, fit.metrics, settings, size)
+    longest = min(data.max_tokens, longest_text(model, tokenizer))
+    kind = make_kind(task.kind, task.label_names, tokenizer, longest, fit.metrics, settings, size)
     dev = task.dev.sample(data.max_eval_rows or None, 0)
     rows, dev_rows = kind.encode(task.train.sample(data.max_train_rows or None, arguments.seed)), kind.encode(dev)
-    run = _run(options, task, model, settings)
+    run = _run(options, task, model, settings, longest)
     notes = [*task.notes, *_notes(run, rows, dev_rows, model, config.method)]
+    if longest < data.max_tokens:
+        notes.append(f"texts are cut at {longest} tokens, which is all that this model takes")
     if is_main_process():
         for note in notes:
             print(f"note: {note}", flush=True)
@@ -133,14 +141,14 @@ def _task(options: Options) -> TextTask:
     )
 
 
-def _run(options: Options, task: TextTask, model: Any, settings: dict[str, Any]) -> Run:
+def _run(options: Options, task: TextTask, model: Any, settings: dict[str, Any], longest: int) -> Run:
     from ..models.pooling import pooling_of
 
     return Run(
         model=options.data.model,
         data=options.data.data,
         label_names=task.label_names,
-        max_tokens=options.data.max_tokens,
+        max_tokens=longest,
         pooling=pooling_of(model) or "model",
         task=task.kind,
         text_column=task.columns.text,
@@ -167,10 +175,9 @@ def _steps(arguments: Any, rows: int) -> int:
     """Optimizer steps of the run, as the Trainer counts them."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
-    processes = max(1, arguments.world_size)
-    batches = math.ceil(rows / (arguments.train_batch_size * processes))
+    size = int(arguments.train_batch_size) * max(1, int(arguments.world_size))
     epochs, accumulated = float(arguments.num_train_epochs), int(arguments.gradient_accumulation_steps)
-    return int(math.ceil(epochs * max(1, math.ceil(batches / accumulated))))
+    return math.ceil(epochs * max(1, math.ceil(math.ceil(rows / size) / accumulated)))
 
 
 def _baselines(
