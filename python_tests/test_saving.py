@@ -282,7 +282,10 @@ def test_generation_settings_come_back(tmp_path):
         assert (again.generation_config.max_new_tokens, again.generation_config.num_beams) == (3, 2)
         pairs = [(again, own), (model, tokenizer)]
         writers = [transformers.pipeline("text-generation", model=m, tokenizer=t) for m, t in pairs]
-        calls = [writer("good film", do_sample=False, min_new_tokens=3, return_tensors=True) for writer in writers]
+        calls = [
+            writer("good film", do_sample=False, min_new_tokens=3, max_new_tokens=3, return_tensors=True)
+            for writer in writers
+        ]
         ids = [call[0]["generated_token_ids"] for call in calls]
         assert len(ids[0]) >= 5
         assert ids[0] == ids[1]

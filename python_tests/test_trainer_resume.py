@@ -81,7 +81,7 @@ def test_a_checkpoint_holds_no_frozen_weights(tmp_path):
     assert len(tensors) == 1
     assert files - tensors == {
         "adamix_checkpoint.json", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt",
-        "rng_state.pth", "adamix_files.json",
+        "rng_state.pth", "adamix_files.json", "config.json", "model.safetensors.index.json", "README.md",
     }  # fmt: skip
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = (tmp_path / "checkpoint-2" / tensors.pop()).stat().st_size

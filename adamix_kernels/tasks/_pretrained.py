@@ -24,7 +24,13 @@ def from_pretrained(kind: Any, path: str, *, unread: str | None = None, **option
     A warning names every other weight that was drawn at random, but for those with `unread` in their names.
     """
     with _without_report():
-        model, info = kind.from_pretrained(path, output_loading_info=True, **options)
+        try:
+            model, info = kind.from_pretrained(path, output_loading_info=True, **options)
+        except AttributeError as error:
+            if "NoneType" not in str(error):
+                raise
+            # How transformers 4 says that it found no file, offline.
+            raise OSError(f"{path}: no such folder, and no such model in the cache of this machine") from error
     prefix = f"{model.base_model_prefix}."
     whole = getattr(model, model.base_model_prefix, model) is model  # no head around it
     fresh = sorted(name for name in info["missing_keys"] if whole or name.startswith(prefix))
