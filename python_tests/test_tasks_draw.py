@@ -67,6 +67,11 @@ def test_a_drawn_dev_split_shares_no_text_and_leaves_every_class_in_training(row
             assert abs(drawn[label] - whole * count / len(first)) < 1
 
 
+def test_a_share_that_floats_miss():
+    assert 100 * 0.29 < 29
+    assert len(dev_rows(range(100), [0] * 100, 0.29, 0)) == 29
+
+
 def _jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)

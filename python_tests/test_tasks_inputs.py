@@ -77,6 +77,7 @@ def test_columns_are_given_or_found(tmp_path):
         ("in.tsv", "text\tb\na\t1\nb\n", 1, r"in\.tsv, line 3: got 1 column, expected 2"),
         ("in.jsonl", '"a"\n{"text": "b"}\n{"other": "c"}\n', 2, r"in\.jsonl, line 3: got no 'text', expected"),
         ("in.jsonl", '"a"\n{"text": "b"}\n{"text": null}\n', 2, r"line 3, column 'text': got nothing, expected"),
+        ("in.tsv", "qid1\tquestion1\tquestion2\n1\ta\tb\n2\tcut\n", 1, r"in\.tsv, line 3: got 2 columns, expected 3"),
         ("in.jsonl", '"a"\n{\n', 1, r"in\.jsonl, line 2: got no JSON"),
         ("in.jsonl", '{"text": "a"}\n[]\n', 1, r"in\.jsonl, line 2: got \[\], expected an object"),
     ],
@@ -104,6 +105,11 @@ def test_files_without_texts(tmp_path, name, content, given, message):
         list(read_inputs(_file(tmp_path, name, content), **given))
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_inputs(tmp_path / "nowhere.txt")
+
+
+def test_a_text_may_be_long(tmp_path):
+    text = "word, " * 50_000  # longer than what the csv module takes by itself
+    assert [row.text for row in read_inputs(_file(tmp_path, "in.csv", f'text\n"{text}"\n'))] == [text]
 
 
 def test_a_file_is_not_read_ahead_of_its_rows(tmp_path):
