@@ -1,4 +1,7 @@
-"""`python -m benchmarks.readme --write`: the README's performance section, written from benchmarks/results alone."""
+"""`python -m benchmarks.readme --write`: the README's performance section and docs/performance.md.
+
+Both are written from benchmarks/results alone: the section has what a newcomer needs, the page every figure and goal.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,37 @@ from .goals import CPU_LIMITS, RESULTS, Verdict
 from .proof_report import write_text
 from .record import Row
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "performance.md"
 BEGIN = "<!-- performance, written by `python -m benchmarks.readme --write`: begin -->"
 END = "<!-- performance: end -->"
 STEPS = RESULTS / "step_cpu.csv"
 EARLIER = RESULTS / "step_cpu_earlier.csv"
 OPS = RESULTS / "ops_cpu.csv"
+MEMORY = RESULTS / "linear_memory_cpu.csv"
 
 
 def section() -> str:
-    """The text between the markers."""
+    """The text between the README's markers."""
+    parts = [_gpu(goals.evaluate(goals.load())), _memory(record.read(MEMORY))]
+    last = "Every op, every goal and how each figure was made: [docs/performance.md](docs/performance.md)."
+    return "\n\n".join([*parts, last])
+
+
+def page() -> str:
+    """docs/performance.md."""
     verdicts = goals.evaluate(goals.load())
-    parts = [_gpu(verdicts), _cpu_table(record.read(STEPS)), _cpu_words(record.read(STEPS), record.read(EARLIER))]
-    command = f"python -m benchmarks.run op NAME --size cpu --out {OPS.relative_to(README.parent)}"
-    parts += [readme_ops.table(record.read(OPS), command), *_pictures(), _goals(verdicts)]
-    return "\n\n".join(part for part in parts if part)
+    head = (
+        "# Performance\n\nEvery figure here is a row of benchmarks/results, with the command that made it; "
+        "`python -m benchmarks.readme --write`\nwrites this page from them."
+    )
+    parts = [head, _gpu(verdicts), _memory(record.read(MEMORY)), "## A training step on a CPU"]
+    parts += [_cpu_table(record.read(STEPS)), _cpu_words(record.read(STEPS), record.read(EARLIER))]
+    command = f"python -m benchmarks.run op NAME --size cpu --out {OPS.relative_to(ROOT)}"
+    parts += ["## Ops on a CPU", readme_ops.table(record.read(OPS), command), *_pictures()]
+    parts += ["## Goals", _goals(verdicts)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def rewritten(text: str) -> str:
@@ -55,6 +74,22 @@ def _gpu(verdicts: Sequence[Verdict]) -> str:
         f"On an {goals.GPU} {met} of {len(on_gpu)} goals are met, {len(measured) - met} missed and "
         f"{len(on_gpu) - len(measured)} not measured (`adamix bench gpu-proof`)."
     )
+
+
+def _memory(rows: Sequence[Row]) -> str:
+    """The linear loss beside the formula on all logits."""
+    peaks = {r.backend: r for r in rows if r.metric == "peak_memory" and "trained head" not in r.shape}
+    ours, formula = peaks["reference"], peaks["formula"]
+    return _wrapped(
+        f"`linear_adamix_loss` needs **{ours.value / formula.value:.0%} of the memory** of the plain formula: "
+        f"{ours.value:,.0f} MiB instead of {formula.value:,.0f} MiB at {_loss_size(ours.shape)} "
+        "(`python -m benchmarks.bench_linear_memory`, forward and backward, on a CPU)."
+    )
+
+
+def _loss_size(shape: str) -> str:
+    rows, tokens, classes = shape.partition(" ")[0].split("x")
+    return f"{rows} x {int(tokens):,} tokens and {int(classes):,} classes in bfloat16"
 
 
 def _cpu_table(rows: Sequence[Row]) -> str:
@@ -84,7 +119,7 @@ def _cpu_words(rows: Sequence[Row], earlier: Sequence[Row]) -> str:
     facts = dict(pair.split("=") for pair in first.note.split() if "=" in pair)
     took = " and ".join(f"{_seconds(r.value)} at {_size(r.shape)}" for r in times)
     said = [
-        f"`python -m benchmarks.run step --out {STEPS.relative_to(README.parent)}`: {facts['threads']} threads of a "
+        f"`python -m benchmarks.run step --out {STEPS.relative_to(ROOT)}`: {facts['threads']} threads of a "
         f"shared {first.cpu_name}, torch {first.torch}, commit {first.commit}. The AdaMix step took {took}."
     ]
     for shape in dict.fromkeys(shape for shape, _, _ in ratios):
@@ -120,7 +155,7 @@ def _pictures() -> list[str]:
     for path in plot.measured():
         for picture in plot.pictures(path):
             what = "roofline" if "roofline" in picture.name else "times as fast as its peers"
-            made.append(f"![{what}, {path.stem}]({picture.relative_to(README.parent).as_posix()})")
+            made.append(f"![{what}, {path.stem}]({os.path.relpath(picture, PAGE.parent)})")
     return made
 
 
@@ -131,8 +166,7 @@ def _goals(verdicts: Sequence[Verdict]) -> str:
         "Goals 2.8 are the steps' above, 5.2.1 is `python -m benchmarks.bench_linear_memory`'s; "
         "`adamix bench gpu-proof` measures those of a GPU."
     )
-    head = f"<details><summary>Every goal: {counts}</summary>"
-    return "\n".join([head, "", _wrapped(commands), "", *lines, "", "</details>"])
+    return "\n".join([f"{counts}.", "", _wrapped(commands), "", *lines])
 
 
 def _ratios(rows: Sequence[Row]) -> dict[tuple[str, str, str], float]:
@@ -165,22 +199,26 @@ def _wrapped(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0; 1 when --check finds another section than the results make."""
+    """Exit status 0; 1 when --check finds another text than the results make."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--write", action="store_true", help="put the section into README.md")
-    wanted.add_argument("--check", action="store_true", help="say whether README.md holds it")
+    wanted.add_argument("--write", action="store_true", help="write the README's section and docs/performance.md")
+    wanted.add_argument("--check", action="store_true", help="say whether they are what the results make")
     options = parser.parse_args(arguments)
-    text = README.read_text(encoding="utf-8")
-    new = rewritten(text)
-    if options.check:
-        print("the README agrees with benchmarks/results" if new == text else
-              "the README does not agree with benchmarks/results: python -m benchmarks.readme --write")  # fmt: skip
-        return int(new != text)
-    if new != text:
-        write_text(README, new)
-    print(f"{os.path.relpath(README)}: {'unchanged' if new == text else 'written'}")
-    return 0
+    made = {README: rewritten(README.read_text(encoding="utf-8")), PAGE: page()}
+    status = 0
+    for path, new in made.items():
+        old = path.read_text(encoding="utf-8") if path.exists() else None
+        name = os.path.relpath(path)
+        if options.check:
+            status |= int(new != old)
+            print(f"{name} {'agrees' if new == old else 'does not agree'} with benchmarks/results"
+                  + ("" if new == old else ": python -m benchmarks.readme --write"))  # fmt: skip
+            continue
+        if new != old:
+            write_text(path, new)
+        print(f"{name}: {'unchanged' if new == old else 'written'}")
+    return status
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's table of ops on the CPU, from the rows of `python -m benchmarks.run op`."""
+"""The table of ops on the CPU in docs/performance.md, from the rows of `python -m benchmarks.run op`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def table(rows: Sequence[Row], command: str) -> str:
     )
     if refused:
         said += f" Refused by the check against float64, or failed: {'; '.join(refused)}."
-    return f"<details><summary>Ops on the CPU</summary>\n\n{said}\n\n" + "\n".join(lines) + "\n\n</details>"
+    return f"{said}\n\n" + "\n".join(lines)
 
 
 def _cases(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:

@@ -32,26 +32,33 @@ def verdict(rows, goal):
 
 def test_the_readme_agrees_with_the_results():
     assert readme.main(["--check"]) == 0
-    text = readme.README.read_text(encoding="utf-8")
-    section = text.partition(readme.BEGIN)[2].partition(readme.END)[0]
+    page = readme.PAGE.read_text(encoding="utf-8")
     for goal in all_goals():
-        assert f"| {goal.id} |" in section
+        assert f"| {goal.id} |" in page
     for picture in plot.measured()[0].parent.glob("*.png"):
-        assert picture.name in section
+        assert picture.name in page
+    for link in re.findall(r"]\(([^)]+)\)", page):
+        assert (readme.PAGE.parent / link).is_file(), link
 
 
 def test_a_changed_figure_is_seen(monkeypatch, tmp_path, capsys):
     text = readme.README.read_text(encoding="utf-8")
     copy = tmp_path / "README.md"
-    changed = re.sub(r"\d\.\d\dx \(", "9.99x (", text, count=1)
+    changed = re.sub(r"\d+% of the memory", "99% of the memory", text, count=1)
     assert changed != text
     copy.write_text(changed, encoding="utf-8")
     real, made = readme.README, _section(text)
     monkeypatch.setattr(readme, "README", copy)
+    monkeypatch.setattr(readme, "PAGE", tmp_path / "docs.md")
     monkeypatch.setattr(readme, "section", lambda: made)
+    monkeypatch.setattr(readme, "page", lambda: "the page")
     assert readme.main(["--check"]) == 1
     assert readme.main(["--write"]) == 0
     assert copy.read_text(encoding="utf-8") == text == real.read_text(encoding="utf-8")
+    assert (tmp_path / "docs.md").read_text(encoding="utf-8") == "the page"
+    assert readme.main(["--check"]) == 0
+    (tmp_path / "docs.md").write_text("another page", encoding="utf-8")
+    assert readme.main(["--check"]) == 1
     with pytest.raises(ValueError, match="markers"):
         readme.rewritten("no markers")
 
