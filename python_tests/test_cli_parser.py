@@ -134,7 +134,7 @@ def test_train_reads_a_file(tmp_path):
     config = options.adaptation.config()
     assert (options.data.data, config.num_experts, config.share, config.alpha) == ("d", 8, None, 2.0)
     assert (options.arguments.output_dir, options.arguments.max_steps) == ("o", 7)
-    assert options.arguments.learning_rate == train.DEFAULTS["learning_rate"]
+    assert options.arguments.weight_decay == train.DEFAULTS["weight_decay"]
     assert options.arguments.lr_scheduler_kwargs == {"num_cycles": 2}
     assert options.arguments.report_to == ["tensorboard"]
 

@@ -128,6 +128,26 @@ def test_what_a_short_run_prints(reviews, capfd):
         assert noise not in out + done.err
 
 
+def test_rate_epochs_and_warm_up_are_chosen_by_model_and_rows(reviews):
+    model, _ = tasks.load(reviews / "out")
+
+    def chosen(*flags):
+        options = train.parse(["--use_cpu", *flags])
+        return train._choose(options, model, "classification", 1000), options.arguments
+
+    steps, arguments = chosen()
+    assert (steps, arguments.num_train_epochs, arguments.learning_rate) == (630, 10.0, 3e-3)
+    assert (arguments.warmup_steps, arguments.logging_steps) == (38, 20)
+    model.config.hidden_size = 768
+    assert chosen("--method", "lora")[1].learning_rate == 5e-4
+    model.config.hidden_size = 16
+    steps, arguments = chosen("--learning_rate", "1e-3", "--num_train_epochs", "2", "--warmup_steps", "0")
+    assert (steps, arguments.learning_rate, arguments.warmup_steps) == (126, 1e-3, 0)
+    steps, arguments = chosen("--max_steps", "8", "--gradient_accumulation_steps", "4")
+    assert (steps, arguments.warmup_steps, arguments.logging_steps) == (8, 1, 2)
+    assert chosen("--gradient_accumulation_steps", "4")[0] == 608  # 63 batches are 16 updates, of 38 epochs
+
+
 def test_eval_gives_the_scores_of_training_on_the_same_rows(reviews, capsys):
     assert cli.main(["eval", str(reviews / "out"), "--metrics", "f1", "matthews", "--json", "--disable-tqdm"]) == 0
     values = json.loads(capsys.readouterr().out)

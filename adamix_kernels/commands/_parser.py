@@ -220,7 +220,7 @@ class _Formatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        if default in (None, "", False, 0, argparse.SUPPRESS) or default == []:
+        if default in (None, "", False, 0, argparse.SUPPRESS) or default == [] or "(default: " in text:
             return text
         shown = " ".join(map(str, default)) if isinstance(default, list) else "%(default)s"
         return f"{text} (default: {shown})"

@@ -121,14 +121,14 @@ def check_amounts(data: DataOptions, fit: FitOptions) -> None:
 # Of TrainingArguments', what --help shows, in our words.
 SHOWN = {
     "output_dir": "folder of the run; also --out",
-    "learning_rate": "of the experts",
-    "num_train_epochs": "epochs",
-    "max_steps": "optimizer steps, in place of epochs",
+    "learning_rate": "of the experts (default: by the model's width and the method)",
+    "num_train_epochs": "epochs (default: about 600 updates, 4 to 60 epochs)",
+    "max_steps": "optimizer steps, in place of epochs (default: none)",
     "per_device_train_batch_size": "texts of a training batch",
     "per_device_eval_batch_size": "texts of an evaluation batch",
     "gradient_accumulation_steps": "batches of an optimizer step",
     "weight_decay": "of AdamW",
-    "warmup_steps": "steps of linear warm-up; below 1, a share of all steps",
+    "warmup_steps": "steps of linear warm-up (default: 6 %% of all)",
     "seed": "of the head, the order of the batches and the experts drawn",
     "eval_strategy": "when to evaluate: epoch, steps or no",
     "save_strategy": "when to write a checkpoint: epoch, steps, best or no",

@@ -13,19 +13,19 @@ import torch
 
 from ..models.inject import adapt
 from ..tasks import Run, TextTask, load_causal, load_classifier, load_task, resolve_model, write_run
+from . import _defaults
 from ._baselines import Baselines, Work, measure
 from ._kinds import Kind, checked_metrics, longest_text, make_kind, start_at, without_text
 from ._options import is_main_process, quiet, set_log_level
 from ._parser import OptionParser
 from ._train_options import SHOWN, AdaptationOptions, DataOptions, FitOptions, check_amounts
 
-# Where they differ from TrainingArguments'; a flag or a file overrides each.
+# Where they differ from TrainingArguments'; a flag or a file overrides each. Learning rate, epochs and warm-up are chosen
+# by model and data: see _choose.
 DEFAULTS = {
     "output_dir": "adamix_out",
-    "learning_rate": 1e-3,
-    "weight_decay": 0.01,
-    "num_train_epochs": 3.0,
-    "per_device_train_batch_size": 32,
+    "weight_decay": _defaults.WEIGHT_DECAY,
+    "per_device_train_batch_size": _defaults.BATCH,
     "per_device_eval_batch_size": 64,
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
@@ -108,12 +108,11 @@ def main(argv: Sequence[str]) -> int:
     notes = [*task.notes, *_notes(run, rows, dev_rows, model, config.method)]
     if longest < data.max_tokens:
         notes.append(f"texts are cut at {longest} tokens, which is all that this model takes")
+    steps = _choose(options, model, task.kind, len(rows))
     if is_main_process():
         for note in notes:
-            print(f"note: {note}", flush=True)
-    steps = _steps(arguments, len(rows))
-    if steps < arguments.logging_steps and "logging_steps" not in options.given:
-        arguments.logging_steps = max(1, steps // LOGS)
+            print(f"note: {note}")
+        print(_plan(arguments, len(rows), len(dev_rows), steps), flush=True)
     baselines = _baselines(options, model, kind, rows, dev_rows, steps)
     if task.kind == "regression":
         start_at(model, sum(row["labels"] for row in rows) / len(rows))
@@ -171,13 +170,37 @@ def _notes(run: Run, rows: list[dict[str, Any]], dev: list[dict[str, Any]], mode
     return notes
 
 
-def _steps(arguments: Any, rows: int) -> int:
-    """Optimizer steps of the run, as the Trainer counts them."""
+def _choose(options: Options, model: Any, task: str, rows: int) -> int:
+    """Sets what the user did not, by model and data; returns the optimizer steps of the run, as the Trainer counts."""
+    arguments, given = options.arguments, options.given
+    size = _rows_an_update(arguments)
+    if "learning_rate" not in given:
+        arguments.learning_rate = _defaults.learning_rate(model.config, task, options.adaptation.method)
+    if "num_train_epochs" not in given:
+        arguments.num_train_epochs = float(_defaults.epochs(rows, size))
+    batch, accumulated = size // int(arguments.gradient_accumulation_steps), int(arguments.gradient_accumulation_steps)
+    an_epoch = max(1, math.ceil(math.ceil(rows / batch) / accumulated))
+    steps = math.ceil(float(arguments.num_train_epochs) * an_epoch)
     if arguments.max_steps > 0:
-        return int(arguments.max_steps)
-    size = int(arguments.train_batch_size) * max(1, int(arguments.world_size))
-    epochs, accumulated = float(arguments.num_train_epochs), int(arguments.gradient_accumulation_steps)
-    return math.ceil(epochs * max(1, math.ceil(math.ceil(rows / size) / accumulated)))
+        steps = int(arguments.max_steps)
+    if not given & {"warmup_steps", "warmup_ratio"}:
+        arguments.warmup_steps = math.ceil(_defaults.WARMUP * steps)
+    if steps < arguments.logging_steps and "logging_steps" not in given:
+        arguments.logging_steps = max(1, steps // LOGS)
+    return steps
+
+
+def _rows_an_update(arguments: Any) -> int:
+    processes = max(1, int(arguments.world_size))
+    return int(arguments.train_batch_size) * int(arguments.gradient_accumulation_steps) * processes
+
+
+def _plan(arguments: Any, rows: int, dev: int, steps: int) -> str:
+    size = _rows_an_update(arguments)
+    return (
+        f"training on {rows} texts, {dev} for dev: {steps * size / rows:.3g} epochs, {steps} updates of {size} texts, "
+        f"learning rate {arguments.learning_rate:g}"
+    )
 
 
 def _baselines(
@@ -188,7 +211,7 @@ def _baselines(
     if options.fit.no_baselines or not is_main_process() or arguments.fsdp:
         return None
     model.to(arguments.device)
-    size = arguments.train_batch_size * arguments.gradient_accumulation_steps * max(1, arguments.world_size)
+    size = _rows_an_update(arguments)
     # A run shorter than an epoch sees so many rows.
     seen = rows if steps * size >= len(rows) else rows[: steps * size]
     return measure(model, kind, Work(seen, dev, size, steps, arguments.seed), not arguments.disable_tqdm)
