@@ -21,6 +21,8 @@ CHECKPOINT_VERSION = 3
 UNSEALED_VERSION = 1  # its JSON holds no digest of itself
 _READABLE = (1, 2, 3)
 _FACTS = ("hidden_size", "num_hidden_layers", "vocab_size")
+# Where the base was read from, the pooling, which has its own entry, and whether generate() may trust config.json.
+_OF_THIS_PROCESS = ("_name_or_path", MARK, "_from_model_config")
 _SHOWN = 4
 
 
@@ -49,7 +51,7 @@ def _as_json(config: Any) -> dict[str, Any] | None:
     if not hasattr(config, "to_json_string"):
         return None
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
-    return {name: value for name, value in values.items() if name not in ("_name_or_path", MARK)}
+    return {name: value for name, value in values.items() if name not in _OF_THIS_PROCESS}
 
 
 def structure(layer: nn.Module) -> dict[str, Any]:
