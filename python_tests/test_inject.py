@@ -27,7 +27,7 @@ from adamix_kernels import (
     unmerge,
     use_experts,
 )
-from adamix_kernels.models import targets
+from adamix_kernels.models import families, targets
 
 MODELS = {"bert": tiny_bert, "roberta": tiny_roberta, "gpt2": tiny_gpt2, "t5": tiny_t5, "llama": tiny_llama}
 
@@ -140,7 +140,7 @@ def _two_layers(kind):
         return AutoModel.from_config(config)
 
 
-@pytest.mark.parametrize("kind", sorted(set(targets._ADAPTER_TARGETS) | set(targets._LORA_TARGETS)))
+@pytest.mark.parametrize("kind", sorted(set(families.ADAPTER_TARGETS) | set(families.LORA_TARGETS)))
 def test_every_default_finds_the_layers_of_its_family(kind):
     model = _two_layers(kind)
     blocks = {"bart": 4, "t5": 4, "mt5": 4}.get(kind, 2)  # encoder and decoder
