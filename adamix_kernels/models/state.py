@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..routing import Router
 from .config import AdaMixConfig
+
+if TYPE_CHECKING:
+    from .watch import PassWatch
 
 
 @dataclass
@@ -21,6 +24,8 @@ class AdaMixState:
         saved: dotted paths of the modules trained and saved whole (the task head).
         merged: whether merge() has been called; stash then holds what unmerge() puts back.
         checkpointable: the parts of the model that can recompute their activations.
+        watch: looks for the second pass of a training, until it is sure; None then.
+        told_of_dropout: whether a warning of dropout under a large consistency weight has been considered.
     """
 
     config: AdaMixConfig
@@ -30,6 +35,8 @@ class AdaMixState:
     merged: bool = False
     stash: dict[str, Any] = field(default_factory=dict, repr=False)
     checkpointable: list[nn.Module] = field(default_factory=list, repr=False)
+    watch: PassWatch | None = field(default=None, repr=False)
+    told_of_dropout: bool = field(default=False, repr=False)
 
 
 def adamix_state(model: nn.Module) -> AdaMixState:

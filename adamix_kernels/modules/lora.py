@@ -13,7 +13,7 @@ from torch.nn.modules import module
 
 from .._backends import check_request
 from ..functional import merge_lora, routed_lora
-from ..ops._checks import check_flag
+from ..ops._checks import autocast_dtype, check_flag
 from ..routing import Router
 from ._banks import (
     as_batch,
@@ -175,7 +175,7 @@ class RoutedLoRALinear(nn.Module):
         if not self.router.enabled:
             return base
         rows, added = as_batch(x), as_batch(base)
-        if not torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device.type) is None:
             rows = rows.to(added.dtype)
         a_index = b_index = None
         merged = self.router.uses_merged(self.training, self.a_score.requires_grad or self.b_score.requires_grad)
@@ -286,9 +286,8 @@ def _may_overwrite(layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> bool
         return False
     if any(getattr(layer, f"_{hooks}") or getattr(module, f"_global_{hooks}") for hooks in _SEEING_HOOKS):
         return False
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return out.dtype == (torch.get_autocast_dtype(device) if autocast else x.dtype)
+    autocast = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
+    return out.dtype == (autocast or x.dtype)
 
 
 def _check_groups(groups: int, offsets: Sequence[int], width: int, out_features: int) -> None:
