@@ -140,3 +140,36 @@ def test_adapted_layer_shows_its_bases_weight():
 def test_bad_arguments(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["drawn", "merged"])
+@pytest.mark.parametrize("level", ["batch", "sample", "token"])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 2, 3, 6)], ids=lambda s: f"{len(s)}-D")
+@pytest.mark.parametrize("kind", ["adapter", "lora", "lora with a hook"])
+def test_the_output_takes_in_place_additions(kind, shape, level, training):
+    """As that of the nn.Linear that stood there: models such as Falcon add to it in place."""
+    torch.manual_seed(0)
+    router = Router(level)
+    base = torch.nn.Linear(6, 6)
+    if kind == "adapter":
+        layer = AdaptedLayer(base, RoutedAdapter(6, 2, 3, None, router=router))
+    else:
+        layer = RoutedLoRALinear.from_linear(base, 2, 4.0, 3, None, router=router)
+        torch.nn.init.normal_(layer.lora_b)
+        if "hook" in kind:
+            base.register_forward_hook(lambda *_: None)
+    layer.double().train(training)
+    x, more = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    results = []
+    for add in (lambda out: out + 2 * more, lambda out: out.add_(more, alpha=2), lambda out: out.mul_(1).add_(2 * more)):
+        layer.zero_grad()
+        more.grad = None
+        torch.manual_seed(1)
+        out = add(layer(x.clone().requires_grad_()))
+        out.square().sum().backward()
+        banks = [p.grad for p in layer.parameters() if p.grad is not None]
+        results.append([out.detach().clone(), more.grad, *banks])
+    assert len(results[0]) == (8 if kind == "adapter" else 4)
+    for other in results[1:]:
+        for want, found in zip(results[0], other, strict=True):
+            torch.testing.assert_close(found, want)

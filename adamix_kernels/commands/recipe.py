@@ -69,6 +69,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from ..recipes import Limits, expand_methods, run_recipe
+    from ..recipes.processes import is_main
     from ..recipes.summary import group_rows, markdown
 
     start(args)
@@ -82,6 +83,8 @@ def _run(args: argparse.Namespace) -> int:
         reports=args.reports,
         progress=not args.disable_tqdm and is_main_process(),
     )
+    if not is_main():
+        return 0
     print(markdown(group_rows(rows)))
     print(f"rows: {args.results}; table and plots: adamix recipe report {args.results}")
     return 0

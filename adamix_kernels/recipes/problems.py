@@ -14,6 +14,7 @@ from ..tasks import TextClassification, TextSplit, collator, load_classifier, pr
 from .config import Recipe
 from .generation import IGNORED, beam_decode, encode_pairs, pair_collator
 from .metrics import Scores, label_scores, text_scores
+from .positions import check_positions
 from .prompt import encode_prompts, prompt_for, read_at_mask, word_ids
 from .table_data import TableData, load_tables, references
 from .text_data import draw_shots, load_labelled
@@ -59,6 +60,10 @@ class LabelProblem:
             self._dev = self._encode(self.task.dev.head(self.limits.dev_rows))
         return self._dev
 
+    def check(self, model: nn.Module, rows: list[dict[str, Any]]) -> None:
+        """Raises ValueError where the model has too few positions for the rows."""
+        check_positions(self.recipe, model, rows, self.tokenizer)
+
     def scores(self, model: nn.Module) -> Scores:
         """Metrics on dev, of the model in evaluation mode."""
         rows = self.dev_rows()
@@ -66,6 +71,8 @@ class LabelProblem:
         return self.scores_of(logits, [row["labels"] for row in rows])
 
     def scores_of(self, logits: torch.Tensor, labels: list[Any]) -> Scores:
+        if self.recipe.minimum is not None:
+            logits = logits.clamp(min=self.recipe.minimum)
         predicted = logits[:, 0] if self.recipe.regression else logits.argmax(-1)
         return label_scores(self.recipe.metrics, predicted.tolist(), labels)
 
@@ -130,6 +137,11 @@ class TextProblem:
         model.config.pad_token_id = self.tokenizer.pad_token_id
         self.collate = pair_collator(self.tokenizer)
         return model
+
+    def check(self, model: nn.Module, rows: list[dict[str, Any]]) -> None:
+        """Raises ValueError where the model has too few positions for the rows, or for context and new tokens."""
+        known = references(self.data.dev if self.data.test is None else self.data.test)
+        check_positions(self.recipe, model, rows, self.tokenizer, list(known))
 
     def train_rows(self, seed: int) -> list[dict[str, Any]]:
         del seed  # no shots are drawn here
