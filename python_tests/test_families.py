@@ -6,7 +6,16 @@ import tiny
 import torch
 import transformers as tr
 
-from adamix_kernels import AdaMixConfig, AdaMixTrainer, adamix_loss, adapt, double_batch, load_adamix, merge, save_adamix
+from adamix_kernels import (
+    AdaMixConfig,
+    AdaMixTrainer,
+    adamix_loss,
+    adapt,
+    double_batch,
+    load_adamix,
+    merge,
+    save_adamix,
+)
 from adamix_kernels.convert import export_peft
 from adamix_kernels.models.families import ADAPTER_TARGETS
 
@@ -15,7 +24,9 @@ TEXT = dict(
     bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
 WIDE = dict(**TEXT, intermediate_size=64)
-IMAGE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4)
+IMAGE = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4
+)
 WHISPER = dict(
     vocab_size=tiny.VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
     decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8, max_source_positions=8,
@@ -55,7 +66,9 @@ FAMILIES = {
     "vit": (tr.ViTForImageClassification, tr.ViTConfig, IMAGE, 2, 4),
     "whisper": (tr.WhisperForConditionalGeneration, tr.WhisperConfig, WHISPER, 4, 12),
 }  # fmt: skip
-METHODS = [(kind, method) for kind in FAMILIES for method in ("adapter", "lora") if FAMILIES[kind][3] or method == "lora"]
+METHODS = [
+    (kind, method) for kind in FAMILIES for method in ("adapter", "lora") if FAMILIES[kind][3] or method == "lora"
+]
 TRAINED_BY_TRAINER = [kind for kind in FAMILIES if kind not in ("mixtral",)]
 
 
@@ -113,7 +126,9 @@ def test_a_step_merging_and_a_checkpoint(kind, method, tmp_path):
     out = model.train()(**double_batch(batch), **({} if kind == "vit" else {"use_cache": False} if "input_ids" in batch
                         and kind not in ("modernbert", "albert", "mpnet") else {})).logits  # fmt: skip
     adamix_loss(out, labels).loss.backward()
-    banks = [p for n, p in model.named_parameters() if p.requires_grad and any(n.startswith(q) for q in model.adamix.paths)]
+    banks = [
+        p for n, p in model.named_parameters() if p.requires_grad and any(n.startswith(q) for q in model.adamix.paths)
+    ]
     assert all(p.grad is not None for p in banks)
     assert sum(p.grad.abs().sum() for p in banks) > 0
     spread(model)

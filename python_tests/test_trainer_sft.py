@@ -114,9 +114,7 @@ def test_the_losses_of_adamix_trainer(build, accumulation, tokenizer, tmp_path, 
 def test_the_stock_sft_trainer_is_warned(tokenizer, tmp_path, caplog):
     data = datasets.Dataset.from_list([{"text": text} for text in texts()])
     args = trl.SFTConfig(**options(tmp_path, gradient_checkpointing=False, save_strategy="no"))
-    trainer = trl.SFTTrainer(
-        model=adapted(tiny.tiny_gpt2), args=args, train_dataset=data, processing_class=tokenizer
-    )
+    trainer = trl.SFTTrainer(model=adapted(tiny.tiny_gpt2), args=args, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     assert sum("AdaMix's second pass" in record.getMessage() for record in caplog.records) == 1
 

@@ -11,7 +11,7 @@ from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..modules._banks import SHARES, check_finite, check_bool, check_fraction, lora_scaling
+from ..modules._banks import SHARES, check_bool, check_finite, check_fraction, lora_scaling
 from ..routing import check_level
 from ._files import write_json
 

@@ -97,8 +97,8 @@ class AdaMixTrainerMixin(CheckpointMixin):
         packed = sorted(set(inputs) & _PACKED)
         if packed:
             raise ValueError(
-                f"inputs: got {', '.join(packed)}, a packed batch, whose boundaries cannot be doubled, expected one text "
-                "a row: packing=False and padding_free=False"
+                f"inputs: got {', '.join(packed)}, a packed batch, whose boundaries cannot be doubled, expected one "
+                "text a row: packing=False and padding_free=False"
             )
         if labels is None:
             raise ValueError(f"inputs: got {sorted(inputs)}, expected `labels` among them")

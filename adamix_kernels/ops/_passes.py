@@ -6,7 +6,7 @@ import torch
 
 
 class _Looks:
-    """count: calls of looked() in this process. compiled: whether one lies in a compiled graph, which leaves no count."""
+    """count: calls of looked() in this process. compiled: whether one lies in a compiled graph, which counts none."""
 
     def __init__(self) -> None:
         self.count = 0
