@@ -69,6 +69,7 @@ FAMILIES = {
 METHODS = [
     (kind, method) for kind in FAMILIES for method in ("adapter", "lora") if FAMILIES[kind][3] or method == "lora"
 ]
+ENCODERS = ("modernbert", "albert", "mpnet", "vit")
 TRAINED_BY_TRAINER = [kind for kind in FAMILIES if kind not in ("mixtral",)]
 
 
@@ -123,8 +124,8 @@ def test_a_step_merging_and_a_checkpoint(kind, method, tmp_path):
     labels = batch.pop("labels")
     if kind == "whisper":
         batch["decoder_input_ids"] = labels
-    out = model.train()(**double_batch(batch), **({} if kind == "vit" else {"use_cache": False} if "input_ids" in batch
-                        and kind not in ("modernbert", "albert", "mpnet") else {})).logits  # fmt: skip
+    options = {} if kind in ENCODERS else {"use_cache": False}
+    out = model.train()(**double_batch(batch), **options).logits
     adamix_loss(out, labels).loss.backward()
     banks = [
         p for n, p in model.named_parameters() if p.requires_grad and any(n.startswith(q) for q in model.adamix.paths)
@@ -185,6 +186,7 @@ def test_falcon_adds_in_place(method, routing):
 def test_every_adapter_default_is_tried_somewhere():
     others = set(ADAPTER_TARGETS) - set(FAMILIES)
     assert others == {
-        "bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2", "ernie", "distilbert", "gpt2",
-        "t5", "mt5", "bart", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "smollm3",
+        "bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2", "ernie", "distilbert",
+        "gpt2", "t5", "mt5", "bart", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2",
+        "olmo2", "smollm3",
     }  # fmt: skip

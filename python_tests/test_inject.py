@@ -176,9 +176,7 @@ def test_modules_to_save():
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     assert "bert.pooler.dense.weight" in trainable
     assert "classifier.weight" in trainable
-    with pytest.raises(
-        ValueError, match=r"modules_to_save: got 'pool', expected the name of a module.*closest: pooler"
-    ):
+    with pytest.raises(ValueError, match=r"modules_to_save: got 'pool', expected the name of .*closest: pooler"):
         adapted(modules_to_save=["pool"])
 
 

@@ -136,7 +136,7 @@ def test_regression(tmp_path):
     assert run_identity(clipped, method, 0, Limits())["recipe"]["minimum"] == 0.0
     assert load_recipe("glue/roberta-large/stsb").minimum == 0.0
     assert load_recipe("glue/bert-base/stsb").minimum is None
-    with pytest.raises(ValueError, match="minimum: got 0.0, expected None where the label is no number"):
+    with pytest.raises(ValueError, match=r"minimum: got 0\.0, expected None where the label is no number"):
         load_recipe("glue/roberta-large/rte").changed({"minimum": 0.0})
 
 
@@ -214,9 +214,7 @@ def test_a_model_with_too_few_positions_is_named_before_training(tmp_path, capsy
         generation={"beams": 1, "max_new_tokens": 126},
     )  # fmt: skip
     results = tmp_path / "rows.jsonl"
-    with pytest.raises(
-        ValueError, match=r"generation: got a context of \d+ tokens and max_new_tokens=126, .* 128 toge"
-    ):
+    with pytest.raises(ValueError, match=r"generation: got a context of \d+ tokens and max_new_tokens=126, .* 128"):
         _run(recipe, ["adamix"], results)
     assert read_rows(results) == []
     file = tmp_path / "mine.json"
@@ -230,7 +228,7 @@ def test_a_model_with_too_few_positions_is_named_before_training(tmp_path, capsy
     long = tiny_recipes.tiny_recipe(tmp_path / "long", max_tokens=512)
     text = "label\tsentence\n" + "up\t" + "good " * 200 + "\ndown\tbad\n"
     (tmp_path / "long" / "data" / "train.tsv").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"max_tokens: got 512 and a row of \d+ tokens, expected at most 64"):
+    with pytest.raises(ValueError, match=r"max_tokens: got 512 and a row of \d+ tokens, expected at most 32"):
         _run(long, ["adamix"], results)
 
 

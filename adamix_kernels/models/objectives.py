@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ SEQUENCE = "sequence classification"
 REGRESSION = "regression"
 MULTI_LABEL = "multi_label_classification"
 
-_TASKS = {
+_TASKS: dict[str, tuple[Mapping[str, Any], ...]] = {
     SEQUENCE: (
         auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,

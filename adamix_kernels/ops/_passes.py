@@ -24,7 +24,8 @@ def looked() -> None:
         LOOKS.count += 1
 
 
-@torch.compiler.assume_constant_result  # runs while tracing, and leaves nothing in the graph
+# Runs while tracing, and leaves nothing in the graph.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _in_a_graph() -> bool:
     LOOKS.compiled = True
     return True
