@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from adamix_kernels.convert import load_official
+from adamix_kernels.convert import clip_predictions, load_official
 from adamix_kernels.models.config import AdaMixConfig
 from adamix_kernels.models.inject import adapt
 from adamix_kernels.models.merging import merge
@@ -280,3 +280,39 @@ def test_unreadable_files_are_refused(tmp_path):
     path = write(files.nlu_state("bert", L, H, R), tmp_path)
     path.write_bytes(path.read_bytes()[:-100])
     refused(tiny.tiny_bert(), path, "cannot read")
+
+
+@pytest.mark.parametrize("family", NLU)
+def test_one_label_of_roberta_is_clipped_in_evaluation_as_released(family, tmp_path):
+    """STS-B: torch.clip(logits, min=0) after the losses, in RoBERTa alone; neither training nor a loss sees it."""
+    state = files.nlu_state(family, L, H, R, labels=1)
+    base = NLU[family](num_labels=1)
+    raw = logits(published_nlu(base, family, state))
+    state = {k: v - raw.mean() if k in ("classifier.bias", "classifier.out_proj.bias") else v for k, v in state.items()}
+    raw = logits(published_nlu(base, family, state))
+    assert (raw < 0).any()
+    assert (raw > 0).any()
+    want = raw.clamp(min=0) if family == "roberta" else raw
+    model = load_official(copy.deepcopy(base), write(state, tmp_path)).eval()
+    batch = tiny.batch_for(model)
+    torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-5)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), merge(copy.deepcopy(model))):
+        torch.testing.assert_close(logits(other), want, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        loss, clipped, *_ = model(**batch, return_dict=False)
+        torch.testing.assert_close(clipped, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loss, F.mse_loss(raw[:, 0], batch["labels"]), rtol=1e-5, atol=1e-5)
+        (clipped,) = model(**{k: v for k, v in batch.items() if k != "labels"}, return_dict=False)
+        torch.testing.assert_close(clipped, want, rtol=1e-5, atol=1e-5)
+        assert (model.train()(**batch).logits < 0).any()
+    # Another head, or two labels: nothing is clipped. Loading twice clips once.
+    fresh = load_official(copy.deepcopy(base), write(state, tmp_path), head=False)
+    assert len(fresh._forward_hooks) == 0
+    again = load_official(model.eval(), write(state, tmp_path))
+    assert len(again._forward_hooks) == (family == "roberta")
+
+
+def test_clip_predictions_by_hand():
+    model = clip_predictions(adapt(tiny.tiny_roberta(num_labels=1)).eval(), 0.25)
+    assert logits(model).min() == 0.25 or logits(model).min() > 0.25
+    assert logits(clip_predictions(model, 9.0)).unique().item() == 9.0

@@ -27,7 +27,7 @@ from adamix_kernels import (
     unmerge,
     use_experts,
 )
-from adamix_kernels.models import targets
+from adamix_kernels.models import families, targets
 
 MODELS = {"bert": tiny_bert, "roberta": tiny_roberta, "gpt2": tiny_gpt2, "t5": tiny_t5, "llama": tiny_llama}
 
@@ -140,14 +140,15 @@ def _two_layers(kind):
         return AutoModel.from_config(config)
 
 
-@pytest.mark.parametrize("kind", sorted(set(targets._ADAPTER_TARGETS) | set(targets._LORA_TARGETS)))
+@pytest.mark.parametrize("kind", sorted(set(families.ADAPTER_TARGETS) | set(families.LORA_TARGETS)))
 def test_every_default_finds_the_layers_of_its_family(kind):
     model = _two_layers(kind)
-    blocks = {"bart": 4, "t5": 4, "mt5": 4}.get(kind, 2)  # encoder and decoder
+    blocks = {"bart": 4, "t5": 4, "mt5": 4, "whisper": 4}.get(kind, 2)  # encoder and decoder
     # A gated feed-forward block still has one output; fused projections are one layer instead of q and v.
-    fused = kind in ("gpt2", "gpt_neox", "deberta")
-    attentions = 6 if blocks == 4 else 2
-    assert len(targets.target_layers(model, AdaMixConfig())) == blocks
+    fused = kind in ("gpt2", "gpt_neox", "deberta", "modernbert", "phi3", "bloom", "falcon")
+    attentions = 6 if blocks == 4 else 1 if kind == "albert" else 2  # ALBERT has one layer for all
+    if kind in families.ADAPTER_TARGETS:
+        assert len(targets.target_layers(model, AdaMixConfig())) == (1 if kind == "albert" else blocks)
     assert len(targets.target_layers(model, AdaMixConfig(method="lora"))) == attentions * (1 if fused else 2)
 
 
@@ -161,8 +162,11 @@ def test_targets_follow_pefts_rules():
     everything = paths(target_modules="all-linear")
     assert len(everything) == 2 * 6 + 1  # six in each layer, and the pooler
     assert not any("classifier" in p for p in everything)
-    with pytest.raises(ValueError, match=r"target_modules: got \['nothing'\]"):
+    there = "query, key, value, output.dense, intermediate.dense, pooler.dense"
+    with pytest.raises(ValueError, match=rf"target_modules: got \['nothing'\].*its linear layers end in: {there}"):
         paths(target_modules=["nothing"])
+    with pytest.raises(ValueError, match=r"target_modules: got '.\*quer'.*nothing matches: .*\(closest: query\)"):
+        paths(target_modules=".*quer")
     with pytest.raises(ValueError, match=r"target_modules: got .*LayerNorm.*expected nn.Linear"):
         paths(target_modules=["LayerNorm"])
 
@@ -172,8 +176,31 @@ def test_modules_to_save():
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     assert "bert.pooler.dense.weight" in trainable
     assert "classifier.weight" in trainable
-    with pytest.raises(ValueError, match="modules_to_save: got 'pool', expected the name of a module"):
+    with pytest.raises(ValueError, match=r"modules_to_save: got 'pool', expected the name of .*closest: pooler"):
         adapted(modules_to_save=["pool"])
+
+
+def test_a_family_without_defaults_is_answered_with_its_own_layers():
+    model = tiny_llama()
+    model.config.model_type = "unheard"
+    there = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj;"
+    for method in ("adapter", "lora"):
+        with pytest.raises(ValueError, match=f"got None for model_type 'unheard'.*its linear layers end in: {there}"):
+            adapt(model, AdaMixConfig(method=method))
+    with pytest.raises(ValueError, match="Embedding has no linear layers"):
+        adapt(torch.nn.Embedding(3, 4), AdaMixConfig(target_modules=["x"]))
+    assert len(adapt(model, AdaMixConfig(target_modules="all-linear")).adamix.paths) == 14
+
+
+def test_a_name_that_matches_nothing_beside_others_is_told(caplog):
+    model = adapted(method="lora", target_modules=["query", "vlue"])
+    assert len(model.adamix.paths) == 2
+    (record,) = [r for r in caplog.records if "target_modules" in r.getMessage()]
+    assert "nothing is named vlue" in record.getMessage()
+    assert "(closest: value)" in record.getMessage()
+    caplog.clear()
+    adapted(method="lora", target_modules=["query", "key"], layers_to_transform=[1], exclude_modules=["key"])
+    assert not [r for r in caplog.records if "target_modules" in r.getMessage()]
 
 
 def test_a_refused_config_changes_nothing():

@@ -6,7 +6,21 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adamix_kernels import AdaptedLayer, RoutedAdapter, RoutedLoRALinear, Router
+from adamix_kernels import (
+    AdaMixConfig,
+    AdaptedLayer,
+    RoutedAdapter,
+    RoutedLoRALinear,
+    Router,
+    adamix_loss,
+    adapt,
+    consistency_loss,
+    linear_adamix_loss,
+    merge_experts,
+    merge_lora,
+    routed_adapter,
+    routed_lora,
+)
 
 
 def randomised(module):
@@ -140,3 +154,87 @@ def test_adapted_layer_shows_its_bases_weight():
 def test_bad_arguments(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["drawn", "merged"])
+@pytest.mark.parametrize("level", ["batch", "sample", "token"])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 2, 3, 6)], ids=lambda s: f"{len(s)}-D")
+@pytest.mark.parametrize("kind", ["adapter", "lora", "lora with a hook"])
+def test_the_output_takes_in_place_additions(kind, shape, level, training):
+    """As that of the nn.Linear that stood there: models such as Falcon add to it in place."""
+    torch.manual_seed(0)
+    router = Router(level)
+    base = torch.nn.Linear(6, 6)
+    if kind == "adapter":
+        layer = AdaptedLayer(base, RoutedAdapter(6, 2, 3, None, router=router))
+    else:
+        layer = RoutedLoRALinear.from_linear(base, 2, 4.0, 3, None, router=router)
+        torch.nn.init.normal_(layer.lora_b)
+        if "hook" in kind:
+            base.register_forward_hook(lambda *_: None)
+    layer.double().train(training)
+    x, more = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    results = []
+    for add in (
+        lambda out: out + 2 * more,
+        lambda out: out.add_(more, alpha=2),
+        lambda out: out.mul_(1).add_(2 * more),
+    ):
+        layer.zero_grad()
+        more.grad = None
+        torch.manual_seed(1)
+        out = add(layer(x.clone().requires_grad_()))
+        out.square().sum().backward()
+        banks = [p.grad for p in layer.parameters() if p.grad is not None]
+        results.append([out.detach().clone(), more.grad, *banks])
+    assert len(results[0]) == (8 if kind == "adapter" else 4)
+    for other in results[1:]:
+        for want, found in zip(results[0], other, strict=True):
+            torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("method", ["adapter", "lora"])
+def test_a_model_on_meta_computes_shapes(method):
+    """A device without autocast."""
+    from tiny import tiny_bert
+
+    with torch.device("meta"):
+        model = adapt(tiny_bert(), AdaMixConfig(method=method, dropout=0.1 if method == "lora" else 0.0)).train()
+    ids = torch.zeros(4, 8, dtype=torch.long, device="meta")
+    out = model(input_ids=ids).logits
+    out.sum().backward()
+    assert out.device.type == "meta"
+    assert out.shape == (4, 2)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with torch.autocast("cpu", torch.bfloat16):  # of another device
+        assert model(input_ids=ids).logits.dtype == torch.float32
+    assert model.eval()(input_ids=ids).logits.shape == (4, 2)
+
+
+def _meta(*shape, **options):
+    return torch.zeros(*shape, device="meta", **options)
+
+
+_INDEX = dict(dtype=torch.int64)
+_ON_META = {
+    "routed_adapter": lambda x: routed_adapter(
+        x, _meta(2, 4, 8), _meta(2, 4), _meta(2, 8, 4), _meta(2, 8), _meta(4, **_INDEX), _meta(4, 3, **_INDEX)
+    ),
+    "routed_lora": lambda x: routed_lora(
+        x, _meta(2, 4, 8), _meta(2, 8, 4), _meta(4, **_INDEX), _meta(4, **_INDEX), base=_meta(4, 3, 8), dropout_p=0.5
+    ),
+    "merge_experts": lambda x: merge_experts(x, _meta(4)),
+    "merge_lora": lambda x: merge_lora(x[0].new_empty(8, 8), _meta(4, 8), _meta(8, 4), scaling=1.0) + x.sum(),
+    "consistency_loss": lambda x: consistency_loss(x, _meta(4, 3, 8)),
+    "adamix_loss": lambda x: adamix_loss(x, _meta(2, 3, **_INDEX)).loss,
+    "linear_adamix_loss": lambda x: linear_adamix_loss(x, _meta(16, 8), _meta(2, 3, **_INDEX)).loss,
+}
+
+
+@pytest.mark.parametrize("name", _ON_META)
+def test_ops_on_meta_compute_shapes_and_gradients(name):
+    x = _meta(4, 3, 8, requires_grad=True)
+    out = _ON_META[name](x)
+    assert out.device.type == "meta"
+    out.sum().backward()
+    assert x.grad.shape == x.shape

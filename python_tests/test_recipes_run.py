@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny_recipes
 import tiny_text
+import torch
 
 from adamix_kernels import cli
 from adamix_kernels.recipes import Limits, expand_methods, load_recipe, problems, read_rows, run_recipe
@@ -143,6 +144,20 @@ def test_regression(tmp_path):
         (tmp_path / "data" / f"{split}.tsv").write_text(text, encoding="utf-8")
     (row,) = _run(recipe, ["adamix"], tmp_path / "rows.jsonl")
     assert set(row["scores"]["merged"]) == {"pearson", "spearman"}
+    # Predictions below the minimum count as it (the released RoBERTa on STS-B); older rows keep their keys.
+    logits, labels = torch.tensor([[-3.0], [-1.0], [1.0], [2.0]]), [0.0, 0.5, 1.0, 3.0]
+    clipped = recipe.changed({"minimum": 0.0})
+    for one, seen in ((recipe, [-3.0, -1.0, 1.0, 2.0]), (clipped, [0.0, 0.0, 1.0, 2.0])):
+        scores = problems.PROBLEMS["classification"](one, Limits()).scores_of(logits, labels)
+        want = 100 * torch.corrcoef(torch.tensor([seen, labels]))[0, 1].item()
+        assert scores.values["pearson"] == pytest.approx(want, abs=1e-3)
+    method = expand_methods(["adamix"], recipe)[0]
+    assert "minimum" not in run_identity(recipe, method, 0, Limits())["recipe"]
+    assert run_identity(clipped, method, 0, Limits())["recipe"]["minimum"] == 0.0
+    assert load_recipe("glue/roberta-large/stsb").minimum == 0.0
+    assert load_recipe("glue/bert-base/stsb").minimum is None
+    with pytest.raises(ValueError, match=r"minimum: got 0\.0, expected None where the label is no number"):
+        load_recipe("glue/roberta-large/rte").changed({"minimum": 0.0})
 
 
 def test_fewshot_prompts(tmp_path):
@@ -210,6 +225,31 @@ def test_text_from_tables(tmp_path, task):
         (scores,) = row["scores"].values()
         assert set(scores) == {"bleu", "ter", "rouge_l", "loss"}
         assert 0 < scores["loss"] < 6
+
+
+def test_a_model_with_too_few_positions_is_named_before_training(tmp_path, capsys):
+    recipe = tiny_recipes.tiny_recipe(
+        tmp_path, kind="generation", model=str(tiny_recipes.write_causal(tmp_path / "gpt2")),
+        data=str(tiny_recipes.write_e2e(tmp_path / "e2e")), data_format="e2e", metrics=["bleu"], max_tokens=40,
+        generation={"beams": 1, "max_new_tokens": 126},
+    )  # fmt: skip
+    results = tmp_path / "rows.jsonl"
+    with pytest.raises(ValueError, match=r"generation: got a context of \d+ tokens and max_new_tokens=126, .* 128"):
+        _run(recipe, ["adamix"], results)
+    assert read_rows(results) == []
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(recipe.to_dict()))
+    assert cli.main(["recipe", "run", str(file), "--results", str(results)]) == 2
+    assert "generation.max_context" in capsys.readouterr().err
+    fits = recipe.changed({"generation.max_context": 2, "training.max_steps": 1, "evaluations": ["merged"]})
+    (row,) = _run(fits, ["adamix"], results, limits=Limits(dev_rows=1))
+    assert row["scores"]["merged"]["bleu"] >= 0
+    # Training rows, of an encoder.
+    long = tiny_recipes.tiny_recipe(tmp_path / "long", max_tokens=512)
+    text = "label\tsentence\n" + "up\t" + "good " * 200 + "\ndown\tbad\n"
+    (tmp_path / "long" / "data" / "train.tsv").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"max_tokens: got 512 and a row of \d+ tokens, expected at most 32"):
+        _run(long, ["adamix"], results)
 
 
 def test_from_the_command_line(finished, tmp_path, capsys):

@@ -126,6 +126,7 @@ def _run(argv: Sequence[str]) -> int:
     parsed = _parser("run", (RecipeOptions, RunOptions, OutputOptions), "RECIPE").parse(argv)
     changes, options, output = parsed.parts
     from ..recipes import Limits, expand_methods, run_recipe
+    from ..recipes.processes import is_main
     from ..recipes.summary import group_rows, markdown
 
     start(output)
@@ -139,6 +140,8 @@ def _run(argv: Sequence[str]) -> int:
         reports=options.reports,
         progress=shows_bars(output),
     )
+    if not is_main():
+        return 0
     print(markdown(group_rows(rows)))
     print(f"rows: {options.results}; table and plots: adamix recipe report {options.results}")
     return 0

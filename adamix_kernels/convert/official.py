@@ -17,6 +17,7 @@ from ..models.state import adamix_state
 from ..models.targets import model_type
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import Router
+from ._clip import clip_predictions
 from ._official_format import OfficialFacts, Slot, adapter_slots, is_added, lora_slots, read_facts, read_official
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ def load_official(
     Two families are read: the flat `.bin` of BERT and RoBERTa (`...output.ExpertSoup.*` and the classifier),
     and GPT-2's `{"model_state_dict": ...}` in its LoRA form (`...attn.c_attn.experts_lora_*`) and its adapter
     form (`...mlp.ExpertSoup.*`). Base weights in the file are loaded too; a warning says when they differ from
-    the model's. Only tensors are unpickled.
+    the model's. Only tensors are unpickled. A RoBERTa with one label (STS-B) whose head is loaded clips its predictions
+    at 0 in evaluation, as released (see clip_predictions).
 
     Args:
         model: the bare Hugging Face model, which is adapted with what the file says (experts, sharing, sizes;
@@ -72,6 +74,8 @@ def load_official(
     if bare:
         adapt(model, config, backend=backend)
     _fill(model, values, {**slots, **heads, **rest})
+    if facts.family == "roberta" and heads and cast("Any", model).config.num_labels == 1:
+        clip_predictions(model)
     return model
 
 

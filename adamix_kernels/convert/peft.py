@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def export_peft(
     """Writes B A of the merged experts as a LoRA that PEFT loads onto the unmerged base; returns the folder.
 
     A layer whose G slices are adapted (q and v of a fused c_attn: G = 2) becomes one LoRA of rank G*r and
-    alpha G*alpha, its B block diagonal, which is the same update.
+    alpha G*alpha (with use_rslora sqrt(G)*alpha), its B block diagonal, which is the same update. task_type is that of
+    the config, or of the model's class; None for a model that reads no text (Whisper, ViT).
 
     Files: `adapter_model.safetensors` (`base_model.model.<path>.lora_A.weight` [G*r, K], `.lora_B.weight`
     [N, G*r], float32 as the banks, and the trained head), `adapter_config.json` and, where there is none yet,
@@ -134,8 +136,13 @@ def _one_lora(layer: RoutedLoRALinear | Factors, expert: int | None) -> tuple[to
 
 def _peft_config(model: nn.Module, layers: dict[str, RoutedLoRALinear | Factors], saved: list[str]) -> dict[str, Any]:
     ranks = {path: layer.groups * layer.r for path, layer in layers.items()}
-    alphas = {path: _whole(layer.groups * layer.alpha) for path, layer in layers.items()}
-    # vLLM holds r, and no pattern, against its bound; all layers have one alpha / r.
+    first = next(iter(layers.values()))
+    # G blocks of rank r are one LoRA of rank G*r, whose scaling divides by G, or its root.
+    alphas = {
+        path: _whole((math.sqrt(layer.groups) if layer.use_rslora else layer.groups) * layer.alpha)
+        for path, layer in layers.items()
+    }
+    # vLLM holds r, and no pattern, against its bound; all layers have one scaling.
     widest = max(ranks, key=ranks.__getitem__)
     rank, alpha = ranks[widest], alphas[widest]
     return {
@@ -147,7 +154,8 @@ def _peft_config(model: nn.Module, layers: dict[str, RoutedLoRALinear | Factors]
         "lora_alpha": alpha,
         "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
         "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
-        "lora_dropout": next(iter(layers.values())).dropout,
+        "lora_dropout": first.dropout,
+        "use_rslora": first.use_rslora,
         "bias": "none",
         "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
         "target_modules": _target_names(model, list(layers)),
@@ -156,7 +164,11 @@ def _peft_config(model: nn.Module, layers: dict[str, RoutedLoRALinear | Factors]
 
 
 def _task(model: nn.Module, saved: list[str]) -> str | None:
-    task = next((task for part, task in _TASKS.items() if part in type(model).__name__), None)
+    """PEFT's class for the task; None is its plain one, which passes on whatever the model takes."""
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":  # the others know of input_ids alone
+        return None
+    named = next((task for part, task in _TASKS.items() if part in type(model).__name__), None)
+    task = adamix_state(model).config.task_type or named
     absent = [head for head in _TASK_HEADS.get(task or "", ()) if hasattr(model, head) and head not in saved]
     return None if absent else task
 

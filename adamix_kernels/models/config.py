@@ -7,11 +7,11 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..modules._banks import SHARES, check_finite, check_fraction
+from ..modules._banks import SHARES, check_bool, check_finite, check_fraction, lora_scaling
 from ..routing import check_level
 from ._files import write_json
 
@@ -19,6 +19,16 @@ CONFIG_VERSION = 1
 CONFIG_NAME = "adamix_config.json"
 METHODS = ("adapter", "lora")
 ACTIVATIONS = ("auto", "gelu", "gelu_tanh", "relu", "silu", None)
+# PEFT's TaskType.
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", None)
+# The tasks whose head PEFT trains without being told.
+HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+# PEFT's names for two fields: taken at construction, readable, and not written.
+_ALIASES = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
+# Very objects: a 32.0 that a caller gives is another one, so that a given value is told from the default.
+_ALPHA, _DROPOUT = float("32"), float("0")
+# Left out of the JSON at these values, so that an older release reads a file that does not need them.
+_SINCE_0_1 = {"use_rslora": False, "task_type": None}
 
 
 @dataclass
@@ -30,8 +40,10 @@ class AdaMixConfig:
         num_experts: M; 4 in the paper's NLU runs, 8 for NLG.
         bottleneck: adapter width (48 for BERT-base, 16 for RoBERTa-large, 8 for GPT-2 in the paper).
         activation: adapter activation; "auto" is erf GELU, tanh GELU for GPT-2.
-        r, alpha, dropout: LoRA rank, numerator of the scaling alpha / r, probability on the input.
-        qkv: which of "q", "k", "v" to adapt where one layer computes all three (GPT-2's c_attn).
+        r, alpha, dropout: LoRA rank, numerator of the scaling, probability on the input.
+        use_rslora: the scaling is alpha / sqrt(r) instead of alpha / r.
+        qkv: which of "q", "k", "v" to adapt where one layer computes all three (GPT-2's c_attn), each with a LoRA of
+            its own; None: one LoRA of rank r for the whole layer, as PEFT does.
         share: the side with one bank for all experts, "up" (B), "down" (A) or None.
         routing: training draw per "batch" (each pass one expert), "sample" or "token".
         consistency_weight: weight of the symmetric KL between the two passes (paper: 1; 100 for GPT-2).
@@ -44,9 +56,18 @@ class AdaMixConfig:
         layers_pattern: what may stand before the layer's index in a path ("h", "layers", ...); None: anything,
             and the first number of a path is its layer.
         modules_to_save: names or dotted suffixes of modules trained and saved whole; None: the task head.
+        task_type: PEFT's name of the task ("SEQ_CLS", "CAUSAL_LM", ...), which exports write; None: read from the
+            model. With "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" the head is trained besides modules_to_save, as in
+            PEFT.
+        lora_alpha, lora_dropout: PEFT's names for alpha and dropout.
+        bias: "none"; biases are not trained.
         version: of this format.
 
-    Raises ValueError at construction for any value outside these.
+    Example:
+        >>> AdaMixConfig(method="lora", r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["q_proj", "v_proj"]).alpha
+        16
+
+    Raises ValueError at construction for any value outside these, and for two different values under two names.
     """
 
     method: str = "adapter"
@@ -54,9 +75,9 @@ class AdaMixConfig:
     bottleneck: int = 16
     activation: str | None = "auto"
     r: int = 4
-    alpha: float = 32.0
-    dropout: float = 0.0
-    qkv: tuple[str, ...] = ("q", "v")
+    alpha: float = _ALPHA
+    dropout: float = _DROPOUT
+    qkv: tuple[str, ...] | None = ("q", "v")
     share: str | None = "up"
     routing: str = "batch"
     consistency_weight: float = 1.0
@@ -66,10 +87,26 @@ class AdaMixConfig:
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     version: int = CONFIG_VERSION
+    use_rslora: bool = False
+    task_type: str | None = None
+    lora_alpha: InitVar[float | None] = None
+    lora_dropout: InitVar[float | None] = None
+    bias: InitVar[str] = "none"
 
-    def __post_init__(self) -> None:
-        _names("qkv", self.qkv, optional=False)
-        self.qkv = tuple(self.qkv)
+    def __post_init__(self, lora_alpha: float | None, lora_dropout: float | None, bias: str) -> None:
+        self._take("alpha", "lora_alpha", lora_alpha, _ALPHA)
+        self._take("dropout", "lora_dropout", lora_dropout, _DROPOUT)
+        if bias != "none":
+            raise ValueError(
+                f"bias: got {bias!r}, expected 'none': biases stay frozen; modules_to_save=[...] trains whole modules"
+            )
+        check_bool("use_rslora", self.use_rslora)
+        # A member of PEFT's enum is a string whose value is its name.
+        self.task_type = getattr(self.task_type, "value", self.task_type)
+        _choice("task_type", self.task_type, TASK_TYPES)
+        if self.qkv is not None:
+            _names("qkv", self.qkv, optional=False)
+            self.qkv = tuple(self.qkv)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (set, tuple)):
                 setattr(self, name, sorted(getattr(self, name)))
@@ -96,8 +133,9 @@ class AdaMixConfig:
         _choice("activation", self.activation, ACTIVATIONS)
         _choice("share", self.share, SHARES)
         check_level("routing", self.routing)
-        if not self.qkv or set(self.qkv) - {"q", "k", "v"} or len(set(self.qkv)) != len(self.qkv):
-            raise ValueError(f"qkv: got {self.qkv!r}, expected distinct names out of 'q', 'k', 'v'")
+        qkv = self.qkv
+        if qkv is not None and (not qkv or set(qkv) - {"q", "k", "v"} or len(set(qkv)) != len(qkv)):
+            raise ValueError(f"qkv: got {qkv!r}, expected distinct names out of 'q', 'k', 'v', or None")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern: got {self.layers_pattern!r}, expected layers_to_transform besides it")
         if self.version != CONFIG_VERSION:
@@ -108,8 +146,55 @@ class AdaMixConfig:
         """Passes that ride in one training batch: two, or one without the consistency loss."""
         return 2 if self.consistency_weight > 0 else 1
 
+    @property
+    def scaling(self) -> float:
+        """What the LoRA update is multiplied by: alpha / r, or alpha / sqrt(r) with use_rslora."""
+        return lora_scaling(self.alpha, self.r, self.use_rslora)
+
+    def _take(self, name: str, alias: str, given: float | None, default: float) -> None:
+        if given is None:
+            return
+        own = getattr(self, name)
+        if own is not default and own != given:
+            raise ValueError(
+                f"{alias}: got {given!r} beside {name}={own!r}, expected one of them: {alias} is PEFT's name for {name}"
+            )
+        setattr(self, name, given)
+
+    @classmethod
+    def from_peft(cls, config: Any, **options: Any) -> AdaMixConfig:
+        """The same LoRA, as AdaMix: r, scaling, dropout, layers and modules_to_save of a PEFT LoraConfig.
+
+        Carried over: r, lora_alpha, lora_dropout, use_rslora, target_modules ("all-linear" too), exclude_modules,
+        layers_to_transform, layers_pattern, modules_to_save and task_type. As in PEFT, a fused c_attn gets one LoRA
+        (qkv=None), and without a task_type for classification no head is trained unless modules_to_save names it.
+        fan_in_fan_out is read from each layer.
+
+        Args:
+            config: a peft.LoraConfig.
+            options: fields of AdaMixConfig that PEFT has not (num_experts, share, routing, consistency_weight), or that
+                replace what was carried over.
+
+        Example:
+            >>> from peft import LoraConfig
+            >>> lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+            >>> AdaMixConfig.from_peft(lora, num_experts=4).scaling
+            2.0
+
+        Raises:
+            TypeError: config is no LoraConfig.
+            ValueError: a field of it has no counterpart here and is not at its default (use_dora, rank_pattern, ...);
+                the message names all such fields.
+        """
+        from .peft_config import carried_over
+
+        return cls(**{**carried_over(config), **options})
+
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "qkv": list(self.qkv)}
+        """What save() writes and from_dict() takes. Fields newer than the first release only where they matter."""
+        values = dataclasses.asdict(self)
+        values["qkv"] = None if self.qkv is None else list(self.qkv)
+        return {k: v for k, v in values.items() if k not in _SINCE_0_1 or v != _SINCE_0_1[k]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AdaMixConfig:
@@ -120,7 +205,7 @@ class AdaMixConfig:
             raise ValueError(
                 f"version: got {values['version']!r}, expected {CONFIG_VERSION}, the one this release reads"
             )
-        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)} - set(_ALIASES) - {"bias"})
         if unknown:
             raise ValueError(f"config: got unknown keys {unknown}, expected the fields of AdaMixConfig")
         return cls(**values)
@@ -140,6 +225,17 @@ class AdaMixConfig:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: got a file that is not JSON ({error}), expected an AdaMix config") from error
+
+
+def _readable(alias: str, name: str) -> None:
+    """config.lora_alpha reads config.alpha. No longer a field, or dataclasses.replace(config, alpha=...) would hand on
+    both the new value and the old one under its other name."""
+    del AdaMixConfig.__dataclass_fields__[alias]
+    setattr(AdaMixConfig, alias, property(lambda self: getattr(self, name), doc=f"PEFT's name for {name}."))
+
+
+for _alias, _name in _ALIASES.items():
+    _readable(_alias, _name)
 
 
 def _several(value: object) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..ops._passes import looked
+
 # Arguments without a batch axis, whose first dimension may equal the batch size by chance.
 _UNBATCHED = frozenset({"cache_position", "head_mask", "decoder_head_mask", "cross_attn_head_mask"})
 _BATCHED = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "attention_mask")
@@ -29,6 +31,7 @@ def double_batch(inputs: Any, batch_size: int | None = None) -> Any:
     Source: AdaMix section 3.2 runs the passes one after the other; one doubled forward computes the same.
     """
     batch_size = find_batch_size(inputs) if batch_size is None else batch_size
+    looked()
     return _apply(inputs, lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == batch_size else t)
 
 

@@ -1,4 +1,4 @@
-"""Hooks that keep training mode honest: activation checkpointing and generate(); saving has its own (saving.py)."""
+"""Hooks that keep training mode honest: a second pass, activation checkpointing and generate(). For saving: saving.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from .saving import install_saving
 from .state import adamix_state
+from .watch import PassWatch, watching
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 def install_guards(model: nn.Module) -> None:
     """Installs the guards on an adapted model; they travel with it through deepcopy and pickle."""
     adamix_state(model).checkpointable = checkpointable(model)
+    adamix_state(model).watch = PassWatch()
     model.register_forward_pre_hook(_before_forward)
     embeddings = _input_embeddings(model) if adamix_state(model).checkpointable else None
     if embeddings is not None:
@@ -27,6 +29,8 @@ def install_guards(model: nn.Module) -> None:
 
 
 def _before_forward(model: nn.Module, _args: object) -> None:
+    if watching(model) and (watch := adamix_state(model).watch) is not None:
+        watch.forward(model, adamix_state(model))
     if adamix_state(model).router.experts is None or not (model.training and torch.is_grad_enabled()):
         return
     wrapped = any(hasattr(module, "_checkpoint_wrapped_module") for module in model.modules())

@@ -34,8 +34,8 @@ def adapt(model: nn.Module, config: AdaMixConfig | None = None, *, backend: str 
         backend: "auto", "reference", "triton" or "cuda", for every layer.
 
     Raises:
-        TypeError, ValueError: the model is adapted already, an argument is no such thing, or config does not fit
-            the model. Nothing is changed then.
+        TypeError, ValueError: the model is adapted already, or holds an adapter of PEFT's; an argument is no such
+            thing, or config does not fit the model. Nothing is changed then.
 
     Source: AdaMix section 3; placement as in the reference project's BERT, RoBERTa and GPT-2.
     """
@@ -46,7 +46,8 @@ def adapt(model: nn.Module, config: AdaMixConfig | None = None, *, backend: str 
         raise TypeError(f"config: got {type(config).__name__}, expected an AdaMixConfig or None")
     if getattr(model, "adamix", None) is not None:
         raise ValueError(f"model: got a {type(model).__name__} that is adapted already, expected a bare one")
-    saved = saved_modules(model, config.modules_to_save)
+    _check_no_peft(model)
+    saved = saved_modules(model, config.modules_to_save, config.task_type)
     for path, module in saved:
         _check_trainable(path, module)
     router = Router(config.routing, config.passes)
@@ -120,6 +121,7 @@ def _lora_layer(
         config.share,
         config.dropout,
         targets=config.qkv if fused else None,
+        use_rslora=config.use_rslora,
         router=router,
         backend=backend,
         **_bank_options(layer),
@@ -134,6 +136,18 @@ def _bank_options(layer: nn.Module) -> dict[str, Any]:
         "dtype": torch.float32 if plain is None else torch.promote_types(plain.dtype, torch.float32),
         "device": weight.device if isinstance(weight, torch.Tensor) else None,
     }
+
+
+def _check_no_peft(model: nn.Module) -> None:
+    """An adapter of PEFT's would be frozen in the midst of the model, or adapted itself."""
+    for path, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            where = f"{type(module).__name__} at {path!r}" if path else type(module).__name__
+            raise ValueError(
+                f"model: got {where}, PEFT's, expected the model without it: merge_and_unload() of the PeftModel keeps "
+                "what its LoRA has learned, unload() drops it, and where it has neither, load the base model anew; "
+                "AdaMixConfig.from_peft(config) adapts a bare model as a LoraConfig says"
+            )
 
 
 def _check_trainable(path: str, module: nn.Module) -> None:

@@ -91,6 +91,7 @@ def plain_lora(layer: RoutedLoRALinear, factors: tuple[torch.Tensor, torch.Tenso
         layer.output_offsets,
         layer.fan_in_fan_out,
         group_features=lora_b.shape[0] // layer.groups,
+        use_rslora=layer.use_rslora,
         router=layer.router,
         backend=layer.backend,
         dtype=lora_a.dtype,

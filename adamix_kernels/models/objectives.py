@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -22,10 +23,16 @@ SEQUENCE = "sequence classification"
 REGRESSION = "regression"
 MULTI_LABEL = "multi_label_classification"
 
-_TASKS = {
-    SEQUENCE: (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,),
+_TASKS: dict[str, tuple[Mapping[str, Any], ...]] = {
+    SEQUENCE: (
+        auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    ),
     TOKENS: (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
-    SEQ2SEQ: (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,),
+    SEQ2SEQ: (
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    ),
     CAUSAL: (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,),
 }
 # Models whose logits are lm_head(last hidden state), with nothing in between or after.
@@ -35,12 +42,12 @@ _PLAIN_HEADS = ("gpt2", "llama")
 class Objective:
     """The AdaMix loss of one model: what a label row is, and what is compared between the passes.
 
-    sequence classification: rows [B], softmax; with problem_type "regression" (or num_labels = 1) the Gaussian
-        rule of adamix_loss on float labels; with "multi_label_classification" binary cross-entropy (mean over
+    sequence (or image) classification: rows [B], softmax; with problem_type "regression" (or num_labels = 1) the
+        Gaussian rule of adamix_loss on float labels; with "multi_label_classification" binary cross-entropy (mean over
         labels) and the Bernoulli symmetric KL summed over labels.
     token classification, masked language models: rows [B, S], those labelled -100 left out.
     causal language models: logits at s predict labels at s + 1. GPT-2 and Llama never hold [2B, S, V] logits.
-    sequence to sequence: decoder_input_ids are made from the labels by the model's own rule.
+    sequence (or speech) to sequence: decoder_input_ids are made from the labels by the model's own rule.
 
     Args:
         model: a Transformers model (not its DDP wrapper).
@@ -64,8 +71,9 @@ class Objective:
         """Inputs (not doubled) for a forward without labels and without a cache."""
         inputs = dict(inputs)
         if self.task == SEQ2SEQ and "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
-            owner: Any = self.model
-            inputs["decoder_input_ids"] = owner.prepare_decoder_input_ids_from_labels(labels=labels)
+            shift = _decoder_rule(self.model)
+            assert shift is not None  # _task_of() asked
+            inputs["decoder_input_ids"] = shift(labels)
         if "use_cache" in inspect.signature(type(self.model).forward).parameters:
             inputs["use_cache"] = False
         return inputs
@@ -151,16 +159,29 @@ class Objective:
 def _task_of(model: nn.Module) -> str:
     names = {c.__name__ for c in type(model).__mro__}
     task = next((t for t, tables in _TASKS.items() if any(names & set(table.values()) for table in tables)), None)
-    if task is None or (task == SEQ2SEQ and not hasattr(model, "prepare_decoder_input_ids_from_labels")):
+    if task is None or (task == SEQ2SEQ and _decoder_rule(model) is None):
         raise NotImplementedError(
-            f"model: got {type(model).__name__}, expected a model for sequence or token classification, or for "
-            "masked, causal or sequence-to-sequence language modelling; AdaMixTrainer has no loss for its task"
+            f"model: got {type(model).__name__}, expected a model for sequence, image or token classification, "
+            "or for masked, causal or sequence-to-sequence language modelling; AdaMixTrainer has no loss for its task"
         )
     if getattr(model.config, "output_router_logits", False):
         raise NotImplementedError(
             f"model: got {type(model).__name__} with output_router_logits, whose auxiliary loss AdaMixTrainer lacks"
         )
     return task
+
+
+def _decoder_rule(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """labels -> decoder_input_ids: the model's method, or the function of its file (Whisper); None without either."""
+    owner: Any = model
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return lambda labels: owner.prepare_decoder_input_ids_from_labels(labels=labels)
+    for kind in type(model).__mro__:
+        shift = getattr(sys.modules.get(kind.__module__), "shift_tokens_right", None)
+        if shift is not None:
+            config = owner.config
+            return lambda labels: shift(labels, config.pad_token_id, config.decoder_start_token_id)
+    return None
 
 
 def _single_pass(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..routing import Router
 from .config import AdaMixConfig
 from .factors import Factors
+
+if TYPE_CHECKING:
+    from .watch import PassWatch
 
 
 @dataclass
@@ -24,6 +27,8 @@ class AdaMixState:
         factors: of each layer whose merged LoRA is in its weight.
         lost: why a merged model has no experts to go back to; empty where it has, or is not merged.
         checkpointable: the parts of the model that can recompute their activations.
+        watch: looks for the second pass of a training, until it is sure; None then.
+        told_of_dropout: whether a warning of dropout under a large consistency weight has been considered.
     """
 
     config: AdaMixConfig
@@ -35,6 +40,8 @@ class AdaMixState:
     factors: dict[str, Factors] = field(default_factory=dict, repr=False)
     lost: str = ""
     checkpointable: list[nn.Module] = field(default_factory=list, repr=False)
+    watch: PassWatch | None = field(default=None, repr=False)
+    told_of_dropout: bool = field(default=False, repr=False)
 
 
 def adamix_state(model: nn.Module) -> AdaMixState:

@@ -92,7 +92,8 @@ def _layer_facts(layer: nn.Module, kept: Any) -> tuple[tuple[str, str, str], int
     inputs, outputs, _ = linear_sizes(layer.base if isinstance(layer, RoutedLoRALinear) else layer)
     if lora is None:
         return (f"{inputs} -> {outputs}", "lora, in the weight", "0/0"), 0, 0
-    words = f"lora {lora.r}, alpha {lora.alpha:g}" + (f", {lora.groups} slices" if lora.groups > 1 else "")
+    alpha = f"alpha {lora.alpha:g}" + (" (rslora)" if lora.use_rslora else "")
+    words = f"lora {lora.r}, {alpha}" + (f", {lora.groups} slices" if lora.groups > 1 else "")
     sides = (lora.lora_a, lora.lora_b)
     merged = 0 if mergeable(lora) else _sizes(bank[:1] for bank in sides)
     if lora is not layer:

@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from ..modules.lora import linear_sizes
-from .config import AdaMixConfig
+from .config import HEAD_TASKS, AdaMixConfig
+from .families import ADAPTER_TARGETS, LORA_TARGETS
 from .quantised import dynamic_linear
 
-# The output of the feed-forward block, before its residual connection and LayerNorm. BERT's pattern is a
-# full path because attention.output.dense ends in the same words.
-_BERT_FFN = r"(.*\.)?layer\.\d+\.output\.dense"
-_LLAMA_FFN = r"(.*\.)?layers\.\d+\.mlp\.down_proj"
-_ADAPTER_TARGETS: dict[str, str | tuple[str, ...]] = {
-    **dict.fromkeys(
-        ("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2", "ernie"), _BERT_FFN
-    ),
-    "distilbert": ("ffn.lin2",),
-    "gpt2": ("mlp.c_proj",),
-    "t5": ("DenseReluDense.wo",),
-    "mt5": ("DenseReluDense.wo",),
-    "bart": ("fc2",),
-    "opt": ("fc2",),
-    "gpt_neox": ("mlp.dense_4h_to_h",),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "smollm3"), _LLAMA_FFN),
-}
-_LORA_TARGETS: dict[str, str | tuple[str, ...]] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie"), ("query", "value")),
-    "deberta": ("in_proj",),
-    "deberta-v2": ("query_proj", "value_proj"),
-    "distilbert": ("q_lin", "v_lin"),
-    "gpt2": ("c_attn",),
-    "t5": ("q", "v"),
-    "mt5": ("q", "v"),
-    "gpt_neox": ("query_key_value",),
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "smollm3", "bart", "opt"),
-        ("q_proj", "v_proj"),
-    ),
-}
+logger = logging.getLogger(__name__)
 _HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier")
 # PEFT's pattern asks for a name before the list of layers as well; a headless model (h.0.attn) has none.
 _LAYER_NUMBER = re.compile(r"(?:.*?\.)??[^.]*\.(\d+)\.")
@@ -55,21 +28,25 @@ def model_type(model: nn.Module) -> str | None:
 def target_layers(model: nn.Module, config: AdaMixConfig) -> dict[str, nn.Module]:
     """path -> layer for every layer that `config` adapts, in model order.
 
-    Raises ValueError when the model_type has no default, nothing matches, or a match is not a linear layer.
+    A name of a list that no layer has is left out with a warning, as long as another one matches.
+
+    Raises ValueError when the model_type has no default, nothing matches, or a match is not a linear layer; it says
+    which linear layers the model has.
     """
     rule: str | Sequence[str] | None = config.target_modules
+    given = rule
     if rule is None:
-        defaults = _ADAPTER_TARGETS if config.method == "adapter" else _LORA_TARGETS
+        defaults = ADAPTER_TARGETS if config.method == "adapter" else LORA_TARGETS
         kind = model_type(model)
         if kind not in defaults:
             raise ValueError(
-                f"target_modules: got None for model_type {kind!r}, expected names, since defaults exist only for "
-                + ", ".join(sorted(defaults))
+                f"target_modules: got None for model_type {kind!r}, which has no default for method "
+                f"{config.method!r}, expected names; {_what_is_there(model)}"
             )
         rule = defaults[kind]
     only = config.layers_to_transform
     wanted = {only} if isinstance(only, int) else set(only) if only else None
-    heads = {path for path, _ in saved_modules(model, config.modules_to_save)}
+    heads = {path for path, _ in saved_modules(model, config.modules_to_save, config.task_type)}
     found = {}
     for path, layer in model.named_modules():
         if not path or any(path == head or path.startswith(head + ".") for head in heads):
@@ -84,23 +61,73 @@ def target_layers(model: nn.Module, config: AdaMixConfig) -> dict[str, nn.Module
         raise ValueError(
             f"target_modules: got {rule!r}"
             + (f" with layers_to_transform={sorted(wanted)}" if wanted is not None else "")
-            + f", expected the names of layers in {type(model).__name__}; nothing matches"
+            + f", expected the names of layers in {type(model).__name__}; nothing matches: "
+            + _what_is_there(model, rule)
         )
+    if isinstance(given, list):
+        _warn_of_unmatched(model, given)
     for path, layer in found.items():
         try:
             linear_sizes(layer)
         except ValueError as error:
-            raise ValueError(f"target_modules: got {path!r}: {error}") from error
+            raise ValueError(f"target_modules: got {path!r}: {error}; {_what_is_there(model)}") from error
     return found
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """How the model's linear layers end, in its order: q_proj, ...; output.dense where `dense` is several layers."""
+    output = _output_embeddings(model)
+    heads = tuple(path + "." for path, _ in saved_modules(model, None))
+    paths = [
+        re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
+        for path, layer in model.named_modules()
+        if _is_linear(layer) and layer is not output and not (path + ".").startswith(heads)
+    ]
+    places: dict[str, set[str]] = {}
+    for path in paths:
+        places.setdefault(path.rpartition(".")[2], set()).add(path)
+    return list(dict.fromkeys(_ending(path, len(places[path.rpartition(".")[2]]) > 1) for path in paths))
+
+
+def _ending(path: str, two: bool) -> str:
+    parts = [part for part in path.split(".") if part != "*"]
+    return ".".join(parts[-2:] if two else parts[-1:])
+
+
+def _what_is_there(model: nn.Module, rule: str | Sequence[str] = ()) -> str:
+    """The end of a message: the linear layers of the model, and those closest to what was asked for."""
+    names = linear_names(model)
+    if not names:
+        return f"{type(model).__name__} has no linear layers"
+    asked = re.findall(r"\w+", rule)[-1:] if isinstance(rule, str) else [name.rpartition(".")[2] for name in rule]
+    close = dict.fromkeys(hit for name in asked for hit in _closest(name, names))
+    hint = f" (closest: {', '.join(close)})" if close else ""
+    return f'its linear layers end in: {", ".join(names)}{hint}; "all-linear" takes them all'
+
+
+def _closest(name: str, names: Iterable[str]) -> list[str]:
+    by_last = {known.rpartition(".")[2]: known for known in reversed(list(names))}
+    return [by_last[hit] for hit in difflib.get_close_matches(name, by_last, n=2)]
+
+
+def _warn_of_unmatched(model: nn.Module, rule: Sequence[str]) -> None:
+    paths = [path for path, _ in model.named_modules()]
+    absent = [name for name in rule if not any(named(path, [name]) for path in paths)]
+    if absent:
+        logger.warning("target_modules: nothing is named %s: %s", ", ".join(absent), _what_is_there(model, absent))
 
 
 def matches(path: str, layer: nn.Module, rule: str | Sequence[str], model: nn.Module) -> bool:
     """PEFT's rule for target_modules: as `named`, and "all-linear" is every linear layer but the output embeddings."""
     if isinstance(rule, str) and rule.lower() == "all-linear":
-        owner: Any = model
-        output = owner.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        return layer is not output and _is_linear(layer)
+        return layer is not _output_embeddings(model) and _is_linear(layer)
     return named(path, rule)
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    owner: Any = model
+    found: nn.Module | None = owner.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return found
 
 
 def named(path: str, rule: str | Sequence[str]) -> bool:
@@ -124,19 +151,31 @@ def layer_number(path: str, pattern: str | Sequence[str] | None = None) -> int |
     return int(found[found.lastindex or 0]) if found else None
 
 
-def saved_modules(model: nn.Module, names: Sequence[str] | None) -> list[tuple[str, nn.Module]]:
+def saved_modules(
+    model: nn.Module, names: Sequence[str] | None, task_type: str | None = None
+) -> list[tuple[str, nn.Module]]:
     """(path, module) of what is trained and saved whole: by name, or the task head of the model.
+
+    task_type: with a task of classification the head is among them in any case, as in PEFT.
 
     Raises ValueError for a name that no module has.
     """
+    heads = [(path, module) for path, module in model.named_children() if path in _HEADS]
     if names is None:
-        return [(path, module) for path, module in model.named_children() if path in _HEADS]
+        return heads
     found = []
     for name in names:
         here = [(p, m) for p, m in model.named_modules() if p and (p == name or p.endswith("." + name))]
         if not here:
-            raise ValueError(f"modules_to_save: got {name!r}, expected the name of a module in {type(model).__name__}")
+            close = difflib.get_close_matches(name, {p.rpartition(".")[2] for p, _ in model.named_modules()}, n=2)
+            raise ValueError(
+                f"modules_to_save: got {name!r}, expected the name of a module in {type(model).__name__}"
+                + (f" (closest: {', '.join(close)})" if close else "")
+            )
         found.extend(here)
+    if task_type in HEAD_TASKS:
+        inside = tuple(path + "." for path, _ in heads)
+        found = [(path, module) for path, module in found if not (path + ".").startswith(inside)] + heads
     return found
 
 

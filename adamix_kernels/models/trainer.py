@@ -19,14 +19,19 @@ from .objectives import Objective
 from .quantised import known_to_train
 from .state import adamix_state
 from .trainer_checkpoints import CheckpointMixin
+from .watch import warn_of_dropout
 
 logger = logging.getLogger(__name__)
+
+# Where the texts of one long row begin, as flash attention is told.
+_PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx"})
 
 
 class AdaMixTrainerMixin(CheckpointMixin):
     """loss = CE(pass 1) + weight * consistency(pass 1, pass 2), both passes in one forward of a doubled batch.
 
-    Put it before Trainer or a subclass of it: `class T(AdaMixTrainerMixin, Seq2SeqTrainer)`. It takes a model
+    Put it before Trainer or a subclass of it: `class T(AdaMixTrainerMixin, Seq2SeqTrainer)`, or TRL's SFTTrainer
+    (whose data, arguments and evaluation stay; its training metrics, such as token accuracy, do not). It takes a model
     returned by adapt() and the arguments of that trainer; weight is model.adamix.config.consistency_weight.
     With weight 0 (or router.passes = 1) each batch passes once and the loss is the plain one.
 
@@ -75,6 +80,7 @@ class AdaMixTrainerMixin(CheckpointMixin):
         if str(self.accelerator.state.dynamo_plugin.backend.value) != "NO":
             Objective(self.model).before_compile()
         self._component_sums = None
+        warn_of_dropout(self.model, adamix_state(self.model))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
@@ -88,6 +94,12 @@ class AdaMixTrainerMixin(CheckpointMixin):
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
         objective = Objective(self.model)
+        packed = sorted(set(inputs) & _PACKED)
+        if packed:
+            raise ValueError(
+                f"inputs: got {', '.join(packed)}, a packed batch, whose boundaries cannot be doubled, expected one "
+                "text a row: packing=False and padding_free=False"
+            )
         if labels is None:
             raise ValueError(f"inputs: got {sorted(inputs)}, expected `labels` among them")
         batch = find_batch_size(labels)
@@ -179,6 +191,9 @@ class AdaMixTrainerMixin(CheckpointMixin):
 
     def _check_trainable(self) -> None:
         state = adamix_state(self.model)
+        rule = getattr(self.args, "loss_type", "nll")  # of TRL's SFTConfig
+        if rule not in ("nll", "chunked_nll"):
+            raise ValueError(f"args.loss_type: got {rule!r}, expected 'nll': AdaMixTrainer computes its own loss")
         if state.merged:
             raise ValueError("model: got a merged model, expected one with its experts; call unmerge() first")
         if self.args.n_gpu > 1:

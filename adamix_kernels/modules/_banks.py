@@ -33,6 +33,16 @@ def check_fraction(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value!r}, expected 0 <= {name} < 1")
 
 
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: got {value!r}, expected True or False")
+
+
+def lora_scaling(alpha: float, r: int, use_rslora: bool) -> float:
+    """alpha / r, or alpha / sqrt(r): rank-stabilised LoRA (arXiv 2312.03732)."""
+    return alpha / (math.sqrt(r) if use_rslora else r)
+
+
 def check_router(router: object) -> Router:
     """`router`, or one of its own for None."""
     if router is not None and not isinstance(router, Router):

@@ -13,7 +13,7 @@ from torch.nn.modules import module
 
 from .._backends import check_request
 from ..functional import merge_lora, routed_lora
-from ..ops._checks import check_flag
+from ..ops._checks import autocast_dtype, check_flag
 from ..routing import Router
 from ._banks import (
     as_batch,
@@ -25,6 +25,7 @@ from ._banks import (
     check_positive,
     check_router,
     fold_passes,
+    lora_scaling,
     merge_score,
     merged_bank,
     merged_banks,
@@ -37,7 +38,7 @@ _SEEING_HOOKS = ("forward_hooks", "backward_hooks", "backward_pre_hooks")
 
 
 class RoutedLoRALinear(nn.Module):
-    """out = base(x) + s (drop(x) A_g[i]^T) B_g[j]^T on the columns of each group g, s = alpha / r.
+    """out = base(x) + s (drop(x) A_g[i]^T) B_g[j]^T on the columns of each group g, s = alpha / r or alpha / sqrt(r).
 
     Args:
         base: any callable layer [..., K] -> [..., N] (a quantised one too); it is called as it is. The update is
@@ -48,6 +49,7 @@ class RoutedLoRALinear(nn.Module):
         output_offsets: first column of each slice. group_features: Ng, the columns of a slice; by default
             the last slice reaches to the end.
         fan_in_fan_out: base.weight is [K, N] (Hugging Face's Conv1D).
+        use_rslora: s = alpha / sqrt(r), as PEFT's.
         router, backend: as for RoutedAdapter.
 
     Parameters: lora_a [Ma, groups*r, K], one Kaiming-uniform draw copied to every expert; lora_b
@@ -76,6 +78,7 @@ class RoutedLoRALinear(nn.Module):
         fan_in_fan_out: bool = False,
         *,
         group_features: int | None = None,
+        use_rslora: bool = False,
         router: Router | None = None,
         backend: str = "auto",
         dtype: torch.dtype | None = None,
@@ -88,6 +91,7 @@ class RoutedLoRALinear(nn.Module):
         check_finite("alpha", alpha)
         check_fraction("dropout", dropout)
         check_flag("fan_in_fan_out", fan_in_fan_out)
+        check_flag("use_rslora", use_rslora)
         check_request(backend)
         if not isinstance(output_offsets, Sequence) or not all(isinstance(offset, int) for offset in output_offsets):
             raise TypeError(f"output_offsets: got {output_offsets!r}, expected a sequence of ints")
@@ -98,7 +102,8 @@ class RoutedLoRALinear(nn.Module):
         down, up = bank_sizes(num_experts, share)
         self.base = base
         self.in_features, self.out_features = in_features, out_features
-        self.r, self.alpha, self.scaling = r, alpha, alpha / r
+        self.r, self.alpha, self.use_rslora = r, alpha, use_rslora
+        self.scaling = lora_scaling(alpha, r, use_rslora)
         self.num_experts, self.share, self.dropout = num_experts, share, dropout
         self.groups, self.output_offsets = groups, tuple(output_offsets)
         self.fan_in_fan_out, self.backend = fan_in_fan_out, backend
@@ -170,7 +175,7 @@ class RoutedLoRALinear(nn.Module):
         if not self.router.enabled:
             return base
         rows, added = as_batch(x), as_batch(base)
-        if not torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device.type) is None:
             rows = rows.to(added.dtype)
         a_index = b_index = None
         merged = self.router.uses_merged(self.training, self.a_score.requires_grad or self.b_score.requires_grad)
@@ -237,8 +242,8 @@ class RoutedLoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"r={self.r}, alpha={self.alpha}, num_experts={self.num_experts}, share={self.share!r}, "
-            f"dropout={self.dropout}, groups={self.groups}, output_offsets={self.output_offsets}"
+            f"r={self.r}, alpha={self.alpha}, use_rslora={self.use_rslora}, num_experts={self.num_experts}, "
+            f"share={self.share!r}, dropout={self.dropout}, groups={self.groups}, output_offsets={self.output_offsets}"
         )
 
 
@@ -281,9 +286,8 @@ def _may_overwrite(layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> bool
         return False
     if any(getattr(layer, f"_{hooks}") or getattr(module, f"_global_{hooks}") for hooks in _SEEING_HOOKS):
         return False
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return out.dtype == (torch.get_autocast_dtype(device) if autocast else x.dtype)
+    autocast = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
+    return out.dtype == (autocast or x.dtype)
 
 
 def _check_groups(groups: int, offsets: Sequence[int], width: int, out_features: int) -> None:

@@ -100,8 +100,14 @@ def check_index_values(name: str, index: torch.Tensor | None, num_experts: int) 
 def autocast(first: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:
     """Under autocast every floating tensor takes its dtype, float64 excepted (as F.linear); None stays None."""
     tensors = (first, *others)
-    device_type = first.device.type
-    if not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(first.device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts to; None where it is off, and on a device that has none (meta)."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None

@@ -57,3 +57,11 @@ def below_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:
     """Calls `op` without passing its autograd kernel again."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def as_base(t: torch.Tensor) -> torch.Tensor:
+    """`t` as a tensor of its own, its memory not copied, for a Function to return.
+
+    What a Function returns as a view may not be added to in place. For memory that nobody else holds.
+    """
+    return torch.ops.aten._unsafe_view(t, t.shape) if t._is_view() else t

@@ -32,7 +32,8 @@ class Recipe:
             "generation" (a causal model writes the text of a table).
         model: of tasks.resolve_model: folder or hub id. pooling: see tasks.load_classifier.
         data: folder or hub name; data_format: "e2e", "webnlg" or "dart" (generation).
-        regression: the label is a number (STS-B).
+        regression: the label is a number (STS-B). minimum: what predictions below it are taken for, in evaluation
+            (the released RoBERTa clips STS-B's at 0); None leaves them.
         metrics: names of recipes.metrics; the first one chooses the best epoch and leads the table.
         max_tokens: of a text, or of context and text together.
         training: fields of transformers.TrainingArguments, and warmup_ratio.
@@ -64,6 +65,7 @@ class Recipe:
     pooling: str = "model"
     data_format: str | None = None
     regression: bool = False
+    minimum: float | None = None
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     default_methods: list[str] = field(default_factory=lambda: ["adamix"])
     seeds: int = 1
@@ -94,6 +96,8 @@ class Recipe:
             )
         if self.kind == "prompt" and not {"template", "words"} <= set(self.prompt):
             raise ValueError(f"prompt: got the keys {sorted(self.prompt)}, expected template and words among them")
+        if self.minimum is not None and not self.regression:
+            raise ValueError(f"minimum: got {self.minimum!r}, expected None where the label is no number")
         AdaMixConfig.from_dict(self.adamix)
 
     def to_dict(self) -> dict[str, Any]:

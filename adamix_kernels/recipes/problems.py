@@ -17,6 +17,7 @@ from ..tasks.generation import IGNORED, beam_decode, encode_texts, pair_collator
 from ..tasks.table_data import Pair, TableData, load_tables, references
 from .config import Recipe
 from .metrics import Scores, label_scores, text_scores
+from .positions import check_positions
 from .prompt import encode_prompts, prompt_for, read_at_mask, word_ids
 from .shots import draw_shots
 
@@ -76,6 +77,10 @@ class LabelProblem:
             self._dev = self._encode(self.task.dev.sample(self.limits.dev_rows))
         return self._dev
 
+    def check(self, model: nn.Module, rows: list[dict[str, Any]]) -> None:
+        """Raises ValueError where the model has too few positions for the rows."""
+        check_positions(self.recipe, model, rows, self.tokenizer)
+
     def scores(self, model: nn.Module) -> Scores:
         """Metrics on dev, of the model in evaluation mode."""
         rows = self.dev_rows()
@@ -83,6 +88,8 @@ class LabelProblem:
         return self.scores_of(logits, [row["labels"] for row in rows])
 
     def scores_of(self, logits: torch.Tensor, labels: list[Any]) -> Scores:
+        if self.recipe.minimum is not None:
+            logits = logits.clamp(min=self.recipe.minimum)
         predicted = logits[:, 0] if self.recipe.regression else logits.argmax(-1)
         return label_scores(self.recipe.metrics, predicted.tolist(), labels)
 
@@ -147,6 +154,11 @@ class TextProblem:
         model.config.pad_token_id = self.tokenizer.pad_token_id
         self.collate = pair_collator(self.tokenizer)
         return model
+
+    def check(self, model: nn.Module, rows: list[dict[str, Any]]) -> None:
+        """Raises ValueError where the model has too few positions for the rows, or for context and new tokens."""
+        known = references(self.data.dev if self.data.test is None else self.data.test)
+        check_positions(self.recipe, model, rows, self.tokenizer, list(known))
 
     def train_rows(self, seed: int) -> list[dict[str, Any]]:
         return self._encode(_some(self.data.train, self.limits.train_rows, seed))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from . import processes
 from .config import Recipe
 from .methods import Method, check_available, learning_rate
 from .problems import PROBLEMS
@@ -37,6 +39,9 @@ def run_recipe(
         reports: a folder for a TrainingReport of every AdaMix run.
         progress: a bar over the runs.
 
+    In a launch of several processes all train together, as one run of a batch as many times as large, which is a run of
+    its own (the row's `processes`); the first process alone reads and writes `results` and shows the bar.
+
     A method that cannot run on this recipe (NotImplementedError) leaves a row whose `skipped` says why, and is tried
     again the next time. Seeds run in the outer loop, so that an interrupted run has compared all methods on the same
     seeds.
@@ -44,19 +49,20 @@ def run_recipe(
     from tqdm.auto import tqdm
 
     limits = Limits() if limits is None else limits
-    done = {row.get("key"): row for row in read_rows(results)}
+    processes.join(bool(recipe.training.get("use_cpu", False)))
+    done = processes.agree({row.get("key"): row for row in read_rows(results)} if processes.is_main() else {})
     wanted = [(seed, method, run_identity(recipe, method, seed, limits)) for seed in seeds for method in methods]
     rows = []
     problem = functools.cache(lambda: PROBLEMS[recipe.kind](recipe, limits))
-    for seed, method, identity in tqdm(wanted, unit="run", disable=not progress):
+    for seed, method, identity in tqdm(wanted, unit="run", disable=not (progress and processes.is_main())):
         key = row_key(identity)
         before = done.get(key)
         if before is None or "skipped" in before:
             row = {"key": key, **_labels(recipe, method, seed, limits), "identity": identity}
             row |= _outcome(recipe, problem, method, seed, reports)
-            if before is None or before["skipped"] != row.get("skipped"):
+            if processes.is_main() and (before is None or before["skipped"] != row.get("skipped")):
                 append_row(results, row)
-            done[key] = row
+            done[key] = processes.agree(row)
         rows.append(done[key])
     return rows
 
@@ -68,7 +74,11 @@ def run_identity(recipe: Recipe, method: Method, seed: int, limits: Limits) -> d
         amounts["rows"] = "drawn"  # rows of earlier releases took the first ones
     for name in ("methods", "default_methods", "seeds", "source"):
         del values[name]
+    if values["minimum"] is None:  # newer than the first rows
+        del values["minimum"]
+    several = {"processes": processes.count()} if processes.count() > 1 else {}
     return {
+        **several,
         "recipe": values,
         "method": str(method),
         "settings": recipe.methods.get(method.name, {}),
@@ -91,6 +101,7 @@ def _labels(recipe: Recipe, method: Method, seed: int, limits: Limits) -> dict[s
         "learning_rate": learning_rate(method, recipe),
         "shots": limits.shots or recipe.shots,
         "dev_rows": limits.dev_rows,
+        "processes": processes.count(),
         "versions": _versions(),
     }
 
@@ -106,11 +117,21 @@ def _outcome(
         report = Path(reports) / name
     try:
         check_available(method, recipe)
-        with tempfile.TemporaryDirectory(prefix="adamix_recipe_") as folder:
-            return train_once(recipe, problem(), method, seed, Path(folder), report)
+        with _shared_folder() as folder:
+            return train_once(recipe, problem(), method, seed, folder, report)
     except NotImplementedError as error:
         logger.warning("%s on %s: %s", method, recipe.name, error)
         return {"skipped": str(error)}
+
+
+@contextlib.contextmanager
+def _shared_folder() -> Iterator[Path]:
+    """A temporary folder, the same in all processes of a machine."""
+    if not processes.is_main():
+        yield Path(processes.agree(""))
+        return
+    with tempfile.TemporaryDirectory(prefix="adamix_recipe_") as folder:
+        yield Path(processes.agree(folder))
 
 
 def _versions() -> dict[str, str]:

@@ -17,6 +17,7 @@ from ..models.merging import merge
 from ..models.state import adamix_state
 from ..models.trainer import AdaMixTrainer
 from ..reports import TrainingReport
+from . import processes
 from .config import Recipe
 from .methods import Built, Method, build, kept_parameters, learning_rate
 from .metrics import Scores
@@ -42,6 +43,7 @@ def train_once(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = kept_parameters(built)
     rows = problem.train_rows(seed)
+    problem.check(model, rows)
     arguments, steps = training_arguments(recipe, method, seed, len(rows), folder)
     timer = _Timer()
     callbacks: list[TrainerCallback] = [timer]
@@ -84,7 +86,7 @@ def training_arguments(
 ) -> tuple[TrainingArguments, int]:
     """(arguments, steps) of one run; warmup_ratio becomes steps, which every release of transformers understands."""
     values = {**recipe.training, "learning_rate": learning_rate(method, recipe)}
-    batch = values["per_device_train_batch_size"]
+    batch = values["per_device_train_batch_size"] * processes.count()
     steps = math.ceil(values["num_train_epochs"] * math.ceil(rows / batch))
     if "warmup_ratio" in values:
         values["warmup_steps"] = math.ceil(values.pop("warmup_ratio") * steps)

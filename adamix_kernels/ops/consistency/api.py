@@ -6,6 +6,7 @@ import torch
 
 from ..._backends import check_request
 from .._checks import check_choice, check_flag, check_tensor, fail
+from .._passes import looked
 from ._arguments import as_mask, as_num_items, check_doubled, check_labels, check_options, overwrites
 from .autograd import adamix_loss_op, consistency_op, inplace_adamix_loss, inplace_consistency
 from .linear_api import linear_adamix_loss
@@ -69,6 +70,7 @@ def consistency_loss(
     Source: AdaMix (arXiv 2205.12410), section 3.2, consistency regularisation; `symmetric_KL_loss` of the
     reference project, whose mask compaction gives the same value.
     """
+    looked()
     check_tensor("logits_a", logits_a)
     check_tensor("logits_b", logits_b, logits_a)
     if logits_a.dim() < 1 or logits_a.shape[-1] < 1:
@@ -149,6 +151,7 @@ def adamix_loss(
     Source: AdaMix (arXiv 2205.12410), section 3.2; the reference project's training forward, there as two
     sequential passes.
     """
+    looked()
     check_tensor("logits", logits)
     check_request(backend)
     check_options(weight, ignore_index, label_smoothing, detach_target)

@@ -6,6 +6,7 @@ import torch
 
 from ..._backends import check_request
 from .._checks import autocast, check_dims, check_shape, check_tensor, fail
+from .._passes import looked
 from ._arguments import as_mask, as_num_items, check_doubled, check_labels, check_options
 from .autograd import linear_adamix_loss_op
 from .output import AdaMixLossOutput
@@ -63,6 +64,7 @@ def linear_adamix_loss(
 
     Source: AdaMix (arXiv 2205.12410), section 3.2, on the language-model head.
     """
+    looked()
     check_tensor("hidden", hidden)
     hidden, lm_head_weight, bias = autocast(hidden, *_floating(lm_head_weight, bias))
     check_tensor("lm_head_weight", lm_head_weight, hidden)

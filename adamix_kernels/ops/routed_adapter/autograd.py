@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .._library import below_autograd, differentiate
+from .._library import as_base, below_autograd, differentiate
 from .op import routed_adapter_backward_op
 from .op import routed_adapter_op as routed_adapter_op
 
@@ -39,7 +39,7 @@ class RoutedAdapterFunction(torch.autograd.Function):
         ctx.options = (add_input, activation, backend)
         ctx.mark_non_differentiable(pre)
         ctx.set_materialize_grads(False)
-        return out, pre
+        return as_base(out), pre
 
     @staticmethod
     @once_differentiable

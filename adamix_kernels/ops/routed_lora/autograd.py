@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .._library import below_autograd, differentiate, records
+from .._library import as_base, below_autograd, differentiate, records
 from .op import routed_lora_backward_op, routed_lora_inplace_op
 from .op import routed_lora_op as routed_lora_op
 
@@ -40,7 +40,7 @@ class RoutedLoRAFunction(torch.autograd.Function):
         ctx.options = (scaling, groups, offsets, dropout_p, backend)
         ctx.mark_non_differentiable(t)
         ctx.set_materialize_grads(False)
-        return out, t
+        return as_base(out), t
 
     @staticmethod
     @once_differentiable

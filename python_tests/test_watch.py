@@ -1,0 +1,233 @@
+"""One warning where an adapted model trains without its second pass, and none where it has one."""
+
+import contextlib
+import copy
+import logging
+
+import pytest
+import tiny
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from adamix_kernels import (
+    AdaMixConfig,
+    AdaMixLoss,
+    AdaMixTrainer,
+    adamix_loss,
+    adapt,
+    consistency_loss,
+    disable,
+    double_batch,
+    learn_merging,
+    use_experts,
+)
+from adamix_kernels.models.doubling import split_passes
+
+WARNING = "trains without AdaMix's second pass"
+
+
+@pytest.fixture
+def warned(caplog):
+    """How many such warnings there have been."""
+    caplog.set_level(logging.WARNING)
+    return lambda: sum(WARNING in record.getMessage() for record in caplog.records)
+
+
+def adapted(build=tiny.tiny_bert, **options):
+    return adapt(build(), AdaMixConfig(**{"bottleneck": 4, "num_experts": 2, **options})).train()
+
+
+def step(model, loss, zero=True):
+    loss.backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p.sub_(p.grad, alpha=0.01)
+    if zero:
+        model.zero_grad()
+
+
+def arguments(folder, **options):
+    return TrainingArguments(
+        output_dir=str(folder), max_steps=4, per_device_train_batch_size=4, report_to="none", save_strategy="no",
+        use_cpu=True, disable_tqdm=True, **options,
+    )  # fmt: skip
+
+
+def rows(model, count=16):
+    batch = tiny.batch_for(model, batch=count)
+    return [{name: value[i] for name, value in batch.items()} for i in range(count)]
+
+
+class _Forwards(TrainerCallback):
+    def __init__(self, seen):
+        self.seen, self.at = seen, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.at.append(self.seen())
+
+
+@pytest.mark.parametrize("method", ["adapter", "lora"])
+def test_a_bare_loop_is_told_at_its_second_step_and_once(method, warned):
+    model = adapted(method=method)
+    batch = tiny.batch_for(model)
+    for n in range(6):
+        step(model, model(**batch).loss, zero=n != 1)
+        assert warned() == (n > 0)
+    copied = copy.deepcopy(model)
+    for _ in range(3):
+        step(copied, copied(**batch).loss)
+    assert warned() == 1  # told already
+
+
+def test_the_warning_says_what_to_use(caplog):
+    model = adapted(consistency_weight=3.0)
+    batch = tiny.batch_for(model)
+    for _ in range(2):
+        step(model, model(**batch).loss)
+    text = next(r.getMessage() for r in caplog.records if WARNING in r.getMessage())
+    for part in ("BertForSequence", "is 3", "AdaMixTrainer", "double_batch and adamix_loss", "consistency_weight=0"):
+        assert part in text
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_stock_trainer_is_told_once(accumulation, tmp_path, warned):
+    model = adapted()
+    steps = _Forwards(warned)
+    options = arguments(tmp_path, gradient_accumulation_steps=accumulation)
+    Trainer(model=model, args=options, train_dataset=rows(model), callbacks=[steps]).train()
+    assert steps.at == ([0, 1, 1, 1] if accumulation == 1 else [1, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}], ids=lambda o: str(list(o))
+)
+def test_the_adamix_trainer_is_not(options, tmp_path, warned):
+    model = adapted()
+    assert model.adamix.watch is not None
+    AdaMixTrainer(model=model, args=arguments(tmp_path, **options), train_dataset=rows(model)).train()
+    assert model.adamix.watch is None  # it looked, and is sure
+    assert warned() == 0
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_one_pass_by_choice(weight, tmp_path, warned):
+    model = adapted(consistency_weight=weight)
+    model.adamix.router.passes = 1
+    Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(model)).train()
+    assert warned() == 0
+
+
+def _doubled(model, batch):
+    labels = batch.pop("labels")
+    return adamix_loss(model(**double_batch(batch)).logits, labels).loss
+
+
+def _own_loss(model, batch):
+    rows = len(batch.pop("labels"))
+    a, b = split_passes(model(**double_batch(batch)).logits, rows)
+    return (a - b).square().sum()
+
+
+def _own_doubling(model, batch):
+    labels = batch.pop("labels")
+    return AdaMixLoss()(model(**{k: torch.cat([v, v]) for k, v in batch.items()}).logits, labels).loss
+
+
+def _two_forwards(model, batch):
+    a, b = model(**batch), model(**batch)
+    return a.loss + consistency_loss(a.logits, b.logits)
+
+
+@pytest.mark.parametrize("loss", [_doubled, _own_loss, _own_doubling, _two_forwards])
+def test_loops_that_look_at_both_passes(loss, warned):
+    model = adapted()
+    for _ in range(6):
+        step(model, loss(model, tiny.batch_for(model)))
+    assert warned() == 0
+
+
+@pytest.mark.parametrize("context", ["learn_merging", "use_experts", "disable", "no_grad", "eval"])
+def test_nothing_is_said_where_no_experts_are_drawn(context, warned):
+    model = adapted()
+    if context == "learn_merging":
+        learn_merging(model)
+    if context == "eval":
+        model.eval()
+    contexts = {"use_experts": lambda: use_experts(model, 1), "disable": lambda: disable(model)}
+    batch = tiny.batch_for(model)
+    for _ in range(6):
+        with contexts.get(context, contextlib.nullcontext)():
+            if context == "no_grad":
+                with torch.no_grad():
+                    model(**batch)
+            else:
+                step(model, model(**batch).loss)
+    assert warned() == 0
+    learn_merging(model, False)
+    model.train()
+    for _ in range(3):
+        step(model, model(**batch).loss)
+    assert warned() == 1
+
+
+class _Small(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.first(x)
+
+
+@pytest.mark.parametrize("compiled", ["model", "loss", "step"])
+def test_under_torch_compile_nothing_breaks_and_nothing_is_said(compiled, warned, monkeypatch):
+    from adamix_kernels.ops import _passes
+
+    monkeypatch.setattr(_passes.LOOKS, "compiled", False)
+    torch.compiler.reset()
+    config = AdaMixConfig(bottleneck=2, num_experts=2, target_modules=["first"], modules_to_save=[])
+    model = adapt(_Small(), config).train()
+    x, y = torch.randn(4, 4), torch.tensor([0, 1, 2, 3])
+
+    def look(logits, labels):
+        return adamix_loss(logits, labels).loss
+
+    def whole(x, y):
+        return look(model(double_batch(x)), y)
+
+    options = dict(fullgraph=True, backend="aot_eager")
+    network = torch.compile(model, **options) if compiled == "model" else model
+    loss = torch.compile(look, **options) if compiled == "loss" else look
+    both = torch.compile(whole, **options)
+    for _ in range(5):
+        step(model, both(x, y) if compiled == "step" else loss(network(torch.cat([x, x])), y))
+    assert warned() == 0
+    assert _passes.LOOKS.compiled == (compiled != "model")
+
+
+@pytest.mark.parametrize("weight", [100.0, 9.0])
+def test_a_large_weight_on_a_base_with_dropout(weight, tmp_path, caplog):
+    model = adapted(lambda: tiny.tiny_gpt2(dropout=0.1), consistency_weight=weight)
+    for _ in range(2):
+        AdaMixTrainer(model=model, args=arguments(tmp_path), train_dataset=rows(model)).train()
+    told = [r.getMessage() for r in caplog.records if "has dropout" in r.getMessage()]
+    if weight < 10:
+        assert told == []
+        return
+    assert len(told) == 1
+    assert "consistency_weight is 100" in told[0]
+    for field in ("resid_pdrop=0.1", "embd_pdrop=0.1", "attn_pdrop=0.1", "resid_pdrop=0.0"):
+        assert field in told[0]
+    assert "summary_first_dropout" not in told[0]  # of the head
+
+
+def test_a_loop_of_ones_own_hears_of_dropout_too(caplog):
+    for dropout, times in ((0.0, 0), (0.1, 1)):
+        caplog.clear()
+        model = adapted(lambda d=dropout: tiny.tiny_bert(dropout=d), consistency_weight=50)
+        for _ in range(3):
+            step(model, _doubled(model, tiny.batch_for(model)))
+        told = [r.getMessage() for r in caplog.records if "has dropout" in r.getMessage()]
+        assert len(told) == times
+        assert not times or "hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1" in told[0]
