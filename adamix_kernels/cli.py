@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ._extras import explained
+
 COMMANDS = {
     "train": "fine-tune an encoder with AdaMix on a text-classification set",
     "eval": "accuracy of a saved checkpoint",
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, NotImplementedError, ModuleNotFoundError) as error:
         if args.traceback:
             raise
+        if isinstance(error, ModuleNotFoundError):
+            error = explained(error, at_least="recipes" if args.command == "recipe" else "train")
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"adamix {args.command}: {lines[0]}", file=sys.stderr)
         return 2

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._extras import install_line
+
 FORMATS = ("e2e", "webnlg", "dart")
 _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "e2e": {"train": ("train.txt",), "dev": ("valid.txt", "dev.txt"), "test": ("test.txt",)},
@@ -143,7 +145,7 @@ def _from_hub(source: str, data_format: str) -> TableData:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"data: {source!r} is no folder; the hub needs the package datasets") from error
+        raise ModuleNotFoundError(f"data: {source!r} is no folder; the hub needs the package datasets: {install_line('train')}") from error
     name, _, config = source.partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None)

