@@ -19,8 +19,10 @@ from .objects import PACKAGE, Compiled, fingerprint, link, objects_folder, plann
 from .objects import source_folder as source_folder
 from .schedule import compile_all, parallel, tell
 from .schedule import find_ninja as find_ninja
+from .schedule import processors as processors
 from .toolchain import BuildError as BuildError
 from .toolchain import Torch, check_pair, find_nvcc, find_torch, gencode, has_gpu, run, wanted_architectures
+from .toolchain import driver_cuda as driver_cuda
 
 LIBRARY = PACKAGE / "_C.abi3.so"
 # Beside the library: what it was built for, or why there is none.

@@ -27,8 +27,12 @@ def parallel(asked: int | None = None) -> int:
     text = os.environ.get("MAX_JOBS", "").strip()
     if text and not (text.isdecimal() and int(text) > 0):
         raise BuildError(f"MAX_JOBS: got {text!r}, expected a whole number above 0")
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return int(text) if text else available or 1
+    return int(text) if text else processors()
+
+
+def processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def find_ninja() -> str | None:
