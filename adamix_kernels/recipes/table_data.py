@@ -145,7 +145,9 @@ def _from_hub(source: str, data_format: str) -> TableData:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"data: {source!r} is no folder; the hub needs the package datasets: {install_line('train')}") from error
+        raise ModuleNotFoundError(
+            f"data: {source!r} is no folder; the hub needs the package datasets: {install_line('train')}"
+        ) from error
     name, _, config = source.partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None)

@@ -126,7 +126,9 @@ def _plain_splits(source: str) -> list[tuple[list[str], list[str] | None, list[s
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"data: {source!r} is no folder; the hub needs the package datasets: {install_line('train')}") from error
+        raise ModuleNotFoundError(
+            f"data: {source!r} is no folder; the hub needs the package datasets: {install_line('train')}"
+        ) from error
     name, _, config = source.partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None)
