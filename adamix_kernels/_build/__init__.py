@@ -87,9 +87,10 @@ def build_cuda(
     """Compiles csrc/ for every architecture, links `output`, and writes the record beside it.
 
     strict: warnings are errors, and ptxas tells registers and spills in the logs. architectures: by default what
-    `wanted_architectures` says. Raises BuildError; `output` is then what it was.
+    `wanted_architectures` says. jobs: by default what `parallel` says. Raises BuildError; `output` is then what it was.
     """
     torch, nvcc, csrc = find_torch(), find_nvcc(), source_folder()
+    check_pair(torch, nvcc)
     names = list(architectures) or wanted_architectures(nvcc)
     files = sources(csrc)
     jobs = parallel(jobs)
