@@ -36,7 +36,12 @@ _NAME = "adamix_kernels"
 
 def installed(module: str) -> bool:
     """Whether a top-level module can be found; nothing is imported."""
-    return importlib.util.find_spec(module) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # something refuses to let it be found
+        return False
+    except ValueError:  # it is loaded, and was not found but made
+        return True
 
 
 def install_line(extra: str) -> str:
@@ -68,7 +73,7 @@ def missing(module: str, *, what: str | None = None, at_least: str = "hf") -> Mo
 def explained(error: ModuleNotFoundError, *, what: str | None = None, at_least: str = "hf") -> ModuleNotFoundError:
     """`missing(...)` for an import error of a package of an extra that is not there; any other error as it is."""
     module = (error.name or "").partition(".")[0]
-    if module not in PACKAGES or str(error) != f"No module named {error.name!r}":
+    if module not in PACKAGES or installed(module):
         return error
     return missing(module, what=what, at_least=at_least)
 
