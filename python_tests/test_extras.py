@@ -78,7 +78,8 @@ def test_each_package_is_in_the_extra_that_is_named():
 
 def test_a_base_installation_works_and_says_how_to_install_what_a_name_or_a_command_needs():
     command = "import sys; from adamix_kernels.cli import main; sys.exit(main({}))"
-    star, named, function, data, encoder, save, train, help_, recipe, demo, again = _apart(
+    recipe, star, named, function, data, encoder, save, train, help_, demo, again = _apart(
+        command.format(["recipe", "list"]),
         "from adamix_kernels import *; (AdaMixConfig, adapt, merge, routed_lora)",
         "import adamix_kernels as a; assert 'AdaMixTrainer' in dir(a) and hasattr(a, 'adapt'); a.AdaMixTrainer",
         "from adamix_kernels.reports import TrainingReport",
@@ -88,7 +89,6 @@ def test_a_base_installation_works_and_says_how_to_install_what_a_name_or_a_comm
         "save(Path('x'), {'a': torch.ones(1)})",
         command.format(["train"]),
         command.format(["train", "--help"]),
-        command.format(["recipe", "list"]),
         "import runpy; runpy.run_module('adamix_kernels.demo', run_name='__main__')",
         "from adamix_kernels import *; adapt",
     )
