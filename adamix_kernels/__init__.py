@@ -6,9 +6,10 @@ Importing this package needs torch alone; what needs transformers is imported wh
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._backends import BackendState, BackendUnavailableError, backends
+from ._extras import installed, needed
 from ._version import __version__
 from .functional import (
     AdaMixLossOutput,
@@ -20,6 +21,31 @@ from .functional import (
     routed_adapter,
     routed_lora,
 )
+
+if TYPE_CHECKING:
+    from .convert import export_adapterhub as export_adapterhub
+    from .convert import export_peft as export_peft
+    from .convert import load_official as load_official
+    from .models.checkpoint import load_adamix as load_adamix
+    from .models.checkpoint import save_adamix as save_adamix
+    from .models.config import AdaMixConfig as AdaMixConfig
+    from .models.contexts import disable as disable
+    from .models.contexts import eval_routing as eval_routing
+    from .models.contexts import use_experts as use_experts
+    from .models.doubling import double_batch as double_batch
+    from .models.inject import adapt as adapt
+    from .models.merging import learn_merging as learn_merging
+    from .models.merging import merge as merge
+    from .models.merging import unmerge as unmerge
+    from .models.summary import print_trainable_parameters as print_trainable_parameters
+    from .models.summary import summary as summary
+    from .models.trainer import AdaMixTrainer as AdaMixTrainer
+    from .models.trainer import AdaMixTrainerMixin as AdaMixTrainerMixin
+    from .modules import AdaMixLoss as AdaMixLoss
+    from .modules import AdaptedLayer as AdaptedLayer
+    from .modules import RoutedAdapter as RoutedAdapter
+    from .modules import RoutedLoRALinear as RoutedLoRALinear
+    from .routing import Router as Router
 
 _LAZY = {
     "AdaMixLoss": "modules",
@@ -47,6 +73,8 @@ _LAZY = {
     "export_peft": "convert",
     "export_adapterhub": "convert",
 }
+# What their modules import; without it, `import *` leaves them out, and naming one says how to install it.
+_NEEDS_TRANSFORMERS = ("AdaMixTrainer", "AdaMixTrainerMixin")
 
 __all__ = [
     "__version__",
@@ -61,17 +89,18 @@ __all__ = [
     "merge_lora",
     "routed_adapter",
     "routed_lora",
-    *_LAZY,
+    *(name for name in _LAZY if name not in _NEEDS_TRANSFORMERS or installed("transformers")),
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    with needed(name):
+        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_LAZY})

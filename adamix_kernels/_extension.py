@@ -18,6 +18,8 @@ import torch
 _PACKAGE = Path(__file__).parent
 _HOST = "ADAMIX_CUDA_HOST"
 _OTHER = "ADAMIX_CUDA_LIBRARY"
+# Whose stable ABI the library is built on.
+OLDEST_TORCH = "2.11"
 
 
 @functools.cache
@@ -55,6 +57,8 @@ def load_problem() -> str | None:
     if path is None:
         reason = record().get("reason")
         return "the C++/CUDA library was not built into this installation" + (f": {reason}" if reason else "")
+    if torch.__version__ < OLDEST_TORCH:
+        return f"the C++/CUDA library needs torch {OLDEST_TORCH} or newer, this is {torch.__version__}"
     try:
         torch.ops.load_library(str(path))
         built_for = torch.ops.adamix_cuda.build_info()

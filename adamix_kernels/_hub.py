@@ -2,7 +2,7 @@
 
 FOLDER/build.toml, and in FOLDER/torch-ext/adamix_kernels/ the functions of adamix_kernels.functional with what they
 need: PyTorch and Triton code that finds its own parts by relative imports alone, so that it works under the name that
-`kernels` gives it, and more than once in a process. The modules, models and converters stay in the PyPI package.
+`kernels` gives it, and more than once in a process. The modules, models and converters stay in the whole package.
 """
 
 from __future__ import annotations

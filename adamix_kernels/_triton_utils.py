@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
 
 # Fixed when the kernels are decorated, at import.
-INTERPRETING: bool = triton.knobs.runtime.interpret
+INTERPRETING: bool = (
+    triton.knobs.runtime.interpret if hasattr(triton, "knobs") else os.environ.get("TRITON_INTERPRET") == "1"
+)
 _INTERPRETING = tl.constexpr(INTERPRETING)
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -40,7 +44,8 @@ def precision(dtype: torch.dtype) -> str:
     """tl.dot's input_precision: float32 follows PyTorch's TF32 flag, three TF32 products where it is off."""
     if dtype != torch.float32:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    matmul = torch.backends.cuda.matmul
+    return "tf32" if getattr(matmul, "fp32_precision", "tf32" if matmul.allow_tf32 else "") == "tf32" else "tf32x3"
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ._extras import explained
 from ._version import __version__
 from .commands._words import closest
 
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, NotImplementedError, ModuleNotFoundError) as error:
         if args.traceback:
             raise
+        if isinstance(error, ModuleNotFoundError):
+            error = explained(error, at_least="recipes" if args.command == "recipe" else "train")
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"adamix {args.command}: {lines[0]}", file=sys.stderr)
         return 2

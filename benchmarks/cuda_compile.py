@@ -20,7 +20,8 @@ from pathlib import Path
 
 from adamix_kernels import _build
 from adamix_kernels._build import BuildError, Compiled
-from adamix_kernels._build.objects import compile_all, compile_one, objects_folder, sources, with_includes
+from adamix_kernels._build.objects import objects_folder, planned, sources, with_includes
+from adamix_kernels._build.schedule import compile_all, parallel
 from adamix_kernels._build.toolchain import find_nvcc
 
 from .cuda_table import SHAPES, TABLE, Row, differences, problems, read, write
@@ -38,7 +39,7 @@ def compiled(jobs: int | None = None, wheels: Path = WHEELS) -> list[Row]:
     wheels: folder of NVRTC's. What was compiled from the same contents before is taken from build/csrc.
     """
     csrc = _build.source_folder()
-    jobs = jobs or os.cpu_count() or 1
+    jobs = parallel(jobs)
     nvcc, nvrtc = f"nvcc {find_nvcc().version}", f"nvrtc {nvrtc_version(wheels)}"
     # The quicker compiler first.
     found = [(each, nvrtc) for each in compile_nvrtc(csrc, wheels, jobs)]
@@ -57,10 +58,10 @@ def compile_nvrtc(csrc: Path, wheels: Path, jobs: int) -> list[Compiled]:
     driver = Path(command[1])
     with objects_folder(csrc, "nvrtc") as folder:
 
-        def one(source: Path) -> Compiled:
-            return compile_one(command, flags, source, [*with_includes(source, csrc), driver], folder, (version,))
+        def plan(source: Path) -> Compiled:
+            return planned(command, flags, source, [*with_includes(source, csrc), driver], folder, (version,))
 
-        return compile_all(one, [path for path in sources(csrc) if path.suffix == ".cu"], jobs)
+        return compile_all([plan(path) for path in sources(csrc) if path.suffix == ".cu"], jobs)
 
 
 def nvrtc_version(wheels: Path) -> str:

@@ -7,14 +7,14 @@ one: ADAMIX_CUDA_LIBRARY=FILE makes the package load it. nvcc 13 compiles the ho
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from adamix_kernels import _build
 from adamix_kernels._build import BuildError, Compiled
-from adamix_kernels._build.objects import compile_all, compile_one, link, objects_folder, sources, with_includes
+from adamix_kernels._build.objects import link, objects_folder, planned, sources, with_includes
+from adamix_kernels._build.schedule import compile_all, parallel
 from adamix_kernels._build.toolchain import find_nvcc, find_torch
 
 from .cuda_compile import WHEELS, nvrtc_version
@@ -28,15 +28,15 @@ def build(output: Path, wheels: Path = WHEELS, jobs: int | None = None) -> Path:
     driver = [sys.executable, str(tools[0]), "--nvcc", str(nvcc.path), "--wheels", str(wheels)]
     versions = nvcc.version, torch.version, nvrtc_version(wheels)
 
-    def one(source: Path) -> Compiled:
+    def plan(source: Path) -> Compiled:
         read = [*with_includes(source, csrc), *tools]
         if source.suffix == ".cu":
-            return compile_one(driver, flags, source, read, folder, versions)
+            return planned(driver, flags, source, read, folder, versions)
         told = [*flags, '-DADAMIX_ARCHITECTURES="70+PTX"']
-        return compile_one([str(nvcc.path)], told, source, read, folder, versions)
+        return planned([str(nvcc.path)], told, source, read, folder, versions)
 
     with objects_folder(csrc, "volta") as folder:
-        objects = compile_all(one, sources(csrc), jobs or os.cpu_count() or 1)
+        objects = compile_all([plan(source) for source in sources(csrc)], parallel(jobs))
         link([str(nvcc.path), *_build.NVCC_LINK], objects, _build.fill(_build.LIBRARIES, csrc, torch), output)
     return output
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0; 1, with the reason on stderr, where nothing was built."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.volta", description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=_build.PACKAGE.parent / "build" / "csrc" / "adamix_volta.so")
-    parser.add_argument("--jobs", type=int, help="files compiled at a time (default: one a processor)")
+    parser.add_argument("--jobs", type=int, help="files compiled at a time (default: $MAX_JOBS, else one a processor)")
     parser.add_argument("--nvrtc", type=Path, default=WHEELS, help="folder of NVRTC's wheels")
     options = parser.parse_args(arguments)
     if options.jobs is not None and options.jobs < 1:

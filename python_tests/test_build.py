@@ -5,14 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
 import tiny_csrc
 
-from adamix_kernels import _build, _extension
-from adamix_kernels._build import BuildError, objects, toolchain
+from adamix_kernels._build import BuildError, toolchain
 
 WHEEL = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
 FACTS = "import json; from adamix_kernels.commands import env; print(json.dumps(env.describe()))"
@@ -79,7 +79,7 @@ def test_a_wheel_holds_a_library_for_every_python_and_builds_itself_anew(project
 
 
 def test_without_nvcc_the_package_is_pure_python_and_says_why(project, tmp_path_factory):
-    wheel, names, printed = _wheel(project, CUDA_HOME="/nowhere")
+    wheel, names, printed = _wheel(project, CUDA_HOME="/nowhere", PATH=tiny_csrc.nvidia_smi(project))
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in names if name.endswith(".so")]
     assert "adamix_kernels/csrc/doubling/doubling.cu" in names
@@ -110,7 +110,9 @@ def test_what_the_compiler_says_is_shown(project, tmp_path_factory):
     # What an earlier build left behind is not taken for this one's.
     (stale,) = project.glob("build/lib*/adamix_kernels")
     (stale / "_C.abi3.so").write_bytes(b"old")
-    wheel, names, printed = _wheel(project, ADAMIX_ARCHITECTURES="75")
+    site = tiny_csrc.torch(project)
+    found = {"PATH": tiny_csrc.nvidia_smi(project, "7.5"), "PYTHONPATH": f"{site}{os.pathsep}{project}"}
+    wheel, names, printed = _wheel(project, **found)
     assert 'identifier "nobody" is undefined' in printed
     assert "adamix_kernels/_C.abi3.so" not in names
     problem = _facts(_installed(wheel, tmp_path_factory.mktemp("installed")))["cuda_library"]["problem"]
@@ -161,125 +163,51 @@ def test_a_library_for_the_cpu_takes_the_place_of_the_other(project):
 def test_the_build_needs_nothing_but_the_standard_library(project):
     code = (
         "import sys, sysconfig; sys.path.append('adamix_kernels'); sysconfig.get_paths = lambda: dict.fromkeys("
-        "['purelib', 'platlib'], '/nowhere'); import _build; print(_build.obstacle())"
+        "['purelib', 'platlib'], '/nowhere'); import _build; print(_build.obstacle(asked=True))"
     )
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=project, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "torch is not installed; install it first" in done.stdout
+    assert "torch is not installed where this build looks; install it first" in done.stdout
 
 
-def test_nvcc_is_taken_from_cuda_home_and_must_be_new_enough(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_HOME", tiny_csrc.nvcc(tmp_path / "new", "12.6.85", "70 80"))
-    found = toolchain.find_nvcc()
-    assert (found.version, found.architectures) == ("12.6.85", ("70", "80"))
-    assert found.path == tmp_path / "new/bin/nvcc"
-    monkeypatch.setenv("CUDA_HOME", tiny_csrc.nvcc(tmp_path / "old", "11.8.89"))
-    with pytest.raises(BuildError, match=r"nvcc is of CUDA 11\.8\.89, 12\.0 or newer is needed"):
-        toolchain.find_nvcc()
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
-    assert "no nvcc: " in _build.obstacle()
+def test_a_gpu_that_is_seen_is_what_is_built_for(project, tmp_path_factory):
+    """All that an installation does by itself, up to an nvcc that compiles nothing."""
+    site = tiny_csrc.torch(project)
+    found = {
+        "PATH": tiny_csrc.nvidia_smi(project, "9.0"),
+        "PYTHONPATH": f"{site}{os.pathsep}{project}",
+        "CUDA_HOME": tiny_csrc.nvcc(project, "13.0.88"),
+        "MAX_JOBS": "1",
+    }
+    wheel, names, printed = _wheel(project, **found)
+    assert "csrc/ is compiled for compute capability 90+PTX with nvcc 13.0.88, torch 2.13.0" in printed
+    assert "compiling 2 of 2 files, 1 at a time" in printed
+    assert "built without the C++/CUDA library: csrc/ does not compile: status 1" in printed
+    assert "adamix_kernels/_C.abi3.so" not in names
+    wheel, names, printed = _wheel(project, **found | {"CUDA_HOME": tiny_csrc.nvcc(project, "14.0.1")})
+    assert "built without the C++/CUDA library: " in printed
+    facts = _facts(_installed(wheel, tmp_path_factory.mktemp("installed")))
+    assert "is of CUDA 14.0.1, and torch 2.13.0 is built with CUDA 13.0" in facts["cuda_library"]["problem"]
+    done = tiny_csrc.run(WHEEL, project, ADAMIX_CUDA="1", **found)
+    assert done.returncode != 0
+    assert "ADAMIX_CUDA=1, but the C++/CUDA library cannot be built: " in done.stderr
+    assert "is of CUDA 14.0.1" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("text", "gpus", "names"),
-    [
-        ("75;80;90", [], ["75", "80", "90+PTX"]),
-        ("9.0+PTX 8.0 120 8.0", ["75"], ["80", "90+PTX", "120"]),
-        ("", ["90"], ["90+PTX"]),
-        ("", ["75", "120"], ["75", "120+PTX"]),
-        ("all", ["90"], ["70", "75", "80", "90", "100", "120+PTX"]),
-        ("", [], ["70", "75", "80", "90", "100", "120+PTX"]),
-    ],
-)
-def test_architectures_come_from_the_variable_then_the_gpus_then_all(monkeypatch, text, gpus, names):
-    nvcc = toolchain.Nvcc(Path("nvcc"), "12.9.86", ("70", "75", "80", "90", "100", "120"))
-    monkeypatch.setenv("ADAMIX_ARCHITECTURES", text)
-    monkeypatch.setattr(toolchain, "visible_gpus", lambda: gpus)
-    assert toolchain.wanted_architectures(nvcc) == names
+def test_an_older_torch_makes_the_pure_package_and_is_told(project, tmp_path_factory):
+    found = {"PATH": tiny_csrc.nvidia_smi(project), "CUDA_HOME": tiny_csrc.nvcc(project, "12.6.85")}
+    site = tiny_csrc.torch(project, "2.8.0+cu126", "12.6")
+    wheel, _, printed = _wheel(project, **found, PYTHONPATH=f"{site}{os.pathsep}{project}")
+    words = "torch 2.8.0+cu126 is installed, and the C++/CUDA library needs 2.11 or newer (the other backends do not)"
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert f"built without the C++/CUDA library: {words}" in printed
+    assert _facts(_installed(wheel, tmp_path_factory.mktemp("installed")))["cuda_library"]["problem"].endswith(words)
 
 
-def test_an_architecture_that_nvcc_does_not_know_is_named(monkeypatch):
-    nvcc = toolchain.Nvcc(Path("nvcc"), "13.0.88", ("75", "80"))
-    monkeypatch.setenv("ADAMIX_ARCHITECTURES", "70;80")
-    with pytest.raises(BuildError, match=r"compiles for 75, 80, not for 70; .*\(V100\) needs nvcc 12"):
-        toolchain.wanted_architectures(nvcc)
-    monkeypatch.setenv("ADAMIX_ARCHITECTURES", "ninety")
-    with pytest.raises(BuildError, match="not for ninety"):
-        toolchain.wanted_architectures(nvcc)
-
-
-def test_machine_code_and_ptx_have_their_options():
-    assert toolchain.gencode(["80", "90+PTX"]) == [
-        *("-gencode", "arch=compute_80,code=sm_80"),
-        *("-gencode", "arch=compute_90,code=[sm_90,compute_90]"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("version", "header", "words"),
-    [
-        ("2.10.1", True, "torch 2.10.1 is installed, 2.11 or newer"),
-        ("2.13.0", False, "holds no C"),
-        (None, False, "not installed"),
-    ],
-)
-def test_what_torch_lacks_is_named(tmp_path, monkeypatch, version, header, words):
-    if version:
-        (tmp_path / "torch").mkdir()
-        (tmp_path / "torch/version.py").write_text(f"__version__ = '{version}'\n")
-    if header:
-        (tmp_path / "torch/include/torch/csrc/stable").mkdir(parents=True)
-        (tmp_path / "torch/include/torch/csrc/stable/library.h").write_text("")
-    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(toolchain.sysconfig, "get_paths", lambda: {"platlib": tmp_path, "purelib": tmp_path})
-    with pytest.raises(BuildError, match=words):
-        toolchain.find_torch()
-
-
-def test_only_what_changed_is_compiled_again(tmp_path):
-    csrc, kept = tmp_path / "csrc", tmp_path / "objects"
-    (csrc / "op").mkdir(parents=True)
-    kept.mkdir()
-    (csrc / "a.h").write_text('#include "b.h"\n')
-    (csrc / "b.h").write_text("int b();\n")
-    (csrc / "op/one.cpp").write_text('#include "a.h"\nint one() { return 1; }\n')
-    (csrc / "op/two.cpp").write_text("int two() { return 2; }\n")
-
-    def compile_all(*flags):
-        made = []
-        for source in objects.sources(csrc):
-            read = objects.with_includes(source, csrc)
-            made.append(objects.compile_one(["g++"], ["-c", f"-I{csrc}", *flags], source, read, kept, ("1",)).object)
-        assert len(list(kept.glob("*.o"))) == 2
-        return [(path, path.stat().st_mtime_ns) for path in made]
-
-    one, two = compile_all()
-    assert compile_all() == [one, two]
-    (csrc / "b.h").write_text("int b(int);\n")
-    changed, same = compile_all()
-    assert changed[0] != one[0]
-    assert same == two
-    assert {path for path, _ in compile_all("-O2")}.isdisjoint({changed[0], two[0]})
-
-
-def test_a_failed_build_leaves_the_old_file_and_no_other(tmp_path):
-    output = tmp_path / "x.so"
-    output.write_text("old")
-    with pytest.raises(BuildError, match=r"status \d+ from\n.*g\+\+"):
-        objects.link(["g++", "-shared"], [objects.Compiled(output, tmp_path / "none.o", "")], [], output)
-    assert output.read_text() == "old"
-    assert os.listdir(tmp_path) == ["x.so"]
-
-
-def test_machine_code_serves_its_major_version_and_ptx_all_newer():
-    assert [c for c in (75, 80, 86, 90, 120) if _extension.serves("80", c)] == [80, 86]
-    assert [c for c in (75, 80, 86, 90, 120) if _extension.serves("86", c)] == [86]
-    assert [c for c in (75, 80, 86, 90, 120) if _extension.serves("80+PTX", c)] == [80, 86, 90, 120]
-
-
-def test_no_job_is_not_a_number_of_jobs(capsys):
-    from adamix_kernels._build.__main__ import main
-
-    with pytest.raises(SystemExit):
-        main(["--jobs", "0"])
-    assert "--jobs: got 0, expected at least 1" in capsys.readouterr().err
+def test_ninja_comes_into_an_isolated_build_of_the_library_alone(project):
+    code = "from setuptools import build_meta; print(build_meta.get_requires_for_build_wheel())"
+    nowhere = {"PATH": str(project / "nothing"), "CUDA_HOME": tiny_csrc.nvcc(project, "13.0.88")}
+    beside = [] if shutil.which("ninja", path=sysconfig.get_path("scripts")) else ["ninja>=1.10"]
+    for mode, wanted in (("0", []), ("auto", []), ("1", beside)):
+        done = tiny_csrc.run(code, project, ADAMIX_CUDA=mode, **nowhere)
+        assert done.stdout.strip().splitlines()[-1:] == [str(wanted)], done.stderr

@@ -4,13 +4,16 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import tiny_text
+import torch
 
 from adamix_kernels import __version__, cli, commands, load_adamix, tasks
 from adamix_kernels.commands import bench
@@ -189,11 +192,16 @@ def test_two_processes_show_one_bar_and_one_result(trained, tmp_path):
 def test_env_names_versions_and_reasons(capsys):
     assert cli.main(["env"]) == 0
     out = capsys.readouterr().out
-    assert "transformers" in out
+    assert out.startswith("```text\npython: ")
+    assert out.endswith("\n```\n")
+    assert f"torch:            {torch.__version__}\n" in out
+    assert re.search(r"\nprocessor: .+, [1-9]\d* usable, torch on [1-9]\d* threads\nmemory: +\d+\.\d GiB\n", out)
     assert "backend reference usable: runs on any device" in out
     assert cli.main(["env", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert set(facts["backends"]) == {"reference", "triton", "cuda"}
+    assert facts["versions"]["numpy"] == numpy.__version__
+    assert facts["cuda"]["torch"] == torch.version.cuda
     assert all(state["reason"] for state in facts["backends"].values())
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from adamix_kernels import AdaMixConfig
+from adamix_kernels._extras import install_line
 from adamix_kernels.recipes import append_row, expand_methods, load_recipe, parse_method, read_rows, recipe_names
 from adamix_kernels.recipes.methods import ablations, learning_rate
 from adamix_kernels.recipes.metrics import TOKENS, _caption, label_scores, text_scores
@@ -166,7 +167,7 @@ def test_an_absent_library_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sacrebleu", None)
     scores = text_scores(["bleu"], ["a"], [["a"]])
     assert not scores.values
-    assert scores.missing["bleu"] == "needs sacrebleu (pip install 'adamix_kernels[recipes]')"
+    assert scores.missing["bleu"] == f"needs sacrebleu: {install_line('recipes')}"
     with pytest.raises(ValueError, match="expected some of bleu, nist"):
         text_scores(["accuracy"], [], [])
 

@@ -1,5 +1,6 @@
 """A csrc/ of one kernel, in a copy of the project, for tests of the build."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -92,3 +93,30 @@ def nvcc(folder: Path, version: str, architectures: str = "75 80 90") -> str:
     )
     path.chmod(0o755)
     return str(folder)
+
+
+def nvidia_smi(folder: Path, gpus: str = "9.0", cuda: str = "13.0") -> str:
+    """A $PATH whose nvidia-smi lists a GPU of each of these compute capabilities, and a driver of this CUDA."""
+    path = folder / "smi" / "nvidia-smi"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    listed = "".join(f"GPU {i}: Some GPU (UUID: GPU-{i})\\n" for i, _ in enumerate(gpus.split()))
+    capabilities = "".join(f"{each}\\n" for each in gpus.split())
+    path.write_text(
+        f"#!/bin/sh\ncase $1 in\n-L) printf '{listed}';;\n"
+        f"--query-gpu=compute_cap) printf '{capabilities}';;\n"
+        f"*) echo '| NVIDIA-SMI 1.2  Driver Version: 1.2  CUDA Version: {cuda} |';;\nesac\n"
+    )
+    path.chmod(0o755)
+    return f"{path.parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def torch(folder: Path, version: str = "2.13.0", cuda: str | None = "13.0") -> Path:
+    """A folder to import from, whose torch says so of itself and has the installed one's headers and libraries."""
+    installed = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
+    place = folder / "site" / "torch"
+    place.mkdir(parents=True)
+    for name in ("include", "lib"):
+        (place / name).symlink_to(installed / name)
+    (place / "version.py").write_text(f"__version__ = '{version}'\ncuda: Optional[str] = {cuda!r}\n")
+    (place / "__init__.py").write_text("raise ImportError('not to be imported by a build')\n")
+    return place.parent

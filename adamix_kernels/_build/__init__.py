@@ -15,21 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .objects import (
-    PACKAGE,
-    Compiled,
-    compile_all,
-    compile_one,
-    fingerprint,
-    link,
-    objects_folder,
-    replacing,
-    sources,
-    with_includes,
-)
+from .objects import PACKAGE, Compiled, fingerprint, link, objects_folder, planned, replacing, sources, with_includes
 from .objects import source_folder as source_folder
+from .schedule import compile_all, parallel, tell
+from .schedule import find_ninja as find_ninja
+from .schedule import processors as processors
 from .toolchain import BuildError as BuildError
-from .toolchain import Torch, find_nvcc, find_torch, gencode, run, wanted_architectures
+from .toolchain import Torch, check_pair, find_nvcc, find_torch, gencode, has_gpu, run, wanted_architectures
+from .toolchain import driver_cuda as driver_cuda
 
 LIBRARY = PACKAGE / "_C.abi3.so"
 # Beside the library: what it was built for, or why there is none.
@@ -66,14 +59,23 @@ def mode() -> str:
     return value
 
 
-def obstacle() -> str | None:
-    """Why this machine cannot build the CUDA library, or None; nothing is compiled."""
+def obstacle(asked: bool = False) -> str | None:
+    """Why the CUDA library is not built on this machine, or None; nothing is compiled.
+
+    asked: whether it is wanted even where nothing could run it: without a GPU, or for a torch without CUDA.
+    """
     if not sys.platform.startswith("linux"):
         return f"the C++/CUDA library is built on Linux, and this is {sys.platform}"
+    if not asked and not has_gpu():
+        return "no NVIDIA GPU in this machine (ADAMIX_CUDA=1 builds the library all the same)"
     try:
-        find_torch()
-        wanted_architectures(find_nvcc())
+        torch, nvcc = find_torch(), find_nvcc()
+        if not asked and torch.cuda is None:
+            return f"torch {torch.version} is made without CUDA (ADAMIX_CUDA=1 builds the library all the same)"
+        check_pair(torch, nvcc)
+        wanted_architectures(nvcc)
         source_folder()
+        parallel()
     except BuildError as error:
         return str(error)
     return None
@@ -85,25 +87,27 @@ def build_cuda(
     """Compiles csrc/ for every architecture, links `output`, and writes the record beside it.
 
     strict: warnings are errors, and ptxas tells registers and spills in the logs. architectures: by default what
-    `wanted_architectures` says. Raises BuildError; `output` is then what it was.
+    `wanted_architectures` says. jobs: by default what `parallel` says. Raises BuildError; `output` is then what it was.
     """
     torch, nvcc, csrc = find_torch(), find_nvcc(), source_folder()
+    check_pair(torch, nvcc)
     names = list(architectures) or wanted_architectures(nvcc)
     files = sources(csrc)
-    jobs = jobs or os.cpu_count() or 1
+    jobs = parallel(jobs)
     # Several architectures at a time would mix their messages.
     compiler = [str(nvcc.path), "--threads", "1" if strict else str(max(1, jobs // len(files)))]
     flags = [*fill(NVCC, csrc, torch), *gencode(names), *(_NVCC_STRICT if strict else ())]
     told = [f'-DADAMIX_ARCHITECTURES="{";".join(names)}"']
 
-    def one(source: Path) -> Compiled:
+    def plan(source: Path) -> Compiled:
         mine = flags if source.suffix == ".cu" else flags + told
         read = with_includes(source, csrc)
-        return compile_one(compiler, mine, source, read, folder, (nvcc.version, torch.version))
+        return planned(compiler, mine, source, read, folder, (nvcc.version, torch.version))
 
+    tell(f"csrc/ is compiled for compute capability {', '.join(names)} with nvcc {nvcc.version}, torch {torch.version}")
     with objects_folder(csrc, "cuda-strict" if strict else "cuda") as folder:
         made = sources_fingerprint(csrc)
-        objects = compile_all(one, files, jobs)
+        objects = compile_all([plan(source) for source in files], jobs)
         link([str(nvcc.path), *NVCC_LINK], objects, fill(LIBRARIES, csrc, torch), output)
     facts = {"built": True, "architectures": names, "nvcc": nvcc.version, "torch": torch.version, "sources": made}
     write_record(output.parent, facts)
@@ -122,18 +126,18 @@ def build_host(variant: str, output: Path | None = None, *, jobs: int | None = N
     versions = run("g++", "-dumpfullversion").strip(), torch.version
     flags = fill(_GXX, csrc, torch)
 
-    def one(source: Path) -> Compiled:
+    def plan(source: Path) -> Compiled:
         kernels = source.suffix == ".cu" or source.parent.name == "host"
         name = variant if kernels and source != csrc / _UNWATCHED else "plain"
         read = with_includes(source, csrc, host=True)
-        return compile_one(["g++"], [*flags, *HOST_FLAGS[name]], source, read, folders[name], versions)
+        return planned(["g++"], [*flags, *HOST_FLAGS[name]], source, read, folders[name], versions)
 
     # A sanitiser watches the kernels; all else is compiled as it is without.
     with contextlib.ExitStack() as stack:
         folders = {}
         for name in sorted({variant, "plain"}):
             folders[name] = stack.enter_context(objects_folder(csrc, f"host-{name}"))
-        objects = compile_all(one, sources(csrc, host=True), jobs or os.cpu_count() or 1)
+        objects = compile_all([plan(source) for source in sources(csrc, host=True)], parallel(jobs))
         libraries = ["-Wl,--no-as-needed", *fill(LIBRARIES, csrc, torch), "-pthread"]
         link(["g++", "-shared", *HOST_FLAGS[variant]], objects, libraries, output)
     return output

@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m adamix_kernels._build", description=__doc__)
     parser.add_argument("--host", nargs="?", const="plain", choices=HOST_FLAGS, help="with g++, to run on the CPU")
     parser.add_argument("--output", type=Path, help="the shared object (default: where this package looks for it)")
-    parser.add_argument("--jobs", type=int, help="files compiled at a time (default: one a processor)")
+    parser.add_argument("--jobs", type=int, help="files compiled at a time (default: $MAX_JOBS, else one a processor)")
     options = parser.parse_args(arguments)
     if options.jobs is not None and options.jobs < 1:
         parser.error(f"--jobs: got {options.jobs}, expected at least 1")

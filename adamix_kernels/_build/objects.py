@@ -1,4 +1,4 @@
-"""From sources to a shared object: what is compiled, what was before, and files that are put in place whole."""
+"""From sources to a shared object: what is to be compiled, what was before, and files that are put in place whole."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +18,20 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled source: the object file and what the compiler printed."""
+    """A source, the object file it becomes, and the command that makes it, less `-o FILE`."""
 
     source: Path
     object: Path
-    log: str
+    command: tuple[str, ...] = ()
+
+    @property
+    def log_file(self) -> Path:
+        return self.object.with_suffix(".log")
+
+    @property
+    def log(self) -> str:
+        """What the compiler printed."""
+        return self.log_file.read_text(errors="replace")
 
 
 def source_folder() -> Path:
@@ -61,7 +69,7 @@ def fingerprint(files: Sequence[Path], *words: str) -> str:
     return hashlib.sha256("\0".join([*digests, *words]).encode()).hexdigest()[:16]
 
 
-def compile_one(
+def planned(
     compiler: Sequence[str],
     flags: Sequence[str],
     source: Path,
@@ -69,32 +77,18 @@ def compile_one(
     folder: Path,
     versions: Sequence[str],
 ) -> Compiled:
-    """compiler flags source -o an object in `folder`; one made there before from the same contents is taken.
+    """The object in `folder` that `compiler flags source` makes, named by the contents of all that goes into it.
 
     read: `source` and what it includes. versions: of what else may change (the compiler, torch). Options in
     `compiler` make no difference to the object.
     """
-    stem = f"{source.parent.name}-{source.name}"
-    path = folder / f"{stem}-{fingerprint(read, compiler[0], *flags, *versions)}.o"
-    log = path.with_suffix(".log")
-    if not path.is_file():
-        with replacing(path) as part:
-            log.write_text(run(*compiler, *flags, source, "-o", part))
-        for old in folder.glob(f"{stem}-*"):
-            if old.stem != path.stem:
-                old.unlink()
-    return Compiled(source, path, log.read_text())
+    name = f"{stem(source)}{fingerprint(read, compiler[0], *flags, *versions)}.o"
+    return Compiled(source, folder / name, (*compiler, *flags, str(source)))
 
 
-def compile_all(one: Callable[[Path], Compiled], files: Sequence[Path], jobs: int) -> list[Compiled]:
-    """one(file) for every file, `jobs` at a time; after a failure nothing more is started."""
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(one, file) for file in files]
-        try:
-            return [each.result() for each in waiting]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def stem(source: Path) -> str:
+    """How the names of a source's objects begin."""
+    return f"{source.parent.name}-{source.name}-"
 
 
 def link(linker: Sequence[str], objects: Sequence[Compiled], libraries: Sequence[str], output: Path) -> None:

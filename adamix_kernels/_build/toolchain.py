@@ -18,6 +18,8 @@ OLDEST_TORCH = (2, 11)
 OLDEST_NVCC = (12, 0)
 # 10 * compute capability: what is built for where no GPU is seen, as far as nvcc knows it.
 ARCHITECTURES = ("70", "75", "80", "90", "100", "120")
+# Where the driver puts its device files: nvidia0, nvidia1, ...
+DEVICES = Path("/dev")
 
 
 class BuildError(RuntimeError):
@@ -26,10 +28,11 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Torch:
-    """An installed torch: its folder and its version."""
+    """An installed torch: its folder, its version, and the CUDA it is built with ("13.0"; None: it has none)."""
 
     folder: Path
     version: str
+    cuda: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,23 @@ def find_torch() -> Torch:
     places += [Path(sysconfig.get_paths()[name]) / "torch" for name in ("platlib", "purelib")]
     folder = next((p for p in places if (p / "version.py").is_file()), None)
     if folder is None:
-        raise BuildError("torch is not installed; install it first, then build")
-    named = re.search(r"__version__\s*=\s*['\"]((\d+)\.(\d+)[^'\"]*)", (folder / "version.py").read_text())
+        raise BuildError(
+            "torch is not installed where this build looks; install it first, then build without isolation "
+            "(pip or uv pip install --no-build-isolation, with setuptools and wheel beside torch)"
+        )
+    text = (folder / "version.py").read_text()
+    named = re.search(r"__version__\s*=\s*['\"]((\d+)\.(\d+)[^'\"]*)", text)
     if named is None:
         raise BuildError(f"{folder}/version.py names no version")
     if (int(named[2]), int(named[3])) < OLDEST_TORCH:
-        raise BuildError(f"torch {named[1]} is installed, {_dotted(OLDEST_TORCH)} or newer is needed")
+        raise BuildError(
+            f"torch {named[1]} is installed, and the C++/CUDA library needs {_dotted(OLDEST_TORCH)} or newer "
+            "(the other backends do not)"
+        )
     if not (folder / "include/torch/csrc/stable/library.h").is_file():
         raise BuildError(f"{folder} holds no C++ headers (include/torch/csrc/stable/library.h)")
-    return Torch(folder, named[1])
+    cuda = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)", text, re.MULTILINE)
+    return Torch(folder, named[1], cuda[1] if cuda else None)
 
 
 def find_nvcc() -> Nvcc:
@@ -73,6 +84,34 @@ def find_nvcc() -> Nvcc:
         raise BuildError(f"{path} is of CUDA {version}, {_dotted(OLDEST_NVCC)} or newer is needed")
     known = re.findall(r"^compute_(\w+)\s*$", run(path, "--list-gpu-arch"), re.MULTILINE)
     return Nvcc(path, version, tuple(known))
+
+
+def check_pair(torch: Torch, nvcc: Nvcc) -> None:
+    """BuildError for an nvcc of a newer major CUDA than torch's or than the driver runs.
+
+    The CUDA runtime of nvcc's version is linked into the library; an older driver refuses its every call.
+    """
+    limits = {
+        f"torch {torch.version} is built with": torch.cuda,
+        "the driver of this machine runs up to": driver_cuda(),
+    }
+    for whose, version in limits.items():
+        if version and _major(version) < _major(nvcc.version):
+            raise BuildError(
+                f"{nvcc.path} is of CUDA {nvcc.version}, and {whose} CUDA {version}; point CUDA_HOME at a toolkit of "
+                f"CUDA {_major(version)}"
+            )
+
+
+def driver_cuda() -> str | None:
+    """The newest CUDA that the driver runs ("12.4"), as nvidia-smi tells; None where it tells nothing."""
+    found = re.search(r"CUDA (?:\w+ )?Version\s*:\s*(\d+\.\d+)", _nvidia_smi())
+    return found[1] if found else None
+
+
+def has_gpu() -> bool:
+    """Whether nvidia-smi lists an NVIDIA GPU, or the driver has a device file for one."""
+    return "GPU " in _nvidia_smi("-L") or any(re.fullmatch(r"nvidia\d+", path.name) for path in DEVICES.glob("nvidia*"))
 
 
 def wanted_architectures(nvcc: Nvcc) -> list[str]:
@@ -98,12 +137,18 @@ def wanted_architectures(nvcc: Nvcc) -> list[str]:
 
 def visible_gpus() -> list[str]:
     """10 * compute capability of this machine's GPUs, as nvidia-smi tells; [] where it shows none."""
+    found = re.findall(
+        r"^(\d+)\.(\d+)\s*$", _nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader"), re.MULTILINE
+    )
+    return sorted({major + minor for major, minor in found}, key=int)
+
+
+def _nvidia_smi(*options: str) -> str:
+    """What it prints; "" where it is not there or fails."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
-        found = re.findall(r"^(\d+)\.(\d+)\s*$", done.stdout, re.MULTILINE)
-        return sorted({major + minor for major, minor in found}, key=int)
-    return []
+        done = subprocess.run(["nvidia-smi", *options], capture_output=True, text=True, timeout=30, check=True)
+        return done.stdout
+    return ""
 
 
 def gencode(names: Sequence[str]) -> list[str]:
@@ -126,6 +171,10 @@ def run(*command: str | Path) -> str:
     if done.returncode:
         raise BuildError(f"status {done.returncode} from\n{shlex.join(words)}\n{done.stdout}")
     return done.stdout
+
+
+def _major(version: str) -> int:
+    return int(version.partition(".")[0])
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:

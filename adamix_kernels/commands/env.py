@@ -7,8 +7,10 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +18,28 @@ import torch
 from .. import _build, _extension
 from .._backends import backends
 
-PACKAGES = ("adamix_kernels", "torch", "triton", "transformers", "accelerate", "safetensors", "peft", "datasets")
+PACKAGES = (
+    *("adamix_kernels", "torch", "triton", "numpy", "transformers", "tokenizers", "huggingface_hub", "accelerate"),
+    *("safetensors", "peft", "datasets", "bitsandbytes"),
+)
 
 
 def describe() -> dict[str, Any]:
-    """Versions (None where not installed), the devices, the C++/CUDA library, and the state of each backend."""
+    """Versions (None where not installed), the machine, the C++/CUDA library, and the state of each backend.
+
+    memory_gib: of the machine. threads: that torch computes with. cuda: the versions that torch is built with and that
+    the driver runs, None where there is none.
+    """
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "cpu": _cpu(),
+        "processors": _build.processors(),
+        "memory_gib": _memory(),
         "threads": torch.get_num_threads(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
+        "devices": [_gpu(i) for i in range(torch.cuda.device_count())] or ["cpu"],
+        "cuda": {"torch": torch.version.cuda, "driver": _build.driver_cuda()},
+        "versions": {name: _version(name) for name in PACKAGES},
         "cuda_library": library(),
         "backends": {name: dataclasses.asdict(state) for name, state in backends().items()},
     }
@@ -49,6 +62,35 @@ def library() -> dict[str, Any]:
     }
 
 
+def in_words(facts: dict[str, Any]) -> str:
+    """`describe()` as a block to paste into an issue."""
+    cuda, missing = facts["cuda"], [name for name, version in facts["versions"].items() if version is None]
+    rows = {
+        "python": f"{facts['python']} on {facts['platform']}",
+        "processor": f"{facts['cpu'] or 'unknown'}, {facts['processors']} usable, torch on {facts['threads']} threads",
+        "memory": f"{facts['memory_gib']} GiB" if facts["memory_gib"] else "unknown",
+        "devices": "; ".join(facts["devices"]),
+        "CUDA": f"torch's {cuda['torch'] or 'none'}, driver's {cuda['driver'] or 'none'}",
+        **{name: version for name, version in facts["versions"].items() if version},
+        "not installed": ", ".join(missing) or "-",
+        "C++/CUDA library": _library_in_words(facts["cuda_library"]),
+    }
+    lines = [f"{name + ':':18}{words}" for name, words in rows.items()]
+    for name, state in facts["backends"].items():
+        ops = ", ".join(state["ops"]) or "no ops"
+        lines.append(f"backend {name:10}{'usable' if state['usable'] else 'not usable'}: {state['reason']} ({ops})")
+    return "\n".join(["```text", *lines, "```"])
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="adamix env", description="Versions, device and backends, for a bug report.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    facts = describe()
+    print(json.dumps(facts, indent=2) if args.json else in_words(facts))
+    return 0
+
+
 def _library_in_words(facts: dict[str, Any]) -> str:
     if facts["problem"]:
         return str(facts["problem"])
@@ -60,23 +102,27 @@ def _library_in_words(facts: dict[str, Any]) -> str:
     return words + ("; csrc/ has changed since" if facts["csrc_changed"] else "")
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="adamix env", description="Versions, device and backends.")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args(argv)
-    facts = describe()
-    if args.json:
-        print(json.dumps(facts, indent=2))
-        return 0
-    print(f"python {facts['python']} on {facts['platform']}, {facts['threads']} threads")
-    print("device: " + ", ".join(facts["devices"]))
-    for name, version in facts["versions"].items():
-        print(f"{name:16}{version or 'not installed'}")
-    print("C++/CUDA library: " + _library_in_words(facts["cuda_library"]))
-    for name, state in facts["backends"].items():
-        ops = ", ".join(state["ops"]) or "no ops"
-        print(f"backend {name:10}{'usable' if state['usable'] else 'not usable'}: {state['reason']} ({ops})")
-    return 0
+def _cpu() -> str | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or None
+
+
+def _memory() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, OSError, ValueError):  # no such name on this system
+        return None
+
+
+def _gpu(index: int) -> str:
+    try:
+        facts = torch.cuda.get_device_properties(index)
+    except RuntimeError as error:  # a driver that does not answer is what the report is about
+        return f"GPU {index}: {str(error).splitlines()[0]}"
+    return f"{facts.name} (compute capability {facts.major}.{facts.minor}, {facts.total_memory / 2**30:.0f} GiB)"
 
 
 def _version(package: str) -> str | None:

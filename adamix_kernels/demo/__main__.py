@@ -1,5 +1,17 @@
 """`python -m adamix_kernels.demo`."""
 
-from .run import main
+import sys
 
-raise SystemExit(main())
+from .._extras import explained
+
+try:
+    from .run import main
+
+    status = main()
+except ModuleNotFoundError as error:
+    told = explained(error, what="the demo", at_least="demo")
+    if told is error:
+        raise
+    print(f"adamix_kernels.demo: {told}", file=sys.stderr)
+    status = 2
+raise SystemExit(status)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from .._extras import explained
 from ..models.checkpoint import load_adamix, save_adamix
 from ..models.config import AdaMixConfig
 from ..models.contexts import eval_routing
@@ -82,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _, tokenizer = load_classifier(encoder, task.label_names)
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError):
+            error = explained(error, what="the demo", at_least="demo")
         print(f"demo: {error}", file=sys.stderr)
         return 2
     for note in task.notes:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from .._extras import needed
+
 _CHUNK = 1 << 20  # bytes
 _SEAL = "sha256"
 _TEMPORARY = re.compile(r"\.adamix\.(\d+)\.(?:\d+\.)?tmp")
@@ -132,8 +134,9 @@ def _replace(folder: Path, write: Callable[[Path], object], name: Callable[[Path
 
 
 def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    with needed("saving"):
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
 
     ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:

@@ -52,7 +52,7 @@ def adamix_card(model: nn.Module, tags: Sequence[str] = ()) -> str:
         what=f"{kind[0].upper()}{kind[1:]}: {many}{config.num_experts} experts, shared side: {config.share or 'none'}. "
         "The folder holds what was trained, not the base model; AutoModel.from_pretrained does not read it.",
         usage=[
-            "from adamix_kernels import load  # pip install adamix_kernels[train]",
+            "from adamix_kernels import load  # with its extra [hf]",
             "",
             'model, tokenizer = load("THIS_FOLDER_OR_REPOSITORY")',
         ],

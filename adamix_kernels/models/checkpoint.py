@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .._backends import check_request
+from .._extras import needed
 from .._version import __version__
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import Router, process_rank
@@ -258,8 +259,9 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], trainable: set[str
 
 
 def _read_tensors(folder: Path, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    with needed("load_adamix"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
 
     name = entry.get("file")
     if not isinstance(name, str) or Path(name).name != name:

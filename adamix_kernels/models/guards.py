@@ -1,4 +1,4 @@
-"""Hooks that keep training mode honest: a second pass, activation checkpointing and generate(). For saving: saving.py."""
+"""Hooks that keep training mode honest: a second pass, activation checkpointing, generate(). Saving: saving.py."""
 
 from __future__ import annotations
 

@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import nn
 
+from .._extras import needed
 from .config import Recipe
 
 
 def prefix(model: nn.Module, recipe: Recipe, options: dict[str, Any]) -> nn.Module:
     """PEFT's prefix tuning, of a classifier or a causal language model."""
-    from peft import PrefixTuningConfig, get_peft_model
+    with needed("prefix tuning"):
+        from peft import PrefixTuningConfig, get_peft_model
 
     generates = recipe.kind == "generation"
     if not generates:
@@ -58,7 +60,8 @@ def _take_prefixes(encoder: Any) -> None:
 
 def lora(model: nn.Module, recipe: Recipe, options: dict[str, Any], targets: list[str] | None) -> nn.Module:
     """PEFT's LoRA. targets: names of layers; None leaves them to PEFT."""
-    from peft import LoraConfig, get_peft_model
+    with needed("PEFT's LoRA"):
+        from peft import LoraConfig, get_peft_model
 
     r = options.get("r", 8)
     config = LoraConfig(

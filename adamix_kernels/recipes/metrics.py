@@ -22,11 +22,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .._extras import PACKAGES, install_line
+
 CLASS_METRICS = ("accuracy", "f1", "matthews")
 NUMBER_METRICS = ("pearson", "spearman")
 TEXT_METRICS = ("bleu", "nist", "meteor", "rouge_l", "cider", "ter", "chrf")
 CAPTION_METRICS = ("meteor", "rouge_l", "cider")
-_PACKAGES = {"sklearn": "scikit-learn", "rouge_score": "rouge-score"}
 
 
 @dataclass
@@ -102,8 +103,8 @@ def _all(names: Sequence[str], known: tuple[str, ...], score: Callable[[str], tu
             value, package = score(name)
         except ModuleNotFoundError as error:
             needed = (error.name or str(error)).partition(".")[0]
-            package = _PACKAGES.get(needed, needed)
-            scores.missing[name] = f"needs {package} (pip install 'adamix_kernels[recipes]')"
+            package = PACKAGES[needed][0] if needed in PACKAGES else needed
+            scores.missing[name] = f"needs {package}: {install_line('recipes')}"
         except _Unavailable as error:
             scores.missing[name] = str(error)
         except ZeroDivisionError:

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback
 
+from .._extras import needed
 from ..models._files import make_folder, write_json
 from . import figures
 from .observers import Agreement, DrawCounter
 from .routings import routing_scores
+
+with needed("TrainingReport"):
+    from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 

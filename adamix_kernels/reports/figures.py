@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._extras import needed
 from ..models._files import replace_file
 
 BLUE, ORANGE, GREEN, GREY = "#4c78a8", "#f58518", "#54a24b", "#9a9a9a"
@@ -15,7 +16,8 @@ BLUE, ORANGE, GREEN, GREY = "#4c78a8", "#f58518", "#54a24b", "#9a9a9a"
 
 def pyplot() -> Any:
     """matplotlib.pyplot, drawing into files."""
-    import matplotlib
+    with needed("drawing"):
+        import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .._extras import install_line
 from ._sources import Parts
 from ._table import Table, listed
 
@@ -75,8 +76,8 @@ def _datasets(source: str) -> Any:
         import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"data: {source!r} needs the package datasets (pip install 'adamix_kernels[train]'); without it, a file or "
-            "a folder with train.tsv, train.csv or train.jsonl can be read"
+            f"data: {source!r} needs the package datasets: {install_line('train')}. Without it, a file or a folder with "
+            "train.tsv, train.csv or train.jsonl can be read"
         ) from error
     return datasets
 

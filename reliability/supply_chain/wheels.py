@@ -67,7 +67,9 @@ def unexpected(wheel: Path, checkout: Path) -> list[str]:
     """Files that a wheel has too much ("+ name") or lacks ("- name")."""
     package = checkout / "adamix_kernels"
     data = {
-        path for pattern in ("*.py", "tasks/data/*.tsv", "recipes/configs/*.json") for path in package.rglob(pattern)
+        path
+        for pattern in ("*.py", "py.typed", "tasks/data/*.tsv", "recipes/configs/*.json")
+        for path in package.rglob(pattern)
     }
     wanted = {path.relative_to(checkout).as_posix() for path in data}
     sources = [path for path in (checkout / "csrc").rglob("*") if path.is_file()]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import activate, narrow
-from .tiles import bank_columns, bias_at, keep_own, shrink, spread, tile_experts, tile_rows, wide_precision
+from .tiles import bank_columns, bias_at, keep_own, shrink, spread, tile_experts, tile_rows
 
 
 @triton.jit
@@ -30,7 +30,9 @@ def _write_out(
             mask = mask & inside[None, :]
             w_mask = w_mask & inside[None, :]
         w_tile = tl.load(columns[:, None] + o[None, :] * R, mask=w_mask, other=0.0).to(h.dtype)
-        y = tl.dot(h, w_tile, input_precision=wide_precision(PRECISION, MUP * RP))
+        # Three TF32 products hold both halves of the tile in registers: too many beyond 128 columns.
+        WIDE: tl.constexpr = "ieee" if PRECISION == "tf32x3" and MUP * RP > 128 else PRECISION
+        y = tl.dot(h, w_tile, input_precision=WIDE)
         if MASK_U and MUP > 1:
             spoilt = tl.where(y == y, spoilt, 1)
         if up_bias is not None:

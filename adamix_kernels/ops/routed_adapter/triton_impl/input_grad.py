@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import activation_slope, narrow
-from .tiles import bank_columns, keep_own, shrink, spread, tile_experts, tile_rows, wide_precision
+from .tiles import bank_columns, keep_own, shrink, spread, tile_experts, tile_rows
 
 
 @triton.jit
@@ -29,7 +29,9 @@ def _write_dx(
             inside = inside & (c < H)[None, :]
             w_mask = w_mask & (c < H)[None, :]
         w_tile = tl.load(columns[:, None] + c[None, :], mask=w_mask, other=0.0).to(g.dtype)
-        d = tl.dot(g, w_tile, input_precision=wide_precision(PRECISION, MDP * RP))
+        # Three TF32 products hold both halves of the tile in registers: too many beyond 128 columns.
+        WIDE: tl.constexpr = "ieee" if PRECISION == "tf32x3" and MDP * RP > 128 else PRECISION
+        d = tl.dot(g, w_tile, input_precision=WIDE)
         if MASK_D and MDP > 1:
             spoilt = tl.where(d == d, spoilt, 1)
         if ADD_GRAD:

@@ -115,9 +115,3 @@ def bias_at(bias, expert, c, inside, valid, WIDTH, MASKED: tl.constexpr):
         ).to(tl.float32)
     else:
         return tl.load(bias + expert * WIDTH + c, mask=inside, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.constexpr_function
-def wide_precision(precision, width):
-    """Three TF32 products hold both halves of [rows, width] in registers: too many beyond 128, plain float32 there."""
-    return "ieee" if precision == "tf32x3" and width > 128 else precision
