@@ -3,7 +3,17 @@
 import pytest
 from cuda_host import run_script
 
-FAULTS = ["none", "no barrier", "no wait", "shared bounds", "global bounds", "uninitialised", "divergent", "limit", "own limit"]
+FAULTS = [
+    "none",
+    "no barrier",
+    "no wait",
+    "shared bounds",
+    "global bounds",
+    "uninitialised",
+    "divergent",
+    "limit",
+    "own limit",
+]
 SCRIPT = """
 import os, torch
 torch.ops.load_library(os.environ["ADAMIX_CUDA_HOST"])

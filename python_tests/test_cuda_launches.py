@@ -95,7 +95,8 @@ def launched(run):
 
 
 @pytest.mark.parametrize(
-    ("largest", "way"), [(8, "pair_loss_kernel"), (4, "pair_loss_kernel"), (2, "pair_online_kernel"), (1, "pair_online_kernel")]
+    ("largest", "way"),
+    [(8, "pair_loss_kernel"), (4, "pair_loss_kernel"), (2, "pair_online_kernel"), (1, "pair_online_kernel")],
 )
 def test_a_cluster_that_no_slice_of_the_gpu_holds_is_not_launched(largest, way, monkeypatch):
     """20,000 bytes a block are enough for clusters of 4; where there are none the rows are read twice."""
