@@ -96,8 +96,8 @@ def _load(op: str, backend: str) -> ModuleType:
 def select(op: str, request: str, device: torch.device | str, dtype: torch.dtype) -> ModuleType:
     """The module that serves `op` on this device: an explicit request is met or refused, "auto" falls back.
 
-    A device without a number, such as "cuda", stands for all of its type. Raises ValueError for an unknown request and BackendUnavailableError, with the reason, for an
-    explicit request that cannot be met.
+    A device without a number, such as "cuda", stands for all of its type. Raises ValueError for an unknown request and
+    BackendUnavailableError, with the reason, for an explicit request that cannot be met.
     """
     check_request(request)
     device = torch.device(device)

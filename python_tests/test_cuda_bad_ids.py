@@ -8,6 +8,8 @@ The ops are called below the checks of api.py, which a GPU goes without: there a
 import pytest
 import torch
 from cuda_host import DEVICE, DTYPES, needs_cuda
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 needs_cuda()
 
@@ -154,3 +156,19 @@ def test_checked_it_is_an_error_that_names_the_id(value, monkeypatch):
     down[1] = value
     with pytest.raises(OutOfRangeError, match=f"down_index: got expert id {value}, expected 0 <= id < 3"):
         routed_adapter(x, *banks, down, up, residual=x, backend="cuda")
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_shape_and_any_wrong_id(data):
+    pick = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    batch, tokens, rank, banks = pick(1, 4), pick(1, 40), pick(1, 40), (pick(1, 4), pick(1, 4))
+    kinds = [data.draw(st.sampled_from(["sample", "token"])) for _ in range(2)]
+    side, index_dtype = pick(0, 1), data.draw(st.sampled_from([torch.int32, torch.int64]))
+    info = torch.iinfo(index_dtype)
+    value = data.draw(st.integers(info.min, -1) | st.integers(banks[side], info.max))
+    shape = (batch, tokens) if kinds[side] == "token" else (batch,)
+    count = torch.Size(shape).numel()
+    where = torch.tensor(data.draw(st.lists(st.booleans(), min_size=count, max_size=count))).view(shape)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    check_adapter(dtype, index_dtype, value, batch, tokens, rank, kinds, side, where, banks)
