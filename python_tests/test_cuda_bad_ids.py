@@ -20,6 +20,7 @@ from adamix_kernels.functional import routed_adapter
 from adamix_kernels.ops._checks import OutOfRangeError
 from adamix_kernels.ops.routed_adapter import cuda_impl as adapter
 from adamix_kernels.ops.routed_lora import cuda_impl as lora
+from benchmarks.sanitize import wrong_ids
 
 # Of int64 ids some are right once their upper half is gone.
 WRONG = {torch.int32: (-1, 3, 2**31 - 1, -(2**31)), torch.int64: (-1, 3, 2**32, 2**32 + 1, -(2**62))}
@@ -172,3 +173,9 @@ def test_any_shape_and_any_wrong_id(data):
     where = torch.tensor(data.draw(st.lists(st.booleans(), min_size=count, max_size=count))).view(shape)
     dtype = data.draw(st.sampled_from(DTYPES))
     check_adapter(dtype, index_dtype, value, batch, tokens, rank, kinds, side, where, banks)
+
+
+@pytest.mark.sanitize
+def test_the_calls_for_compute_sanitizer_run():
+    assert len(wrong_ids(torch.device(DEVICE), ["cuda"])) == 8
+    assert wrong_ids(torch.device(DEVICE), ["reference"]) == []
