@@ -44,7 +44,7 @@ def _tile_cases(name, dtype, pointer, routing, experts, r, capability):
     common = dict(
         down_index="*i64", up_index="*i64" if both else None, perm=table, tile_start=table, tile_stop=table,
         span="i32", down_div="i32", up_div="i32", H=_HIDDEN, O=_HIDDEN, R=r, RP=rp,
-        MD=experts if masked else 1, MDP=padded, MASK_D=masked,
+        MD=experts, MDP=padded, MASK_D=masked,
         MU=experts if both else 1, MUP=padded if both else max(1, 16 // rp), MASK_U=both,
         ACTIVATION="gelu", DOT=DTYPES[dtype], PRECISION=precision(dtype),
     )  # fmt: skip

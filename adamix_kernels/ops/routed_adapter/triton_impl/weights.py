@@ -42,6 +42,7 @@ def weight_grads(x, dpre, grad_out, pre, down_index, up_index, down_shape, up_sh
     up_tokens = _tokens(batch, tokens, r, up_index if need_up else None, up_shape[0])
     rp = max(16, power_of_2(r))
     chosen = config("adapter_weight_grad_kernel", capability(x.device), x.element_size(), rp)
+    # A side of no features still has its bias.
     blocks = [max(1, -(-n // chosen.cols)) for n in (down_shape[2], up_shape[1])]
     need = (dpre is not None, need_up)
     columns = sum(m * r for m, wanted in zip((down_shape[0], up_shape[0]), need) if wanted)
@@ -51,7 +52,8 @@ def weight_grads(x, dpre, grad_out, pre, down_index, up_index, down_shape, up_sh
         planes = outputs
     else:
         planes = [torch.empty((splits, *t.shape), dtype=torch.float32, device=x.device) for t in outputs]
-    programs = sum(m * b for m, b, wanted in zip((down_shape[0], up_shape[0]), blocks, need) if wanted)
+    # Of the down side one program more, for the bias.
+    programs = need[0] * down_shape[0] * (-(-down_shape[2] // chosen.cols) + 1) + need[1] * up_shape[0] * blocks[1]
     absent = [None, None]
     launch(
         adapter_weight_grad_kernel, (programs, splits), x.device,
