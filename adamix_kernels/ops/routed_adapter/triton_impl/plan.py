@@ -10,6 +10,9 @@ import torch
 MIN_SPAN = 16
 # Narrow columns of all experts that one tile may hold; beyond, the rows are grouped by expert.
 MAX_WIDTH = 256
+# Programs on a multiprocessor that hide each other's latency: in 16 bits, of one expert a tile and r up to
+# RESIDENT_RANK. Wider tiles and float32 make do with one.
+RESIDENT, RESIDENT_RANK = 3, 16
 
 
 class Side(NamedTuple):

@@ -39,7 +39,7 @@ def _accumulate(
             g_tile = narrow(activate(g_tile.to(tl.float32), ACTIVATION), g.dtype.element_ty)
         acc = tl.dot(tl.trans(z_tile), g_tile.to(DOT), acc, input_precision=PRECISION)
         if PART == "up":
-            if z.dtype.element_ty == tl.float32:  # noqa: SIM300
+            if z.dtype.element_ty == tl.float32:
                 sums += tl.sum(z_tile, axis=0)
             else:
                 sums = tl.dot(tl.trans(z_tile), tl.full([z_tile.shape[0], 16], 1.0, DOT), sums)
