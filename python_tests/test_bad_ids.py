@@ -133,7 +133,7 @@ def test_a_lora(backend, case, side, index_dtype, value):
     check(run(broken), run(indices), bad, 2, 2)
 
 
-@pytest.mark.parametrize("backend", ("reference", *BACKENDS))
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("op", ["routed_adapter", "routed_lora"])
 def test_checked_it_is_an_error_that_names_the_id(op, backend, monkeypatch):
     """On the CPU always, on a GPU with ADAMIX_CHECK=1."""
