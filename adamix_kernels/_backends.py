@@ -67,6 +67,10 @@ def _environment_problem(backend: str) -> str | None:
 
 def _device_problem(backend: str, device: torch.device) -> str | None:
     """Why `backend`, which this machine can run, cannot run on this very device, or None."""
+    if backend == "triton":
+        from . import _triton_utils
+
+        return _triton_utils.device_problem(device)
     if backend != "cuda":
         return None
     from . import _extension

@@ -12,7 +12,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks import aot, aot_table
-from benchmarks.aot_table import SHARED_LIMITS, Row, differences, hardest, mismatches, problems, read, unchanged, write
+from benchmarks.aot_table import (
+    SHARED_LIMITS,
+    Row,
+    crowded,
+    differences,
+    hardest,
+    mismatches,
+    problems,
+    read,
+    unchanged,
+    write,
+)
 
 ROOT = Path(__file__).parent.parent
 IMPLEMENTED = sorted((ROOT / "adamix_kernels" / "ops").glob("*/triton_impl"))
@@ -58,7 +69,7 @@ def test_every_dot_of_16_bits_is_on_tensor_cores(target):
 
 
 def test_routed_kernels_do_their_work_in_dots():
-    families = ("adapter_", "lora_", "frozen_")
+    families = ("adapter_", "lora_")
     assert {row.kernel for row in TABLE if not row.mma and row.kernel.startswith(families)} == {
         "adapter_plane_sum_kernel",
         "lora_sum_kernel",
@@ -81,14 +92,10 @@ def test_every_shipped_configuration_is_compiled(op):
     assert tables
     sizes = {"float16": 2, "bfloat16": 2, "float32": 4}
     for name, table in tables.items():
-        # One table may serve several kernels: "frozen_kernel" those of both directions.
-        prefix = name.removesuffix("_kernel")
         for target in SHARED_LIMITS:
             arch = max(a for a in table if a <= target)
             have = {
-                (sizes[r.dtype], r.config.partition(" r")[0])
-                for r in TABLE
-                if r.kernel.startswith(prefix) and r.target == target
+                (sizes[r.dtype], r.config.partition(" r")[0]) for r in TABLE if r.kernel == name and r.target == target
             }
             for (itemsize, width), (rows, cols, warps, stages) in table[arch].items():
                 config = f"{rows}x{cols} w{warps} s{stages}"
@@ -129,6 +136,7 @@ def test_the_hardest_cases_compile_to_the_committed_figures(recompiled):
         (dict(target=80, shared_bytes=166_913), "166912 at most"),
         (dict(target=120, shared_bytes=101_377), "101376 at most"),
         (dict(target=100, tensor_columns=513), "513 columns of tensor memory"),
+        (dict(registers=255, config="64x128 w16 s3"), "131072 registers a block, 65536 at most"),
         (dict(mma="fma"), "without a tensor-core instruction"),
         (dict(mma="wgmma+fma"), "without a tensor-core instruction"),
     ],
@@ -138,6 +146,36 @@ def test_a_broken_limit_is_named(change, words):
     (found,) = problems([GOOD, replace(GOOD, **change)])
     assert words in found
     assert "a_kernel bfloat16 sample" in found
+
+
+@pytest.mark.parametrize(
+    ("change", "blocks"),
+    [
+        ({}, 4),  # 104 registers of 128 threads
+        (dict(registers=40), 12),
+        (dict(registers=16), 16),  # warps
+        (dict(registers=16, target=120), 12),
+        (dict(registers=16, shared_bytes=50_000), 4),
+        (dict(registers=16, shared_bytes=50_000, target=80), 3),
+        (dict(registers=16, config="64x128 w1 s3"), 32),
+        (dict(registers=16, target=100, tensor_columns=256), 2),
+    ],
+)
+def test_blocks_on_a_multiprocessor(change, blocks):
+    row = replace(GOOD, **change)
+    assert row.resident == blocks
+    assert crowded([row], {row.key: blocks}) == crowded([row], {}) == []
+    (found,) = crowded([row], {row.key: blocks + 1})
+    assert f"{blocks} blocks on a multiprocessor, the plan counts on {blocks + 1}" in found
+
+
+@needs_triton
+def test_the_table_holds_what_the_plans_count_on():
+    from benchmarks.aot_compile import described
+
+    counted_on = {row.key: case.resident for row, case in described()}
+    assert max(counted_on.values()) > 1
+    assert crowded(TABLE, counted_on) == []
 
 
 def test_a_row_too_many_too_few_or_stale_is_named():

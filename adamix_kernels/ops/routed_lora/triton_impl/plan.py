@@ -24,6 +24,8 @@ MIN_SORTED = 64
 PROGRAMS, MIN_TILES, MAX_SPLITS = 512, 4, 64
 # A call of few rows is cut into smaller tiles, then its columns among programs, until about this many run.
 MIN_PROGRAMS = 264
+# Programs on a multiprocessor that this counts on in 16 bits (MIN_PROGRAMS are two on each of 132); float32: one.
+RESIDENT = 2
 # Elements that a program of the sum of the planes takes.
 SUM_BLOCK = 1024
 
@@ -102,8 +104,8 @@ class Plan(NamedTuple):
         )  # fmt: skip
 
 
-def make_plan(batch: int, tokens: int, lora_a, lora_b, a_index, b_index, offsets, width: int, sort=True) -> Plan:
-    """The banks, indices and offsets are the op's; width: the output's columns; sort: rows may be grouped."""
+def make_plan(batch: int, tokens: int, lora_a, lora_b, a_index, b_index, offsets, width: int) -> Plan:
+    """The banks, indices and offsets are the op's; width: the output's columns."""
     if batch * tokens > MAX_ROWS:
         raise ValueError(f"x: got {batch * tokens} rows, expected at most {MAX_ROWS} for the Triton kernels")
     groups = len(offsets)
@@ -111,7 +113,7 @@ def make_plan(batch: int, tokens: int, lora_a, lora_b, a_index, b_index, offsets
     block = padded_rank(groups * rank)
     sides = [_side(i, bank.shape[0], tokens, block) for i, bank in ((a_index, lora_a), (b_index, lora_b))]
     perm = None
-    if sort and batch * tokens > MIN_SORTED and any(side.sort for side in sides):
+    if batch * tokens > MIN_SORTED and any(side.sort for side in sides):
         key = None
         for side, experts in zip(sides, (lora_a.shape[0], lora_b.shape[0]), strict=True):
             if side.sort:
