@@ -251,3 +251,9 @@ def _differences(name: str, spans: list[Span], first: list[bytes], after: list[b
         for span, one, other in zip(spans, first, after, strict=True)
         if one != other
     ]
+
+
+def summary(reports: list[str], most: int = 6) -> str:
+    """The first reports, and how many more there are."""
+    more = [f"and {len(reports) - most} more"] if len(reports) > most else []
+    return "\n".join([*reports[:most], *more])

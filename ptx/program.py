@@ -152,7 +152,7 @@ class Program:
         source = next((s.source for s in self.kernel.statements if s.line == number), "")
         for at, span in enumerate(spans):
             first = first.replace(f"range #{at}", span.name) if first.endswith(f"range #{at}") else first
-        text = self.lines[number - 1].strip() if number else ""
+        text = self.lines[number - 1].strip()[:100] if number else ""
         return f"{self.name}: {kind}, {times} times, PTX line {number} ({source}): {text} | first: {first.strip()}"
 
 

@@ -110,6 +110,8 @@ void run_warp(Warp& w, s64 most) {
         }
         break;
       case Kind::barrier:
+        if (active != kAll) report(w, i, "a barrier without the whole warp", active, 0);
+        if (!active) break;
         w.state = State::at_barrier;
         return step_to(w, m, pc + 1);
     }

@@ -1,0 +1,68 @@
+"""Drawn calls of every op through compiled PTX: `python -m ptx.fuzz --arch 90 --cases 4`.
+
+The cases are those of `python -m reliability run fuzz_triton`, with all that must hold for them; here what the
+executor reports fails a case too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import host as hosts
+from .host import summary
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ptx.fuzz", description=__doc__)
+    parser.add_argument("--arch", type=int, default=80, help="10 * compute capability (default 80)")
+    parser.add_argument("--cases", type=int, default=4, help="of every group (default 4)")
+    parser.add_argument("--turn", type=int, default=0, help="another one draws other cases (default 0)")
+    parser.add_argument("--record", type=Path, help="file for a summary, JSON")
+    options = parser.parse_args(arguments)
+    if options.cases < 1:
+        parser.error(f"--cases: got {options.cases}, expected at least 1")
+    host = hosts.install(options.arch)
+    warnings.simplefilter("ignore", RuntimeWarning)
+    failed = cases = 0
+    for about, ended, failure, seconds in run(host, options.cases, options.turn):
+        cases += ended
+        failed += failure is not None
+        said = "ok" if failure is None else f"NOT SO: {failure}"
+        print(f"sm_{options.arch} {about}: {ended} cases, {seconds:.0f} s, {said}", flush=True)
+    kernels = sorted({launch.kernel for launch in host.launches})
+    print(
+        f"sm_{options.arch}: {cases} cases, {len(host.launches)} launches of {len(host.kernels)} compiled kernels, "
+        f"{host.compile_seconds:.0f} s compiling",
+        flush=True,
+    )
+    if options.record:
+        record = {"arch": options.arch, "run": cases, "failed": failed, "kernels": kernels, "variants": len(host.kernels)}
+        options.record.write_text(json.dumps(record))
+    return 1 if failed or not host.launches else 0
+
+
+def run(host: hosts.Host, count: int, turn: int):
+    """(group, cases that ended well, the first failure or None, seconds) of every group."""
+    from reliability import fuzz_triton
+    from reliability.fuzz.case import check
+    from reliability.fuzz.run import run_cases
+
+    def checked(case) -> None:
+        host.reports.clear()
+        host.seed += 1
+        check(case, "triton", twice=False)
+        assert not host.reports, f"{case}:\n{summary(host.reports)}"
+
+    for group in fuzz_triton.groups():
+        with group.around():
+            outcome = run_cases(group.about, group.cases, checked, count, False, turn, shrink=False)
+        yield group.about, outcome.ended, outcome.failure, outcome.seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())
