@@ -69,8 +69,28 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def exp(x):
+    """e^x, float32, to two spacings: tl.exp is 2^(x log2 e), whose rounded exponent costs as many as it has bits."""
+    if _INTERPRETING:
+        return tl.exp(x)
+    else:
+        t = x * 1.4426950216293335
+        rest = tl.fma(x, 1.925963033500011e-8, tl.fma(x, 1.4426950216293335, -t))
+        power = tl.exp2(t)
+        return tl.where(tl.abs(t) < 126.0, tl.fma(power, rest * 0.6931471805599453, power), power)
+
+
+@triton.jit
 def sigmoid(z):
     return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def sigmoid_pair(z):
+    """sigmoid(z) and 1 - sigmoid(z), the second as exact as the first where z is large."""
+    e = tl.minimum(tl.exp(-z), 1e30)
+    s = 1.0 / (1.0 + e)
+    return s, e * s
 
 
 @triton.jit
@@ -97,13 +117,13 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         return 0.5 * (1.0 + tl.math.erf(z * 0.7071067811865476)) + z * density
     elif ACTIVATION == "gelu_tanh":
-        s = sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        return s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+        s, other = sigmoid_pair(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        return s * (1.0 + z * other * (1.5957691216057308 + 0.21406444881780075 * z * z))
     elif ACTIVATION == "relu":
         return tl.where(z <= 0, 0.0, 1.0)
     elif ACTIVATION == "silu":
-        s = sigmoid(z)
-        return s + z * s * (1.0 - s)
+        s, other = sigmoid_pair(z)
+        return s * (1.0 + z * other)
     else:
         # Not z * 0 + 1, which is NaN where z is infinite.
         return tl.zeros_like(z) + 1.0

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adamix_kernels import backends, routed_lora
+from adamix_kernels import routed_lora
 
 from . import sizes
-from .ledger import AbsentError
-from .op_cases import Bound, Case, Contender, Draw, Inputs, absent, bind, compiled, of, ours
+from .op_cases import Bound, Case, Contender, Draw, Inputs, absent, compiled, of, ours
 from .sizes import LoraSize
 
 SCALING = 2.0
@@ -100,7 +99,6 @@ def _linear_contenders(size: LoraSize, device: torch.device, *, smoke: bool) -> 
         for c in ours("routed_lora", device, functools.partial(_ours, size))
     ]
     gathered = _linear(_gathered(size))
-    made.append(Contender("triton_one_kernel", functools.partial(_open_one_kernel, size, device), exacting=True))
     made += [of("gathered_bmm", gathered), compiled("compile_gathered_bmm", gathered, smoke=smoke)]
     return made
 
@@ -209,28 +207,3 @@ def _open_linear(contender: Contender):
         return Bound(lambda: binder(Inputs((x, a, b, F.linear(x, weight)), (index,))).call(), inputs.leaves)
 
     return build
-
-
-def _open_one_kernel(size: LoraSize, device: torch.device):
-    """The Triton kernel that holds both products, as an autograd function of x alone."""
-    state = backends()["triton"]
-    if not state.usable:
-        raise AbsentError(state.reason)
-    if device.type != "cuda":
-        raise AbsentError("backend triton is timed on a GPU only")
-    from adamix_kernels.ops.routed_lora.triton_impl import frozen_linear as frozen
-
-    class OneKernel(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, a, b, weight, index):
-            ctx.save_for_backward(a, b, weight, index)
-            return frozen.frozen_linear_lora(x, weight, None, a, b, index, None, SCALING, offsets=size.offsets)[0]
-
-        @staticmethod
-        def backward(ctx, grad):
-            a, b, weight, index = ctx.saved_tensors
-            options = dict(offsets=size.offsets)
-            dx = frozen.frozen_linear_lora_dx(grad, weight, a, b, index, None, SCALING, **options)[0]
-            return dx, None, None, None, None
-
-    return bind(OneKernel.apply)

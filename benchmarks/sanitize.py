@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0; 2 when no kernel could run here."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--names", nargs="+", default=["triton", "triton_one_kernel", "cuda"], help="contenders to run")
+    parser.add_argument("--names", nargs="+", default=["triton", "cuda"], help="contenders to run")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("sanitize: kernels run on a CUDA GPU, and this machine has none", file=sys.stderr)

@@ -14,7 +14,6 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from adamix_kernels import _triton_utils
 from adamix_kernels._triton_utils import capability
-from adamix_kernels.ops._routed_matmul import project_back
 from adamix_kernels.ops._triton_tables import Config
 from adamix_kernels.testing import error_in_budget
 
@@ -23,12 +22,12 @@ from .tune import ShapeClass
 __all__ = ["KERNELS", "Workload", "candidates", "capability", "gpu_seconds", "make", "problem", "shape_classes"]
 
 # A table's name starts with the family of its kernels; a family lives in an op's backend.
-_OPS = {"adapter": "routed_adapter", "lora": "routed_lora", "frozen": "routed_lora"}
+_OPS = {"adapter": "routed_adapter", "lora": "routed_lora"}
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 # Tail tiles in every sample, and enough tiles that none is cut smaller for want of programs.
 SIZES = dict(batch=131, tokens=500, hidden=1024, experts=4)
 # Wider than any rank: there the narrow tile holds the columns of several experts, one per token.
-_MAX_RANK = {"adapter": 256, "lora": 128, "frozen": 128}
+_MAX_RANK = {"adapter": 256, "lora": 128}
 
 
 def _family(kernel: str) -> str:
@@ -72,8 +71,6 @@ def candidates(shape: ShapeClass, shared: int) -> list[Config]:
 
 def _footprint(shape: ShapeClass, rows: int, cols: int) -> tuple[int, int]:
     """(float32 numbers of the largest accumulator, elements loaded by one step of the inner loop)."""
-    if _family(shape.kernel) == "frozen":
-        return rows * (cols + shape.width), 128 // shape.itemsize * (rows + cols + shape.width)
     summed_over_rows = shape.kernel in ("adapter_weight_grad_kernel", "lora_grads_kernel")
     return max((cols if summed_over_rows else rows) * shape.width, rows * cols), (rows + shape.width) * cols
 
@@ -132,14 +129,12 @@ def make(shape: ShapeClass, device: torch.device, sizes: dict[str, int] | None =
         properties = torch.cuda.get_device_properties(device)
         cache, shared = properties.L2_cache_size, properties.shared_memory_per_block_optin
     draw = _Draw(device, _DTYPES[shape.itemsize], torch.Generator(device).manual_seed(0))
-    arguments = {"adapter": _adapter, "lora": _lora, "frozen": _frozen}[family]
+    arguments = {"adapter": _adapter, "lora": _lora}[family]
     reference, timed = _part(shape.kernel, "reference"), _part(shape.kernel, "triton_impl")
     sets = [
         arguments(shape.kernel, draw, reference, rank=rank, per_token=per_token, **sizes)
         for _ in range(max(2, -(-2 * cache // bytes_of_x)))
     ]
-    if family == "frozen":
-        reference, timed = _FrozenReference, _FrozenTriton
     shipped = _tables(shape.kernel).config(shape.kernel, capability(device), shape.itemsize, shape.width)
     return Workload(timed, reference, sets[0][0], [inputs for _, inputs in sets], shipped, candidates(shape, shared))
 
@@ -182,34 +177,6 @@ def _lora(kernel, draw, reference, *, batch, tokens, hidden, experts, rank, per_
     grad, t = base, reference.forward(*forward)[1]
     weights = kernel == "lora_grads_kernel"
     return "backward", (grad, x, t, a, b, *index, None, True, weights, weights, scaling, groups, offsets, dropout_p)
-
-
-def _frozen(kernel, draw, reference, *, batch, tokens, hidden, experts, rank, per_token):
-    _, (x, a, b, *index, base, _, scaling, _, _, _) = _lora(
-        "lora_forward_kernel", draw, reference,
-        batch=batch, tokens=tokens, hidden=hidden, experts=experts, rank=rank, per_token=per_token,
-    )  # fmt: skip
-    return "both", (x, base, draw.normal(hidden, hidden, scale=hidden**-0.5), a, b, *index, scaling)
-
-
-class _FrozenTriton:
-    @staticmethod
-    def both(x, grad, weight, a, b, a_index, b_index, scaling):
-        """One table serves forward and input gradient: both are run."""
-        from adamix_kernels.ops.routed_lora.triton_impl import frozen_linear as frozen
-
-        out, t = frozen.frozen_linear_lora(x, weight, None, a, b, a_index, b_index, scaling)
-        return out, t, *frozen.frozen_linear_lora_dx(grad, weight, a, b, a_index, b_index, scaling)
-
-
-class _FrozenReference:
-    @staticmethod
-    def both(x, grad, weight, a, b, a_index, b_index, scaling):
-        from adamix_kernels.ops.routed_lora import reference
-
-        out, t = reference.forward(x, a, b, a_index, b_index, x @ weight.mT, None, scaling, 1, [0], 0.0)
-        dt = project_back(grad, b, b_index) * scaling
-        return out, t, grad @ weight + project_back(dt, a, a_index), dt
 
 
 def gpu_seconds(workload: Workload, repeats: int) -> float:

@@ -25,10 +25,21 @@ def draw_mask(device, rows):
     return (torch.rand(rows) < 0.7).to(device)
 
 
-def check_errors(found, plain, *tensors):
+def one_pass_consistency(logits):
+    """J of [2B, ..., V] as a kernel forms it that reads once: half of E_p c - E_q c, c being d and a constant of the row.
+
+    The two means cancel to what the reference adds up term by term, so where p is nearly q their roundings are J's
+    error, in PyTorch too.
+    """
+    (a, p), (b, q) = ((x - x.amax(-1, keepdim=True), x.softmax(-1)) for x in logits.chunk(2))
+    return (((p * (a - b)).sum(-1) - (q * (a - b)).sum(-1)) / 2).mean()
+
+
+def check_errors(found, plain, *tensors, same_form=None):
     """found(*tensors) errs against float64 as plain does in the same dtype, or by a spacing of the largest number.
 
     One error of a scalar is luck and may be nothing: plain's is the worst over the classes turned round a few times.
+    same_form: {number of an output: function} that computes it in the kernels' form; its errors count as plain's.
     """
     exact = plain(*(t.double() for t in tensors))
     units = [0.0] * len(exact)
@@ -36,6 +47,8 @@ def check_errors(found, plain, *tensors):
         wanted = plain(*(t.double() for t in turned))
         errors = [_error(own, want) for own, want in zip(plain(*turned), wanted, strict=True)]
         units = [max(unit, error) if math.isfinite(error) else unit for unit, error in zip(units, errors, strict=True)]
+        for number, function in (same_form or {}).items():
+            units[number] = max(units[number], _error(function(*turned), wanted[number]))
     for number, (result, want, unit) in enumerate(zip(found(*tensors), exact, units, strict=True)):
         assert result.shape == want.shape
         spacing = torch.finfo(result.dtype).eps * want.abs().max().item() if want.numel() else 0.0

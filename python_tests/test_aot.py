@@ -58,7 +58,7 @@ def test_every_dot_of_16_bits_is_on_tensor_cores(target):
 
 
 def test_routed_kernels_do_their_work_in_dots():
-    families = ("adapter_", "lora_", "frozen_")
+    families = ("adapter_", "lora_")
     assert {row.kernel for row in TABLE if not row.mma and row.kernel.startswith(families)} == {
         "adapter_plane_sum_kernel",
         "lora_sum_kernel",
@@ -81,14 +81,10 @@ def test_every_shipped_configuration_is_compiled(op):
     assert tables
     sizes = {"float16": 2, "bfloat16": 2, "float32": 4}
     for name, table in tables.items():
-        # One table may serve several kernels: "frozen_kernel" those of both directions.
-        prefix = name.removesuffix("_kernel")
         for target in SHARED_LIMITS:
             arch = max(a for a in table if a <= target)
             have = {
-                (sizes[r.dtype], r.config.partition(" r")[0])
-                for r in TABLE
-                if r.kernel.startswith(prefix) and r.target == target
+                (sizes[r.dtype], r.config.partition(" r")[0]) for r in TABLE if r.kernel == name and r.target == target
             }
             for (itemsize, width), (rows, cols, warps, stages) in table[arch].items():
                 config = f"{rows}x{cols} w{warps} s{stages}"

@@ -19,6 +19,7 @@ from poison import poisoned_memory
 from test_routed_adapter import ACTIVATIONS, by_loop, index, inputs
 
 from adamix_kernels import BackendUnavailableError, _backends
+from adamix_kernels._triton_utils import INTERPRETING
 from adamix_kernels.functional import routed_adapter
 from adamix_kernels.ops._triton_tables import lookup
 from adamix_kernels.ops.routed_adapter import triton_impl
@@ -34,7 +35,12 @@ draw = functools.partial(draw_adapter, DEVICE)
 
 def check(tensors, indices, residual="input", activation="gelu"):
     # The maximum over few elements is luck; over many draws the mean errors agree.
-    multiple = 2.0 if min(tensors[0].shape[0] * tensors[0].shape[1], tensors[0].shape[2]) >= 16 else 8.0
+    fewest = min(tensors[0].shape[0] * tensors[0].shape[1], tensors[0].shape[2])
+    multiple = 2.0 if fewest >= 16 else 8.0
+    # Without TF32 a GPU takes three TF32 products, which err by up to 2^-22 of a term: more than float32 itself in sums
+    # of some 20 terms, less in those of a model's width (test_float32_of_a_models_width).
+    if tensors[0].dtype == torch.float32 and not INTERPRETING and fewest < 64:
+        multiple = max(multiple, 4.0)
     runs = [run_adapter(backend, tensors, indices, residual, activation) for backend in ("triton", "reference")]
     with spied_launches() as names:
         assert_in_budget(*runs, *(t for t in tensors if t is not None), multiple=multiple)
@@ -59,6 +65,10 @@ def test_every_kind_of_routing_in_half_precision(case, dtype):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation, dtype):
     check(*draw(dtype, *SIDES["shared-up"]), activation=activation)
+
+
+def test_float32_of_a_models_width():
+    check(*draw(torch.float32, 4, 16, 768, 16, 2, 1, "sample", None))
 
 
 SHAPES = {

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from unittest import mock
 
-from .fuzz import adapters, frozen, loras, losses, merges
+from .fuzz import adapters, loras, losses, merges
 from .fuzz.draws import HALVES_AND_FLOAT, Sizes
 from .fuzz.kernels import Group, all_of, run_groups
 from .record import Figure
@@ -95,10 +95,6 @@ def _groups() -> list[Group]:
         Group(
             "routed_lora, rows split", loras.routed_lora_cases(dtypes, many_tokens),
             ("lora_sum_kernel",), _lora_planes,
-        ),
-        Group(
-            "frozen linear layer with LoRA", frozen.frozen_cases(dtypes, sizes),
-            ("frozen_forward_kernel", "frozen_dx_kernel"),
         ),
         Group(
             "merge_experts", merges.merge_experts_cases(dtypes, sizes),

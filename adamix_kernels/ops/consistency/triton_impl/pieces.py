@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...._triton_utils import narrow
+from ...._triton_utils import exp, narrow
 
 
 @triton.jit
@@ -142,12 +142,12 @@ def store_row(
 
 
 @triton.jit
-def _point(x, y, top_a, top_b, log_a, log_b):
-    """(p, q, p - q, d) of a tile."""
+def _point(x, y, top_a, top_b, log_a, log_b, FULL: tl.constexpr):
+    """(p, q, p - q, d) of a tile. FULL: p to two spacings, as p (d - E_p d) cancels over a row, and p's error does not."""
     x = x - top_a[:, None] - log_a[:, None]
     y = y - top_b[:, None] - log_b[:, None]
-    p = tl.exp(x)
-    q = tl.exp(y)
+    p = exp(x) if FULL else tl.exp(x)
+    q = exp(y) if FULL else tl.exp(y)
     return p, q, p - q, tl.where(x == y, 0.0, x - y)
 
 
@@ -167,7 +167,7 @@ def gradient_means(
         here = selected[:, None] & (col < V)[None, :]
         x = tl.load(a + at_a[:, None] + col[None, :], mask=here, other=0.0).to(tl.float32)
         y = tl.load(b + at_b[:, None] + col[None, :], mask=here, other=0.0).to(tl.float32)
-        p, q, gap, d = _point(x, y, top_a, top_b, log_a, log_b)
+        p, q, gap, d = _point(x, y, top_a, top_b, log_a, log_b, True)
         mean_p += tl.where(here, tl.where(p == 0, 0.0, p * d) + gap, 0.0)
         mean_q += tl.where(here, tl.where(q == 0, 0.0, q * d) + gap, 0.0)
     return tl.sum(mean_p, axis=1), tl.sum(mean_q, axis=1)
@@ -182,7 +182,7 @@ def pair_grads(
 
     share, half [ROWS]: coefficient of the cross-entropy, and half of J's.
     """
-    p, q, gap, d = _point(x, y, top_a, top_b, log_a, log_b)
+    p, q, gap, d = _point(x, y, top_a, top_b, log_a, log_b, FULL)
     if FULL:
         ga = half[:, None] * (p * (d - mean_p[:, None]) + gap)
         gb = -half[:, None] * (q * (d - mean_q[:, None]) + gap)

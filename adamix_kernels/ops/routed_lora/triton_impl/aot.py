@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from ...._triton_utils import DTYPES, precision
 from ..._triton_aot import POINTERS, AotCase, make_case
 from .forward import lora_forward_kernel
-from .frozen_kernels import frozen_dx_kernel, frozen_forward_kernel
-from .frozen_linear import frozen_meta
 from .input_grad import lora_dx_kernel
 from .plan import MAX_WIDTH, SUM_BLOCK, gaps, padded_rank, row_blocks
 from .tables import config, register_limit
@@ -28,9 +26,6 @@ _SHAPES = {
     "grouped_m64_r16": (64, 1, 16, True, True),
 }
 
-# (groups, r) of the frozen linear layer: every rank class.
-_FROZEN_SHAPES = ((2, 4), (2, 16), (1, 64), (1, 128))
-
 
 def aot_cases(capability: int = 90) -> Iterator[AotCase]:
     """Every case with the block sizes shipped for a capability (10 * major + minor)."""
@@ -40,8 +35,6 @@ def aot_cases(capability: int = 90) -> Iterator[AotCase]:
             yield _grads_case(name, dtype, capability, *shape)
         yield from _inplace_cases("sample_m4_r4_qv", dtype, capability)
         yield _sum_case(dtype)
-        for groups, r in _FROZEN_SHAPES:
-            yield from _frozen_cases(dtype, capability, groups, r)
 
 
 def _common(dtype, experts, groups, r, seed):
@@ -92,16 +85,6 @@ def _grads_case(name, dtype, capability, experts, groups, r, per_token, dropout)
     arguments |= dict(a_plane_ptr="*fp32", b_plane_ptr="*fp32", BLOCK_M=chosen.rows, BLOCK_C=chosen.cols)
     arguments |= dict(BLOCK_RA=block, BLOCK_RB=padded_rank(r), perm_ptr="*i64" if "grouped" in name else None)
     return _case(lora_grads_kernel, name, dtype, chosen, arguments, register_limit(dtype.itemsize, block))
-
-
-def _frozen_cases(dtype, capability, groups, r):
-    meta = frozen_meta(capability, dtype, padded_rank(groups * r)) | dict(DOT=DTYPES[dtype])
-    arguments = _common(dtype, 4, groups, r, True) | meta | dict(bias_ptr=POINTERS[dtype])
-    tensors = ("x_ptr", "weight_ptr", "a_ptr", "b_ptr", "out_ptr", "t_ptr", "grad_ptr", "dx_ptr", "dt_ptr")
-    arguments |= dict.fromkeys(tensors, POINTERS[dtype])
-    for kernel in (frozen_forward_kernel, frozen_dx_kernel):
-        case = _case(kernel, f"m4_g{groups}_r{r}", dtype, None, arguments)
-        yield case._replace(num_warps=meta["num_warps"], num_stages=meta["num_stages"])
 
 
 def _sum_case(dtype):

@@ -102,8 +102,8 @@ class Plan(NamedTuple):
         )  # fmt: skip
 
 
-def make_plan(batch: int, tokens: int, lora_a, lora_b, a_index, b_index, offsets, width: int, sort=True) -> Plan:
-    """The banks, indices and offsets are the op's; width: the output's columns; sort: rows may be grouped."""
+def make_plan(batch: int, tokens: int, lora_a, lora_b, a_index, b_index, offsets, width: int) -> Plan:
+    """The banks, indices and offsets are the op's; width: the output's columns."""
     if batch * tokens > MAX_ROWS:
         raise ValueError(f"x: got {batch * tokens} rows, expected at most {MAX_ROWS} for the Triton kernels")
     groups = len(offsets)
@@ -111,7 +111,7 @@ def make_plan(batch: int, tokens: int, lora_a, lora_b, a_index, b_index, offsets
     block = padded_rank(groups * rank)
     sides = [_side(i, bank.shape[0], tokens, block) for i, bank in ((a_index, lora_a), (b_index, lora_b))]
     perm = None
-    if sort and batch * tokens > MIN_SORTED and any(side.sort for side in sides):
+    if batch * tokens > MIN_SORTED and any(side.sort for side in sides):
         key = None
         for side, experts in zip(sides, (lora_a.shape[0], lora_b.shape[0]), strict=True):
             if side.sort:

@@ -32,30 +32,7 @@ _GRADS = {
         (4, 128): Config(32, 64, 8, 2),
     },
 }
-# The depth of the K loop is 128 bytes.
-_FROZEN = {
-    80: {
-        (2, 16): Config(128, 128, 8, 3),
-        (2, 32): Config(64, 64, 4, 3),
-        (2, 64): Config(32, 64, 4, 3),
-        (2, 128): Config(64, 128, 8, 2),
-        (4, 16): Config(32, 64, 4, 2),
-        (4, 32): Config(32, 32, 4, 2),
-        (4, 64): Config(32, 32, 4, 2),
-        (4, 128): Config(16, 32, 4, 2),
-    },
-    120: {
-        (2, 16): Config(64, 64, 4, 2),
-        (2, 32): Config(64, 64, 4, 2),
-        (2, 64): Config(32, 64, 4, 3),
-        (2, 128): Config(64, 128, 8, 2),
-        (4, 16): Config(32, 64, 4, 2),
-        (4, 32): Config(32, 32, 4, 2),
-        (4, 64): Config(32, 32, 4, 2),
-        (4, 128): Config(16, 32, 4, 2),
-    },
-}
-TABLES = {"lora_forward_kernel": _TILE, "lora_dx_kernel": _TILE, "lora_grads_kernel": _GRADS, "frozen_kernel": _FROZEN}
+TABLES = {"lora_forward_kernel": _TILE, "lora_dx_kernel": _TILE, "lora_grads_kernel": _GRADS}
 
 
 def config(kernel: str, capability: int, itemsize: int, width: int) -> Config:
