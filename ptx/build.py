@@ -58,7 +58,8 @@ def _machine() -> str:
     """What -march=native depends on, besides the flags."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
-    return " ".join([*_FLAGS, platform.machine(), *[line for line in lines if line.startswith(("flags", "Features"))][:1]])
+    able = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return " ".join([*_FLAGS, platform.machine(), able])
 
 
 def _compile(arguments: list[str], out: Path) -> None:

@@ -8,23 +8,20 @@ what PyTorch errs in the same dtype. The table says how much of it each takes at
 from __future__ import annotations
 
 import argparse
-import contextlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from reliability import kernel_children
-from reliability.fuzz.case import Case, judge
 
 from . import build
-from .compare_child import OPS, drawn
+from .compare_child import OPS
 
 _ROOT = Path(__file__).parent.parent
 # Name -> (the backend that it is, 10 * compute capability of compiled PTX).
@@ -82,50 +79,35 @@ def missing(name: str) -> str | None:
 def compare(names: Sequence[str], ops: Sequence[str], count: int) -> dict[str, dict[str, Cell]]:
     """op -> implementation -> Cell."""
     with tempfile.TemporaryDirectory(prefix="ptx-compare-") as folder, ThreadPoolExecutor(2) as pool:
-        files = list(pool.map(lambda name: _run(name, ops, count, Path(folder)), names))
-        found = dict(zip(names, map(_read, files)))
-    table: dict[str, dict[str, Cell]] = {}
+        found = dict(zip(names, pool.map(lambda name: _run(name, ops, count, Path(folder)), names)))
     for op in ops:
-        cases = drawn(op, count)
-        table[op] = {name: _cell(name, cases, found[name][op]) for name in names}
-    return table
+        others = [name for name in names if found[name][op]["drawn"] != found[names[0]][op]["drawn"]]
+        if others:
+            raise RuntimeError(f"{op}: {', '.join(others)} drew other calls than {names[0]}")
+    return {op: {name: _cell(name, found[name][op]["calls"]) for name in names} for op in ops}
 
 
-def _run(name: str, ops: Sequence[str], count: int, folder: Path) -> Path:
-    """Has an implementation computed in a process of its own; returns the file of its results."""
+def _run(name: str, ops: Sequence[str], count: int, folder: Path) -> dict:
+    """What an implementation found in a process of its own."""
     backend, arch = IMPLEMENTATIONS[name]
     variables = {**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"}
     variables.pop("TRITON_INTERPRET", None)
     if not arch:
         variables = kernel_children.environment(backend) | {"PYTHONPATH": str(_ROOT)}
     out = folder / name
-    command = [sys.executable, "-W", "ignore", "-m", "ptx.compare_child", backend, str(arch), str(count), str(out), *ops]
-    done = subprocess.run(command, cwd=_ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    child = [sys.executable, "-W", "ignore", "-m", "ptx.compare_child"]
+    done = subprocess.run(
+        [*child, backend, str(arch), str(count), str(out), *ops], cwd=_ROOT, env=variables,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{name}: its process ended with {done.returncode}:\n{done.stdout[-4000:]}")
-    return out
+    return json.loads(out.read_text())
 
 
-def _read(path: Path) -> dict[str, list[dict]]:
-    return torch.load(path, weights_only=True)
-
-
-def _cell(name: str, cases: list[Case], found: list[dict]) -> Cell:
-    cell = Cell(len(found))
-    assert [repr(case) for case in cases] == [one["case"] for one in found], f"{name} drew other cases"
-    for case, one in zip(cases, found, strict=True):
-        with _failing(cell, name):
-            assert not one["error"], f"{case}: {one['error']}"
-            cell.share = max(cell.share, judge(case, one["results"], IMPLEMENTATIONS[name][0]))
-    return cell
-
-
-@contextlib.contextmanager
-def _failing(cell: Cell, name: str) -> Iterator[None]:
-    try:
-        yield
-    except AssertionError as error:
-        cell.failures.append(f"{name}: {error}")
+def _cell(name: str, calls: list[dict]) -> Cell:
+    failures = [f"{name}: {call['error']}" for call in calls if call["error"]]
+    return Cell(len(calls), max((call["share"] for call in calls), default=0.0), failures)
 
 
 def print_table(table: dict[str, dict[str, Cell]], names: Sequence[str]) -> None:

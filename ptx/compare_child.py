@@ -5,17 +5,21 @@ Which kernels a backend has is fixed when they are imported, so every implementa
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from hypothesis.strategies import SearchStrategy
 
 from reliability.fuzz import adapters, loras, losses, merges
-from reliability.fuzz.case import Case, results
+from reliability.fuzz.case import Case, bits, judge, results
 from reliability.fuzz.draws import HALVES_AND_FLOAT, Sizes
 from reliability.fuzz.run import run_cases
 
+from .draws import steady
 from .host import Host, install, summary
 
 OPS: dict[str, SearchStrategy[Case]] = {
@@ -35,29 +39,44 @@ _EMPTY = 2
 def drawn(op: str, count: int) -> list[Case]:
     """The same cases in every process."""
     cases: list[Case] = []
-    run_cases(op, OPS[op], cases.append, count + _EMPTY, False, first_turn=7)
+    with steady():
+        run_cases(op, OPS[op], cases.append, count + _EMPTY, False, first_turn=7)
     return cases[_EMPTY:]
 
 
 def computed(case: Case, backend: str, host: Host | None) -> dict:
-    """case: in words. results, or error: what went wrong in the call, or what the executor of PTX reports."""
+    """share: the largest of an error budget. error: what does not hold, or what the executor of PTX reports."""
     if host is not None:
         host.reports.clear()
         host.seed += 1
+    share, error = 0.0, ""
     try:
-        found, error = results(case, backend), ""
+        found = results(case, backend)
+        share = judge(case, found, backend)
     except Exception as caught:
-        found, error = [], f"{type(caught).__name__}: {caught}"
+        error = str(caught) if isinstance(caught, AssertionError) else f"{case}: {type(caught).__name__}: {caught}"
     if host is not None and host.reports:
-        error = summary(host.reports)
-    return {"case": repr(case), "results": found, "error": error}
+        error = f"{case}:\n{summary(host.reports)}"
+    return {"share": share, "error": error}
+
+
+def digest(case: Case) -> str:
+    """Of all that was drawn."""
+    given = [t for t in (*case.tensors, *case.integers, case.incoming) if t is not None]
+    data = b"".join(bits(t).numpy().tobytes() for t in given)
+    return hashlib.sha256(repr(case).encode() + data).hexdigest()
 
 
 def main(arguments: Sequence[str]) -> None:
     backend, arch, count, out, *ops = arguments
     torch.set_num_threads(1)
+    cases = {op: drawn(op, int(count)) for op in ops}
     host = install(int(arch)) if int(arch) else None
-    torch.save({op: [computed(case, backend, host) for case in drawn(op, int(count))] for op in ops}, out)
+    found = {}
+    for op in ops:
+        calls = [computed(case, backend, host) for case in cases[op]]
+        found[op] = {"drawn": [digest(case) for case in cases[op]], "calls": calls}
+    Path(out).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -103,7 +103,8 @@ def _multiply(words: list[str], args: list[str], o: Operands) -> Decoded:
 @decoder("shl", "shr", "bfe")
 def _shift(words: list[str], args: list[str], o: Operands) -> Decoded:
     first, *rest = args[1:]
-    return Decoded(".".join(words), [o.read(args[0])], [o.read(first, bits(words[1]) // 8), *(o.read(a, 4) for a in rest)])
+    inputs = [o.read(first, bits(words[1]) // 8), *(o.read(a, 4) for a in rest)]
+    return Decoded(".".join(words), [o.read(args[0])], inputs)
 
 
 @decoder("lop3", "shf", "prmt", "bfi")
@@ -130,7 +131,8 @@ def _select(words: list[str], args: list[str], o: Operands) -> Decoded:
     if words[1] == "pred":
         return Decoded("selp.pred", [o.read(args[0], 4)], [o.predicate(a) for a in args[1:]])
     size = bits(words[1]) // 8
-    return Decoded(f"selp.{8 * size}", [o.read(args[0])], [o.read(args[1], size), o.read(args[2], size), o.read(args[3], 4)])
+    inputs = [o.read(args[1], size), o.read(args[2], size), o.read(args[3], 4)]
+    return Decoded(f"selp.{8 * size}", [o.read(args[0])], inputs)
 
 
 @decoder("setp")
@@ -179,7 +181,8 @@ def _convert(words: list[str], args: list[str], o: Operands) -> Decoded:
 def _shuffle(words: list[str], args: list[str], o: Operands) -> Decoded:
     mode = {"up": 0, "down": 1, "bfly": 2, "idx": 3}[words[2]]
     value, _, within = args[0].partition("|")
-    return Decoded("shfl", [o.read(value, 4), o.read(within, 4) if within else NOTHING], [o.read(a, 4) for a in args[1:]], [mode])
+    out = [o.read(value, 4), o.read(within, 4) if within else NOTHING]
+    return Decoded("shfl", out, [o.read(a, 4) for a in args[1:]], [mode])
 
 
 @decoder("redux", "vote")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import host as hosts
+from .draws import steady
 from .host import summary
 
 
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flush=True,
     )
     if options.record:
-        record = {"arch": options.arch, "run": cases, "failed": failed, "kernels": kernels, "variants": len(host.kernels)}
+        record = {"run": cases, "failed": failed, "kernels": kernels, "variants": len(host.kernels)}
         options.record.write_text(json.dumps(record))
     return 1 if failed or not host.launches else 0
 
@@ -59,7 +60,7 @@ def run(host: hosts.Host, count: int, turn: int):
         assert not host.reports, f"{case}:\n{summary(host.reports)}"
 
     for group in fuzz_triton.groups():
-        with group.around():
+        with group.around(), steady():
             outcome = run_cases(group.about, group.cases, checked, count, False, turn, shrink=False)
         yield group.about, outcome.ended, outcome.failure, outcome.seconds
 

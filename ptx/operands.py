@@ -35,9 +35,8 @@ class Operands:
         self.image = bytearray()
         self._constants: dict[tuple[int, int], int] = {}
         self._special = {name: self._put(bytes(4 * _LANES)) for name in _SPECIAL}
-        self._bytes = {name: 4 if kind == "pred" else max(2, bits(kind) // 8) for name, kind in kernel.registers.items()}
-
-    # ------------------------------------------------------------------ reading
+        kinds = kernel.registers.items()
+        self._bytes = {name: 4 if kind == "pred" else max(2, bits(kind) // 8) for name, kind in kinds}
 
     def read(self, text: str, size: int = 0) -> Slot:
         """A register (of `size` bytes where that is not 0) or a constant of that size."""
@@ -92,8 +91,6 @@ class Operands:
         at = len(self.image)
         self.image += data + bytes(-len(data) % 64)
         return at
-
-    # ------------------------------------------------------------------ places
 
     def special(self) -> np.ndarray:
         return np.array(list(self._special.values()), dtype=np.int32)

@@ -107,7 +107,8 @@ def pytest_terminal_summary(terminalreporter):
         "kernels": sorted({launch.kernel for launch in HOST.launches}), "compile_seconds": HOST.compile_seconds,
     }  # fmt: skip
     terminalreporter.write_line(
-        f"sm_{ARCH}: {len(HOST.launches)} launches of {len(HOST.kernels)} compiled kernels, {HOST.compile_seconds:.0f} s compiling"
+        f"sm_{ARCH}: {len(HOST.launches)} launches of {len(HOST.kernels)} compiled kernels, "
+        f"{HOST.compile_seconds:.0f} s compiling"
     )
     if os.environ.get("PTX_RECORD"):
         Path(os.environ["PTX_RECORD"]).write_text(json.dumps(record))

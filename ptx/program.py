@@ -61,7 +61,7 @@ class Outcome:
 
 
 class Program:
-    """The kernel of a PTX text. Raises UnknownPtxError where it holds an instruction that the executor does not know."""
+    """The kernel of a PTX text. Raises UnknownPtxError for an instruction that the executor does not know."""
 
     def __init__(self, text: str):
         self.text = text
@@ -105,8 +105,9 @@ class Program:
             engine().ptx_free(ctypes.c_void_p(self._handle))
 
     def launch(
-        self, grid: Sequence[int], values: Sequence[int | float], warps: int, shared: int, spans: Sequence[Span], how: How
-    ) -> Outcome:
+        self, grid: Sequence[int], values: Sequence[int | float], warps: int, shared: int, spans: Sequence[Span],
+        how: How,
+    ) -> Outcome:  # fmt: skip
         """Runs the grid.
 
         values: of the kernel's parameters in their order (a pointer is its address); of what Triton appends, zeros.
@@ -138,7 +139,7 @@ class Program:
         packed = bytearray(self.kernel.parameter_bytes + 16)
         places = list(self.kernel.parameters.values())
         if len(values) > len(places):
-            raise ValueError(f"values: got {len(values)}, expected at most {len(places)}, the parameters of {self.name}")
+            raise ValueError(f"values: got {len(values)}, expected at most {len(places)}, {self.name}'s parameters")
         for (at, size), value in zip(places, values, strict=False):
             if isinstance(value, float):
                 packed[at : at + size] = struct.pack("<f" if size == 4 else "<d", value)
@@ -147,7 +148,7 @@ class Program:
         return bytes(packed)
 
     def _said(self, row: str, spans: Sequence[Span]) -> str:
-        kind, line, times, first = (row.split("\t") + ["", "", ""])[:4]
+        kind, line, times, first = [*row.split("\t"), "", "", ""][:4]
         number = int(line or 0)
         source = next((s.source for s in self.kernel.statements if s.line == number), "")
         for at, span in enumerate(spans):

@@ -84,8 +84,8 @@ def main() -> None:
         for stages in (1, 2, 3, 4):
             seen = observe(sum_from, stages)
             print(
-                f"triton {triton.__version__}, sum of g from {sum_from:5s}, num_stages {stages}: buffers {seen.buffers}, "
-                f"late error {seen.error:.1e}, {len(seen.reports)} reports",
+                f"triton {triton.__version__}, sum of g from {sum_from:5s}, num_stages {stages}: "
+                f"buffers {seen.buffers}, late error {seen.error:.1e}, {len(seen.reports)} reports",
                 flush=True,
             )
 

@@ -18,7 +18,7 @@ class UnknownPtxError(NotImplementedError):
 
 @dataclass(frozen=True)
 class Statement:
-    """line: in the PTX, from 1. text: "@%p1 add.s32 %r1, %r2, 3". source: where in the kernel's Python it comes from."""
+    """line: in the PTX, from 1. text: "@%p1 add.s32 %r1, %r2, 3". source: where in Python it comes from."""
 
     line: int
     text: str
@@ -27,7 +27,7 @@ class Statement:
 
 @dataclass
 class Kernel:
-    """parameters: name -> (offset, bytes). registers: name -> kind. labels: name -> number of the statement after it."""
+    """parameters: name -> (offset, bytes). registers: name -> kind. labels: name -> the statement after it."""
 
     name: str
     parameters: dict[str, tuple[int, int]]

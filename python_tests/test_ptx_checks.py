@@ -1,15 +1,15 @@
 """Each check of the executor, on a small kernel that breaks what it watches over; and what it must not report."""
 
-# ruff: noqa: E402 (the module is skipped before it imports what needs a compiler)
+# ruff: noqa: E402, E501 (the module is skipped before it imports what needs a compiler; a kernel stands on one line)
 
 import pytest
 import torch
-from ptx_programs import kinds, needs_ptx, run
+from ptx_programs import kinds, needs_ptx, run, text
 from test_ptx_instructions import COPY, SWAP
 
 needs_ptx()
 
-from ptx.program import ORDERS, How
+from ptx.program import ORDERS, How, Program, Span
 
 GIVEN = torch.arange(64, dtype=torch.int32)
 # What breaks -> (kernel, what is reported)
@@ -99,7 +99,11 @@ TICKET = "setp.eq.s32 %p2, %r1, 0; @%p2 atom.global.gpu.acq_rel.add.u32 %r5, [ %
 def test_what_another_block_left_needs_an_atomic_in_between():
     tail = "\n\t@!%p1 st.global.b32 [ %rd5 + 0 ], %r3;\n\tret;\n}\n"
     out = torch.zeros(66, dtype=torch.int32)
-    with_ticket = HANDED.replace("TICKET", TICKET).replace(", 5;", ", %r6;").replace("mov.b32 	%r3, 0;", "mov.b32 %r3, 0; mov.b32 %r6, 5;")
+    with_ticket = (
+        HANDED.replace("TICKET", TICKET)
+        .replace(", 5;", ", %r6;")
+        .replace("mov.b32 	%r3, 0;", "mov.b32 %r3, 0; mov.b32 %r6, 5;")
+    )
     got, outcome = run(with_ticket, GIVEN, out, warps=2, grid=(2,), tail=tail)
     assert outcome.reports == []
     assert got[:64].eq(5).all()
@@ -128,9 +132,6 @@ def test_a_report_says_where_and_how_often():
 
 
 def test_statistics_count_sectors_and_bank_waves():
-    from ptx.program import Program, Span
-    from ptx_programs import text
-
     far = "mul.wide.u32 %rd6, %r1, 32; add.s64 %rd7, %rd1, %rd6; ld.global.b32 %r3, [ %rd7 + 0 ]; shl.b32 %r4, %r1, 7; st.shared.b32 [ %r4 + 0 ], %r3;"
     given, out = torch.zeros(256, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
     program = Program(text(far))

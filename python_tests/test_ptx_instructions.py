@@ -1,6 +1,6 @@
 """Every family of PTX instructions in a small kernel with a known result."""
 
-# ruff: noqa: E402 (the module is skipped before it imports what needs a compiler)
+# ruff: noqa: E402, E501 (the module is skipped before it imports what needs a compiler; a kernel stands on one line)
 
 import pytest
 import torch
@@ -207,7 +207,9 @@ def test_mma_is_the_product():
 	mov.b32 	%r3, %r20;
 """
     given = torch.arange(32).float()
-    out, outcome = run(body.replace("0,0,%r16", "%r18,%r18,%r16").replace("shr.u32", "mov.b32 %r18, 0;\n shr.u32", 1), given)
+    out, outcome = run(
+        body.replace("0,0,%r16", "%r18,%r18,%r16").replace("shr.u32", "mov.b32 %r18, 0;\n shr.u32", 1), given
+    )
     lane = torch.arange(32)
     # out[row q, column 2t] = 1 + B[k = q, n = 2t], which lane 4n + k/2 holds.
     q, t = lane // 4, lane % 4

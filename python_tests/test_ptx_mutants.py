@@ -29,8 +29,9 @@ def product_kernel(a, b, out, sums, n, m, ROWS: tl.constexpr, COLS: tl.constexpr
     total = tl.zeros([ROWS], tl.float32)
     for start in range(0, n, 64):
         k = start + tl.arange(0, 64)
-        acc = tl.dot(tl.load(a + r[:, None] * n + k[None, :], mask=(k < n)[None, :], other=0.0),
-                     tl.load(b + k[:, None] * m + c[None, :], mask=(k < n)[:, None] & (c < m)[None, :], other=0.0), acc)  # fmt: skip
+        left = tl.load(a + r[:, None] * n + k[None, :], mask=(k < n)[None, :], other=0.0)
+        right = tl.load(b + k[:, None] * m + c[None, :], mask=(k < n)[:, None] & (c < m)[None, :], other=0.0)
+        acc = tl.dot(left, right, acc)
     for start in range(0, n, 64):
         k = start + tl.arange(0, 64)
         total += tl.sum(tl.load(a + r[:, None] * n + k[None, :], mask=(k < n)[None, :], other=0.0).to(tl.float32), 1)
@@ -127,7 +128,8 @@ def test_every_kind_is_seen_by_its_check(kind):
 def test_most_mutants_are_noticed():
     for arch in (80, 90):
         seen, missed = noticed(arch)
-        tried = sum(len([m for m in mutants(launched(arch)[0].kernels[launched(arch)[1]][1].text, 6)]) for _ in "1")
+        host, key, _ = launched(arch)
+        tried = len(list(mutants(host.kernels[key][1].text, 6)))
         assert len(missed) < tried / 3, (seen, missed)
 
 
@@ -138,5 +140,5 @@ def test_every_kind_is_tried():
 def test_an_instruction_that_nobody_knows_is_no_mutant_but_an_error():
     host, key, _ = launched(80)
     text = host.kernels[key][1].text
-    with pytest.raises(UnknownPtxError, match="mma.sync.aligned.m16n8k99"):
+    with pytest.raises(UnknownPtxError, match="m16n8k99"):
         Program(text.replace("m16n8k16", "m16n8k99", 1))
