@@ -7,7 +7,9 @@
 namespace ptx {
 namespace {
 
-bool holds(const Range& r, u64 address, u64 bytes) { return address >= r.low && address <= r.high && bytes <= r.high - address; }
+bool holds(const Range& r, u64 address, u64 bytes) {
+  return address >= r.low && address <= r.high && bytes <= r.high - address;
+}
 
 std::string nearest(const Launch& launch, u64 address, int bytes) {
   u64 best = ~0ull;
