@@ -1,6 +1,6 @@
 """Which backend serves which op, and why.
 
-Selection is a pure function of (op, request, device type, dtype): no tensor value is read, so it is
+Selection is a pure function of (op, request, device, dtype): no tensor value is read, so it is
 the same while tracing, under CUDA-graph capture and in eager mode.
 """
 
@@ -65,15 +65,30 @@ def _environment_problem(backend: str) -> str | None:
     return None
 
 
+def _device_problem(backend: str, device: torch.device) -> str | None:
+    """Why `backend`, which this machine can run, cannot run on this very device, or None."""
+    if backend == "triton":
+        from . import _triton_utils
+
+        return _triton_utils.device_problem(device)
+    if backend != "cuda":
+        return None
+    from . import _extension
+
+    if _extension.on_host():
+        return None
+    return None if device.index is None else _extension.device_problem(device.index)
+
+
 @functools.cache
-def _problem(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+def _problem(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot serve `op` on this device and dtype, or None."""
     if not _implements(op, backend):
         return f"this build has no {backend} implementation of {op}"
     problem = _environment_problem(backend)
     if problem is not None or backend == "reference":
         return problem
-    return _load(op, backend).unsupported(device_type, dtype)
+    return _load(op, backend).unsupported(device.type, dtype) or _device_problem(backend, device)
 
 
 @functools.cache
@@ -82,21 +97,22 @@ def _load(op: str, backend: str) -> ModuleType:
 
 
 @functools.cache
-def select(op: str, request: str, device_type: str, dtype: torch.dtype) -> ModuleType:
-    """The module that serves `op`: an explicit request is met or refused, "auto" falls back.
+def select(op: str, request: str, device: torch.device | str, dtype: torch.dtype) -> ModuleType:
+    """The module that serves `op` on this device: an explicit request is met or refused, "auto" falls back.
 
-    Raises ValueError for an unknown request and BackendUnavailableError, with the reason, for an
-    explicit request that cannot be met.
+    A device without a number, such as "cuda", stands for all of its type. Raises ValueError for an unknown request and
+    BackendUnavailableError, with the reason, for an explicit request that cannot be met.
     """
     check_request(request)
+    device = torch.device(device)
     if request != "auto":
-        problem = _problem(op, request, device_type, dtype)
+        problem = _problem(op, request, device, dtype)
         if problem is not None:
             raise BackendUnavailableError(
-                f"backend={request!r} cannot serve {op} on device {device_type!r} with {dtype}: {problem}"
+                f"backend={request!r} cannot serve {op} on device {str(device)!r} with {dtype}: {problem}"
             )
         return _load(op, request)
-    chosen = next(b for b in _PREFERENCE if _problem(op, b, device_type, dtype) is None)
+    chosen = next(b for b in _PREFERENCE if _problem(op, b, device, dtype) is None)
     return _load(op, chosen)
 
 
@@ -114,9 +130,20 @@ def backends() -> dict[str, BackendState]:
     states = {}
     for name in _MODULES:
         ops = _implemented_ops(name)
-        problem = _environment_problem(name)
+        usable, reason = _state(name)
         if not ops:
-            problem = "this build has no kernels for it" + (f"; also, {problem}" if problem else "")
-        reason = problem or ("runs on any device" if name == "reference" else "ready")
-        states[name] = BackendState(name, problem is None, ops, reason)
+            usable, reason = False, "this build has no kernels for it" + ("" if usable else f"; also, {reason}")
+        states[name] = BackendState(name, usable, ops, reason)
     return states
+
+
+def _state(backend: str) -> tuple[bool, str]:
+    """Whether this machine runs `backend` on one device at least, and on which, or why not."""
+    problem = _environment_problem(backend)
+    if problem is not None:
+        return False, problem
+    if backend == "cuda":
+        from . import _extension
+
+        return _extension.devices_in_words()
+    return True, "runs on any device" if backend == "reference" else "ready"

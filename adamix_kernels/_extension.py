@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._mode_utils import no_dispatch
 
 _PACKAGE = Path(__file__).parent
 _HOST = "ADAMIX_CUDA_HOST"
@@ -67,18 +68,66 @@ def load_problem() -> str | None:
 
 @functools.cache
 def problem() -> str | None:
-    """Why backend="cuda" cannot be used in this process, or None."""
+    """Why backend="cuda" can be used on no device of this process, or None."""
     found = load_problem()
-    if found is not None or on_host():
+    if found is not None:
         return found
-    if not torch.cuda.is_available():
+    if not on_host() and not torch.cuda.is_available():
         return "the C++/CUDA library is loaded, and torch sees no GPU"
-    names = torch.ops.adamix_cuda.build_info().split(";")
-    for device in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(device)
-        if not any(serves(name, 10 * major + minor) for name in names):
-            return f"the C++/CUDA library is built for {', '.join(names)}; GPU {device} is of {major}.{minor}"
-    return None
+    with no_dispatch():
+        found = _library().driver_problem()
+    if found:
+        return f"the C++/CUDA library is loaded, and {found}"
+    if on_host():
+        return device_problem(0)
+    reasons = [_capability_problem(device) for device in range(torch.cuda.device_count())]
+    return None if None in reasons else "; ".join(reason for reason in reasons if reason)
+
+
+@functools.cache
+def device_problem(device: int) -> str | None:
+    """Why the kernels do not run on this GPU, or None, where the library is loaded: asked once, of the driver.
+
+    One kernel is loaded there, which makes the GPU's context, as any tensor on it has.
+    """
+    found = None if on_host() else _capability_problem(device)
+    if found is None:
+        with no_dispatch():
+            found = _library().device_problem(device)
+        found = f"GPU {device}: {found}" if found else None
+    return found
+
+
+def devices_in_words() -> tuple[bool, str]:
+    """Where `problem` is None: whether the kernels run on a GPU; on which, and why not on the others.
+
+    The current GPU is asked, of the others only what torch knows: their contexts cost memory.
+    """
+    if on_host():
+        return True, "ready"
+    here = torch.cuda.current_device()
+    found = {
+        device: device_problem(device) if device == here else _capability_problem(device)
+        for device in range(torch.cuda.device_count())
+    }
+    ready = [str(device) for device, reason in found.items() if reason is None]
+    if len(ready) == len(found):
+        return True, "ready"
+    reasons = "; ".join(reason for reason in found.values() if reason)
+    return bool(ready), f"ready on GPU {', '.join(ready)}; {reasons}" if ready else reasons
+
+
+def _capability_problem(device: int) -> str | None:
+    with no_dispatch():
+        names = _library().build_info().split(";")
+    major, minor = torch.cuda.get_device_capability(device)
+    if any(serves(name, 10 * major + minor) for name in names):
+        return None
+    return f"the C++/CUDA library is built for {', '.join(names)}; GPU {device} is of {major}.{minor}"
+
+
+def _library() -> Any:
+    return torch.ops.adamix_cuda
 
 
 def unsupported(device_type: str, dtype: torch.dtype) -> str | None:

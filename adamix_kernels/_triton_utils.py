@@ -13,7 +13,7 @@ DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 
 
 def problem(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why Triton kernels cannot serve this device and dtype, or None; an op's `unsupported`."""
+    """Why Triton kernels cannot serve this kind of device and dtype, or None; an op's `unsupported`."""
     if dtype not in DTYPES:
         return f"the Triton kernels compute in float16, bfloat16 and float32, not {dtype}"
     if INTERPRETING:
@@ -22,9 +22,17 @@ def problem(device_type: str, dtype: torch.dtype) -> str | None:
         return f"Triton compiles for GPUs, not for {device_type!r} (TRITON_INTERPRET=1 interprets kernels in tests)"
     if torch.version.hip is not None:
         return "the shipped configurations are for NVIDIA GPUs"
-    major, minor = torch.cuda.get_device_capability()
+    return None
+
+
+def device_problem(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on this very device (without a number: on the current one), or None."""
+    if INTERPRETING or device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        return f"no tensor cores in Triton below compute capability 8.0, this GPU has {major}.{minor}"
+        number = "the current GPU" if device.index is None else f"GPU {device.index}"
+        return f"no tensor cores in Triton below compute capability 8.0, {number} has {major}.{minor}"
     return None
 
 

@@ -13,14 +13,14 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from .aot_table import TABLE, Row, differences, hardest, mismatches, problems, read, unchanged, write
+from .aot_table import TABLE, Row, crowded, differences, hardest, mismatches, problems, read, unchanged, write
 
 
-def wanted() -> tuple[list[Row], list[str]]:
-    """(every case of every op on every target, not compiled; ops without cases, in words)."""
+def wanted() -> tuple[dict[Row, int], list[str]]:
+    """({every case of every op on every target, not compiled: blocks its plan counts on}, ops without cases)."""
     from .aot_compile import described, without_cases
 
-    return [row for row, _ in described()], without_cases()
+    return {row: case.resident for row, case in described()}, without_cases()
 
 
 def compiled(keys: Iterable[tuple], jobs: int = 2, cache: Path | None = None) -> Iterator[tuple[list[Row], list[str]]]:
@@ -74,11 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.jobs < 1:
         parser.error(f"--jobs: got {options.jobs}, expected at least 1")
     try:
-        want, found = wanted()
+        counted_on, found = wanted()
     except ModuleNotFoundError as error:
         print(f"aot: {error}", file=sys.stderr)
         return 2
 
+    want = list(counted_on)
     committed = {row.key: row for row in read(TABLE)} if TABLE.exists() else {}
     found += [] if options.write else mismatches(list(committed.values()), want)
     if options.list:
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.write:
                 # What is compiled stays: stopped here, the next --write goes on from it.
                 write(TABLE, rows)
-        found += problems(rows)
+        found += problems(rows) + crowded(rows, {row.key: blocks for row, blocks in counted_on.items()})
     if options.write:
         write(TABLE, rows)
     if options.out:

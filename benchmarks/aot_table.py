@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 from .record import write_csv
 
 TABLE = Path(__file__).parent / "results" / "aot.csv"
 # 10 * compute capability -> bytes of shared memory that one block may ask for.
 SHARED_LIMITS = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+# 32-bit registers of a multiprocessor, which a block can have all of.
+REGISTERS = 65_536
+
+
+class Multiprocessor(NamedTuple):
+    """What a multiprocessor has besides its registers; shared: bytes, of which the driver takes 1 KiB a block."""
+
+    shared: int
+    warps: int
+    blocks: int
+
+
+MULTIPROCESSORS = {
+    80: Multiprocessor(167_936, 64, 32),
+    90: Multiprocessor(233_472, 64, 32),
+    100: Multiprocessor(233_472, 64, 32),
+    120: Multiprocessor(102_400, 48, 24),
+}
 # Columns of tensor memory in a multiprocessor of compute capability 10.0.
 TENSOR_COLUMNS = 512
 
@@ -44,6 +63,26 @@ class Row:
     def key(self) -> tuple[str, str, str, int]:
         return self.kernel, self.dtype, self.case, self.target
 
+    @property
+    def warps(self) -> int:
+        return int(self.config.partition(" w")[2].partition(" ")[0])
+
+    @property
+    def block_registers(self) -> int:
+        """What one block takes of REGISTERS: a thread's, rounded up to 8."""
+        return -(-(self.registers or 0) // 8) * 8 * 32 * self.warps
+
+    @property
+    def resident(self) -> int:
+        """Blocks that one multiprocessor holds at once."""
+        has = MULTIPROCESSORS[self.target]
+        limits = [has.blocks, has.warps // self.warps, has.shared // ((self.shared_bytes or 0) + 1024)]
+        if self.registers:
+            limits.append(REGISTERS // self.block_registers)
+        if self.tensor_columns:
+            limits.append(TENSOR_COLUMNS // self.tensor_columns)
+        return min(limits)
+
     def __str__(self) -> str:
         return f"{self.kernel} {self.dtype} {self.case} ({self.config}) on sm_{self.target}"
 
@@ -54,18 +93,29 @@ _NUMBERS = ("target", *_FIGURES[:-1])
 
 
 def problems(rows: Iterable[Row]) -> list[str]:
-    """What no shipped configuration may show: spills, too much memory, a 16-bit dot off the tensor cores."""
+    """What no shipped configuration may show: spills, too much memory or register file, a 16-bit dot off tensor cores."""
     found = []
     for row in rows:
         if row.spills:
             found.append(f"{row}: {row.spills} spilled registers")
         if row.shared_bytes > SHARED_LIMITS[row.target]:
             found.append(f"{row}: {row.shared_bytes} B shared memory, {SHARED_LIMITS[row.target]} at most")
+        if row.block_registers > REGISTERS:
+            found.append(f"{row}: {row.block_registers} registers a block, {REGISTERS} at most: no GPU launches it")
         if row.tensor_columns > TENSOR_COLUMNS:
             found.append(f"{row}: {row.tensor_columns} columns of tensor memory, {TENSOR_COLUMNS} at most")
         if "fma" in row.mma and row.dtype != "float32":
             found.append(f"{row}: a dot without a tensor-core instruction ({row.mma})")
     return found
+
+
+def crowded(rows: Iterable[Row], counted_on: Mapping[tuple[str, str, str, int], int]) -> list[str]:
+    """Where fewer blocks fit on a multiprocessor than the kernel's plan counts on; counted_on: by a row's key."""
+    return [
+        f"{row}: {row.resident} blocks on a multiprocessor, the plan counts on {counted_on[row.key]}"
+        for row in rows
+        if row.resident < counted_on.get(row.key, 1)
+    ]
 
 
 def mismatches(committed: Sequence[Row], wanted: Sequence[Row]) -> list[str]:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from adamix_kernels._backends import BackendUnavailableError, select
+
 from .clock import synchronize
 from .ledger import AbsentError
 from .op_bench import fresh_leaves
@@ -43,6 +45,34 @@ def run(device: torch.device, names: Sequence[str]) -> list[str]:
     return ran
 
 
+def wrong_ids(device: torch.device, names: Sequence[str]) -> list[str]:
+    """Calls the routed ops with ids outside their banks, below the public functions' checks; returns what ran.
+
+    Nothing may be read that is not there, whatever an id says.
+    """
+    ran = []
+    batch, tokens, width, rank, experts = 3, 21, 40, 6, 3
+    for backend in sorted({"triton", "cuda"} & set(names)):
+        for wide in (torch.int32, torch.int64):
+            info, right = torch.iinfo(wide), torch.arange(batch, dtype=wide, device=device)
+            wrong = right.repeat_interleave(tokens).view(batch, tokens)
+            wrong[:, 3:8] = torch.tensor([-1, experts, info.min, info.max, 1 << 20], dtype=wide, device=device)
+            draw = lambda *shape: torch.randn(*shape, dtype=torch.float16, device=device)  # noqa: E731
+            x, down, up = draw(batch, tokens, width), draw(experts, rank, width), draw(experts, width, rank)
+            try:
+                adapter, lora = (select(op, backend, device, x.dtype) for op in ("routed_adapter", "routed_lora"))
+            except BackendUnavailableError:
+                continue
+            for ids in ((wrong, right), (right, wrong)):
+                _, pre = adapter.forward(x, down, None, up, None, *ids, None, True, "gelu")
+                adapter.backward(x, x, pre, down, up, *ids, True, True, True, True, "gelu")
+                _, t = lora.forward(x, down, up, *ids, x, None, 1.0, 1, [0], 0.0)
+                lora.backward(x, x, t, down, up, *ids, None, True, True, True, 1.0, 1, [0], 0.0)
+                synchronize(device)
+                ran += [f"{op} {backend} wrong {wide} ids" for op in ("routed_adapter", "routed_lora")]
+    return ran
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0; 2 when no kernel could run here."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
@@ -52,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("sanitize: kernels run on a CUDA GPU, and this machine has none", file=sys.stderr)
         return 2
-    ran = run(torch.device(options.device), options.names)
+    device = torch.device(options.device)
+    ran = run(device, options.names) + wrong_ids(device, options.names)
     print("\n".join(ran))
     print(f"{len(ran)} calls")
     return 0 if ran else 2

@@ -47,7 +47,8 @@ KERNELS = tuple(dict.fromkeys(kernel for family in _OPS for kernel in _tables(fa
 
 def problem() -> str | None:
     """Why Triton kernels cannot run on this machine's GPU, or None."""
-    return next((p for d in _DTYPES.values() if (p := _triton_utils.problem("cuda", d)) is not None), None)
+    found = next((p for d in _DTYPES.values() if (p := _triton_utils.problem("cuda", d)) is not None), None)
+    return found or _triton_utils.device_problem(torch.device("cuda"))
 
 
 def shape_classes(kernels: Iterable[str]) -> Iterator[ShapeClass]:

@@ -5,6 +5,9 @@
 
 namespace adamix {
 
+std::string driver_problem();
+std::string device_problem(int64_t device);
+
 std::tuple<Tensor, Tensor> routed_adapter_forward(Tensor x, Tensor down_weight, OptionalTensor down_bias,
                                                   Tensor up_weight, OptionalTensor up_bias, OptionalTensor down_index,
                                                   OptionalTensor up_index, OptionalTensor residual, bool add_input,

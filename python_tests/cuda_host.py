@@ -5,6 +5,7 @@ for Triton. `make test` runs test_cuda_*.py three times so: all of it plain, and
 AddressSanitizer with UBSan, and under ThreadSanitizer.
 """
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -37,6 +38,13 @@ def host_library(variant="plain"):
     if shutil.which("g++") is None:
         pytest.skip("no g++ in $PATH")
     return _build.build_host(variant)
+
+
+def runtime_calls():
+    """What this thread asked of the CUDA runtime since the last call, as "name" or "name argument argument"."""
+    library = ctypes.CDLL(str(_extension.library_path()))
+    library.adamix_host_calls.restype = ctypes.c_char_p
+    return library.adamix_host_calls().decode().splitlines()
 
 
 def environment(variant="plain", order="forward"):

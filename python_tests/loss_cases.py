@@ -26,7 +26,7 @@ def draw_mask(device, rows):
 
 
 def one_pass_consistency(logits):
-    """J of [2B, ..., V] as a kernel forms it that reads once: half of E_p c - E_q c, c being d and a constant of the row.
+    """J of [2B, ..., V] as a kernel forms it that reads once: half of E_p c - E_q c, c being d plus a row's constant.
 
     The two means cancel to what the reference adds up term by term, so where p is nearly q their roundings are J's
     error, in PyTorch too.

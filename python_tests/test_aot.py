@@ -12,7 +12,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks import aot, aot_table
-from benchmarks.aot_table import SHARED_LIMITS, Row, differences, hardest, mismatches, problems, read, unchanged, write
+from benchmarks.aot_table import (
+    SHARED_LIMITS,
+    Row,
+    crowded,
+    differences,
+    hardest,
+    mismatches,
+    problems,
+    read,
+    unchanged,
+    write,
+)
 
 ROOT = Path(__file__).parent.parent
 IMPLEMENTED = sorted((ROOT / "adamix_kernels" / "ops").glob("*/triton_impl"))
@@ -125,6 +136,7 @@ def test_the_hardest_cases_compile_to_the_committed_figures(recompiled):
         (dict(target=80, shared_bytes=166_913), "166912 at most"),
         (dict(target=120, shared_bytes=101_377), "101376 at most"),
         (dict(target=100, tensor_columns=513), "513 columns of tensor memory"),
+        (dict(registers=255, config="64x128 w16 s3"), "131072 registers a block, 65536 at most"),
         (dict(mma="fma"), "without a tensor-core instruction"),
         (dict(mma="wgmma+fma"), "without a tensor-core instruction"),
     ],
@@ -134,6 +146,36 @@ def test_a_broken_limit_is_named(change, words):
     (found,) = problems([GOOD, replace(GOOD, **change)])
     assert words in found
     assert "a_kernel bfloat16 sample" in found
+
+
+@pytest.mark.parametrize(
+    ("change", "blocks"),
+    [
+        ({}, 4),  # 104 registers of 128 threads
+        (dict(registers=40), 12),
+        (dict(registers=16), 16),  # warps
+        (dict(registers=16, target=120), 12),
+        (dict(registers=16, shared_bytes=50_000), 4),
+        (dict(registers=16, shared_bytes=50_000, target=80), 3),
+        (dict(registers=16, config="64x128 w1 s3"), 32),
+        (dict(registers=16, target=100, tensor_columns=256), 2),
+    ],
+)
+def test_blocks_on_a_multiprocessor(change, blocks):
+    row = replace(GOOD, **change)
+    assert row.resident == blocks
+    assert crowded([row], {row.key: blocks}) == crowded([row], {}) == []
+    (found,) = crowded([row], {row.key: blocks + 1})
+    assert f"{blocks} blocks on a multiprocessor, the plan counts on {blocks + 1}" in found
+
+
+@needs_triton
+def test_the_table_holds_what_the_plans_count_on():
+    from benchmarks.aot_compile import described
+
+    counted_on = {row.key: case.resident for row, case in described()}
+    assert max(counted_on.values()) > 1
+    assert crowded(TABLE, counted_on) == []
 
 
 def test_a_row_too_many_too_few_or_stale_is_named():

@@ -98,6 +98,21 @@ def test_compiling_gives_the_table_and_a_library_that_loads_here():
     assert {f"adamix_cuda::{name}" for name in declared} == set(names.split())
 
 
+@needs_compilers
+def test_what_a_kernel_may_overwrite_is_not_loaded_as_read_only():
+    """Losses write gradients in the place of their logits, which LDG.CONSTANT may then read as they were."""
+    objects = {each.source.name: each.object for each in cuda_compile.compile_nvrtc(CSRC, cuda_compile.WHEELS, 2)}
+
+    def read_only_loads(name):
+        command = [cuda_compile.cuobjdump(), "-sass", objects[name]]
+        return re.findall(r"LDG[.\w]*CONSTANT", subprocess.run(command, capture_output=True, text=True).stdout)
+
+    assert {name: read_only_loads(name) for name in objects if name.startswith("consistency_")} == {
+        "consistency_fwd.cu": [], "consistency_online.cu": [], "consistency_bwd.cu": [],
+    }  # fmt: skip
+    assert read_only_loads("routed_adapter_fwd.cu")  # of x and the banks, which it only reads
+
+
 def test_make_oldest_loads_the_library_that_is_compiled_here():
     assert f"LIBRARY := {cuda_compile.LIBRARY.relative_to(ROOT)}\n" in (ROOT / "Makefile").read_text()
 

@@ -3,12 +3,22 @@
 import pytest
 from cuda_host import run_script
 
-FAULTS = ["none", "no barrier", "no wait", "shared bounds", "global bounds", "uninitialised", "divergent", "limit"]
+FAULTS = [
+    "none",
+    "no barrier",
+    "no wait",
+    "shared bounds",
+    "global bounds",
+    "uninitialised",
+    "divergent",
+    "limit",
+    "own limit",
+]
 SCRIPT = """
 import os, torch
 torch.ops.load_library(os.environ["ADAMIX_CUDA_HOST"])
 x = torch.randn(256)
-out = torch.ops.adamix_cuda.host_selftest(x, {fault})
+out = torch.ops.adamix_cuda.host_selftest(x, {fault}, 0)
 print("equal" if torch.equal(out, x.flip(0)) else "differs", int(out.isnan().sum()))
 """
 
@@ -60,3 +70,34 @@ def test_what_nobody_wrote_reads_as_nan(fault):
         assert status == 0
         assert text.startswith("differs")
         assert int(text.split()[1]) > 0
+
+
+THREADS = """
+import os, threading, torch
+torch.ops.load_library(os.environ["ADAMIX_CUDA_HOST"])
+x, errors = torch.randn(256), []
+def run(more):
+    for _ in range(20):
+        try:
+            assert torch.equal(torch.ops.adamix_cuda.host_selftest(x, {fault}, more), x.flip(0))
+        except RuntimeError as error:
+            errors.append(str(error))
+threads = [threading.Thread(target=run, args=(more,)) for more in (60_000, 190_000)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+print(len(errors), set(errors))
+"""
+
+
+def test_two_threads_may_launch_a_kernel_with_two_sizes():
+    status, text = run_script(THREADS.format(fault=FAULTS.index("none")))
+    assert (status, text.splitlines()[-1]) == (0, "0 set()"), text
+
+
+def test_a_limit_for_each_launch_is_undone_by_another_thread():
+    """What launches did before: the emulated driver refuses it as the real one does."""
+    status, text = run_script(THREADS.format(fault=FAULTS.index("own limit")))
+    count, errors = text.splitlines()[-1].split(" ", 1)
+    assert status == 0
+    assert int(count) > 0
+    assert errors == "{'invalid argument'}"

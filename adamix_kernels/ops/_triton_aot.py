@@ -11,7 +11,10 @@ _SCALARS = ("i32", "i64", "fp32")
 
 
 class AotCase(NamedTuple):
-    """Arguments of triton.compiler.ASTSource and the compile options of one kernel."""
+    """Arguments of triton.compiler.ASTSource and the compile options of one kernel.
+
+    resident: programs on a multiprocessor that the kernel's plan counts on; the gate holds the compiled code to it.
+    """
 
     name: str
     fn: Any
@@ -22,6 +25,7 @@ class AotCase(NamedTuple):
     num_stages: int
     maxnreg: int | None
     dtype: str
+    resident: int = 1
 
 
 def make_case(

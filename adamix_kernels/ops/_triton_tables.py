@@ -26,16 +26,21 @@ class Config(NamedTuple):
 Table = Mapping[int, Mapping[tuple[int, int], Config]]
 
 
+# Answers so far, each with its shipped table, which so keeps its id.
+_KNOWN: dict[tuple[str, int, int, int, int, str | None], tuple[Table, Config]] = {}
+
+
 @functools.cache
 def _sizes(key: str) -> tuple[int, int]:
     first, second = (int(n) for n in key.split("x"))
     return first, second
 
 
+@functools.cache
 def measured(path: str | None) -> dict[str, dict[int, dict[tuple[int, int], Config]]]:
     """Tables that `adamix bench tune` wrote: {kernel: {"90": {"2x16": [rows, cols, num_warps, num_stages]}}}.
 
-    "about", beside the kernels, says where the table comes from.
+    "about", beside the kernels, says where the table comes from. A path is read once in a process.
     """
     if path is None:
         return {}
@@ -56,8 +61,14 @@ def lookup(kernel: str, shipped: Table, capability: int, itemsize: int, width: i
     capability: 10 * major + minor, 0 under the interpreter. A table named by ADAMIX_TRITON_TABLE goes
     first where it has the architecture and the class.
     """
-    tuned = measured(os.environ.get("ADAMIX_TRITON_TABLE")).get(kernel, {}).get(capability, {})
-    return tuned.get((itemsize, width)) or _shipped(shipped, capability, itemsize, width)
+    path = os.environ.get("ADAMIX_TRITON_TABLE")
+    key = kernel, id(shipped), capability, itemsize, width, path
+    known = _KNOWN.get(key)
+    if known is None:
+        tuned = measured(path).get(kernel, {}).get(capability, {})
+        chosen = tuned.get((itemsize, width)) or _shipped(shipped, capability, itemsize, width)
+        known = _KNOWN[key] = shipped, chosen
+    return known[1]
 
 
 def _shipped(table: Table, capability: int, itemsize: int, width: int) -> Config:

@@ -4,7 +4,6 @@
 #include <dlfcn.h>
 #endif
 
-#include <cstdlib>
 #include <limits>
 
 #include "common/architectures.h"
@@ -36,6 +35,7 @@ void* current_stream(int device) {
   }
   return stream;
 }
+#endif
 
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
@@ -44,7 +44,17 @@ int attribute(cudaDeviceAttr which, int device) {
     throw std::runtime_error(std::string("cudaDeviceGetAttribute: ") + cudaGetErrorString(error));
   return value;
 }
+
+// Of the code that runs there: PTX for sm_80 has no clusters on sm_90 either.
+int running_capability(int device) {
+  int capability =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
+#if defined(ADAMIX_HOST)
+  return capability;
+#else
+  return running_architecture(ADAMIX_ARCHITECTURES, capability);
 #endif
+}
 
 }  // namespace
 
@@ -100,7 +110,7 @@ Routing check_routing(const char* name, const OptionalTensor& index, int64_t bat
                       const Tensor& like, std::vector<Tensor>& kept) {
   if (!index.has_value()) {
     if (experts != 1) fail(name, "none", "an index, as the bank holds " + std::to_string(experts) + " experts");
-    return {nullptr, false, 1};
+    return {nullptr, false, divisor(1), 1};
   }
   bool wide = index->scalar_type() == ScalarType::Long;
   if (!wide && index->scalar_type() != ScalarType::Int) fail(name, dtype_text(index->scalar_type()), "Int or Long");
@@ -110,60 +120,46 @@ Routing check_routing(const char* name, const OptionalTensor& index, int64_t bat
   } else {
     check_sizes(name, *index, "[B] or [B, S]", {batch, tokens});
   }
-  if (experts == 1) return {nullptr, false, 1};
   kept.push_back(as_contiguous(*index));
-  return {kept.back().data_ptr(), wide, index->dim() == 1 ? static_cast<int>(tokens > 0 ? tokens : 1) : 1};
+  int rows_per_id = index->dim() == 1 && tokens > 0 ? check_int("S", tokens) : 1;
+  return {kept.back().data_ptr(), wide, divisor(rows_per_id), static_cast<uint32_t>(check_int(name, experts))};
 }
 
+Device check_device(const char* name, const Tensor& tensor) {
 #if defined(ADAMIX_HOST)
-
-// What the emulated device is, for the tests of what launchers choose.
-static int device_value(const char* variable, int usual) {
-  const char* value = std::getenv(variable);
-  return value == nullptr ? usual : std::atoi(value);
-}
-
-Device check_device(const char* name, const Tensor& tensor) {
   if (!tensor.is_cpu()) fail(name, "a tensor that is not on the CPU", "a CPU tensor: the device code runs on the CPU");
-  return {0, 4, device_value("ADAMIX_HOST_SHARED", 227 * 1024), device_value("ADAMIX_HOST_CAPABILITY", 90), nullptr};
-}
-
-DeviceScope::DeviceScope(const Device& device) : previous_(device.index) {}
-DeviceScope::~DeviceScope() = default;
-
+  int index = host::device_of_environment();
 #else
-
-Device check_device(const char* name, const Tensor& tensor) {
   if (!tensor.is_cuda()) fail(name, "a tensor that is not on a GPU", "a CUDA tensor");
   int index = tensor.get_device();
+#endif
   static thread_local Device known{-1, 0, 0, 0, nullptr};
   if (known.index != index) {
-    int capability =
-        10 * attribute(cudaDevAttrComputeCapabilityMajor, index) + attribute(cudaDevAttrComputeCapabilityMinor, index);
-    // Of the code that runs there: PTX for sm_80 has no clusters on sm_90 either.
     known = {index, attribute(cudaDevAttrMultiProcessorCount, index),
-             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-             running_architecture(ADAMIX_ARCHITECTURES, capability), nullptr};
+             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index), running_capability(index), nullptr};
   }
   Device device = known;
+#if !defined(ADAMIX_HOST)
   device.stream = current_stream(index);
+#endif
   return device;
 }
 
-DeviceScope::DeviceScope(const Device& device) : previous_(-1) {
+DeviceScope::DeviceScope(int index) : previous_(-1) {
   int current = 0;
   cudaError_t error = cudaGetDevice(&current);
-  if (error == cudaSuccess && current != device.index) {
-    error = cudaSetDevice(device.index);
+  if (error == cudaSuccess && current != index) {
+    error = cudaSetDevice(index);
     previous_ = current;
   }
-  if (error != cudaSuccess) throw std::runtime_error(std::string("cudaSetDevice: ") + cudaGetErrorString(error));
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    throw std::runtime_error(std::string("cudaSetDevice: ") + cudaGetErrorString(error));
+  }
 }
 
 DeviceScope::~DeviceScope() {
   if (previous_ >= 0) cudaSetDevice(previous_);
 }
-
-#endif
 
 }  // namespace adamix

@@ -53,7 +53,8 @@ Device check_device(const char* name, const Tensor& tensor);
 // Makes a device current for the scope, as launches need.
 class DeviceScope {
  public:
-  explicit DeviceScope(const Device& device);
+  explicit DeviceScope(const Device& device) : DeviceScope(device.index) {}
+  explicit DeviceScope(int index);
   ~DeviceScope();
   DeviceScope(const DeviceScope&) = delete;
   DeviceScope& operator=(const DeviceScope&) = delete;
@@ -88,9 +89,9 @@ T* data(const OptionalTensor& tensor) {
 // A [B, S, C] tensor with contiguous rows as the kernels see it; none: data is null.
 template <typename T>
 Rows<T> rows_of(const OptionalTensor& tensor) {
-  if (!tensor.has_value()) return {nullptr, 0, 0, 1, false};
+  if (!tensor.has_value()) return {nullptr, 0, 0, divisor(1), false};
   int64_t batch = tensor->stride(0), token = tensor->stride(1);
-  return {data<T>(*tensor), batch, token, static_cast<int>(tensor->size(1) > 0 ? tensor->size(1) : 1),
+  return {data<T>(*tensor), batch, token, divisor(static_cast<int>(tensor->size(1) > 0 ? tensor->size(1) : 1)),
           is_aligned(tensor->data_ptr(), {batch, token}, sizeof(T))};
 }
 

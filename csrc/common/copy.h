@@ -13,7 +13,8 @@ ADAMIX_DEVICE void copy_async(void* shared, const void* global) {
   uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 #else
-  *static_cast<uint4*>(shared) = __ldg(static_cast<const uint4*>(global));
+  // No read-only load: the kernel may write what it has copied, as losses do in the place of their logits.
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
 #endif
 }
 
@@ -44,8 +45,8 @@ ADAMIX_BOTH constexpr int pitch_of(int cols) {
 
 // tile[row][col] = keep(row) && col < valid_cols ? source[offset(row) + col] : 0 for a [Rows, Cols] tile.
 //
-// aligned: source, and every offset kept, is a multiple of 16 bytes. Every thread of the block calls; the tile
-// is complete after copy_commit, copy_wait and a barrier.
+// source: nothing that this kernel writes. aligned: source, and every offset kept, is a multiple of 16 bytes. Every
+// thread of the block calls; the tile is complete after copy_commit, copy_wait and a barrier.
 template <int Rows, int Cols, int Threads, typename T, typename Offset, typename Keep>
 ADAMIX_DEVICE void load_tile(T* tile, const T* source, Offset offset, Keep keep, int valid_cols, bool aligned) {
   constexpr int kSize = Piece<T>::kSize;

@@ -34,6 +34,15 @@ ADAMIX_DEVICE float from_float<float>(float v) {
 #endif
 ADAMIX_DEVICE float to_float(float v) { return v; }
 
+ADAMIX_DEVICE float float_of_bits(uint32_t bits) {
+  union {
+    uint32_t bits;
+    float value;
+  } both{bits};
+  return both.value;
+}
+ADAMIX_DEVICE float not_a_number() { return float_of_bits(0x7fffffffu); }
+
 // 16 bytes, the widest access of one thread.
 template <typename T>
 struct alignas(16) Piece {

@@ -22,10 +22,11 @@ struct RowList {
   }
 
   // Appends the rows among [from, from + count), count <= kScan, that `expert` serves behind the `held` listed ones,
-  // and returns how many are listed then. All threads call; complete on return.
+  // and returns how many are listed then; not those whose `other` id is of no expert. All threads call; complete on
+  // return.
   template <typename T>
-  ADAMIX_DEVICE int append(int held, int64_t first, int from, int count, const Routing& routing, int expert,
-                           const Rows<const T>& wide) const {
+  ADAMIX_DEVICE int append(int held, int first, int from, int count, const Routing& routing, const Routing& other,
+                           int expert, const Rows<const T>& wide) const {
     constexpr int kRounds = kScan / kTileThreads;
     int rounds = ceil_div(count, kTileThreads);  // of 32 rows a warp
     int start = from + this_warp() * rounds * 32;
@@ -36,7 +37,8 @@ struct RowList {
       mine[i] = 0;
       if (i < rounds) {
         int at = start + i * 32 + this_lane();
-        mine[i] = __ballot_sync(0xffffffffu, at < from + count && routing.expert(first + at) == expert);
+        bool served = at < from + count && routing.expert(first + at) == expert;
+        mine[i] = __ballot_sync(0xffffffffu, served && other.expert(first + at) != kNoExpert);
       }
       total += __popc(mine[i]);
     }

@@ -12,11 +12,11 @@ enum class BiasOf : int { kNone, kWide, kNarrow };
 // The wide and the narrow operand hold `groups` ranges of columns, multiplied pairwise.
 template <typename T>
 struct GradSide {
-  Rows<const T> wide;  // [B, S, ...], from the first column of a group on
-  const T* narrow;     // [N, groups * ranks]
-  Routing routing;
-  Grad<T> weight;  // [experts, groups * ranks, cols] if ranks_first, else [experts, groups * cols, ranks]
-  Grad<T> bias;    // the sum of the wide operand [experts, cols], or of the narrow one [experts, ranks]
+  Rows<const T> wide;      // [B, S, ...], from the first column of a group on
+  const T* narrow;         // [N, groups * ranks]
+  Routing routing, other;  // of this side and of the other one
+  Grad<T> weight;          // [experts, groups * ranks, cols] if ranks_first, else [experts, groups * cols, ranks]
+  Grad<T> bias;            // the sum of the wide operand [experts, cols], or of the narrow one [experts, ranks]
   BiasOf bias_of;
   int experts;  // 0: nothing is wanted
   int groups, cols, ranks;

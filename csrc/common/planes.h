@@ -67,6 +67,9 @@ inline int count_shares(int64_t rows, int64_t blocks, int64_t row_bytes, int64_t
 // Every gradient = the sum of its planes, in their order.
 template <typename T>
 void launch_plane_sum(const char* name, const PlaneSum<T>& params, const Device& device);
+
+// One of the library's kernels: where it loads, the others do.
+const void* any_kernel();
 #endif
 
 }  // namespace adamix

@@ -3,6 +3,7 @@
 
 #if defined(ADAMIX_HOST)
 #include "host/cuda.h"
+#include "host/runtime.h"
 #elif defined(__CUDACC_RTC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -1,9 +1,12 @@
 // Rows of [B, S, C] tensors and the experts that serve them.
 #pragma once
 
-#include "common/platform.h"
+#include "common/divisor.h"
 
 namespace adamix {
+
+// No row, or one that no expert may serve: sorts behind every expert.
+constexpr int kNoExpert = 0x7fffffff;
 
 // A [B, S, C] tensor whose last axis is contiguous; strides are in elements, not bytes.
 template <typename T>
@@ -11,13 +14,13 @@ struct Rows {
   T* data;
   int64_t batch_stride;
   int64_t token_stride;
-  int tokens;    // S
-  bool aligned;  // data and both strides are multiples of 16 bytes
+  Divisor tokens;  // S
+  bool aligned;    // data and both strides are multiples of 16 bytes
 
   // Elements from `data` to row b * S + s.
-  ADAMIX_BOTH int64_t offset(int64_t row) const {
-    int64_t batch = row / tokens;
-    return batch * batch_stride + (row - batch * tokens) * token_stride;
+  ADAMIX_BOTH int64_t offset(int row) const {
+    int batch = tokens.quotient(row);
+    return batch * batch_stride + (row - batch * static_cast<int>(tokens.by)) * token_stride;
   }
 };
 
@@ -25,27 +28,17 @@ struct Rows {
 struct Routing {
   const void* ids;
   bool wide;  // int64
-  int rows_per_id;
+  Divisor rows_per_id;
+  uint32_t experts;  // in the bank
 
-  ADAMIX_DEVICE int expert(int64_t row) const {
+  // kNoExpert for an id outside the bank.
+  ADAMIX_DEVICE int expert(int row) const {
     if (ids == nullptr) return 0;
-    int64_t at = row / rows_per_id;
-    return wide ? static_cast<int>(static_cast<const int64_t*>(ids)[at]) : static_cast<const int32_t*>(ids)[at];
+    uint32_t at = rows_per_id.quotient(row);
+    uint64_t id = wide ? static_cast<const uint64_t*>(ids)[at]
+                       : static_cast<uint64_t>(static_cast<int64_t>(static_cast<const int32_t*>(ids)[at]));
+    return id < experts ? static_cast<int>(id) : kNoExpert;
   }
 };
-
-// No row: sorts behind every expert.
-constexpr int kNoExpert = 0x7fffffff;
-
-// The smallest expert above `previous` among experts[0..count), or kNoExpert; start with -1.
-template <int Count>
-ADAMIX_DEVICE int next_expert(const int* experts, int previous) {
-  int next = kNoExpert;
-  for (int i = 0; i < Count; ++i) {
-    int expert = experts[i];
-    if (expert > previous && expert < next) next = expert;
-  }
-  return next;
-}
 
 }  // namespace adamix

@@ -20,6 +20,10 @@ struct Max {
   }
 };
 
+struct Min {
+  ADAMIX_DEVICE int operator()(int a, int b) const { return a < b ? a : b; }
+};
+
 // The value of the lane whose number differs by the bits of `distance`. All lanes call.
 template <typename Value>
 ADAMIX_DEVICE Value shuffle_xor(Value value, int distance) {

@@ -100,7 +100,8 @@ ADAMIX_DEVICE void weight_grad(const GradTile<T, Narrow>& tile, const GradSide<T
   int held = 0;
   for (int64_t from = 0; from < rows; from += kScan) {
     int count = rows - from < kScan ? static_cast<int>(rows - from) : kScan;
-    held = tile.list.append(held, first, static_cast<int>(from), count, side.routing, job.expert, side.wide);
+    held = tile.list.append(held, static_cast<int>(first), static_cast<int>(from), count, side.routing, side.other,
+                            job.expert, side.wide);
     int steps = from + kScan < rows ? held / kRows : ceil_div(held, kRows);
     pipeline(
         steps,

@@ -113,11 +113,36 @@ struct Results {
   float* row_losses;
 };
 
+// What a plan needs beside the arguments, and its launches.
+template <typename T>
+void launch_forward(const Pairs& pairs, PairSums sums, PairLoss<T> params, const PairPlan& plan, const Device& device) {
+  int groups = plan.groups * std::max(plan.splits, 1);
+  bool gradients = params.da.data != nullptr || params.db.data != nullptr;
+  OptionalTensor partial, parts;
+  if (groups > 1 && (sums.loss != nullptr || sums.sums != nullptr)) {
+    partial = allocate(pairs.first, {2, groups}, ScalarType::Float);
+    sums.partial = data<float>(partial), sums.parts = groups;
+  }
+  if (plan.splits > 1) {
+    parts = allocate(pairs.first, {plan.splits, kPairParts, pairs.rows}, ScalarType::Float);
+    params.parts = data<float>(parts);
+  }
+  bool unknown = sums.mean && sums.known == nullptr && sums.items == Kind::kNone &&
+                 (sums.labels.data != nullptr || sums.mask.data != nullptr);
+  if (gradients && unknown && static_cast<int64_t>(pairs.rows) * groups > kPairCounted) {
+    launch_pair_count(sums, device);
+    sums.known = sums.scales;
+  }
+  params.sums = sums;
+  params.counts = gradients || groups == 1;
+  launch_pair_loss(params, plan, device);
+  if (groups != 1) launch_pair_finish(sums, device);
+}
+
 void run_forward(Pairs& pairs, const Options& options, Results results, const Target& da, const Target& db,
                  int64_t gradient_skip, const Device& device) {
   pairs.first = with_rows(pairs.first);
   pairs.second = pairs.skip > 0 ? pairs.first : with_rows(pairs.second);
-  PairSums& sums = results.sums;
   dispatch(check_dtype("logits", pairs.first), [&](auto type) {
     using T = typename decltype(type)::type;
     PairLoss<T> params{};
@@ -128,30 +153,18 @@ void run_forward(Pairs& pairs, const Options& options, Results results, const Ta
     params.stats = results.stats;
     params.row_losses = results.row_losses;
     params.smoothing = static_cast<float>(options.smoothing);
+    params.rest = params.smoothing / static_cast<float>(pairs.classes);
     params.classes = pairs.classes;
     params.full = options.full;
-    PairPlan plan = plan_pairs(pairs.rows, pairs.classes, sizeof(T), device);
-    int groups = plan.groups * std::max(plan.splits, 1);
-    bool gradients = params.da.data != nullptr || params.db.data != nullptr;
-    OptionalTensor partial, parts;
-    if (groups > 1 && (sums.loss != nullptr || sums.sums != nullptr)) {
-      partial = allocate(pairs.first, {2, groups}, ScalarType::Float);
-      sums.partial = data<float>(partial), sums.parts = groups;
+    for (bool launched = false; !launched;) {
+      PairPlan plan = plan_pairs(pairs.rows, pairs.classes, sizeof(T), device, largest_pair_cluster<T>(device));
+      try {
+        launch_forward(pairs, results.sums, params, plan, device);
+        launched = true;
+      } catch (const ClusterError&) {
+        rule_out_pair_cluster<T>(device, plan.cluster);
+      }
     }
-    if (plan.splits > 1) {
-      parts = allocate(pairs.first, {plan.splits, kPairParts, pairs.rows}, ScalarType::Float);
-      params.parts = data<float>(parts);
-    }
-    bool unknown = sums.mean && sums.known == nullptr && sums.items == Kind::kNone &&
-                   (sums.labels.data != nullptr || sums.mask.data != nullptr);
-    if (gradients && unknown && static_cast<int64_t>(pairs.rows) * groups > kPairCounted) {
-      launch_pair_count(sums, device);
-      sums.known = sums.scales;
-    }
-    params.sums = sums;
-    params.counts = gradients || groups == 1;
-    launch_pair_loss(params, plan, device);
-    if (groups != 1) launch_pair_finish(sums, device);
   });
 }
 
@@ -171,6 +184,7 @@ void run_backward(Pairs& pairs, const Options& options, OptionalTensor grad, con
     params.stats = data<const float>(stats);
     params.scales = data<const float>(scales);
     params.smoothing = static_cast<float>(options.smoothing);
+    params.rest = params.smoothing / static_cast<float>(pairs.classes);
     params.classes = pairs.classes;
     params.full = options.full;
     params.correct = correct;
@@ -308,7 +322,7 @@ void consistency_rescale(Tensor gradient, Tensor factor) {
   Tensor written = with_rows(gradient);
   dispatch(check_dtype("gradient", gradient), [&](auto type) {
     using T = typename decltype(type)::type;
-    PairScale<T> params{pair_rows<T>(written, 0), data<const float>(factor), rows, classes, 0, 0};
+    PairScale<T> params{pair_rows<T>(written, 0), data<const float>(factor), rows, classes, {}};
     launch_pair_scale(params, device);
   });
   if (written.data_ptr() != gradient.data_ptr()) torch::stable::copy_(gradient, written);
@@ -319,8 +333,8 @@ std::vector<int64_t> consistency_plan(int64_t rows, int64_t classes, int64_t ele
   if (element_bytes != 2 && element_bytes != 4) fail("element_bytes", std::to_string(element_bytes), "2 or 4");
   Device device{0, check_int("multiprocessors", multiprocessors), check_int("shared_bytes", shared_bytes),
                 check_int("capability", capability), nullptr};
-  PairPlan plan =
-      plan_pairs(check_int("rows", rows), check_int("classes", classes), static_cast<int>(element_bytes), device);
+  PairPlan plan = plan_pairs(check_int("rows", rows), check_int("classes", classes), static_cast<int>(element_bytes),
+                             device, device.capability >= 90 ? 8 : 1);
   return {plan.lanes, plan.threads, plan.cluster, plan.slots, plan.splits, plan.groups};
 }
 

@@ -14,11 +14,11 @@ template <typename T>
 struct PerRow {
   const T* data;
   int64_t outer_stride, inner_stride;
-  int inner;
+  Divisor inner;
 
   ADAMIX_BOTH int64_t offset(int row) const {
-    int outer = row / inner;
-    return outer * outer_stride + (row - outer * inner) * inner_stride;
+    int outer = inner.quotient(row);
+    return outer * outer_stride + (row - outer * static_cast<int>(inner.by)) * inner_stride;
   }
 };
 
@@ -55,13 +55,20 @@ struct PairLoss {
   float* stats;       // [4 or 6, n]: maxima of a and b, logs of the sums of exp(x - maximum), E_p d and E_q d; or null
   float* row_losses;  // [n], J; or null
   float* parts;       // [splits, kPairParts, n]
-  float smoothing;
+  float smoothing, rest;  // label smoothing, and every class' part of it
   int classes;
   bool full;    // gradients of J itself, not of constant targets
   bool counts;  // every block finds the scales
   int slots;    // pieces of 16 bytes of a row that a block holds
   int splits;   // parts of a row, of `slots` pieces each, in launches of their own
   PairStage stage;
+};
+
+// Rows cut into items: `chunk` pieces of `threads / lanes` rows.
+struct PairCut {
+  int lanes, chunk;  // threads of a row; pieces of a row that they take at a time
+  Divisor chunks;    // of a row
+  uint32_t items;
 };
 
 template <typename T>
@@ -72,18 +79,19 @@ struct PairGrad {
   PerRow<float> grad;  // of each row, or of all; none: 1
   const float* stats;
   const float* scales;
-  float smoothing;
+  float smoothing, rest;
   int classes;
   bool full;
-  bool correct;      // da and db are right already where grad is 1
-  int lanes, chunk;  // threads of a row; pieces of a row that they take at a time
+  bool correct;  // da and db are right already where grad is 1
+  PairCut cut;
 };
 
 template <typename T>
 struct PairScale {
   Rows<T> x;
   const float* factor;
-  int rows, classes, lanes, chunk;
+  int rows, classes;
+  PairCut cut;
 };
 
 #if defined(ADAMIX_LAUNCHERS)
@@ -103,7 +111,14 @@ constexpr int kPairFewClasses = 64, kPairWarpClasses = 1024;
 constexpr int kPairGroups = 1024;
 constexpr int64_t kPairCounted = 1 << 22;
 
-PairPlan plan_pairs(int rows, int classes, int element_bytes, const Device& device);
+// cluster: the most blocks that may share a row pair.
+PairPlan plan_pairs(int rows, int classes, int element_bytes, const Device& device, int cluster);
+
+// What plan_pairs may count on for pairs of T, and that it may no longer count on the cluster of a plan.
+template <typename T>
+int largest_pair_cluster(const Device& device);
+template <typename T>
+void rule_out_pair_cluster(const Device& device, int cluster);
 
 template <typename T>
 void launch_pair_loss(PairLoss<T> params, const PairPlan& plan, const Device& device);

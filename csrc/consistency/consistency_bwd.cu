@@ -5,43 +5,52 @@
 
 #if defined(ADAMIX_LAUNCHERS)
 #include <algorithm>
+#include <limits>
 #endif
 
 namespace adamix {
 
+// Where an item's team begins.
+struct PairItem {
+  int row, begin;  // the row, which there may not be; the first piece
+};
+
+ADAMIX_DEVICE PairItem item_of(const PairCut& cut, uint32_t item) {
+  uint32_t tile = cut.chunks.quotient(item);
+  return {static_cast<int>(tile * (kPairThreads / cut.lanes) + threadIdx.x / cut.lanes),
+          static_cast<int>(item - tile * cut.chunks.by) * cut.chunk};
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kPairThreads, 5) pair_grad_kernel(PairGrad<T> p) {
   if (p.correct && *p.grad.data == 1.f) return;
-  int teams = kPairThreads / p.lanes, team = threadIdx.x / p.lanes, lane = threadIdx.x % p.lanes;
-  int chunks = (pieces_of(p.classes, Piece<T>::kSize) + p.chunk - 1) / p.chunk;
-  int64_t tiles = (static_cast<int64_t>(p.sums.rows) + teams - 1) / teams;
+  int lane = threadIdx.x % p.cut.lanes;
   bool labelled = p.sums.labels.data != nullptr;
   PairScales scales{p.scales[0], p.scales[labelled ? 1 : 0]};
   PairShares shares = shares_of(p.sums, scales);
 
-  for (int64_t item = blockIdx.x; item < tiles * chunks; item += gridDim.x) {
-    int64_t number = item / chunks * teams + team;
-    if (number >= p.sums.rows) continue;
-    int begin = static_cast<int>(item % chunks) * p.chunk;
-    PairRow<T> row(p.a, p.b, p.sums, static_cast<int>(number), p.classes);
+  for (uint32_t item = blockIdx.x; item < p.cut.items; item += gridDim.x) {
+    PairItem at = item_of(p.cut, item);
+    if (at.row >= p.sums.rows) continue;
+    PairRow<T> row(p.a, p.b, p.sums, at.row, p.classes);
     PairResult r{};
     float entropy = 0.f, half = 0.f;
     if (row.flags.selected) {
-      const float* at = p.stats + number;
+      const float* stats = p.stats + at.row;
       int64_t step = p.sums.rows;
-      r.top_a = at[0], r.top_b = at[step], r.log_a = at[2 * step], r.log_b = at[3 * step];
-      if (p.full) r.mean_p = at[4 * step], r.mean_q = at[5 * step];
+      r.top_a = stats[0], r.top_b = stats[step], r.log_a = stats[2 * step], r.log_b = stats[3 * step];
+      if (p.full) r.mean_p = stats[4 * step], r.mean_q = stats[5 * step];
       float grad = p.grad.data == nullptr ? 1.f : p.grad.data[p.grad.offset(row.row)];
       entropy = row.flags.counted ? grad * shares.entropy : 0.f, half = 0.5f * grad * shares.pair;
     }
     T* da = place_of(p.da, row.row);
     T* db = place_of(p.db, row.row);
-    int end = row.pieces - begin < p.chunk ? row.pieces : begin + p.chunk;
-    for (int piece = begin + lane; piece < end; piece += p.lanes) {
+    int end = row.pieces - at.begin < p.cut.chunk ? row.pieces : at.begin + p.cut.chunk;
+    for (int piece = at.begin + lane; piece < end; piece += p.cut.lanes) {
       Piece<T> ga = zeros<T>(), gb = zeros<T>();
       if (row.flags.selected) {
         row.read(ga, gb, piece);
-        row.slopes(ga, gb, piece, r, entropy, half, p.smoothing, p.full);
+        row.slopes(ga, gb, piece, r, entropy, half, p.smoothing, p.rest, p.full);
       }
       if (da != nullptr) row.write(da, ga, piece);
       if (db != nullptr) row.write(db, gb, piece);
@@ -54,20 +63,17 @@ template <typename T>
 __global__ void __launch_bounds__(kPairThreads) pair_scale_kernel(PairScale<T> p) {
   float factor = *p.factor;
   if (factor == 1.f) return;
-  int teams = kPairThreads / p.lanes, team = threadIdx.x / p.lanes, lane = threadIdx.x % p.lanes;
-  int chunks = (pieces_of(p.classes, Piece<T>::kSize) + p.chunk - 1) / p.chunk;
-  int64_t tiles = (static_cast<int64_t>(p.rows) + teams - 1) / teams;
+  int lane = threadIdx.x % p.cut.lanes;
   PairSums sums{};
   sums.rows = p.rows;
   Rows<const T> from{p.x.data, p.x.batch_stride, p.x.token_stride, p.x.tokens, p.x.aligned};
-  for (int64_t item = blockIdx.x; item < tiles * chunks; item += gridDim.x) {
-    int64_t number = item / chunks * teams + team;
-    if (number >= p.rows) continue;
-    int begin = static_cast<int>(item % chunks) * p.chunk;
-    PairRow<T> row(from, from, sums, static_cast<int>(number), p.classes);
+  for (uint32_t item = blockIdx.x; item < p.cut.items; item += gridDim.x) {
+    PairItem at = item_of(p.cut, item);
+    if (at.row >= p.rows) continue;
+    PairRow<T> row(from, from, sums, at.row, p.classes);
     T* to = place_of(p.x, row.row);
-    int end = row.pieces - begin < p.chunk ? row.pieces : begin + p.chunk;
-    for (int piece = begin + lane; piece < end; piece += p.lanes) {
+    int end = row.pieces - at.begin < p.cut.chunk ? row.pieces : at.begin + p.cut.chunk;
+    for (int piece = at.begin + lane; piece < end; piece += p.cut.lanes) {
       Piece<T> values =
           row.whole(piece) ? *reinterpret_cast<const Piece<T>*>(row.a + row.column(piece)) : row.elements(row.a, piece);
 #pragma unroll
@@ -107,30 +113,31 @@ ADAMIX_INSTANTIATE(bfloat16)
 #undef ADAMIX_INSTANTIATE
 
 #if defined(ADAMIX_LAUNCHERS)
-constexpr int kPairAhead = 4;         // pieces that a thread takes of a row
-constexpr int64_t kPairTiles = 4096;  // blocks, at most
+constexpr int kPairAhead = 4;          // pieces that a thread takes of a row
+constexpr uint32_t kPairTiles = 4096;  // blocks, at most
 
-// Chooses lanes and chunk; returns the blocks.
-template <typename T, typename Params>
-static dim3 cut(Params& params, int rows) {
-  int pieces = pieces_of(params.classes, Piece<T>::kSize);
-  params.lanes = params.classes <= kPairFewClasses ? 4 : params.classes <= kPairWarpClasses ? 32 : kPairThreads;
-  params.chunk = params.lanes * kPairAhead;
-  int64_t teams = kPairThreads / params.lanes;
-  int64_t items = (rows + teams - 1) / teams * ((pieces + params.chunk - 1) / params.chunk);
-  return dim3(static_cast<unsigned>(std::min(items, kPairTiles)));
+template <typename T>
+static PairCut cut_rows(int rows, int classes) {
+  int pieces = pieces_of(classes, Piece<T>::kSize);
+  int lanes = classes <= kPairFewClasses ? 4 : classes <= kPairWarpClasses ? 32 : kPairThreads;
+  int chunk = lanes * kPairAhead, chunks = (pieces + chunk - 1) / chunk, teams = kPairThreads / lanes;
+  int64_t items = (static_cast<int64_t>(rows) + teams - 1) / teams * chunks;
+  if (items > std::numeric_limits<int>::max()) throw std::runtime_error("logits: got more than 2^40 of them");
+  return {lanes, chunk, divisor(chunks), static_cast<uint32_t>(items)};
 }
+
+static dim3 blocks_of(const PairCut& cut) { return dim3(std::min(cut.items, kPairTiles)); }
 
 template <typename T>
 void launch_pair_grad(PairGrad<T> params, const Device& device) {
-  dim3 grid = cut<T>(params, params.sums.rows);
-  launch("consistency_grad", pair_grad_kernel<T>, {grid, kPairThreads, 0}, device, params);
+  params.cut = cut_rows<T>(params.sums.rows, params.classes);
+  launch("consistency_grad", pair_grad_kernel<T>, {blocks_of(params.cut), kPairThreads, 0}, device, params);
 }
 
 template <typename T>
 void launch_pair_scale(PairScale<T> params, const Device& device) {
-  dim3 grid = cut<T>(params, params.rows);
-  launch("consistency_rescale", pair_scale_kernel<T>, {grid, kPairThreads, 0}, device, params);
+  params.cut = cut_rows<T>(params.rows, params.classes);
+  launch("consistency_rescale", pair_scale_kernel<T>, {blocks_of(params.cut), kPairThreads, 0}, device, params);
 }
 
 template void launch_pair_grad(PairGrad<float>, const Device&);

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(Lanes == 0 ? kPairBlockThreads : kPairThreads,
           Piece<T> ga = zeros<T>(), gb = zeros<T>();
           if (row.flags.selected) {
             ga = slot_a[slot], gb = slot_b[slot];
-            row.slopes(ga, gb, first + slot, result, entropy, 0.5f * shares.pair, p.smoothing, p.full);
+            row.slopes(ga, gb, first + slot, result, entropy, 0.5f * shares.pair, p.smoothing, p.rest, p.full);
           }
           if (da != nullptr) row.write(da, ga, first + slot);
           if (db != nullptr) row.write(db, gb, first + slot);
@@ -139,7 +139,29 @@ template void launch_pair_loss(PairLoss<float>, const PairPlan&, const Device&);
 template void launch_pair_loss(PairLoss<half>, const PairPlan&, const Device&);
 template void launch_pair_loss(PairLoss<bfloat16>, const PairPlan&, const Device&);
 
-PairPlan plan_pairs(int rows, int classes, int element_bytes, const Device& device) {
+template <typename T>
+static const void* cluster_kernel() {
+  return reinterpret_cast<const void*>(pair_loss_kernel<T, 0>);
+}
+
+template <typename T>
+int largest_pair_cluster(const Device& device) {
+  return largest_cluster("consistency", cluster_kernel<T>(), kPairBlockThreads, device);
+}
+
+template <typename T>
+void rule_out_pair_cluster(const Device& device, int cluster) {
+  rule_out_cluster(cluster_kernel<T>(), device, cluster);
+}
+
+template int largest_pair_cluster<float>(const Device&);
+template int largest_pair_cluster<half>(const Device&);
+template int largest_pair_cluster<bfloat16>(const Device&);
+template void rule_out_pair_cluster<float>(const Device&, int);
+template void rule_out_pair_cluster<half>(const Device&, int);
+template void rule_out_pair_cluster<bfloat16>(const Device&, int);
+
+PairPlan plan_pairs(int rows, int classes, int element_bytes, const Device& device, int most) {
   int pieces = pieces_of(classes, 16 / element_bytes);
   // float and the other types are alike in this.
   auto fits = [&](int teams, int slots) {
@@ -152,12 +174,11 @@ PairPlan plan_pairs(int rows, int classes, int element_bytes, const Device& devi
     if (classes > (lanes == 4 ? kPairFewClasses : kPairWarpClasses) || !fits(teams, pieces)) continue;
     return {lanes, kPairThreads, 1, pieces, 0, groups(teams, kPairGroups)};
   }
-  for (int cluster = 1; cluster <= (device.capability >= 90 ? 8 : 1); cluster *= 2) {
+  for (int cluster = 1; cluster <= most; cluster *= 2) {
     int slots = (pieces + cluster - 1) / cluster;
     if (!fits(1, slots)) continue;
     // Few rows: more blocks each, while there is enough for them to do.
-    while (device.capability >= 90 && cluster < 8 && 2 * cluster * rows <= device.multiprocessors &&
-           slots > 2 * kPairBlockThreads) {
+    while (2 * cluster <= most && 2 * cluster * rows <= device.multiprocessors && slots > 2 * kPairBlockThreads) {
       cluster *= 2, slots = (pieces + cluster - 1) / cluster;
     }
     int threads = slots > 4 * 256 ? kPairBlockThreads : slots > 4 * 128 ? 256 : 128;

@@ -63,8 +63,10 @@ __global__ void __launch_bounds__(kPairBlockThreads, 1) pair_online_kernel(PairL
   float entropy_sum = 0.f, pair_sum = 0.f;
   int64_t step = p.sums.rows;
 
-  for (int64_t item = blockIdx.x; item < step * p.splits; item += gridDim.x) {
-    int number = static_cast<int>(item / p.splits), split = static_cast<int>(item % p.splits);
+  // Parts are launched for few rows alone: they are fewer than 2^31.
+  uint32_t splits = p.splits, items = p.sums.rows * splits;
+  for (uint32_t item = blockIdx.x; item < items; item += gridDim.x) {
+    int number = static_cast<int>(item / splits), split = static_cast<int>(item % splits);
     PairRow<T> row(p.a, p.b, p.sums, number, p.classes);
     int begin = split * p.slots, end = row.pieces - begin < p.slots ? row.pieces : begin + p.slots;
     PairStatistics s;
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kPairBlockThreads, 1) pair_online_kernel(PairL
       Piece<T> ga = zeros<T>(), gb = zeros<T>();
       if (row.flags.selected) {
         row.read(ga, gb, piece);
-        row.slopes(ga, gb, piece, result, entropy, 0.5f * shares.pair, p.smoothing, p.full);
+        row.slopes(ga, gb, piece, result, entropy, 0.5f * shares.pair, p.smoothing, p.rest, p.full);
       }
       if (da != nullptr) row.write(da, ga, piece);
       if (db != nullptr) row.write(db, gb, piece);

@@ -5,15 +5,7 @@
 
 namespace adamix {
 
-ADAMIX_DEVICE float float_of_bits(uint32_t bits) {
-  union {
-    uint32_t bits;
-    float value;
-  } both{bits};
-  return both.value;
-}
 ADAMIX_DEVICE float negative_infinity() { return float_of_bits(0xff800000u); }
-ADAMIX_DEVICE float not_a_number() { return float_of_bits(0x7fffffffu); }
 
 // The maximum to subtract: that of a row without a finite logit is 0, so that such rows become NaN and nothing else.
 ADAMIX_DEVICE float finite_top(float top) { return top == negative_infinity() ? 0.f : top; }

@@ -106,11 +106,10 @@ struct PairRow {
     for (int e = 0; e < kSize; ++e) means.add(result, to_float(from_a.values[e]), to_float(from_b.values[e]));
   }
 
-  // Gradients of a piece's columns in the place of its logits.
+  // Gradients of a piece's columns in the place of its logits. rest: smoothing / classes.
   ADAMIX_DEVICE void slopes(Piece<T>& from_a, Piece<T>& from_b, int piece, const PairResult& result, float entropy,
-                            float half, float smoothing, bool full) const {
+                            float half, float smoothing, float rest, bool full) const {
     int label = flags.label - column(piece);
-    float rest = smoothing / static_cast<float>(classes);
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
       float target = e == label ? 1.f - smoothing + rest : rest;

@@ -45,17 +45,17 @@ template <typename T>
 Rows<T> pair_rows(const Tensor& tensor, int64_t skip) {
   Leading rows = leading_of(tensor, tensor.dim() - 1);
   return {data<T>(tensor) + skip * rows.outer_stride, rows.outer_stride, rows.inner_stride,
-          static_cast<int>(rows.inner), false};
+          divisor(static_cast<int>(rows.inner)), false};
 }
 
 // One value a row, or none.
 template <typename T>
 PerRow<T> per_row(OptionalTensor& tensor) {
-  if (!tensor.has_value()) return {nullptr, 0, 0, 1};
+  if (!tensor.has_value()) return {nullptr, 0, 0, divisor(1)};
   if (!leading_of(*tensor, tensor->dim()).fits) tensor = torch::stable::contiguous(*tensor);
   Leading rows = leading_of(*tensor, tensor->dim());
   return {static_cast<const T*>(tensor->data_ptr()), rows.outer_stride, rows.inner_stride,
-          static_cast<int>(rows.inner)};
+          divisor(static_cast<int>(rows.inner))};
 }
 
 // Where a gradient is written: the tensor itself where its rows lie well, else a copy that is put back.
@@ -68,7 +68,7 @@ class Target {
   }
   template <typename T>
   Rows<T> rows(int64_t skip = 0) const {
-    return written_.has_value() ? pair_rows<T>(*written_, skip) : Rows<T>{nullptr, 0, 0, 1, false};
+    return written_.has_value() ? pair_rows<T>(*written_, skip) : Rows<T>{nullptr, 0, 0, divisor(1), false};
   }
   void put_back() {
     if (wanted_.has_value() && wanted_->data_ptr() != written_->data_ptr()) torch::stable::copy_(*wanted_, *written_);

@@ -60,10 +60,9 @@ struct Coordinates {
 // Where the calling fiber is.
 const Coordinates& here();
 
-// Runs body once for each thread of the grid, and notes the launch's name for `adamix_host_launches`. order: see
-// fibers.cpp. Throws std::runtime_error when threads wait
-// for each other for ever, or when arrays of shared memory exceed shared_bytes.
-void run(const char* name, dim3 grid, int threads, size_t shared_bytes, int cluster, const std::function<void()>& body);
+// Runs body once for each thread of the grid, in the order that fibers.cpp tells. Throws std::runtime_error when
+// threads wait for each other for ever, or when arrays of shared memory exceed shared_bytes.
+void run(dim3 grid, int threads, size_t shared_bytes, int cluster, const std::function<void()>& body);
 
 void* shared_array(int number, size_t bytes, size_t alignment);
 

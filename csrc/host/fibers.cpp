@@ -278,9 +278,7 @@ const Coordinates& here() { return scheduler.current->at; }
 
 Copies& copies_of_this_thread() { return scheduler.current->copies; }
 
-void run(const char* name, dim3 grid, int threads, size_t shared_bytes, int cluster,
-         const std::function<void()>& body) {
-  note_launch(name);
+void run(dim3 grid, int threads, size_t shared_bytes, int cluster, const std::function<void()>& body) {
   if (threads % kWarp != 0 || grid.x % cluster != 0) {
     throw std::runtime_error("a block is whole warps, and a grid whole clusters");
   }

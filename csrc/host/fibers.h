@@ -24,6 +24,8 @@ struct Copies {
 
 Copies& copies_of_this_thread();
 
-void note_launch(const char* name);
+// For `adamix_host_calls`: a call of the CUDA runtime, and what it asked for.
+void note_call(const char* name);
+void note_call(const char* name, int first, int second);
 
 }  // namespace adamix::host

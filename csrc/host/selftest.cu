@@ -46,10 +46,17 @@ __global__ void reverse_kernel(Reverse p) {
 
 }  // namespace
 
-void launch_reverse(const float* in, float* out, Fault fault, const Device& device) {
+void launch_reverse(const float* in, float* out, Fault fault, size_t more_shared, const Device& device) {
   constexpr int kCount = kThreads * kSize;
-  size_t bytes = shared_bytes<Tile>(fault == Fault::kSharedLimit ? kCount / 2 : kCount);
-  launch("selftest", reverse_kernel, {dim3(1), kThreads, bytes}, device, Reverse{in, out, kCount, fault});
+  size_t bytes = shared_bytes<Tile>(fault == Fault::kSharedLimit ? kCount / 2 : kCount) + more_shared;
+  Reverse params{in, out, kCount, fault};
+  if (fault != Fault::kOwnLimit) return launch("selftest", reverse_kernel, {dim3(1), kThreads, bytes}, device, params);
+  // As if the limit were the launch's own.
+  cudaFuncSetAttribute(reinterpret_cast<const void*>(reverse_kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       static_cast<int>(bytes));
+  cudaLaunchConfig_t config{dim3(1), dim3(kThreads), bytes, nullptr, nullptr, 0};
+  cudaError_t error = cudaLaunchKernelEx(&config, reverse_kernel, params);
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
 }  // namespace adamix

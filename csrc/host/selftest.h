@@ -13,9 +13,10 @@ enum class Fault : int {
   kUninitialised,
   kDivergentBarrier,
   kSharedLimit,
+  kOwnLimit,
 };
 
-// out[i] = in[255 - i] for 256 floats, with one fault.
-void launch_reverse(const float* in, float* out, Fault fault, const Device& device);
+// out[i] = in[255 - i] for 256 floats, with one fault; the launch asks for `more_shared` bytes that it does not need.
+void launch_reverse(const float* in, float* out, Fault fault, size_t more_shared, const Device& device);
 
 }  // namespace adamix

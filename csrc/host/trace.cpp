@@ -1,27 +1,47 @@
-// Which kernels were launched: tests count the cases that each of them ran in.
+// Which kernels were launched, and what was asked of the CUDA runtime: for tests.
 #include <cstddef>
 #include <string>
 
 #include "host/fibers.h"
+#include "host/runtime.h"
 
 namespace adamix::host {
 namespace {
 
 // Nobody may ever ask.
 constexpr size_t kMostBytes = 1 << 20;
-thread_local std::string names, taken;
+
+struct Lines {
+  std::string noted, taken;
+
+  void note(const std::string& line) {
+    if (noted.size() < kMostBytes) noted.append(line).push_back('\n');
+  }
+  const char* take() {
+    taken.swap(noted);
+    noted.clear();
+    return taken.c_str();
+  }
+};
+
+thread_local Lines launches, calls;
 
 }  // namespace
 
-void note_launch(const char* name) {
-  if (names.size() < kMostBytes) names.append(name).push_back('\n');
+void note_launch(const char* name) { launches.note(name); }
+
+void note_call(const char* name) { calls.note(name); }
+
+void note_call(const char* name, int first, int second) {
+  calls.note(std::string(name) + " " + std::to_string(first) + " " + std::to_string(second));
 }
 
 }  // namespace adamix::host
 
+#define ADAMIX_SHOWN extern "C" __attribute__((visibility("default")))
+
 // The names of this thread's launches since the last call, a line each; valid until the next call.
-extern "C" __attribute__((visibility("default"))) const char* adamix_host_launches() {
-  adamix::host::taken.swap(adamix::host::names);
-  adamix::host::names.clear();
-  return adamix::host::taken.c_str();
-}
+ADAMIX_SHOWN const char* adamix_host_launches() { return adamix::host::launches.take(); }
+
+// This thread's calls of the CUDA runtime since the last call, a line each; the same.
+ADAMIX_SHOWN const char* adamix_host_calls() { return adamix::host::calls.take(); }

@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> routed_adapter_forward(Tensor x, Tensor down_weight, 
   Routing down = check_routing("down_index", down_index, batch, tokens, down_weight.size(0), x, kept);
   Routing up = check_routing("up_index", up_index, batch, tokens, up_weight.size(0), x, kept);
   Activation kind = activation_of(activation);
-  check_int("S", tokens);
+  int64_t rows = check_int("B * S", batch * tokens);
   Device device = check_device("x", x);
 
   x = with_contiguous_rows(x);
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor> routed_adapter_forward(Tensor x, Tensor down_weight, 
     params.pre = data<T>(pre);
     params.down = down;
     params.up = up;
-    params.rows = batch * tokens;
+    params.rows = rows;
     params.hidden = check_int("H", hidden);
     params.rank = check_int("r", rank);
     params.out_features = check_int("Hout", out_features);
@@ -142,6 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_adapter_backward(
       of_down.narrow = data<const T>(dpre);
       of_down.narrow_aligned = rank_aligned && is_aligned(of_down.narrow, {}, sizeof(T));
       of_down.routing = down;
+      of_down.other = up;
       of_down.weight = sum.add(data<T>(ddown_weight), ddown_weight.numel());
       of_down.bias = sum.add(data<T>(ddown_bias), ddown_bias.numel());
       of_down.bias_of = BiasOf::kNarrow;
@@ -155,6 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_adapter_backward(
       of_up.narrow = data<const T>(pre);
       of_up.narrow_aligned = rank_aligned && is_aligned(of_up.narrow, {}, sizeof(T));
       of_up.routing = up;
+      of_up.other = down;
       of_up.weight = sum.add(data<T>(dup_weight), dup_weight.numel());
       of_up.bias = sum.add(data<T>(dup_bias), dup_bias.numel());
       of_up.bias_of = BiasOf::kWide;

@@ -10,6 +10,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) routed_adapter_input_grad_ker
   RoutedTile<T, Narrow> tile(memory, p.rank);
   tile.rows.find(p.rows, p.grad_out, p.grad_out, p.up, p.down);
   tile.narrow.clear();
+  if (p.dx != nullptr) tile.rows.poison(p.dx, p.hidden, p.hidden);
   int64_t first = tile.rows.first;
 
   for_each_expert(tile.rows.narrow_expert, [&](int expert) {

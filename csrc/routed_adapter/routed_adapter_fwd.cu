@@ -10,6 +10,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) routed_adapter_forward_kernel
   RoutedTile<T, Narrow> tile(memory, p.rank);
   tile.rows.find(p.rows, p.x, p.residual, p.down, p.up);
   tile.narrow.clear();
+  tile.rows.poison(p.pre, p.rank, p.rank);
+  tile.rows.poison(p.out, p.out_features, p.out_features);
   int64_t first = tile.rows.first;
 
   for_each_expert(tile.rows.narrow_expert, [&](int expert) {

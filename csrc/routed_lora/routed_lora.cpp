@@ -213,6 +213,7 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora_backward(Tensor grad_out, Tensor 
       of_a.narrow = data<const T>(dt);
       of_a.narrow_aligned = is_aligned(of_a.narrow, {call.ranks}, sizeof(T));
       of_a.routing = call.a;
+      of_a.other = call.b;
       of_a.weight = sum.add(data<T>(da), da.numel());
       of_a.experts = call.experts_a;
       of_a.ranks_first = true;
@@ -224,6 +225,7 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora_backward(Tensor grad_out, Tensor 
       of_b.narrow = data<const T>(t);
       of_b.narrow_aligned = is_aligned(of_b.narrow, {call.rank}, sizeof(T));
       of_b.routing = call.b;
+      of_b.other = call.a;
       of_b.weight = sum.add(data<T>(db), db.numel());
       of_b.experts = call.experts_b;
     }

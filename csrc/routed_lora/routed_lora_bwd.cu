@@ -9,8 +9,9 @@ __global__ void __launch_bounds__(kTileThreads, 2) routed_lora_input_grad_kernel
   SharedMemory memory;
   int ranks = p.ranges.groups * p.rank;
   RoutedTile<T, Narrow> tile(memory, ranks);
-  tile.rows.find(p.rows, p.grad_out, Rows<const T>{nullptr, 0, 0, 1, false}, p.b, p.a);
+  tile.rows.find(p.rows, p.grad_out, Rows<const T>{nullptr, 0, 0, {}, false}, p.b, p.a);
   tile.narrow.clear();
+  if (p.dx != nullptr) tile.rows.poison(p.dx, p.features, p.features);
   DropoutMask mask(p.dropout);
   int64_t first = tile.rows.first;
 

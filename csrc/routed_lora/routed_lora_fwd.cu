@@ -15,15 +15,15 @@ template <typename T>
 ADAMIX_DEVICE void copy_columns(const RoutedLoraForward<T>& p, const TileRows& rows, int start, int cols) {
   constexpr int kSize = Piece<T>::kSize;
   bool aligned = start % kSize == 0;
-  int pieces = ceil_div(cols, kSize);
+  for (int row = this_warp(); row < rows.count; row += kTileThreads / 32) {
+    const T* from = p.base.data == nullptr ? nullptr : p.base.data + rows.added_offset[row] + start;
+    T* to = p.out + (rows.first + row) * p.width + start;
 #pragma unroll 4
-  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(rows.count) * pieces; i += kTileThreads) {
-    int row = static_cast<int>(i / pieces), col = static_cast<int>(i % pieces) * kSize;
-    Piece<T> piece{};
-    if (p.base.data != nullptr) {
-      piece = load_piece(p.base.data + rows.added_offset[row] + start + col, cols - col, aligned && p.base.aligned);
+    for (int col = this_lane() * kSize; col < cols; col += 32 * kSize) {
+      Piece<T> piece{};
+      if (from != nullptr) piece = load_piece(from + col, cols - col, aligned && p.base.aligned);
+      store_piece(to + col, piece, cols - col, aligned && p.out_aligned);
     }
-    store_piece(p.out + (rows.first + row) * p.width + start + col, piece, cols - col, aligned && p.out_aligned);
   }
 }
 
@@ -36,6 +36,10 @@ __global__ void __launch_bounds__(kTileThreads, 2) routed_lora_forward_kernel(Ro
   DropoutMask mask(p.dropout);
   int64_t first = tile.rows.first;
   int group_pitch = round_up(p.rank, 16), ranks = p.ranges.groups * p.rank;
+  tile.rows.poison(p.t, ranks, ranks);
+  for (int group = 0; group < p.ranges.groups; ++group) {
+    tile.rows.poison(p.out + p.ranges.start[group], p.width, p.ranges.cols);
+  }
 
   for_each_expert(tile.rows.narrow_expert, [&](int expert) {
     const T* weight = p.lora_a + static_cast<int64_t>(expert) * ranks * p.features;

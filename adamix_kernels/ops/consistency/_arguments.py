@@ -60,7 +60,7 @@ def as_mask(mask: object, rows: tuple[int, ...], like: torch.Tensor) -> torch.Te
 
 
 def as_num_items(num_items: object, like: torch.Tensor) -> torch.Tensor | None:
-    """num_items as a 0-dim tensor on like's device; its value is never read here."""
+    """num_items as a 0-dim tensor on like's device, whose values are never read; a number costs a fill there."""
     if num_items is None:
         return None
     if isinstance(num_items, torch.Tensor):
@@ -68,6 +68,9 @@ def as_num_items(num_items: object, like: torch.Tensor) -> torch.Tensor | None:
             fail("num_items", f"shape {tuple(num_items.shape)}", "an int or a 0-dim tensor")
         if num_items.dtype == torch.bool or num_items.is_complex():
             fail("num_items", num_items.dtype, "an integer or floating dtype", TypeError)
+        if num_items.device.type == "cpu" != like.device.type and not torch.compiler.is_compiling():
+            # Read on the host, which has it: a copy from unpinned memory would wait for the GPU.
+            return torch.full((), num_items.item(), dtype=num_items.dtype, device=like.device)
         return num_items.detach().to(like.device)
     if not isinstance(num_items, int) or isinstance(num_items, bool):
         fail("num_items", type(num_items).__name__, "an int or a 0-dim tensor", TypeError)

@@ -24,7 +24,7 @@ def writes_gradient(logits: torch.Tensor, backend: str) -> bool:
 
 
 def _select(logits: torch.Tensor, backend: str) -> ModuleType:
-    return select("consistency", backend, logits.device.type, logits.dtype)
+    return select("consistency", backend, logits.device, logits.dtype)
 
 
 def _consistency_grad(

@@ -33,7 +33,7 @@ def _consistency(
     reduction: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    out = select("consistency", backend, logits_a.device.type, logits_a.dtype).forward(
+    out = select("consistency", backend, logits_a.device, logits_a.dtype).forward(
         logits_a, logits_b, mask, detach_target, reduction
     )
     check_pair_loss(out[0], (("logits_a", logits_a), ("logits_b", logits_b)), mask)
@@ -48,7 +48,7 @@ def _consistency_fake(
     reduction: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    select("consistency", backend, logits_a.device.type, logits_a.dtype)
+    select("consistency", backend, logits_a.device, logits_a.dtype)
     rows = logits_a.shape[:-1]
     dtype = wide_dtype(logits_a.dtype)
     loss = logits_a.new_empty(rows if reduction == "none" else (), dtype=dtype)
@@ -66,7 +66,7 @@ def _consistency_backward(
     detach_target: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return select("consistency", backend, logits_a.device.type, logits_a.dtype).backward(
+    return select("consistency", backend, logits_a.device, logits_a.dtype).backward(
         grad, logits_a, logits_b, mask, stats, scale, detach_target
     )
 
@@ -96,7 +96,7 @@ def _adamix(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     _check_labels(labels, mask, ignore_index, logits.shape[-1])
-    out = select("consistency", backend, logits.device.type, logits.dtype).adamix_forward(
+    out = select("consistency", backend, logits.device, logits.dtype).adamix_forward(
         logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target
     )
     if checking():
@@ -117,7 +117,7 @@ def _adamix_fake(
     detach_target: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    select("consistency", backend, logits.device.type, logits.dtype)
+    select("consistency", backend, logits.device, logits.dtype)
     dtype = wide_dtype(logits.dtype)
     loss, cross_entropy, consistency = (logits.new_empty((), dtype=dtype) for _ in range(3))
     stats = logits.new_empty((2 if detach_target else 3, *logits.shape[:-1]), dtype=dtype)
@@ -137,7 +137,7 @@ def _adamix_backward(
     detach_target: bool,
     backend: str,
 ) -> torch.Tensor:
-    return select("consistency", backend, logits.device.type, logits.dtype).adamix_backward(
+    return select("consistency", backend, logits.device, logits.dtype).adamix_backward(
         grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target
     )
 
@@ -176,7 +176,7 @@ def _linear(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     _check_labels(labels, mask, ignore_index, lm_head_weight.shape[0])
-    out = select("consistency", backend, hidden.device.type, hidden.dtype).linear_forward(
+    out = select("consistency", backend, hidden.device, hidden.dtype).linear_forward(
         hidden,
         lm_head_weight,
         bias,
@@ -214,7 +214,7 @@ def _linear_fake(
     need_bias: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    select("consistency", backend, hidden.device.type, hidden.dtype)
+    select("consistency", backend, hidden.device, hidden.dtype)
     dtype = wide_dtype(hidden.dtype)
     loss, cross_entropy, consistency, scale = (hidden.new_empty((), dtype=dtype) for _ in range(4))
     d_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)

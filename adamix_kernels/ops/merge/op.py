@@ -120,7 +120,7 @@ def _lora_backward_fake(
 
 
 def _select(tensor: torch.Tensor, backend: str) -> ModuleType:
-    return select("merge", backend, tensor.device.type, tensor.dtype)
+    return select("merge", backend, tensor.device, tensor.dtype)
 
 
 # Returns bank's shape without the first axis. scores None: the uniform mean.

@@ -24,7 +24,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_index_values("down_index", down_index, down_weight.shape[0])
     check_index_values("up_index", up_index, up_weight.shape[0])
-    return select("routed_adapter", backend, x.device.type, x.dtype).forward(
+    return select("routed_adapter", backend, x.device, x.dtype).forward(
         x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual, add_input, activation
     )
 
@@ -42,7 +42,7 @@ def _forward_fake(
     activation: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    select("routed_adapter", backend, x.device.type, x.dtype)
+    select("routed_adapter", backend, x.device, x.dtype)
     batch, tokens, _ = x.shape
     return x.new_empty(batch, tokens, up_weight.shape[1]), x.new_empty(batch, tokens, down_weight.shape[1])
 
@@ -62,7 +62,7 @@ def _backward(
     activation: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return select("routed_adapter", backend, x.device.type, x.dtype).backward(
+    return select("routed_adapter", backend, x.device, x.dtype).backward(
         grad_out,
         x,
         pre,

@@ -25,7 +25,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_index_values("a_index", a_index, lora_a.shape[0])
     check_index_values("b_index", b_index, lora_b.shape[0])
-    return select("routed_lora", backend, x.device.type, x.dtype).forward(
+    return select("routed_lora", backend, x.device, x.dtype).forward(
         x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p
     )
 
@@ -44,7 +44,7 @@ def _forward_fake(
     dropout_p: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    select("routed_lora", backend, x.device.type, x.dtype)
+    select("routed_lora", backend, x.device, x.dtype)
     batch, tokens, _ = x.shape
     width = max(offsets) + lora_b.shape[1] // groups if base is None else base.shape[2]
     return x.new_empty(batch, tokens, width), x.new_empty(batch, tokens, lora_a.shape[1])
@@ -67,7 +67,7 @@ def _inplace(
     check_index_values("a_index", a_index, lora_a.shape[0])
     check_index_values("b_index", b_index, lora_b.shape[0])
     rows = base.view(*x.shape[:2], base.shape[-1])
-    _, t = select("routed_lora", backend, x.device.type, x.dtype).forward(
+    _, t = select("routed_lora", backend, x.device, x.dtype).forward(
         x, lora_a, lora_b, a_index, b_index, rows, seed, scaling, groups, offsets, dropout_p, inplace=True
     )
     if not base.is_inference():
@@ -90,7 +90,7 @@ def _inplace_fake(
     dropout_p: float,
     backend: str,
 ) -> torch.Tensor:
-    select("routed_lora", backend, x.device.type, x.dtype)
+    select("routed_lora", backend, x.device, x.dtype)
     return x.new_empty(*x.shape[:2], lora_a.shape[1])
 
 
@@ -112,7 +112,7 @@ def _backward(
     dropout_p: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return select("routed_lora", backend, x.device.type, x.dtype).backward(
+    return select("routed_lora", backend, x.device, x.dtype).backward(
         grad_out, x, t, lora_a, lora_b, a_index, b_index, seed,
         need_x, need_a, need_b, scaling, groups, offsets, dropout_p,
     )  # fmt: skip

@@ -143,7 +143,7 @@ def store_row(
 
 @triton.jit
 def _point(x, y, top_a, top_b, log_a, log_b, FULL: tl.constexpr):
-    """(p, q, p - q, d) of a tile. FULL: p to two spacings, as p (d - E_p d) cancels over a row, and p's error does not."""
+    """(p, q, p - q, d) of a tile. FULL: p (d - E_p d) cancels over a row and p's error does not: to two spacings."""
     x = x - top_a[:, None] - log_a[:, None]
     y = y - top_b[:, None] - log_b[:, None]
     p = exp(x) if FULL else tl.exp(x)

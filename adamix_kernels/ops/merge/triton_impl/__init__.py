@@ -6,6 +6,8 @@ one for LoRA, one more for each factor that is a bank. LoRA's gradients are PyTo
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 
 from ...._triton_utils import launch
@@ -42,9 +44,8 @@ def banks_forward(banks, scores):
     if not rows:
         return outs
     most = max(bank.shape[0] for bank in banks)
-    table = torch.tensor(rows, dtype=torch.int64).t().contiguous().to(anchor.device)
     launch(
-        merge_banks_kernel, (programs,), anchor.device, table, anchor, score_anchor, len(rows),
+        merge_banks_kernel, (programs,), anchor.device, _table(rows, anchor.device), anchor, score_anchor, len(rows),
         BANKS=padded(len(rows)), PADDED=padded(most), UNROLL=unroll(most), UNIT=unit,
         WIDE=triton_dtype(wide), BLOCK=BLOCK,
     )  # fmt: skip
@@ -87,6 +88,22 @@ def lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_ou
         WIDE=triton_dtype(wide), ROWS=rows, COLS=cols,
     )  # fmt: skip
     return out
+
+
+# A captured graph copies its table from the host at every replay: what it copies stays.
+_CAPTURED: list[torch.Tensor] = []
+
+
+def _table(rows: list[tuple[int, ...]], device: torch.device) -> torch.Tensor:
+    """int64 [columns, rows] on the device, from pinned memory: the host does not wait, and a graph may capture it."""
+    columns = array("q", (value for column in zip(*rows, strict=True) for value in column))
+    table = torch.frombuffer(columns, dtype=torch.int64).view(-1, len(rows))
+    if device.type != "cuda":
+        return table
+    pinned = table.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _CAPTURED.append(pinned)
+    return pinned.to(device, non_blocking=True)
 
 
 def _distance(anchor: torch.Tensor, tensor: torch.Tensor) -> int:

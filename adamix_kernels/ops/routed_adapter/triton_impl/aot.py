@@ -8,7 +8,7 @@ from ...._triton_utils import DTYPES, precision
 from ..._triton_aot import POINTERS, AotCase, make_case
 from .forward import adapter_forward_kernel
 from .input_grad import adapter_input_grad_kernel
-from .plan import power_of_2
+from .plan import RESIDENT, RESIDENT_RANK, power_of_2
 from .tables import config, register_limit
 from .weight_grad import adapter_plane_sum_kernel, adapter_weight_grad_kernel
 from .weights import SUM_CHUNK, SUM_COLS
@@ -31,8 +31,10 @@ def aot_cases(capability: int = 90) -> Iterator[AotCase]:
         for routing, shapes in _SHAPES.items():
             for experts, r in shapes:
                 name = f"{routing}_m{experts}_r{r}"
-                yield from _tile_cases(name, dtype, pointer, routing, experts, r, capability)
-                yield _weight_case(name, dtype, pointer, routing, experts, r, capability)
+                counted_on = RESIDENT if dtype.itemsize == 2 and routing == "sample" and r <= RESIDENT_RANK else 1
+                cases = [*_tile_cases(name, dtype, pointer, routing, experts, r, capability)]
+                cases.append(_weight_case(name, dtype, pointer, routing, experts, r, capability))
+                yield from (case._replace(resident=counted_on) for case in cases)
         yield _sum_case(dtype, pointer)
 
 
@@ -44,7 +46,7 @@ def _tile_cases(name, dtype, pointer, routing, experts, r, capability):
     common = dict(
         down_index="*i64", up_index="*i64" if both else None, perm=table, tile_start=table, tile_stop=table,
         span="i32", down_div="i32", up_div="i32", H=_HIDDEN, O=_HIDDEN, R=r, RP=rp,
-        MD=experts if masked else 1, MDP=padded, MASK_D=masked,
+        MD=experts, MDP=padded, MASK_D=masked,
         MU=experts if both else 1, MUP=padded if both else max(1, 16 // rp), MASK_U=both,
         ACTIVATION="gelu", DOT=DTYPES[dtype], PRECISION=precision(dtype),
     )  # fmt: skip

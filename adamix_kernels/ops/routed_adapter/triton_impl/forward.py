@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import activate, narrow
-from .tiles import bank_columns, bias_at, keep_own, shrink, spread, tile_experts, tile_rows, wide_precision
+from .tiles import bank_columns, bias_at, keep_own, poison, shrink, spread, tile_experts, tile_rows, wide_precision
 
 
 @triton.jit
@@ -54,8 +54,9 @@ def adapter_forward_kernel(
     """out = residual + act(x Wd[i]^T + bd[i]) Wu[j]^T + bu[j] for one tile of tokens, and pre [ROWS, R]."""
     dtype: tl.constexpr = out.dtype.element_ty
     rows, valid, first = tile_rows(span, perm, tile_start, tile_stop, ROWS)
-    i = tile_experts(down_index, down_div, rows, valid, first, MASK_D)
-    j = tile_experts(up_index, up_div, rows, valid, first, MASK_U)
+    i, wrong_down = tile_experts(down_index, down_div, rows, valid, first, perm, MD, MASK_D)
+    j, wrong_up = tile_experts(up_index, up_div, rows, valid, first, perm, MU, MASK_U)
+    wrong = wrong_down | wrong_up
 
     columns, live = bank_columns(down_weight, i, R * H, H, R, RP, MD, MDP, MASK_D)
     wide = shrink(x, rows, valid, columns, live, 1, H, DOT, PRECISION, ROWS, COLS, MDP * RP)
@@ -63,11 +64,13 @@ def adapter_forward_kernel(
     k = tl.arange(0, RP)
     if down_bias is not None:
         h += bias_at(down_bias, i, k, k < R, valid, R, MASK_D)
+    # A row with a wrong id is NaN in the output; what is saved of it is 0, so that it teaches no expert.
+    h = tl.where(wrong[:, None], 0.0, h)
     pre_at = pre + rows.to(tl.int64)[:, None] * R + k[None, :]
     tl.store(pre_at, narrow(h, dtype), mask=valid[:, None] & (k < R)[None, :])
 
     # Padded columns hold act(0) = 0.
-    h = spread(activate(h, ACTIVATION), j, RP, MUP, MASK_U, ROWS)
+    h = spread(poison(activate(h, ACTIVATION), wrong), j, RP, MUP, MASK_U, ROWS)
     h = narrow(h, dtype).to(DOT)
     columns, live = bank_columns(up_weight, j, O * R, 1, R, RP, MU, MUP, MASK_U)
     offsets = rows.to(tl.int64)[:, None] * O

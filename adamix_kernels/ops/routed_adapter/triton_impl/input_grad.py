@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import activation_slope, narrow
-from .tiles import bank_columns, keep_own, shrink, spread, tile_experts, tile_rows, wide_precision
+from .tiles import bank_columns, keep_own, poison, shrink, spread, tile_experts, tile_rows, wide_precision
 
 
 @triton.jit
@@ -51,8 +51,9 @@ def adapter_input_grad_kernel(
     """dpre = act'(pre) * (dy Wu[j]) and dx = dpre Wd[i] (+ dy) for one tile of tokens."""
     dtype: tl.constexpr = pre.dtype.element_ty
     rows, valid, first = tile_rows(span, perm, tile_start, tile_stop, ROWS)
-    i = tile_experts(down_index, down_div, rows, valid, first, MASK_D)
-    j = tile_experts(up_index, up_div, rows, valid, first, MASK_U)
+    i, wrong_down = tile_experts(down_index, down_div, rows, valid, first, perm, MD, MASK_D)
+    j, wrong_up = tile_experts(up_index, up_div, rows, valid, first, perm, MU, MASK_U)
+    wrong = wrong_down | wrong_up
 
     columns, live = bank_columns(up_weight, j, O * R, 1, R, RP, MU, MUP, MASK_U)
     wide = shrink(grad_out, rows, valid, columns, live, R, O, DOT, PRECISION, ROWS, COLS, MUP * RP)
@@ -61,11 +62,13 @@ def adapter_input_grad_kernel(
     at = rows.to(tl.int64)[:, None] * R + k[None, :]
     mask = valid[:, None] & (k < R)[None, :]
     g *= activation_slope(tl.load(pre + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+    # As in the forward: NaN in dx, nothing for the experts.
+    g = tl.where(wrong[:, None], 0.0, g)
     if dpre is not None:
         tl.store(dpre + at, narrow(g, dtype), mask=mask)
 
     if dx is not None:
-        g = narrow(spread(g, i, RP, MDP, MASK_D, ROWS), dtype).to(DOT)
+        g = narrow(spread(poison(g, wrong), i, RP, MDP, MASK_D, ROWS), dtype).to(DOT)
         columns, live = bank_columns(down_weight, i, R * H, H, R, RP, MD, MDP, MASK_D)
         offsets = rows.to(tl.int64)[:, None] * H
         spoilt = _write_dx(

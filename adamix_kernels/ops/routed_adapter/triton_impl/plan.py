@@ -10,12 +10,15 @@ import torch
 MIN_SPAN = 16
 # Narrow columns of all experts that one tile may hold; beyond, the rows are grouped by expert.
 MAX_WIDTH = 256
+# Programs on a multiprocessor that hide each other's latency: in 16 bits, of one expert a tile and r up to
+# RESIDENT_RANK. Wider tiles and float32 make do with one.
+RESIDENT, RESIDENT_RANK = 3, 16
 
 
 class Side(NamedTuple):
     """How one side is routed: row n by index[n // div], index None for expert 0.
 
-    masked: a tile's rows differ in expert, and its narrow tile holds all `experts` padded to `padded`.
+    masked: a tile's rows differ in expert, and its narrow tile holds all `experts` of the bank padded to `padded`.
     """
 
     index: torch.Tensor | None
@@ -75,18 +78,20 @@ def make_plan(batch: int, tokens: int, r: int, down_index, up_index, md: int, mu
     for index, m, mask in zip(indices, (md, mu), masked):
         div = tokens if index is not None and index.dim() == 1 else 1
         padded = max(power_of_2(m) if mask else 1, 16 // rp)
-        sides.append(Side(None if index is None else index.contiguous(), div, mask, m if mask else 1, padded))
+        sides.append(Side(None if index is None else index.contiguous(), div, mask, m, padded))
     key, keys = None, 1
     for side, m, group in zip(sides, (md, mu), grouped):
         if group:
-            ids = per_row(side.index, batch, tokens)
+            # A wrong id goes with the nearest right one: the kernels tell them apart.
+            ids = per_row(side.index, batch, tokens).clamp_(0, m - 1)
             key, keys = (ids, m) if key is None else (key * m + ids, keys * m)
     return Plan(1 if flat else batch, batch * tokens if flat else tokens, rp, *sides, key, keys)
 
 
 def per_row(index: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
-    """The expert id of every row, int64 [batch * tokens]."""
-    return (index.unsqueeze(1) if index.dim() == 1 else index).expand(batch, tokens).reshape(-1).long()
+    """The expert id of every row, int64 [batch * tokens], a copy."""
+    ids = (index.unsqueeze(1) if index.dim() == 1 else index).expand(batch, tokens).reshape(-1)
+    return ids.to(torch.int64, copy=True)
 
 
 def sort_rows(key: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tensor]:

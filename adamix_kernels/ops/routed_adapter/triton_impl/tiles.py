@@ -36,14 +36,30 @@ def tile_rows(span, perm, tile_start, tile_stop, ROWS: tl.constexpr):
 
 
 @triton.jit
-def tile_experts(index, div, rows, valid, first, MASKED: tl.constexpr):
-    """Expert ids: [ROWS] where MASKED, else the tile's one as a 64-bit scalar. Row n is routed by index[n // div]."""
+def tile_experts(index, div, rows, valid, first, perm, M: tl.constexpr, MASKED: tl.constexpr):
+    """(expert ids, [ROWS] rows whose id is outside the bank); row n is routed by index[n // div].
+
+    The ids are [ROWS] where MASKED, else the tile's one as a 64-bit scalar; of a bank of M, whatever the index holds.
+    """
     if index is None:
-        return (first * 0).to(tl.int64)
+        return (first * 0).to(tl.int64), rows < 0
     elif MASKED:
-        return tl.load(index + rows // div, mask=valid, other=0).to(tl.int64)
+        ids = tl.load(index + rows // div, mask=valid, other=0).to(tl.int64)
+        return tl.minimum(tl.maximum(ids, 0), M - 1), (ids < 0) | (ids >= M)
     else:
-        return tl.load(index + first // div).to(tl.int64)
+        own = tl.load(index + first // div).to(tl.int64)
+        if perm is not None:
+            ids = tl.load(index + rows // div, mask=valid, other=0).to(tl.int64)
+            wrong = (ids < 0) | (ids >= M)
+        else:
+            wrong = (rows < 0) | (own < 0) | (own >= M)
+        return tl.minimum(tl.maximum(own, 0), M - 1), wrong
+
+
+@triton.jit
+def poison(values, wrong):
+    """NaN in the rows [ROWS, :] that a wrong id routes."""
+    return tl.where(wrong[:, None], float("nan"), values)
 
 
 @triton.jit

@@ -15,43 +15,57 @@ from ...._triton_utils import activate, narrow
 
 @triton.jit
 def _accumulate(
-    acc, acc_bias, g, z, rows, valid, c,
+    acc, sums, g, z, rows, valid, c,
     C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    ACTIVATION: tl.constexpr, BIAS_OF_Z: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    COLS: tl.constexpr,
+    ACTIVATION: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """acc [COLS, RP] += z^T g over the tile's rows; acc_bias += the sum of z's or of g's rows."""
+    """Over the tile's rows: acc [COLS, RP] += z^T g; for PART "up" also sums += z's, for "bias" sums += g's alone.
+
+    A tile is used in registers or by tl.dot, not both: Triton's pipeliner then has a copy overwrite what an
+    asynchronous dot still reads. So z is summed by a dot with ones, and g by a program of its own.
+    """
     k = tl.arange(0, RP)
     rows = rows.to(tl.int64)[:, None]
     g_mask = valid[:, None] & (k < R)[None, :]
     g_tile = tl.load(g + rows * R + k[None, :], mask=g_mask, other=0.0)
-    z_mask = valid[:, None]
-    if C == 0 or C % COLS != 0:
-        z_mask = z_mask & (c < C)[None, :]
-    z_tile = tl.load(z + rows * C + c[None, :], mask=z_mask, other=0.0).to(DOT)
-    if ACTIVATION != "":
-        g_tile = narrow(activate(g_tile.to(tl.float32), ACTIVATION), g.dtype.element_ty)
-    g_tile = g_tile.to(DOT)
-    if BIAS_OF_Z:
-        acc_bias += tl.sum(z_tile.to(tl.float32), axis=0)
+    if PART == "bias":
+        sums += tl.sum(g_tile.to(tl.float32), axis=0)
     else:
-        acc_bias += tl.sum(g_tile.to(tl.float32), axis=0)
-    return tl.dot(tl.trans(z_tile), g_tile, acc, input_precision=PRECISION), acc_bias
+        z_mask = valid[:, None]
+        if C == 0 or C % COLS != 0:
+            z_mask = z_mask & (c < C)[None, :]
+        z_tile = tl.load(z + rows * C + c[None, :], mask=z_mask, other=0.0).to(DOT)
+        if ACTIVATION != "":
+            g_tile = narrow(activate(g_tile.to(tl.float32), ACTIVATION), g.dtype.element_ty)
+        acc = tl.dot(tl.trans(z_tile), g_tile.to(DOT), acc, input_precision=PRECISION)
+        if PART == "up":
+            if z.dtype.element_ty == tl.float32:
+                sums += tl.sum(z_tile, axis=0)
+            else:
+                sums = tl.dot(tl.trans(z_tile), tl.full([z_tile.shape[0], 16], 1.0, DOT), sums)
+    return acc, sums
 
 
 @triton.jit
 def _plane(
     g, z, index, perm, edges, plane, bias_plane, batch, span, div, splits, m, block,
     C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, M: tl.constexpr, MASKED: tl.constexpr,
-    ACTIVATION: tl.constexpr, BIAS_OF_Z: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Expert m's gradient from one split of the tokens, features block * COLS : + COLS."""
+    """Expert m's gradient from one split of the tokens, features block * COLS : + COLS, or its bias's alone."""
+    # float32 is split in registers before its products: nothing reads the copied tile asynchronously.
+    WIDE: tl.constexpr = z.dtype.element_ty == tl.float32
     split = tl.program_id(1)
     c = block * COLS + tl.arange(0, COLS)
     k = tl.arange(0, RP)
     acc = tl.zeros([COLS, RP], tl.float32)
-    acc_bias = tl.zeros([COLS if BIAS_OF_Z else RP], tl.float32)
+    if PART == "bias":
+        sums = tl.zeros([RP], tl.float32)
+    elif WIDE:
+        sums = tl.zeros([COLS], tl.float32)
+    else:
+        sums = tl.zeros([COLS, 16], tl.float32)
     if perm is not None:
         begin = tl.load(edges + m)
         end = tl.load(edges + m + 1)
@@ -61,8 +75,8 @@ def _plane(
         for start in range(begin, end, ROWS):
             at = start + tl.arange(0, ROWS)
             rows = tl.load(perm + at, mask=at < end, other=0).to(tl.int32)
-            acc, acc_bias = _accumulate(
-                acc, acc_bias, g, z, rows, at < end, c, C, R, RP, ACTIVATION, BIAS_OF_Z, DOT, PRECISION, COLS
+            acc, sums = _accumulate(
+                acc, sums, g, z, rows, at < end, c, C, R, RP, ACTIVATION, PART, DOT, PRECISION, COLS
             )
     else:
         tiles = tl.cdiv(span, ROWS)
@@ -81,19 +95,23 @@ def _plane(
                 valid = offset < span
                 if MASKED:
                     valid = valid & (tl.load(index + rows // div, mask=valid, other=-1) == m)
-                acc, acc_bias = _accumulate(
-                    acc, acc_bias, g, z, rows, valid, c, C, R, RP, ACTIVATION, BIAS_OF_Z, DOT, PRECISION, COLS
+                acc, sums = _accumulate(
+                    acc, sums, g, z, rows, valid, c, C, R, RP, ACTIVATION, PART, DOT, PRECISION, COLS
                 )
 
     at = (split * M + m).to(tl.int64)
-    mask = (c < C)[:, None] & (k < R)[None, :]
-    if BIAS_OF_Z:
-        to = plane + at * (R * C) + c[:, None] * R + k[None, :]
-        tl.store(bias_plane + at * C + c, narrow(acc_bias, bias_plane.dtype.element_ty), mask=c < C)
+    if PART == "bias":
+        tl.store(bias_plane + at * R + k, narrow(sums, bias_plane.dtype.element_ty), mask=k < R)
     else:
+        mask = (c < C)[:, None] & (k < R)[None, :]
         to = plane + at * (R * C) + c[:, None] + k[None, :] * C
-        tl.store(bias_plane + at * R + k, narrow(acc_bias, bias_plane.dtype.element_ty), mask=(k < R) & (block == 0))
-    tl.store(to, narrow(acc, plane.dtype.element_ty), mask=mask)
+        if PART == "up":
+            to = plane + at * (R * C) + c[:, None] * R + k[None, :]
+            if not WIDE:
+                # Every column holds the same sums.
+                sums = tl.max(sums, axis=1)
+            tl.store(bias_plane + at * C + c, narrow(sums, bias_plane.dtype.element_ty), mask=c < C)
+        tl.store(to, narrow(acc, plane.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["down_batch", "down_span", "down_div", "up_batch", "up_span", "up_div", "splits"])
@@ -108,23 +126,33 @@ def adapter_weight_grad_kernel(
 ):  # fmt: skip
     """Planes of dWd = dpre^T x, dbd = sum dpre, dWu = dy^T act(pre), dbu = sum dy, each over an expert's tokens."""
     program = tl.program_id(0)
-    down_blocks: tl.constexpr = (H + COLS - 1) // COLS if H > 0 else 1
+    # Of the down side one program more, for the bias.
+    down_blocks: tl.constexpr = (H + COLS - 1) // COLS + 1
     up_blocks: tl.constexpr = (O + COLS - 1) // COLS if O > 0 else 1
     down_programs: tl.constexpr = 0 if down_plane is None else MD * down_blocks
     if down_plane is not None:  # noqa: SIM102
         if program < down_programs:
-            _plane(
-                dpre, x, down_index, down_perm, down_edges, down_plane, down_bias_plane,
-                down_batch, down_span, down_div, splits, program // down_blocks, program % down_blocks,
-                H, R, RP, MD, MASK_D, "", False, DOT, PRECISION, ROWS, COLS,
-            )  # fmt: skip
+            m = program // down_blocks
+            block = program % down_blocks
+            if block < down_blocks - 1:
+                _plane(
+                    dpre, x, down_index, down_perm, down_edges, down_plane, down_bias_plane,
+                    down_batch, down_span, down_div, splits, m, block,
+                    H, R, RP, MD, MASK_D, "", "down", DOT, PRECISION, ROWS, COLS,
+                )  # fmt: skip
+            else:
+                _plane(
+                    dpre, x, down_index, down_perm, down_edges, down_plane, down_bias_plane,
+                    down_batch, down_span, down_div, splits, m, 0,
+                    H, R, RP, MD, MASK_D, "", "bias", DOT, PRECISION, ROWS, COLS,
+                )  # fmt: skip
     if up_plane is not None:  # noqa: SIM102
         if program >= down_programs:
             program -= down_programs
             _plane(
                 pre, grad_out, up_index, up_perm, up_edges, up_plane, up_bias_plane,
                 up_batch, up_span, up_div, splits, program // up_blocks, program % up_blocks,
-                O, R, RP, MU, MASK_U, ACTIVATION, True, DOT, PRECISION, ROWS, COLS,
+                O, R, RP, MU, MASK_U, ACTIVATION, "up", DOT, PRECISION, ROWS, COLS,
             )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ from .plan import MIN_SPAN, fits, per_row, power_of_2, sort_rows
 from .tables import config
 from .weight_grad import adapter_plane_sum_kernel, adapter_weight_grad_kernel
 
-# Programs that fill a GPU a few times over, tiles that make a split worth its plane, and most planes.
+# Programs that fill a GPU (plan.RESIDENT on each of 132 multiprocessors, and somewhat more), tiles that make a split
+# worth its plane, and most planes.
 PROGRAMS, MIN_TILES, MAX_SPLITS = 512, 4, 64
 SUM_CHUNK, SUM_COLS = 8, 256
 
@@ -42,6 +43,7 @@ def weight_grads(x, dpre, grad_out, pre, down_index, up_index, down_shape, up_sh
     up_tokens = _tokens(batch, tokens, r, up_index if need_up else None, up_shape[0])
     rp = max(16, power_of_2(r))
     chosen = config("adapter_weight_grad_kernel", capability(x.device), x.element_size(), rp)
+    # A side of no features still has its bias.
     blocks = [max(1, -(-n // chosen.cols)) for n in (down_shape[2], up_shape[1])]
     need = (dpre is not None, need_up)
     columns = sum(m * r for m, wanted in zip((down_shape[0], up_shape[0]), need) if wanted)
@@ -51,7 +53,8 @@ def weight_grads(x, dpre, grad_out, pre, down_index, up_index, down_shape, up_sh
         planes = outputs
     else:
         planes = [torch.empty((splits, *t.shape), dtype=torch.float32, device=x.device) for t in outputs]
-    programs = sum(m * b for m, b, wanted in zip((down_shape[0], up_shape[0]), blocks, need) if wanted)
+    # Of the down side one program more, for the bias.
+    programs = need[0] * down_shape[0] * (-(-down_shape[2] // chosen.cols) + 1) + need[1] * up_shape[0] * blocks[1]
     absent = [None, None]
     launch(
         adapter_weight_grad_kernel, (programs, splits), x.device,
@@ -74,7 +77,9 @@ def weight_grads(x, dpre, grad_out, pre, down_index, up_index, down_shape, up_sh
 
 
 def count_splits(rows: int, blocks: int, tile: int, columns: int, row_bytes: int) -> int:
-    """How many parts the tokens are split into, from sizes alone: the same on every GPU.
+    """How many parts the tokens are split into, from sizes and the tile alone.
+
+    The tile is that of the GPU's architecture: there the same inputs give the same bits, on another one perhaps not.
 
     Enough programs, each with enough tiles, and float32 planes [splits, columns] that hold at most a
     quarter of the bytes they sum: `row_bytes` a row, both for one feature of every side that is wanted.

@@ -8,7 +8,7 @@ from ...._triton_utils import DTYPES, precision
 from ..._triton_aot import POINTERS, AotCase, make_case
 from .forward import lora_forward_kernel
 from .input_grad import lora_dx_kernel
-from .plan import MAX_WIDTH, SUM_BLOCK, gaps, padded_rank, row_blocks
+from .plan import MAX_WIDTH, RESIDENT, SUM_BLOCK, gaps, padded_rank, row_blocks
 from .tables import config, register_limit
 from .weight_grad import lora_grads_kernel, lora_sum_kernel
 
@@ -29,6 +29,11 @@ _SHAPES = {
 
 def aot_cases(capability: int = 90) -> Iterator[AotCase]:
     """Every case with the block sizes shipped for a capability (10 * major + minor)."""
+    for case in _cases(capability):
+        yield case._replace(resident=RESIDENT if case.dtype != "float32" else 1)
+
+
+def _cases(capability):
     for dtype in POINTERS:
         for name, shape in _SHAPES.items():
             yield from _tile_cases(name, dtype, capability, *shape)

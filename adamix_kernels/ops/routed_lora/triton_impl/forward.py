@@ -31,8 +31,9 @@ def lora_forward_kernel(
     ids = rows
     low = 0
     high = 0
+    wrong = rows < 0
     if A_EXPERTS > 1:
-        ids, low, high = row_experts(a_index_ptr, rows, exists, a_divisor, A_EXPERTS)
+        ids, low, high, wrong = row_experts(a_index_ptr, rows, exists, a_divisor, A_EXPERTS)
 
     t_ptrs = t_ptr + long * R
     for chunk in tl.static_range(CHUNKS):
@@ -42,6 +43,8 @@ def lora_forward_kernel(
             A_EXPERTS, R * K, 0, chunk * BLOCK_R, 0, R, K, 1, K, WIDE, DROPOUT,
             BLOCK_M, BLOCK_C, BLOCK_R, PRECISION, DOT,
         )  # fmt: skip
+        # A row with a wrong id is NaN in the output; what is saved of it is 0, so that it teaches no expert.
+        acc = tl.where(wrong[:, None], 0.0, acc)
         t = narrow(acc, t_ptr.dtype.element_ty)
         k = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
         # Every split writes the same bits.
@@ -50,13 +53,14 @@ def lora_forward_kernel(
         tl.debug_barrier()
 
     if B_EXPERTS > 1:
-        ids, low, high = row_experts(b_index_ptr, rows, exists, b_divisor, B_EXPERTS)
+        ids, low, high, wrong_b = row_experts(b_index_ptr, rows, exists, b_divisor, B_EXPERTS)
+        wrong = wrong | wrong_b
     for g in tl.static_range(GROUPS):
         base_ptrs = None
         if base_ptr is not None:
             base_ptrs = base_ptr + long * WIDTH + OFFSETS[g]
         expand(
-            t, t_ptrs, exists, ids, low, high, b_ptr, base_ptrs, out_ptr + long * WIDTH + OFFSETS[g],
+            t, t_ptrs, exists, wrong, ids, low, high, b_ptr, base_ptrs, out_ptr + long * WIDTH + OFFSETS[g],
             key0, key1, threshold, scaling, first, step,
             B_EXPERTS, GROUPS * NG * RANK, g * NG * RANK - g * RANK, g * RANK, (g + 1) * RANK, 1, RANK, NG, False,
             BLOCK_M, BLOCK_C, BLOCK_R, CHUNKS, PRECISION, DOT,

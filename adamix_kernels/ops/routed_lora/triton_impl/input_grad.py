@@ -24,8 +24,9 @@ def lora_dx_kernel(
     ids = rows
     low = 0
     high = 0
+    wrong = rows < 0
     if B_EXPERTS > 1:
-        ids, low, high = row_experts(b_index_ptr, rows, exists, b_divisor, B_EXPERTS)
+        ids, low, high, wrong = row_experts(b_index_ptr, rows, exists, b_divisor, B_EXPERTS)
 
     dt_ptrs = dt_ptr + long * R
     for chunk in tl.static_range(CHUNKS):
@@ -37,7 +38,8 @@ def lora_dx_kernel(
                     B_EXPERTS, GROUPS * NG * RANK, g * NG * RANK - g * RANK, chunk * BLOCK_R, g * RANK,
                     (g + 1) * RANK, 1, RANK, NG, WIDE, False, BLOCK_M, BLOCK_C, BLOCK_R, PRECISION, DOT,
                 )  # fmt: skip
-        dt = narrow(acc * scaling, dt_ptr.dtype.element_ty)
+        # As in the forward: NaN in dx, nothing for the experts.
+        dt = narrow(tl.where(wrong[:, None], 0.0, acc * scaling), dt_ptr.dtype.element_ty)
         k = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
         # Every split writes the same bits.
         tl.store(dt_ptrs[:, None] + k[None, :], dt, mask=exists[:, None] & (k < R)[None, :])
@@ -51,9 +53,10 @@ def lora_dx_kernel(
         if DROPOUT:
             key0, key1 = row_keys(seed_ptr, rows)
         if A_EXPERTS > 1:
-            ids, low, high = row_experts(a_index_ptr, rows, exists, a_divisor, A_EXPERTS)
+            ids, low, high, wrong_a = row_experts(a_index_ptr, rows, exists, a_divisor, A_EXPERTS)
+            wrong = wrong | wrong_a
         expand(
-            dt, dt_ptrs, exists, ids, low, high, a_ptr, None, dx_ptr + long * K, key0, key1, threshold, inv_keep,
+            dt, dt_ptrs, exists, wrong, ids, low, high, a_ptr, None, dx_ptr + long * K, key0, key1, threshold, inv_keep,
             tl.program_id(1) * BLOCK_C, tl.num_programs(1) * BLOCK_C,
             A_EXPERTS, R * K, 0, 0, R, K, 1, K, DROPOUT, BLOCK_M, BLOCK_C, BLOCK_R, CHUNKS, PRECISION, DOT,
         )  # fmt: skip

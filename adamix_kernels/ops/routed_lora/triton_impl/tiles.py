@@ -64,14 +64,21 @@ def tile_rows(pid, perm_ptr, num_rows, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def row_experts(index_ptr, rows, exists, divisor, EXPERTS: tl.constexpr):
-    """Expert of each row [BLOCK_M] int32, index[row // divisor], -1 where there is no row; lowest, highest of the tile.
-
-    The range stays inside the bank, whatever the index holds.
+    """Expert of each row [BLOCK_M] int32, index[row // divisor], -1 where there is no row; lowest, highest of the tile;
+    which rows' ids are outside the bank: their expert is the nearest.
     """
-    ids = tl.load(index_ptr + rows // divisor, mask=exists, other=-1).to(tl.int32)
-    low = tl.maximum(tl.min(tl.where(exists, ids, EXPERTS), 0), 0)
-    high = tl.minimum(tl.max(ids, 0), EXPERTS - 1)
-    return ids, low, high
+    raw = tl.load(index_ptr + rows // divisor, mask=exists, other=0)
+    wrong = (raw < 0) | (raw >= EXPERTS)
+    ids = tl.minimum(tl.maximum(raw, 0), EXPERTS - 1).to(tl.int32)
+    low = tl.min(tl.where(exists, ids, EXPERTS), 0)
+    ids = tl.where(exists, ids, -1)
+    return ids, low, tl.max(ids, 0), wrong
+
+
+@triton.jit
+def poison(values, wrong):
+    """NaN in the rows [BLOCK_M, :] that a wrong id routes."""
+    return tl.where(wrong[:, None], float("nan"), values)
 
 
 @triton.jit
@@ -140,7 +147,7 @@ def shrink(
 
 @triton.jit
 def _expand_rows(
-    t, t_ptrs, rows_ok, bank_ptr, base_ptrs, out_ptrs, key0, key1, threshold, scale, first, step,
+    t, t_ptrs, rows_ok, wrong, bank_ptr, base_ptrs, out_ptrs, key0, key1, threshold, scale, first, step,
     BASE: tl.constexpr, K_LO: tl.constexpr, K_HI: tl.constexpr, K_STRIDE: tl.constexpr, C_STRIDE: tl.constexpr,
     COLS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
@@ -163,10 +170,11 @@ def _expand_rows(
                 part = t
                 if CHUNKS > 1:
                     part = tl.load(t_ptrs[:, None] + k[None, :], mask=rows_ok[:, None] & k_ok[None, :], other=0.0)
+                    part = poison(part, wrong)
                 acc = tl.dot(part.to(DOT), bank.to(DOT), acc, input_precision=PRECISION)
         acc *= scale
         if DROPOUT:
-            acc = tl.where(keep_tile(key0, key1, cols, threshold), acc, 0.0)
+            acc = tl.where(keep_tile(key0, key1, cols, threshold) | wrong[:, None], acc, 0.0)
         if base_ptrs is not None:
             acc += base
         tl.store(out_ptrs[:, None] + cols[None, :], narrow(acc, out_ptrs.dtype.element_ty), mask=ok)
@@ -174,16 +182,20 @@ def _expand_rows(
 
 @triton.jit
 def expand(
-    t, t_ptrs, exists, ids, low, high, bank_ptr, base_ptrs, out_ptrs, key0, key1, threshold, scale, first, step,
+    t, t_ptrs, exists, wrong, ids, low, high, bank_ptr, base_ptrs, out_ptrs, key0, key1, threshold, scale, first, step,
     EXPERTS: tl.constexpr, EXPERT_STRIDE: tl.constexpr, BASE: tl.constexpr, K_LO: tl.constexpr, K_HI: tl.constexpr,
     K_STRIDE: tl.constexpr, C_STRIDE: tl.constexpr, COLS: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Every row of the tile through its expert: a pass reads and writes only the rows of one expert."""
+    """Every row of the tile through its expert: a pass reads and writes only the rows of one expert.
+
+    Rows that are wrong become NaN; what is stored of them at t_ptrs is 0.
+    """
+    t = poison(t, wrong)
     if EXPERTS == 1:
         _expand_rows(
-            t, t_ptrs, exists, bank_ptr, base_ptrs, out_ptrs, key0, key1, threshold, scale, first, step,
+            t, t_ptrs, exists, wrong, bank_ptr, base_ptrs, out_ptrs, key0, key1, threshold, scale, first, step,
             BASE, K_LO, K_HI, K_STRIDE, C_STRIDE, COLS, DROPOUT, BLOCK_M, BLOCK_C, BLOCK_R, CHUNKS, PRECISION, DOT,
         )  # fmt: skip
     else:
@@ -191,7 +203,7 @@ def expand(
             mine = ids == m
             if tl.max(mine.to(tl.int32), 0) > 0:
                 _expand_rows(
-                    t, t_ptrs, mine, bank_ptr + tl.cast(m, tl.int64) * EXPERT_STRIDE, base_ptrs, out_ptrs,
+                    t, t_ptrs, mine, wrong, bank_ptr + tl.cast(m, tl.int64) * EXPERT_STRIDE, base_ptrs, out_ptrs,
                     key0, key1, threshold, scale, first, step, BASE, K_LO, K_HI, K_STRIDE, C_STRIDE, COLS, DROPOUT,
                     BLOCK_M, BLOCK_C, BLOCK_R, CHUNKS, PRECISION, DOT,
                 )  # fmt: skip

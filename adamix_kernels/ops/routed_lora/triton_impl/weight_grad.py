@@ -9,7 +9,13 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
-from .tiles import drop_tile, row_experts, row_keys, tile_rows
+from .tiles import drop_tile, row_keys, tile_rows
+
+
+@triton.jit
+def _mine(index_ptr, rows, exists, divisor, expert):
+    """Which rows [BLOCK_M] go through `expert`: those of a wrong id through none."""
+    return tl.load(index_ptr + rows // divisor, mask=exists, other=-1) == expert
 
 
 @triton.jit
@@ -29,16 +35,14 @@ def _accumulate(
         last = row_lo
         for tile in range(row_lo, row_hi):
             rows, exists = tile_rows(tile, perm_ptr, num_rows, BLOCK_M)
-            ids, _, _ = row_experts(index_ptr, rows, exists, divisor, EXPERTS)
-            found = tl.max((ids == expert).to(tl.int32), 0) > 0
+            found = tl.max(_mine(index_ptr, rows, exists, divisor, expert).to(tl.int32), 0) > 0
             first = tl.where(found, tl.minimum(first, tile), first)
             last = tl.where(found, tile + 1, last)
     acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for tile in range(first, last):
         rows, mine = tile_rows(tile, perm_ptr, num_rows, BLOCK_M)
         if EXPERTS > 1:
-            ids, _, _ = row_experts(index_ptr, rows, mine, divisor, EXPERTS)
-            mine = ids == expert
+            mine = _mine(index_ptr, rows, mine, divisor, expert)
         small = tl.load(
             small_ptr + (rows.to(tl.int64) * SMALL_STRIDE)[None, :] + k[:, None],
             mask=k_ok[:, None] & mine[None, :],

@@ -1,0 +1,79 @@
+#include "common/kernel_limits.h"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <string>
+#include <utility>
+
+namespace adamix {
+namespace {
+
+struct Limits {
+  bool allowed = false;
+  size_t shared_bytes = 0;  // of a block, beside what the kernel takes by itself
+  int largest_cluster = 0;  // 0: not asked yet
+};
+
+std::mutex mutex;
+
+// The caller holds `mutex`.
+Limits& limits_of(const void* kernel, const Device& device) {
+  static std::map<std::pair<const void*, int>, Limits> known;
+  return known[{kernel, device.index}];
+}
+
+void check(const char* name, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+}
+
+void allow(const char* name, const void* kernel, const Device& device, Limits& limits) {
+  if (limits.allowed) return;
+  cudaFuncAttributes attributes{};
+  check(name, cudaFuncGetAttributes(&attributes, kernel));
+  limits.shared_bytes = device.shared_bytes - attributes.sharedSizeBytes;
+  check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(limits.shared_bytes)));
+  check(name,
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  limits.allowed = true;
+}
+
+}  // namespace
+
+void allow_shared_memory(const char* name, const void* kernel, const Device& device) {
+  std::lock_guard<std::mutex> lock(mutex);
+  allow(name, kernel, device, limits_of(kernel, device));
+}
+
+int largest_cluster(const char* name, const void* kernel, int threads, const Device& device) {
+  if (device.capability < 90) return 1;
+  std::lock_guard<std::mutex> lock(mutex);
+  Limits& limits = limits_of(kernel, device);
+  if (limits.largest_cluster > 0) return limits.largest_cluster;
+  allow(name, kernel, device, limits);
+  int size = 8;
+  for (; size > 1; size /= 2) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = size;
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{dim3(size), dim3(threads), limits.shared_bytes, nullptr, &attribute, 1};
+    int clusters = 0;
+    cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (error == cudaSuccess && clusters > 0) break;
+    if (error != cudaSuccess) cudaGetLastError();
+  }
+  return limits.largest_cluster = size;
+}
+
+void rule_out_cluster(const void* kernel, const Device& device, int size) {
+  std::lock_guard<std::mutex> lock(mutex);
+  Limits& limits = limits_of(kernel, device);
+  limits.largest_cluster = std::max(1, std::min(limits.largest_cluster, size / 2));
+}
+
+}  // namespace adamix
