@@ -73,12 +73,13 @@ def _run(name: str, arch: int, command: list[str], size: str, folder: Path) -> P
         "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     began = time.perf_counter()
-    done = subprocess.run(
+    with subprocess.Popen(
         command, cwd=_ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    print(f"--- sm_{arch}, {name}, {time.perf_counter() - began:.0f} s\n{done.stdout}", flush=True)
+    ) as child:
+        for line in child.stdout:
+            print(f"sm_{arch} {name}: {line}", end="", flush=True)
     written = json.loads(record.read_text()) if record.exists() else {}
-    return Part(name, arch, done.returncode, written, time.perf_counter() - began)
+    return Part(name, arch, child.returncode, written, time.perf_counter() - began)
 
 
 def package_kernels() -> set[str]:
