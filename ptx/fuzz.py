@@ -10,12 +10,17 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from reliability.fuzz.run import Outcome, run_cases
 
 from . import host as hosts
 from .draws import steady
 from .host import summary
+
+# That a group has at most to reach its kernels.
+_TURNS = 6
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     host = hosts.install(options.arch)
     warnings.simplefilter("ignore", RuntimeWarning)
     failed = cases = 0
-    for about, ended, failure, seconds in run(host, options.cases, options.turn):
-        cases += ended
-        failed += failure is not None
-        said = "ok" if failure is None else f"NOT SO: {failure}"
-        print(f"sm_{options.arch} {about}: {ended} cases, {seconds:.0f} s, {said}", flush=True)
+    for done in run(host, options.cases, options.turn):
+        cases += done.ended
+        failed += done.failure is not None
+        said = "ok" if done.failure is None else f"NOT SO: {done.failure}"
+        print(f"sm_{options.arch} {done.about}: {done.ended} cases, {done.seconds:.0f} s, {said}", flush=True)
     kernels = sorted({launch.kernel for launch in host.launches})
     print(
         f"sm_{options.arch}: {cases} cases, {len(host.launches)} launches of {len(host.kernels)} compiled kernels, "
@@ -47,11 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed or not host.launches else 0
 
 
-def run(host: hosts.Host, count: int, turn: int):
-    """(group, cases that ended well, the first failure or None, seconds) of every group."""
+def run(host: hosts.Host, count: int, turn: int) -> Iterator[Outcome]:
+    """What became of every group: at least `count` cases, and more until each kernel that they should reach ran."""
     from reliability import fuzz_triton
     from reliability.fuzz.case import check
-    from reliability.fuzz.run import run_cases
 
     def checked(case) -> None:
         host.reports.clear()
@@ -60,9 +64,14 @@ def run(host: hosts.Host, count: int, turn: int):
         assert not host.reports, f"{case}:\n{summary(host.reports)}"
 
     for group in fuzz_triton.groups():
-        with group.around(), steady():
-            outcome = run_cases(group.about, group.cases, checked, count, False, turn, shrink=False)
-        yield group.about, outcome.ended, outcome.failure, outcome.seconds
+        first, ended, seconds, failure = len(host.launches), 0, 0.0, None
+        for again in range(_TURNS):
+            with group.around(), steady():
+                done = run_cases(group.about, group.cases, checked, count, False, turn + 1000 * again, shrink=False)
+            ended, seconds, failure = ended + done.ended, seconds + done.seconds, done.failure
+            if failure or set(group.kernels) <= {launch.kernel for launch in host.launches[first:]}:
+                break
+        yield Outcome(group.about, ended, failure, seconds)
 
 
 if __name__ == "__main__":
