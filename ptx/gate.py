@@ -23,7 +23,7 @@ from . import build
 
 ARCHITECTURES = (80, 90)
 # Cases of every group of ops that are drawn.
-CASES = {"small": 4, "nightly": 40}
+CASES = {"small": 6, "nightly": 60}
 _ROOT = Path(__file__).parent.parent
 
 

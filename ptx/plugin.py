@@ -55,10 +55,10 @@ _counts = {"run": 0, "failed": 0, "skipped": 0}
 _left_out: dict[str, int] = {}
 
 
-def chosen(count: int, stride: int = 12) -> set[int]:
+def chosen(count: int, stride: int = 8) -> set[int]:
     """Which of a test's parametrisations the small size runs: every stride-th, so the same on every machine.
 
-    On Triton 3.6.0 and sm_90 they hold 120 of the 860 kernels that all of them compile, at least one of each op's ways.
+    On Triton 3.6.0 and sm_90 they hold 143 of the 860 kernels that all of them compile, at least one of each op's ways.
     """
     return set(range(count // 2 % stride, count, stride)) or {0}
 
