@@ -23,6 +23,7 @@ NVRTC := nvidia-cuda-nvrtc-cu12==12.9.86 nvidia-cuda-runtime-cu12==12.9.79 nvidi
 	nvidia-cuda-cccl-cu12==12.9.27
 CLANG_FORMAT := clang-format==23.1.5
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+ENGINE := $(wildcard ptx/engine/*.h ptx/engine/*.cpp)
 # A checkout holds the C++/CUDA library where a GPU can run it; make install ADAMIX_CUDA=1 builds it anywhere.
 ADAMIX_CUDA ?= auto
 export ADAMIX_CUDA
@@ -58,13 +59,19 @@ UNDER = LD_PRELOAD="$$(g++ -print-file-name=lib$(1).so) $$(g++ -print-file-name=
 REPORT := $(abspath build/csrc/report)
 SANITIZED = $(PYTEST) -m sanitize python_tests/test_cuda_*.py || { cat $(REPORT).*; exit 1; }
 
+<<<<<<< HEAD
 .PHONY: help install demo test oldest pythons aot cuda docs lint lock bench clean
+=======
+.PHONY: help install demo test oldest ptx ptx-nightly aot cuda docs lint lock bench clean
+>>>>>>> w/ptx
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make install   $(VENV) with torch and the package, editable'
 	@echo 'make demo      trains, merges and compares on real text: a table, demo_out/ (DEMO_FLAGS="--seeds 1")'
 	@echo 'make test      every test: the Triton kernels interpreted, the Trainer also on transformers 4.57'
+	@echo 'make ptx       a part of the Triton tests and drawn calls through compiled PTX on the CPU (minutes; ptx/README.md)'
+	@echo 'make ptx-nightly  all of them (most of an hour)'
 	@echo 'make aot       every Triton kernel compiled for four GPUs, without one, against benchmarks/results/aot.csv (minutes)'
 	@echo 'make cuda      csrc/ compiled for six GPUs, without one, against benchmarks/results/cuda_compile.csv (minutes)'
 	@echo 'make docs      the API reference, from the docstrings, in docs_out/'
@@ -103,10 +110,22 @@ oldest: $(OLDEST)/.ready
 		&& echo 'the library of make test loads into $(LIBRARY_TORCH): $(LIBRARY)'; \
 	else echo 'no library loaded: make test compiles $(LIBRARY) where nvcc is'; fi
 
+<<<<<<< HEAD
 pythons: $(foreach each,$(PYTHONS),$(VENV)/$(notdir $(each))/.ready)
 	@[ -n '$(PYTHONS)' ] || { echo 'no python3.10, 3.12 or 3.13 in PATH; PYTHONS="..." names them'; exit 1; }
 	for each in $(notdir $(PYTHONS)); do OMP_NUM_THREADS=1 $(VENV)/$$each/bin/python -m pytest -q -n $(JOBS) \
 		--dist worksteal $(OLDEST_TESTS) python_tests/test_cli.py python_tests/test_imports.py || exit 1; done
+=======
+ptx: $(VENV)/.test $(VENV)/.triton
+	$(BIN)/python -m adamix_kernels._build --host plain
+	$(BIN)/python -m ptx.gate --size small
+	$(BIN)/python -m ptx.compare --cases 3
+
+ptx-nightly: $(VENV)/.test $(VENV)/.triton
+	$(BIN)/python -m adamix_kernels._build --host plain
+	$(BIN)/python -m ptx.gate --size nightly
+	$(BIN)/python -m ptx.compare --cases 40
+>>>>>>> w/ptx
 
 aot: $(VENV)/.test $(VENV)/.triton
 	$(BIN)/python -m benchmarks.aot --check
@@ -122,7 +141,7 @@ lint: $(VENV)/.ruff $(VENV)/.clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(ENGINE)
 
 lock: $(VENV)/.uv
 	$(LOCK) --resolution lowest-direct | grep -vE '$(NOT_OLDEST)' > requirements/oldest.txt

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 LONGEST = 400  # lines
 # A longer file says why on one of its first lines, in these words.
 _REASON = re.compile(r"more than 400 lines because \w+")
-_FOLDERS = ("adamix_kernels", "csrc", "reliability", "benchmarks", "python_tests", "examples")
+_FOLDERS = ("adamix_kernels", "csrc", "reliability", "benchmarks", "ptx", "python_tests", "examples")
 _SOURCES = {".py", ".h", ".cpp", ".cu"}
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 

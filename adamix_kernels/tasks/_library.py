@@ -76,8 +76,8 @@ def _datasets(source: str) -> Any:
         import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"data: {source!r} needs the package datasets: {install_line('train')}. Without it, a file or a folder with "
-            "train.tsv, train.csv or train.jsonl can be read"
+            f"data: {source!r} needs the package datasets: {install_line('train')}. Without it, a file or a folder "
+            "with train.tsv, train.csv or train.jsonl can be read"
         ) from error
     return datasets
 

@@ -193,9 +193,7 @@ def _parquet(path: Any, name: str) -> Rows:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{name}: Parquet files need the package pyarrow: {install_line('train')}"
-        ) from error
+        raise ModuleNotFoundError(f"{name}: Parquet files need the package pyarrow: {install_line('train')}") from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:

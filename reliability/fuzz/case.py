@@ -48,6 +48,22 @@ class Case:
         return f"{self.name}: " + "; ".join(self.said)
 
 
+def results(case: Case, backend: str) -> list[torch.Tensor]:
+    """The outputs of a case on a backend, then the gradient of every tensor; unwritten memory holds NaN."""
+    with poisoned_memory():
+        return _results(lambda *given: case.op(backend, *given), case.tensors, case.incoming, strict=True)
+
+
+def judge(case: Case, got: Tensors, backend: str) -> float:
+    """The largest share of its error budget that one of `results` takes. Raises AssertionError where it is above 1, or
+    a shape, a dtype, an infinity or the gradient of an unused expert is not what it should be."""
+    outputs = len(got) - sum(t is not None for t in case.tensors)
+    present = [n for n, t in enumerate(case.tensors) if t is not None]
+    spread = {outputs + present.index(n) for n in case.summed_together} if backend == "reference" else set()
+    _check_unused(case, got)
+    return _compare(case, got, spread)
+
+
 def check(case: Case, backend: str, twice: bool = True) -> None:
     """Raises AssertionError with what does not hold.
 
@@ -57,22 +73,18 @@ def check(case: Case, backend: str, twice: bool = True) -> None:
     """
     before = [bits(t) for t in (*case.tensors, *case.integers) if t is not None]
     op = lambda *given: case.op(backend, *given)  # noqa: E731
-    with poisoned_memory():
-        got = _results(op, case.tensors, case.incoming, strict=True)
+    got = results(case, backend)
     again = _results(op, case.tensors, case.incoming, strict=True) if twice else got
     for number, (first, second) in enumerate(zip(got, again, strict=True)):
         assert torch.equal(bits(first), bits(second)), f"{case}: result {number} has other bits the second time"
     for number, t in enumerate(t for t in (*case.tensors, *case.integers) if t is not None):
         assert torch.equal(before[number], bits(t)), f"{case}: input {number} was written"
-    outputs = len(got) - sum(t is not None for t in case.tensors)
-    present = [n for n, t in enumerate(case.tensors) if t is not None]
-    spread = {outputs + present.index(n) for n in case.summed_together} if backend == "reference" else set()
-    _check_unused(case, got)
-    _compare(case, got, spread)
+    judge(case, got, backend)
 
 
-def _compare(case: Case, got: Tensors, spread: set[int]) -> None:
-    """spread: the results that may be NaN where the definition is not."""
+def _compare(case: Case, got: Tensors, spread: set[int]) -> float:
+    """The largest share of a budget. spread: the results that may be NaN where the definition is not."""
+    largest = 0.0
     exact = _results(case.plain, [_as(t, torch.float64) for t in case.tensors], _as(case.incoming, torch.float64))
     own = _rounded_definition(case, case.plain, case.tensors, case.incoming, got)
     assert len(got) == len(exact)
@@ -95,8 +107,18 @@ def _compare(case: Case, got: Tensors, spread: set[int]) -> None:
                 _rounded_definition(case, *_wiggled(case, seed), got) for seed in range(ROUNDINGS)
             ]
             other = torch.stack([mine, *(values[number][sound] for values in roundings)])
-            fits, figures = error_in_budget(result, want, torch.where(other.isfinite(), other, mine), MULTIPLE)
+            mine = torch.where(other.isfinite(), other, mine)
+            fits, figures = error_in_budget(result, want, mine, MULTIPLE)
         assert fits, f"{case}: result {number}: {figures}"
+        largest = max(largest, _share(result, want, mine))
+    return largest
+
+
+def _share(result: torch.Tensor, want: torch.Tensor, mine: torch.Tensor) -> float:
+    """The error of a result, in its budget."""
+    error, own = ((t.double() - want).abs().max().item() for t in (result, mine))
+    budget = MULTIPLE * own + torch.finfo(result.dtype).eps * want.abs().max().item()
+    return error / budget if budget else 0.0
 
 
 def _check_unused(case: Case, got: Tensors) -> None:

@@ -33,16 +33,17 @@ def run_cases(
     count: int,
     derandomize: bool,
     first_turn: int = 0,
+    shrink: bool = True,
 ) -> Outcome:
     """Runs `check` on exactly `count` drawn cases, or on as many as it takes to find one that fails.
 
-    first_turn: another one draws other cases.
+    first_turn: another one draws other cases. shrink: whether a smaller case that fails is looked for.
     """
     start, ended, failure, turn = time.perf_counter(), 0, None, 0
     with one_thread():  # on a busy machine a few numbers shared out to two take ten times as long
         while ended < count and failure is None:
             number = SEED + 100 * first_turn + turn
-            done, failure = _turn(strategy, check, count - ended, derandomize and turn == 0, number)
+            done, failure = _turn(strategy, check, count - ended, derandomize and turn == 0, number, shrink)
             ended += done
             turn += 1
             if turn > 20:
@@ -50,7 +51,7 @@ def run_cases(
     return Outcome(about, ended, failure, time.perf_counter() - start)
 
 
-def _turn(strategy, check, count, derandomize, number) -> tuple[int, str | None]:
+def _turn(strategy, check, count, derandomize, number, shrink) -> tuple[int, str | None]:
     ended = 0
 
     def body(case):
@@ -69,7 +70,7 @@ def _turn(strategy, check, count, derandomize, number) -> tuple[int, str | None]
         database=None,
         deadline=None,
         verbosity=Verbosity.quiet,
-        phases=(Phase.generate, Phase.shrink),
+        phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
     )(given(strategy)(body))

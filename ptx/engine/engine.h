@@ -1,0 +1,152 @@
+// What every part of the executor shares: a program's instructions, the warps that run them, what a launch finds.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <random>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace ptx {
+
+using u8 = uint8_t;
+using u16 = uint16_t;
+using u32 = uint32_t;
+using u64 = uint64_t;
+using s8 = int8_t;
+using s16 = int16_t;
+using s32 = int32_t;
+using s64 = int64_t;
+using Mask = u32;  // a bit for each lane
+
+constexpr int kLanes = 32;
+constexpr Mask kAll = ~0u;
+constexpr u8 kPoison = 0xff;  // NaN in every floating format
+
+struct Warp;
+struct Instruction;
+using Handler = void (*)(Warp&, Instruction&, Mask);
+
+// collective: waits for all lanes of the warp.
+enum class Kind { plain, collective, branch, leave, barrier, wgmma_wait };
+
+// offset: into a warp's registers, -1 where nothing is given. shadow: its number in Warp::undefined, 0 for a constant.
+struct Operand {
+  int offset = -1, shadow = 0, bytes = 0;
+};
+
+struct Statistics {
+  u64 executed = 0, sectors = 0, least_sectors = 0, bytes = 0, waves = 0, least_waves = 0;
+};
+
+struct Instruction {
+  Handler run = nullptr;
+  Kind kind = Kind::plain;
+  bool spreads = true;  // a result is undefined where an input is; else the handler says so itself
+  bool negated = false;
+  int line = 0, target = 0;
+  Operand guard;
+  s64 imm[8] = {};
+  std::vector<Operand> out, in;
+  Statistics stats;
+};
+
+struct Program {
+  std::vector<Instruction> code;
+  std::vector<u8> image;  // constants and special registers, the beginning of every warp's registers
+  size_t register_bytes = 0;
+  int registers = 0;    // entries of Warp::undefined
+  int special[9] = {};  // offsets: tid.x, laneid, ctaid.xyz, nctaid.xyz, ntid.x
+};
+
+struct Report {
+  std::string kind, first;
+  int line = 0;
+  s64 times = 0;
+};
+
+// Global memory that a launch may touch; touched: a byte for each 32-byte sector, 1 read from outside, 2 written.
+struct Range {
+  u64 low, high;
+  std::vector<u8> touched;
+};
+
+// Who wrote and read a byte of global memory last: block, barriers passed, warp (255: several).
+struct GlobalByte {
+  s32 written_block = -1, read_block = -1;
+  u32 written_epoch = 0, read_epoch = 0;
+  u8 written_warp = 0, read_warp = 0;
+};
+
+struct SharedByte {
+  u32 written_epoch = 0, read_epoch = 0, readers = 0;
+  u8 written_warp = 0, in_flight = 0, written = 0, defined = 0;
+};
+
+struct AsyncCopy {
+  u32 to;
+  u8 bytes, data[16];
+};
+
+struct Wgmma {
+  const Instruction* instruction;
+  u64 a, b;  // descriptors
+  u32 a_registers[4][kLanes];
+  Mask a_undefined;
+  bool scale_d;
+};
+
+struct Launch;
+
+struct Block {
+  Launch* launch;
+  Program* program;
+  std::vector<u8> shared;
+  std::vector<SharedByte> shadow;
+  u32 epoch;  // barriers passed
+  int linear, index[3];
+  std::vector<Warp> warps;
+};
+
+enum class State { running, at_barrier, done, at_wgmma_wait };
+
+struct Warp {
+  u8* registers;
+  std::vector<Mask> undefined;  // of every register, the lanes whose value nobody set
+  Block* block;
+  int id;
+  Mask alive;
+  bool diverged;
+  int pc, lane_pc[kLanes];
+  State state;
+  std::vector<AsyncCopy> open_copies;
+  std::vector<std::vector<AsyncCopy>> copy_groups;
+  std::vector<Wgmma> open_wgmmas;
+  std::vector<std::vector<Wgmma>> wgmma_groups;
+  s64 wgmma_done;
+  int pending_wgmmas;        // issued and not yet computed,
+  std::vector<u16> pending;  // and how many of them will write a register
+};
+
+struct Launch {
+  std::vector<Range> ranges;
+  size_t last_range = 0;
+  std::map<std::pair<std::string, int>, Report> reports;
+  bool statistics, races, late;  // late: a wgmma reads when it is waited for, else when it is issued
+  u64 limit, instructions = 0, products = 0, barriers = 0;
+  bool stopped = false;
+  std::unordered_map<u64, std::vector<GlobalByte>> global_shadow;  // by Range::low
+  std::map<int, std::pair<u32, int>> atomics;                      // block -> epoch and warp of its last one
+  const u8* parameters;
+  std::mt19937 random;
+};
+
+// Says once per kind and line where it was seen first, and counts.
+void report(Warp& w, const Instruction& i, const char* kind, u64 address, int lane, const std::string& more = "");
+
+// Runs a block to its end; order of its warps: 0 forward, 1 backward, 2 random slices.
+void run_block(Block& block, int order);
+
+}  // namespace ptx

@@ -1,0 +1,69 @@
+// Moves, packing, selection, predicates.
+#include <cstring>
+
+#include "registers.h"
+
+namespace ptx {
+namespace {
+
+// out[0] holds all inputs side by side, the first lowest; and apart again.
+template <class Whole, class Part>
+void pack(Warp& w, Instruction& i, Mask m) {
+  for_lanes(m, [&](int l) {
+    Whole v = 0;
+    for (size_t k = 0; k < i.in.size(); k++)
+      v |= static_cast<Whole>(lanes<Part>(w, i.in[k])[l]) << 8 * sizeof(Part) * k;
+    lanes<Whole>(w, i.out[0])[l] = v;
+  });
+}
+
+template <class Whole, class Part>
+void unpack(Warp& w, Instruction& i, Mask m) {
+  Whole from[kLanes];  // it may be overwritten by the first part
+  memcpy(from, lanes<Whole>(w, i.in[0]), sizeof from);
+  for (size_t k = 0; k < i.out.size(); k++) {
+    if (i.out[k].offset < 0) continue;
+    for_lanes(m, [&](int l) { lanes<Part>(w, i.out[k])[l] = static_cast<Part>(from[l] >> 8 * sizeof(Part) * k); });
+  }
+}
+
+// Undefined where what is chosen is, not what is left.
+template <class T>
+void select(Warp& w, Instruction& i, Mask m) {
+  const T *a = lanes<T>(w, i.in[0]), *b = lanes<T>(w, i.in[1]);
+  u32 p = predicate(w, i.in[2]);
+  Mask bad = (undefined(w, i.in[0]) & p) | (undefined(w, i.in[1]) & ~p) | undefined(w, i.in[2]);
+  for_lanes(m, [&](int l) { lanes<T>(w, i.out[0])[l] = p >> l & 1 ? a[l] : b[l]; });
+  set_undefined(w, i.out[0], m, bad);
+}
+
+template <auto F>
+void predicates(const std::string& name) {
+  add(name, [](Warp& w, Instruction& i, Mask m) {
+    u32 a = predicate(w, i.in[0]), b = i.in.size() > 1 ? predicate(w, i.in[1]) : 0;
+    set_predicate(w, i.out[0], m, F(a, b));
+  });
+}
+
+}  // namespace
+
+void add_moves() {
+  lanewise<[](u16 a) -> u16 { return a; }>("mov.16");
+  lanewise<[](u32 a) -> u32 { return a; }>("mov.32");
+  lanewise<[](u64 a) -> u64 { return a; }>("mov.64");
+  add("pack2.32", pack<u32, u16>), add("pack2.64", pack<u64, u32>), add("pack4.64", pack<u64, u16>);
+  add("unpack2.32", unpack<u32, u16>), add("unpack2.64", unpack<u64, u32>), add("unpack4.64", unpack<u64, u16>);
+  add_own("selp.16", select<u16>), add_own("selp.32", select<u32>), add_own("selp.64", select<u64>);
+  predicates<[](u32 a, u32) { return a; }>("mov.pred");
+  predicates<[](u32 a, u32 b) { return a & b; }>("and.pred");
+  predicates<[](u32 a, u32 b) { return a | b; }>("or.pred");
+  predicates<[](u32 a, u32 b) { return a ^ b; }>("xor.pred");
+  predicates<[](u32 a, u32) { return ~a; }>("not.pred");
+  add("selp.pred", [](Warp& w, Instruction& i, Mask m) {
+    u32 a = predicate(w, i.in[0]), b = predicate(w, i.in[1]), p = predicate(w, i.in[2]);
+    set_predicate(w, i.out[0], m, (a & p) | (b & ~p));
+  });
+  add("nop", [](Warp&, Instruction&, Mask) {});
+}
+
+}  // namespace ptx

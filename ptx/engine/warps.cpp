@@ -1,0 +1,182 @@
+// Warps and blocks: divergence, barriers, in which order warps run.
+#include <algorithm>
+#include <climits>
+#include <cstring>
+
+#include "memory.h"
+#include "registers.h"
+
+namespace ptx {
+namespace {
+
+// Lanes that run next, all at one instruction: those furthest behind; at a collective instruction lanes wait for the
+// rest.
+Mask next_lanes(Warp& w, const std::vector<Instruction>& code, int* pc) {
+  int ready = INT_MAX, waiting = INT_MAX;
+  Mask ready_lanes = 0, waiting_lanes = 0;
+  for_lanes(w.alive, [&](int l) {
+    bool waits = code[w.lane_pc[l]].kind >= Kind::barrier || code[w.lane_pc[l]].kind == Kind::collective;
+    int& best = waits ? waiting : ready;
+    Mask& lanes = waits ? waiting_lanes : ready_lanes;
+    if (w.lane_pc[l] < best) best = w.lane_pc[l], lanes = 0;
+    if (w.lane_pc[l] == best) lanes |= 1u << l;
+  });
+  *pc = ready_lanes ? ready : waiting;
+  if (!ready_lanes && waiting_lanes != w.alive)
+    report(w, code[waiting], "lanes of a warp at different collective instructions", waiting_lanes, 0);
+  return ready_lanes ? ready_lanes : waiting_lanes;
+}
+
+Mask guarded(Warp& w, const Instruction& i, Mask m) {
+  if (i.guard.offset < 0) return m;
+  if (undefined(w, i.guard) & m)
+    report(w, i, "a predicate that nobody set", 0, __builtin_ctz(undefined(w, i.guard) & m));
+  u32 p = predicate(w, i.guard);
+  return m & (i.negated ? ~p : p);
+}
+
+void spread_undefined(Warp& w, const Instruction& i, Mask m) {
+  Mask bad = 0;
+  for (const Operand& o : i.in) bad |= undefined(w, o);
+  for (const Operand& o : i.out) set_undefined(w, o, m, bad);
+}
+
+void check_pending(Warp& w, const Instruction& i) {
+  bool used = false;
+  for (const Operand& o : i.in) used |= w.pending[o.shadow];
+  for (const Operand& o : i.out) used |= i.kind == Kind::plain && w.pending[o.shadow];
+  if (used) report(w, i, "a wgmma's result used before it is waited for", 0, 0);
+}
+
+void step_to(Warp& w, Mask m, int pc) {
+  if (!w.diverged)
+    w.pc = pc;
+  else
+    for_lanes(m, [&](int l) { w.lane_pc[l] = pc; });
+}
+
+void branch(Warp& w, const Instruction& i, Mask m, Mask taken, int pc) {
+  if (taken == m || !taken) return step_to(w, m, taken ? i.target : pc + 1);
+  if (!w.diverged) {
+    w.diverged = true;
+    std::fill(w.lane_pc, w.lane_pc + kLanes, pc);
+  }
+  for_lanes(m, [&](int l) { w.lane_pc[l] = taken >> l & 1 ? i.target : pc + 1; });
+}
+
+void end(Warp& w, const Instruction& i) {
+  w.state = State::done;
+  if (!w.open_wgmmas.empty() || !w.wgmma_groups.empty()) report(w, i, "a wgmma that nobody waits for", 0, 0);
+}
+
+// Runs a warp until a barrier, its end, a wgmma that others have not issued, or so many instructions.
+void run_warp(Warp& w, s64 most) {
+  Program& program = *w.block->program;
+  Launch& launch = *w.block->launch;
+  for (s64 n = 0; n < most; n++) {
+    if (launch.instructions++ > launch.limit) {
+      launch.stopped = true;
+      return report(w, program.code[0], "more instructions than the limit", launch.limit, 0);
+    }
+    Mask m = w.alive;
+    int pc = w.pc;
+    if (w.diverged) {
+      m = next_lanes(w, program.code, &pc);
+      if (m == w.alive) w.diverged = false, w.pc = pc;
+    }
+    Instruction& i = program.code[pc];
+    Mask active = guarded(w, i, m);
+    i.stats.executed++;
+    if (w.pending_wgmmas) check_pending(w, i);
+    switch (i.kind) {
+      case Kind::plain:
+      case Kind::collective:
+        if (active) {
+          i.run(w, i, active);
+          if (i.spreads) spread_undefined(w, i, active);
+        }
+        break;
+      case Kind::branch:
+        branch(w, i, m, active, pc);
+        continue;
+      case Kind::leave:
+        w.alive &= ~active;
+        if (!w.alive) return end(w, i);
+        break;
+      case Kind::wgmma_wait:
+        if (!finish_wgmmas(w, i)) {
+          w.state = State::at_wgmma_wait;
+          return;
+        }
+        break;
+      case Kind::barrier:
+        if (active != kAll) report(w, i, "a barrier without the whole warp", active, 0);
+        if (!active) break;
+        w.state = State::at_barrier;
+        return step_to(w, m, pc + 1);
+    }
+    step_to(w, m, pc + 1);
+  }
+}
+
+void start(Warp& w, Block& b, int id) {
+  const Program& p = *b.program;
+  w.block = &b, w.id = id, w.alive = kAll, w.diverged = false, w.pc = 0, w.state = State::running;
+  w.open_copies.clear(), w.copy_groups.clear(), w.open_wgmmas.clear(), w.wgmma_groups.clear(), w.wgmma_done = 0;
+  memset(w.registers, kPoison, p.register_bytes);
+  memcpy(w.registers, p.image.data(), p.image.size());
+  w.undefined.assign(p.registers, kAll);
+  w.undefined[0] = 0;
+  w.pending_wgmmas = 0, w.pending.assign(p.registers, 0);
+  auto special = [&](int n) { return reinterpret_cast<u32*>(w.registers + p.special[n]); };
+  for (int l = 0; l < kLanes; l++) {
+    special(0)[l] = id * kLanes + l;
+    special(1)[l] = l;
+    for (int axis = 0; axis < 3; axis++) special(2 + axis)[l] = b.index[axis];
+  }
+}
+
+// Nobody can run: a barrier that all have reached opens; false where the block has ended.
+bool open_barrier(Block& b) {
+  int done = 0, stuck = 0;
+  for (Warp& w : b.warps) done += w.state == State::done, stuck += w.state == State::at_wgmma_wait;
+  const Instruction& first = b.program->code[0];
+  if (done == static_cast<int>(b.warps.size())) return false;
+  if (stuck) {
+    report(b.warps[0], first, "a wgmma that not all warps of the group issue", 0, 0);
+    for (Warp& w : b.warps)
+      if (w.state == State::at_wgmma_wait) w.state = State::running, w.wgmma_groups.clear();
+    return true;
+  }
+  if (done) report(b.warps[0], first, "a barrier after some warps ended", done, 0);
+  for (Warp& w : b.warps)
+    if (w.state == State::at_barrier) w.state = State::running;
+  b.epoch++, b.launch->barriers++;
+  return true;
+}
+
+}  // namespace
+
+void run_block(Block& b, int order) {
+  Launch& launch = *b.launch;
+  std::fill(b.shared.begin(), b.shared.end(), kPoison);
+  std::fill(b.shadow.begin(), b.shadow.end(), SharedByte());
+  b.epoch = 1;
+  for (size_t n = 0; n < b.warps.size(); n++) start(b.warps[n], b, static_cast<int>(n));
+  std::vector<Warp*> ready;
+  while (!launch.stopped) {
+    ready.clear();
+    for (Warp& w : b.warps)
+      if (w.state == State::running) ready.push_back(&w);
+    if (ready.empty()) {
+      if (!open_barrier(b)) break;
+    } else if (order == 2) {
+      Warp& w = *ready[launch.random() % ready.size()];
+      run_warp(w, 1 + launch.random() % 40);
+    } else {
+      run_warp(order ? *ready.back() : *ready.front(), LLONG_MAX);
+    }
+  }
+}
+
+}  // namespace ptx
