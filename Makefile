@@ -59,11 +59,7 @@ UNDER = LD_PRELOAD="$$(g++ -print-file-name=lib$(1).so) $$(g++ -print-file-name=
 REPORT := $(abspath build/csrc/report)
 SANITIZED = $(PYTEST) -m sanitize python_tests/test_cuda_*.py || { cat $(REPORT).*; exit 1; }
 
-<<<<<<< HEAD
-.PHONY: help install demo test oldest pythons aot cuda docs lint lock bench clean
-=======
-.PHONY: help install demo test oldest ptx ptx-nightly aot cuda docs lint lock bench clean
->>>>>>> w/ptx
+.PHONY: help install demo test oldest pythons ptx ptx-nightly aot cuda docs lint lock bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -110,12 +106,11 @@ oldest: $(OLDEST)/.ready
 		&& echo 'the library of make test loads into $(LIBRARY_TORCH): $(LIBRARY)'; \
 	else echo 'no library loaded: make test compiles $(LIBRARY) where nvcc is'; fi
 
-<<<<<<< HEAD
 pythons: $(foreach each,$(PYTHONS),$(VENV)/$(notdir $(each))/.ready)
 	@[ -n '$(PYTHONS)' ] || { echo 'no python3.10, 3.12 or 3.13 in PATH; PYTHONS="..." names them'; exit 1; }
 	for each in $(notdir $(PYTHONS)); do OMP_NUM_THREADS=1 $(VENV)/$$each/bin/python -m pytest -q -n $(JOBS) \
 		--dist worksteal $(OLDEST_TESTS) python_tests/test_cli.py python_tests/test_imports.py || exit 1; done
-=======
+
 ptx: $(VENV)/.test $(VENV)/.triton
 	$(BIN)/python -m adamix_kernels._build --host plain
 	$(BIN)/python -m ptx.gate --size small
@@ -125,7 +120,6 @@ ptx-nightly: $(VENV)/.test $(VENV)/.triton
 	$(BIN)/python -m adamix_kernels._build --host plain
 	$(BIN)/python -m ptx.gate --size nightly
 	$(BIN)/python -m ptx.compare --cases 40
->>>>>>> w/ptx
 
 aot: $(VENV)/.test $(VENV)/.triton
 	$(BIN)/python -m benchmarks.aot --check
