@@ -20,8 +20,8 @@ from ._options import is_main_process, quiet, set_log_level
 from ._parser import OptionParser
 from ._train_options import SHOWN, AdaptationOptions, DataOptions, FitOptions, check_amounts
 
-# Where they differ from TrainingArguments'; a flag or a file overrides each. Learning rate, epochs and warm-up are chosen
-# by model and data: see _choose.
+# Where they differ from TrainingArguments'; a flag or a file overrides each. Learning rate, epochs and warm-up are
+# chosen by model and data: see _choose.
 DEFAULTS = {
     "output_dir": "adamix_out",
     "weight_decay": _defaults.WEIGHT_DECAY,
