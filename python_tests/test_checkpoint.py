@@ -164,7 +164,7 @@ def rewrite_tensors(folder, change):
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
-    edit_header(folder, tensors={"file": path.name, "bytes": path.stat().st_size, "sha256": checkpoint.sha256(path)})
+    edit_header(folder, tensors={"file": path.name, "bytes": path.stat().st_size, "sha256": _files.sha256(path)})
 
 
 def truncate(folder):

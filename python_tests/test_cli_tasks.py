@@ -326,3 +326,19 @@ def test_which_runs_can_be_exported(numbers):
     assert export.problem(model, found, "adapter") is None
     model.config.model_type = "gpt2"
     assert "BERT and RoBERTa" in export.problem(model, found, "adapter")
+
+
+def test_a_missing_library_is_told_where_it_is_asked_for_alone(monkeypatch):
+    from adamix_kernels.recipes import metrics
+
+    def missing(*_args, **_options):
+        raise ModuleNotFoundError("No module named 'scipy.stats'", name="scipy.stats")
+
+    for name in ("pearson", "spearman"):
+        monkeypatch.setitem(metrics._LABELS, name, missing)
+    with pytest.raises(ValueError, match="metrics: got 'spearman', which needs scipy"):
+        _kinds.checked_metrics("regression", ["spearman"])
+    assert _kinds.checked_metrics("regression", []) == ("rmse",)
+    kind = _kinds.make_kind("regression", ["score"], None, 8)
+    assert kind.scores([1.0, 3.0], [1.0, 1.0]).values == {"rmse": 2**0.5}
+    assert _kinds.checked_metrics("classification", ["f1,accuracy", "matthews"]) == ("f1", "accuracy", "matthews")

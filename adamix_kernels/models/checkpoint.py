@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from .._backends import check_request
-from .._extras import needed
 from .._version import __version__
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import Router, process_rank
-from ._files import make_folder, remove_temporaries, sha256, write_safetensors_by_digest, write_sealed_json
+from ._files import make_folder, remove_temporaries, write_safetensors_by_digest, write_sealed_json
 from .config import AdaMixConfig
 from .factors import NAMES, Factors
 from .header import (
@@ -32,6 +31,7 @@ from .header import (
     check_structure,
     listed,
     read_header,
+    read_tensors,
     structure,
 )
 from .hub import resolve_folder
@@ -79,6 +79,17 @@ def save_adamix(
         ValueError: `model` is not adapted, a value of state_dict has another shape, or `directory` is a file.
         OSError: a file could not be written; the previous checkpoint stays.
     """
+    return write_checkpoint(model, directory, state_dict)
+
+
+def write_checkpoint(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    here: bool = True,
+) -> Path:
+    """save_adamix; where the files do not stay `here`, the way from them to a local base has no meaning, and is left
+    out."""
     state = adamix_state(model)
     layers = {path: model.get_submodule(path) for path in state.paths}
     tensors = _tensors(model, layers, state.saved)
@@ -97,7 +108,7 @@ def save_adamix(
         "package_version": __version__,
         "config": state.config.to_dict(),
         "merged": state.merged,
-        "base_model": base_facts(model, folder),
+        "base_model": base_facts(model, folder, here),
         "layers": {path: _described(layer, factors.get(path)) for path, layer in layers.items()},
         "saved_modules": state.saved,
         "trainable": trainable,
@@ -142,7 +153,7 @@ def load_adamix(
     config, merged = AdaMixConfig.from_dict(header["config"]), header["merged"]
     check_base(model, header)
     pooling = check_pooling(model, header)
-    tensors = _read_tensors(folder, header["tensors"])
+    tensors = read_tensors(folder, header["tensors"])
     bare = getattr(model, "adamix", None) is None
     layers: Mapping[str, nn.Module]
     if bare:
@@ -256,29 +267,6 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], trainable: set[str
         put(target, tensors[name])
         if target.is_floating_point():
             target.requires_grad_(name in trainable)
-
-
-def _read_tensors(folder: Path, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
-    with needed("load_adamix"):
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-    name = entry.get("file")
-    if not isinstance(name, str) or Path(name).name != name:
-        raise ValueError(f"{folder / CHECKPOINT_NAME}: got tensors.file = {name!r}, expected a file name")
-    path = folder / name
-    if not path.is_file():
-        raise ValueError(f"{path}: got no such file, expected the tensors of {CHECKPOINT_NAME}")
-    size = path.stat().st_size
-    if size != entry.get("bytes"):
-        raise ValueError(f"{path}: got {size} bytes, expected {entry.get('bytes')}; the file is truncated or replaced")
-    digest = sha256(path)
-    if digest != entry.get("sha256"):
-        raise ValueError(f"{path}: got SHA-256 {digest}, expected {entry.get('sha256')}; the file is corrupt")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: got a file that safetensors cannot read ({error})") from error
 
 
 def _check_tensors(tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:

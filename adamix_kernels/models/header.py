@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..modules.lora import linear_sizes
-from ._files import unsealed
+from ._files import sha256, unsealed
 from .hub import with_names
 from .pooling import MARK, pooling_of
 from .sharding import plain_class
@@ -26,8 +27,11 @@ _OF_THIS_PROCESS = ("_name_or_path", MARK, "_from_model_config")
 _SHOWN = 4
 
 
-def base_facts(model: nn.Module, folder: Path | None = None) -> dict[str, Any]:
-    """Which model the adaptation belongs to; for a `folder`, also all that builds it anew (see tasks.load)."""
+def base_facts(model: nn.Module, folder: Path | None = None, here: bool = True) -> dict[str, Any]:
+    """Which model the adaptation belongs to; for a `folder`, also all that builds it anew (see tasks.load).
+
+    here: whether the folder stays where it is, so that the way from it to a base on this disk means something.
+    """
     config = getattr(model, "config", None)
     facts: dict[str, Any] = {"class": plain_class(model).__name__, "model_type": model_type(model)}
     facts.update({name: getattr(config, name, None) for name in _FACTS})
@@ -35,7 +39,7 @@ def base_facts(model: nn.Module, folder: Path | None = None) -> dict[str, Any]:
         return facts
     name = getattr(config, "_name_or_path", None) or None
     names = {} if name is None else with_names({"base": name}, folder)
-    facts.update(name_or_path=names.get("base"), folder=names.get("base_path"))
+    facts.update(name_or_path=names.get("base"), folder=names.get("base_path") if here else None)
     facts.update(pooling=pooling_of(model), dtype=_dtype(model), config=_as_json(config))
     facts["generation"] = _as_json(getattr(model, "generation_config", None))
     return facts
@@ -97,6 +101,30 @@ def read_header(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: got layers[{name!r}] = {layer!r}, expected a JSON dict")
     checked: dict[str, Any] = header
     return checked
+
+
+def read_tensors(folder: Path, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors that a header's entry names. Raises ValueError, naming the file, where they are not those."""
+    with needed("load_adamix"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+    name = entry.get("file")
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ValueError(f"{folder / CHECKPOINT_NAME}: got tensors.file = {name!r}, expected a file name")
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{path}: got no such file, expected the tensors of {CHECKPOINT_NAME}")
+    size = path.stat().st_size
+    if size != entry.get("bytes"):
+        raise ValueError(f"{path}: got {size} bytes, expected {entry.get('bytes')}; the file is truncated or replaced")
+    digest = sha256(path)
+    if digest != entry.get("sha256"):
+        raise ValueError(f"{path}: got SHA-256 {digest}, expected {entry.get('sha256')}; the file is corrupt")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: got a file that safetensors cannot read ({error})") from error
 
 
 def check_base(model: nn.Module, header: dict[str, Any]) -> None:

@@ -55,16 +55,18 @@ def save_folder(
     directory: str | os.PathLike[str],
     state_dict: Mapping[str, torch.Tensor] | None = None,
     tags: Sequence[str] = (),
+    here: bool = True,
 ) -> Path:
     """save_adamix; config.json, for which plain Transformers refuses the folder by name; the list of tensors from which
     transformers' Trainer resumes and takes its best model; and a README.md where there is none.
 
     Where `directory` holds a whole model, its config.json stays, and a warning says so. Under FSDP2 without
     state_dict every process must call it, and the first one writes. Arguments and errors: see save_adamix.
+    tags: more ones for the card. here: see write_checkpoint.
     """
-    from .checkpoint import save_adamix
+    from .checkpoint import write_checkpoint
 
-    folder = save_adamix(model, directory, state_dict=state_dict)
+    folder = write_checkpoint(model, directory, state_dict, here)
     if state_dict is None and process_rank() != 0 and _sharded(model):
         return folder
     whole = _whole_model(folder)
@@ -172,7 +174,7 @@ class GuardedPush:
         if revision is not None and not revision.startswith("refs/"):
             client.create_branch(repository, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as name:
-            folder = save_folder(model, name, tags=tags or ())
+            folder = save_folder(model, name, tags=tags or (), here=False)
             if client.file_exists(repository, "README.md", revision=revision):
                 (folder / "README.md").unlink()
             return str(
