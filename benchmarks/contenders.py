@@ -75,7 +75,7 @@ def load_base(workload: Workload) -> nn.Module:
     torch.manual_seed(workload.seed)
     if workload.model in RANDOM:
         return random_model(workload.model, workload.labels)
-    return load_classifier(resolve_model(workload.model), [str(i) for i in range(workload.labels)])[0]
+    return load_classifier(resolve_model(workload.model), [str(i) for i in range(workload.labels)], "model")[0]
 
 
 def build(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._extras import needed
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..modules.lora import linear_sizes
 from ._files import sha256, unsealed

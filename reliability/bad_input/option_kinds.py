@@ -14,7 +14,8 @@ from adamix_kernels.recipes import config as recipes
 from adamix_kernels.recipes import metrics, shots
 from adamix_kernels.recipes.methods import parse_method
 from adamix_kernels.recipes.prompt import Prompt, prompt_for
-from adamix_kernels.tasks.encoders import load_classifier, resolve_model
+from adamix_kernels.tasks.encoders import load_causal, load_classifier, resolve_model
+from adamix_kernels.tasks.loading import load
 from adamix_kernels.tasks.reading import load_task
 from adamix_kernels.tasks.run_file import read_run
 from adamix_kernels.tasks.table_data import load_tables
@@ -138,4 +139,14 @@ def _data(folder: Path) -> Iterator[Kind]:
     yield Kind("tables: E2E without its separator", "line 1", lambda: load_tables(str(e2e), "e2e"))
     yield Kind("run file: no such folder", str(folder / "none"), lambda: read_run(folder / "none"))
     _file(folder / "run", "run.json", "{}")
-    yield Kind("pooling: another", "pooling", lambda: load_classifier(resolve_model(str(folder)), ["a", "b"], "max"))
+    encoder = resolve_model(str(folder))
+    yield Kind("pooling: another", "pooling", lambda: load_classifier(encoder, ["a", "b"], "max"))
+    yield Kind("load_classifier: another task", "task", lambda: load_classifier(encoder, [], task="generation"))
+    yield Kind("load_causal: no model", str(folder), lambda: load_causal(encoder))
+    for value in (None, 3, b"run"):
+        yield Kind(f"load: {value!r}", "source", lambda value=value: load(value))
+    yield Kind("load: no such folder", "source", lambda: load(str(folder / "none")))
+    yield Kind("load: an empty folder", "source", lambda: load(folder / "run"))
+    yield Kind("load: a file", "source", lambda: load(folder / "run" / "run.json"))
+    yield Kind("load: a revision of a folder", "revision", lambda: load(folder, revision="main"))
+    yield Kind("load: a list for a model", "model", lambda: load(folder, model=["a"]))
