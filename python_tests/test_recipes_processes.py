@@ -23,6 +23,7 @@ LAUNCH += ["-m", "adamix_kernels"]
 def test_each_row_once_and_one_table(tmp_path, monkeypatch):
     """Both processes train together, each run once; a finished one is left alone by both."""
     recipe = tiny_recipes.tiny_recipe(tmp_path, select="best", evaluations=["merged"])
+    del recipe.training["use_cpu"]  # said by the launch itself, without a GPU
     file, results, scratch = tmp_path / "tiny.json", tmp_path / "rows.jsonl", tmp_path / "scratch"
     file.write_text(json.dumps(recipe.to_dict()))
     scratch.mkdir()

@@ -110,6 +110,15 @@ def test_the_adamix_trainer_is_not(options, tmp_path, warned):
     assert warned() == 0
 
 
+def test_processes_that_train_for_themselves_are_told(tmp_path, caplog, monkeypatch):
+    """accelerate joins them without a GPU only where CPUs are asked for."""
+    model = adapted()
+    trainer = AdaMixTrainer(model=model, args=arguments(tmp_path), train_dataset=rows(model))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    trainer.train()
+    assert sum("one of 2 launched processes" in record.getMessage() for record in caplog.records) == 1
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_one_pass_by_choice(weight, tmp_path, warned):
     model = adapted(consistency_weight=weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,6 +80,13 @@ class AdaMixTrainerMixin(CheckpointMixin):
             logger.warning("args.fsdp: accelerate shards on accelerators only, and this run has none: it runs DDP")
         if str(self.accelerator.state.dynamo_plugin.backend.value) != "NO":
             Objective(self.model).before_compile()
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched > 1 and self.accelerator.num_processes == 1:
+            logger.warning(
+                "this is one of %d launched processes, and each trains for itself: without a GPU, processes join only "
+                "with use_cpu=True in TrainingArguments",
+                launched,
+            )
         self._component_sums = None
         warn_of_dropout(self.model, adamix_state(self.model))
         return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -18,12 +18,28 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def join(use_cpu: bool) -> None:
-    """Starts the process group, where there are several processes; nothing in one process."""
-    if count() > 1:
-        from accelerate import PartialState
+def on_cpus(use_cpu: bool) -> bool:
+    """What TrainingArguments.use_cpu must be: without it, and without a GPU, each process would train for itself."""
+    import torch
 
-        PartialState(cpu=use_cpu)
+    return use_cpu or (count() > 1 and not torch.cuda.is_available())
+
+
+def join(use_cpu: bool) -> None:
+    """Starts the process group, where there are several processes; nothing in one process.
+
+    Raises RuntimeError where accelerate does not make one of them.
+    """
+    if count() == 1:
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=on_cpus(use_cpu))
+    if state.num_processes != count():
+        raise RuntimeError(
+            f"WORLD_SIZE: got a launch of {count()} processes of which accelerate joins {state.num_processes}, expected "
+            "all: --set training.use_cpu true trains on CPUs"
+        )
 
 
 def agree(value: T) -> T:

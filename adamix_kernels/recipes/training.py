@@ -90,6 +90,8 @@ def training_arguments(
     steps = math.ceil(values["num_train_epochs"] * math.ceil(rows / batch))
     if "warmup_ratio" in values:
         values["warmup_steps"] = math.ceil(values.pop("warmup_ratio") * steps)
+    if processes.on_cpus(values.get("use_cpu", False)):
+        values["use_cpu"] = True
     strategy = "epoch" if recipe.select == "best" else "no"
     arguments = TrainingArguments(
         output_dir=str(folder),
