@@ -2,8 +2,9 @@
 
 FOLDER holds torch/ (pip install --no-deps --target FOLDER torch==2.11.0). PyPI has no older torch for Linux without
 CUDA, and the libraries it asks for are gigabytes. The CPU's part of torch calls none of them, but the loader wants
-every symbol: here each is a function that returns 100, cudaErrorNoDevice, so `torch.cuda.is_available()` is False. The
-libraries land in FOLDER/torch/lib, where torch looks last. Needs gcc and nm; for tests of the CPU's part alone.
+every symbol: here each is a function that returns 100, cudaErrorNoDevice, so `torch.cuda.is_available()` is False, and
+what asks for more gets an exception. The libraries land in FOLDER/torch/lib, where torch looks last. Needs gcc and nm;
+for tests of the CPU's part alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _NEEDED = re.compile(r"NEEDED.*\[((?:libcu|libnccl|libnv)[^\]]*)\]")
+_NO_DEVICE = "mov $100, %eax"
+_WORDS = 'lea 1f(%rip), %rax\nret\n1: .asciz "no device"'
+# With these torch makes an exception of the 100.
+_ANSWERS = {"cudaGetErrorString": _WORDS, "cudaGetErrorName": _WORDS}
 _OWNERS = {"ncclu": "libnccl", "nccl": "libnccl", "cusparseLt": "libcusparseLt", "nvshmem": "libnvshmem_host"}
 
 
@@ -55,7 +60,9 @@ def _owner(symbol: str, needed: Iterable[str]) -> str | None:
 def _compile(path: Path, symbols: set[str]) -> Path:
     names = sorted({symbol.partition("@")[0] for symbol in symbols})
     versions = sorted({symbol.partition("@")[2] for symbol in symbols} - {""})
-    source = "\n".join(f".globl {name}\n.type {name}, @function\n{name}: mov $100, %eax\nret" for name in names)
+    source = "\n".join(
+        f".globl {name}\n.type {name}, @function\n{name}: {_ANSWERS.get(name, _NO_DEVICE)}\nret" for name in names
+    )
     script = path.with_suffix(".map")
     script.write_text("".join(f"{version} {{ global: *; }};\n" for version in versions) or "{ global: *; };\n")
     command = ["gcc", "-shared", "-nostdlib", f"-Wl,-soname,{path.name}", f"-Wl,--version-script={script}"]
