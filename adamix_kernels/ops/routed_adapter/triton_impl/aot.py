@@ -9,7 +9,7 @@ from ..._triton_aot import POINTERS, AotCase, make_case
 from .forward import adapter_forward_kernel
 from .input_grad import adapter_input_grad_kernel
 from .plan import RESIDENT, RESIDENT_RANK, power_of_2
-from .tables import config, register_limit
+from .tables import config, register_limit, sums_by_dot
 from .weight_grad import adapter_plane_sum_kernel, adapter_weight_grad_kernel
 from .weights import SUM_CHUNK, SUM_COLS
 
@@ -68,7 +68,8 @@ def _weight_case(name, dtype, pointer, routing, experts, r, capability):
         down_index=None if grouped else "*i64", down_perm=grouped, down_edges=grouped,
         up_index="*i64" if both else None, up_perm=None, up_edges=None, H=_HIDDEN, O=_HIDDEN, R=r, RP=rp,
         MD=experts, MASK_D=routing in ("token", "both"), MU=experts if both else 1, MASK_U=both,
-        ACTIVATION="gelu", DOT=DTYPES[dtype], PRECISION=precision(dtype),
+        ACTIVATION="gelu", ONES=sums_by_dot(capability, dtype.itemsize, rp), DOT=DTYPES[dtype],
+        PRECISION=precision(dtype),
     )  # fmt: skip
     arguments |= dict.fromkeys(("x", "dpre", "grad_out", "pre"), pointer)
     arguments |= dict.fromkeys(("down_plane", "down_bias_plane", "up_plane", "up_bias_plane"), "*fp32")

@@ -45,6 +45,15 @@ def config(kernel: str, capability: int, itemsize: int, width: int) -> Config:
     return lookup(kernel, TABLES[kernel], capability, itemsize, width)
 
 
+def sums_by_dot(capability: int, itemsize: int, width: int) -> bool:
+    """Whether the weight gradients' kernel sums columns of its tile by a dot with ones, not in registers.
+
+    It must where dots are asynchronous (9.0 and 10.0; float32 is split in registers first). Elsewhere it is cheaper for
+    narrow tiles; beyond, a second dot has every warp compute the whole activation.
+    """
+    return itemsize == 2 and (90 <= capability < 120 or width <= 32)
+
+
 def register_limit(itemsize: int, width: int, masked: bool) -> int | None:
     """maxnreg of a tile kernel: without one ptxas spills two registers of the widest masked tile for occupancy."""
     return 128 if masked and (itemsize, width) == (2, 256) else None

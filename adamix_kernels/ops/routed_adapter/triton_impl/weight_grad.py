@@ -17,12 +17,13 @@ from ...._triton_utils import activate, narrow
 def _accumulate(
     acc, sums, g, z, rows, valid, c,
     C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    ACTIVATION: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, COLS: tl.constexpr,
+    ACTIVATION: tl.constexpr, PART: tl.constexpr, ONES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    COLS: tl.constexpr,
 ):  # fmt: skip
     """Over the tile's rows: acc [COLS, RP] += z^T g; for PART "up" also sums += z's, for "bias" sums += g's alone.
 
-    A tile is used in registers or by tl.dot, not both: Triton's pipeliner then has a copy overwrite what an
-    asynchronous dot still reads. So z is summed by a dot with ones, and g by a program of its own.
+    A tile is used in registers or by an asynchronous dot, not both: Triton's pipeliner then has a copy overwrite what
+    the dot still reads. So z is summed by a dot with ONES, and g by a program of its own.
     """
     k = tl.arange(0, RP)
     rows = rows.to(tl.int64)[:, None]
@@ -39,10 +40,10 @@ def _accumulate(
             g_tile = narrow(activate(g_tile.to(tl.float32), ACTIVATION), g.dtype.element_ty)
         acc = tl.dot(tl.trans(z_tile), g_tile.to(DOT), acc, input_precision=PRECISION)
         if PART == "up":
-            if z.dtype.element_ty == tl.float32:
-                sums += tl.sum(z_tile, axis=0)
-            else:
+            if ONES:
                 sums = tl.dot(tl.trans(z_tile), tl.full([z_tile.shape[0], 16], 1.0, DOT), sums)
+            else:
+                sums += tl.sum(z_tile.to(tl.float32), axis=0)
     return acc, sums
 
 
@@ -50,22 +51,20 @@ def _accumulate(
 def _plane(
     g, z, index, perm, edges, plane, bias_plane, batch, span, div, splits, m, block,
     C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, M: tl.constexpr, MASKED: tl.constexpr,
-    ACTIVATION: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, PART: tl.constexpr, ONES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Expert m's gradient from one split of the tokens, features block * COLS : + COLS, or its bias's alone."""
-    # float32 is split in registers before its products: nothing reads the copied tile asynchronously.
-    WIDE: tl.constexpr = z.dtype.element_ty == tl.float32
     split = tl.program_id(1)
     c = block * COLS + tl.arange(0, COLS)
     k = tl.arange(0, RP)
     acc = tl.zeros([COLS, RP], tl.float32)
     if PART == "bias":
         sums = tl.zeros([RP], tl.float32)
-    elif WIDE:
-        sums = tl.zeros([COLS], tl.float32)
-    else:
+    elif ONES:
         sums = tl.zeros([COLS, 16], tl.float32)
+    else:
+        sums = tl.zeros([COLS], tl.float32)
     if perm is not None:
         begin = tl.load(edges + m)
         end = tl.load(edges + m + 1)
@@ -76,7 +75,7 @@ def _plane(
             at = start + tl.arange(0, ROWS)
             rows = tl.load(perm + at, mask=at < end, other=0).to(tl.int32)
             acc, sums = _accumulate(
-                acc, sums, g, z, rows, at < end, c, C, R, RP, ACTIVATION, PART, DOT, PRECISION, COLS
+                acc, sums, g, z, rows, at < end, c, C, R, RP, ACTIVATION, PART, ONES, DOT, PRECISION, COLS
             )
     else:
         tiles = tl.cdiv(span, ROWS)
@@ -96,7 +95,7 @@ def _plane(
                 if MASKED:
                     valid = valid & (tl.load(index + rows // div, mask=valid, other=-1) == m)
                 acc, sums = _accumulate(
-                    acc, sums, g, z, rows, valid, c, C, R, RP, ACTIVATION, PART, DOT, PRECISION, COLS
+                    acc, sums, g, z, rows, valid, c, C, R, RP, ACTIVATION, PART, ONES, DOT, PRECISION, COLS
                 )
 
     at = (split * M + m).to(tl.int64)
@@ -107,7 +106,7 @@ def _plane(
         to = plane + at * (R * C) + c[:, None] + k[None, :] * C
         if PART == "up":
             to = plane + at * (R * C) + c[:, None] * R + k[None, :]
-            if not WIDE:
+            if ONES:
                 # Every column holds the same sums.
                 sums = tl.max(sums, axis=1)
             tl.store(bias_plane + at * C + c, narrow(sums, bias_plane.dtype.element_ty), mask=c < C)
@@ -121,7 +120,7 @@ def adapter_weight_grad_kernel(
     down_batch, down_span, down_div, up_batch, up_span, up_div, splits,
     H: tl.constexpr, O: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,  # noqa: E741
     MD: tl.constexpr, MASK_D: tl.constexpr, MU: tl.constexpr, MASK_U: tl.constexpr,
-    ACTIVATION: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, ONES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Planes of dWd = dpre^T x, dbd = sum dpre, dWu = dy^T act(pre), dbu = sum dy, each over an expert's tokens."""
@@ -138,13 +137,13 @@ def adapter_weight_grad_kernel(
                 _plane(
                     dpre, x, down_index, down_perm, down_edges, down_plane, down_bias_plane,
                     down_batch, down_span, down_div, splits, m, block,
-                    H, R, RP, MD, MASK_D, "", "down", DOT, PRECISION, ROWS, COLS,
+                    H, R, RP, MD, MASK_D, "", "down", ONES, DOT, PRECISION, ROWS, COLS,
                 )  # fmt: skip
             else:
                 _plane(
                     dpre, x, down_index, down_perm, down_edges, down_plane, down_bias_plane,
                     down_batch, down_span, down_div, splits, m, 0,
-                    H, R, RP, MD, MASK_D, "", "bias", DOT, PRECISION, ROWS, COLS,
+                    H, R, RP, MD, MASK_D, "", "bias", ONES, DOT, PRECISION, ROWS, COLS,
                 )  # fmt: skip
     if up_plane is not None:  # noqa: SIM102
         if program >= down_programs:
@@ -152,7 +151,7 @@ def adapter_weight_grad_kernel(
             _plane(
                 pre, grad_out, up_index, up_perm, up_edges, up_plane, up_bias_plane,
                 up_batch, up_span, up_div, splits, program // up_blocks, program % up_blocks,
-                O, R, RP, MU, MASK_U, ACTIVATION, "up", DOT, PRECISION, ROWS, COLS,
+                O, R, RP, MU, MASK_U, ACTIVATION, "up", ONES, DOT, PRECISION, ROWS, COLS,
             )  # fmt: skip
 
 

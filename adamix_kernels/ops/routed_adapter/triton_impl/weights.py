@@ -8,7 +8,7 @@ import torch
 
 from ...._triton_utils import capability, dot_dtype, launch, precision
 from .plan import MIN_SPAN, fits, per_row, power_of_2, sort_rows
-from .tables import config
+from .tables import config, sums_by_dot
 from .weight_grad import adapter_plane_sum_kernel, adapter_weight_grad_kernel
 
 # Programs that fill a GPU (plan.RESIDENT on each of 132 multiprocessors, and somewhat more), tiles that make a split
@@ -63,6 +63,7 @@ def weight_grads(x, dpre, grad_out, pre, down_index, up_index, down_shape, up_sh
         *down_tokens[4:], *up_tokens[4:], splits,
         H=down_shape[2], O=up_shape[1], R=r, RP=rp, MD=down_shape[0], MASK_D=down_tokens.masked,
         MU=up_shape[0], MASK_U=up_tokens.masked, ACTIVATION=activation,
+        ONES=sums_by_dot(capability(x.device), x.element_size(), rp),
         DOT=dot_dtype(x.dtype), PRECISION=precision(x.dtype), ROWS=chosen.rows, COLS=chosen.cols,
         num_warps=chosen.num_warps, num_stages=chosen.num_stages,
     )  # fmt: skip
