@@ -93,7 +93,7 @@ _NUMBERS = ("target", *_FIGURES[:-1])
 
 
 def problems(rows: Iterable[Row]) -> list[str]:
-    """What no shipped configuration may show: spills, too much memory or register file, a 16-bit dot off tensor cores."""
+    """What no shipped configuration may show: spills, too many registers, too much memory, 16-bit dots by scalars."""
     found = []
     for row in rows:
         if row.spills:

@@ -93,6 +93,19 @@ def test_the_written_file_is_read_back_and_used(tmp_path, monkeypatch):
     assert _triton_tables.lookup("adapter_input_grad_kernel", SHIPPED, 90, 2, 16) == A
 
 
+def test_a_table_is_read_once(tmp_path, monkeypatch):
+    path, opened = tmp_path / "table.json", []
+    write(path, {SHAPE: C}, 90, {})
+    monkeypatch.setenv(tune.VARIABLE, str(path))
+    monkeypatch.setattr(_triton_tables.json, "load", lambda file, load=json.load: opened.append(file) or load(file))
+    other = {80: {(2, 16): D}}
+    for _ in range(3):
+        assert _triton_tables.lookup(SHAPE.kernel, SHIPPED, 90, 2, 16) == C
+        assert _triton_tables.lookup(SHAPE.kernel, SHIPPED, 80, 2, 16) == A
+        assert _triton_tables.lookup(SHAPE.kernel, other, 80, 2, 16) == D
+    assert len(opened) == 1
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "table.json"
     write(path, {SHAPE: A}, 90, {})

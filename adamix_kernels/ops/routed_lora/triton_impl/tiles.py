@@ -77,8 +77,8 @@ def row_experts(index_ptr, rows, exists, divisor, EXPERTS: tl.constexpr):
 
 @triton.jit
 def poison(values, wrong):
-    """NaN in the rows [BLOCK_M, :] that a wrong id routes."""
-    return tl.where(wrong[:, None], float("nan"), values)
+    """values in float32, NaN in the rows [BLOCK_M, :] that a wrong id routes."""
+    return tl.where(wrong[:, None], float("nan"), values.to(tl.float32))
 
 
 @triton.jit
