@@ -67,7 +67,7 @@ help:
 	@echo 'make demo      trains, merges and compares on real text: a table, demo_out/ (DEMO_FLAGS="--seeds 1")'
 	@echo 'make test      every test: the Triton kernels interpreted, the Trainer also on transformers 4.57'
 	@echo 'make ptx       a part of the Triton tests and drawn calls through compiled PTX on the CPU (minutes; ptx/README.md)'
-	@echo 'make ptx-nightly  all of them (most of an hour)'
+	@echo 'make ptx-nightly  all of them (an hour or so)'
 	@echo 'make aot       every Triton kernel compiled for four GPUs, without one, against benchmarks/results/aot.csv (minutes)'
 	@echo 'make cuda      csrc/ compiled for six GPUs, without one, against benchmarks/results/cuda_compile.csv (minutes)'
 	@echo 'make docs      the API reference, from the docstrings, in docs_out/'
