@@ -37,8 +37,8 @@ def join(use_cpu: bool) -> None:
     state = PartialState(cpu=on_cpus(use_cpu))
     if state.num_processes != count():
         raise RuntimeError(
-            f"WORLD_SIZE: got a launch of {count()} processes of which accelerate joins {state.num_processes}, expected "
-            "all: --set training.use_cpu true trains on CPUs"
+            f"WORLD_SIZE: got a launch of {count()} processes of which accelerate joins {state.num_processes}, "
+            "expected all: --set training.use_cpu true trains on CPUs"
         )
 
 
