@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_recipes
 
-from adamix_kernels.recipes import Limits, expand_methods, read_rows
+from adamix_kernels.recipes import Limits, expand_methods, read_rows, run_recipe
 from adamix_kernels.recipes.results import append_row, row_key
 from adamix_kernels.recipes.runner import run_identity
 
@@ -32,7 +32,9 @@ def test_each_row_once_and_one_table(tmp_path, monkeypatch):
     finished, absent = (row_key(run_identity(recipe, m, 0, Limits())) for m in single)
     monkeypatch.delenv("WORLD_SIZE")
     assert not {finished, absent} & set(single.values())  # of a batch twice as large: other runs
-    old = {"key": finished, "recipe": "tiny", "method": "full", "seed": 0, "scores": {"plain": {"accuracy": 1.0}}}
+    (alone,) = run_recipe(recipe, expand_methods(["full"], recipe), range(1), tmp_path / "alone.jsonl")
+    assert (alone["key"], alone["processes"], alone["steps"]) == (next(iter(single.values())), 1, 2)
+    old = {**alone, "key": finished, "processes": 2}
     append_row(results, old)
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
