@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from adamix_kernels.models._files import sealed
-from adamix_kernels.models.pooling import mean_pool, pooling_of, reads_pooler, set_pooling
+from adamix_kernels.models.pooling import head_reads, mean_pool, pooling_of, set_pooling
 from adamix_kernels.tasks import Run, load_causal, load_classifier, read_run, resolve_model, write_run
 
 SIZES = dict(
@@ -27,18 +27,18 @@ def built(name, **options):
 
 
 READS = {
-    "Bert": True, "Albert": True, "Ernie": True, "RemBert": True, "Roberta": False, "XLMRoberta": False,
-    "Electra": False, "MPNet": False, "BigBird": False, "DebertaV2": False,
+    "Bert": "pooler", "Albert": "pooler", "Ernie": "pooler", "RemBert": "pooler", "Roberta": "first",
+    "XLMRoberta": "first", "Electra": "first", "MPNet": "first", "BigBird": "first", "DebertaV2": "first",
 }  # fmt: skip
 MORE = {"Albert": {"embedding_size": 8}, "RemBert": {"input_embedding_size": 8, "output_embedding_size": 8}}
 
 
 @pytest.mark.parametrize("name", READS)
-def test_whether_the_head_reads_the_pooler_is_tried(name):
+def test_what_the_head_reads_is_tried(name):
     model = built(name, **MORE.get(name, {})).train()
     before = copy.deepcopy(model.state_dict())
     state = torch.random.get_rng_state()
-    assert reads_pooler(model) is READS[name]
+    assert head_reads(model) == READS[name]
     assert model.training
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not model.base_model._forward_hooks
@@ -48,7 +48,7 @@ def test_whether_the_head_reads_the_pooler_is_tried(name):
 
 @pytest.mark.parametrize("make", [tiny.tiny_gpt2_classifier, tiny.tiny_bert])
 def test_decoders_have_none(make):
-    assert reads_pooler(make()) is (make is tiny.tiny_bert)
+    assert head_reads(make()) == ("pooler" if make is tiny.tiny_bert else None)
 
 
 @pytest.fixture
@@ -70,14 +70,33 @@ def test_the_choice_is_real_and_told(asked, given, encoder):
         assert pooling_of(twin) == given
 
 
-def test_a_head_that_takes_the_first_token_keeps_it(tmp_path, caplog):
-    tiny.tiny_roberta().save_pretrained(tmp_path)
-    (tmp_path / "vocab.txt").write_text("\n".join(tiny_text.VOCABULARY))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+def with_tokenizer(folder, model):
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(tiny_text.VOCABULARY))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    return resolve_model(str(folder))
+
+
+@pytest.mark.parametrize(("asked", "given"), [("auto", "mean"), ("mean", "mean"), ("model", "model")])
+def test_a_head_that_takes_the_first_token_reads_the_mean_there(asked, given, tmp_path):
+    model, tokenizer = load_classifier(with_tokenizer(tmp_path, tiny.tiny_roberta()), ["a", "b"], asked)
+    assert pooling_of(model) == given
+    batch = tokenizer(["good", "a very bad film"], padding=True, return_tensors="pt")
+    states = tiny.tiny_roberta().roberta(**batch).last_hidden_state
+    read = mean_pool(states, batch["attention_mask"]) if given == "mean" else states[:, 0]
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin.eval()(**batch).logits, model.classifier(read.unsqueeze(1)))
+        torch.testing.assert_close(twin.roberta(**batch).last_hidden_state[:, 1:], states[:, 1:])
+        assert pooling_of(twin) == given
+
+
+def test_a_head_that_takes_the_last_token_keeps_it(tmp_path, caplog):
     for asked in ("auto", "mean", "model"):
-        model, _ = load_classifier(resolve_model(str(tmp_path)), ["a", "b"], asked)
+        model, _ = load_classifier(with_tokenizer(tmp_path, tiny.tiny_gpt2_classifier()), ["a", "b"], asked)
         assert pooling_of(model) == "model"
         assert ("'mean' changes nothing" in caplog.text) == (asked != "auto")
+    with pytest.raises(ValueError, match="pooling: got 'mean' for a GPT2ForSequenceClassification"):
+        set_pooling(tiny.tiny_gpt2_classifier(), "mean")
 
 
 def test_pooling_is_not_undone(encoder):

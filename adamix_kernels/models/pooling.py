@@ -14,7 +14,7 @@ MARK = "adamix_pooling"  # of the model's configuration, which a plain checkpoin
 def pooling_of(model: nn.Module) -> str | None:
     """What set_pooling made of `model`, "mean" or "model"; None where it was not called."""
     base = getattr(model, "base_model", None)
-    if isinstance(base, nn.Module) and pool_by_mean in base._forward_hooks.values():
+    if isinstance(base, nn.Module) and any(hook in base._forward_hooks.values() for hook in _HOOKS.values()):
         return "mean"
     return "model" if getattr(getattr(model, "config", None), MARK, None) == "model" else None
 
@@ -22,50 +22,66 @@ def pooling_of(model: nn.Module) -> str | None:
 def set_pooling(model: nn.Module, pooling: str) -> None:
     """Makes the head read the mean ("mean"), or leaves it what it has ("model"), and marks the model's config.
 
-    Raises ValueError: the head reads the mean already, and pooling is "model".
+    Raises ValueError: the head reads the mean already, and pooling is "model"; or pooling is "mean", and the head reads
+    neither a pooler nor the first token.
     """
     before = pooling_of(model)
     if before == "mean" != pooling:
         raise ValueError("pooling: got 'model' for a model whose head reads the mean, expected 'mean', or a new model")
     owner: Any = model
     if pooling == "mean" != before:
-        owner.base_model.register_forward_hook(pool_by_mean, with_kwargs=True)
+        place = head_reads(model)
+        if place is None:
+            raise ValueError(
+                f"pooling: got 'mean' for a {type(model).__name__}, whose head reads neither a pooler nor the first "
+                "token, expected 'model'"
+            )
+        owner.base_model.register_forward_hook(_HOOKS[place], with_kwargs=True)
     setattr(owner.config, MARK, pooling)
 
 
 @torch.no_grad()
-def reads_pooler(model: nn.Module) -> bool:
-    """Whether the logits change when the pooler's output does: tried on the head alone, in evaluation mode.
+def head_reads(model: nn.Module) -> str | None:
+    """ "pooler", "first" (the first token's last hidden state), or None for anything else.
 
-    A BERT's do. A RoBERTa's head takes the first token itself and a decoder's the last one: neither has a pooler.
-    A BigBird has one, and its head does not look at it.
+    Tried on the head alone, in evaluation mode: which change of what the base gives changes the logits. A BERT's head
+    reads its pooler; a RoBERTa's the first token, and so does a BigBird's, which has a pooler; a decoder's the last one.
     """
     base: Any = getattr(model, "base_model", model)
-    if base is model or getattr(base, "pooler", None) is None:
-        return False
+    if base is model:
+        return None
     training = model.training
     model.eval()
     try:
-        logits = [_head(model, base, shift) for shift in (0.0, 1.0)]
+        plain, pooler, first, others = (_head(model, base, change) for change in (None, "pooler", "first", "others"))
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):  # it wants more than text
-        return False
+        return None
     finally:
         model.train(training)
-    return not torch.equal(*logits)
+    if not torch.equal(plain, pooler):
+        return "pooler"
+    return "first" if not torch.equal(plain, first) and torch.equal(plain, others) else None
 
 
-def _head(model: nn.Module, base: Any, shift: float) -> torch.Tensor:
-    """The logits of three tokens, where the base gives the same states and another pooler's output with each shift."""
+def _head(model: nn.Module, base: Any, change: str | None) -> torch.Tensor:
+    """The logits of three tokens, where the base gives the same states and pooler's output but for one of them."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     owner: Any = model
     width, at = owner.config.hidden_size, {"dtype": owner.dtype, "device": owner.device}
-    states = torch.linspace(-1, 1, 3 * width, **at).view(1, 3, width)
-    pooled = torch.linspace(-1, 1 + shift, width, **at).view(1, width)
+    states = torch.linspace(-1, 1, 3 * width, **at).view(1, 3, width).clone()
+    pooled = torch.linspace(-1, 2 if change == "pooler" else 1, width, **at).view(1, width)
+    if change == "first":
+        states[:, 0] = states[:, 0].flip(-1)
+    elif change == "others":
+        states[:, 1:] = states[:, 1:].flip(-1)
+    ids = torch.full((1, 3), int(owner.config.pad_token_id == 0), dtype=torch.int64, device=at["device"])
     had = vars(base).get("forward")
-    base.forward = lambda *_args, **_options: BaseModelOutputWithPooling(states, pooled)
+    base.forward = lambda *_args, **_options: BaseModelOutputWithPooling(
+        last_hidden_state=states, pooler_output=pooled if getattr(base, "pooler", None) is not None else None
+    )
     try:
-        logits: torch.Tensor = model(torch.zeros(1, 3, dtype=torch.int64, device=at["device"])).logits
+        logits: torch.Tensor = model(ids).logits
     finally:
         if had is None:
             del base.forward
@@ -87,9 +103,21 @@ def mean_pool(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 def pool_by_mean(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """A forward hook on the encoder: its pooler's output becomes the mean, everything else stays."""
-    if getattr(output, "pooler_output", None) is not None:
-        states = output.last_hidden_state
-        # With prefix tuning the mask is longer: the prefix stands before the text.
-        mask = kwargs.get("attention_mask")
-        output["pooler_output"] = mean_pool(states, None if mask is None else mask[:, -states.shape[1] :])
+    output["pooler_output"] = _mean(kwargs, output.last_hidden_state)
     return output
+
+
+def mean_first(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """A forward hook on the encoder: its first token's last state becomes the mean, everything else stays."""
+    states = output.last_hidden_state
+    output["last_hidden_state"] = torch.cat([_mean(kwargs, states).unsqueeze(1), states[:, 1:]], 1)
+    return output
+
+
+def _mean(kwargs: dict[str, Any], states: torch.Tensor) -> torch.Tensor:
+    # With prefix tuning the mask is longer: the prefix stands before the text.
+    mask = kwargs.get("attention_mask")
+    return mean_pool(states, None if mask is None else mask[:, -states.shape[1] :])
+
+
+_HOOKS = {"pooler": pool_by_mean, "first": mean_first}

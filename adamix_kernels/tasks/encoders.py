@@ -11,7 +11,7 @@ from typing import Any
 
 from .._extras import install_line
 from ..models._files import sha256
-from ..models.pooling import POOLINGS, reads_pooler, set_pooling
+from ..models.pooling import POOLINGS, head_reads, set_pooling
 from ._pretrained import first_line, from_pretrained, tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -67,14 +67,14 @@ def load_classifier(
     """(model, tokenizer): AutoModelForSequenceClassification with a head drawn from the global RNG.
 
     A head that reads a pooler reads what was pretrained for something else (BERT's: the next sentence), or for
-    nothing (sentence encoders are trained through the mean and leave it as it was drawn): frozen, it teaches the
-    head little. So "auto" takes the mean there. Heads that read the first token themselves (RoBERTa) or the last
-    one (GPT-2, Llama) keep what they have. Which it is, is tried: whether the logits change with the pooler's output.
+    nothing (sentence encoders are trained through the mean and leave it as it was drawn); one that reads the first token
+    reads what a frozen encoder may have put little into. So "auto" takes the mean in both. Heads that read the last
+    token (GPT-2, Llama) keep it. Which it is, is tried: what changes the logits.
 
     Args:
         encoder: from resolve_model. label_names: in id order; not looked at in a regression.
-        pooling: what the head reads: "mean" of the last hidden states, in a model whose head reads its pooler (the
-            others keep their own choice); "model", the model's own choice; "auto", "mean" where it can be. What was
+        pooling: what the head reads: "mean" of the last hidden states, in a model whose head reads a pooler or the
+            first token; "model", the model's own choice, as published; "auto", "mean" where it can be. What was
             taken is told by adamix_kernels.models.pooling.pooling_of(model), and saved with the model.
         task: "classification"; "regression" gives one output and the squared error.
 
@@ -99,9 +99,12 @@ def load_classifier(
     unread = None if pooling == "model" else ".pooler."  # a mean stands in its place
     model, tokenizer = _load(AutoModelForSequenceClassification, encoder, unread=unread, **options)
     if pooling != "model":
-        able = reads_pooler(model)
+        able = head_reads(model) is not None
         if pooling == "mean" and not able:
-            logger.warning("pooling: 'mean' changes nothing in %s, whose head does not read a pooler", encoder.name)
+            logger.warning(
+                "pooling: 'mean' changes nothing in %s, whose head reads neither a pooler nor the first token",
+                encoder.name,
+            )
         pooling = "mean" if able else "model"
     set_pooling(model, pooling)
     return model, tokenizer
