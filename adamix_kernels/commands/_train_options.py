@@ -42,7 +42,7 @@ class DataOptions:
     max_eval_rows: int = _option("a sample of so many dev rows; 0 is all", 0)
     pooling: Poolings = _option(
         "what the head reads: the mean of the hidden states, or what the model's own head does; auto: the mean "
-        "where the own one is a pooler",
+        "where that is a pooler or the first token",
         "auto",
     )
 

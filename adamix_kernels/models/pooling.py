@@ -1,4 +1,4 @@
-"""What a classification head reads: the model's own pooler, or the mean of the last hidden states."""
+"""What a classification head reads: what the model has it read, or the mean of the last hidden states."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def set_pooling(model: nn.Module, pooling: str) -> None:
 def head_reads(model: nn.Module) -> str | None:
     """ "pooler", "first" (the first token's last hidden state), or None for anything else.
 
-    Tried on the head alone, in evaluation mode: which change of what the base gives changes the logits. A BERT's head
-    reads its pooler; a RoBERTa's the first token, and so does a BigBird's, which has a pooler; a decoder's the last one.
+    Tried on the head alone, in evaluation mode: which change of what the base gives changes the logits. A BERT's
+    reads its pooler; a RoBERTa's the first token, and so does a BigBird's, which has a pooler; a decoder's the last.
     """
     base: Any = getattr(model, "base_model", model)
     if base is model:

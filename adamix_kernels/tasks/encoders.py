@@ -67,9 +67,9 @@ def load_classifier(
     """(model, tokenizer): AutoModelForSequenceClassification with a head drawn from the global RNG.
 
     A head that reads a pooler reads what was pretrained for something else (BERT's: the next sentence), or for
-    nothing (sentence encoders are trained through the mean and leave it as it was drawn); one that reads the first token
-    reads what a frozen encoder may have put little into. So "auto" takes the mean in both. Heads that read the last
-    token (GPT-2, Llama) keep it. Which it is, is tried: what changes the logits.
+    nothing (sentence encoders are trained through the mean and leave it as it was drawn); one that reads the first
+    token (RoBERTa, ELECTRA) reads what a frozen encoder may have put little into. So "auto" takes the mean in both.
+    Heads that read the last token (GPT-2, Llama) keep it. Which it is, is tried: what changes the logits.
 
     Args:
         encoder: from resolve_model. label_names: in id order; not looked at in a regression.
