@@ -16,7 +16,7 @@ RESIDENT, RESIDENT_RANK = 3, 16
 
 
 class Side(NamedTuple):
-    """How one side is routed: row n by index[n // div], index None for expert 0.
+    """How one side is routed: row n by index[n // div], index None for expert 0; that of a bank of one shows wrong ids.
 
     masked: a tile's rows differ in expert, and its narrow tile holds all `experts` of the bank padded to `padded`.
     """
@@ -63,7 +63,8 @@ def fits(experts: int, r: int) -> bool:
 
 
 def make_plan(batch: int, tokens: int, r: int, down_index, up_index, md: int, mu: int) -> Plan:
-    indices = [index if m > 1 else None for index, m in ((down_index, md), (up_index, mu))]
+    given = down_index, up_index
+    indices = [index if m > 1 else None for index, m in zip(given, (md, mu))]
     routed = [index for index in indices if index is not None]
     flat = tokens < MIN_SPAN or all(index.dim() == 2 for index in routed)
     grouped = [
@@ -75,7 +76,7 @@ def make_plan(batch: int, tokens: int, r: int, down_index, up_index, md: int, mu
     masked = [index is not None and (flat or index.dim() == 2) and not g for index, g in zip(indices, grouped)]
     rp = power_of_2(r) if any(masked) else max(16, power_of_2(r))
     sides = []
-    for index, m, mask in zip(indices, (md, mu), masked):
+    for index, m, mask in zip(given, (md, mu), masked):
         div = tokens if index is not None and index.dim() == 1 else 1
         padded = max(power_of_2(m) if mask else 1, 16 // rp)
         sides.append(Side(None if index is None else index.contiguous(), div, mask, m, padded))

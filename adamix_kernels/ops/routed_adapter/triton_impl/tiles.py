@@ -43,6 +43,8 @@ def tile_experts(index, div, rows, valid, first, perm, M: tl.constexpr, MASKED: 
     """
     if index is None:
         return (first * 0).to(tl.int64), rows < 0
+    elif M == 1:
+        return (first * 0).to(tl.int64), tl.load(index + rows // div, mask=valid, other=0) != 0
     elif MASKED:
         ids = tl.load(index + rows // div, mask=valid, other=0).to(tl.int64)
         return tl.minimum(tl.maximum(ids, 0), M - 1), (ids < 0) | (ids >= M)

@@ -90,11 +90,11 @@ def count_splits(rows: int, blocks: int, tile: int, columns: int, row_bytes: int
 
 
 def _tokens(batch: int, tokens: int, r: int, index: torch.Tensor | None, experts: int) -> _Tokens:
-    if index is None or experts == 1:
+    if index is None:
         return _Tokens(None, None, None, False, 1, batch * tokens, 1)
-    if index.dim() == 1 and tokens >= MIN_SPAN:
+    if index.dim() == 1 and tokens >= MIN_SPAN and experts > 1:
         return _Tokens(index.contiguous(), None, None, False, batch, tokens, tokens)
-    if fits(experts, r):
+    if experts == 1 or fits(experts, r):
         return _Tokens(index.contiguous(), None, None, True, 1, batch * tokens, tokens if index.dim() == 1 else 1)
     return _Tokens(None, *sort_rows(per_row(index, batch, tokens), experts), False, 1, batch * tokens, 1)
 

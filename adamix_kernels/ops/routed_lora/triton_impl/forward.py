@@ -32,7 +32,7 @@ def lora_forward_kernel(
     low = 0
     high = 0
     wrong = rows < 0
-    if A_EXPERTS > 1:
+    if a_index_ptr is not None:
         ids, low, high, wrong = row_experts(a_index_ptr, rows, exists, a_divisor, A_EXPERTS)
 
     t_ptrs = t_ptr + long * R
@@ -52,7 +52,7 @@ def lora_forward_kernel(
     if CHUNKS > 1:
         tl.debug_barrier()
 
-    if B_EXPERTS > 1:
+    if b_index_ptr is not None:
         ids, low, high, wrong_b = row_experts(b_index_ptr, rows, exists, b_divisor, B_EXPERTS)
         wrong = wrong | wrong_b
     for g in tl.static_range(GROUPS):

@@ -25,7 +25,7 @@ def lora_dx_kernel(
     low = 0
     high = 0
     wrong = rows < 0
-    if B_EXPERTS > 1:
+    if b_index_ptr is not None:
         ids, low, high, wrong = row_experts(b_index_ptr, rows, exists, b_divisor, B_EXPERTS)
 
     dt_ptrs = dt_ptr + long * R
@@ -52,7 +52,7 @@ def lora_dx_kernel(
         key1 = 0
         if DROPOUT:
             key0, key1 = row_keys(seed_ptr, rows)
-        if A_EXPERTS > 1:
+        if a_index_ptr is not None:
             ids, low, high, wrong_a = row_experts(a_index_ptr, rows, exists, a_divisor, A_EXPERTS)
             wrong = wrong | wrong_a
         expand(

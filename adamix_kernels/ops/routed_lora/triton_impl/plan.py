@@ -140,10 +140,10 @@ class _Side(NamedTuple):
 
 
 def _side(index: torch.Tensor | None, experts: int, tokens: int, block: int) -> _Side:
-    if experts == 1:
+    if index is None:
         return _Side(None, 1, 0, False)
     per_token = index.dim() == 2
-    mixed = per_token or tokens < MIN_SPAN
+    mixed = experts > 1 and (per_token or tokens < MIN_SPAN)
     padded = 1 << (experts - 1).bit_length()
     wide = padded if mixed and padded * block <= MAX_WIDTH else 0
     return _Side(index.contiguous(), 1 if per_token else max(tokens, 1), wide, mixed and not wide)

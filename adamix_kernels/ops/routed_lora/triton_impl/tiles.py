@@ -34,7 +34,10 @@ def row_keys(seed_ptr, rows):
 
 @triton.jit
 def keep_tile(key0, key1, cols, threshold):
-    """keep_mask of ops/_dropout.py for rows' keys and columns: bool [BLOCK_M, BLOCK_C]; threshold: its signed bound."""
+    """keep_mask of ops/_dropout.py for rows' keys and columns: bool [BLOCK_M, BLOCK_C].
+
+    threshold: its signed bound, one or [BLOCK_M, 1].
+    """
     h = (cols.to(tl.uint32) * 0x9E3779B9)[None, :] ^ key0[:, None]
     h ^= h >> 16
     h *= 0x21F0AAAD
@@ -153,6 +156,9 @@ def _expand_rows(
     CHUNKS: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """out [rows, COLS] = base + scale * t @ bank, with the dropout mask where DROPOUT, columns first : COLS : step."""
+    if DROPOUT:
+        # A wrong row's NaN is kept everywhere.
+        threshold = tl.where(wrong, -2147483648, threshold)[:, None]
     for c0 in range(first, COLS, step):
         cols = c0 + tl.arange(0, BLOCK_C)
         ok = rows_ok[:, None] & (cols < COLS)[None, :]
@@ -174,7 +180,7 @@ def _expand_rows(
                 acc = tl.dot(part.to(DOT), bank.to(DOT), acc, input_precision=PRECISION)
         acc *= scale
         if DROPOUT:
-            acc = tl.where(keep_tile(key0, key1, cols, threshold) | wrong[:, None], acc, 0.0)
+            acc = tl.where(keep_tile(key0, key1, cols, threshold), acc, 0.0)
         if base_ptrs is not None:
             acc += base
         tl.store(out_ptrs[:, None] + cols[None, :], narrow(acc, out_ptrs.dtype.element_ty), mask=ok)

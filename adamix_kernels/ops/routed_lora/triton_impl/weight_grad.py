@@ -22,14 +22,14 @@ def _mine(index_ptr, rows, exists, divisor, expert):
 def _accumulate(
     small_ptr, wide_ptr, index_ptr, seed_ptr, perm_ptr, out_ptrs, out_ok, k, k_ok, cols, cols_ok, expert,
     row_lo, row_hi, num_rows, divisor, threshold, inv_keep, scale,
-    SMALL_STRIDE: tl.constexpr, WIDE_STRIDE: tl.constexpr, EXPERTS: tl.constexpr, DROPOUT: tl.constexpr,
+    SMALL_STRIDE: tl.constexpr, WIDE_STRIDE: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """out [BLOCK_R, BLOCK_C] = scale * small^T wide over the expert's rows among tiles row_lo : row_hi."""
     first = row_lo
     last = row_hi
-    if EXPERTS > 1:
+    if index_ptr is not None:
         # Only the tiles from the expert's first row to its last; none leaves an exact zero.
         first = row_hi
         last = row_lo
@@ -41,7 +41,7 @@ def _accumulate(
     acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for tile in range(first, last):
         rows, mine = tile_rows(tile, perm_ptr, num_rows, BLOCK_M)
-        if EXPERTS > 1:
+        if index_ptr is not None:
             mine = _mine(index_ptr, rows, mine, divisor, expert)
         small = tl.load(
             small_ptr + (rows.to(tl.int64) * SMALL_STRIDE)[None, :] + k[:, None],
@@ -88,7 +88,7 @@ def lora_grads_kernel(
                     dt_ptr, x_ptr, a_index_ptr, seed_ptr, perm_ptr,
                     a_plane_ptr + plane + k[:, None] * K + cols[None, :], (k < R)[:, None] & (cols < K)[None, :],
                     k, k < R, cols, cols < K, expert, row_lo, row_hi, num_rows, a_divisor, threshold, inv_keep, 1.0,
-                    R, K, A_EXPERTS, seed_ptr is not None, BLOCK_M, BLOCK_C, BLOCK_RA, PRECISION, DOT,
+                    R, K, seed_ptr is not None, BLOCK_M, BLOCK_C, BLOCK_RA, PRECISION, DOT,
                 )  # fmt: skip
     else:
         if b_plane_ptr is not None:  # noqa: SIM102
@@ -108,7 +108,7 @@ def lora_grads_kernel(
                     b_plane_ptr + plane + k[:, None] + cols[None, :] * RANK,
                     (k < RANK)[:, None] & (cols < NG)[None, :],
                     k, k < RANK, cols, cols < NG, expert, row_lo, row_hi, num_rows, b_divisor, 0, 1.0, scaling,
-                    R, WIDTH, B_EXPERTS, False, BLOCK_M, BLOCK_C, BLOCK_RB, PRECISION, DOT,
+                    R, WIDTH, False, BLOCK_M, BLOCK_C, BLOCK_RB, PRECISION, DOT,
                 )  # fmt: skip
 
 
