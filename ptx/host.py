@@ -69,6 +69,10 @@ class Host:
             self.compile_seconds += time.perf_counter() - began
         return (*self.kernels[key], bound)
 
+    def specialised(self, kernel, args, meta) -> str:
+        """What tells the compiled kernel of this launch from others of the same kernel; nothing is compiled."""
+        return self._compiler.bound(kernel, args, meta)[0]
+
     def launch(self, kernel, grid: tuple[int, ...], *args, **meta) -> None:
         """Launches a Triton kernel: kernel[grid](*args, **meta)."""
         if 0 in grid:

@@ -24,6 +24,7 @@ import triton_spy  # noqa: E402
 
 triton_spy.needs_triton = lambda: None
 triton_spy.INTERPRET, triton_spy.GPU, triton_spy.DEVICE = True, False, "cpu"  # cases are drawn for a CPU
+triton_spy.specialised = HOST.specialised
 
 # Tests of another subject than what a kernel does: part of a name -> who looks after it.
 OTHER_SUBJECTS = {

@@ -137,37 +137,36 @@ def test_a_lora(backend, case, side, index_dtype, value):
 @pytest.mark.parametrize("value", [1, -1])
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("kind", ["sample", "token"])
+@pytest.mark.parametrize("op", ["routed_adapter", "routed_lora"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_bank_of_one_that_is_given_an_index(backend, kind, side, value):
+def test_a_bank_of_one_that_is_given_an_index(backend, op, kind, side, value):
     """0 is then its one right id."""
-    shape = (3, 19) if kind == "token" else (3,)
-    for op in ("routed_adapter", "routed_lora"):
-        module, device = kernels(backend, op)
-        right = torch.zeros(shape, dtype=torch.int64, device=device)
-        broken, wrong = spoil(right, torch.int64, value)
-        bad = wrong.view(3, -1).expand(3, 19)
-        if op == "routed_adapter":
-            (x, *banks, dy), _ = draw_adapter(device, torch.float32, 3, 19, 37, 6, 1, 1, None, None)
-        else:
-            (x, a, b, base, dy), options = draw_lora(device, "none", "none", dtype=torch.float32, tokens=19)
-        dy = dy.masked_fill(bad[..., None], 0)
+    module, device = kernels(backend, op)
+    right = torch.zeros((3, 19) if kind == "token" else (3,), dtype=torch.int64, device=device)
+    broken, wrong = spoil(right, torch.int64, value)
+    bad = wrong.view(3, -1).expand(3, 19)
+    if op == "routed_adapter":
+        (x, *banks, dy), _ = draw_adapter(device, torch.float32, 3, 19, 37, 6, 1, 1, None, None)
+    else:
+        (x, *banks, base, dy), options = draw_lora(device, "none", "none", dtype=torch.float32, tokens=19)
+        tail = options["scaling"], 1, [0], 0.0
+    dy = dy.masked_fill(bad[..., None], 0)
 
-        def run(index):
-            indices = [index if side == s else None for s in (0, 1)]
-            with poisoned_memory():
-                if op == "routed_adapter":
-                    out, pre = module.forward(x, *banks, *indices, None, True, "gelu")
-                    more = banks[0], banks[2], *indices, True, True, True, True, "gelu"
-                    dx, *grads = module.backward(dy, x, pre, *more)
-                else:
-                    tail = options["scaling"], 1, [0], 0.0
-                    out, t = module.forward(x, a, b, *indices, base, None, *tail)
-                    dx, *grads = module.backward(dy, x, t, a, b, *indices, None, True, True, True, *tail)
-            return out, dx, *grads
+    def run(index):
+        indices = [index if side == s else None for s in (0, 1)]
+        with poisoned_memory():
+            if op == "routed_adapter":
+                out, pre = module.forward(x, *banks, *indices, None, True, "gelu")
+                down, _, up, _ = banks
+                dx, *grads = module.backward(dy, x, pre, down, up, *indices, True, True, True, True, "gelu")
+            else:
+                out, t = module.forward(x, *banks, *indices, base, None, *tail)
+                dx, *grads = module.backward(dy, x, t, *banks, *indices, None, True, True, True, *tail)
+        return out, dx, *grads
 
-        with_none, with_zeros, got = run(None), run(right), run(broken)
-        torch.testing.assert_close(with_zeros, with_none)
-        check(got, with_zeros, bad, 2, 2)
+    want = run(right)
+    torch.testing.assert_close(want, run(None))
+    check(run(broken), want, bad, 2, 2)
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])

@@ -3,9 +3,11 @@
 # ruff: noqa: E402 (the module is skipped before it imports triton)
 
 import functools
+import sys
 
 import pytest
 import torch
+import triton_spy
 from triton_spy import DEVICE, GPU, needs_triton
 
 needs_triton()
@@ -131,30 +133,49 @@ def as_on_a_gpu(monkeypatch):
 
 @pytest.fixture
 def nothing_launched(monkeypatch):
-    """The kernels of every op only counted: the interpreter's own calls are not the op's."""
-    counted = []
+    """Every launch (kernel, args, meta) only noted: the interpreter's own calls are not the op's."""
+    noted = []
     for op in _backends.OPS:
-        package = _backends._load(op, "triton")
-        for module in [package, *(m for m in vars(package).values() if hasattr(m, "__file__"))]:
+        name = _backends._load(op, "triton").__name__
+        for module in [m for n, m in sys.modules.items() if n == name or n.startswith(f"{name}.")]:
             if hasattr(module, "launch"):
-                monkeypatch.setattr(module, "launch", lambda kernel, *a, **k: counted.append(kernel))
-    return counted
+                monkeypatch.setattr(module, "launch", lambda kernel, _, __, *a, **k: noted.append((kernel, a, k)))
+    return noted
 
 
 @pytest.mark.skipif(GPU, reason="a GPU captures graphs instead")
 @pytest.mark.parametrize("name", CASES)
 def test_it_launches_and_waits_for_nothing(name, as_on_a_gpu, nothing_launched):
-    from adamix_kernels.ops.routed_adapter.triton_impl import weights
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "launch", lambda kernel, *a, **k: nothing_launched.append(kernel))
-        run = CASES[name]()
+    run = CASES[name]()
+    run()
+    assert nothing_launched
+    with SyncSpy() as spy:
         run()
-        assert nothing_launched
-        with SyncSpy() as spy:
-            run()
     assert spy.seen
     assert spy.found == []
+
+
+# The same shapes, and numbers that Triton's JIT could take for special: 1, multiples of 16, 0 as dropout's bound.
+OTHER_NUMBERS = {
+    "lora, dropout": [lambda: lora(dropout_p=0.5, seed=torch.tensor(16, device=DEVICE))],
+    "lora, a number as seed": [lambda: lora(dropout_p=0.3, seed=16), lambda: lora(dropout_p=0.5, seed=1)],
+    "adamix_loss, items": [lambda: adamix(items=16), lambda: adamix(items=1)],
+    "adamix_loss, a tensor of items": [lambda: adamix(items="tensor", label_smoothing=0.5)],
+}
+
+
+@pytest.mark.skipif(triton_spy.specialised is None, reason="needs compiled kernels on a CPU: pytest -p ptx.plugin")
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_second_call_compiles_nothing(nothing_launched):
+    """What a graph captures was compiled by the call before it, whatever the values of either."""
+    for name, case in CASES.items():
+        kinds = []
+        for one in [case, case, *OTHER_NUMBERS.get(name, [])]:
+            nothing_launched.clear()
+            one()()
+            kinds.append({triton_spy.specialised(*launch) for launch in nothing_launched})
+        assert kinds[0], name
+        assert all(later <= kinds[0] for later in kinds[1:]), name
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs are the GPU's")

@@ -11,6 +11,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# (kernel, args, meta) -> what Triton's JIT compiles one kernel for; set where compiled kernels run on the CPU.
+specialised = None
 
 
 def needs_triton():

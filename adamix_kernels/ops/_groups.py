@@ -48,7 +48,8 @@ def check_groups(
 
 
 def _check_offsets(output_offsets: Sequence[int], groups: int, per_group: int, width: int | None) -> list[int]:
-    if not isinstance(output_offsets, tuple | list) or not all(isinstance(o, int) for o in output_offsets):
+    # A tuple of types: torch.compile of torch 2.6 does not know tuple | list here.
+    if not isinstance(output_offsets, (tuple, list)) or not all(isinstance(o, int) for o in output_offsets):
         fail("output_offsets", repr(output_offsets), "a tuple of ints, one for each group", TypeError)
     offsets = list(output_offsets)
     if len(offsets) != groups:
