@@ -13,7 +13,9 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from .aot_table import TABLE, Row, crowded, differences, hardest, mismatches, problems, read, unchanged, write
+from .aot_table import (
+    TABLE, Row, crowded, differences, hardest, mismatches, problems, read, spilled, unchanged, write,
+)  # fmt: skip
 
 
 def wanted() -> tuple[dict[Row, int], list[str]]:
@@ -105,6 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write(options.out, rows)
     for line in found:
         print(line)
+    if not options.list:
+        for line in spilled(rows):
+            print(f"note: {line}", file=sys.stderr)
     return 1 if found else 0
 
 

@@ -21,6 +21,7 @@ from benchmarks.aot_table import (
     mismatches,
     problems,
     read,
+    spilled,
     unchanged,
     write,
 )
@@ -131,7 +132,7 @@ def test_the_hardest_cases_compile_to_the_committed_figures(recompiled):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(spills=1), "1 spilled registers"),
+        (dict(spills=25), "25 spilled registers, 24 at most"),
         (dict(shared_bytes=232_449), "232449 B shared memory, 232448 at most"),
         (dict(target=80, shared_bytes=166_913), "166912 at most"),
         (dict(target=120, shared_bytes=101_377), "101376 at most"),
@@ -142,7 +143,9 @@ def test_the_hardest_cases_compile_to_the_committed_figures(recompiled):
     ],
 )
 def test_a_broken_limit_is_named(change, words):
-    assert problems([GOOD, replace(GOOD, dtype="float32", mma="fma")]) == []
+    assert problems([GOOD, replace(GOOD, dtype="float32", mma="fma"), replace(GOOD, spills=24)]) == []
+    assert spilled([GOOD]) == []
+    assert "24 of 100 registers are spilled" in spilled([replace(GOOD, spills=24)])[0]
     (found,) = problems([GOOD, replace(GOOD, **change)])
     assert words in found
     assert "a_kernel bfloat16 sample" in found

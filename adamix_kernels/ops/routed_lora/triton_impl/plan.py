@@ -24,7 +24,8 @@ MIN_SORTED = 64
 PROGRAMS, MIN_TILES, MAX_SPLITS = 512, 4, 64
 # A call of few rows is cut into smaller tiles, then its columns among programs, until about this many run.
 MIN_PROGRAMS = 264
-# Programs on a multiprocessor that this counts on in 16 bits (MIN_PROGRAMS are two on each of 132); float32: one.
+# Programs on a multiprocessor that this counts on in 16 bits (MIN_PROGRAMS are two on each of 132); float32, and a tile
+# of MAX_WIDTH narrow columns: one.
 RESIDENT = 2
 # Elements that a program of the sum of the planes takes.
 SUM_BLOCK = 1024
