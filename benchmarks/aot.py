@@ -14,7 +14,17 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from .aot_table import (
-    TABLE, Row, crowded, differences, hardest, mismatches, problems, read, spilled, unchanged, write,
+    TABLE,
+    Row,
+    crowded,
+    differences,
+    hardest,
+    mismatches,
+    problems,
+    read,
+    spilled,
+    unchanged,
+    write,
 )  # fmt: skip
 
 
