@@ -161,7 +161,7 @@ def test_large_logits_stay_exact(kind, detach, classes, dtype):
 
     logits = torch.cat([a, b.clamp(-1e4, 1e4)]).to(dtype)
     assert loss("triton", logits).loss.isfinite()
-    # From one seed to the next J's error is up to three times the reference's budget; interpreted, this one keeps to it.
+    # From one seed to the next J's error is up to three times the reference's budget; interpreted, these keep to it.
     compiled = kind != "huge" and not INTERPRETING
     form = {2: lambda x: one_pass_consistency(x.float())} if compiled else None
     gradients(loss, launched(SPLIT if classes > 4096 else ROWS, logits.dtype), logits, same_form=form)
