@@ -18,6 +18,7 @@ from loss_cases import check_a_masked_vocabulary, check_errors, check_nan_and_in
 from poison import poisoned_memory
 
 from adamix_kernels import BackendUnavailableError, _backends
+from adamix_kernels._triton_utils import INTERPRETING
 from adamix_kernels.functional import adamix_loss, consistency_loss, linear_adamix_loss
 from adamix_kernels.ops.consistency import triton_impl
 from adamix_kernels.ops.consistency.triton_impl import plan
@@ -160,8 +161,9 @@ def test_large_logits_stay_exact(kind, detach, classes, dtype):
 
     logits = torch.cat([a, b.clamp(-1e4, 1e4)]).to(dtype)
     assert loss("triton", logits).loss.isfinite()
-    # From one seed to the next J's error is up to three times the reference's budget, interpreted or compiled.
-    form = {2: lambda x: one_pass_consistency(x.float())} if kind != "huge" else None
+    # From one seed to the next J's error is up to three times the reference's budget; interpreted, these keep to it.
+    compiled = kind != "huge" and not INTERPRETING
+    form = {2: lambda x: one_pass_consistency(x.float())} if compiled else None
     gradients(loss, launched(SPLIT if classes > 4096 else ROWS, logits.dtype), logits, same_form=form)
 
 

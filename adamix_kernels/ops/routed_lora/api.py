@@ -81,7 +81,9 @@ def routed_lora(
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong; the message names it.
         IndexError: an expert id outside its bank (always on the CPU; on a GPU with ADAMIX_CHECK=1).
-            Unchecked on a GPU, the output's rows of such an id and their gradient of x are NaN, and no bank learns.
+            Unchecked on a GPU, "triton" and "cuda" make the output's rows of such an id and their gradient of x NaN.
+            With "cuda" no bank learns from such a row. Nor with "triton", but that the side whose id is right takes
+            what is not finite in the row's x or gradient.
         BackendUnavailableError: an explicit backend cannot serve the call.
 
     Source: AdaMix (arXiv 2205.12410), section 3; `MergedLinear` of the reference project's NLG/loralib.
