@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .modules import RoutedAdapter as RoutedAdapter
     from .modules import RoutedLoRALinear as RoutedLoRALinear
     from .routing import Router as Router
+    from .tasks.loading import load as load
 
 _LAZY = {
     "AdaMixLoss": "modules",

@@ -83,7 +83,7 @@ def test_a_base_installation_works_and_says_how_to_install_what_a_name_or_a_comm
         "from adamix_kernels import *; (AdaMixConfig, adapt, merge, routed_lora)",
         "import adamix_kernels as a; assert 'AdaMixTrainer' in dir(a) and hasattr(a, 'adapt'); a.AdaMixTrainer",
         "from adamix_kernels.reports import TrainingReport",
-        "from adamix_kernels.tasks import load_text_classification as load; load('some/set')",
+        "from adamix_kernels.tasks import load_task as load; load('some/set')",
         "from adamix_kernels.tasks import resolve_model; resolve_model()",
         "import torch; from pathlib import Path; from adamix_kernels.models._files import _save_tensors as save\n"
         "save(Path('x'), {'a': torch.ones(1)})",
