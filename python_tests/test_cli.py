@@ -227,7 +227,8 @@ def test_bench_hands_its_arguments_and_status_on(monkeypatch):
         (["train", "--no-such-flag", "1"], "--no-such-flag"),
         (["train", "nowhere.json"], "nowhere.json"),
         (["eval"], "run: got nothing"),
-        (["export", "nowhere"], "--out: got nothing"),
+        (["export", "nowhere"], "out: got nothing, expected a folder to write to: --out FOLDER"),
+        (["merge"], "run: got nothing"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(capsys, arguments, message):

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..tasks.frozen import HEAD_LEARNING_RATE, length_batches, mean_features, train_linear
 from ..tasks.generation import token_loss
-from ._kinds import FALLING, Kind, LabelKind
+from ._kinds import FALLING, PLAIN, Kind, LabelKind
 
 MAJORITY, MEAN = "majority class", "mean of the training labels"
 FROZEN, UNADAPTED = "frozen encoder with a trained head", "the model before training"
@@ -55,14 +55,18 @@ def measure(model: nn.Module, kind: Kind, work: Work, progress: bool) -> Baselin
 
 
 def not_above(scores: dict[str, float], baselines: Baselines) -> list[str]:
-    """Names of the baselines that `scores` are not better than, by the first metric that both have."""
+    """Names of the baselines that `scores` are not better than, by the first metric that both have.
+
+    A perfect score is not worse than another one.
+    """
     found = []
     for name, values in baselines.values.items():
         metric = next((m for m in scores if m in values), None)
         if metric is None:
             continue
         better = scores[metric] < values[metric] if metric in FALLING else scores[metric] > values[metric]
-        if not better:
+        perfect = scores[metric] <= 0 if metric in FALLING else metric not in PLAIN and scores[metric] >= 100
+        if not better and not perfect:
             found.append(name)
     return found
 

@@ -21,12 +21,12 @@ DEFAULT_METRICS = {"classification": ("accuracy",), "regression": ("pearson", "s
 GENERATION = {"max_new_tokens": 64, "beams": 4, "length_penalty": 0.8, "no_repeat_ngram": 4}
 FALLING = ("loss", "rmse", "ter")  # less is better
 _SHIFTED = ("roberta", "xlm-roberta", "camembert")
-_PLAIN = ("nist", "cider", "rmse", "loss")  # no percentages
+PLAIN = ("nist", "cider", "rmse", "loss")  # no percentages
 
 
 def written(name: str, value: float) -> str:
     """ "accuracy 82.40 %" """
-    return f"{name} {value:.4f}" if name in _PLAIN else f"{name} {value:.2f} %"
+    return f"{name} {value:.4f}" if name in PLAIN else f"{name} {value:.2f} %"
 
 
 @dataclass
@@ -80,7 +80,7 @@ class LabelKind:
         """compute_metrics of a Trainer: as fractions, as scikit-learn and scipy have them."""
         logits = torch.as_tensor(prediction.predictions)
         values = self.scores(self.chosen(logits), prediction.label_ids.reshape(-1).tolist()).values
-        return {name: value if name in _PLAIN else value / 100 for name, value in values.items()}
+        return {name: value if name in PLAIN else value / 100 for name, value in values.items()}
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if self.kind == "classification":

@@ -17,6 +17,7 @@ from ._kinds import Kind, written
 from .export import format_of, problem
 
 REPORT_NAME = "adamix_report.json"
+FEW = 50  # dev rows, of which each is two points
 
 
 @dataclass
@@ -42,6 +43,8 @@ def tell(outcome: Outcome, folder: str) -> None:
     print(f"training loss {losses['loss']:.4f}, mean of the run" + (f"; at its end {parts}" if parts else ""))
     values = ", ".join(written(name, value) for name, value in outcome.scores.items())
     print(f"dev {values} (merged experts, {outcome.dev_rows} texts)")
+    if outcome.kind.kind == "classification" and outcome.dev_rows < FEW:
+        print(f"  {outcome.dev_rows} dev texts are few: each of them is {100 / outcome.dev_rows:.0f} points")
     warning = None
     if outcome.baselines is not None:
         for name, found in outcome.baselines.values.items():

@@ -53,6 +53,12 @@ def the_run(options: RunOptions, words: Sequence[str], command: str) -> RunOptio
     return dataclasses.replace(options, run=given[0])
 
 
+def needs_out(out: str) -> None:
+    """Raises ValueError where no folder to write to is given."""
+    if not out:
+        raise ValueError("out: got nothing, expected a folder to write to: --out FOLDER")
+
+
 def open_run(options: RunOptions) -> Opened:
     """Raises ValueError for what is no run, naming what is missing."""
     try:

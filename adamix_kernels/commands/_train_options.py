@@ -56,7 +56,7 @@ class AdaptationOptions:
     method: str = _option("adapter or lora", "adapter")
     num_experts: int = _option("M, the experts of a side that is not shared", 4)
     bottleneck: int = _option("adapter width", 16)
-    r: int = _option("LoRA rank", 4)
+    r: int = _option("LoRA rank", 4, aliases=["--lora_r", "--lora-r"])
     alpha: float = _option("LoRA scaling is alpha / r", 32.0, aliases=["--lora_alpha", "--lora-alpha"])
     lora_dropout: float = _option("on the LoRA input", 0.0)
     share: str = _option("the shared side: up, down or none", "up")

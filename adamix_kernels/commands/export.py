@@ -9,10 +9,11 @@ from typing import Any, Literal
 from torch import nn
 
 from ..models.state import adamix_state
-from ..tasks import Run
+from ..tasks import DEFAULT_MODEL, Run
+from ..tasks.encoders import DEFAULT_HUB_ID
 from ._options import OutputOptions, start
 from ._parser import OptionParser
-from ._runs import RunOptions, open_run, the_run
+from ._runs import RunOptions, needs_out, open_run, the_run
 
 FORMATS = {"lora": "peft", "adapter": "adapterhub"}
 
@@ -21,7 +22,7 @@ FORMATS = {"lora": "peft", "adapter": "adapterhub"}
 class ExportOptions:
     _argument_group_name = "export"
 
-    out: str = field(metadata={"help": "folder for the exported files"})
+    out: str = field(default="", metadata={"help": "folder for the exported files"})
     format: Literal["auto", "peft", "adapterhub"] = field(
         default="auto", metadata={"help": "auto: peft for --method lora, adapterhub for --method adapter"}
     )
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
     parsed = parser.parse(argv)
     place, options, output = parsed.parts
     run = the_run(place, parsed.words, "export")
+    needs_out(options.out)
     start(output)
     from .. import convert
 
@@ -68,8 +70,9 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"{run.run}: {why}")
     if options.no_head and wanted != "peft":
         raise ValueError("no_head: got it with --format adapterhub, expected --format peft")
-    if options.base_model:
-        _base(opened.model).name_or_path = options.base_model
+    known = DEFAULT_HUB_ID if opened.run.model == DEFAULT_MODEL else None
+    if options.base_model or known:
+        _base(opened.model).name_or_path = options.base_model or known
     if wanted == "peft":
         convert.export_peft(opened.model, options.out, head=not options.no_head)
     else:

@@ -11,14 +11,14 @@ from ..models.merging import merge
 from ..tasks import write_run
 from ._options import OutputOptions, start
 from ._parser import OptionParser
-from ._runs import RunOptions, open_run, the_run
+from ._runs import RunOptions, needs_out, open_run, the_run
 
 
 @dataclass
 class MergeOptions:
     _argument_group_name = "merge"
 
-    out: str = field(metadata={"help": "folder for the merged checkpoint"})
+    out: str = field(default="", metadata={"help": "folder for the merged checkpoint"})
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parsed = parser.parse(argv)
     place, options, output = parsed.parts
     run, out = the_run(place, parsed.words, "merge"), Path(options.out)
+    needs_out(options.out)
     if out.exists() and Path(run.run).exists() and out.resolve() == Path(run.run).resolve():
         raise ValueError(f"out: {out} is the checkpoint itself, and merging there would lose its experts")
     start(output)

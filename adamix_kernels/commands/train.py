@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,12 @@ def parse(argv: Sequence[str]) -> Options:
         hidden=theirs,
         shown=SHOWN,
         hidden_title="the Trainer's (transformers' TrainingArguments; --help_all shows the rest)",
-        defaults={**DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()},
+        # In a log file a bar would be a line each time it moves.
+        defaults={
+            **DEFAULTS,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "disable_tqdm": not sys.stderr.isatty(),
+        },
         aliases={"out": "output_dir"},
     )
     flags = list(argv)
@@ -178,9 +184,7 @@ def _choose(options: Options, model: Any, task: str, rows: int) -> int:
         arguments.learning_rate = _defaults.learning_rate(model.config, task, options.adaptation.method)
     if "num_train_epochs" not in given:
         arguments.num_train_epochs = float(_defaults.epochs(rows, size))
-    batch, accumulated = size // int(arguments.gradient_accumulation_steps), int(arguments.gradient_accumulation_steps)
-    an_epoch = max(1, math.ceil(math.ceil(rows / batch) / accumulated))
-    steps = math.ceil(float(arguments.num_train_epochs) * an_epoch)
+    steps = math.ceil(float(arguments.num_train_epochs) * _updates_an_epoch(arguments, rows))
     if arguments.max_steps > 0:
         steps = int(arguments.max_steps)
     if not given & {"warmup_steps", "warmup_ratio"}:
@@ -190,16 +194,22 @@ def _choose(options: Options, model: Any, task: str, rows: int) -> int:
     return steps
 
 
+def _updates_an_epoch(arguments: Any, rows: int) -> int:
+    accumulated = int(arguments.gradient_accumulation_steps)
+    batches = math.ceil(rows / (_rows_an_update(arguments) // accumulated))
+    return max(1, math.ceil(batches / accumulated))
+
+
 def _rows_an_update(arguments: Any) -> int:
     processes = max(1, int(arguments.world_size))
     return int(arguments.train_batch_size) * int(arguments.gradient_accumulation_steps) * processes
 
 
 def _plan(arguments: Any, rows: int, dev: int, steps: int) -> str:
-    size = _rows_an_update(arguments)
+    epochs = steps / _updates_an_epoch(arguments, rows)
     return (
-        f"training on {rows} texts, {dev} for dev: {steps * size / rows:.3g} epochs, {steps} updates of {size} texts, "
-        f"learning rate {arguments.learning_rate:g}"
+        f"training on {rows} texts, {dev} for dev: {epochs:.3g} epochs, {steps} updates of "
+        f"{_rows_an_update(arguments)} texts, learning rate {arguments.learning_rate:g}"
     )
 
 

@@ -43,7 +43,10 @@ def adapt(model: nn.Module, config: AdaMixConfig | None = None, *, backend: str 
     check_request(backend)
     config = AdaMixConfig() if config is None else config
     if not isinstance(config, AdaMixConfig):
-        raise TypeError(f"config: got {type(config).__name__}, expected an AdaMixConfig or None")
+        raise TypeError(
+            f"config: got {type(config).__name__}, expected an AdaMixConfig or None (of PEFT's LoraConfig "
+            "AdaMixConfig.from_peft makes one)"
+        )
     if getattr(model, "adamix", None) is not None:
         raise ValueError(f"model: got a {type(model).__name__} that is adapted already, expected a bare one")
     _check_no_peft(model)

