@@ -35,7 +35,7 @@ PACKAGE_FROM := pyproject.toml setup.py $(if $(filter 1,$(ADAMIX_CUDA))$(GPU),$(
 OLDEST := $(VENV)/oldest
 OLDEST_PYTHON ?= $(PYTHON)
 OLDEST_TESTS := $(addprefix python_tests/test_,consistency.py adamix_loss.py merge.py routed_adapter.py routed_lora.py \
-	modules.py routing.py config.py inject.py checkpoint.py convert_peft.py trainer.py reports.py)
+	modules.py routing.py config.py inject.py checkpoint.py checkpoint_damage.py convert_peft.py trainer.py reports.py)
 # The lowest torch that the C++/CUDA library loads into; all else works on the one of requirements/oldest.txt.
 LIBRARY_TORCH := torch==2.11.0
 LIBRARY := build/csrc/strict/_C.abi3.so

@@ -10,65 +10,12 @@ import sys
 import pytest
 import tiny
 import torch
+from checkpoint_cases import CASES, adapted, bare, edit_header, picture, rewrite_tensors, same_bits, same_picture
 
 from adamix_kernels.models import _files, checkpoint
-from adamix_kernels.models._files import sealed
 from adamix_kernels.models.checkpoint import load_adamix, save_adamix
-from adamix_kernels.models.config import AdaMixConfig
 from adamix_kernels.models.contexts import eval_routing
-from adamix_kernels.models.inject import adapt
 from adamix_kernels.models.merging import learn_merging, merge, unmerge
-
-CASES = {
-    "bert_adapter": (tiny.tiny_bert, dict(method="adapter", bottleneck=5, num_experts=3)),
-    "bert_lora": (tiny.tiny_bert, dict(method="lora", r=2, num_experts=3, share=None)),
-    "gpt2_adapter": (tiny.tiny_gpt2, dict(method="adapter", bottleneck=3, share="down")),
-    "gpt2_lora": (tiny.tiny_gpt2, dict(method="lora", r=2, modules_to_save=["ln_f"])),
-    "llama_lora": (tiny.tiny_llama, dict(method="lora", r=2)),
-}
-
-
-def adapted(case="bert_adapter", seed=3, dtype=torch.float32, **more):
-    """A tiny model with every bank, score and head random."""
-    make, options = CASES[case]
-    model = adapt(make().to(dtype), AdaMixConfig(**{**options, **more}))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad or name.endswith("_score"):
-                parameter.copy_(torch.randn_like(parameter))
-    return model
-
-
-def bare(case="bert_adapter", dtype=torch.float32):
-    return CASES[case][0]().to(dtype)
-
-
-def picture(model):
-    """Everything a failed load must leave alone."""
-    return (
-        {name: value.clone() for name, value in model.state_dict().items()},
-        {name: type(module) for name, module in model.named_modules()},
-        {name: parameter.requires_grad for name, parameter in model.named_parameters()},
-        getattr(model, "adamix", None),
-        model.training,
-    )
-
-
-def same_picture(a, b):
-    assert a[0].keys() == b[0].keys()
-    assert all(torch.equal(a[0][k], b[0][k]) for k in a[0])
-    assert a[1:] == b[1:]
-
-
-def same_bits(a, b):
-    first, second = a.state_dict(), b.state_dict()
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        assert value.dtype == second[key].dtype, key
-        assert torch.equal(value, second[key]), key
-    flags = [{n: p.requires_grad for n, p in m.named_parameters()} for m in (a, b)]
-    assert flags[0] == flags[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,83 +83,6 @@ def test_the_base_is_not_written(tmp_path):
     assert keys == want | {"classifier.weight", "classifier.bias"}
     assert set(header["layers"]) == layers
     assert (header["version"], header["merged"], header["base_model"]["hidden_size"]) == (3, False, tiny.HIDDEN)
-
-
-def edit_header(folder, **changes):
-    """A header that is wrong in itself, not damaged: its digest is right."""
-    path = folder / checkpoint.CHECKPOINT_NAME
-    header = json.loads(path.read_text())
-    del header["sha256"]
-    path.write_text(json.dumps(sealed({**header, **changes})))
-
-
-def edit_text(folder, old, new):
-    path = folder / checkpoint.CHECKPOINT_NAME
-    path.write_text(path.read_text().replace(old, new))
-
-
-def tensor_file(folder):
-    (found,) = folder.glob("adamix-*.safetensors")
-    return found
-
-
-def rewrite_tensors(folder, change):
-    """Changes the tensors and the header that vouches for them."""
-    from safetensors.torch import load_file, save_file
-
-    path = tensor_file(folder)
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-    edit_header(folder, tensors={"file": path.name, "bytes": path.stat().st_size, "sha256": _files.sha256(path)})
-
-
-def truncate(folder):
-    path = tensor_file(folder)
-    path.write_bytes(path.read_bytes()[:-8])
-
-
-def flip(folder):
-    path = tensor_file(folder)
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
-
-
-KEY = "bert.encoder.layer.1.output.dense.adapter.up_bias"
-DAMAGE = {
-    "truncated": (truncate, "truncated"),
-    "corrupt": (flip, "SHA-256"),
-    "no tensor file": (lambda f: tensor_file(f).unlink(), "no such file"),
-    "no json": (lambda f: (f / checkpoint.CHECKPOINT_NAME).unlink(), "no such file"),
-    "not json": (lambda f: (f / checkpoint.CHECKPOINT_NAME).write_text("{"), "not JSON"),
-    "unknown version": (lambda f: edit_header(f, version=99), "version 99, expected 1"),
-    "no version": (lambda f: edit_header(f, version=None), "version None, expected 1"),
-    "edited": (lambda f: edit_text(f, '"dropout": 0.0', '"dropout": 0.1'), "corrupt, or was edited"),
-    "no digest": (lambda f: edit_text(f, '"sha256": "', '"sha512": "'), "corrupt, or was edited"),
-    "missing field": (lambda f: edit_header(f, layers=None), "layers = None"),
-    "path outside": (lambda f: edit_header(f, tensors={"file": "../x"}), "expected a file name"),
-    "unknown config": (lambda f: edit_header(f, config={"version": 1, "novel": 2}), "novel"),
-    "missing key": (lambda f: rewrite_tensors(f, lambda t: t.pop(KEY)), f"missing keys {KEY}"),
-    "unexpected key": (
-        lambda f: rewrite_tensors(f, lambda t: t.update(novel=torch.ones(1))),
-        "unexpected keys novel",
-    ),
-    "shape": (lambda f: rewrite_tensors(f, lambda t: t.update({KEY: torch.ones(1, 7)})), rf"{KEY}: got shape \(1, 7\)"),
-}
-
-
-@pytest.mark.parametrize("make", [bare, adapted])
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_checkpoints_leave_the_model_untouched(damage, make, tmp_path):
-    save_adamix(adapted(seed=8), tmp_path)
-    spoil, message = DAMAGE[damage]
-    spoil(tmp_path)
-    model = make()
-    before = picture(model)
-    with pytest.raises(ValueError, match=message):
-        load_adamix(model, tmp_path)
-    same_picture(before, picture(model))
 
 
 MODELS = {
@@ -329,42 +199,6 @@ def test_version_2_of_a_merged_lora_loads_without_factors(case, tmp_path):
     assert not loaded.adamix.factors
     save_adamix(loaded, tmp_path / "again")
     same_bits(model, load_adamix(bare(case), tmp_path / "again"))
-
-
-LORA_KEY = "bert.encoder.layer.0.attention.self.query"
-
-
-def spoil_factors(folder, **facts):
-    header = json.loads((folder / checkpoint.CHECKPOINT_NAME).read_text())
-    header["layers"][LORA_KEY]["factors"].update(facts)
-    edit_header(folder, layers=header["layers"])
-
-
-FACTOR_DAMAGE = {
-    "missing": (lambda f: rewrite_tensors(f, lambda t: t.pop(f"{LORA_KEY}.lora_b")), f"missing keys {LORA_KEY}.lora_b"),
-    "shape of A": (
-        lambda f: rewrite_tensors(f, lambda t: t.update({f"{LORA_KEY}.lora_a": torch.ones(2, 5)})),
-        rf"{LORA_KEY}.lora_a: got shape \(2, 5\), expected \(2, 32\)",
-    ),
-    "shape of B": (
-        lambda f: rewrite_tensors(f, lambda t: t.update({f"{LORA_KEY}.lora_b": torch.ones(32, 3)})),
-        rf"{LORA_KEY}.lora_b: got shape \(32, 3\)",
-    ),
-    "too wide": (lambda f: spoil_factors(f, output_offsets=[8]), rf"{LORA_KEY}.lora_b: got shape"),
-    "other facts": (lambda f: spoil_factors(f, novel=1), rf"{LORA_KEY}: got factors ="),
-}
-
-
-@pytest.mark.parametrize("damage", FACTOR_DAMAGE)
-def test_damaged_factors_leave_the_model_untouched(damage, tmp_path):
-    save_adamix(merge(adapted("bert_lora")), tmp_path)
-    spoil, message = FACTOR_DAMAGE[damage]
-    spoil(tmp_path)
-    model = bare("bert_lora")
-    before = picture(model)
-    with pytest.raises(ValueError, match=message):
-        load_adamix(model, tmp_path)
-    same_picture(before, picture(model))
 
 
 def test_an_unadapted_model_is_not_saved(tmp_path):

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import tiny
 import torch
-from test_checkpoint import CASES, adapted, bare, same_bits
+from checkpoint_cases import CASES, adapted, bare, same_bits
 
 from adamix_kernels.models.checkpoint import load_adamix, save_adamix
 from adamix_kernels.models.contexts import disable

