@@ -35,7 +35,7 @@ class Options:
 
 def parse(arguments=None):
     parser = HfArgumentParser((Options, TrainingArguments), description=__doc__.splitlines()[0])
-    parser.set_defaults(output_dir="glue_out", weight_decay=0.1, learning_rate=1e-3, report_to="none")
+    parser.set_defaults(output_dir="glue_out", weight_decay=0.1, learning_rate=3e-3, report_to="none")
     return parser.parse_args_into_dataclasses(arguments)
 
 
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     if options.smoke:
         with tempfile.TemporaryDirectory() as folder:
             options.model, options.data = _smoke.encoder(Path(folder, "model")), _smoke.sentences(Path(folder, "data"))
-            args.output_dir, args.max_steps, args.learning_rate = str(Path(folder, "out")), 60, 1e-2
+            args.output_dir, args.max_steps, args.learning_rate = str(Path(folder, "out")), 150, 2e-2
             main(options, args)
     else:
         main(options, args)

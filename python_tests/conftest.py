@@ -1,5 +1,6 @@
 """Every test: offline, one intra-op thread, fixed seeds, Hypothesis' cases too, and no time limit for one of those."""
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,3 +19,12 @@ settings.load_profile("fixed")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """The command line sets it for the whole process."""
+    logger = logging.getLogger("adamix_kernels")
+    before = logger.level
+    yield
+    logger.setLevel(before)

