@@ -71,7 +71,8 @@ class AdaMixTrainerMixin(CheckpointMixin):
         model = kwargs.get("model", args[0] if args else None)
         with known_to_train(model) if model is not None else contextlib.nullcontext():
             super().__init__(*args, **kwargs)
-        if isinstance(getattr(self, "compute_loss_func", None), str):  # TRL's mark below transformers 5.19: not callable
+        # TRL's mark below transformers 5.19, which nothing can call.
+        if isinstance(getattr(self, "compute_loss_func", None), str):
             self.compute_loss_func = None
         self._check_trainable()
 
