@@ -23,8 +23,10 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _log_level():
-    """The command line sets it for the whole process."""
-    logger = logging.getLogger("adamix_kernels")
-    before = logger.level
-    yield
-    logger.setLevel(before)
+    """The command line sets it for the whole process, in fixtures of whole modules too; so may a library."""
+    logging.disable(logging.NOTSET)
+    for name in [None, *(n for n in logging.root.manager.loggerDict if n.partition(".")[0] == "adamix_kernels")]:
+        logger = logging.getLogger(name)
+        logger.disabled = False
+        logger.setLevel(logging.WARNING if name is None else logging.NOTSET)
+        logger.propagate = True
