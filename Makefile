@@ -101,7 +101,7 @@ test: $(VENV)/.test $(VENV)/.triton $(VENV)/.nvrtc $(OLD)/.ready $(HUB)/.ready
 oldest: $(OLDEST)/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n $(JOBS) --dist worksteal -k "not compile and not opcheck" $(OLDEST_TESTS)
 	@if [ -f $(LIBRARY) ]; then \
-		$(MAKE) -s $(OLDEST)/.library && PYTHONPATH=$(OLDEST)/library ADAMIX_CUDA_LIBRARY=$(LIBRARY) $(OLDEST)/bin/python -c \
+		$(MAKE) -s $(OLDEST)/.newer-torch && PYTHONPATH=$(OLDEST)/newer-torch ADAMIX_CUDA_LIBRARY=$(LIBRARY) $(OLDEST)/bin/python -c \
 			'import sys; from adamix_kernels import _extension; sys.exit(_extension.load_problem())' \
 		&& echo 'the library of make test loads into $(LIBRARY_TORCH): $(LIBRARY)'; \
 	else echo 'no library loaded: make test compiles $(LIBRARY) where nvcc is'; fi
@@ -188,10 +188,10 @@ $(OLDEST)/.ready: $(VENV)/.uv requirements/oldest.txt
 	$(BIN)/python -m reliability.cuda_stubs $(OLDEST)/lib/python3.*/site-packages
 	@touch $@
 
-$(OLDEST)/.library: $(OLDEST)/.ready
-	rm -rf $(OLDEST)/library
-	$(BIN)/uv pip install -q --no-deps --python $(OLDEST)/bin/python --target $(OLDEST)/library "$(LIBRARY_TORCH)"
-	$(BIN)/python -m reliability.cuda_stubs $(OLDEST)/library
+$(OLDEST)/.newer-torch: $(OLDEST)/.ready
+	rm -rf $(OLDEST)/newer-torch
+	$(BIN)/uv pip install -q --no-deps --python $(OLDEST)/bin/python --target $(OLDEST)/newer-torch "$(LIBRARY_TORCH)"
+	$(BIN)/python -m reliability.cuda_stubs $(OLDEST)/newer-torch
 	@touch $@
 
 # Interpreters by their names, as python3.13; torch without NVIDIA's libraries, as above.
