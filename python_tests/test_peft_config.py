@@ -122,6 +122,10 @@ def test_a_lora_config_is_the_same_lora(kind, case, tmp_path):
         torch.testing.assert_close(back(**batch).logits, want, rtol=1e-5, atol=1e-5)
         assert back.peft_config["default"].use_rslora == bool(lora.use_rslora)
         assert config.task_type is None or back.peft_config["default"].task_type == config.task_type
+        save_adamix(ours, tmp_path / "checkpoint")
+        again = load_adamix(BUILD[kind](), tmp_path / "checkpoint").eval()
+        assert again.adamix.saved == ours.adamix.saved
+        assert torch.equal(again(**batch).logits, ours(**batch).logits)
         torch.testing.assert_close(merge(ours)(**batch).logits, want, rtol=1e-5, atol=1e-5)
 
 

@@ -159,7 +159,7 @@ def load_adamix(
     if bare:
         layers = build_layers(model, config, Router())
         layers = {path: _merged_layer(layer) for path, layer in layers.items()} if merged else layers
-        saved = [path for path, _ in saved_modules(model, config.modules_to_save)]
+        saved = [path for path, _ in saved_modules(model, config.modules_to_save, config.task_type)]
     else:
         check_states(adamix_state(model).merged, merged)
         layers = {path: model.get_submodule(path) for path in adamix_state(model).paths}
