@@ -19,25 +19,33 @@ def pooling_of(model: nn.Module) -> str | None:
     return "model" if getattr(getattr(model, "config", None), MARK, None) == "model" else None
 
 
-def set_pooling(model: nn.Module, pooling: str) -> None:
-    """Makes the head read the mean ("mean"), or leaves it what it has ("model"), and marks the model's config.
+def set_pooling(model: nn.Module, pooling: str) -> str:
+    """Makes the head read the mean ("mean"), leaves it what it has ("model"), or takes the mean where it can be
+    ("auto"); marks the model's config, and returns what it is now, "mean" or "model".
 
     Raises ValueError: the head reads the mean already, and pooling is "model"; or pooling is "mean", and the head reads
     neither a pooler nor the first token.
     """
-    before = pooling_of(model)
-    if before == "mean" != pooling:
-        raise ValueError("pooling: got 'model' for a model whose head reads the mean, expected 'mean', or a new model")
     owner: Any = model
-    if pooling == "mean" != before:
+    taken = "model" if pooling == "model" else "mean"
+    if pooling_of(model) == "mean":
+        if taken == "model":
+            raise ValueError(
+                "pooling: got 'model' for a model whose head reads the mean, expected 'mean', or a new model"
+            )
+    elif taken == "mean":
         place = head_reads(model)
-        if place is None:
+        if place is not None:
+            owner.base_model.register_forward_hook(_HOOKS[place], with_kwargs=True)
+        elif pooling == "mean":
             raise ValueError(
                 f"pooling: got 'mean' for a {type(model).__name__}, whose head reads neither a pooler nor the first "
                 "token, expected 'model'"
             )
-        owner.base_model.register_forward_hook(_HOOKS[place], with_kwargs=True)
-    setattr(owner.config, MARK, pooling)
+        else:
+            taken = "model"
+    setattr(owner.config, MARK, taken)
+    return taken
 
 
 @torch.no_grad()

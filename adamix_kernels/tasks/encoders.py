@@ -11,7 +11,7 @@ from typing import Any
 
 from .._extras import install_line
 from ..models._files import sha256
-from ..models.pooling import POOLINGS, head_reads, set_pooling
+from ..models.pooling import POOLINGS, set_pooling
 from ._pretrained import first_line, from_pretrained, tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -99,15 +99,12 @@ def load_classifier(
         }
     unread = None if pooling == "model" else ".pooler."  # a mean stands in its place
     model, tokenizer = _load(AutoModelForSequenceClassification, encoder, unread=unread, **options)
-    if pooling != "model":
-        able = head_reads(model) is not None
-        if pooling == "mean" and not able:
-            logger.warning(
-                "pooling: 'mean' changes nothing in %s, whose head reads neither a pooler nor the first token",
-                encoder.name,
-            )
-        pooling = "mean" if able else "model"
-    set_pooling(model, pooling)
+    taken = set_pooling(model, "auto" if pooling == "mean" else pooling)
+    if pooling == "mean" != taken:
+        logger.warning(
+            "pooling: 'mean' changes nothing in %s, whose head reads neither a pooler nor the first token",
+            encoder.name,
+        )
     return model, tokenizer
 
 
