@@ -106,6 +106,24 @@ def test_a_base_installation_works_and_says_how_to_install_what_a_name_or_a_comm
         assert line.endswith(f"is not installed: {_extras.install_line(extra)}")
 
 
+def test_what_loads_a_model_says_it_too(tmp_path):
+    tasks = "from adamix_kernels.tasks import load_causal, load_classifier, resolve_model as r; "
+    classifier, causal, folder, *repositories = _apart(
+        tasks + "load_classifier(r('x'), ['a', 'b'])",
+        tasks + "load_causal(r('x'))",
+        f"from adamix_kernels import load; load({str(tmp_path)!r})",
+        "from adamix_kernels import load; load('some/repository')",
+        "import torch, adamix_kernels as a; a.load_adamix(torch.nn.Linear(2, 2), 'some/repository')",
+        absent=(*_extras.PACKAGES, "huggingface_hub"),
+    )
+    told = "ModuleNotFoundError: {} needs the package {}, which is not installed: {}"
+    for (error, _), what in ((classifier, "load_classifier"), (causal, "load_causal"), (folder, "load")):
+        assert error == told.format(what, "transformers", _extras.install_line("hf"))
+    for (error, _), what in zip(repositories, ("source", "directory"), strict=True):
+        assert error.startswith(f"ModuleNotFoundError: {what}: 'some/repository', which is no folder here, needs the ")
+        assert error.endswith(f"package huggingface_hub: {_extras.install_line('hf')}")
+
+
 @pytest.mark.parametrize(
     ("module", "what", "extra", "call"),
     [

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from .._extras import install_line
 from ._files import as_path
 
 # Weights as safetensors, text and tokenizers; nothing that is unpickled, and no code.
@@ -43,8 +44,17 @@ def resolve_folder(source: str | os.PathLike[str], revision: str | None = None, 
 
 
 def _snapshot(repository: str, revision: str | None, name: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ModuleNotFoundError as error:
+        if error.name != "huggingface_hub":
+            raise
+        line = install_line("hf")  # transformers brings it
+        raise ModuleNotFoundError(
+            f"{name}: {repository!r}, which is no folder here, needs the package huggingface_hub: {line}",
+            name=error.name,
+        ) from error
 
     ways = [
         (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._extras import install_line
+from .._extras import install_line, needed
 from ..models._files import sha256
 from ..models.pooling import POOLINGS, set_pooling
 from ._pretrained import first_line, from_pretrained, tokenizer_of
@@ -87,7 +87,8 @@ def load_classifier(
         raise ValueError(f"pooling: got {pooling!r}, expected one of {', '.join(map(repr, POOLINGS))}")
     if task not in _KINDS:
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(map(repr, _KINDS))}; load_causal generates")
-    from transformers import AutoModelForSequenceClassification
+    with needed("load_classifier"):
+        from transformers import AutoModelForSequenceClassification
 
     names = list(label_names)
     options: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
@@ -115,7 +116,8 @@ def load_causal(encoder: Encoder) -> tuple[Any, Any]:
 
     Raises ValueError: the hub or the folder cannot give the model; the message keeps the first line of why.
     """
-    from transformers import AutoModelForCausalLM
+    with needed("load_causal"):
+        from transformers import AutoModelForCausalLM
 
     model, tokenizer = _load(AutoModelForCausalLM, encoder)
     tokenizer.padding_side = "left"

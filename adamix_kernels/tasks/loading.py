@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from .._extras import needed
 from ..models.checkpoint import load_adamix
 from ..models.header import CHECKPOINT_NAME, read_header
 from ..models.hub import resolve_folder, with_paths
@@ -49,14 +50,16 @@ def load(
         TypeError: an argument is of another kind.
         ValueError: no such folder or repository; no checkpoint in it, or a damaged one; its base cannot be found (the
             message says what to pass), or is another one.
+        ModuleNotFoundError: transformers is not installed; the message says how to install it.
     """
     if model is not None and not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"model: got {type(model).__name__}, expected the name of a base model, its folder, or None")
     folder = resolve_folder(source, revision)
+    with needed("load"):
+        from transformers import GenerationConfig
+
     if not (folder / CHECKPOINT_NAME).is_file():
         return _plain(folder, source)
-    from transformers import GenerationConfig
-
     header = read_header(folder / CHECKPOINT_NAME)
     base = _base(folder, header["base_model"], None if model is None else os.fspath(model), Path(source).is_dir())
     facts = header["base_model"]
