@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import tiny
 import torch
+import transformers
 from checkpoint_cases import (
     adapted,
     bare,
@@ -20,6 +22,7 @@ from checkpoint_cases import (
 from adamix_kernels.models import checkpoint
 from adamix_kernels.models.checkpoint import load_adamix, save_adamix
 from adamix_kernels.models.merging import merge
+from adamix_kernels.models.pooling import set_pooling
 
 KEY = "bert.encoder.layer.1.output.dense.adapter.up_bias"
 DAMAGE = {
@@ -91,3 +94,16 @@ def test_damaged_factors_leave_the_model_untouched(damage, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_adamix(model, tmp_path)
     same_picture(before, picture(model))
+
+
+def test_a_model_whose_head_can_read_no_mean_stays_untouched(tmp_path):
+    """Of the checkpoint's sizes and with a head of its shape, but of another task."""
+    model = adapted()
+    set_pooling(model, "mean")
+    save_adamix(model, tmp_path)
+    other = tiny.tiny_bert(model_class=transformers.BertForTokenClassification)
+    before = picture(other)
+    message = "got a BertForTokenClassification, whose head reads .*, expected a BertForSequenceClassification"
+    with pytest.raises(ValueError, match=message):
+        load_adamix(other, tmp_path)
+    same_picture(before, picture(other))

@@ -14,7 +14,7 @@ from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..modules.lora import linear_sizes
 from ._files import sha256, unsealed
 from .hub import with_names
-from .pooling import MARK, pooling_of
+from .pooling import MARK, head_reads, pooling_of
 from .sharding import plain_class
 from .targets import model_type
 
@@ -140,13 +140,19 @@ def check_base(model: nn.Module, header: dict[str, Any]) -> None:
 
 
 def check_pooling(model: nn.Module, header: dict[str, Any]) -> str | None:
-    """The pooling that the checkpoint's head was trained on. Raises ValueError where the model's is set otherwise."""
+    """The pooling that the checkpoint's head was trained on. Raises ValueError where the model's is set otherwise, or
+    can be no mean."""
     stored: str | None = header["base_model"].get("pooling")
     here = pooling_of(model)
     if stored is not None and here is not None and stored != here:
         raise ValueError(
             f"model: got one whose head reads pooling {here!r}, expected {stored!r}, as in the checkpoint: "
             f"load_classifier(..., pooling={stored!r}), or adamix_kernels.load(folder)"
+        )
+    if stored == "mean" != here and head_reads(model) is None:
+        raise ValueError(
+            f"model: got a {type(model).__name__}, whose head reads neither a pooler nor the first token, expected a "
+            f"{header['base_model'].get('class')}, whose head reads the mean, as in the checkpoint"
         )
     return stored
 
