@@ -10,31 +10,34 @@ from torch import nn
 
 from .saving import install_saving
 from .state import adamix_state
-from .watch import PassWatch, watching
+from .watch import PassWatch
 
 logger = logging.getLogger(__name__)
 
 
 def install_guards(model: nn.Module) -> None:
     """Installs the guards on an adapted model; they travel with it through deepcopy and pickle."""
-    adamix_state(model).checkpointable = checkpointable(model)
-    adamix_state(model).watch = PassWatch()
+    state = adamix_state(model)
+    state.checkpointable, state.watch = checkpointable(model), PassWatch()
     model.register_forward_pre_hook(_before_forward)
-    embeddings = _input_embeddings(model) if adamix_state(model).checkpointable else None
+    embeddings = _input_embeddings(model) if state.checkpointable else None
     if embeddings is not None:
-        embeddings.register_forward_hook(RequireGrad(adamix_state(model).checkpointable))
+        embeddings.register_forward_hook(RequireGrad(state.checkpointable))
     install_saving(model)
     if callable(getattr(model, "generate", None)):
         model.generate = GuardedGenerate(model)  # type: ignore[assignment]  # a method, in the place of the class's
 
 
 def _before_forward(model: nn.Module, _args: object) -> None:
-    if watching(model) and (watch := adamix_state(model).watch) is not None:
-        watch.forward(model, adamix_state(model))
-    if adamix_state(model).router.experts is None or not (model.training and torch.is_grad_enabled()):
+    if not (model.training and torch.is_grad_enabled()):
+        return
+    state = adamix_state(model)
+    if not torch.compiler.is_compiling() and state.watch is not None:
+        state.watch.forward(model, state)
+    if state.router.experts is None:
         return
     wrapped = any(hasattr(module, "_checkpoint_wrapped_module") for module in model.modules())
-    if wrapped or any(part.gradient_checkpointing for part in adamix_state(model).checkpointable):
+    if wrapped or any(part.gradient_checkpointing for part in state.checkpointable):
         raise RuntimeError(
             "use_experts: got a training forward under activation checkpointing, expected no checkpointing: the "
             "layers are recomputed in backward, outside the context, and would draw other experts"

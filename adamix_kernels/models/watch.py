@@ -40,7 +40,7 @@ class PassWatch:
         return PassWatch, ()
 
     def forward(self, model: nn.Module, state: AdaMixState) -> None:
-        """Before a training forward. Warns if need be, and takes itself off the state when it knows."""
+        """Before a training forward that is not compiled. Warns if need be, and leaves the state when it knows."""
         if not _needs_two_passes(model, state):
             return
         self.forwards += 1
@@ -113,8 +113,3 @@ def _dropouts(values: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str,
                 yield from _dropouts(value, f"{outer}{name}.")
         elif ("drop" in name) and name not in _HEADS_OWN and isinstance(value, (int, float)) and 0 < value < 1:
             yield outer + name, value
-
-
-def watching(model: nn.Module) -> bool:
-    """Whether a forward of `model` now is one that trains, outside a compiled graph."""
-    return not torch.compiler.is_compiling() and model.training and torch.is_grad_enabled()
