@@ -166,6 +166,9 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     again = load_adamix(tiny.tiny_bert(), tmp_path / "checkpoint")
     with pytest.raises(ValueError, match="without experts"):
         export_peft(again, folder, expert=1)
+    for expert in (0, "each"):
+        with pytest.raises(ValueError, match=r"without experts for .*merge\(model, keep=False\) dropped them"):
+            export_peft(merge(adapted("bert"), keep=False), folder, expert=expert)
     again.adamix.factors.clear()  # as from a checkpoint of version 2
     with pytest.raises(ValueError, match="without factors"):
         export_peft(again, folder)

@@ -13,6 +13,7 @@ from torch import nn
 from ..models._files import make_folder, write_json, write_safetensors
 from ..models.card import base_name, write_card
 from ..models.factors import Factors
+from ..models.merging import check_experts
 from ..models.state import adamix_state
 from ..modules import RoutedLoRALinear
 from ._card import peft_card
@@ -57,8 +58,8 @@ def export_peft(
 
     Raises:
         ValueError: `model` is not adapted, or with adapters instead of LoRA (see export_adapterhub); it was
-            loaded merged and so has no factors, or no experts; `expert` is not one of its experts; `directory`
-            is a file.
+            loaded merged and so has no factors; `expert` is not one of its experts, or they are gone (loaded merged,
+            or merged with keep=False); `directory` is a file.
 
     Source: PEFT's LoRA format, peft 0.18 and newer.
     """
@@ -67,7 +68,9 @@ def export_peft(
     if config.method != "lora":
         raise ValueError(f"model: got method {config.method!r}, expected 'lora'; for adapters see export_adapterhub")
     wanted = _wanted(expert, config.num_experts)
-    layers = {path: _lora_layer(model, path, expert) for path in state.paths}
+    if expert is not None:
+        check_experts(model)
+    layers = {path: _lora_layer(model, path) for path in state.paths}
     saved = state.saved if head else []
     folder = make_folder(directory)
     if expert != "each":
@@ -88,19 +91,17 @@ def _wanted(expert: int | str | None, count: int) -> list[int | None]:
     return [expert]
 
 
-def _lora_layer(model: nn.Module, path: str, expert: int | str | None) -> RoutedLoRALinear | Factors:
+def _lora_layer(model: nn.Module, path: str) -> RoutedLoRALinear | Factors:
     state = adamix_state(model)
     kept = state.stash.get(path)
     layer: Any = model.get_submodule(path) if kept is None else kept[0]
-    if expert is None and not isinstance(layer, RoutedLoRALinear):
+    if not isinstance(layer, RoutedLoRALinear):
         layer = state.factors.get(path)
     if layer is None:
         raise ValueError(
             f"model: got a merged checkpoint without factors for {path!r}, as releases before version 3 of the format "
             "wrote it, expected an unmerged one, or one merged and saved anew"
         )
-    if expert is not None and kept is None and state.merged:
-        raise ValueError(f"model: got a merged checkpoint without experts for {path!r}, expected an unmerged model")
     found: RoutedLoRALinear | Factors = layer
     return found
 
