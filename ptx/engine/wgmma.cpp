@@ -109,7 +109,7 @@ void compute(Warp& w, const Wgmma& g) {
 }
 
 void issue(Warp& w, Instruction& i, Mask m) {
-  if (m != kAll) report(w, i, "a matrix instruction without the whole warp", m, 0);
+  need_whole_warp(w, i, m);
   Wgmma g{&i, 0, 0, {}, 0, false};
   size_t at = 0;
   if (i.imm[2])
