@@ -46,7 +46,6 @@ def engine() -> ctypes.CDLL:
         _compile(["-shared", *map(str, objects)], library)
     loaded = ctypes.CDLL(str(library))
     loaded.ptx_load.restype = ctypes.c_void_p
-    loaded.ptx_launch.restype = ctypes.c_int64
     return loaded
 
 

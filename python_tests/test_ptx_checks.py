@@ -139,6 +139,13 @@ def test_a_report_says_where_and_how_often():
     assert "4 bytes, at 256 of 256 of given" in report
 
 
+def test_reports_beyond_what_a_launch_can_tell_are_counted():
+    _, outcome = run("ld.global.b32 %r3, [ %rd4 + 256 ];\n" * 2000, GIVEN[:32])
+    *told, last = outcome.reports
+    assert all("global load out of bounds" in report for report in told[:-1])
+    assert last == f"small: {2000 - len(told)} reports more than are told"
+
+
 def test_statistics_count_sectors_and_bank_waves():
     far = "mul.wide.u32 %rd6, %r1, 32; add.s64 %rd7, %rd1, %rd6; ld.global.b32 %r3, [ %rd7 + 0 ]; shl.b32 %r4, %r1, 7; st.shared.b32 [ %r4 + 0 ], %r3;"
     given, out = torch.zeros(256, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
