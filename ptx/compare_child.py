@@ -47,8 +47,7 @@ def drawn(op: str, count: int) -> list[Case]:
 def computed(case: Case, backend: str, host: Host | None) -> dict:
     """share: the largest of an error budget. error: what does not hold, or what the executor of PTX reports."""
     if host is not None:
-        host.reports.clear()
-        host.seed += 1
+        host.begin()
     share, error = 0.0, ""
     try:
         found = results(case, backend)
