@@ -32,6 +32,13 @@ def problem() -> str | None:
     return None
 
 
+def environment() -> dict[str, str]:
+    """The variables of a process that executes PTX."""
+    mine = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ENGINE.parents[1])}
+    mine.pop("TRITON_INTERPRET", None)
+    return mine
+
+
 @functools.cache
 def engine() -> ctypes.CDLL:
     """The compiled executor, in PTX_BUILD or build/ptx. Raises EngineError, with the compiler's words."""
