@@ -21,6 +21,7 @@ from triton.runtime.errors import PTXASError
 
 import adamix_kernels
 from adamix_kernels._backends import OPS
+from adamix_kernels.ops._triton_aot import AotCase
 
 from .aot_table import SHARED_LIMITS, Row
 
@@ -29,7 +30,7 @@ _INSTRUCTIONS = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": 
 _LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER)
 
 
-def described() -> Iterator[tuple[Row, object]]:
+def described() -> Iterator[tuple[Row, AotCase]]:
     """(row without figures, case) of every op's aot_cases on every target."""
     for op in OPS:
         if not _has(op, "aot.py"):
@@ -50,7 +51,7 @@ def _has(op: str, file: str = "__init__.py") -> bool:
 
 
 @functools.cache
-def _by_key() -> dict[tuple, tuple[Row, object]]:
+def _by_key() -> dict[tuple, tuple[Row, AotCase]]:
     return {row.key: (row, case) for row, case in described()}
 
 
@@ -66,13 +67,13 @@ def compile_keys(keys: Sequence[tuple]) -> tuple[list[Row], list[str]]:
     return made, failed
 
 
-def _described(case, target: int) -> Row:
+def _described(case: AotCase, target: int) -> Row:
     label = case.name.split("/")[1]
     constants = case.constexprs
-    blocks = [constants[n] for n in ("ROWS", "BLOCK_M", "COLS", "BLOCK_C", "BLOCK_N", "BLOCK") if n in constants]
+    blocks = [constants[n] for n in ("ROWS", "BLOCK_M", "COLS", "BLOCK_C", "BLOCK") if n in constants]
     config = f"{'x'.join(map(str, blocks))} w{case.num_warps} s{case.num_stages}"
-    if _limit(case):
-        config += f" r{_limit(case)}"
+    if case.maxnreg:
+        config += f" r{case.maxnreg}"
     identity = dict(kernel=case.fn.__name__, dtype=case.dtype, case=label, config=config, target=target)
     return Row(
         **identity, registers=None, spills=None, shared_bytes=None, tensor_columns=None, mma="",
@@ -80,14 +81,9 @@ def _described(case, target: int) -> Row:
     )  # fmt: skip
 
 
-def _limit(case) -> int | None:
-    """Registers a thread may take, where a case says so."""
-    return getattr(case, "maxnreg", None)
-
-
-def _compile(row: Row, case) -> Row:
+def _compile(row: Row, case: AotCase) -> Row:
     source = ASTSource(case.fn, case.signature, constexprs=case.constexprs, attrs=case.attrs)
-    options = dict(num_warps=case.num_warps, num_stages=case.num_stages, maxnreg=_limit(case))
+    options = dict(num_warps=case.num_warps, num_stages=case.num_stages, maxnreg=case.maxnreg)
     made = triton.compile(source, target=GPUTarget("cuda", row.target, 32), options=options)
     registers, local = _resources(made.asm["cubin"])
     return replace(
@@ -124,12 +120,12 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(registers), int(stack) + int(local)
 
 
-def _fingerprint(case) -> str:
+def _fingerprint(case: AotCase) -> str:
     """Of all that decides the compiled code but the compiler: sources, constants, types, options."""
     parts = _sources(case.fn, set())
     parts += [f"{name}={case.constexprs[name]}" for name in sorted(case.constexprs)]
     parts += [f"{name}:{kind}" for name, kind in sorted(case.signature.items())]
-    parts += [str(sorted(case.attrs.items())), str(case.num_warps), str(case.num_stages), str(_limit(case))]
+    parts += [str(sorted(case.attrs.items())), str(case.num_warps), str(case.num_stages), str(case.maxnreg)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 

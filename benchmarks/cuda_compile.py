@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mode.add_argument("--write", action="store_true", help=f"write {TABLE.name} anew")
     mode.add_argument("--check", action="store_true", help=f"compare with {TABLE.name} (the default)")
     parser.add_argument("--out", type=Path, help="CSV of what was compiled")
-    parser.add_argument("--jobs", type=int, help="files compiled at a time (default: one a processor)")
+    parser.add_argument("--jobs", type=int, help="files compiled at a time (default: $MAX_JOBS, else one a processor)")
     parser.add_argument("--nvrtc", type=Path, default=WHEELS, help="folder of NVRTC's wheels")
     options = parser.parse_args(arguments)
     if options.jobs is not None and options.jobs < 1:

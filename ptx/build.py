@@ -1,19 +1,20 @@
-"""Compiles engine/ with g++; what did not change is not compiled again."""
+"""Compiles engine/ with g++, as the package's own build compiles csrc/: what did not change is not compiled again."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import platform
 import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from adamix_kernels._build.objects import fingerprint, link, locked, planned, with_includes
+from adamix_kernels._build.schedule import compile_all, parallel
+from adamix_kernels._build.toolchain import BuildError, run
+
 _ENGINE = Path(__file__).parent / "engine"
-_FLAGS = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC"]
+_FLAGS = ("-c", "-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC")
 
 
 class EngineError(RuntimeError):
@@ -31,45 +32,40 @@ def problem() -> str | None:
     return None
 
 
+def environment() -> dict[str, str]:
+    """The variables of a process that executes PTX."""
+    mine = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ENGINE.parents[1])}
+    mine.pop("TRITON_INTERPRET", None)
+    return mine
+
+
 @functools.cache
 def engine() -> ctypes.CDLL:
     """The compiled executor, in PTX_BUILD or build/ptx. Raises EngineError, with the compiler's words."""
-    folder = Path(os.environ.get("PTX_BUILD") or Path(__file__).parent.parent / "build" / "ptx")
-    folder.mkdir(parents=True, exist_ok=True)
-    shared = _digest([*sorted(_ENGINE.glob("*.h"))], _machine())
-    sources = sorted(_ENGINE.glob("*.cpp"))
-    objects = [folder / f"{source.stem}-{_digest([source], shared)}.o" for source in sources]
-    library = folder / f"engine-{_digest([], ''.join(path.name for path in objects))}.so"
-    if not library.exists():
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            list(pool.map(lambda pair: _compile(["-c", str(pair[0])], pair[1]), zip(sources, objects)))
-        _compile(["-shared", *map(str, objects)], library)
-    loaded = ctypes.CDLL(str(library))
+    try:
+        loaded = ctypes.CDLL(str(_compiled()))
+    except BuildError as error:
+        raise EngineError(f"the PTX executor needs g++ 12 or newer: {error}") from error
     loaded.ptx_load.restype = ctypes.c_void_p
-    loaded.ptx_launch.restype = ctypes.c_int64
     return loaded
 
 
-def _digest(files: list[Path], more: str) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files) + more.encode()).hexdigest()[:16]
+def _compiled() -> Path:
+    versions = run("g++", "-dumpfullversion").strip(), _machine()
+    with locked(Path(os.environ.get("PTX_BUILD") or _ENGINE.parents[1] / "build" / "ptx")) as folder:
+        objects = [
+            planned(["g++"], _FLAGS, source, with_includes(source, _ENGINE), folder, versions)
+            for source in sorted(_ENGINE.glob("*.cpp"))
+        ]
+        library = folder / f"engine-{fingerprint((), *(each.object.name for each in objects))}.so"
+        if not library.exists():
+            link(["g++", "-shared"], compile_all(objects, parallel()), (), library)
+    return library
 
 
 def _machine() -> str:
-    """What -march=native depends on, besides the flags."""
+    """What -march=native depends on."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     able = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return " ".join([*_FLAGS, platform.machine(), able])
-
-
-def _compile(arguments: list[str], out: Path) -> None:
-    if out.exists():
-        return
-    mine = out.with_suffix(f".{os.getpid()}")
-    try:
-        done = subprocess.run(["g++", *_FLAGS, *arguments, "-o", str(mine)], capture_output=True, text=True)
-    except OSError as error:
-        raise EngineError(f"g++: {error}; the PTX executor needs g++ 12 or newer") from error
-    if done.returncode:
-        raise EngineError(f"g++ could not compile the PTX executor:\n{done.stderr}")
-    mine.replace(out)
+    return f"{platform.machine()} {able}"

@@ -8,22 +8,16 @@ what PyTorch errs in the same dtype. The table says how much of it each takes at
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from reliability import kernel_children
 
 from . import build
 from .compare_child import OPS
 
-_ROOT = Path(__file__).parent.parent
 # Name -> (the backend that it is, 10 * compute capability of compiled PTX).
 IMPLEMENTATIONS = {
     "reference": ("reference", 0),
@@ -67,19 +61,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
+def environment(name: str) -> dict[str, str] | str:
+    """The variables under which a process is an implementation, or what it lacks on this machine."""
+    backend, arch = IMPLEMENTATIONS[name]
+    return build.problem() or build.environment() if arch else kernel_children.environment(backend)
+
+
 def missing(name: str) -> str | None:
     """What an implementation lacks on this machine, or None."""
-    backend, arch = IMPLEMENTATIONS[name]
-    if arch:
-        return build.problem()
-    found = kernel_children.environment(backend)
+    found = environment(name)
     return found if isinstance(found, str) else None
 
 
 def compare(names: Sequence[str], ops: Sequence[str], count: int) -> dict[str, dict[str, Cell]]:
     """op -> implementation -> Cell."""
-    with tempfile.TemporaryDirectory(prefix="ptx-compare-") as folder, ThreadPoolExecutor(2) as pool:
-        found = dict(zip(names, pool.map(lambda name: _run(name, ops, count, Path(folder)), names)))
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(names, pool.map(lambda name: _run(name, ops, count), names)))
     for op in ops:
         others = [name for name in names if found[name][op]["drawn"] != found[names[0]][op]["drawn"]]
         if others:
@@ -87,22 +84,11 @@ def compare(names: Sequence[str], ops: Sequence[str], count: int) -> dict[str, d
     return {op: {name: _cell(name, found[name][op]["calls"]) for name in names} for op in ops}
 
 
-def _run(name: str, ops: Sequence[str], count: int, folder: Path) -> dict:
+def _run(name: str, ops: Sequence[str], count: int) -> dict:
     """What an implementation found in a process of its own."""
     backend, arch = IMPLEMENTATIONS[name]
-    variables = {**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"}
-    variables.pop("TRITON_INTERPRET", None)
-    if not arch:
-        variables = kernel_children.environment(backend) | {"PYTHONPATH": str(_ROOT)}
-    out = folder / name
-    child = [sys.executable, "-W", "ignore", "-m", "ptx.compare_child"]
-    done = subprocess.run(
-        [*child, backend, str(arch), str(count), str(out), *ops], cwd=_ROOT, env=variables,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"{name}: its process ended with {done.returncode}:\n{done.stdout[-4000:]}")
-    return json.loads(out.read_text())
+    arguments = backend, str(arch), str(count), *ops
+    return kernel_children.finish(kernel_children.start("ptx.compare_child", *arguments, variables=environment(name)))
 
 
 def _cell(name: str, calls: list[dict]) -> Cell:

@@ -1,4 +1,4 @@
-"""One implementation's results of drawn calls: `python -m ptx.compare_child BACKEND ARCH COUNT FILE OP ...`.
+"""One implementation's results of drawn calls: `python -m ptx.compare_child BACKEND ARCH COUNT OP ...`.
 
 Which kernels a backend has is fixed when they are imported, so every implementation has a process of its own.
 """
@@ -9,7 +9,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from hypothesis.strategies import SearchStrategy
@@ -47,8 +46,7 @@ def drawn(op: str, count: int) -> list[Case]:
 def computed(case: Case, backend: str, host: Host | None) -> dict:
     """share: the largest of an error budget. error: what does not hold, or what the executor of PTX reports."""
     if host is not None:
-        host.reports.clear()
-        host.seed += 1
+        host.begin()
     share, error = 0.0, ""
     try:
         found = results(case, backend)
@@ -68,7 +66,7 @@ def digest(case: Case) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    backend, arch, count, out, *ops = arguments
+    backend, arch, count, *ops = arguments
     torch.set_num_threads(1)
     cases = {op: drawn(op, int(count)) for op in ops}
     host = install(int(arch)) if int(arch) else None
@@ -76,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     for op in ops:
         calls = [computed(case, backend, host) for case in cases[op]]
         found[op] = {"drawn": [digest(case) for case in cases[op]], "calls": calls}
-    Path(out).write_text(json.dumps(found))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

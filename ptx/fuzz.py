@@ -40,14 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed += done.failure is not None
         said = "ok" if done.failure is None else f"NOT SO: {done.failure}"
         print(f"sm_{options.arch} {done.about}: {done.ended} cases, {done.seconds:.0f} s, {said}", flush=True)
-    kernels = sorted({launch.kernel for launch in host.launches})
-    print(
-        f"sm_{options.arch}: {cases} cases, {len(host.launches)} launches of {len(host.kernels)} compiled kernels, "
-        f"{host.compile_seconds:.0f} s compiling",
-        flush=True,
-    )
+    print(f"sm_{options.arch}: {cases} cases, {host}", flush=True)
     if options.record:
-        record = {"run": cases, "failed": failed, "kernels": kernels, "variants": len(host.kernels)}
+        record = {"run": cases, "failed": failed, "kernels": sorted(host.reached), "variants": len(host.kernels)}
         options.record.write_text(json.dumps(record))
     return 1 if failed or not host.launches else 0
 
@@ -58,8 +53,7 @@ def run(host: hosts.Host, count: int, turn: int) -> Iterator[Outcome]:
     from reliability.fuzz.case import check
 
     def checked(case) -> None:
-        host.reports.clear()
-        host.seed += 1
+        host.begin()
         check(case, "triton", twice=False)
         assert not host.reports, f"{case}:\n{summary(host.reports)}"
 

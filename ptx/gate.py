@@ -68,9 +68,8 @@ def _architecture(arch: int, size: str, tests: list[str], folder: Path) -> list[
 
 def _run(name: str, arch: int, command: list[str], size: str, folder: Path) -> Part:
     record = folder / f"{name}-{arch}"
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
+    environment = build.environment() | {
         "PTX_ARCH": str(arch), "PTX_SIZE": size, "PTX_RECORD": str(record), "PTX_CACHE": str(folder / "cache"),
-        "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     began = time.perf_counter()
     with subprocess.Popen(

@@ -56,6 +56,20 @@ class Host:
     kernels: dict[str, tuple[Any, Program, dict[str, str]]] = field(default_factory=dict)
     compile_seconds: float = 0.0
 
+    @property
+    def reached(self) -> set[str]:
+        """The names of the kernels that ran."""
+        return {launch.kernel for launch in self.launches}
+
+    def __str__(self) -> str:
+        ran = f"{len(self.launches)} launches of {len(self.kernels)} compiled kernels"
+        return f"{ran}, {self.compile_seconds:.0f} s compiling"
+
+    def begin(self) -> None:
+        """A test or a drawn call begins: nothing is reported yet, and what is random is drawn anew."""
+        self.reports.clear()
+        self.seed += 1
+
     @functools.cached_property
     def _compiler(self) -> _Compiler:
         return _Compiler(self.arch)
@@ -119,18 +133,11 @@ def install(arch: int = 80) -> Host:
     host = Host(arch)
     environment = backends._environment_problem
     backends._environment_problem = lambda backend: None if backend == "triton" else environment(backend)
+    problem = utils.problem
     utils.capability = lambda device: arch
-    utils.problem = _problem
+    utils.problem = lambda device_type, dtype: problem("cuda", dtype)
     utils.launch = lambda kernel, grid, device, *args, **meta: host.launch(kernel, grid, *args, **meta)
     return host
-
-
-def _problem(device_type: str, dtype: torch.dtype) -> str | None:
-    from adamix_kernels._triton_utils import DTYPES
-
-    if dtype not in DTYPES:
-        return f"the Triton kernels compute in float16, bfloat16 and float32, not {dtype}"
-    return None
 
 
 class _Compiler:
@@ -235,7 +242,7 @@ def _tensors(name: str, value) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _joined(spans: list[Span]) -> list[Span]:
-    """Without those that another holds; sorted by size, largest last."""
+    """Without those that another holds, the largest first."""
     kept: list[Span] = []
     for span in sorted(spans, key=lambda s: s.low - s.high):
         if not any(other.low <= span.low and span.high <= other.high for other in kept):

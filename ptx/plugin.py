@@ -88,8 +88,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call(item):
-    HOST.reports.clear()
-    HOST.seed += 1
+    HOST.begin()
     outcome = yield
     if HOST.reports and outcome.excinfo is None:
         outcome.force_exception(AssertionError(summary(HOST.reports)))
@@ -105,12 +104,9 @@ def pytest_runtest_logreport(report):
 def pytest_terminal_summary(terminalreporter):
     record = {
         "arch": ARCH, **_counts, "left_out": _left_out, "launches": len(HOST.launches), "variants": len(HOST.kernels),
-        "kernels": sorted({launch.kernel for launch in HOST.launches}), "compile_seconds": HOST.compile_seconds,
+        "kernels": sorted(HOST.reached), "compile_seconds": HOST.compile_seconds,
     }  # fmt: skip
-    terminalreporter.write_line(
-        f"sm_{ARCH}: {len(HOST.launches)} launches of {len(HOST.kernels)} compiled kernels, "
-        f"{HOST.compile_seconds:.0f} s compiling"
-    )
+    terminalreporter.write_line(f"sm_{ARCH}: {HOST}")
     if os.environ.get("PTX_RECORD"):
         Path(os.environ["PTX_RECORD"]).write_text(json.dumps(record))
 

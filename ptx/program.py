@@ -127,6 +127,8 @@ class Program:
             ctypes.c_int64(_TEXT), _pointer(counts), _pointer(touched),
         )  # fmt: skip
         reports = [self._said(row, spans) for row in out.value.decode().splitlines()]
+        if len(reports) < counts[3]:
+            reports.append(f"{self.name}: {counts[3] - len(reports)} reports more than are told")
         return Outcome(reports, *counts[:3].tolist(), touched[: len(spans)])
 
     def statistics(self) -> np.ndarray:

@@ -12,8 +12,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from . import host as hosts
 from .host import Launch
 from .program import How
@@ -128,20 +126,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for report in host.reports[:20]:
         print(report)
     return 1 if host.reports else 0
-
-
-def total(figures: Sequence[Traffic]) -> dict[str, int]:
-    """Sums over launches, for a table: sectors, least_sectors, waves, least_waves, products, instructions, bytes."""
-    outcomes = [one.launch.outcome for one in figures]
-    return {
-        "sectors": sum(one.loads.have + one.stores.have for one in figures),
-        "least_sectors": sum(one.loads.least + one.stores.least for one in figures),
-        "waves": sum(one.shared.have for one in figures),
-        "least_waves": sum(one.shared.least for one in figures),
-        "products": int(np.sum([outcome.products for outcome in outcomes], dtype=np.int64)),
-        "instructions": int(np.sum([outcome.instructions for outcome in outcomes], dtype=np.int64)),
-        "bytes": sum(one.read + one.written for one in figures),
-    }
 
 
 if __name__ == "__main__":

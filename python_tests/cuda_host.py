@@ -20,6 +20,8 @@ from adamix_kernels import _build, _extension
 ON_HOST = _extension.on_host()
 DEVICE = "cpu" if ON_HOST else "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# What every launch asks of the CUDA runtime, all of it legal while a graph is captured.
+EACH_LAUNCH = {"cudaGetDevice", "cudaSetDevice", "cudaLaunchKernelEx", "cudaPeekAtLastError"}
 _ROOT = Path(__file__).parent.parent
 _SANITISERS = {"plain": (), "asan": ("libasan.so", "libstdc++.so.6"), "tsan": ("libtsan.so", "libstdc++.so.6")}
 
@@ -45,6 +47,11 @@ def runtime_calls():
     library = ctypes.CDLL(str(_extension.library_path()))
     library.adamix_host_calls.restype = ctypes.c_char_p
     return library.adamix_host_calls().decode().splitlines()
+
+
+def names(calls):
+    """The names alone, of what runtime_calls() gives."""
+    return {call.split()[0] for call in calls}
 
 
 def environment(variant="plain", order="forward"):

@@ -12,6 +12,12 @@ needs_ptx()
 from ptx.program import ORDERS, How, Program, Span
 
 GIVEN = torch.arange(64, dtype=torch.int32)
+PRODUCT = """
+	mov.b64 	%rd6, 0;
+	wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 	{%r3, %r4, %r5, %r6}, %rd6, %rd6, 0, 1, 1, 0, 0;
+	wgmma.commit_group.sync.aligned;
+	wgmma.wait_group.sync.aligned 	0;
+"""
 # What breaks -> (kernel, what is reported)
 BROKEN = {
     "load beyond the tensor": ("ld.global.b32 %r3, [ %rd4 + 256 ];", "global load out of bounds"),
@@ -53,6 +59,8 @@ BROKEN = {
     "no barrier behind cp.async": (COPY.replace("bar.sync 	0;", ""), "shared race: read after another warp's write"),
     "cp.async of too much": (COPY.replace(", 0x4;", ", 0x4, %r1;"), "cp.async source size too large"),
     "cp.async beyond the tensor": (COPY.replace("%rd4 + 0", "%rd4 + 256"), "global load out of bounds"),
+    "nobody set a wgmma's descriptor": (PRODUCT.replace("%rd6, 0,", "%rd9, 0,"), "an address that nobody set"),
+    "nobody set whether a wgmma adds": (PRODUCT.replace("%rd6, 0,", "%rd6, %p5,"), "a predicate that nobody set"),
     "cp.async into what is still in flight": (
         COPY.replace("cp.async.commit_group;", "cp.async.ca.shared.global [ %r4 + 0 ], [ %rd4 + 0 ], 0x4; cp.async.commit_group;"),
         "cp.async over a cp.async in flight",
@@ -129,6 +137,13 @@ def test_a_report_says_where_and_how_often():
     assert "ld.global.b32 %r3, [ %rd4 + 256 ]" in report
     assert "block (0, 0, 0) warp 0 lane 0" in report
     assert "4 bytes, at 256 of 256 of given" in report
+
+
+def test_reports_beyond_what_a_launch_can_tell_are_counted():
+    _, outcome = run("ld.global.b32 %r3, [ %rd4 + 256 ];\n" * 2000, GIVEN[:32])
+    *told, last = outcome.reports
+    assert all("global load out of bounds" in report for report in told[:-1])
+    assert last == f"small: {2000 - len(told)} reports more than are told"
 
 
 def test_statistics_count_sectors_and_bank_waves():

@@ -17,8 +17,8 @@ needs_ptx()
 import triton
 import triton.language as tl
 
+from ptx import build, gate
 from ptx import compare as comparison
-from ptx import gate
 from ptx.compare import Cell, compare
 from ptx.gate import Part
 from ptx.host import Host
@@ -56,6 +56,18 @@ def test_the_gate_fails(given, said, capsys):
 def test_an_architecture_without_a_kernel_fails_alone(capsys):
     assert gate.report(parts(), [80, 90], {"a_kernel"}, 2.0) == 1
     assert "sm_90: a_kernel was not reached" in capsys.readouterr().err
+
+
+def test_a_compiler_that_is_missing_or_fails_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PTX_BUILD", str(tmp_path / "build"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(build.EngineError, match=r"needs g\+\+ 12 or newer: g\+\+ does not run"):
+        build.engine.__wrapped__()
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\n[ "$1" = -dumpfullversion ] && echo 9.0 && exit\necho no such standard\nexit 1\n')
+    compiler.chmod(0o755)
+    with pytest.raises(build.EngineError, match=r"(?s)needs g\+\+ 12 or newer: .*no such standard"):
+        build.engine.__wrapped__()
 
 
 TESTS = """

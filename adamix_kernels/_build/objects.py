@@ -105,9 +105,15 @@ def objects_folder(csrc: Path, name: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="adamix-build-") as temporary:
             yield Path(temporary)
         return
+    with locked(csrc.parent / "build" / "csrc" / name) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[Path]:
+    """`folder`, made where it is not there, for one process at a time."""
     import fcntl
 
-    folder = csrc.parent / "build" / "csrc" / name
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

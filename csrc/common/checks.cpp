@@ -39,9 +39,7 @@ void* current_stream(int device) {
 
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("cudaDeviceGetAttribute: ") + cudaGetErrorString(error));
+  check_cuda("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, which, device));
   return value;
 }
 
@@ -60,6 +58,12 @@ int running_capability(int device) {
 
 void fail(const char* name, const std::string& got, const std::string& expected) {
   throw std::runtime_error(std::string(name) + ": got " + got + ", expected " + expected);
+}
+
+void check_cuda(const char* name, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
 std::string shape_text(const Tensor& tensor) {
@@ -147,15 +151,10 @@ Device check_device(const char* name, const Tensor& tensor) {
 
 DeviceScope::DeviceScope(int index) : previous_(-1) {
   int current = 0;
-  cudaError_t error = cudaGetDevice(&current);
-  if (error == cudaSuccess && current != index) {
-    error = cudaSetDevice(index);
-    previous_ = current;
-  }
-  if (error != cudaSuccess) {
-    cudaGetLastError();
-    throw std::runtime_error(std::string("cudaSetDevice: ") + cudaGetErrorString(error));
-  }
+  check_cuda("cudaGetDevice", cudaGetDevice(&current));
+  if (current == index) return;
+  check_cuda("cudaSetDevice", cudaSetDevice(index));
+  previous_ = current;
 }
 
 DeviceScope::~DeviceScope() {

@@ -23,6 +23,9 @@ using OptionalTensor = std::optional<Tensor>;
 // Throws "<name>: got <got>, expected <expected>".
 [[noreturn]] void fail(const char* name, const std::string& got, const std::string& expected);
 
+// Throws "<name>: <what the CUDA runtime says>" for an error, which is then no longer the thread's last one.
+void check_cuda(const char* name, cudaError_t error);
+
 // The element type of a floating tensor the kernels serve.
 DType check_dtype(const char* name, const Tensor& tensor);
 

@@ -33,10 +33,8 @@ std::string device_problem(int64_t device) {
     DeviceScope scope(check_int("device", device));
 #endif
     cudaFuncAttributes attributes{};
-    cudaError_t error = cudaFuncGetAttributes(&attributes, any_kernel());
-    if (error == cudaSuccess) return "";
-    cudaGetLastError();
-    return std::string("its kernels do not load: ") + cudaGetErrorString(error);
+    check_cuda("its kernels do not load", cudaFuncGetAttributes(&attributes, any_kernel()));
+    return "";
   } catch (const std::exception& error) {
     return error.what();
   }

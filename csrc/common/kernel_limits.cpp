@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
-#include <string>
 #include <utility>
+
+#include "common/checks.h"
 
 namespace adamix {
 namespace {
@@ -23,21 +24,15 @@ Limits& limits_of(const void* kernel, const Device& device) {
   return known[{kernel, device.index}];
 }
 
-void check(const char* name, cudaError_t error) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();
-  throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
-}
-
 void allow(const char* name, const void* kernel, const Device& device, Limits& limits) {
   if (limits.allowed) return;
   cudaFuncAttributes attributes{};
-  check(name, cudaFuncGetAttributes(&attributes, kernel));
+  check_cuda(name, cudaFuncGetAttributes(&attributes, kernel));
   limits.shared_bytes = device.shared_bytes - attributes.sharedSizeBytes;
-  check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(limits.shared_bytes)));
-  check(name,
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  check_cuda(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(limits.shared_bytes)));
+  check_cuda(name, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        cudaSharedmemCarveoutMaxShared));
   limits.allowed = true;
 }
 

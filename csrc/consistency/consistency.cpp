@@ -156,11 +156,10 @@ void run_forward(Pairs& pairs, const Options& options, Results results, const Ta
     params.rest = params.smoothing / static_cast<float>(pairs.classes);
     params.classes = pairs.classes;
     params.full = options.full;
-    for (bool launched = false; !launched;) {
+    for (;;) {
       PairPlan plan = plan_pairs(pairs.rows, pairs.classes, sizeof(T), device, largest_pair_cluster<T>(device));
       try {
-        launch_forward(pairs, results.sums, params, plan, device);
-        launched = true;
+        return launch_forward(pairs, results.sums, params, plan, device);
       } catch (const ClusterError&) {
         rule_out_pair_cluster<T>(device, plan.cluster);
       }

@@ -40,9 +40,15 @@ int from_environment(const char* variable, int usual) {
   return value == nullptr ? usual : std::atoi(value);
 }
 
+bool is_device(int device) {
+  std::lock_guard<std::mutex> lock(mutex);
+  return device >= 0 && device < static_cast<int>(devices.size());
+}
+
+// Of one that `device_of_environment` named.
 DeviceFacts facts_of(int device) {
   std::lock_guard<std::mutex> lock(mutex);
-  return device >= 0 && device < static_cast<int>(devices.size()) ? devices[device] : DeviceFacts{90, 232448, 8, 8, 1};
+  return devices.at(device);
 }
 
 int shared_limit(const void* kernel) {
@@ -115,12 +121,14 @@ cudaError_t cudaGetDevice(int* device) {
 
 cudaError_t cudaSetDevice(int device) {
   note_call("cudaSetDevice");
+  if (!is_device(device)) return returned(cudaErrorInvalidDevice);
   current_device = device;
   return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
   note_call("cudaDeviceGetAttribute");
+  if (!is_device(device)) return returned(cudaErrorInvalidDevice);
   DeviceFacts facts = facts_of(device);
   switch (which) {
     case cudaDevAttrMultiProcessorCount:

@@ -37,8 +37,7 @@ void copy(Warp& w, Instruction& i, Mask m) {
   u64 from[kLanes];
   u32 to[kLanes], given[kLanes];
   Mask reading = 0;
-  for (const Operand& o : i.in)
-    if (Mask bad = undefined(w, o) & m) report(w, i, "an address that nobody set", 0, __builtin_ctz(bad));
+  for (const Operand& o : i.in) need_defined(w, i, o, m, "an address that nobody set");
   for_lanes(m, [&](int l) {
     to[l] = static_cast<u32>(get(w, i.in[0], l) + i.imm[0]);
     from[l] = get(w, i.in[1], l) + static_cast<u64>(i.imm[1]);

@@ -95,10 +95,10 @@ void ptx_free(Program* p) { delete p; }
 // options: order of warps (0 forward, 1 backward, 2 random slices), seed, statistics, races, late wgmma, the most
 // instructions. blocks: their linear numbers, in the order they run. ranges: low and high of each.
 // counts: instructions, products, barriers, reports. touched: sectors of each range, read from outside and written.
-// Returns how many bytes the reports have, of which `out` holds as many as it can.
-s64 ptx_launch(Program* p, int warps, s64 shared_bytes, const int* grid, const s64* blocks, s64 block_count,
-               const u8* parameters, const u64* ranges, int range_count, const s64* options, char* out, s64 out_bytes,
-               s64* counts, s64* touched) {
+// out: the reports, a line each, as many as it holds.
+void ptx_launch(Program* p, int warps, s64 shared_bytes, const int* grid, const s64* blocks, s64 block_count,
+                const u8* parameters, const u64* ranges, int range_count, const s64* options, char* out, s64 out_bytes,
+                s64* counts, s64* touched) {
   Launch launch;
   launch.statistics = options[2], launch.races = options[3], launch.late = options[4], launch.limit = options[5];
   launch.parameters = parameters;
@@ -126,7 +126,6 @@ s64 ptx_launch(Program* p, int warps, s64 shared_bytes, const int* grid, const s
     touched[2 * k] = touched[2 * k + 1] = 0;
     for (u8 t : launch.ranges[k].touched) touched[2 * k] += t & 1, touched[2 * k + 1] += t >> 1 & 1;
   }
-  return static_cast<s64>(text.size());
 }
 
 // Of every instruction of the last launch: executions, sectors, least sectors, bytes, waves, least waves.

@@ -14,15 +14,22 @@ s64 sign_extend(u64 v, int bytes) {
   return shift ? static_cast<s64>(v << shift) >> shift : static_cast<s64>(v);
 }
 
-void need_defined(Warp& w, const Instruction& i, const Operand& o, Mask m, const char* kind) {
-  if (Mask bad = undefined(w, o) & m) report(w, i, kind, 0, __builtin_ctz(bad));
-}
-
 // Addresses of the lanes: in[0] + imm[0].
-template <bool Global, class A>
+template <class A>
 void find_addresses(Warp& w, const Instruction& i, Mask m, A* to) {
   need_defined(w, i, i.in[0], m, "an address that nobody set");
   for_lanes(m, [&](int l) { to[l] = static_cast<A>(get(w, i.in[0], l) + static_cast<u64>(i.imm[0])); });
+}
+
+// The same of a load or store of so many bytes a lane, which is counted.
+template <class A>
+void find_counted(Warp& w, Instruction& i, Mask m, int bytes, A* to) {
+  find_addresses(w, i, m, to);
+  if (!w.block->launch->statistics) return;
+  if constexpr (std::is_same_v<A, u64>)
+    count_global(i, to, bytes, m);
+  else
+    count_shared(i, to, bytes, m);
 }
 
 // imm: offset, bytes of an element, elements, whether signed; in[0]: address; out: the elements.
@@ -30,13 +37,7 @@ template <bool Global>
 void load(Warp& w, Instruction& i, Mask m) {
   int size = static_cast<int>(i.imm[1]), count = static_cast<int>(i.imm[2]), bytes = size * count;
   std::conditional_t<Global, u64, u32> at[kLanes];
-  find_addresses<Global>(w, i, m, at);
-  if (w.block->launch->statistics) {
-    if constexpr (Global)
-      count_global(i, at, bytes, m);
-    else
-      count_shared(i, at, bytes, m);
-  }
+  find_counted(w, i, m, bytes, at);
   Mask bad[8] = {};
   for_lanes(m, [&](int l) {
     u8 data[32];
@@ -79,13 +80,7 @@ template <bool Global>
 void store(Warp& w, Instruction& i, Mask m) {
   int size = static_cast<int>(i.imm[1]), count = static_cast<int>(i.imm[2]), bytes = size * count;
   std::conditional_t<Global, u64, u32> at[kLanes];
-  find_addresses<Global>(w, i, m, at);
-  if (w.block->launch->statistics) {
-    if constexpr (Global)
-      count_global(i, at, bytes, m);
-    else
-      count_shared(i, at, bytes, m);
-  }
+  find_counted(w, i, m, bytes, at);
   u8 data[kLanes][32];
   for (int k = 0; k < count; k++) {
     if constexpr (Global) need_defined(w, i, i.in[1 + k], m, "a stored value that nobody set");
@@ -119,7 +114,7 @@ void load_parameter(Warp& w, Instruction& i, Mask m) {
 template <class T, auto F>
 void atomic(Warp& w, Instruction& i, Mask m) {
   u64 at[kLanes];
-  find_addresses<true>(w, i, m, at);
+  find_addresses(w, i, m, at);
   for (size_t k = 1; k < i.in.size(); k++) need_defined(w, i, i.in[k], m, "an atomic's value that nobody set");
   set_undefined(w, i.out[0], m, 0);
   for_lanes(m, [&](int l) {

@@ -8,10 +8,6 @@
 namespace ptx {
 namespace {
 
-void need_whole_warp(Warp& w, const Instruction& i, Mask m) {
-  if (m != kAll) report(w, i, "a matrix instruction without the whole warp", m, 0);
-}
-
 // Where a lane's values of the 16x8 accumulator lie.
 int row_of(int lane, int value) { return (lane >> 2) + 8 * (value >> 1); }
 int column_of(int lane, int value) { return 2 * (lane & 3) + (value & 1); }
@@ -92,7 +88,7 @@ void for_places(bool transposed, int lane, F f) {
 void find_rows(Warp& w, Instruction& i, Mask m, u32* at) {
   need_whole_warp(w, i, m);
   Mask used = i.imm[1] == 4 ? kAll : (1u << 8 * i.imm[1]) - 1;
-  if (undefined(w, i.in[0]) & used) report(w, i, "an address that nobody set", 0, 0);
+  need_defined(w, i, i.in[0], used, "an address that nobody set");
   for (int l = 0; l < kLanes; l++) at[l] = static_cast<u32>(get(w, i.in[0], l) + i.imm[0]);
   for (int k = 0; k < i.imm[1] && w.block->launch->statistics; k++) count_rows(i, at, 8 * k);
 }

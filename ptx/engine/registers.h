@@ -26,6 +26,15 @@ inline void set_undefined(Warp& w, const Operand& o, Mask m, Mask bad) {
   if (o.shadow) w.undefined[o.shadow] = (w.undefined[o.shadow] & ~m) | (bad & m);
 }
 
+// Reports `kind` where one of these lanes holds a value that nobody set.
+inline void need_defined(Warp& w, const Instruction& i, const Operand& o, Mask m, const char* kind) {
+  if (Mask bad = undefined(w, o) & m) report(w, i, kind, 0, __builtin_ctz(bad));
+}
+
+inline void need_whole_warp(Warp& w, const Instruction& i, Mask m) {
+  if (m != kAll) report(w, i, "a matrix instruction without the whole warp", m, 0);
+}
+
 // An integer of 2, 4 or 8 bytes in any register.
 inline u64 get(Warp& w, const Operand& o, int lane) {
   if (o.bytes == 8) return lanes<u64>(w, o)[lane];

@@ -29,8 +29,7 @@ Mask next_lanes(Warp& w, const std::vector<Instruction>& code, int* pc) {
 
 Mask guarded(Warp& w, const Instruction& i, Mask m) {
   if (i.guard.offset < 0) return m;
-  if (undefined(w, i.guard) & m)
-    report(w, i, "a predicate that nobody set", 0, __builtin_ctz(undefined(w, i.guard) & m));
+  need_defined(w, i, i.guard, m, "a predicate that nobody set");
   u32 p = predicate(w, i.guard);
   return m & (i.negated ? ~p : p);
 }

@@ -108,8 +108,14 @@ void compute(Warp& w, const Wgmma& g) {
   w.block->launch->products += columns / 8;
 }
 
+// All lanes hold the same one.
+u64 descriptor(Warp& w, const Instruction& i, const Operand& o) {
+  need_defined(w, i, o, kAll, "an address that nobody set");
+  return lanes<u64>(w, o)[0];
+}
+
 void issue(Warp& w, Instruction& i, Mask m) {
-  if (m != kAll) report(w, i, "a matrix instruction without the whole warp", m, 0);
+  need_whole_warp(w, i, m);
   Wgmma g{&i, 0, 0, {}, 0, false};
   size_t at = 0;
   if (i.imm[2])
@@ -118,8 +124,9 @@ void issue(Warp& w, Instruction& i, Mask m) {
       g.a_undefined |= undefined(w, i.in[at]);
     }
   else
-    g.a = lanes<u64>(w, i.in[at++])[0];
-  g.b = lanes<u64>(w, i.in[at++])[0];
+    g.a = descriptor(w, i, i.in[at++]);
+  g.b = descriptor(w, i, i.in[at++]);
+  if (i.imm[3] < 0) need_defined(w, i, i.in[at], kAll, "a predicate that nobody set");
   g.scale_d = i.imm[3] >= 0 ? i.imm[3] : predicate(w, i.in[at]) & 1;
   if (!w.block->launch->late) return compute(w, g);
   for (const Operand& o : i.out) w.pending[o.shadow]++;
