@@ -20,6 +20,8 @@ from adamix_kernels import _build, _extension
 ON_HOST = _extension.on_host()
 DEVICE = "cpu" if ON_HOST else "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Calls of the CUDA runtime that are made at each launch, all legal while a graph is captured.
+EACH_LAUNCH = {"cudaGetDevice", "cudaSetDevice", "cudaLaunchKernelEx", "cudaPeekAtLastError"}
 _ROOT = Path(__file__).parent.parent
 _SANITISERS = {"plain": (), "asan": ("libasan.so", "libstdc++.so.6"), "tsan": ("libtsan.so", "libstdc++.so.6")}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_host import ON_HOST, needs_cuda, runtime_calls
+from cuda_host import EACH_LAUNCH, ON_HOST, needs_cuda, runtime_calls
 
 needs_cuda()
 if not ON_HOST:
@@ -24,9 +24,7 @@ from reliability.fuzz_cuda import launches
 
 _CSRC = Path(__file__).parent.parent / "csrc"
 SHARED, CARVEOUT = 8, 9  # of cudaFuncAttribute
-# Every call of the CUDA runtime in csrc/: those of each launch, legal while a graph is captured, and those that are
-# made once for a device, a kernel or a failure.
-EACH_LAUNCH = {"cudaGetDevice", "cudaSetDevice", "cudaLaunchKernelEx", "cudaPeekAtLastError"}
+# The other calls of the CUDA runtime in csrc/: made once for a device, a kernel or a failure.
 ONCE = {
     "cudaDeviceGetAttribute", "cudaFuncGetAttributes", "cudaFuncSetAttribute", "cudaOccupancyMaxActiveClusters",
     "cudaDriverGetVersion", "cudaRuntimeGetVersion", "cudaGetLastError", "cudaGetErrorString",
