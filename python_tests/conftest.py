@@ -30,3 +30,11 @@ def _log_level():
         logger.disabled = False
         logger.setLevel(logging.WARNING if name is None else logging.NOTSET)
         logger.propagate = True
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """The folder of a tiny BERT and its tokenizer."""
+    import tiny_text
+
+    return tiny_text.write_encoder(tmp_path / "encoder")
