@@ -51,7 +51,8 @@ CONSTRAINTS := $(VENV)/constraints.txt
 INSTALL := $(PIP) install -c $(CONSTRAINTS)
 OLD := $(VENV)/transformers-4.57
 HUB := $(VENV)/kernels-hub
-PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+TESTING := -m pytest -q -n $(JOBS) --dist worksteal
+PYTEST := $(BIN)/python $(TESTING)
 
 # backend="cuda" on the CPU, and under a sanitiser, whose report pytest's processes would swallow.
 ON_HOST = OMP_NUM_THREADS=1 ADAMIX_CUDA_HOST=$(abspath build/csrc/adamix_host_$(1).so)
@@ -99,7 +100,7 @@ test: $(VENV)/.test $(VENV)/.triton $(VENV)/.nvrtc $(OLD)/.ready $(HUB)/.ready
 	PYTHONPATH=$(abspath $(HUB)) $(PYTEST) python_tests/test_hub_layout.py
 
 oldest: $(OLDEST)/.ready
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n $(JOBS) --dist worksteal -k "not compile and not opcheck" $(OLDEST_TESTS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(TESTING) -k "not compile and not opcheck" $(OLDEST_TESTS)
 	@if [ -f $(LIBRARY) ]; then \
 		$(MAKE) -s $(OLDEST)/.newer-torch && PYTHONPATH=$(OLDEST)/newer-torch ADAMIX_CUDA_LIBRARY=$(LIBRARY) $(OLDEST)/bin/python -c \
 			'import sys; from adamix_kernels import _extension; sys.exit(_extension.load_problem())' \
@@ -108,8 +109,8 @@ oldest: $(OLDEST)/.ready
 
 pythons: $(foreach each,$(PYTHONS),$(VENV)/$(notdir $(each))/.ready)
 	@[ -n '$(PYTHONS)' ] || { echo 'no python3.10, 3.12 or 3.13 in PATH; PYTHONS="..." names them'; exit 1; }
-	for each in $(notdir $(PYTHONS)); do OMP_NUM_THREADS=1 $(VENV)/$$each/bin/python -m pytest -q -n $(JOBS) \
-		--dist worksteal $(OLDEST_TESTS) python_tests/test_cli.py python_tests/test_imports.py || exit 1; done
+	for each in $(notdir $(PYTHONS)); do OMP_NUM_THREADS=1 $(VENV)/$$each/bin/python $(TESTING) \
+		$(OLDEST_TESTS) python_tests/test_cli.py python_tests/test_imports.py || exit 1; done
 
 ptx: $(VENV)/.test $(VENV)/.triton
 	$(BIN)/python -m adamix_kernels._build --host plain
@@ -131,7 +132,7 @@ docs: $(VENV)/.docs
 	$(BIN)/python -W error::UserWarning -m pdoc --docformat google -o docs_out \
 		adamix_kernels adamix_kernels.compat adamix_kernels.tasks
 
-lint: $(VENV)/.ruff $(VENV)/.clang-format
+lint: $(VENV)/.test $(VENV)/.clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -166,15 +167,12 @@ $(VENV)/.demo: $(CONSTRAINTS) $(PACKAGE_FROM)
 
 $(VENV)/.test: $(CONSTRAINTS) $(PACKAGE_FROM)
 	$(INSTALL) -e '.[test]'
-	@touch $@ $(VENV)/.package $(VENV)/.demo $(VENV)/.ruff
+	@touch $@ $(VENV)/.package $(VENV)/.demo
 
 # torch for GPUs brings its own; Triton's interpreter needs the older numpy.
 $(VENV)/.triton: $(VENV)/.test
 	$(BIN)/python -c "import triton" || $(PIP) install "$(TRITON)"
 	$(PIP) install "numpy<2.4"
-	@touch $@
-
-$(VENV)/.ruff: $(VENV)/.test
 	@touch $@
 
 $(VENV)/.uv: $(VENV)/.torch

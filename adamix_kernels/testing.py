@@ -38,11 +38,18 @@ def error_in_budget(
     """
     if exact.numel() == 0:
         return result.shape == exact.shape, "empty"
+    error, own, budget = error_and_budget(result, exact, same_dtype, multiple)
+    return error <= budget, f"error {error:.3e}, PyTorch's own {own:.3e}, budget {budget:.3e}"
+
+
+def error_and_budget(
+    result: torch.Tensor, exact: torch.Tensor, same_dtype: torch.Tensor, multiple: float = 2.0
+) -> tuple[float, float, float]:
+    """(max|result - exact|, max|same_dtype - exact|, the budget) of `error_in_budget`, of tensors that are not empty."""
     error = (result.double() - exact).abs().max().item()
     own = (same_dtype.double() - exact).abs().max().item()
     slack = torch.finfo(result.dtype).eps * exact.abs().max().item()
-    budget = multiple * own + slack
-    return error <= budget, f"error {error:.3e}, PyTorch's own {own:.3e}, budget {budget:.3e}"
+    return error, own, multiple * own + slack
 
 
 def assert_in_budget(

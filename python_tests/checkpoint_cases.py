@@ -62,12 +62,16 @@ def same_bits(a, b):
     assert flags[0] == flags[1]
 
 
+def edit_sealed(path, change):
+    """change(values) of a sealed JSON file, which is then wrong in itself, not damaged: its digest is right."""
+    values = json.loads(path.read_text())
+    del values["sha256"]
+    change(values)
+    path.write_text(json.dumps(sealed(values)))
+
+
 def edit_header(folder, **changes):
-    """A header that is wrong in itself, not damaged: its digest is right."""
-    path = folder / checkpoint.CHECKPOINT_NAME
-    header = json.loads(path.read_text())
-    del header["sha256"]
-    path.write_text(json.dumps(sealed({**header, **changes})))
+    edit_sealed(folder / checkpoint.CHECKPOINT_NAME, lambda header: header.update(changes))
 
 
 def edit_text(folder, old, new):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from adamix_kernels.ops import _passes
+
 torch.set_num_threads(1)
 # A run on a busy machine is no other test; new cases are reliability's part to draw.
 settings.register_profile("fixed", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -22,6 +24,12 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
+def _no_second_pass_yet(monkeypatch):
+    """A loss that an earlier test compiled would keep the guard of models/watch.py silent for the whole process."""
+    monkeypatch.setattr(_passes.LOOKS, "compiled", False)
+
+
+@pytest.fixture(autouse=True)
 def _log_level():
     """The command line sets it for the whole process, in fixtures of whole modules too; so may a library."""
     logging.disable(logging.NOTSET)
@@ -30,3 +38,11 @@ def _log_level():
         logger.disabled = False
         logger.setLevel(logging.WARNING if name is None else logging.NOTSET)
         logger.propagate = True
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """The folder of a tiny BERT and its tokenizer."""
+    import tiny_text
+
+    return tiny_text.write_encoder(tmp_path / "encoder")

@@ -14,6 +14,7 @@ import tiny_csrc
 
 from adamix_kernels._build import BuildError, toolchain
 
+EDITABLE = "from setuptools import build_meta; print(build_meta.build_editable('dist'))"
 WHEEL = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
 FACTS = "import json; from adamix_kernels.commands import env; print(json.dumps(env.describe()))"
 
@@ -26,7 +27,8 @@ def _nvcc_problem():
     return None
 
 
-needs_nvcc = pytest.mark.skipif(_nvcc_problem() is not None, reason=str(_nvcc_problem()))
+NVCC_PROBLEM = _nvcc_problem()
+needs_nvcc = pytest.mark.skipif(NVCC_PROBLEM is not None, reason=str(NVCC_PROBLEM))
 
 
 @pytest.fixture
@@ -122,20 +124,18 @@ def test_what_the_compiler_says_is_shown(project, tmp_path_factory):
 
 @needs_nvcc
 def test_an_editable_installation_builds_in_place_and_is_not_undone(project):
-    code = "from setuptools import build_meta; print(build_meta.build_editable('dist'))"
-    done = tiny_csrc.run(code, project, ADAMIX_CUDA="1", ADAMIX_ARCHITECTURES="75")
+    done = tiny_csrc.run(EDITABLE, project, ADAMIX_CUDA="1", ADAMIX_ARCHITECTURES="75")
     assert done.returncode == 0, done.stderr
     built = _facts(project)["cuda_library"]
     assert built["path"] == str(project / "adamix_kernels/_C.abi3.so")
     assert (built["problem"], built["architectures"]) == (None, ["75+PTX"])
     assert not (project / "adamix_kernels/csrc").exists()
-    assert tiny_csrc.run(code, project, ADAMIX_CUDA="0").returncode == 0
+    assert tiny_csrc.run(EDITABLE, project, ADAMIX_CUDA="0").returncode == 0
     assert _facts(project)["cuda_library"] == built
 
 
 def test_an_editable_installation_without_a_library_says_why(project):
-    code = "from setuptools import build_meta; print(build_meta.build_editable('dist'))"
-    assert tiny_csrc.run(code, project, ADAMIX_CUDA="0").returncode == 0
+    assert tiny_csrc.run(EDITABLE, project, ADAMIX_CUDA="0").returncode == 0
     assert _facts(project)["cuda_library"]["problem"].endswith("not built into this installation: ADAMIX_CUDA=0")
 
 

@@ -10,6 +10,12 @@ from adamix_kernels import _build, _extension
 from adamix_kernels._build import BuildError, toolchain
 
 
+def _find_torch_in(folder, monkeypatch):
+    """And not where this interpreter has it."""
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(toolchain.sysconfig, "get_paths", lambda: {"platlib": folder, "purelib": folder})
+
+
 def test_nvcc_is_taken_from_cuda_home_and_must_be_new_enough(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", tiny_csrc.nvcc(tmp_path / "new", "12.6.85", "70 80"))
     found = toolchain.find_nvcc()
@@ -35,8 +41,7 @@ def test_an_nvcc_newer_than_torch_or_the_driver_is_refused(tmp_path, monkeypatch
     site = tiny_csrc.torch(tmp_path, cuda=cuda)
     monkeypatch.setenv("CUDA_HOME", tiny_csrc.nvcc(tmp_path, "13.0.88"))
     monkeypatch.setenv("PATH", tiny_csrc.nvidia_smi(tmp_path, "9.0", driver))
-    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(toolchain.sysconfig, "get_paths", lambda: {"platlib": site, "purelib": site})
+    _find_torch_in(site, monkeypatch)
     monkeypatch.delenv("ADAMIX_ARCHITECTURES", raising=False)
     for asked in (False, True):
         found = _build.obstacle(asked)
@@ -49,8 +54,7 @@ def test_an_nvcc_newer_than_torch_or_the_driver_is_refused(tmp_path, monkeypatch
 def test_only_where_a_gpu_could_run_it_is_the_library_built_unasked(tmp_path, monkeypatch):
     site = tiny_csrc.torch(tmp_path, "2.13.0+cpu", None)
     monkeypatch.setenv("CUDA_HOME", tiny_csrc.nvcc(tmp_path, "13.0.88"))
-    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(toolchain.sysconfig, "get_paths", lambda: {"platlib": site, "purelib": site})
+    _find_torch_in(site, monkeypatch)
     monkeypatch.setattr(toolchain, "DEVICES", tmp_path / "dev")
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert "no NVIDIA GPU in this machine (ADAMIX_CUDA=1" in _build.obstacle()
@@ -123,8 +127,7 @@ def test_what_torch_lacks_is_named(tmp_path, monkeypatch, version, header, words
     if header:
         (tmp_path / "torch/include/torch/csrc/stable").mkdir(parents=True)
         (tmp_path / "torch/include/torch/csrc/stable/library.h").write_text("")
-    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(toolchain.sysconfig, "get_paths", lambda: {"platlib": tmp_path, "purelib": tmp_path})
+    _find_torch_in(tmp_path, monkeypatch)
     with pytest.raises(BuildError, match=words):
         toolchain.find_torch()
 

@@ -1,6 +1,6 @@
-"""A routing id outside its bank, on the C++/CUDA backend: NaN for that row alone, and nothing read that is not there.
+"""A routing id outside its bank, on the C++/CUDA backend: an error where ids are checked, else NaN in its rows alone.
 
-The ops are called below the checks of api.py, which a GPU goes without: there a wrong id is data.
+And nothing is read that is not there.
 """
 
 # ruff: noqa: E402 (the module is skipped where the kernels cannot run)
@@ -13,57 +13,52 @@ from hypothesis import strategies as st
 
 needs_cuda()
 
+import bad_id_cases
 from adapter_cases import draw_adapter
+from bad_id_cases import adapter_on, check, lora_on, quiet, spoil
 from plain_lora import draw_lora
 
-from adamix_kernels.functional import routed_adapter
-from adamix_kernels.ops._checks import OutOfRangeError
 from adamix_kernels.ops.routed_adapter import cuda_impl as adapter
 from adamix_kernels.ops.routed_lora import cuda_impl as lora
 from benchmarks.sanitize import wrong_ids
 
-# Of int64 ids some are right once their upper half is gone.
+KERNELS = {"routed_adapter": adapter, "routed_lora": lora}
 WRONG = {torch.int32: (-1, 3, 2**31 - 1, -(2**31)), torch.int64: (-1, 3, 2**32, 2**32 + 1, -(2**62))}
 
 
-def spoil(index, dtype, value, where):
-    """The index in dtype with a wrong id where `where` says, and which of its rows that are."""
-    index = index.to(dtype)
-    wrong = torch.zeros(index.shape, dtype=torch.bool, device=index.device)
-    wrong[where] = True
-    return torch.where(wrong, torch.tensor(value, dtype=dtype, device=index.device), index), wrong
+@pytest.mark.parametrize(("index_dtype", "value"), bad_id_cases.WRONG)
+@pytest.mark.parametrize(("case", "side"), bad_id_cases.ADAPTER_SIDES)
+def test_an_adapter(case, side, index_dtype, value):
+    bad_id_cases.check_adapter(adapter, DEVICE, case, side, index_dtype, value)
 
 
-def rows_of(wrong, batch, tokens):
-    return wrong.view(batch, -1).expand(batch, tokens)
+@pytest.mark.parametrize(("index_dtype", "value"), bad_id_cases.WRONG)
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("case", bad_id_cases.LORAS)
+def test_a_lora(case, side, index_dtype, value):
+    bad_id_cases.check_lora(lora, DEVICE, case, side, index_dtype, value)
 
 
-def check_rows(got, want, bad):
-    """NaN in the bad rows, every other row as if there were none."""
-    assert got[bad].isnan().all()
-    torch.testing.assert_close(got[~bad], want[~bad], rtol=0, atol=0)
+@pytest.mark.parametrize("value", [1, -1])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("kind", ["sample", "token"])
+@pytest.mark.parametrize("op", KERNELS)
+def test_a_bank_of_one_that_is_given_an_index(op, kind, side, value):
+    bad_id_cases.check_a_bank_of_one(KERNELS[op], DEVICE, op, kind, side, value)
 
 
-def run_adapter(x, banks, dy, indices):
-    down, down_bias, up, up_bias = banks
-    out, pre = adapter.forward(x, down, down_bias, up, up_bias, *indices, None, True, "gelu")
-    return out, pre, *adapter.backward(dy, x, pre, down, up, *indices, True, True, True, True, "gelu")
+@pytest.mark.parametrize("op", KERNELS)
+def test_checked_it_is_an_error_that_names_the_id(op, monkeypatch):
+    bad_id_cases.check_the_error("cuda", DEVICE, op, monkeypatch)
 
 
 def check_adapter(dtype, index_dtype, value, batch, tokens, rank, kinds, side, where, banks=(3, 3)):
+    """What the experts learn, and what backward is given, is as if the bad rows said nothing, whatever their dy."""
     (x, *weights, dy), indices = draw_adapter(DEVICE, dtype, batch, tokens, 37, rank, *banks, *kinds)
     indices = [None if i is None else i.to(index_dtype) for i in indices]
-    broken = list(indices)
-    broken[side], wrong = spoil(indices[side], index_dtype, value, where)
-    bad = rows_of(wrong, batch, tokens)
-    # What the experts learn is what they learn where the bad rows say nothing.
-    quiet = dy.masked_fill(bad[..., None], 0)
-    want, got = run_adapter(x, weights, quiet, indices), run_adapter(x, weights, dy, broken)
-    for number in (0, 1, 2):
-        check_rows(got[number], want[number], bad)
-    for mine, other in zip(got[3:], want[3:], strict=True):
-        torch.testing.assert_close(mine, other)
-        assert mine.isfinite().all()
+    broken, bad = spoil(indices, side, index_dtype, value, tokens, where)
+    run = adapter_on(adapter, x, weights)
+    check(run(broken, dy), run(indices, quiet(dy, bad)), bad, rows=(0, 1, 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,32 +92,10 @@ def test_a_bank_of_one_has_wrong_ids_too(side):
 
 def check_lora(dtype, index_dtype, value, side, where, dropout_p=0.0, inplace=False, **sizes):
     (x, a, b, base, dy), options = draw_lora(DEVICE, dtype=dtype, **sizes)
-    batch, tokens, groups = *x.shape[:2], options["groups"]
-    starts, per_group = options["output_offsets"], b.shape[1] // options["groups"]
-    served = torch.zeros(dy.shape[2], dtype=torch.bool, device=DEVICE)
-    for start in starts:
-        served[start : start + per_group] = True
-    seed = torch.tensor(3, device=DEVICE) if dropout_p else None
-    tail = options["scaling"], groups, list(starts), dropout_p
-
-    def run(indices, dy):
-        mine = base.clone() if inplace else base
-        out, t = lora.forward(x, a, b, *indices, mine, seed, *tail, inplace=inplace)
-        return out, t, *lora.backward(dy, x, t, a, b, *indices, seed, True, True, True, *tail)
-
     indices = [i.to(index_dtype) for i in (options["a_index"], options["b_index"])]
-    broken = list(indices)
-    broken[side], wrong = spoil(indices[side], index_dtype, value, where)
-    bad = rows_of(wrong, batch, tokens)
-    want, got = run(indices, dy.masked_fill(bad[..., None], 0)), run(broken, dy)
-    check_rows(got[0][..., served], want[0][..., served], bad)
-    # What no group touches is the base's.
-    assert torch.equal(got[0][..., ~served], want[0][..., ~served])
-    check_rows(got[1], want[1], bad)
-    check_rows(got[2], want[2], bad)
-    for mine, other in zip(got[3:], want[3:], strict=True):
-        torch.testing.assert_close(mine, other)
-        assert mine.isfinite().all()
+    broken, bad = spoil(indices, side, index_dtype, value, x.shape[1], where)
+    run = lora_on(lora, x, a, b, base, options, dropout_p, inplace)
+    check(run(broken, dy), run(indices, quiet(dy, bad)), bad, rows=(0, 1, 2))
 
 
 ROUTED = dict(a_kind="token", b_kind="token", tokens=21)
@@ -148,15 +121,6 @@ def test_a_lora_row_with_a_wrong_id(dtype, index_dtype, value, side):
 def test_no_lora_kernel_reads_beyond_a_bank(dtype, index_dtype, value, options, side):
     check_lora(dtype, index_dtype, value, side, (0, slice(None)), **(ROUTED | options))
     check_lora(dtype, index_dtype, value, side, (2,), **(ROUTED | options | dict(a_kind="sample", b_kind="sample")))
-
-
-@pytest.mark.parametrize("value", [-1, 3])
-def test_checked_it_is_an_error_that_names_the_id(value, monkeypatch):
-    monkeypatch.setenv("ADAMIX_CHECK", "1")
-    (x, *banks, _), (down, up) = draw_adapter(DEVICE, torch.float32, 2, 5, 20, 4, 3, 2, "sample", "token")
-    down[1] = value
-    with pytest.raises(OutOfRangeError, match=f"down_index: got expert id {value}, expected 0 <= id < 3"):
-        routed_adapter(x, *banks, down, up, residual=x, backend="cuda")
 
 
 @settings(max_examples=25)

@@ -5,10 +5,10 @@ import pytest
 import tiny
 import torch
 import transformers as tr
+from tiny_training import rows_of, trainer_for
 
 from adamix_kernels import (
     AdaMixConfig,
-    AdaMixTrainer,
     adamix_loss,
     adapt,
     double_batch,
@@ -143,13 +143,7 @@ def test_a_step_merging_and_a_checkpoint(kind, method, tmp_path):
 @pytest.mark.parametrize("kind", TRAINED_BY_TRAINER)
 def test_the_trainer_takes_it(kind, tmp_path):
     model = adapted(kind)
-    batch = batch_for(kind, 8)
-    rows = [{name: value[i] for name, value in batch.items()} for i in range(8)]
-    arguments = tr.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to="none", save_strategy="no",
-        use_cpu=True, logging_steps=1, disable_tqdm=True,
-    )  # fmt: skip
-    trainer = AdaMixTrainer(model=model, args=arguments, train_dataset=rows)
+    trainer = trainer_for(model, tmp_path, rows_of(batch_for(kind, 8)), per_device_train_batch_size=4)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "cross_entropy" in log]
     assert len(logs) == 2

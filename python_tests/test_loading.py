@@ -1,37 +1,22 @@
 """load: a folder or a repository to (model, tokenizer), or one sentence that says why not and what to pass."""
 
-import json
 import shutil
 from unittest import mock
 
 import huggingface_hub
 import pytest
 import tiny
-import tiny_text
 import torch
 import transformers
+from checkpoint_cases import edit_sealed
 from huggingface_hub import errors
 from tiny_saved import TEXTS, adapted, logits, randomise
 
 from adamix_kernels import AdaMixConfig, adapt, load, load_adamix, merge, save_adamix
-from adamix_kernels.models._files import sealed
 from adamix_kernels.models.checkpoint import CHECKPOINT_NAME
 from adamix_kernels.models.hub import resolve_folder
 from adamix_kernels.models.pooling import pooling_of
 from adamix_kernels.tasks import Run, write_run
-
-
-@pytest.fixture
-def encoder(tmp_path):
-    return tiny_text.write_encoder(tmp_path / "encoder")
-
-
-def edit_header(folder, change):
-    path = folder / CHECKPOINT_NAME
-    header = json.loads(path.read_text())
-    del header["sha256"]
-    change(header)
-    path.write_text(json.dumps(sealed(header)))
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -94,7 +79,9 @@ def test_a_run_s_base_counts_and_an_older_format_needs_it(encoder, tmp_path):
     model, tokenizer = adapted(encoder)
     out = tmp_path / "out"
     save_adamix(model, out)
-    edit_header(out, lambda header: header["base_model"].update(name_or_path="gone/away", folder=None))
+    edit_sealed(
+        out / CHECKPOINT_NAME, lambda header: header["base_model"].update(name_or_path="gone/away", folder=None)
+    )
     write_run(out, Run(str(encoder), "remarks", ["bad", "good"], 32, "mean"))
     assert torch.equal(logits(load(out)[0], tokenizer), logits(model, tokenizer))
 
@@ -103,7 +90,7 @@ def test_a_run_s_base_counts_and_an_older_format_needs_it(encoder, tmp_path):
         for name in ("config", "folder", "pooling", "dtype", "generation"):
             del header["base_model"][name]
 
-    edit_header(out, older)
+    edit_sealed(out / CHECKPOINT_NAME, older)
     assert torch.equal(logits(load(out)[0], tokenizer), logits(model, tokenizer))
     (out / "adamix_run.json").unlink()
     with pytest.raises(ValueError, match=r"older release.*expected load_adamix\(base, folder\)"):
@@ -146,7 +133,7 @@ def test_what_cannot_be_built_says_what_to_pass(case, encoder, tmp_path):
     model, _ = adapted(encoder)
     save_adamix(model, tmp_path / "out")
     change, message = REFUSED[case]
-    edit_header(tmp_path / "out", change)
+    edit_sealed(tmp_path / "out" / CHECKPOINT_NAME, change)
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "out")
 

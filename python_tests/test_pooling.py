@@ -9,6 +9,7 @@ import tiny
 import tiny_text
 import torch
 import transformers
+from checkpoint_cases import edit_sealed
 
 from adamix_kernels.models._files import sealed
 from adamix_kernels.models.pooling import head_reads, mean_pool, pooling_of, set_pooling
@@ -49,11 +50,6 @@ def test_what_the_head_reads_is_tried(name):
 @pytest.mark.parametrize("make", [tiny.tiny_gpt2_classifier, tiny.tiny_bert])
 def test_decoders_have_none(make):
     assert head_reads(make()) == ("pooler" if make is tiny.tiny_bert else None)
-
-
-@pytest.fixture
-def encoder(tmp_path):
-    return tiny_text.write_encoder(tmp_path / "encoder")
 
 
 @pytest.mark.parametrize(("asked", "given"), [("auto", "mean"), ("mean", "mean"), ("model", "model")])
@@ -183,9 +179,6 @@ BAD = {"task": "translation", "label_names": "ab", "generation": None, "max_toke
 @pytest.mark.parametrize("name", BAD)
 def test_wrong_values_of_a_run_are_named(name, tmp_path):
     write_run(tmp_path, RUN)
-    path = tmp_path / "adamix_run.json"
-    values = json.loads(path.read_text())
-    del values["sha256"]
-    path.write_text(json.dumps(sealed({**values, name: BAD[name]})))
+    edit_sealed(tmp_path / "adamix_run.json", lambda values: values.update({name: BAD[name]}))
     with pytest.raises(ValueError, match=rf"adamix_run\.json: not a run file of this release: .*{name}"):
         read_run(tmp_path)

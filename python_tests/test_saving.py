@@ -21,11 +21,6 @@ from adamix_kernels.tasks import load_causal, load_classifier, resolve_model
 WAY = "AdaMix checkpoint without its base model: use adamix_kernels.load"
 
 
-@pytest.fixture
-def encoder(tmp_path):
-    return tiny_text.write_encoder(tmp_path / "encoder")
-
-
 @pytest.mark.parametrize("pooling", ["auto", "model"])
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("method", ["adapter", "lora"])

@@ -6,8 +6,9 @@ import logging
 
 import pytest
 import tiny
+import tiny_training
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from adamix_kernels import (
     AdaMixConfig,
@@ -48,15 +49,11 @@ def step(model, loss, zero=True):
 
 
 def arguments(folder, **options):
-    return TrainingArguments(
-        output_dir=str(folder), max_steps=4, per_device_train_batch_size=4, report_to="none", save_strategy="no",
-        use_cpu=True, disable_tqdm=True, **options,
-    )  # fmt: skip
+    return tiny_training.arguments(folder, max_steps=4, per_device_train_batch_size=4, **options)
 
 
-def rows(model, count=16):
-    batch = tiny.batch_for(model, batch=count)
-    return [{name: value[i] for name, value in batch.items()} for i in range(count)]
+def rows(model):
+    return tiny_training.dataset_for(model, 16)
 
 
 class _Forwards(TrainerCallback):
@@ -190,10 +187,9 @@ class _Small(torch.nn.Module):
 
 
 @pytest.mark.parametrize("compiled", ["model", "loss", "step"])
-def test_under_torch_compile_nothing_breaks_and_nothing_is_said(compiled, warned, monkeypatch):
+def test_under_torch_compile_nothing_breaks_and_nothing_is_said(compiled, warned):
     from adamix_kernels.ops import _passes
 
-    monkeypatch.setattr(_passes.LOOKS, "compiled", False)
     torch.compiler.reset()
     config = AdaMixConfig(bottleneck=2, num_experts=2, target_modules=["first"], modules_to_save=[])
     model = adapt(_Small(), config).train()

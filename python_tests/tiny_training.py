@@ -26,7 +26,7 @@ def arguments(folder, cls=TrainingArguments, **options):
 
 
 def rows_of(batch):
-    return [{name: value[i] for name, value in batch.items()} for i in range(len(batch["input_ids"]))]
+    return [{name: value[i] for name, value in batch.items()} for i in range(len(batch["labels"]))]
 
 
 def dataset_for(model, rows=8, tokens=6, seed=0):

@@ -129,7 +129,7 @@ def _data(folder: Path) -> Iterator[Kind]:
     _file(where, "dev.tsv", "sentence\tlabel\na\t1\nb\t0\n")
     (where / "train.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")
     yield Kind("data: bytes that are no text", "train.tsv", lambda: load_task(str(where)))
-    split = TextSplit("train", [("a",)] * 4, [0, 1, 0, 1])
+    split = TextSplit(["a"] * 4, None, [0, 1, 0, 1])
     yield Kind("shots: fewer than classes", "shots", lambda: shots.draw_shots(split, 1, 0))
     yield Kind("shots: more than rows", "shots", lambda: shots.draw_shots(split, 20, 0))
     yield Kind("tables: another format", "data_format", lambda: load_tables(str(folder), "csv"))

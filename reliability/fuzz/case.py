@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adamix_kernels.testing import error_in_budget, poisoned_memory
+from adamix_kernels.testing import error_and_budget, error_in_budget, poisoned_memory
 
 Tensors = Sequence[torch.Tensor]
 # Law 6: at most twice PyTorch's own error. Among few numbers one rounding is luck, so where a result misses that, its
@@ -116,8 +116,7 @@ def _compare(case: Case, got: Tensors, spread: set[int]) -> float:
 
 def _share(result: torch.Tensor, want: torch.Tensor, mine: torch.Tensor) -> float:
     """The error of a result, in its budget."""
-    error, own = ((t.double() - want).abs().max().item() for t in (result, mine))
-    budget = MULTIPLE * own + torch.finfo(result.dtype).eps * want.abs().max().item()
+    error, _, budget = error_and_budget(result, want, mine, MULTIPLE)
     return error / budget if budget else 0.0
 
 
