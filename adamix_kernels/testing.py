@@ -45,7 +45,7 @@ def error_in_budget(
 def error_and_budget(
     result: torch.Tensor, exact: torch.Tensor, same_dtype: torch.Tensor, multiple: float = 2.0
 ) -> tuple[float, float, float]:
-    """(max|result - exact|, max|same_dtype - exact|, the budget) of `error_in_budget`, of tensors that are not empty."""
+    """(max|result - exact|, max|same_dtype - exact|, budget) of `error_in_budget`, of tensors that are not empty."""
     error = (result.double() - exact).abs().max().item()
     own = (same_dtype.double() - exact).abs().max().item()
     slack = torch.finfo(result.dtype).eps * exact.abs().max().item()
