@@ -6,8 +6,10 @@ import sys
 import pytest
 import tiny_text
 import torch
+import transformers
 
 from adamix_kernels import tasks
+from adamix_kernels.tasks import encoders
 
 
 def _folder(path, train, dev=None, test=None):
@@ -28,13 +30,6 @@ def test_embedded_set_is_balanced_and_disjoint():
     assert len(train) == 480
     assert len(dev) == 480
     assert not train & dev
-
-
-def test_tsv_keeps_quotes_carriage_returns_and_a_byte_order_mark(tmp_path):
-    text = '\ufeffsentence\tlabel\r\n"good \u2028 one\t1\r\nbad\t0\r\n\r\n'
-    task = tasks.load_task(_folder(tmp_path / "d", text))
-    assert task.train.texts == ['"good \u2028 one', "bad"]
-    assert task.train.labels == [1, 0]
 
 
 def test_names_pairs_and_a_test_split(tmp_path):
@@ -119,6 +114,29 @@ def test_predict_keeps_the_order_of_the_rows(tmp_path):
     rows = [{**row, "labels": label} for row, label in zip(rows, labels)]
     rows[0]["labels"] = 1 - labels[0]
     assert tasks.accuracy(together, rows) == pytest.approx(200 / 3)
+
+
+@pytest.mark.parametrize("kind", ["bert", *encoders._BEHIND_PADDING])
+def test_a_model_takes_as_many_tokens_as_it_has_positions_for(kind):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    more = {"attention_window": 6, "position_embedding_type": "absolute", "entity_vocab_size": 2, "entity_emb_size": 8}
+    more |= {"languages": ["en"], "default_language": "en"}
+    config = transformers.AutoConfig.for_model(
+        kind, **sizes, **more, vocab_size=9, max_position_embeddings=20, pad_token_id=1, mask_token_id=2
+    )
+    model = transformers.AutoModel.from_config(config).eval()
+    tokens = encoders.positions(model)
+    assert tokens == (20 if kind == "bert" else 18)
+    model(torch.full((1, tokens), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, tokens + 1), 5))
+
+
+def test_a_model_without_a_bound_has_no_number_of_positions():
+    assert encoders.positions(torch.nn.Linear(1, 1)) is None
+    assert (
+        encoders.positions(transformers.T5Model(transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1))) is None
+    )
 
 
 def test_long_texts_are_cut(tmp_path):

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from ..models.targets import saved_modules
 from ..recipes.metrics import CLASS_METRICS, NUMBER_METRICS, TEXT_METRICS, Scores, label_scores, text_scores
 from ..tasks import TextSplit, collator, predict, tokenize
+from ..tasks.encoders import positions
 from ..tasks.generation import IGNORED, beam_decode, encode_texts, pair_collator, token_loss
 
 METRICS = {"classification": CLASS_METRICS, "regression": NUMBER_METRICS, "generation": TEXT_METRICS}
 DEFAULT_METRICS = {"classification": ("accuracy",), "regression": ("pearson", "spearman"), "generation": ()}
 GENERATION = {"max_new_tokens": 64, "beams": 4, "length_penalty": 0.8, "no_repeat_ngram": 4}
 FALLING = ("loss", "rmse", "ter")  # less is better
-_SHIFTED = ("roberta", "xlm-roberta", "camembert")
 PLAIN = ("nist", "cider", "rmse", "loss")  # no percentages
 
 
@@ -172,12 +172,9 @@ def contexts(texts: Sequence[str], pairs: Sequence[str] | None) -> list[str]:
 
 
 def longest_text(model: Any, tokenizer: Any) -> int:
-    """Tokens that the model has positions for."""
-    config = model.config
-    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    if config.model_type in _SHIFTED:  # their first position stands behind that of the padding
-        positions -= config.pad_token_id + 1
-    return int(min(positions, tokenizer.model_max_length))
+    """Tokens that the model has positions for, and its tokenizer gives."""
+    most = int(tokenizer.model_max_length)
+    return min(positions(model) or most, most)
 
 
 def without_text(rows: Sequence[dict[str, Any]]) -> int:

@@ -7,10 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from ..tasks.encoders import positions as positions_of
 from .config import Recipe
-
-# Their first positions are the padding's.
-_OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 
 
 def check_positions(
@@ -20,7 +18,7 @@ def check_positions(
 
     Raises ValueError, naming the recipe's field to lower.
     """
-    positions = _positions(model)
+    positions = positions_of(model)
     if positions is None:
         return
     longest = max((len(row["input_ids"]) for row in rows), default=0)
@@ -41,13 +39,3 @@ def check_positions(
             f"{positions} together, the positions of {recipe.model!r}: lower generation.max_context (--set "
             f"generation.max_context {max(1, positions - new)}) or generation.max_new_tokens"
         )
-
-
-def _positions(model: nn.Module) -> int | None:
-    """Of learned or otherwise bounded positions; None where a model has no such bound."""
-    config: Any = getattr(model, "config", None)
-    found = getattr(config, "max_position_embeddings", None)
-    if not isinstance(found, int) or found < 1:
-        return None
-    offset = (config.pad_token_id or 0) + 1 if config.model_type in _OFFSET else 0
-    return found - offset

