@@ -33,7 +33,7 @@ def written(name: str, value: float) -> str:
 class LabelKind:
     """Classification or regression: one row of logits a text.
 
-    Attributes: names: of the labels, in id order. metrics: of recipes.metrics; the first one leads.
+    Attributes: names: of the labels, in id order. metrics: of checked_metrics; the first one leads.
     """
 
     kind: str
@@ -42,9 +42,6 @@ class LabelKind:
     max_tokens: int
     metrics: tuple[str, ...] = ()
     batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        self.metrics = checked_metrics(self.kind, self.metrics)
 
     @property
     def leading(self) -> str:
@@ -118,7 +115,6 @@ class GenerationKind:
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.metrics = checked_metrics(self.kind, self.metrics)
         self.settings = {**GENERATION, **self.settings}
         new = self.settings["max_new_tokens"]
         if new >= self.max_tokens:
@@ -137,9 +133,7 @@ class GenerationKind:
         loss = token_loss(model, self.encode(split), self.collate, self.batch_size)
         scores = Scores({"loss": loss})
         if self.metrics:
-            known: dict[str, list[str]] = {}
-            for context, text in zip(contexts(split.texts, split.pairs), split.labels, strict=True):
-                known.setdefault(context, []).append(str(text))
+            known = TextSplit(contexts(split.texts, split.pairs), None, split.labels).references()
             made = self._decode(model, list(known), progress)
             found = text_scores(self.metrics, made, list(known.values()), "words")
             scores.values.update(found.values)
@@ -191,7 +185,7 @@ def make_kind(
     settings: dict[str, Any] | None = None,
     batch_size: int | None = None,
 ) -> Kind:
-    """Raises ValueError for a metric that is none of the task's, or whose library is not installed."""
+    """metrics: of checked_metrics, or none, where nothing is measured. Raises ValueError for wrong settings."""
     more: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
     if task == "generation":
         return GenerationKind(tokenizer, max_tokens, settings or {}, tuple(metrics), **more)
@@ -207,7 +201,10 @@ def start_at(model: nn.Module, value: float) -> None:
 
 
 def checked_metrics(task: str, asked: Sequence[str]) -> tuple[str, ...]:
-    """What to measure, out of names or words like "f1,accuracy". What nobody asked for may be missing its library."""
+    """What to measure, out of names or words like "f1,accuracy". What nobody asked for may be missing its library.
+
+    Raises ValueError for a metric that is none of the task's, or whose library is not installed.
+    """
     known = METRICS[task]
     asked = [name for word in asked for name in word.split(",") if name]
     wrong = [name for name in asked if name not in known]

@@ -13,7 +13,7 @@ import torch
 from ..models.contexts import eval_routing
 from ..models.state import adamix_state
 from ..tasks import Run, TextSplit, load_split, load_task
-from ._kinds import make_kind, written
+from ._kinds import checked_metrics, make_kind, written
 from ._options import OutputOptions, is_main_process, shows_bars, start
 from ._parser import OptionParser
 from ._runs import RunOptions, open_run, the_run
@@ -60,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
     if not source:
         raise ValueError(f"data: got nothing, expected --data: {where.run!r} does not say what it was trained on")
     settings, size = run.generation, options.batch_size
-    kind = make_kind(run.task, run.label_names, opened.tokenizer, run.max_tokens, options.metrics, settings, size)
+    metrics = checked_metrics(run.task, options.metrics)
+    kind = make_kind(run.task, run.label_names, opened.tokenizer, run.max_tokens, metrics, settings, size)
     rows = _rows(options, run, source).sample(options.max_rows, 0)
     if torch.cuda.is_available():
         model.cuda()

@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
         transformers.logging.disable_progress_bar()
     config, checkpoint = options.adaptation.config(), checkpoint_of(fit.resume, arguments)
     encoder, task = resolve_model(data.model), _task(options)
-    checked_metrics(task.kind, fit.metrics)
+    metrics = checked_metrics(task.kind, fit.metrics)
     transformers.set_seed(arguments.seed)
     with quiet():
         if task.kind == "generation":
@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
     settings = {"max_new_tokens": fit.max_new_tokens, "beams": fit.beams} if task.kind == "generation" else {}
     size = arguments.per_device_eval_batch_size
     longest = min(data.max_tokens, longest_text(model, tokenizer))
-    kind = make_kind(task.kind, task.label_names, tokenizer, longest, fit.metrics, settings, size)
+    kind = make_kind(task.kind, task.label_names, tokenizer, longest, metrics, settings, size)
     dev = task.dev.sample(data.max_eval_rows or None, 0)
     rows, dev_rows = kind.encode(task.train.sample(data.max_train_rows or None, arguments.seed)), kind.encode(dev)
     run = _run(options, task, model, settings, longest)
