@@ -24,8 +24,11 @@ def looked() -> None:
         LOOKS.count += 1
 
 
-# Runs while tracing, and leaves nothing in the graph.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _in_a_graph() -> bool:
+    """Runs while tracing, and leaves nothing in the graph."""
     LOOKS.compiled = True
     return True
+
+
+# As torch.compiler.assume_constant_result marks it, which would import the whole compiler with this package.
+_in_a_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
