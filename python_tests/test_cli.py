@@ -278,6 +278,13 @@ def test_env_and_bench_are_light():
     assert done.stdout.endswith("False\n"), done.stderr
 
 
+def test_what_predicts_imports_nothing_that_trains():
+    code = "import sys; from adamix_kernels.commands import evaluate, export, merge, predict; "
+    code += "print([name for name in ('peft', 'transformers.trainer_callback', 'sklearn') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_every_command_has_help():
     for name in cli.COMMANDS:
         if name == "recipe":

@@ -133,7 +133,7 @@ def load_causal(encoder: Encoder) -> tuple[Any, Any]:
 
 def positions(model: Any) -> int | None:
     """Tokens that a model has positions for, by its configuration; None where it sets no bound."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     found = getattr(config, "max_position_embeddings", None)
     if not isinstance(found, int) or found < 1:
         return None
