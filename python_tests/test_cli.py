@@ -75,6 +75,12 @@ def test_merge_writes_a_plain_adapter_of_the_same_accuracy(trained, capsys):
 def test_merge_refuses_to_overwrite_the_experts(trained, capsys):
     assert cli.main(["merge", str(trained / "out"), "--out", str(trained / "out")]) == 2
     assert "would lose its experts" in capsys.readouterr().err
+    last = next((trained / "out").glob("checkpoint-*"))
+    for run, out in ((last, trained / "out"), (trained / "out", last)):  # another run's
+        before = {path.name for path in out.iterdir()}
+        assert cli.main(["merge", str(run), "--out", str(out)]) == 2
+        assert "holds another run, whose experts would be lost, expected another folder" in capsys.readouterr().err
+        assert {path.name for path in out.iterdir()} == before
 
 
 def test_export_writes_adapterhub_files(trained, capsys):
@@ -227,6 +233,8 @@ def test_bench_hands_its_arguments_and_status_on(monkeypatch):
         (["train", "--no-such-flag", "1"], "--no-such-flag"),
         (["train", "nowhere.json"], "nowhere.json"),
         (["eval"], "run: got nothing"),
+        (["eval", "nowhere", "--batch_size", "0"], "batch_size: got 0, expected at least 1"),
+        (["eval", "nowhere", "--max_rows", "-1"], "max_rows: got -1, expected at least 1"),
         (["export", "nowhere"], "out: got nothing, expected a folder to write to: --out FOLDER"),
         (["merge"], "run: got nothing"),
     ],
@@ -271,18 +279,13 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"adamix_kernels {__version__}\n"
 
 
-def test_env_and_bench_are_light():
+def test_env_and_bench_are_light_and_what_predicts_imports_nothing_that_trains():
     code = "import sys; from adamix_kernels.commands import env, bench; from adamix_kernels import cli; "
-    code += "cli.main([]); print('transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.endswith("False\n"), done.stderr
-
-
-def test_what_predicts_imports_nothing_that_trains():
-    code = "import sys; from adamix_kernels.commands import evaluate, export, merge, predict; "
+    code += "cli.main([]); print('transformers' in sys.modules); "
+    code += "from adamix_kernels.commands import evaluate, export, merge, predict; "
     code += "print([name for name in ('peft', 'transformers.trainer_callback', 'sklearn') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stderr
+    assert done.stdout.endswith("False\n[]\n"), done.stderr
 
 
 def test_every_command_has_help():

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..recipes.processes import is_main
+
 _FORMAT = "%(levelname)s %(name)s: %(message)s"
 Level = Literal["debug", "info", "warning", "error", "critical"]
 
@@ -21,11 +23,6 @@ class OutputOptions:
 
     log_level: Level = field(default="warning", metadata={"help": "what goes to stderr"})
     disable_tqdm: bool = field(default=False, metadata={"help": "no progress bars"})
-
-
-def is_main_process() -> bool:
-    """Whether this is the first process of a launch (torchrun and accelerate set RANK), or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def set_log_level(level: int) -> None:
@@ -49,8 +46,19 @@ def start(options: OutputOptions) -> None:
     transformers.logging.disable_progress_bar()
 
 
+def at_least(bound: float, **given: float | None) -> None:
+    """Raises ValueError, naming the option, for a number below `bound`; None is none."""
+    for name, value in given.items():
+        if value is not None and value < bound:
+            raise ValueError(f"{name}: got {value}, expected at least {bound}")
+
+
+def same_file(one: str, other: str) -> bool:
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
 def shows_bars(options: OutputOptions) -> bool:
-    return not options.disable_tqdm and is_main_process()
+    return not options.disable_tqdm and is_main()
 
 
 @contextlib.contextmanager

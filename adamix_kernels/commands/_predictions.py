@@ -179,10 +179,6 @@ class Printed:
         return ""
 
 
-def same_file(one: str, other: str) -> bool:
-    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
-
-
 def _words(prediction: dict[str, Any]) -> tuple[str, ...]:
     if "generated" in prediction:
         return (prediction["generated"],)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..models.config import AdaMixConfig
 from ..tasks import DEFAULT_MODEL, EMBEDDED
+from ._options import at_least
 from ._parser import names, numbers
 
 LAST = "last"
@@ -110,12 +111,9 @@ class FitOptions:
 
 def check_amounts(data: DataOptions, fit: FitOptions) -> None:
     """Raises ValueError, naming the option, for a number that is too small."""
-    least = {"max_tokens": 1, "max_new_tokens": 1, "beams": 1}
-    least |= dict.fromkeys(("max_train_rows", "max_eval_rows", "early_stopping", "head_learning_rate"), 0)
-    for name, bound in least.items():
-        value = getattr(data if hasattr(data, name) else fit, name)
-        if value < bound:
-            raise ValueError(f"{name}: got {value}, expected at least {bound}")
+    at_least(1, max_tokens=data.max_tokens, max_new_tokens=fit.max_new_tokens, beams=fit.beams)
+    at_least(0, max_train_rows=data.max_train_rows, max_eval_rows=data.max_eval_rows)
+    at_least(0, early_stopping=fit.early_stopping, head_learning_rate=fit.head_learning_rate)
 
 
 # Of TrainingArguments', what --help shows, in our words.

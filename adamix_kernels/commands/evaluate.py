@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,9 +11,10 @@ import torch
 
 from ..models.contexts import eval_routing
 from ..models.state import adamix_state
+from ..recipes.processes import is_main
 from ..tasks import Run, TextSplit, load_split, load_task
 from ._kinds import checked_metrics, make_kind, written
-from ._options import OutputOptions, is_main_process, shows_bars, start
+from ._options import OutputOptions, at_least, same_file, shows_bars, start
 from ._parser import OptionParser
 from ._runs import RunOptions, open_run, the_run
 
@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     parsed = parser.parse(argv)
     place, options, output = parsed.parts
     where = the_run(place, parsed.words, "eval")
+    at_least(1, batch_size=options.batch_size, max_rows=options.max_rows)
     start(output)
     opened = open_run(where)
     model, run = opened.model, opened.run
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         scores = kind.evaluate(model, rows, shows_bars(output))
     # A merged checkpoint has one expert a side, whatever the routing.
     routing = "merged" if not adapted or adamix_state(model).merged else options.routing
-    if not is_main_process():
+    if not is_main():
         return 0
     if options.json:
         facts = {"rows": len(rows), "split": options.split, "data": source, "routing": routing}
@@ -90,7 +91,7 @@ def _rows(options: EvalOptions, run: Run, source: str) -> TextSplit:
     Raises ValueError for a label that the run does not have, or a split that is not there.
     """
     columns = {name: getattr(options, name) for name in ("text_column", "text_pair_column", "label_column")}
-    if not _same(source, run.data):
+    if source != run.data and not same_file(source, run.data):
         return load_split(source, options.split, task=run.task, label_names=run.label_names, **columns)
     known = {name: getattr(options, name) or getattr(run, name) for name in columns}
     task = load_task(source, task=run.task, dev_fraction=run.dev_fraction, **known)
@@ -100,7 +101,3 @@ def _rows(options: EvalOptions, run: Run, source: str) -> TextSplit:
     if split is None:
         raise ValueError(f"split: {source!r} has no labelled test split")
     return split
-
-
-def _same(one: str, other: str) -> bool:
-    return one == other or (os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other))

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
-
 from ..models.state import adamix_state
 from ..tasks import DEFAULT_MODEL, Run
 from ..tasks.encoders import DEFAULT_HUB_ID
@@ -72,14 +70,11 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("no_head: got it with --format adapterhub, expected --format peft")
     known = DEFAULT_HUB_ID if opened.run.model == DEFAULT_MODEL else None
     if options.base_model or known:
-        _base(opened.model).name_or_path = options.base_model or known
+        base: Any = opened.model.config
+        base.name_or_path = options.base_model or known
     if wanted == "peft":
         convert.export_peft(opened.model, options.out, head=not options.no_head)
     else:
         convert.export_adapterhub(opened.model, options.out)
     print(f"{wanted} files: {options.out}")
     return 0
-
-
-def _base(model: nn.Module) -> Any:
-    return model.config

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..models.checkpoint import save_adamix
+from ..models.header import CHECKPOINT_NAME, read_header
 from ..models.merging import merge
 from ..tasks import write_run
-from ._options import OutputOptions, start
+from ._options import OutputOptions, same_file, start
 from ._parser import OptionParser
 from ._runs import RunOptions, needs_out, open_run, the_run
 
@@ -33,8 +34,7 @@ def main(argv: Sequence[str]) -> int:
     place, options, output = parsed.parts
     run, out = the_run(place, parsed.words, "merge"), Path(options.out)
     needs_out(options.out)
-    if out.exists() and Path(run.run).exists() and out.resolve() == Path(run.run).resolve():
-        raise ValueError(f"out: {out} is the checkpoint itself, and merging there would lose its experts")
+    _keep_experts(run.run, out)
     start(output)
     opened = open_run(run)
     save_adamix(merge(opened.model), out)
@@ -43,3 +43,12 @@ def main(argv: Sequence[str]) -> int:
         write_run(out, opened.run)
     print(f"merged checkpoint: {out}")
     return 0
+
+
+def _keep_experts(run: str, out: Path) -> None:
+    """Raises ValueError where `out` is the run itself, or another one that is not merged."""
+    if same_file(run, str(out)):
+        raise ValueError(f"out: {out} is the checkpoint itself, and merging there would lose its experts")
+    path = out / CHECKPOINT_NAME
+    if path.is_file() and not read_header(path)["merged"]:
+        raise ValueError(f"out: {out} holds another run, whose experts would be lost, expected another folder")

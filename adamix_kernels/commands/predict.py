@@ -12,9 +12,9 @@ import torch
 
 from ..tasks import InputRow, Run, read_inputs
 from ._kinds import Kind, make_kind
-from ._options import OutputOptions, shows_bars, start
+from ._options import OutputOptions, at_least, same_file, shows_bars, start
 from ._parser import OptionParser
-from ._predictions import Lines, Printed, Sink, chunks, same_file
+from ._predictions import Lines, Printed, Sink, chunks
 from ._runs import RunOptions, open_run
 
 BATCHES = 16  # of a chunk: sorted by length together, written together
@@ -153,7 +153,4 @@ def _check(options: PredictOptions, words: Sequence[str]) -> None:
         raise ValueError("resume: got --overwrite too, expected one of them")
     if options.out and options.file and same_file(options.out, options.file):
         raise ValueError(f"out: got {options.out!r}, which is --file, expected another file")
-    for name in ("batch_size", "max_new_tokens", "beams"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
+    at_least(1, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, beams=options.beams)

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from ..models.inject import adapt
-from ..tasks import Run, TextTask, load_causal, load_classifier, load_task, resolve_model, write_run
+from ..recipes.processes import is_main
+from ..tasks import Run, TextTask, load_causal, load_classifier, load_task, resolve_model
 from . import _defaults
 from ._baselines import Baselines, Work, measure
 from ._kinds import Kind, checked_metrics, longest_text, make_kind, start_at, without_text
-from ._options import is_main_process, quiet, set_log_level
+from ._options import quiet, set_log_level
 from ._parser import OptionParser
 from ._train_options import SHOWN, AdaptationOptions, DataOptions, FitOptions, check_amounts
 
@@ -93,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     from ._report import Outcome, tell
 
     set_log_level(logging.WARNING if arguments.log_level == "passive" else arguments.get_process_log_level())
-    if not is_main_process():
+    if not is_main():
         transformers.logging.disable_progress_bar()
     config, checkpoint = options.adaptation.config(), checkpoint_of(fit.resume, arguments)
     encoder, task = resolve_model(data.model), _task(options)
@@ -115,7 +116,7 @@ def main(argv: Sequence[str]) -> int:
     if longest < data.max_tokens:
         notes.append(f"texts are cut at {longest} tokens, which is all that this model takes")
     steps = _choose(options, model, task.kind, len(rows))
-    if is_main_process():
+    if is_main():
         for note in notes:
             print(f"note: {note}")
         print(_plan(arguments, len(rows), len(dev_rows), steps), flush=True)
@@ -124,8 +125,7 @@ def main(argv: Sequence[str]) -> int:
         start_at(model, sum(row["labels"] for row in rows) / len(rows))
     adapt(model, config)
     trained = run_training(model, kind, rows, dev_rows, options, checkpoint, run)
-    if is_main_process():
-        write_run(arguments.output_dir, run)
+    if is_main():
         scores = trained.scores
         if task.kind == "generation":  # per token, which the Trainer's is not, and the decoded texts
             with quiet():
@@ -218,7 +218,7 @@ def _baselines(
 ) -> Baselines | None:
     """On the main process alone, before the model is adapted."""
     arguments = options.arguments
-    if options.fit.no_baselines or not is_main_process() or arguments.fsdp:
+    if options.fit.no_baselines or not is_main() or arguments.fsdp:
         return None
     model.to(arguments.device)
     size = _rows_an_update(arguments)

@@ -14,7 +14,7 @@ def count() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process prints and writes."""
+    """Whether this process prints and writes: the first of a launch (torchrun and accelerate set RANK), or alone."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
