@@ -252,6 +252,8 @@ def test_a_merged_model_that_plain_transformers_saved(folder, tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "plain")
     assert cli.main(["predict", "--run", str(tmp_path / "plain"), "good film", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["probabilities"]) == {"no", "yes"}
+    assert cli.main(["predict", "--run", str(tmp_path / "plain"), "good " * 90]) == 0  # of 32 positions
+    capsys.readouterr()
     flags = [str(tmp_path / "plain"), "--data", str(folder / "data"), "--json"]
     assert cli.main(["eval", *flags]) == 2
     assert "got 'up', expected one of the training labels: 'no', 'yes'" in capsys.readouterr().err

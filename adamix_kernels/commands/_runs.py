@@ -14,9 +14,10 @@ from ..models.hub import resolve_folder
 from ..models.pooling import pooling_of
 from ..tasks import Run, load, read_run
 from ..tasks.run_file import RUN_NAME
+from ._kinds import longest_text
 from ._options import quiet
 
-MAX_TOKENS = 512  # where neither a run file nor the tokenizer says
+MAX_TOKENS = 512  # of a run without its file, where model and tokenizer take more
 
 
 @dataclass
@@ -94,6 +95,6 @@ def _described(model: Any, tokenizer: Any, folder: Path) -> Run:
         task, names = "regression", ["score"]
     else:
         task, names = "classification", [config.id2label[i] for i in range(config.num_labels)]
-    most = min(tokenizer.model_max_length or MAX_TOKENS, MAX_TOKENS)
+    most = min(longest_text(model, tokenizer), MAX_TOKENS)
     base = getattr(config, "_name_or_path", None) or str(folder)
     return Run(base, "", names, most, pooling_of(model) or "model", task)
