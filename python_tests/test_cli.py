@@ -16,7 +16,7 @@ import tiny_text
 import torch
 
 from adamix_kernels import __version__, cli, commands, load_adamix, tasks
-from adamix_kernels.commands import bench
+from adamix_kernels.commands import _options, bench
 from adamix_kernels.commands import env as commands_env
 
 SCRIPT = Path(__file__).resolve().parent / "launched_cli.py"
@@ -237,6 +237,12 @@ def test_bench_hands_its_arguments_and_status_on(monkeypatch):
         (["eval", "nowhere", "--max_rows", "-1"], "max_rows: got -1, expected at least 1"),
         (["export", "nowhere"], "out: got nothing, expected a folder to write to: --out FOLDER"),
         (["merge"], "run: got nothing"),
+        (["merge", "r", "--out", __file__], "test_cli.py' is a file, expected a folder or a new name"),
+        (["export", "r", "--out", f"{__file__}/e"], "test_cli.py' is a file, expected a folder or a new name"),
+        (["train", "--out", __file__], "test_cli.py' is a file, expected a folder or a new name"),
+        (["train", "--model", "./nowhere"], "model: cannot load './nowhere': ./nowhere: no such folder\n"),
+        (["train", "--model", "nowhere"], "nowhere: no such folder here, and on the Hub, or in this machine's cache"),
+        (["eval", str(Path(__file__).parent)], "run: got '"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(capsys, arguments, message):
@@ -245,6 +251,16 @@ def test_wrong_input_is_one_line_and_status_2(capsys, arguments, message):
     assert error.startswith(f"adamix {arguments[0]}: ")
     assert error.count("\n") == 1
     assert message in error
+
+
+@pytest.mark.parametrize("command", ["train", "merge", "export", "predict"])
+def test_a_folder_that_may_not_be_written_to_is_told_before_any_work(capsys, monkeypatch, tmp_path, command):
+    monkeypatch.setattr(_options.os, "access", lambda *_: False)
+    flags = ["--run", "nowhere", "text"] if command == "predict" else ["nowhere"] if command != "train" else []
+    assert cli.main([command, *flags, "--out", str(tmp_path / "out.jsonl")]) == 2
+    error = capsys.readouterr().err
+    place = f"nothing may be written to {str(tmp_path)!r}, expected another place\n"
+    assert error == f"adamix {command}: out: {str(tmp_path / 'out.jsonl')!r}: {place}"
 
 
 def test_traceback_is_shown_on_request():

@@ -175,10 +175,20 @@ def test_early_stopping_keeps_the_best():
             train.parse(["--early_stopping", "1", *flags])
 
 
-@pytest.mark.parametrize("flag", ["max_tokens", "max_new_tokens", "beams", "max_train_rows", "early_stopping"])
+AMOUNTS = ("max_tokens", "max_new_tokens", "beams", "max_train_rows", "early_stopping", "per_device_train_batch_size")
+AMOUNTS += ("per_device_eval_batch_size", "gradient_accumulation_steps", "learning_rate")
+
+
+@pytest.mark.parametrize("flag", AMOUNTS)
 def test_amounts_have_a_least_value(flag):
-    with pytest.raises(ValueError, match=f"{flag}: got -1, expected at least"):
+    with pytest.raises(ValueError, match=rf"{flag}: got -1(\.0)?, expected at least"):
         train.parse([f"--{flag}", "-1"])
+
+
+def test_a_training_has_an_end():
+    with pytest.raises(ValueError, match="num_train_epochs: got 0, expected more than 0, or --max_steps"):
+        train.parse(["--num_train_epochs", "0"])
+    assert train.parse(["--num_train_epochs", "0", "--max_steps", "3"]).arguments.max_steps == 3
 
 
 def _help(capsys, *flags):

@@ -202,6 +202,22 @@ def test_regression_from_train_to_export(numbers, tmp_path, capsys):
         assert str(numbers) not in path.read_text()
 
 
+def test_a_dev_part_too_small_for_a_correlation(numbers, capsys):
+    lines = (numbers / "pairs.tsv").read_text().splitlines()[:13]
+    (numbers / "few.tsv").write_text("\n".join(lines) + "\n")
+    columns = ["--text_column", "left", "--text_pair_column", "right", "--label_column", "value"]
+    more = ["--num_train_epochs", "2", "--load_best_model_at_end", "--no_baselines"]
+    assert run(numbers, numbers / "encoder", str(numbers / "few.tsv"), *columns, *more, out="few") == 0
+    out = capsys.readouterr().out
+    assert "(merged experts, 1 texts)\n  pearson, spearman: no score on these texts; adamix eval says why\n" in out
+    values = json.loads((numbers / "few" / "adamix_report.json").read_text())
+    assert list(values["scores"]) == ["rmse"]
+    assert cli.main(["eval", str(numbers / "few"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rmse"] == pytest.approx(values["scores"]["rmse"], rel=1e-4)
+    assert "not defined" in found["missing"]["pearson"]
+
+
 def test_generation_from_train_to_export(written, tmp_path, capsys):
     values = report(written)
     assert values["task"] == "generation"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,7 @@ def run_training(
         if last is None:
             raise
         raise KeyboardInterrupt(f"{os.path.basename(last)} is saved; the same command with --resume goes on") from None
-    metrics = trainer.evaluate()
+    metrics = {name: value for name, value in trainer.evaluate().items() if value != -math.inf}
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
     return Trained(_scores(metrics, kind), _losses(done, trainer.state.log_history))

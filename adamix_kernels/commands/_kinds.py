@@ -74,10 +74,13 @@ class LabelKind:
         return values
 
     def trainer_metrics(self, prediction: Any) -> dict[str, float]:
-        """compute_metrics of a Trainer: as fractions, as scikit-learn and scipy have them."""
+        """compute_metrics of a Trainer: as fractions, as scikit-learn and scipy have them.
+
+        The leading one is always there, as the Trainer may choose by it; -inf where it is not defined.
+        """
         logits = torch.as_tensor(prediction.predictions)
         values = self.scores(self.chosen(logits), prediction.label_ids.reshape(-1).tolist()).values
-        return {name: value if name in PLAIN else value / 100 for name, value in values.items()}
+        return {self.leading: -math.inf} | {n: value if n in PLAIN else value / 100 for n, value in values.items()}
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if self.kind == "classification":

@@ -53,6 +53,24 @@ def at_least(bound: float, **given: float | None) -> None:
             raise ValueError(f"{name}: got {value}, expected at least {bound}")
 
 
+def needs_out(out: str) -> None:
+    """Raises, before any work, ValueError where `out` names no folder, OSError where nothing may be written there."""
+    if not out:
+        raise ValueError("out: got nothing, expected a folder to write to: --out FOLDER")
+    path = os.path.abspath(out)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        raise ValueError(f"out: got {out!r}, but {path!r} is a file, expected a folder or a new name")
+    may_write("out", out, path)
+
+
+def may_write(option: str, given: str, path: str) -> None:
+    """Raises PermissionError, naming the option, where the file or folder `path` cannot be written to."""
+    if not os.access(path, os.W_OK):
+        raise PermissionError(f"{option}: {given!r}: nothing may be written to {path!r}, expected another place")
+
+
 def same_file(one: str, other: str) -> bool:
     return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from ..tasks import InputRow
+from ._options import may_write
 
 TOLERANCE = 1e-3  # of a number that is predicted again
 SUFFIX = ".jsonl"
@@ -65,6 +66,7 @@ class Lines:
             raise ValueError(f"out: {path!r} is there already, expected another name, --overwrite, or --resume")
         if not self._path.parent.is_dir():
             raise FileNotFoundError(f"out: {str(self._path.parent)!r}: no such folder")
+        may_write("out", path, str(self._path if self._path.exists() else self._path.parent))
         self._old = self._path.open("rb") if resume and self._path.exists() else None
         self._kept_end = 0  # bytes of whole lines
         self._read = False  # to the end

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,27 +55,30 @@ def the_run(options: RunOptions, words: Sequence[str], command: str) -> RunOptio
     return dataclasses.replace(options, run=given[0])
 
 
-def needs_out(out: str) -> None:
-    """Raises ValueError where no folder to write to is given."""
-    if not out:
-        raise ValueError("out: got nothing, expected a folder to write to: --out FOLDER")
-
-
 def open_run(options: RunOptions) -> Opened:
     """Raises ValueError for what is no run, naming what is missing."""
-    try:
+    with _called_run():
         folder = resolve_folder(options.run, options.revision)
-    except ValueError as error:  # it calls its argument so
-        raise ValueError(f"run{str(error).removeprefix('source')}") from error
     place = run_folder(folder)
     run = None if place is None else read_run(place)  # before the model: a damaged file is answered at once
-    with quiet():
+    with quiet(), _called_run():
         model, tokenizer = load(folder, model=options.model)
     if tokenizer is None:
         raise ValueError(f"{folder}: got no tokenizer in it, nor beside its base model, expected one")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Opened(model, tokenizer, run or _described(model, tokenizer, folder), folder, place is not None)
+
+
+@contextlib.contextmanager
+def _called_run() -> Iterator[None]:
+    """In Python the argument is called source."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("source:"):
+            raise
+        raise ValueError(f"run{str(error).removeprefix('source')}") from error
 
 
 def run_folder(folder: Path) -> Path | None:

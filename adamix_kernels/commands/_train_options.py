@@ -109,11 +109,16 @@ class FitOptions:
     )
 
 
-def check_amounts(data: DataOptions, fit: FitOptions) -> None:
+def check_amounts(data: DataOptions, fit: FitOptions, arguments: Any) -> None:
     """Raises ValueError, naming the option, for a number that is too small."""
     at_least(1, max_tokens=data.max_tokens, max_new_tokens=fit.max_new_tokens, beams=fit.beams)
     at_least(0, max_train_rows=data.max_train_rows, max_eval_rows=data.max_eval_rows)
     at_least(0, early_stopping=fit.early_stopping, head_learning_rate=fit.head_learning_rate)
+    positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    at_least(1, **{name: getattr(arguments, name) for name in positive})
+    at_least(0, learning_rate=arguments.learning_rate, weight_decay=arguments.weight_decay)
+    if arguments.max_steps <= 0 and not arguments.num_train_epochs > 0:
+        raise ValueError(f"num_train_epochs: got {arguments.num_train_epochs:g}, expected more than 0, or --max_steps")
 
 
 # Of TrainingArguments', what --help shows, in our words.

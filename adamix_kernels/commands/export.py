@@ -9,9 +9,9 @@ from typing import Any, Literal
 from ..models.state import adamix_state
 from ..tasks import DEFAULT_MODEL, Run
 from ..tasks.encoders import DEFAULT_HUB_ID
-from ._options import OutputOptions, start
+from ._options import OutputOptions, needs_out, start
 from ._parser import OptionParser
-from ._runs import RunOptions, needs_out, open_run, the_run
+from ._runs import RunOptions, open_run, the_run
 
 FORMATS = {"lora": "peft", "adapter": "adapterhub"}
 

@@ -10,9 +10,9 @@ from ..models.checkpoint import save_adamix
 from ..models.header import CHECKPOINT_NAME, read_header
 from ..models.merging import merge
 from ..tasks import write_run
-from ._options import OutputOptions, same_file, start
+from ._options import OutputOptions, needs_out, same_file, start
 from ._parser import OptionParser
-from ._runs import RunOptions, needs_out, open_run, the_run
+from ._runs import RunOptions, open_run, the_run
 
 
 @dataclass

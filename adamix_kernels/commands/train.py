@@ -18,7 +18,7 @@ from ..tasks import Run, TextTask, load_causal, load_classifier, load_task, reso
 from . import _defaults
 from ._baselines import Baselines, Work, measure
 from ._kinds import Kind, checked_metrics, longest_text, make_kind, start_at, without_text
-from ._options import quiet, set_log_level
+from ._options import needs_out, quiet, set_log_level
 from ._parser import OptionParser
 from ._train_options import SHOWN, AdaptationOptions, DataOptions, FitOptions, check_amounts
 
@@ -73,7 +73,7 @@ def parse(argv: Sequence[str]) -> Options:
     flags = list(argv)
     parsed = parser.parse(flags)
     data, adaptation, fit, arguments = parsed.parts
-    check_amounts(data, fit)
+    check_amounts(data, fit, arguments)
     if fit.early_stopping:
         when = str(arguments.eval_strategy.value), str(arguments.save_strategy.value)
         if when[0] == "no" or when[1] not in (when[0], "best"):
@@ -96,6 +96,7 @@ def main(argv: Sequence[str]) -> int:
     set_log_level(logging.WARNING if arguments.log_level == "passive" else arguments.get_process_log_level())
     if not is_main():
         transformers.logging.disable_progress_bar()
+    needs_out(arguments.output_dir)
     config, checkpoint = options.adaptation.config(), checkpoint_of(fit.resume, arguments)
     encoder, task = resolve_model(data.model), _task(options)
     metrics = checked_metrics(task.kind, fit.metrics)

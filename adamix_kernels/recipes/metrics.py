@@ -141,6 +141,8 @@ def _scipy(name: str) -> Callable[..., tuple[float, str]]:
     def score(labels: list[Any], predicted: list[Any]) -> tuple[float, str]:
         from scipy import stats
 
+        if len(labels) < 2:
+            return math.nan, "scipy"
         with warnings.catch_warnings():  # what is not defined is told as such
             warnings.simplefilter("ignore")
             return 100 * getattr(stats, name)(labels, predicted).statistic, "scipy"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,9 +48,14 @@ def tokenizer_of(path: str, local: bool, **options: Any) -> Any:
     from transformers import AutoTokenizer
     from transformers.utils.hub import cached_file
 
+    found = os.path.isdir(path)
+    if not found and (path.startswith((".", "/", "~", "\\")) or path.count("/") > 1):  # no name of the hub
+        raise OSError(f"{path}: no such folder")
     here = {"local_files_only": local, "_raise_exceptions_for_missing_entries": False}
     if not any(cached_file(path, name, **here) for name in _TOKENIZERS):
-        raise OSError(f"{path}: no file of a tokenizer ({', '.join(_TOKENIZERS[:_SHOWN])}, ...)")
+        files = f"no file of a tokenizer ({', '.join(_TOKENIZERS[:_SHOWN])}, ...)"
+        place = "" if found else "no such folder here, and on the Hub, or in this machine's cache of it, "
+        raise OSError(f"{path}: {place}{files}")
     return AutoTokenizer.from_pretrained(path, local_files_only=local, **options)
 
 
