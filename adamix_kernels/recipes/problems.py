@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..tasks import TextSplit, TextTask, collator, load_classifier, load_task, predict, resolve_model, tokenize
+from ..tasks.encoders import known_settings
 from ..tasks.generation import IGNORED, beam_decode, encode_texts, pair_collator, token_loss
 from ..tasks.table_data import Pair, TableData, load_tables, references
 from .config import Recipe
@@ -55,6 +56,7 @@ class LabelProblem:
     def __init__(self, recipe: Recipe, limits: Limits):
         self.recipe, self.limits = recipe, limits
         self.encoder = resolve_model(recipe.model)
+        self.settings = known_settings(self.encoder, recipe.model_config)
         self.task: TextTask = load_task(recipe.data, task="regression" if recipe.regression else "classification")
         for note in self.task.notes:
             logger.warning("%s", note)
@@ -63,7 +65,9 @@ class LabelProblem:
     def fresh(self) -> nn.Module:
         """A new model, its head drawn from the global generator."""
         model: nn.Module
-        model, self.tokenizer = load_classifier(self.encoder, self.task.label_names, self.recipe.pooling)
+        model, self.tokenizer = load_classifier(
+            self.encoder, self.task.label_names, self.recipe.pooling, settings=self.settings
+        )
         self.collate = collator(self.tokenizer)
         return model
 
@@ -112,7 +116,7 @@ class PromptProblem(LabelProblem):
         options = {"local_files_only": self.encoder.packaged}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.encoder.path, **options)
-            model = AutoModelForMaskedLM.from_pretrained(self.encoder.path, **options)
+            model = AutoModelForMaskedLM.from_pretrained(self.encoder.path, **options, **self.settings)
         except (OSError, ValueError) as error:
             raise ValueError(f"model: cannot load {self.encoder.name!r}: {str(error).splitlines()[0]}") from error
         self.prompt = prompt_for(self.recipe.prompt, self.task.label_names)
@@ -129,6 +133,7 @@ class TextProblem:
     def __init__(self, recipe: Recipe, limits: Limits):
         self.recipe, self.limits = recipe, limits
         self.encoder = resolve_model(recipe.model)
+        self.settings = known_settings(self.encoder, recipe.model_config)
         self.data: TableData = load_tables(recipe.data, recipe.data_format or "e2e")
 
     def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -146,7 +151,7 @@ class TextProblem:
 
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.encoder.path)
-            model = AutoModelForCausalLM.from_pretrained(self.encoder.path)
+            model = AutoModelForCausalLM.from_pretrained(self.encoder.path, **self.settings)
         except (OSError, ValueError) as error:
             raise ValueError(f"model: cannot load {self.encoder.name!r}: {str(error).splitlines()[0]}") from error
         if self.tokenizer.pad_token is None:
