@@ -7,8 +7,17 @@ import torch
 from ..._backends import check_request
 from .._checks import check_choice, check_flag, check_tensor, fail
 from .._passes import looked
-from ._arguments import as_mask, as_num_items, check_doubled, check_labels, check_options, overwrites
-from .autograd import adamix_loss_op, consistency_op, inplace_adamix_loss, inplace_consistency
+from ._arguments import (
+    as_mask,
+    as_num_items,
+    check_doubled,
+    check_expected,
+    check_labels,
+    check_options,
+    overwrites,
+)
+from .autograd import adamix, consistency
+from .inplace import inplace_adamix_loss, inplace_consistency
 from .linear_api import linear_adamix_loss
 from .output import AdaMixLossOutput
 from .regression import regression_loss
@@ -26,6 +35,7 @@ def consistency_loss(
     detach_target: bool = True,
     reduction: str = "batchmean",
     inplace: bool = False,
+    expected_grad: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """J = 1/2 [KL(b||a) + KL(a||b)] = 1/2 sum_v (p - q)(log p - log q), p = softmax(a), q = softmax(b).
@@ -82,12 +92,13 @@ def consistency_loss(
     check_flag("detach_target", detach_target)
     check_flag("inplace", inplace)
     check_request(backend)
-    args = logits_a, logits_b, mask, bool(detach_target), reduction, backend
+    check_expected(expected_grad)
+    args = logits_a, logits_b, mask, bool(detach_target), reduction, backend, expected_grad
     if inplace and reduction == "none":
         fail("inplace", inplace, 'False with reduction="none", whose gradient depends on the incoming one')
     if inplace and overwrites(logits_a=logits_a, logits_b=logits_b):
         return inplace_consistency(*args)
-    return consistency_op(*args)[0]
+    return consistency(*args)
 
 
 def adamix_loss(
@@ -101,6 +112,7 @@ def adamix_loss(
     num_items: int | torch.Tensor | None = None,
     detach_target: bool = True,
     inplace: bool = False,
+    expected_grad: float | None = None,
     backend: str = "auto",
 ) -> AdaMixLossOutput:
     """loss = CE(logits[:B], labels) + weight * J(logits[:B], logits[B:]), J as in `consistency_loss`.
@@ -156,6 +168,7 @@ def adamix_loss(
     check_request(backend)
     check_options(weight, ignore_index, label_smoothing, detach_target)
     check_flag("inplace", inplace)
+    check_expected(expected_grad)
     num_items = as_num_items(num_items, logits)
     if isinstance(labels, torch.Tensor) and labels.is_floating_point():
         return AdaMixLossOutput(
@@ -166,7 +179,7 @@ def adamix_loss(
         fail("logits", f"shape {tuple(logits.shape)}", "[2B, ..., V] with V >= 1")
     check_labels(labels, logits.shape[:-1], logits)
     mask = as_mask(mask, labels.shape, logits)
-    options = weight, ignore_index, label_smoothing, bool(detach_target), backend
+    options = weight, ignore_index, label_smoothing, bool(detach_target), backend, expected_grad
     if inplace and overwrites(logits=logits):
         return AdaMixLossOutput(*inplace_adamix_loss(logits, labels, mask, num_items, *options))
-    return AdaMixLossOutput(*adamix_loss_op(logits, labels, mask, num_items, *options)[:3])
+    return AdaMixLossOutput(*adamix(logits, labels, mask, num_items, *options))

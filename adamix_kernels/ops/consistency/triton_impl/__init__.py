@@ -34,12 +34,10 @@ from .plan import (
 )
 
 __all__ = [
-    "GRADIENT_DTYPES", "adamix_backward", "adamix_forward", "adamix_forward_grad", "backward", "forward",
-    "forward_grad", "linear_forward", "rescale", "unsupported",
+    "adamix_backward", "adamix_forward", "adamix_forward_grad", "backward", "forward",
+    "forward_grad", "linear_forward", "rescale", "unsupported", "writes_gradient",
 ]  # fmt: skip
 
-# float16 trains under a loss scale, for which a gradient written by the forward would be written again.
-GRADIENT_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class Options(NamedTuple):
@@ -55,19 +53,25 @@ class Options(NamedTuple):
         return dict(FULL=not self.detach_target, maxnreg=MAX_REGISTERS)
 
 
+def writes_gradient(device_type, dtype, expected):
+    """Not for an incoming gradient other than 1, nor for float16, which waits for its loss scale."""
+    return dtype != torch.float16 and expected in (None, 1.0)
+
+
 def forward(logits_a, logits_b, mask, detach_target, reduction):
     return _consistency(logits_a, logits_b, mask, detach_target, reduction, None, None)[:3]
 
 
-def forward_grad(logits_a, logits_b, mask, detach_target, reduction, da, db):
-    return _consistency(logits_a, logits_b, mask, detach_target, reduction, da, db)
+def forward_grad(logits_a, logits_b, mask, detach_target, reduction, expected, da, db):
+    return _consistency(logits_a, logits_b, mask, detach_target, reduction, da, db)[:3]
 
 
-def backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, out=None):
-    rows, correct = make_rows(logits_a, logits_b, None, mask), out is not None
+def backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, out=None, expected=None):
+    rows = make_rows(logits_a, logits_b, None, mask)
     if out is None:
         out = logits_a.new_empty(logits_a.shape), logits_b.new_empty(logits_b.shape)
-    _gradient(rows, grad, stats, scale, *out, Options(1.0, 0, 0.0, detach_target), CORRECT=correct)
+    options = Options(1.0, 0, 0.0, detach_target)
+    _rewrite(rows, (logits_a, logits_b), grad, stats, scale, out, options, expected)
     return out
 
 
@@ -77,21 +81,22 @@ def adamix_forward(logits, labels, mask, num_items, weight, ignore_index, label_
 
 
 def adamix_forward_grad(
-    logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, d_logits
+    logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, expected, d_logits
 ):  # fmt: skip
-    return _adamix(
-        logits, labels, mask, num_items, Options(weight, ignore_index, label_smoothing, detach_target), d_logits
-    )
+    options = Options(weight, ignore_index, label_smoothing, detach_target)
+    return _adamix(logits, labels, mask, num_items, options, d_logits)[:5]
 
 
 def adamix_backward(
-    grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target, out=None
+    grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target, out=None,
+    expected=None,
 ):  # fmt: skip
-    half, correct = labels.shape[0], out is not None
+    half = labels.shape[0]
     rows = make_rows(logits[:half], logits[half:], labels, mask)
     out = logits.new_empty(logits.shape) if out is None else out
     options = Options(weight, ignore_index, label_smoothing, detach_target)
-    _gradient(rows, grad, stats, scales, out[:half], out[half:], options, CORRECT=correct)
+    both, to = (logits[:half], logits[half:]), (out[:half], out[half:])
+    _rewrite(rows, both, grad, stats, scales, to, options, expected)
     return out
 
 
@@ -205,6 +210,15 @@ def _rows(rows: Rows, num_items, found, into, out, options: Options, **meta):
         tiles.tiles, FINISH=out is not None, SMOOTH=options.smoothing > 0, ROWS=tiles.rows, COLS=tiles.cols,
         num_warps=tiles.num_warps, **meta, **options.meta,
     )  # fmt: skip
+
+
+def _rewrite(rows: Rows, logits, grad, stats, scales, to, options: Options, expected):
+    """to: where the gradients go, maybe the logits; with `expected` they are right where grad is that."""
+    into = [_over(x, at, g) for x, at, g in zip((rows.a, rows.b), logits, to)]
+    inplace = any(g is rows.a or g is rows.b for g in into)
+    _gradient(rows, grad, stats, scales, *into, options, CORRECT=expected is not None, INPLACE=inplace)
+    for gradient, written in zip(to, into):
+        _put_back(gradient, written)
 
 
 def _gradient(rows: Rows, grad, stats, scales, da, db, options: Options, CORRECT=False, INPLACE=False, HELD=False):
