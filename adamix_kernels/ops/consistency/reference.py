@@ -31,10 +31,12 @@ from collections.abc import Sequence
 
 import torch
 
-from ._blocks import At, by_blocks
+from . import _cpu
+from ._blocks import At, by_blocks, rows_by_blocks
 from ._chunks import Chunk, linear_loss
 from ._rows import (
-    all_count,
+    Slopes,
+    divergence,
     divergence_grad,
     inverse,
     keep,
@@ -42,13 +44,15 @@ from ._rows import (
     restored_slopes,
     rows_of,
     scales_of,
+    softmax,
     wide_dtype,
 )
-from ._visits import BOTH, pair_grad, passes, visit_adamix, visit_consistency, write
 
+_Means = tuple[torch.Tensor | None, torch.Tensor | None]
 _DENSE = torch.contiguous_format
-# Before a block's slices: all statistics of both passes.
-_ALL: At = (slice(None), *BOTH)
+# Before a block's slices: both passes; all statistics of both.
+_BOTH: At = (slice(None),)
+_ALL = (slice(None), *_BOTH)
 
 
 def writes_gradient(device_type: str, dtype: torch.dtype, expected: float | None) -> bool:
@@ -58,9 +62,18 @@ def writes_gradient(device_type: str, dtype: torch.dtype, expected: float | None
 def forward(
     logits_a: torch.Tensor, logits_b: torch.Tensor, mask: torch.Tensor | None, detach_target: bool, reduction: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    scale = _scale(logits_a, mask, reduction)
-    rows, *stats = visit_consistency(logits_a, logits_b, mask, detach_target)
-    rows = keep(rows, mask)
+    def read(at: At) -> Sequence[torch.Tensor]:
+        log_p, p, *stats_a = softmax(logits_a[at], not detach_target)
+        log_q, q, *stats_b = softmax(logits_b[at], not detach_target)
+        rows, slopes = divergence(log_p, log_q, p, q, not detach_target)
+        pairs = zip([*stats_a, slopes.mean_p], [*stats_b, slopes.mean_q], strict=True)
+        return [rows, *(t for pair in pairs for t in pair if t is not None)]
+
+    rows, *stats = rows_by_blocks(read, logits_a)
+    rows = rows if mask is None else keep(rows, mask)
+    scale = rows.new_ones(())
+    if reduction == "batchmean":
+        scale = inverse(rows.new_full((), rows.numel()) if mask is None else mask.sum(dtype=rows.dtype))
     loss = rows if reduction == "none" else rows.sum() * scale
     return loss.contiguous(), torch.stack(stats), scale
 
@@ -74,11 +87,9 @@ def forward_grad(
     expected: float,
     da: torch.Tensor | None,
     db: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    scale = _scale(logits_a, mask, reduction)
-    mask = None if all_count(mask) else mask
-    rows, *stats = visit_consistency(logits_a, logits_b, mask, detach_target, expected * scale, (da, db))
-    return keep(rows, mask).sum() * scale, torch.stack(stats), scale
+) -> tuple[torch.Tensor, None, torch.Tensor]:
+    loss, scale = _cpu.consistency(logits_a, logits_b, mask, detach_target, reduction, expected, (da, db))
+    return loss, None, scale
 
 
 def backward(
@@ -93,22 +104,24 @@ def backward(
     expected: float | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if out is not None and logits_a.device.type == "cpu":
-        # The bits of forward_grad, whatever was expected there.
         if expected is None or grad != expected:
-            visit_consistency(logits_a, logits_b, mask, detach_target, grad * scale, out)
+            _cpu.consistency_again(grad, logits_a, logits_b, mask, scale, detach_target, out)
         return out
     da, db = (torch.empty_like(t, memory_format=_DENSE) for t in (logits_a, logits_b)) if out is None else out
     stats, coefficient = stats.unflatten(0, (-1, 2)), (grad * scale).unsqueeze(-1)
     each_row = coefficient.dim() > 1
 
-    def rewrite(at: At) -> None:
+    def write(at: At) -> None:
         maximum, logsum, *means = stats[_ALL + at]
         log_p, log_q = restore(logits_a[at], maximum[0], logsum[0]), restore(logits_b[at], maximum[1], logsum[1])
         p, q = log_p.exp(), log_q.exp()
         slopes = restored_slopes(log_p, log_q, p, q, *_each(means))
-        write((da, db), divergence_grad(p, q, slopes, coefficient[at] if each_row else coefficient), mask, at)
+        grads = divergence_grad(p, q, slopes, coefficient[at] if each_row else coefficient)
+        for to, g in zip((da, db), grads, strict=True):
+            if to is not None:
+                to[at] = g if mask is None else keep(g, mask[at].unsqueeze(-1))
 
-    by_blocks(rewrite, logits_a)
+    by_blocks(write, logits_a)
     return da, db
 
 
@@ -122,8 +135,21 @@ def adamix_forward(
     label_smoothing: float,
     detach_target: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = weight, ignore_index, label_smoothing, detach_target
-    return _adamix(logits, labels, mask, num_items, *options, None, None)
+    counted, selected = rows_of(labels, mask, ignore_index)
+    both = _passes(logits)
+
+    def read(at: At) -> Sequence[torch.Tensor]:
+        log_probs, probs, *stats = softmax(both[_BOTH + at], not detach_target)
+        entropy_rows = _cross_entropy(log_probs[0], labels[at], counted[at], label_smoothing)
+        rows, slopes = divergence(log_probs[0], log_probs[1], probs[0], probs[1], not detach_target)
+        means = [] if slopes.mean_p is None or slopes.mean_q is None else [torch.stack([slopes.mean_p, slopes.mean_q])]
+        return [entropy_rows, rows, *stats, *means]
+
+    entropy_rows, rows, *stats = rows_by_blocks(read, both[0])
+    scales = scales_of(counted, selected, num_items, rows.dtype)
+    cross_entropy = keep(entropy_rows, counted).sum() * scales[0]
+    consistency = keep(rows, selected).sum() * scales[1]
+    return cross_entropy + weight * consistency, cross_entropy, consistency, torch.stack(stats).flatten(1, 2), scales
 
 
 def adamix_forward_grad(
@@ -137,9 +163,10 @@ def adamix_forward_grad(
     detach_target: bool,
     expected: float,
     d_logits: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, torch.Tensor]:
     options = weight, ignore_index, label_smoothing, detach_target
-    return _adamix(logits, labels, mask, num_items, *options, expected, d_logits)
+    *losses, scales = _cpu.adamix(logits, labels, mask, num_items, *options, expected, d_logits)
+    return *losses, None, scales
 
 
 def adamix_backward(
@@ -156,25 +183,28 @@ def adamix_backward(
     out: torch.Tensor | None = None,
     expected: float | None = None,
 ) -> torch.Tensor:
-    counted, selected = rows_of(labels, mask, ignore_index)
-    factors = grad * scales[0], grad * scales[1] * weight
+    options = weight, ignore_index, label_smoothing, detach_target
     if out is not None and logits.device.type == "cpu":
         if expected is None or grad != expected:
-            visit_adamix(logits, labels, counted, selected, label_smoothing, detach_target, factors, out)
+            _cpu.adamix_again(grad, logits, labels, mask, scales, *options, out)
         return out
-    to = torch.empty_like(logits, memory_format=_DENSE) if out is None else out
-    both, stats = passes(logits), stats.unflatten(1, (2, labels.shape[0]))
+    counted, selected = rows_of(labels, mask, ignore_index)
+    entropy_scale, consistency_scale = grad * scales[0], grad * scales[1] * weight
+    out = torch.empty_like(logits, memory_format=_DENSE) if out is None else out
+    both, to, stats = _passes(logits), _passes(out), stats.unflatten(1, (2, labels.shape[0]))
 
-    def rewrite(at: At) -> None:
+    def write(at: At) -> None:
         maximum, logsum, *means = stats[_ALL + at]
-        log_probs = restore(both[BOTH + at], maximum, logsum)
+        log_probs = restore(both[_BOTH + at], maximum, logsum)
         probs = log_probs.exp()
         slopes = restored_slopes(log_probs[0], log_probs[1], probs[0], probs[1], *_each(means))
-        target = torch.where(counted[at], labels[at], 0).long().unsqueeze(-1)
-        write(passes(to), pair_grad(probs, slopes, target, counted[at], factors, label_smoothing), selected, at)
+        scales_here = entropy_scale, consistency_scale
+        grads = _pair_grad(probs, slopes, labels[at], counted[at], *scales_here, label_smoothing)
+        for one, g in zip(to, grads, strict=True):
+            one[at] = keep(g, selected[at].unsqueeze(-1))
 
-    by_blocks(rewrite, both[0])
-    return to
+    by_blocks(write, both[0])
+    return out
 
 
 def rescale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
@@ -204,16 +234,26 @@ def linear_forward(
         labels: torch.Tensor,
         counted: torch.Tensor,
         selected: torch.Tensor,
-        factors: torch.Tensor,
+        factors: tuple[torch.Tensor, torch.Tensor | float],
         need_grad: bool,
     ) -> Chunk:
+        both, wide = _passes(logits), wide_dtype(logits.dtype)
+        rows = labels.new_empty((2, *labels.shape), dtype=wide)
         # Gradients take the logits' place; where those are narrower, they are rounded after the sum for the bias.
-        wide = wide_dtype(logits.dtype)
-        to = logits if logits.dtype == wide else logits.new_empty(logits.shape if need_grad else 0, dtype=wide)
-        both = (factors[0], factors[1]) if need_grad else None
-        rows = visit_adamix(logits, labels, counted, selected, label_smoothing, detach_target, both, to)
-        entropy, consistency = keep(rows[0], counted).sum(), keep(rows[1], selected).sum()
-        return Chunk(entropy, consistency, to if need_grad else None)
+        d_logits = logits if logits.dtype == wide else logits.new_empty(logits.shape if need_grad else 0, dtype=wide)
+
+        def read_and_write(at: At) -> None:
+            log_probs, probs, *_ = softmax(both[_BOTH + at], False)
+            rows[0][at] = _cross_entropy(log_probs[0], labels[at], counted[at], label_smoothing)
+            rows[1][at], slopes = divergence(log_probs[0], log_probs[1], probs[0], probs[1], not detach_target)
+            if need_grad:
+                grads = _pair_grad(probs, slopes, labels[at], counted[at], *factors, label_smoothing)
+                for one, g in zip(_passes(d_logits), grads, strict=True):
+                    one[at] = keep(g, selected[at].unsqueeze(-1))
+
+        by_blocks(read_and_write, both[0])
+        sums = keep(rows, torch.stack([counted, selected])).sum(1)
+        return Chunk(sums[0], sums[1], d_logits if need_grad else None)
 
     return linear_loss(
         chunk, hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index,
@@ -221,40 +261,41 @@ def linear_forward(
     )  # fmt: skip
 
 
-def _scale(logits: torch.Tensor, mask: torch.Tensor | None, reduction: str) -> torch.Tensor:
-    """What the sum over rows is multiplied by."""
-    wide, rows = wide_dtype(logits.dtype), logits.shape[:-1].numel()
-    if reduction == "batchmean" and mask is not None:
-        return inverse(mask.sum(dtype=wide))
-    return logits.new_full((), 1 / max(rows, 1) if reduction == "batchmean" else 1.0, dtype=wide)
+def _cross_entropy(
+    log_p: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor, label_smoothing: float
+) -> torch.Tensor:
+    """-(1 - s) log p[label] - s mean(log p), per row; meaningless where not counted."""
+    rows = log_p.gather(-1, torch.where(counted, labels, 0).long().unsqueeze(-1)).squeeze(-1).neg()
+    if label_smoothing:
+        rows = (1 - label_smoothing) * rows - label_smoothing * log_p.mean(-1)
+    return rows
 
 
-def _adamix(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    mask: torch.Tensor | None,
-    num_items: torch.Tensor | None,
-    weight: float,
-    ignore_index: int,
-    label_smoothing: float,
-    detach_target: bool,
-    expected: float | None,
-    d_logits: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    counted: torch.Tensor | None
-    selected: torch.Tensor | None
-    counted, selected = rows_of(labels, mask, ignore_index)
-    scales = scales_of(counted, selected, num_items, wide_dtype(logits.dtype))
-    if mask is None and all_count(counted):
-        counted = selected = None
-    factors = None if expected is None else (expected * scales[0], expected * scales[1] * weight)
-    options = label_smoothing, detach_target
-    entropy_rows, rows, *stats = visit_adamix(logits, labels, counted, selected, *options, factors, d_logits)
-    cross_entropy = keep(entropy_rows, counted).sum() * scales[0]
-    consistency = keep(rows, selected).sum() * scales[1]
-    return cross_entropy + weight * consistency, cross_entropy, consistency, torch.stack(stats).flatten(1, 2), scales
+def _passes(logits: torch.Tensor) -> torch.Tensor:
+    """[2B, ..., V] -> [2, B, ..., V]."""
+    return logits.unflatten(0, (2, logits.shape[0] // 2))
 
 
-def _each(means: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _each(means: Sequence[torch.Tensor]) -> _Means:
     """E_p d and E_q d of [passes, ...] in a list, or what stands for none."""
     return (means[0][0], means[0][1]) if means else (None, None)
+
+
+def _pair_grad(
+    probs: torch.Tensor,
+    slopes: Slopes,
+    labels: torch.Tensor,
+    counted: torch.Tensor,
+    entropy_scale: torch.Tensor,
+    consistency_scale: torch.Tensor | float,
+    label_smoothing: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient on a and on b; scales: a 0-dim tensor, and one or a number. Overwrites the slopes."""
+    p, q = probs[0], probs[1]
+    ga, gb = divergence_grad(p, q, slopes, consistency_scale)
+    share = torch.where(counted, entropy_scale, 0).unsqueeze(-1)
+    ga.addcmul_(p, share)
+    if label_smoothing:
+        ga.sub_(share * (label_smoothing / p.shape[-1]))
+    target = torch.where(counted, labels, 0).long().unsqueeze(-1)
+    return ga.scatter_add_(-1, target, share * (label_smoothing - 1)), gb
