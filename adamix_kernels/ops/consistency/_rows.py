@@ -29,9 +29,12 @@ def rows_of(labels: torch.Tensor, mask: torch.Tensor | None, ignore_index: int) 
     return (labelled, labelled) if mask is None else (labelled & mask, mask)
 
 
-def all_count(mask: torch.Tensor | None) -> bool:
-    """Whether mask is known to hold no False: only on a CPU, where reading it costs nothing."""
-    return mask is None or (mask.device.type == "cpu" and bool(mask.all()))
+def span_of(labels: torch.Tensor) -> tuple[int, int]:
+    """The least and the largest label, read on the host; 0 and 0 of none."""
+    if labels.numel() == 0:
+        return 0, 0
+    low, high = labels.aminmax()
+    return int(low.item()), int(high.item())
 
 
 def scales_of(
@@ -85,18 +88,18 @@ class Slopes(NamedTuple):
 def divergence(
     log_p: torch.Tensor, log_q: torch.Tensor, p: torch.Tensor, q: torch.Tensor, need_means: bool
 ) -> tuple[torch.Tensor, Slopes]:
-    """J = 1/2 sum (p - q) d per row, and with need_means E_p[d] and E_q[d] among the slopes.
+    """2 J = sum (p - q) d per row, and with need_means E_p[d] and E_q[d] among the slopes.
 
     p - q and d have the same sign in every class, so nothing cancels. The means take the sum of p - q along, which is
     its rounding alone: divergence_grad subtracts it, so that a row's gradient sums to 0 also where p is nearly q.
     """
     d, gap = _difference(log_p, log_q), p - q
     if not need_means:
-        return d.mul_(gap).sum(-1).mul_(0.5), Slopes(gap, None, None, None)
+        return d.mul_(gap).sum(-1), Slopes(gap, None, None, None)
     # Apart from the products: beside a large one the small sum would be rounded away.
     rounding = gap.sum(-1)
     means = (p * d).sum(-1).add_(rounding), (q * d).sum(-1).add_(rounding)
-    return (gap * d).sum(-1).mul_(0.5), Slopes(gap, d, *means)
+    return (gap * d).sum(-1), Slopes(gap, d, *means)
 
 
 def restored_slopes(

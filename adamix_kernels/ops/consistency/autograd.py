@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from .._library import below_autograd, differentiate, records
-from .ahead import adamix_grad, adamix_write, consistency_grad, consistency_write, writes_gradient
+from .._library import below_autograd, differentiate, once_differentiable
+from .ahead import adamix_grad, adamix_write, consistency_grad, consistency_write, writer_of
 from .op import (
     adamix_loss_backward_op,
     adamix_loss_op,
@@ -19,6 +19,8 @@ from .op import (
 from .op import (
     linear_adamix_loss_op as linear_adamix_loss_op,
 )
+
+_DENSE = torch.contiguous_format
 
 
 def consistency(
@@ -30,11 +32,13 @@ def consistency(
     backend: str,
     expected: float | None,
 ) -> torch.Tensor:
-    args = logits_a, logits_b, mask, detach_target, reduction, backend
-    if reduction != "none" and records(args) and writes_gradient(backend, expected, logits_a, logits_b):
-        loss: torch.Tensor = _ahead_consistency(*args, expected)
+    module = None
+    if reduction != "none" and torch.is_grad_enabled() and (logits_a.requires_grad or logits_b.requires_grad):
+        module = writer_of(backend, expected, logits_a, logits_b)
+    if module is not None:
+        loss: torch.Tensor = _ahead_consistency(logits_a, logits_b, mask, (module, detach_target, reduction, expected))
     else:
-        loss, *_ = consistency_op(*args)
+        loss, *_ = consistency_op(logits_a, logits_b, mask, detach_target, reduction, backend)
     return loss
 
 
@@ -49,13 +53,16 @@ def adamix(
     detach_target: bool,
     backend: str,
     expected: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    args = logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, backend
-    if records((logits,)) and writes_gradient(backend, expected, logits):
-        loss, cross_entropy, divergence = _ahead_adamix(*args, expected)
-    else:
-        loss, cross_entropy, divergence, *_ = adamix_loss_op(*args)
-    return loss, cross_entropy, divergence
+) -> tuple[torch.Tensor, ...]:
+    options = weight, ignore_index, label_smoothing, detach_target
+    module = None
+    if torch.is_grad_enabled() and logits.requires_grad:
+        module = writer_of(backend, expected, logits)
+    if module is None:
+        return adamix_loss_op(logits, labels, mask, num_items, *options, backend)[:3]
+    parts: list[torch.Tensor] = []
+    loss = _ahead_adamix(logits, labels, mask, (module, num_items, *options, expected), parts)
+    return loss, *parts
 
 
 class ConsistencyFunction(torch.autograd.Function):
@@ -120,7 +127,7 @@ class AdaMixLossFunction(torch.autograd.Function):
 
 class AheadConsistencyFunction(torch.autograd.Function):
     """The forward writes the gradients; backward hands them over, once. A later backward through a retained graph
-    computes anew.
+    computes anew. options: the backend's module, detach_target, reduction, the expected gradient.
     """
 
     @staticmethod
@@ -129,35 +136,31 @@ class AheadConsistencyFunction(torch.autograd.Function):
         logits_a: torch.Tensor,
         logits_b: torch.Tensor,
         mask: torch.Tensor | None,
-        detach_target: bool,
-        reduction: str,
-        backend: str,
-        expected: float | None,
+        options: tuple[ModuleType, bool, str, float | None],
     ) -> torch.Tensor:
-        args = logits_a, logits_b, mask, detach_target, reduction, backend, expected
+        module, *rest = ctx.options = options
         ctx.ahead = _places(ctx, logits_a, logits_b)
-        loss, stats, scale = consistency_grad(*args, *ctx.ahead)
+        loss, stats, scale = consistency_grad(module, logits_a, logits_b, mask, *rest, *ctx.ahead)
         ctx.save_for_backward(logits_a, logits_b, mask, stats, scale)
-        ctx.options = detach_target, backend, expected
-        ctx.set_materialize_grads(False)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 7
-        detach_target, backend, expected = ctx.options
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        module, detach_target, _, expected = ctx.options
         out, ctx.ahead = ctx.ahead, None
-        written = 1.0 if expected is None else expected
+        written = expected or 1.0
         if out is None:
-            out, written = _places(ctx, *ctx.saved_tensors[:2]), None
-        consistency_write(grad, ctx.saved_tensors, detach_target, backend, out, written)
-        return *out, *[None] * 5
+            out, written = _places(ctx, *saved[:2]), None
+        consistency_write(module, grad, saved, detach_target, out, written)
+        return *out, None, None
 
 
 class AheadAdaMixFunction(torch.autograd.Function):
-    """As AheadConsistencyFunction."""
+    """As AheadConsistencyFunction. options: the backend's module, num_items, weight, ignore_index, label_smoothing,
+    detach_target, the expected gradient. parts: takes the cross-entropy and the consistency.
+    """
 
     @staticmethod
     def forward(
@@ -165,34 +168,33 @@ class AheadAdaMixFunction(torch.autograd.Function):
         logits: torch.Tensor,
         labels: torch.Tensor,
         mask: torch.Tensor | None,
-        num_items: torch.Tensor | None,
-        *options: Any,
-    ) -> Any:
-        ctx.ahead = logits.new_empty(logits.shape)
-        *losses, stats, scales = adamix_grad(logits, labels, mask, num_items, *options, ctx.ahead)
-        ctx.save_for_backward(logits, labels, mask, stats, scales)
-        ctx.options = options
-        ctx.mark_non_differentiable(*losses[1:])
-        ctx.set_materialize_grads(False)
-        return tuple(losses)
+        options: tuple[ModuleType, torch.Tensor | None, float, int, float, bool, float | None],
+        parts: list[torch.Tensor],
+    ) -> torch.Tensor:
+        module, num_items, *rest = ctx.options = options
+        ctx.ahead = torch.empty_like(logits, memory_format=_DENSE)
+        found = adamix_grad(module, logits, labels, mask, num_items, *rest, ctx.ahead)
+        parts += found[1:3]
+        ctx.save_for_backward(logits, labels, mask, *found[3:])
+        return found[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 10
-        *options, backend, expected = ctx.options
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        module, _, *options, expected = ctx.options
         out, ctx.ahead = ctx.ahead, None
-        written = 1.0 if expected is None else expected
+        written = expected or 1.0
         if out is None:
-            out, written = torch.empty_like(ctx.saved_tensors[0], memory_format=torch.contiguous_format), None
-        adamix_write(grad, ctx.saved_tensors, tuple(options), backend, out, written)
-        return out, *[None] * 9
+            out, written = torch.empty_like(saved[0], memory_format=_DENSE), None
+        adamix_write(module, grad, saved, tuple(options), out, written)
+        return out, None, None, None, None
 
 
 def _places(ctx: Any, *logits: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """New memory for the gradients of those that require one."""
-    return tuple(t.new_empty(t.shape) if need else None for t, need in zip(logits, ctx.needs_input_grad))
+    needs = ctx.needs_input_grad
+    return tuple([torch.empty_like(t, memory_format=_DENSE) if need else None for t, need in zip(logits, needs)])
 
 
 class LinearAdaMixLossFunction(torch.autograd.Function):

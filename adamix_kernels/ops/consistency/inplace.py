@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from .._library import below_autograd
-from .ahead import adamix_grad, adamix_write, consistency_grad, consistency_write, rescale, writes_gradient
+from .._library import below_autograd, once_differentiable
+from ..._backends import select
+from .ahead import adamix_grad, adamix_write, consistency_grad, consistency_write, writer_of
 from .op import adamix_loss_op, consistency_op
 
 
@@ -29,10 +30,12 @@ class InplaceConsistencyFunction(torch.autograd.Function):
     ) -> Any:
         args = logits_a, logits_b, mask, detach_target, reduction, backend
         needs = ctx.needs_input_grad[:2]
-        ctx.options, ctx.written = (detach_target, backend, expected), None
-        if writes_gradient(backend, expected, logits_a, logits_b):
-            ctx.written = 1.0 if expected is None else expected
-            loss, stats, scale = consistency_grad(*args, expected, *_detached((logits_a, logits_b), needs))
+        ctx.options, ctx.written = (detach_target, backend), None
+        module = writer_of(backend, expected, logits_a, logits_b)
+        if module is not None:
+            ctx.written = expected or 1.0
+            over = _detached((logits_a, logits_b), needs)
+            loss, stats, scale = consistency_grad(module, *args[:-1], expected, *over)
         else:
             loss, stats, scale = below_autograd(consistency_op, *args)
         _save(ctx, (logits_a, logits_b, mask, stats, scale), needs)
@@ -43,12 +46,12 @@ class InplaceConsistencyFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
             return (None,) * 7
-        detach_target, backend, _ = ctx.options
+        detach_target, backend = ctx.options
         saved = _spend(ctx)
-        out = _detached(saved, ctx.needs_input_grad[:2])
+        out, module = _detached(saved, ctx.needs_input_grad[:2]), _module(saved, backend)
         if ctx.written is None:
-            consistency_write(grad, saved, detach_target, backend, (out[0], out[1]), None)
-        return *_right(ctx, grad, out, backend), *[None] * 5
+            consistency_write(module, grad, saved, detach_target, (out[0], out[1]), None)
+        return *_right(ctx, grad, out, module), *[None] * 5
 
 
 class InplaceAdaMixLossFunction(torch.autograd.Function):
@@ -64,13 +67,14 @@ class InplaceAdaMixLossFunction(torch.autograd.Function):
         *options: Any,
     ) -> Any:
         *rest, backend, expected = options
-        args = logits, labels, mask, num_items, *rest, backend
+        args = logits, labels, mask, num_items, *rest
         ctx.options, ctx.written = (*rest, backend), None
-        if writes_gradient(backend, expected, logits):
-            ctx.written = 1.0 if expected is None else expected
-            *losses, stats, scales = adamix_grad(*args, expected, logits.detach())
+        module = writer_of(backend, expected, logits)
+        if module is not None:
+            ctx.written = expected or 1.0
+            *losses, stats, scales = adamix_grad(module, *args, expected, logits.detach())
         else:
-            *losses, stats, scales = below_autograd(adamix_loss_op, *args)
+            *losses, stats, scales = below_autograd(adamix_loss_op, *args, backend)
         _save(ctx, (logits, labels, mask, stats, scales), (True,))
         ctx.mark_non_differentiable(*losses[1:])
         return tuple(losses)
@@ -82,10 +86,10 @@ class InplaceAdaMixLossFunction(torch.autograd.Function):
             return (None,) * 10
         *rest, backend = ctx.options
         saved = _spend(ctx)
-        out = saved[0].detach()
+        out, module = saved[0].detach(), _module(saved, backend)
         if ctx.written is None:
-            adamix_write(grad, saved, tuple(rest), backend, out, None)
-        return *_right(ctx, grad, (out,), backend), *[None] * 9
+            adamix_write(module, grad, saved, tuple(rest), out, None)
+        return *_right(ctx, grad, (out,), module), *[None] * 9
 
 
 _Tensors = tuple[torch.Tensor | None, ...]
@@ -111,13 +115,17 @@ def _spend(ctx: Any) -> tuple[torch.Tensor, ...]:
     return saved
 
 
-def _right(ctx: Any, grad: torch.Tensor, out: _Tensors, backend: str) -> _Tensors:
+def _module(saved: tuple[torch.Tensor, ...], backend: str) -> ModuleType:
+    return select("consistency", backend, saved[0].device, saved[0].dtype)
+
+
+def _right(ctx: Any, grad: torch.Tensor, out: _Tensors, module: ModuleType) -> _Tensors:
     """The gradients that lie where the logits lay; those that were written for another incoming one are rescaled."""
     for t in out:
         if t is None:
             continue
         if ctx.written is not None:
-            rescale(t, grad / ctx.written, backend)
+            module.rescale(t, grad / ctx.written)
         torch.autograd.graph.increment_version(t)
     return out
 

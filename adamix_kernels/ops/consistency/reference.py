@@ -65,9 +65,9 @@ def forward(
     def read(at: At) -> Sequence[torch.Tensor]:
         log_p, p, *stats_a = softmax(logits_a[at], not detach_target)
         log_q, q, *stats_b = softmax(logits_b[at], not detach_target)
-        rows, slopes = divergence(log_p, log_q, p, q, not detach_target)
+        twice, slopes = divergence(log_p, log_q, p, q, not detach_target)
         pairs = zip([*stats_a, slopes.mean_p], [*stats_b, slopes.mean_q], strict=True)
-        return [rows, *(t for pair in pairs for t in pair if t is not None)]
+        return [twice.mul_(0.5), *(t for pair in pairs for t in pair if t is not None)]
 
     rows, *stats = rows_by_blocks(read, logits_a)
     rows = rows if mask is None else keep(rows, mask)
@@ -104,7 +104,7 @@ def backward(
     expected: float | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if out is not None and logits_a.device.type == "cpu":
-        if expected is None or grad != expected:
+        if expected is None or grad.item() != _cpu.as_stored(expected, grad.dtype):
             _cpu.consistency_again(grad, logits_a, logits_b, mask, scale, detach_target, out)
         return out
     da, db = (torch.empty_like(t, memory_format=_DENSE) for t in (logits_a, logits_b)) if out is None else out
@@ -141,9 +141,9 @@ def adamix_forward(
     def read(at: At) -> Sequence[torch.Tensor]:
         log_probs, probs, *stats = softmax(both[_BOTH + at], not detach_target)
         entropy_rows = _cross_entropy(log_probs[0], labels[at], counted[at], label_smoothing)
-        rows, slopes = divergence(log_probs[0], log_probs[1], probs[0], probs[1], not detach_target)
+        twice, slopes = divergence(log_probs[0], log_probs[1], probs[0], probs[1], not detach_target)
         means = [] if slopes.mean_p is None or slopes.mean_q is None else [torch.stack([slopes.mean_p, slopes.mean_q])]
-        return [entropy_rows, rows, *stats, *means]
+        return [entropy_rows, twice.mul_(0.5), *stats, *means]
 
     entropy_rows, rows, *stats = rows_by_blocks(read, both[0])
     scales = scales_of(counted, selected, num_items, rows.dtype)
@@ -185,7 +185,7 @@ def adamix_backward(
 ) -> torch.Tensor:
     options = weight, ignore_index, label_smoothing, detach_target
     if out is not None and logits.device.type == "cpu":
-        if expected is None or grad != expected:
+        if expected is None or grad.item() != _cpu.as_stored(expected, grad.dtype):
             _cpu.adamix_again(grad, logits, labels, mask, scales, *options, out)
         return out
     counted, selected = rows_of(labels, mask, ignore_index)
@@ -245,7 +245,8 @@ def linear_forward(
         def read_and_write(at: At) -> None:
             log_probs, probs, *_ = softmax(both[_BOTH + at], False)
             rows[0][at] = _cross_entropy(log_probs[0], labels[at], counted[at], label_smoothing)
-            rows[1][at], slopes = divergence(log_probs[0], log_probs[1], probs[0], probs[1], not detach_target)
+            twice, slopes = divergence(log_probs[0], log_probs[1], probs[0], probs[1], not detach_target)
+            rows[1][at] = twice.mul_(0.5)
             if need_grad:
                 grads = _pair_grad(probs, slopes, labels[at], counted[at], *factors, label_smoothing)
                 for one, g in zip(_passes(d_logits), grads, strict=True):
