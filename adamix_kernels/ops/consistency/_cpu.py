@@ -76,7 +76,7 @@ def adamix(
     grad = as_stored(expected, wide)
     factors = grad * entropy, grad * pair * weight
     options = label_smoothing, detach_target
-    log_likelihoods, twice = visit_doubled(logits, labels, counted, selected, *options, factors, d_logits)
+    log_likelihoods, twice = _visit_doubled(logits, labels, counted, selected, *options, factors, d_logits)
     cross_entropy, divergences = log_likelihoods.sum().mul_(-entropy), twice.sum().mul_(0.5 * pair)
     return torch.add(cross_entropy, divergences, alpha=weight), cross_entropy, divergences, scales
 
@@ -97,10 +97,29 @@ def adamix_again(
     counted, selected = _rows_that_count(labels, mask, ignore_index)
     entropy, pair = scales.tolist()
     factors = grad.item() * entropy, grad.item() * pair * weight
-    visit_doubled(logits, labels, counted, selected, label_smoothing, detach_target, factors, to)
+    _visit_doubled(logits, labels, counted, selected, label_smoothing, detach_target, factors, to)
 
 
-def visit_doubled(
+def linear_chunk(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    counted: torch.Tensor,
+    selected: torch.Tensor,
+    label_smoothing: float,
+    detach_target: bool,
+    factors: torch.Tensor,
+    to: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sums of the cross-entropy and of J) over row pairs; to: where the gradient goes, maybe the logits, or None."""
+    entropy, pair = factors.tolist()
+    rows = _or_none(counted), _or_none(selected)
+    log_likelihoods, twice = _visit_doubled(
+        logits, labels, *rows, label_smoothing, detach_target, (entropy, pair), to
+    )  # fmt: skip
+    return log_likelihoods.sum().neg_(), twice.sum().mul_(0.5)
+
+
+def _visit_doubled(
     logits: torch.Tensor,
     labels: torch.Tensor,
     counted: torch.Tensor | None,

@@ -132,6 +132,36 @@ def divergence_grad(
     return ga, gb
 
 
+def cross_entropy_rows(
+    log_p: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor, label_smoothing: float
+) -> torch.Tensor:
+    """-(1 - s) log p[label] - s mean(log p), per row; meaningless where not counted."""
+    rows = log_p.gather(-1, torch.where(counted, labels, 0).long().unsqueeze(-1)).squeeze(-1).neg()
+    if label_smoothing:
+        rows = (1 - label_smoothing) * rows - label_smoothing * log_p.mean(-1)
+    return rows
+
+
+def pair_grad(
+    probs: torch.Tensor,
+    slopes: Slopes,
+    labels: torch.Tensor,
+    counted: torch.Tensor,
+    entropy_scale: torch.Tensor,
+    consistency_scale: torch.Tensor | float,
+    label_smoothing: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient on a and on b; scales: a 0-dim tensor, and one or a number. Overwrites the slopes."""
+    p, q = probs[0], probs[1]
+    ga, gb = divergence_grad(p, q, slopes, consistency_scale)
+    share = torch.where(counted, entropy_scale, 0).unsqueeze(-1)
+    ga.addcmul_(p, share)
+    if label_smoothing:
+        ga.sub_(share * (label_smoothing / p.shape[-1]))
+    target = torch.where(counted, labels, 0).long().unsqueeze(-1)
+    return ga.scatter_add_(-1, target, share * (label_smoothing - 1)), gb
+
+
 def _difference(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """d = log p - log q, with 0 where both are -inf (a class that neither pass can choose)."""
     d = log_p - log_q

@@ -35,11 +35,12 @@ from . import _cpu
 from ._blocks import At, by_blocks, rows_by_blocks
 from ._chunks import Chunk, linear_loss
 from ._rows import (
-    Slopes,
+    cross_entropy_rows,
     divergence,
     divergence_grad,
     inverse,
     keep,
+    pair_grad,
     restore,
     restored_slopes,
     rows_of,
@@ -140,7 +141,7 @@ def adamix_forward(
 
     def read(at: At) -> Sequence[torch.Tensor]:
         log_probs, probs, *stats = softmax(both[_BOTH + at], not detach_target)
-        entropy_rows = _cross_entropy(log_probs[0], labels[at], counted[at], label_smoothing)
+        entropy_rows = cross_entropy_rows(log_probs[0], labels[at], counted[at], label_smoothing)
         twice, slopes = divergence(log_probs[0], log_probs[1], probs[0], probs[1], not detach_target)
         means = [] if slopes.mean_p is None or slopes.mean_q is None else [torch.stack([slopes.mean_p, slopes.mean_q])]
         return [entropy_rows, twice.mul_(0.5), *stats, *means]
@@ -199,7 +200,7 @@ def adamix_backward(
         probs = log_probs.exp()
         slopes = restored_slopes(log_probs[0], log_probs[1], probs[0], probs[1], *_each(means))
         scales_here = entropy_scale, consistency_scale
-        grads = _pair_grad(probs, slopes, labels[at], counted[at], *scales_here, label_smoothing)
+        grads = pair_grad(probs, slopes, labels[at], counted[at], *scales_here, label_smoothing)
         for one, g in zip(to, grads, strict=True):
             one[at] = keep(g, selected[at].unsqueeze(-1))
 
@@ -234,27 +235,18 @@ def linear_forward(
         labels: torch.Tensor,
         counted: torch.Tensor,
         selected: torch.Tensor,
-        factors: tuple[torch.Tensor, torch.Tensor | float],
+        factors: torch.Tensor,
         need_grad: bool,
     ) -> Chunk:
-        both, wide = _passes(logits), wide_dtype(logits.dtype)
-        rows = labels.new_empty((2, *labels.shape), dtype=wide)
+        wide = wide_dtype(logits.dtype)
         # Gradients take the logits' place; where those are narrower, they are rounded after the sum for the bias.
-        d_logits = logits if logits.dtype == wide else logits.new_empty(logits.shape if need_grad else 0, dtype=wide)
-
-        def read_and_write(at: At) -> None:
-            log_probs, probs, *_ = softmax(both[_BOTH + at], False)
-            rows[0][at] = _cross_entropy(log_probs[0], labels[at], counted[at], label_smoothing)
-            twice, slopes = divergence(log_probs[0], log_probs[1], probs[0], probs[1], not detach_target)
-            rows[1][at] = twice.mul_(0.5)
-            if need_grad:
-                grads = _pair_grad(probs, slopes, labels[at], counted[at], *factors, label_smoothing)
-                for one, g in zip(_passes(d_logits), grads, strict=True):
-                    one[at] = keep(g, selected[at].unsqueeze(-1))
-
-        by_blocks(read_and_write, both[0])
-        sums = keep(rows, torch.stack([counted, selected])).sum(1)
-        return Chunk(sums[0], sums[1], d_logits if need_grad else None)
+        to = logits if logits.dtype == wide else logits.new_empty(logits.shape if need_grad else 0, dtype=wide)
+        to = to if need_grad else None
+        options = label_smoothing, detach_target, factors, to
+        sums = (_cpu.linear_chunk if logits.device.type == "cpu" else _linear_chunk)(
+            logits, labels, counted, selected, *options
+        )
+        return Chunk(*sums, to)
 
     return linear_loss(
         chunk, hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index,
@@ -262,14 +254,31 @@ def linear_forward(
     )  # fmt: skip
 
 
-def _cross_entropy(
-    log_p: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor, label_smoothing: float
-) -> torch.Tensor:
-    """-(1 - s) log p[label] - s mean(log p), per row; meaningless where not counted."""
-    rows = log_p.gather(-1, torch.where(counted, labels, 0).long().unsqueeze(-1)).squeeze(-1).neg()
-    if label_smoothing:
-        rows = (1 - label_smoothing) * rows - label_smoothing * log_p.mean(-1)
-    return rows
+def _linear_chunk(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    counted: torch.Tensor,
+    selected: torch.Tensor,
+    label_smoothing: float,
+    detach_target: bool,
+    factors: torch.Tensor,
+    to: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sums of the cross-entropy and of J); to: where the gradient goes, or None."""
+    both = _passes(logits)
+
+    def read(at: At) -> Sequence[torch.Tensor]:
+        log_probs, probs, *_ = softmax(both[_BOTH + at], False)
+        entropies = cross_entropy_rows(log_probs[0], labels[at], counted[at], label_smoothing)
+        twice, slopes = divergence(log_probs[0], log_probs[1], probs[0], probs[1], not detach_target)
+        if to is not None:
+            grads = pair_grad(probs, slopes, labels[at], counted[at], factors[0], factors[1], label_smoothing)
+            for one, g in zip(_passes(to), grads, strict=True):
+                one[at] = keep(g, selected[at].unsqueeze(-1))
+        return entropies, twice.mul_(0.5)
+
+    entropies, each = rows_by_blocks(read, both[0])
+    return keep(entropies, counted).sum(), keep(each, selected).sum()
 
 
 def _passes(logits: torch.Tensor) -> torch.Tensor:
@@ -280,23 +289,3 @@ def _passes(logits: torch.Tensor) -> torch.Tensor:
 def _each(means: Sequence[torch.Tensor]) -> _Means:
     """E_p d and E_q d of [passes, ...] in a list, or what stands for none."""
     return (means[0][0], means[0][1]) if means else (None, None)
-
-
-def _pair_grad(
-    probs: torch.Tensor,
-    slopes: Slopes,
-    labels: torch.Tensor,
-    counted: torch.Tensor,
-    entropy_scale: torch.Tensor,
-    consistency_scale: torch.Tensor | float,
-    label_smoothing: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient on a and on b; scales: a 0-dim tensor, and one or a number. Overwrites the slopes."""
-    p, q = probs[0], probs[1]
-    ga, gb = divergence_grad(p, q, slopes, consistency_scale)
-    share = torch.where(counted, entropy_scale, 0).unsqueeze(-1)
-    ga.addcmul_(p, share)
-    if label_smoothing:
-        ga.sub_(share * (label_smoothing / p.shape[-1]))
-    target = torch.where(counted, labels, 0).long().unsqueeze(-1)
-    return ga.scatter_add_(-1, target, share * (label_smoothing - 1)), gb
