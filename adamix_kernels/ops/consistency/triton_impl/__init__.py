@@ -125,7 +125,7 @@ def linear_forward(
         grads = (logits[:half], logits[half:]) if need_grad else (None, None)
         options = Options(1.0, ignore_index, label_smoothing, detach_target)
         _rows(rows, None, (factors, None, losses), grads, None, options, COUNT=False, MEAN=True, INPLACE=need_grad)
-        return Chunk(losses[0].sum(), losses[1].sum(), logits if need_grad else None)
+        return Chunk(losses[0], losses[1], logits if need_grad else None)
 
     return linear_loss(
         chunk, hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index,
