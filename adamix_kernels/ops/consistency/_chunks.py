@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ._chunk_size import pairs_a_chunk
-from ._rows import keep, rows_of, scales_of, wide_dtype
+from ._rows import rows_of, scales_of, wide_dtype
 
 
 class Chunk(NamedTuple):
@@ -63,14 +63,15 @@ def linear_loss(
     d_weight = hidden.new_zeros((vocab, width) if need_weight else 0, dtype=dtype)
     d_bias = hidden.new_zeros(vocab if need_bias else 0, dtype=dtype)
     need_grad = need_hidden or need_weight or need_bias
-    apart = multiplies_apart(hidden.device)
+    # A number in its place would be a launch for each chunk.
+    apart, zero = multiplies_apart(hidden.device), hidden.new_zeros(())
     room = _room(hidden, min(chunk_rows, labels.shape[0]), vocab) if apart else None
     for start in range(0, labels.shape[0], chunk_rows):
         part = slice(start, start + chunk_rows)
         states, x = pairs[:, part], None
         if need_weight or bias is not None or not apart:
             # A masked row's hidden states may be NaN: zero them, or 0 * NaN reaches d_weight.
-            x = keep(states, selected[part].unsqueeze(-1)).flatten(0, 1)
+            x = torch.where(selected[part].unsqueeze(-1), states, zero).flatten(0, 1)
         logits = _logits(states, x, lm_head_weight, bias, room)
         out = chunk(logits, labels[part], counted[part], selected[part], factors, need_grad)
         for found, one in zip(losses, out[:2], strict=True):
