@@ -68,7 +68,7 @@ class Share:
 
 def chunk_of(gpu: Gpu, rows: int, vocab: int, width: int, trained: bool) -> int:
     """The rule's row pairs a chunk on that GPU."""
-    with mock.patch.object(_chunk_size, "_memory", lambda _: gpu.gib * 2**30):
+    with mock.patch.object(_chunk_size, "_memory", return_value=gpu.gib * 2**30):
         return _chunk_size.pairs_a_chunk(rows, vocab, width, 2, trained, torch.device("cuda"))
 
 
@@ -92,7 +92,10 @@ def table(rows: int, vocab: int) -> Iterator[str]:
     for gpu in GPUS:
         for width in (768, 2048):
             for trained in (False, True):
-                now, then = share(gpu, rows, vocab, width, trained), share(gpu, rows, vocab, width, trained, before=True)
+                now, then = (
+                    share(gpu, rows, vocab, width, trained),
+                    share(gpu, rows, vocab, width, trained, before=True),
+                )
                 total = now.products + now.loss + now.rest
                 yield (
                     f"| {gpu.name}, {width:,} | {'trained' if trained else 'frozen'} | {now.pairs:,} | "

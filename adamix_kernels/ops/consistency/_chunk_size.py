@@ -35,10 +35,10 @@ def pairs_a_chunk(
 def wanted(vocab: int, width: int, need_weight: bool) -> int:
     """Row pairs that keep a GPU's products at their speed.
 
-    rows R of both passes: each product reads the head once a chunk, which takes the time of its arithmetic where
-    R width / (R + width) is the balance: twice the rows that make it so. A chunk's launches take at most the share of two
-    products of 2 R width vocab operations. Adding to the head's gradient, a pass of 12 bytes an element, takes at most
-    twice the share of three.
+    With R rows of both passes, each product reads the head once a chunk, which takes the time of its arithmetic where
+    R width / (R + width) is the balance: twice the rows that make it so. A chunk's launches take at most the share of
+    two products of 2 R width vocab operations. Adding to the head's gradient, a pass of 12 bytes an element, takes at
+    most twice the share of three.
     """
     reads = 2 * _BALANCE * width / (width - _BALANCE) if width > 2 * _BALANCE else 4 * _BALANCE
     launches = _LAUNCHES / _SHARE * _RATE / (4 * width * vocab)

@@ -88,9 +88,9 @@ def linear_loss(
             torch.bmm(passes, lm_head_weight.expand(2, vocab, width), out=d_hidden[:, part])
         elif need_hidden:
             d_hidden[:, part] = (d_logits @ lm_head_weight).unflatten(0, (2, -1))
-        if need_weight and hidden.dtype == torch.bfloat16:
+        if x is not None and need_weight and hidden.dtype == torch.bfloat16:
             d_weight += d_logits.t() @ x
-        elif need_weight:
+        elif x is not None and need_weight:
             # float16 would overflow in a sum over many rows, before the factor makes it small.
             d_weight.addmm_(d_logits.t().to(dtype), x.to(dtype))
         # Or the next chunk's logits are made while these still live.

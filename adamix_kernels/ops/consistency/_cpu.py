@@ -208,9 +208,7 @@ def _exp(log_probs: torch.Tensor) -> torch.Tensor:
     return log_probs.mul(_LOG2_E).exp2_()
 
 
-def _write(
-    to: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor], mask: torch.Tensor | None, at: At
-) -> None:
+def _write(to: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor], mask: torch.Tensor | None, at: At) -> None:
     """The gradients of a block into their places, 0 outside the mask."""
     for one, g in zip(to, grads, strict=True):
         if one is not None:
@@ -241,4 +239,3 @@ def _over(number: float) -> float:
 def as_stored(expected: float, dtype: torch.dtype) -> float:
     """As the incoming gradient will hold it."""
     return expected if expected == 1 or dtype == torch.float64 else float(torch.tensor(expected, dtype=dtype))
-

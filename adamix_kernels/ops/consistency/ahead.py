@@ -13,7 +13,6 @@ from ..._backends import select
 from ._finite import checking
 from .op import _check_labels, checked_adamix, checked_consistency
 
-
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 

@@ -134,7 +134,8 @@ def adamix_loss(
             mask, so unlabelled rows can serve the consistency alone. Rows outside may hold NaN.
         num_items: an int or 0-dim tensor that replaces both numbers of rows as the divisor (the labelled
             rows of a whole accumulated batch, not doubled). 0 gives a loss of 0.
-        detach_target, inplace, expected_grad: as in `consistency_loss`; in place there is no second [2B, ..., V] tensor.
+        detach_target, inplace, expected_grad: as in `consistency_loss`; in place there is no second [2B, ..., V]
+            tensor.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -136,7 +135,7 @@ class AheadConsistencyFunction(torch.autograd.Function):
         logits_a: torch.Tensor,
         logits_b: torch.Tensor,
         mask: torch.Tensor | None,
-        options: tuple[ModuleType, bool, str, float | None],
+        options: Any,
     ) -> torch.Tensor:
         module, *rest = ctx.options = options
         ctx.ahead = _places(ctx, logits_a, logits_b)
@@ -168,12 +167,13 @@ class AheadAdaMixFunction(torch.autograd.Function):
         logits: torch.Tensor,
         labels: torch.Tensor,
         mask: torch.Tensor | None,
-        options: tuple[ModuleType, torch.Tensor | None, float, int, float, bool, float | None],
+        options: Any,
         parts: list[torch.Tensor],
     ) -> torch.Tensor:
         module, num_items, *rest = ctx.options = options
         ctx.ahead = torch.empty_like(logits, memory_format=_DENSE)
-        found = adamix_grad(module, logits, labels, mask, num_items, *rest, ctx.ahead)
+        args: tuple[Any, ...] = (module, logits, labels, mask, num_items, *rest, ctx.ahead)
+        found = adamix_grad(*args)
         parts += found[1:3]
         ctx.save_for_backward(logits, labels, mask, *found[3:])
         return found[0]

@@ -1,4 +1,4 @@
-"""inplace=True: the logits are overwritten by their gradient, in the forward or, where that waits, in the backward."""
+"""inplace=True: the logits are overwritten by their gradient, in the forward or, where that waits, in backward."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .._library import below_autograd, once_differentiable
 from ..._backends import select
+from .._library import below_autograd, once_differentiable
 from .ahead import adamix_grad, adamix_write, consistency_grad, consistency_write, writer_of
 from .op import adamix_loss_op, consistency_op
 
@@ -67,12 +67,13 @@ class InplaceAdaMixLossFunction(torch.autograd.Function):
         *options: Any,
     ) -> Any:
         *rest, backend, expected = options
-        args = logits, labels, mask, num_items, *rest
+        args: tuple[Any, ...] = (logits, labels, mask, num_items, *rest)
         ctx.options, ctx.written = (*rest, backend), None
         module = writer_of(backend, expected, logits)
         if module is not None:
             ctx.written = expected or 1.0
-            *losses, stats, scales = adamix_grad(module, *args, expected, logits.detach())
+            args = (module, *args, expected, logits.detach())
+            *losses, stats, scales = adamix_grad(*args)
         else:
             *losses, stats, scales = below_autograd(adamix_loss_op, *args, backend)
         _save(ctx, (logits, labels, mask, stats, scales), (True,))

@@ -166,8 +166,10 @@ def adamix_forward_grad(
     d_logits: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, torch.Tensor]:
     options = weight, ignore_index, label_smoothing, detach_target
-    *losses, scales = _cpu.adamix(logits, labels, mask, num_items, *options, expected, d_logits)
-    return *losses, None, scales
+    loss, entropy, divergences, scales = _cpu.adamix(
+        logits, labels, mask, num_items, *options, expected, d_logits
+    )  # fmt: skip
+    return loss, entropy, divergences, None, scales
 
 
 def adamix_backward(
@@ -240,12 +242,11 @@ def linear_forward(
     ) -> Chunk:
         wide = wide_dtype(logits.dtype)
         # Gradients take the logits' place; where those are narrower, they are rounded after the sum for the bias.
-        to = logits if logits.dtype == wide else logits.new_empty(logits.shape if need_grad else 0, dtype=wide)
-        to = to if need_grad else None
-        options = label_smoothing, detach_target, factors, to
-        sums = (_cpu.linear_chunk if logits.device.type == "cpu" else _linear_chunk)(
-            logits, labels, counted, selected, *options
-        )
+        to = None
+        if need_grad:
+            to = logits if logits.dtype == wide else logits.new_empty(logits.shape, dtype=wide)
+        visit = _cpu.linear_chunk if logits.device.type == "cpu" else _linear_chunk
+        sums = visit(logits, labels, counted, selected, label_smoothing, detach_target, factors, to)
         return Chunk(*sums, to)
 
     return linear_loss(

@@ -39,7 +39,6 @@ __all__ = [
 ]  # fmt: skip
 
 
-
 class Options(NamedTuple):
     """What every launch takes beside tensors."""
 
