@@ -1,10 +1,10 @@
 """Triton backend of the consistency losses.
 
-Launches: forward one, with the gradient where one is wanted; a second one only where few rows are split over their
-classes (the gradient, after the statistics) or so many rows count that one program numbers them first. Backward one,
-whose programs return at once where the forward's gradient is right already. The logits are read once, for the
-gradient once more (from L2 where the rows fit), and their gradient is written once. linear_adamix_loss: one launch a
-chunk, which reads the chunk's logits and writes their gradient over them.
+Launches: forward one where few rows of few classes are one program's, else two, of which the first numbers the rows;
+the gradient comes with it where one is wanted. Backward one, whose programs return at once where the forward's gradient
+is right already. The logits are read once, for the gradient of many classes once more (from L2 where the rows fit), and
+their gradient is written once. linear_adamix_loss: one launch a chunk, which reads the chunk's logits and writes their
+gradient over them.
 """
 
 from __future__ import annotations
@@ -18,20 +18,25 @@ from ...._triton_utils import problem as unsupported
 from .._chunks import Chunk, linear_loss
 from .backward import pair_grad_kernel, rescale_kernel
 from .finish import pair_count_kernel
-from .forward import pair_parts_kernel, pair_rows_kernel
+from .forward import pair_rows_kernel
 from .plan import (
-    ALONE,
+    FEW,
     GRID,
     MAX_REGISTERS,
-    PART_ROWS,
+    STAGES,
+    WIDE_REGISTERS,
     Rows,
     as_pairs,
     as_rows,
-    counts_alone,
+    in_step,
     make_rows,
     make_tiles,
+    make_wide,
+    phase,
     two_strides,
+    wide_programs,
 )
+from .wide import pair_wide_grad_kernel, pair_wide_kernel
 
 __all__ = [
     "GRADIENT_DTYPES", "adamix_backward", "adamix_forward", "adamix_forward_grad", "backward", "forward",
@@ -52,7 +57,7 @@ class Options(NamedTuple):
 
     @property
     def meta(self) -> dict[str, bool]:
-        return dict(FULL=not self.detach_target, maxnreg=MAX_REGISTERS)
+        return dict(FULL=not self.detach_target, SMOOTH=self.smoothing > 0)
 
 
 def forward(logits_a, logits_b, mask, detach_target, reduction):
@@ -116,10 +121,10 @@ def linear_forward(
     def chunk(logits, labels, counted, selected, factors, need_grad) -> Chunk:
         half = labels.shape[0]
         rows = make_rows(logits[:half], logits[half:], labels, selected)
-        losses = _wide(logits, 2, half)
+        losses = _empty(logits, 2, half)
         grads = (logits[:half], logits[half:]) if need_grad else (None, None)
         options = Options(1.0, ignore_index, label_smoothing, detach_target)
-        _rows(rows, None, (factors, None, losses), grads, None, options, COUNT=False, MEAN=True, INPLACE=need_grad)
+        _forward(rows, None, (factors, None, losses), grads, None, options)
         return Chunk(losses[0].sum(), losses[1].sum(), logits if need_grad else None)
 
     return linear_loss(
@@ -130,13 +135,13 @@ def linear_forward(
 
 def _consistency(logits_a, logits_b, mask, detach_target, reduction, da, db):
     rows = make_rows(logits_a, logits_b, None, mask)
-    stats = _wide(logits_a, 4 if detach_target else 6, *logits_a.shape[:-1])
-    losses, scale = _wide(logits_a, *logits_a.shape[:-1]), _wide(logits_a)
+    stats = _empty(logits_a, 4 if detach_target else 6, *logits_a.shape[:-1])
+    losses, scale = _empty(logits_a, *logits_a.shape[:-1]), _empty(logits_a)
     options, factor = Options(1.0, 0, 0.0, detach_target), None
     if reduction == "none":
-        _forward(rows, None, (scale.fill_(1.0), stats, losses), (None, None), None, options, mean=False)
+        _forward(rows, None, (scale.fill_(1.0), stats, losses), (None, None), None, options)
         return losses, stats, scale, factor
-    loss, factor = _wide(logits_a), _wide(logits_a)
+    loss, factor = _empty(logits_a), _empty(logits_a)
     into = (_over(rows.a, logits_a, da), _over(rows.b, logits_b, db))
     out = loss, None, None, factor
     _forward(rows, None, (scale, stats, losses), into, out, options, mean=reduction == "batchmean")
@@ -148,78 +153,85 @@ def _consistency(logits_a, logits_b, mask, detach_target, reduction, da, db):
 def _adamix(logits, labels, mask, num_items, options, d_logits):
     half = labels.shape[0]
     rows = make_rows(logits[:half], logits[half:], labels, mask)
-    stats = _wide(logits, 2 if options.detach_target else 3, *logits.shape[:-1])
-    loss, cross_entropy, consistency, factor = (_wide(logits) for _ in range(4))
-    scales, losses, into = _wide(logits, 2), _wide(logits, 2, *labels.shape), (None, None)
+    stats = _empty(logits, 2 if options.detach_target else 3, *logits.shape[:-1])
+    loss, cross_entropy, consistency, factor = (_empty(logits) for _ in range(4))
+    scales, losses, into = _empty(logits, 2), _empty(logits, 2, *labels.shape), (None, None)
     if d_logits is not None:
         da, db = d_logits[:half], d_logits[half:]
         into = _over(rows.a, logits[:half], da), _over(rows.b, logits[half:], db)
     out = loss, cross_entropy, consistency, factor
-    _forward(rows, num_items, (scales, stats, losses), into, out, options, mean=True)
+    _forward(rows, num_items, (scales, stats, losses), into, out, options)
     if d_logits is not None:
         _put_back(da, into[0])
         _put_back(db, into[1])
     return loss, cross_entropy, consistency, stats, scales, factor
 
 
-def _forward(rows: Rows, num_items, found, into, out, options: Options, mean):
-    """found: (scales, statistics, row losses); into: the gradients or Nones; out: the scalars, None for row losses."""
-    *_, classes = rows.sizes
-    tiles = make_tiles(rows.count, classes)
+def _forward(rows: Rows, num_items, found, into, out, options: Options, mean=True):
+    """found: (scales, statistics, row losses); into: the gradients or Nones; out: the scalars, or None: there are none,
+    and the scales are given."""
+    few, (n, inner, *_, l_outer, l_inner, m_outer, m_inner, _) = rows.classes <= FEW, rows.sizes
+    tiles = make_tiles(n, rows.classes) if few else None
+    alone = few and tiles.programs == 1
+    ticket = None
+    if out is not None and not alone:
+        ticket = torch.empty(1, dtype=torch.int32, device=rows.a.device)
+        launch(
+            pair_count_kernel, (1,), rows.a.device,
+            rows.labels, rows.mask, num_items, found[0], ticket, n, inner, l_outer, l_inner, m_outer, m_inner,
+            options.ignore_index, MEAN=mean, num_warps=8,
+        )  # fmt: skip
+    out, finish = out or (None,) * 4, out is not None
     inplace = any(g is rows.a or g is rows.b for g in into)
-    if tiles.splits == 1:
-        count = not mean or all(g is None for g in into) or counts_alone(rows, num_items, tiles)
-        _rows(rows, num_items, found, into, out, options, COUNT=count, MEAN=mean, INPLACE=inplace)
+    if few:
+        launch(
+            pair_rows_kernel, (tiles.programs,), rows.a.device,
+            *rows, num_items, *found, *into, *out, ticket, *rows.sizes, *options[1:3], options.weight, tiles.tiles,
+            FINISH=finish, COUNT=alone and finish, MEAN=mean, INPLACE=inplace, ROWS=tiles.rows, COLS=tiles.cols,
+            num_warps=tiles.num_warps, maxnreg=MAX_REGISTERS, **options.meta,
+        )  # fmt: skip
         return
-    scales, stats, _ = found
-    parts = _wide(rows.a, tiles.splits, 7, rows.count)
+    grid, where, meta = _wide(rows, (rows.a, rows.b) if inplace else into)
     launch(
-        pair_parts_kernel, (tiles.tiles, tiles.splits), rows.a.device,
-        *rows, num_items, *found, parts, *(out or (None,) * 4), _ticket(rows.a), *rows.sizes, *options[1:3],
-        options.weight, tiles.share // tiles.cols, tiles.splits, tiles.share,
-        FINISH=out is not None, MEAN=mean, SMOOTH=options.smoothing > 0, ROWS=tiles.rows, COLS=tiles.cols,
-        PART_ROWS=PART_ROWS, num_warps=tiles.num_warps, **options.meta,
-    )  # fmt: skip
-    if any(g is not None for g in into):
-        held = rows.a.dtype == torch.float16
-        _gradient(rows, None, stats, scales, *into, options, INPLACE=inplace, HELD=held)
-
-
-def _rows(rows: Rows, num_items, found, into, out, options: Options, **meta):
-    tiles = make_tiles(rows.count, rows.sizes[-1])
-    grid, ticket = min(tiles.tiles, GRID), None
-    if out is not None:
-        alone = tiles.tiles <= ALONE and rows.sizes[-1] <= tiles.cols
-        grid = 1 if alone or grid == 0 else grid
-        ticket = _ticket(rows.a, fill=meta["COUNT"]) if grid > 1 or not meta["COUNT"] else None
-        if not meta["COUNT"]:
-            n, inner, *_, l_outer, l_inner, m_outer, m_inner, _ = rows.sizes
-            launch(
-                pair_count_kernel, (1,), rows.a.device,
-                rows.labels, rows.mask, num_items, found[0], ticket, n, inner, l_outer, l_inner, m_outer, m_inner,
-                options.ignore_index, num_warps=8,
-            )  # fmt: skip
-    launch(
-        pair_rows_kernel, (grid,), rows.a.device,
-        *rows, num_items, *found, *into, *(out or (None,) * 4), ticket, *rows.sizes, *options[1:3], options.weight,
-        tiles.tiles, FINISH=out is not None, SMOOTH=options.smoothing > 0, ROWS=tiles.rows, COLS=tiles.cols,
-        num_warps=tiles.num_warps, **meta, **options.meta,
+        pair_wide_kernel, grid, rows.a.device,
+        *rows, *found, *into, *out, ticket, *rows.sizes, where, *options[1:3], options.weight,
+        FINISH=finish, INPLACE=inplace, **meta, **options.meta,
     )  # fmt: skip
 
 
-def _gradient(rows: Rows, grad, stats, scales, da, db, options: Options, CORRECT=False, INPLACE=False, HELD=False):
-    *sizes, classes = rows.sizes
-    tiles = make_tiles(rows.count, classes)
+def _gradient(rows: Rows, grad, stats, scales, da, db, options: Options, CORRECT):
     grad = as_pairs(grad)
     # A scalar is every row's.
-    strides = two_strides(grad if grad is not None and grad.numel() > 1 else None)
-    col_tiles = -(-classes // tiles.cols)
+    strides = two_strides(grad if grad.numel() > 1 else None)
+    *sizes, classes = rows.sizes
+    sizes = *sizes, *strides, classes
+    if classes <= FEW:
+        tiles = make_tiles(rows.count, classes)
+        launch(
+            pair_grad_kernel, (min(tiles.tiles, GRID),), rows.a.device,
+            grad, *rows, stats, scales, da, db, *sizes, *options[1:3], options.weight, tiles.tiles,
+            CORRECT=CORRECT, ROWS=tiles.rows, COLS=tiles.cols, num_warps=tiles.num_warps, maxnreg=MAX_REGISTERS,
+            **options.meta,
+        )  # fmt: skip
+        return
+    grid, where, meta = _wide(rows, (da, db))
     launch(
-        pair_grad_kernel, (min(tiles.tiles * col_tiles, GRID),), rows.a.device,
-        grad, *rows, stats, scales, da, db, *sizes, *strides, classes, *options[1:3], options.weight,
-        tiles.tiles, col_tiles, CORRECT=CORRECT, INPLACE=INPLACE, HELD=HELD, ROWS=tiles.rows, COLS=tiles.cols,
-        num_warps=tiles.num_warps, **options.meta,
+        pair_wide_grad_kernel, grid, rows.a.device,
+        grad, *rows, stats, scales, da, db, *sizes, where, *options[1:3], options.weight,
+        CORRECT=CORRECT, **meta, **options.meta,
     )  # fmt: skip
+
+
+def _wide(rows: Rows, into) -> tuple[tuple[int], int, dict[str, int]]:
+    """(grid, phase of a, constants) of the kernels for many classes; into: the gradients or Nones."""
+    wide = make_wide(rows.classes, rows.a.element_size())
+    aligned = in_step(rows.a, rows.b, wide.vector)
+    stores = aligned and all(in_step(rows.a, as_rows(g), wide.vector) for g in into if g is not None)
+    meta = dict(
+        ALIGNED=aligned, STORES=stores, COLS=wide.cols, VECTOR=wide.vector, STAGES=STAGES, num_warps=wide.num_warps,
+        maxnreg=WIDE_REGISTERS,
+    )  # fmt: skip
+    return (wide_programs(rows.count, wide, rows.a.device),), phase(rows.a, wide.vector), meta
 
 
 def _over(rows: torch.Tensor, logits: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
@@ -233,9 +245,5 @@ def _put_back(gradient: torch.Tensor | None, written: torch.Tensor | None) -> No
         gradient.copy_(written.view(gradient.shape))
 
 
-def _ticket(like: torch.Tensor, fill: bool = True) -> torch.Tensor:
-    return (torch.zeros if fill else torch.empty)(1, dtype=torch.int32, device=like.device)
-
-
-def _wide(like: torch.Tensor, *shape: int) -> torch.Tensor:
+def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)

@@ -64,7 +64,7 @@ def coefficients(entropy_scale, pair_scale, weight, ENTROPY: tl.constexpr, HELD:
 @triton.jit
 def arrives_last(ticket):
     """Whether the grid's other programs are through, with all that they stored; a grid of one needs no ticket."""
-    programs = tl.num_programs(0) * tl.num_programs(1)
+    programs = tl.num_programs(0)
     arrived = programs - 1
     tl.debug_barrier()
     if ticket is not None:
@@ -124,10 +124,11 @@ def load_scales(scales, ENTROPY: tl.constexpr):
 @triton.jit(do_not_specialize=["n", "inner", "l_outer", "m_outer", "ignore_index"])
 def pair_count_kernel(
     labels, mask, num_items, scales, ticket, n, inner, l_outer, l_inner, m_outer, m_inner, ignore_index,
+    MEAN: tl.constexpr,
 ):  # fmt: skip
-    """One program: the scales of so many rows that not every program can count them, and a ticket of 0."""
+    """One program: the scales, once for all programs of the next launch, and a ticket of 0 for them."""
     entropy_scale, pair_scale = row_scales(
-        labels, mask, num_items, n, inner, l_outer, l_inner, m_outer, m_inner, ignore_index, True
+        labels, mask, num_items, n, inner, l_outer, l_inner, m_outer, m_inner, ignore_index, MEAN
     )
     if labels is not None:
         tl.store(scales, entropy_scale)
