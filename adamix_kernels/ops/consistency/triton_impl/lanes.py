@@ -10,12 +10,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...._triton_utils import INTERPRETING
 from .pieces import finite_top
 
-LOG2E = tl.constexpr(1.4426950408889634)
+# In float32.
+LOG2E = tl.constexpr(1.4426950216293335)
 LN2 = tl.constexpr(0.6931471805599453)
 # No lane's maximum is below: a maximum of -inf would make -inf into NaN.
 LOWEST = tl.constexpr(-1e38)
+
+_INTERPRETING = tl.constexpr(INTERPRETING)
+
+
+@triton.jit
+def fused(x, y, z):
+    """x y + z with one rounding, which the interpreter's own has not."""
+    if _INTERPRETING:
+        return (x.to(tl.float64) * y + z).to(tl.float32)
+    else:
+        return tl.fma(x, y, z)
 
 
 @triton.jit
@@ -55,8 +68,8 @@ def fold(
     else:
         to_a = tl.maximum(low_a, tl.max(x, axis=1) * LOG2E)
         to_b = tl.maximum(low_b, tl.max(y, axis=1) * LOG2E)
-        x = tl.fma(x, LOG2E, -to_a[:, None])
-        y = tl.fma(y, LOG2E, -to_b[:, None])
+        x = fused(x, LOG2E, -to_a[:, None])
+        y = fused(y, LOG2E, -to_b[:, None])
         ea = tl.exp2(x)
         eb = tl.exp2(y)
         keep_a = tl.exp2(low_a - to_a)
@@ -117,8 +130,8 @@ def join(
         sound = max_a == max_a
     else:
         # What `powers` rounded off is in every term.
-        more_a = tl.fma(max_a, LOG2E, -powers(max_a))
-        more_b = tl.fma(max_b, LOG2E, -powers(max_b))
+        more_a = fused(max_a, LOG2E, -powers(max_a))
+        more_b = fused(max_b, LOG2E, -powers(max_b))
         log_a = (tl.log2(sum_a) - more_a) * LN2
         log_b = (tl.log2(sum_b) - more_b) * LN2
         mean_p = (mean_p - (more_a - more_b)) * LN2
@@ -141,8 +154,8 @@ def slopes(top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, FULL: tl.con
     then with FULL what c times them is added to)."""
     low_a = powers(top_a)
     low_b = powers(top_b)
-    log_a = tl.fma(log_a, LOG2E, tl.fma(top_a, LOG2E, -low_a))
-    log_b = tl.fma(log_b, LOG2E, tl.fma(top_b, LOG2E, -low_b))
+    log_a = fused(log_a, LOG2E, fused(top_a, LOG2E, -low_a))
+    log_b = fused(log_b, LOG2E, fused(top_b, LOG2E, -low_b))
     p = tl.exp2(-log_a)
     half_p = half * p
     half_q = half * tl.exp2(-log_b)
@@ -150,26 +163,26 @@ def slopes(top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, FULL: tl.con
     at_p = all_p
     at_q = half_q
     if FULL:
-        at_p = tl.fma(-half_p, mean_p + (log_a - log_b) * LN2, all_p)
-        at_q = tl.fma(half_q, mean_q + (log_a - log_b) * LN2, half_q)
+        at_p = fused(-half_p, mean_p + (log_a - log_b) * LN2, all_p)
+        at_q = fused(half_q, mean_q + (log_a - log_b) * LN2, half_q)
     return low_a, low_b, half_p, half_q, at_p, at_q
 
 
 @triton.jit
 def lane_grads(x, y, low_a, low_b, half_p, half_q, at_p, at_q, flat, FULL: tl.constexpr, SMOOTH: tl.constexpr):
     """Gradients on a and b of one tile, without the label's own share; flat: what smoothing takes from all classes."""
-    x = tl.fma(x.to(tl.float32), LOG2E, -low_a)
-    y = tl.fma(y.to(tl.float32), LOG2E, -low_b)
+    x = fused(x.to(tl.float32), LOG2E, -low_a)
+    y = fused(y.to(tl.float32), LOG2E, -low_b)
     ea = tl.exp2(x)
     eb = tl.exp2(y)
     q = eb * half_q
     if FULL:
         c = tl.where(x == y, 0.0, x - y)
-        gb = tl.fma(eb, tl.fma(c, -half_q * LN2, at_q), -(ea * half_p))
-        ea *= tl.fma(c, half_p * LN2, at_p)
+        gb = fused(eb, fused(c, -half_q * LN2, at_q), -(ea * half_p))
+        ea *= fused(c, half_p * LN2, at_p)
         at_p = 1.0
     else:
-        gb = tl.fma(ea, -half_p, q)
+        gb = fused(ea, -half_p, q)
     if SMOOTH:
         q += flat
-    return tl.fma(ea, at_p, -q), gb
+    return fused(ea, at_p, -q), gb

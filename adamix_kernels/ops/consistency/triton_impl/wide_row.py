@@ -122,7 +122,13 @@ def row_means(
     mean_q = mean_p
     for start in tl.range(0, whole, COLS, num_stages=STAGES):
         p, q, gap, d = point(
-            load_tile(a, start, None, COLS, VECTOR, ALIGNED), load_tile(b, start, None, COLS, VECTOR, ALIGNED), top_a, top_b, log_a, log_b, True
+            load_tile(a, start, None, COLS, VECTOR, ALIGNED),
+            load_tile(b, start, None, COLS, VECTOR, ALIGNED),
+            top_a,
+            top_b,
+            log_a,
+            log_b,
+            True,
         )
         of_p, of_q = means(p, q, gap, d, None)
         mean_p += of_p
