@@ -150,8 +150,8 @@ def test_large_logits_stay_exact(kind, detach, classes, dtype):
 
     logits = torch.cat([a, b.clamp(-1e4, 1e4)]).to(dtype)
     assert loss("triton", logits).loss.isfinite()
-    # From one seed to the next J's error is up to three times the reference's budget; of few classes interpreted, it keeps
-    # to that.
+    # From one seed to the next J's error is up to three times the reference's budget; of few classes interpreted, it
+    # keeps to that.
     one_pass = kind != "huge" and (not INTERPRETING or classes > plan.FEW)
     form = {2: lambda x: one_pass_consistency(x.float())} if one_pass else None
     gradients(loss, WIDE if classes > 4096 else ROWS, logits, same_form=form)

@@ -79,21 +79,40 @@ def test_it_has_the_bits_of_the_two_steps_and_is_handed_over_once(name, dtype):
         assert torch.equal(second, want)
 
 
-def test_a_gradient_of_one_leaves_it_alone():
-    logits, labels, mask = case("few")
+@pytest.mark.parametrize("name", ["few", "wide"])
+def test_the_expected_gradient_leaves_it_alone(name):
+    logits, labels, mask = case(name)
     stats = OPS.adamix_loss(logits, labels, mask, None, *OPTIONS, "triton")[3:]
-    for grad in (1.0, 1.0000001, 0.0):
+    for expected, grad in ((1.0, 1.0), (1.0, 1.0000001), (1.0, 0.0), (0.1, 0.1), (0.1, 1.0), (None, 1.0)):
         grad = torch.tensor(grad, device=DEVICE)
         marked = torch.full_like(logits, 7.0)
-        OPS.adamix_loss_correct(grad, logits, labels, mask, *stats, *OPTIONS, marked, "triton")
+        triton_impl.adamix_backward(grad, logits, labels, mask, *stats, *OPTIONS, marked, expected)
         want = OPS.adamix_loss_backward(grad, logits, labels, mask, *stats, *OPTIONS, "triton")
-        assert torch.equal(marked, torch.full_like(logits, 7.0) if grad == 1 else want)
+        alone = expected is not None and grad == expected
+        assert torch.equal(marked, torch.full_like(logits, 7.0) if alone else want)
+        over = logits.clone()
+        triton_impl.adamix_backward(grad, over, labels, mask, *stats, *OPTIONS, over, expected)
+        assert torch.equal(over, logits if alone else want)
+    for factor in (1.0, 0.5, 0.0):
         marked = torch.full_like(logits, 7.0)
-        OPS.loss_rescale(marked, grad, "triton")
-        assert torch.equal(marked, 7.0 * grad.expand_as(logits))
+        triton_impl.rescale(marked, torch.tensor(factor, device=DEVICE))
+        assert torch.equal(marked, torch.full_like(marked, 7.0 * factor))
     marked = torch.tensor([float("nan"), 1.0], device=DEVICE)
-    OPS.loss_rescale(marked, torch.tensor(1.0, device=DEVICE), "triton")
+    triton_impl.rescale(marked, torch.tensor(1.0, device=DEVICE))
     assert marked[0].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["few", "wide"])
+def test_a_gradient_for_what_is_expected_has_the_bits_of_the_two_steps(name, dtype):
+    logits, labels, mask = case(name, dtype)
+    *_, stats, scales = OPS.adamix_loss(logits, labels, mask, None, *OPTIONS, "triton")
+    expected = 1024.0 if dtype == torch.float16 else 0.1
+    grad = torch.tensor(expected, device=DEVICE)
+    want = OPS.adamix_loss_backward(grad, logits, labels, mask, stats, scales, *OPTIONS, "triton")
+    for into in (torch.empty_like(logits), logits):
+        triton_impl.adamix_forward_grad(logits, labels, mask, None, *OPTIONS, expected, into)
+        assert torch.equal(into, want)
 
 
 @pytest.mark.parametrize("name", ["many of 3", "few", "wide"])
@@ -220,21 +239,3 @@ def test_rows_that_cannot_be_told_in_powers_of_two(kind, detach, dtype):
         torch.testing.assert_close(
             result.float(), want, rtol=3 * end.eps, atol=1e-6 + 3 * end.eps * want.abs().max().item()
         )
-
-
-def test_opcheck():
-    backend = "triton"
-    logits, labels, mask = case("few", torch.bfloat16)
-    a, b = logits.chunk(2)
-    into, one = torch.empty_like, torch.tensor(2.0, device=DEVICE)
-    stats = OPS.adamix_loss(logits, labels, mask, None, *OPTIONS, backend)[3:]
-    _, pair_stats, scale = OPS.consistency(a, b, mask, True, "sum", backend)
-    calls = [
-        (OPS.adamix_loss_grad, (logits, labels, mask, None, *OPTIONS, into(logits), backend)),
-        (OPS.adamix_loss_correct, (one, logits, labels, mask, *stats, *OPTIONS, into(logits), backend)),
-        (OPS.consistency_grad, (a, b, mask, False, "batchmean", into(a), None, backend)),
-        (OPS.consistency_correct, (one, a, b, mask, pair_stats, scale, True, into(a), into(b), backend)),
-        (OPS.loss_rescale, (torch.ones_like(logits), one, backend)),
-    ]
-    for op, arguments in calls:
-        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))

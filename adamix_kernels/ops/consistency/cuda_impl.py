@@ -14,13 +14,16 @@ from ..._extension import unsupported
 from ._chunks import Chunk, linear_loss
 
 __all__ = [
-    "GRADIENT_DTYPES", "adamix_backward", "adamix_forward", "adamix_forward_grad", "backward", "forward",
-    "forward_grad", "linear_forward", "rescale", "unsupported",
+    "adamix_backward", "adamix_forward", "adamix_forward_grad", "backward", "forward",
+    "forward_grad", "linear_forward", "rescale", "unsupported", "writes_gradient",
 ]  # fmt: skip
 
-# float16 trains under a loss scale, for which a gradient written by the forward would be written again.
-GRADIENT_DTYPES = (torch.bfloat16, torch.float32)
 _ops = torch.ops.adamix_cuda
+
+
+def writes_gradient(device_type: str, dtype: torch.dtype, expected: float | None) -> bool:
+    """Not for an incoming gradient other than 1, nor for float16, which waits for its loss scale."""
+    return dtype != torch.float16 and expected in (None, 1.0)
 
 
 def forward(
@@ -35,10 +38,11 @@ def forward_grad(
     mask: torch.Tensor | None,
     detach_target: bool,
     reduction: str,
+    expected: float,
     da: torch.Tensor | None,
     db: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _ops.consistency_forward(logits_a, logits_b, mask, detach_target, reduction, da, db)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _ops.consistency_forward(logits_a, logits_b, mask, detach_target, reduction, da, db)[:3]
 
 
 def backward(
@@ -50,8 +54,9 @@ def backward(
     scale: torch.Tensor,
     detach_target: bool,
     out: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
+    expected: float | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    correct = out is not None
+    correct = expected is not None
     if out is None:
         out = logits_a.new_empty(logits_a.shape), logits_b.new_empty(logits_b.shape)
     _ops.consistency_backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, *out, correct)
@@ -81,10 +86,11 @@ def adamix_forward_grad(
     ignore_index: int,
     label_smoothing: float,
     detach_target: bool,
+    expected: float,
     d_logits: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     options = weight, ignore_index, label_smoothing, detach_target
-    return _ops.adamix_forward(logits, labels, mask, num_items, *options, d_logits)
+    return _ops.adamix_forward(logits, labels, mask, num_items, *options, d_logits)[:5]
 
 
 def adamix_backward(
@@ -99,8 +105,9 @@ def adamix_backward(
     label_smoothing: float,
     detach_target: bool,
     out: torch.Tensor | None = None,
+    expected: float | None = None,
 ) -> torch.Tensor:
-    correct = out is not None
+    correct = expected is not None
     out = logits.new_empty(logits.shape) if out is None else out
     options = weight, ignore_index, label_smoothing, detach_target
     _ops.adamix_backward(grad, logits, labels, mask, stats, scales, *options, out, correct)

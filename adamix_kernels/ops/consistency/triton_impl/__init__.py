@@ -9,6 +9,7 @@ gradient over them.
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -39,12 +40,9 @@ from .plan import (
 from .wide import pair_wide_grad_kernel, pair_wide_kernel
 
 __all__ = [
-    "GRADIENT_DTYPES", "adamix_backward", "adamix_forward", "adamix_forward_grad", "backward", "forward",
-    "forward_grad", "linear_forward", "rescale", "unsupported",
+    "adamix_backward", "adamix_forward", "adamix_forward_grad", "backward", "forward", "forward_grad",
+    "linear_forward", "rescale", "unsupported", "writes_gradient",
 ]  # fmt: skip
-
-# float16 trains under a loss scale, for which a gradient written by the forward would be written again.
-GRADIENT_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class Options(NamedTuple):
@@ -60,43 +58,48 @@ class Options(NamedTuple):
         return dict(FULL=not self.detach_target, SMOOTH=self.smoothing > 0)
 
 
+def writes_gradient(device_type, dtype, expected):
+    """float16 trains under a loss scale, which the forward must know."""
+    return dtype != torch.float16 or expected is not None
+
+
 def forward(logits_a, logits_b, mask, detach_target, reduction):
-    return _consistency(logits_a, logits_b, mask, detach_target, reduction, None, None)[:3]
+    return _consistency(logits_a, logits_b, mask, detach_target, reduction, 1.0, None, None)
 
 
-def forward_grad(logits_a, logits_b, mask, detach_target, reduction, da, db):
-    return _consistency(logits_a, logits_b, mask, detach_target, reduction, da, db)
+def forward_grad(logits_a, logits_b, mask, detach_target, reduction, expected, da, db):
+    return _consistency(logits_a, logits_b, mask, detach_target, reduction, expected, da, db)
 
 
-def backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, out=None):
-    rows, correct = make_rows(logits_a, logits_b, None, mask), out is not None
+def backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, out=None, expected=None):
+    rows = make_rows(logits_a, logits_b, None, mask)
     if out is None:
         out = logits_a.new_empty(logits_a.shape), logits_b.new_empty(logits_b.shape)
-    _gradient(rows, grad, stats, scale, *out, Options(1.0, 0, 0.0, detach_target), CORRECT=correct)
+    options = Options(1.0, 0, 0.0, detach_target)
+    _gradient(rows, (logits_a, logits_b), grad, stats, scale, out, options, expected)
     return out
 
 
 def adamix_forward(logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target):
     options = Options(weight, ignore_index, label_smoothing, detach_target)
-    return _adamix(logits, labels, mask, num_items, options, None)[:5]
+    return _adamix(logits, labels, mask, num_items, options, 1.0, None)
 
 
 def adamix_forward_grad(
-    logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, d_logits
+    logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, expected, d_logits
 ):  # fmt: skip
-    return _adamix(
-        logits, labels, mask, num_items, Options(weight, ignore_index, label_smoothing, detach_target), d_logits
-    )
+    options = Options(weight, ignore_index, label_smoothing, detach_target)
+    return _adamix(logits, labels, mask, num_items, options, expected, d_logits)
 
 
 def adamix_backward(
-    grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target, out=None
+    grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target, out=None,
+    expected=None,
 ):  # fmt: skip
-    half, correct = labels.shape[0], out is not None
-    rows = make_rows(logits[:half], logits[half:], labels, mask)
     out = logits.new_empty(logits.shape) if out is None else out
+    (a, b), (da, db) = _passes(logits), _passes(out)
     options = Options(weight, ignore_index, label_smoothing, detach_target)
-    _gradient(rows, grad, stats, scales, out[:half], out[half:], options, CORRECT=correct)
+    _gradient(make_rows(a, b, labels, mask), (a, b), grad, stats, scales, (da, db), options, expected)
     return out
 
 
@@ -109,7 +112,8 @@ def rescale(gradient, factor):
         x, factor, x.shape[0] * x.shape[1], max(1, x.shape[1]), *x.stride()[:2], x.shape[2], tiles.tiles, col_tiles,
         ROWS=tiles.rows, COLS=tiles.cols, num_warps=tiles.num_warps,
     )  # fmt: skip
-    _put_back(gradient, x)
+    if gradient.data_ptr() != x.data_ptr():
+        gradient.copy_(x.view(gradient.shape))
 
 
 def linear_forward(
@@ -119,10 +123,10 @@ def linear_forward(
     """The reference's chunks; a chunk's logits are overwritten by their gradient."""
 
     def chunk(logits, labels, counted, selected, factors, need_grad) -> Chunk:
-        half = labels.shape[0]
-        rows = make_rows(logits[:half], logits[half:], labels, selected)
-        losses = _empty(logits, 2, half)
-        grads = (logits[:half], logits[half:]) if need_grad else (None, None)
+        a, b = _passes(logits)
+        rows = make_rows(a, b, labels, selected)
+        losses = _empty(logits, 2, labels.shape[0])
+        grads = (rows.a, rows.b) if need_grad else (None, None)
         options = Options(1.0, ignore_index, label_smoothing, detach_target)
         _forward(rows, None, (factors, None, losses), grads, None, options)
         return Chunk(losses[0].sum(), losses[1].sum(), logits if need_grad else None)
@@ -133,43 +137,34 @@ def linear_forward(
     )  # fmt: skip
 
 
-def _consistency(logits_a, logits_b, mask, detach_target, reduction, da, db):
+def _consistency(logits_a, logits_b, mask, detach_target, reduction, expected, da, db):
     rows = make_rows(logits_a, logits_b, None, mask)
     stats = _empty(logits_a, 4 if detach_target else 6, *logits_a.shape[:-1])
     losses, scale = _empty(logits_a, *logits_a.shape[:-1]), _empty(logits_a)
-    options, factor = Options(1.0, 0, 0.0, detach_target), None
+    options = Options(1.0, 0, 0.0, detach_target)
     if reduction == "none":
         _forward(rows, None, (scale.fill_(1.0), stats, losses), (None, None), None, options)
-        return losses, stats, scale, factor
-    loss, factor = _empty(logits_a), _empty(logits_a)
-    into = (_over(rows.a, logits_a, da), _over(rows.b, logits_b, db))
-    out = loss, None, None, factor
-    _forward(rows, None, (scale, stats, losses), into, out, options, mean=reduction == "batchmean")
-    _put_back(da, into[0])
-    _put_back(db, into[1])
-    return loss, stats, scale, factor
+        return losses, stats, scale
+    out = _empty(logits_a), None, None
+    with _places(rows, (logits_a, logits_b), (da, db)) as into:
+        _forward(rows, None, (scale, stats, losses), into, out, options, expected, reduction == "batchmean")
+    return out[0], stats, scale
 
 
-def _adamix(logits, labels, mask, num_items, options, d_logits):
-    half = labels.shape[0]
-    rows = make_rows(logits[:half], logits[half:], labels, mask)
+def _adamix(logits, labels, mask, num_items, options, expected, d_logits):
+    a, b = _passes(logits)
+    rows = make_rows(a, b, labels, mask)
     stats = _empty(logits, 2 if options.detach_target else 3, *logits.shape[:-1])
-    loss, cross_entropy, consistency, factor = (_empty(logits) for _ in range(4))
-    scales, losses, into = _empty(logits, 2), _empty(logits, 2, *labels.shape), (None, None)
-    if d_logits is not None:
-        da, db = d_logits[:half], d_logits[half:]
-        into = _over(rows.a, logits[:half], da), _over(rows.b, logits[half:], db)
-    out = loss, cross_entropy, consistency, factor
-    _forward(rows, num_items, (scales, stats, losses), into, out, options)
-    if d_logits is not None:
-        _put_back(da, into[0])
-        _put_back(db, into[1])
-    return loss, cross_entropy, consistency, stats, scales, factor
+    scales, losses = _empty(logits, 2), _empty(logits, 2, *labels.shape)
+    out = tuple(_empty(logits) for _ in range(3))
+    with _places(rows, (a, b), (None, None) if d_logits is None else _passes(d_logits)) as into:
+        _forward(rows, num_items, (scales, stats, losses), into, out, options, expected)
+    return *out, stats, scales
 
 
-def _forward(rows: Rows, num_items, found, into, out, options: Options, mean=True):
-    """found: (scales, statistics, row losses); into: the gradients or Nones; out: the scalars, or None: there are none,
-    and the scales are given."""
+def _forward(rows: Rows, num_items, found, into, out, options: Options, expected=1.0, mean=True):
+    """found: (scales, statistics, row losses); into: the gradients or Nones, for an incoming one of `expected`; out:
+    the scalars, or None: there are none, and the scales are given."""
     few, (n, inner, *_, l_outer, l_inner, m_outer, m_inner, _) = rows.classes <= FEW, rows.sizes
     tiles = make_tiles(n, rows.classes) if few else None
     alone = few and tiles.programs == 1
@@ -181,45 +176,46 @@ def _forward(rows: Rows, num_items, found, into, out, options: Options, mean=Tru
             rows.labels, rows.mask, num_items, found[0], ticket, n, inner, l_outer, l_inner, m_outer, m_inner,
             options.ignore_index, MEAN=mean, num_warps=8,
         )  # fmt: skip
-    out, finish = out or (None,) * 4, out is not None
-    inplace = any(g is rows.a or g is rows.b for g in into)
+    out, finish, inplace = out or (None,) * 3, out is not None, _over(rows, into)
     if few:
         launch(
             pair_rows_kernel, (tiles.programs,), rows.a.device,
-            *rows, num_items, *found, *into, *out, ticket, *rows.sizes, *options[1:3], options.weight, tiles.tiles,
-            FINISH=finish, COUNT=alone and finish, MEAN=mean, INPLACE=inplace, ROWS=tiles.rows, COLS=tiles.cols,
-            num_warps=tiles.num_warps, maxnreg=MAX_REGISTERS, **options.meta,
+            *rows, num_items, *found, *into, *out, ticket, *rows.sizes, *options[1:3], options.weight, expected,
+            tiles.tiles, FINISH=finish, COUNT=alone and finish, MEAN=mean, INPLACE=inplace, ROWS=tiles.rows,
+            COLS=tiles.cols, num_warps=tiles.num_warps, maxnreg=MAX_REGISTERS, **options.meta,
         )  # fmt: skip
-        return
-    grid, where, meta = _wide(rows, (rows.a, rows.b) if inplace else into)
-    launch(
-        pair_wide_kernel, grid, rows.a.device,
-        *rows, *found, *into, *out, ticket, *rows.sizes, where, *options[1:3], options.weight,
-        FINISH=finish, INPLACE=inplace, **meta, **options.meta,
-    )  # fmt: skip
+    else:
+        grid, where, meta = _wide(rows, into)
+        launch(
+            pair_wide_kernel, grid, rows.a.device,
+            *rows, *found, *into, *out, ticket, *rows.sizes, where, *options[1:3], options.weight, expected,
+            FINISH=finish, INPLACE=inplace, **meta, **options.meta,
+        )  # fmt: skip
 
 
-def _gradient(rows: Rows, grad, stats, scales, da, db, options: Options, CORRECT):
+def _gradient(rows: Rows, logits, grad, stats, scales, gradients, options: Options, expected):
+    """gradients: where they go, maybe the logits; with `expected` they are right already where grad is that."""
     grad = as_pairs(grad)
     # A scalar is every row's.
     strides = two_strides(grad if grad.numel() > 1 else None)
     *sizes, classes = rows.sizes
     sizes = *sizes, *strides, classes
-    if classes <= FEW:
-        tiles = make_tiles(rows.count, classes)
-        launch(
-            pair_grad_kernel, (min(tiles.tiles, GRID),), rows.a.device,
-            grad, *rows, stats, scales, da, db, *sizes, *options[1:3], options.weight, tiles.tiles,
-            CORRECT=CORRECT, ROWS=tiles.rows, COLS=tiles.cols, num_warps=tiles.num_warps, maxnreg=MAX_REGISTERS,
-            **options.meta,
-        )  # fmt: skip
-        return
-    grid, where, meta = _wide(rows, (da, db))
-    launch(
-        pair_wide_grad_kernel, grid, rows.a.device,
-        grad, *rows, stats, scales, da, db, *sizes, where, *options[1:3], options.weight,
-        CORRECT=CORRECT, **meta, **options.meta,
-    )  # fmt: skip
+    with _places(rows, logits, gradients) as into:
+        rest = dict(CORRECT=expected is not None, INPLACE=_over(rows, into), **options.meta)
+        if classes <= FEW:
+            tiles = make_tiles(rows.count, classes)
+            launch(
+                pair_grad_kernel, (min(tiles.tiles, GRID),), rows.a.device,
+                grad, *rows, stats, scales, *into, *sizes, *options[1:3], options.weight, expected or 1.0, tiles.tiles,
+                ROWS=tiles.rows, COLS=tiles.cols, num_warps=tiles.num_warps, maxnreg=MAX_REGISTERS, **rest,
+            )  # fmt: skip
+        else:
+            grid, where, meta = _wide(rows, into)
+            launch(
+                pair_wide_grad_kernel, grid, rows.a.device,
+                grad, *rows, stats, scales, *into, *sizes, where, *options[1:3], options.weight, expected or 1.0,
+                **meta, **rest,
+            )  # fmt: skip
 
 
 def _wide(rows: Rows, into) -> tuple[tuple[int], int, dict[str, int]]:
@@ -234,15 +230,28 @@ def _wide(rows: Rows, into) -> tuple[tuple[int], int, dict[str, int]]:
     return (wide_programs(rows.count, wide, rows.a.device),), phase(rows.a, wide.vector), meta
 
 
-def _over(rows: torch.Tensor, logits: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
-    """Where the gradient is written: `rows`, the logits as the kernels find them, where it takes their place."""
-    return rows if gradient is not None and gradient.data_ptr() == logits.data_ptr() else gradient
+@contextlib.contextmanager
+def _places(rows: Rows, logits, gradients):
+    """Where kernels write what becomes `gradients` (None: not wanted): `rows`, the logits as they find them, where a
+    gradient takes their place."""
+    into = tuple(
+        x if g is not None and g.data_ptr() == at.data_ptr() else g
+        for x, at, g in zip((rows.a, rows.b), logits, gradients, strict=True)
+    )
+    yield into
+    for gradient, written in zip(gradients, into, strict=True):
+        # Strides made a copy of the logits.
+        if gradient is not None and gradient.data_ptr() != written.data_ptr():
+            gradient.copy_(written.view(gradient.shape))
 
 
-def _put_back(gradient: torch.Tensor | None, written: torch.Tensor | None) -> None:
-    """Where strides made `written` a copy, the gradient gets its values."""
-    if gradient is not None and gradient.data_ptr() != written.data_ptr():
-        gradient.copy_(written.view(gradient.shape))
+def _over(rows: Rows, into) -> bool:
+    return any(g is rows.a or g is rows.b for g in into)
+
+
+def _passes(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    half = logits.shape[0] // 2
+    return logits[:half], logits[half:]
 
 
 def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
-from .finish import coefficients, load_scales
+from .finish import load_scales
 from .pieces import load_row, offsets, row_flags
 from .tiles import load_pair, store_grads, tile_grads
 
@@ -17,16 +17,18 @@ _SIZES = ["n", "inner", "l_outer", "m_outer", "g_outer", "ignore_index", "tiles"
 def pair_grad_kernel(
     grad, a, b, labels, mask, stats, scales, da, db,
     n, inner, a_outer, a_inner, b_outer, b_inner, l_outer, l_inner, m_outer, m_inner, g_outer, g_inner,
-    V, ignore_index, smoothing, weight, tiles,
-    CORRECT: tl.constexpr, SMOOTH: tl.constexpr, FULL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    V, ignore_index, smoothing, weight, expected, tiles,
+    CORRECT: tl.constexpr, INPLACE: tl.constexpr, SMOOTH: tl.constexpr, FULL: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """da, db (or one of them) from the logits and their saved statistics; rows that do not count are not read.
 
-    grad: of each row, or of all. CORRECT: da and db are right already if grad is 1, so nothing is done.
+    grad: of each row, or of all. CORRECT: da and db are right already if grad is `expected`, so nothing is done.
+    INPLACE: over a and b.
     """
     ENTROPY: tl.constexpr = labels is not None
     if CORRECT:
-        tiles = tl.where(tl.load(grad).to(tl.float32) == 1.0, 0, tiles)
+        tiles = tl.where(tl.load(grad).to(tl.float32) == expected, 0, tiles)
     entropy_scale, pair_scale = load_scales(scales, ENTROPY)
     for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
         row = number * ROWS + tl.arange(0, ROWS)
@@ -35,9 +37,8 @@ def pair_grad_kernel(
             labels, mask, row, live, inner, l_outer, l_inner, m_outer, m_inner, ignore_index
         )
         g = tl.load(grad + offsets(row, inner, g_outer, g_inner), mask=selected, other=0.0).to(tl.float32)
-        share, half, _ = coefficients(g * entropy_scale, g * pair_scale, weight, ENTROPY, False)
-        share = tl.where(counted, share, 0.0)
-        half = tl.where(selected, 0.5 * half, 0.0)
+        share = tl.where(counted, g * entropy_scale, 0.0)
+        half = tl.where(selected, 0.5 * (g * pair_scale * weight), 0.0)
         top_a, top_b, log_a, log_b, mean_p, mean_q = load_row(stats, row, selected, n, FULL)
         at_a = offsets(row, inner, a_outer, a_inner)
         at_b = offsets(row, inner, b_outer, b_inner)
@@ -47,7 +48,7 @@ def pair_grad_kernel(
             x, y, col, label, share, half, top_a, top_b, log_a, log_b, mean_p, mean_q, V, smoothing,
             ENTROPY, FULL, SMOOTH,
         )  # fmt: skip
-        store_grads(da, db, ga, gb, row, col, at_a, at_b, V, here, live, False)
+        store_grads(da, db, ga, gb, row, col, at_a, at_b, V, here, live, INPLACE)
 
 
 @triton.jit(do_not_specialize=["n", "inner", "row_tiles", "col_tiles"])

@@ -46,22 +46,6 @@ def row_scales(
 
 
 @triton.jit
-def coefficients(entropy_scale, pair_scale, weight, ENTROPY: tl.constexpr, HELD: tl.constexpr):
-    """(of the cross-entropy's gradient, of J's, the factor taken out of both: the larger one if HELD, else 1)."""
-    share = entropy_scale
-    pair = pair_scale * weight
-    factor = tl.full((), 1.0, tl.float32)
-    if HELD:
-        factor = pair
-        if ENTROPY:
-            factor = tl.maximum(share, pair)
-        over = tl.where(factor > 0, factor, 1.0)
-        share = share / over
-        pair = pair / over
-    return share, pair, factor
-
-
-@triton.jit
 def arrives_last(ticket):
     """Whether the grid's other programs are through, with all that they stored; a grid of one needs no ticket."""
     programs = tl.num_programs(0)
@@ -91,10 +75,10 @@ def sum_rows(rows, n, ENTROPY: tl.constexpr):
 
 @triton.jit
 def store_scalars(
-    loss, cross_entropy, consistency, scales, factor, entropy_sum, pair_sum, entropy_scale, pair_scale, weight,
-    ENTROPY: tl.constexpr, HELD: tl.constexpr,
+    loss, cross_entropy, consistency, scales, entropy_sum, pair_sum, entropy_scale, pair_scale, weight,
+    ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """The losses, both scales (J's alone without labels), and what the gradients were divided by, if asked for."""
+    """The losses, and both scales (J's alone without labels)."""
     second = pair_sum * pair_scale
     if ENTROPY:
         first = entropy_sum * entropy_scale
@@ -106,9 +90,6 @@ def store_scalars(
     else:
         tl.store(loss, second)
         tl.store(scales, pair_scale)
-    if factor is not None:
-        _, _, taken = coefficients(entropy_scale, pair_scale, weight, ENTROPY, HELD)
-        tl.store(factor, taken)
 
 
 @triton.jit

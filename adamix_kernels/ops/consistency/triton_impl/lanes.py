@@ -99,7 +99,7 @@ def fold(
 def join(
     top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count, V, EXACT: tl.constexpr, SMOOTH: tl.constexpr
 ):  # fmt: skip
-    """(max a, max b, logs of the sums, E_p d, E_q d, J, sum of a - max a, whether all that is to be trusted) of a row."""
+    """A row's (max a, max b, logs of the sums, E_p d, E_q d, J, sum of a - max a, whether that is to be trusted)."""
     max_a = tl.max(top_a, axis=0)
     max_b = tl.max(top_b, axis=0)
     if EXACT:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-# Up to FEW classes a tile holds whole rows, as many as fill TILE elements, MAX_ROWS at most; what ALONE elements hold is
+# Up to FEW classes a tile holds whole rows, as many as fill TILE elements, MAX_ROWS at most. Up to ALONE elements are
 # one program's, in one launch, by tiles of 4 * TILE.
 FEW, TILE, MAX_ROWS, ALONE = 4096, 1024, 2048, 16384
 # Programs of the kernels for few classes that share all tiles between them.
@@ -16,8 +16,8 @@ GRID = 1056
 # Beyond FEW, a program takes row after row. Row pairs of up to WIDE bytes: two programs of 8 warps on a multiprocessor,
 # whose rows fit into L2 together; beyond, one of 16.
 WIDE = 1 << 18
-# Pieces of a row pair that are copied ahead, and the one in use; registers of a thread (without a limit of its own ptxas
-# spills a few of the others' to reach its next step of occupancy).
+# Pieces of a row pair: those that are copied ahead, and the one in use. Registers of a thread: without a limit of its
+# own ptxas spills a few to reach its next step of occupancy.
 STAGES, WIDE_REGISTERS, MAX_REGISTERS = 4, 128, 255
 # Multiprocessors where there is no GPU to ask.
 PROCESSORS = 132
