@@ -14,20 +14,23 @@ from pathlib import Path
 from . import count_table as table
 from .count_table import TABLE, Row
 
-BACKENDS = ("triton",)
+BACKENDS = ("triton", "cuda")
 
 
 def counted(
     ops: Sequence[str], backend: str, only: str, kept: dict[tuple, Row], targets: Sequence[int], launches_too: bool
 ) -> Iterator[Row]:
     """A row of every work of these ops whose name holds `only`; those of `kept` with the same sources are taken."""
-    from . import count_cases, count_row
-    from .count_triton import TARGETS, TritonCounter
+    from . import count_cases, count_cuda, count_row, count_triton
 
-    for target in TARGETS:
+    kind, all_targets = {
+        "triton": (count_triton.TritonCounter, count_triton.TARGETS),
+        "cuda": (count_cuda.CudaCounter, count_cuda.TARGETS),
+    }[backend]
+    for target in all_targets:
         if targets and target not in targets:
             continue
-        counter = TritonCounter(target)
+        counter = kind(target)
         for op in ops:
             for work in count_cases.works(op):
                 key = (work.op, backend, work.case.shape, work.dtype, target)

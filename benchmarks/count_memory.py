@@ -1,4 +1,5 @@
-"""Random tensors of any size in the memory of a small one: what is counted touches little of what it is given."""
+"""Random tensors of any size in the memory of a small one, as what is counted touches little of what it is given; and
+which memory a kernel's argument leads to."""
 
 from __future__ import annotations
 
@@ -6,8 +7,15 @@ import ctypes
 import functools
 import mmap
 import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
+
+from ptx.host import extent
+from ptx.program import Span
 
 from .op_cases import Draw
 
@@ -50,3 +58,36 @@ def endless(pattern: torch.Tensor, size: int) -> torch.Tensor:
     finally:
         os.close(file)
     return torch.frombuffer((ctypes.c_uint8 * size).from_address(base), dtype=torch.uint8)
+
+
+def spans(argument: bytes, known: Sequence[torch.Tensor]) -> list[Span]:
+    """The tensors that the pointers in a kernel's argument lead to: those known, or as much as was allocated there."""
+    found = [span for t in known for span in extent("known", t)]
+    places = _writable()
+    words = np.frombuffer(argument[: len(argument) // 8 * 8], dtype=np.uint64)
+    for word in sorted({int(word) for word in words}):
+        region = next(((low, high) for low, high in places if low <= word < high), None)
+        if region is None or any(span.low <= word < span.high for span in found):
+            continue
+        size = _allocated(word)
+        found.append(Span(word, word + size if 0 < size <= region[1] - word else region[1], f"0x{word:x}"))
+    return found
+
+
+def _writable() -> list[tuple[int, int]]:
+    """Where this process may write, from /proc/self/maps."""
+    lines = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) rw", Path("/proc/self/maps").read_text(), re.M)
+    joined: list[tuple[int, int]] = []
+    for low, high in ((int(low, 16), int(high, 16)) for low, high in lines):
+        if joined and joined[-1][1] == low:
+            joined[-1] = joined[-1][0], high
+        else:
+            joined.append((low, high))
+    return joined
+
+
+def _allocated(pointer: int) -> int:
+    """Bytes that malloc gave for this pointer, which must be one of its own."""
+    library = ctypes.CDLL(None)
+    library.malloc_usable_size.restype, library.malloc_usable_size.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
+    return library.malloc_usable_size(pointer)

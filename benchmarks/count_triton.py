@@ -20,6 +20,7 @@ from .op_check import gradients
 TARGETS = (80, 90)
 # Blocks of a launch that run, and instructions after which no more of them begin.
 BLOCKS, ENOUGH = 2048, 3_000_000
+HOW = How(races=False, statistics=True, blocks_at_most=BLOCKS, enough=ENOUGH)
 
 
 class TritonCounter:
@@ -28,7 +29,7 @@ class TritonCounter:
     def __init__(self, target: int):
         self.target = target
         self.host = hosts.install(target)
-        self.host.orders = (How(races=False, statistics=True, blocks_at_most=BLOCKS, enough=ENOUGH),)
+        self.host.orders = (HOW,)
         self._codes: dict[int, Code] = {}
 
     def count(self, work: Work) -> list[Counted]:
@@ -51,10 +52,11 @@ class TritonCounter:
         key = id(run.program)
         if key not in self._codes:
             arch = sm_arch_from_capability(self.target)
-            self._codes[key] = assembled(run.program.text, arch, get_ptxas(self.target).path, _nvdisasm())
+            self._codes[key] = assembled(run.program.text, arch, get_ptxas(self.target).path, disassembler())
         return self._codes[key]
 
 
 @functools.cache
-def _nvdisasm() -> str:
+def disassembler() -> str:
+    """NVIDIA's, in the package triton."""
     return triton.knobs.nvidia.nvdisasm.path

@@ -113,12 +113,12 @@ class Program:
             engine().ptx_free(ctypes.c_void_p(self._handle))
 
     def launch(
-        self, grid: Sequence[int], values: Sequence[int | float], warps: int, shared: int, spans: Sequence[Span],
+        self, grid: Sequence[int], values: Sequence[int | float | bytes], warps: int, shared: int, spans: Sequence[Span],
         how: How,
     ) -> Outcome:  # fmt: skip
         """Runs the grid.
 
-        values: of the kernel's parameters in their order (a pointer is its address); of what Triton appends, zeros.
+        values: of the kernel's parameters in their order (a pointer is its address, a struct its bytes); of what Triton appends, zeros.
         warps: of a block. shared: its bytes of shared memory. spans: the memory that may be touched.
         """
         sizes = [*grid, *[1] * (3 - len(grid))]
@@ -151,13 +151,15 @@ class Program:
         engine().ptx_statistics(ctypes.c_void_p(self._handle), _pointer(out))
         return out
 
-    def _packed(self, values: Sequence[int | float]) -> bytes:
+    def _packed(self, values: Sequence[int | float | bytes]) -> bytes:
         packed = bytearray(self.kernel.parameter_bytes + 16)
         places = list(self.kernel.parameters.values())
         if len(values) > len(places):
             raise ValueError(f"values: got {len(values)}, expected at most {len(places)}, {self.name}'s parameters")
         for (at, size), value in zip(places, values, strict=False):
-            if isinstance(value, float):
+            if isinstance(value, bytes):
+                packed[at : at + size] = value[:size]
+            elif isinstance(value, float):
                 packed[at : at + size] = struct.pack("<f" if size == 4 else "<d", value)
             else:
                 packed[at : at + size] = (int(value) & (2 ** (8 * size) - 1)).to_bytes(size, "little")

@@ -28,7 +28,7 @@ namespace {
 void fill_table() {
   if (!table().empty()) return;
   add_integers(), add_floats(), add_halves(), add_conversions(), add_moves(), add_comparisons();
-  add_memory(), add_async_copies(), add_matrices(), add_wgmma(), add_collectives();
+  add_memory(), add_async_copies(), add_matrices(), add_wgmma(), add_wmma(), add_collectives();
 }
 
 Operand operand(const s64* row) {
