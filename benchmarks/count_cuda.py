@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
 from adamix_kernels import _build
 from adamix_kernels._build.objects import sources, with_includes
 from adamix_kernels._build.toolchain import find_nvcc
-
 from ptx import host as hosts
 from ptx import nvcc
 from ptx.program import Program
@@ -78,7 +78,7 @@ class CudaCounter:
     def _take(self, kernel: int, sizes, argument: int, size: int) -> None:
         try:
             self._runs.append(self._run(self._names[kernel], list(sizes[:6]), ctypes.string_at(argument, size)))
-        except Exception as error:  # noqa: BLE001 (nothing may leave a callback; count raises it)
+        except Exception as error:
             self._error = self._error or error
 
     def _run(self, name: str, sizes: Sequence[int], argument: bytes) -> hosts.Launch:

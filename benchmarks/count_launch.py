@@ -71,6 +71,7 @@ def counted(run: Executed, target: int, code: Code) -> Counted:
         stored=float(sectors[False]) * _SECTOR * scale,
         bank_waves=float(rows[:, 4].sum()) * scale,
         asked=float((rows[:, 3] * is_load).sum()) * scale,
+        barriers=executed[[name == "bar" for name in names]].sum() * scale / run.warps,
         in_flight=run.warps * _in_flight(divided, code, rows[:, 3] * is_load),
         ranges={low: held for low, (_, held) in ranges.items()},
     )
@@ -120,8 +121,8 @@ def _distinct(run: Executed, scale: float) -> dict[int, tuple[float, float]]:
 
 
 def _of_grid(firsts: float, most: float) -> float:
-    """Sectors of a range that the whole grid touches: as many as its blocks do, where they share none; all of them where
-    they share many. In between the blocks that ran were not quite those that stand for all."""
+    """Sectors of a range that the whole grid touches: as many as its blocks do, where they share none; all of them
+    where they share many. In between the blocks that ran were not quite those that stand for all."""
     return firsts if firsts < 1.5 * most else most
 
 

@@ -8,7 +8,8 @@ those of the multiprocessor that has the most blocks, ceil(blocks / multiprocess
 
     memory     device bytes / copy bandwidth
     l2         bytes loaded or stored through L2, the more of the two, / its bandwidth in one direction
-    latency    a block's loads * its blocks * latency / (blocks that run together * bytes that one has in flight)
+    latency    its blocks / blocks that run together * a block's waits: loads / bytes in flight * latency, and 40 cycles
+               for every barrier
     issue      its warp instructions / (clock * instructions a cycle)
     special    its exponentials, roots, reciprocals and sines / (clock * 16 lanes)
     shared     its passes over the banks of shared memory / clock
@@ -65,23 +66,25 @@ GPUS = (
 SOURCES = {
     "multiprocessors, clock, L2": "NVIDIA's data sheets (boost clocks; A100 of 40 GB)",
     "copy": "H200 measured, reads and writes; the others as large copies are reported: 0.88 to 0.9 of the data sheet",
-    "l2_rate": "V100 2.2 TB/s (Jia and others, 2018); H100 5.5 (Chips and Cheese, 2023), the same chip in H200; A100 4.0 "
-    "and B200 10 are guesses between and above",
+    "l2_rate": "V100 2.2 TB/s (Jia and others, 2018); H100 5.5 (Chips and Cheese, 2023), the same chip in H200; A100 "
+    "4.0 and B200 10 are guesses between and above",
     "needed": "copy / multiprocessors * 0.6 to 0.8 microseconds of loaded latency, rounded up; B200 by its bandwidth",
     "latency": "L2's is 0.35 of memory's: about 270 of 750 cycles in published microbenchmarks of the A100 and H100",
+    "barrier": "about 30 cycles for the slowest path of an empty one; what its warps wait for each other is not in it",
     "instructions a cycle": "4 by design; 2 to 2.5 as NVIDIA's own tuned kernels of norms and losses show in profiles",
 }
-ISSUE, WARPS, RAMP, LANES, NEAR, OVERLAP = 2.5, 16, 2e-6, 16, 0.35, 4
+ISSUE, WARPS, RAMP, LANES, NEAR, OVERLAP, BARRIER = 2.5, 16, 2e-6, 16, 0.35, 4, 40
 
 
 @dataclass(frozen=True)
 class Launch:
     """What was counted of one launch, whole grid.
 
-    instructions: of warps, machine code. special: those among them for the special function units. distinct: bytes read
-    and written, each once. again: (bytes that a block read again, bytes that it brought in since). loaded, stored: bytes
-    through L2, with repetitions. bank_waves: passes over shared memory. asked: bytes that loads ask for, in_flight: that
-    a block has asked for when it waits. ranges: of every tensor its address and distinct bytes, for what an earlier launch left.
+    instructions: of warps, machine code. special: those among them for the special function units. distinct: bytes
+    read and written, each once. again: (bytes that a block read again, bytes that it brought in since). loaded, stored:
+    bytes through L2, with repetitions. bank_waves: passes over shared memory. asked: bytes that loads ask for,
+    in_flight: that a block has asked for when it waits. barriers: that blocks pass. ranges: of every tensor its address
+    and distinct bytes, for what an earlier launch left.
     """
 
     kernel: str
@@ -96,6 +99,7 @@ class Launch:
     stored: float
     bank_waves: float
     asked: float
+    barriers: float
     in_flight: float
     ranges: dict[int, float] = field(default_factory=dict)
 
@@ -144,10 +148,11 @@ def time(launch: Launch, gpu: Gpu, before: Sequence[Launch] = ()) -> Time:
     part = blocks / launch.blocks
     far = min(1.0, device / max(1.0, launch.loaded + launch.stored))
     latency = gpu.latency * (far + (1 - far) * NEAR)
+    waits = launch.asked / launch.in_flight * latency if launch.asked else 0.0
     limits = {
         "memory": device / gpu.copy,
         "l2": max(launch.loaded, launch.stored) / gpu.l2_rate,
-        "latency": part * launch.asked * latency / (beside * launch.in_flight) if launch.asked else 0.0,
+        "latency": part * (waits + launch.barriers * BARRIER / gpu.clock) / beside,
         "issue": part * launch.instructions / (gpu.clock * instructions_a_cycle(beside * launch.warps)),
         "special": part * launch.special * 32 / (gpu.clock * LANES),
         "shared": part * launch.bank_waves / gpu.clock,

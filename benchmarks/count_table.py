@@ -22,11 +22,12 @@ class Row:
     floor: bytes. ptx: warp instructions as PTX; sass_ratio: machine instructions for one of them; instructions: machine
     instructions of all warps; a_byte: for a byte of the floor. loaded: bytes loaded through L2, distinct: bytes that
     each launch moves at least, device: bytes to and from memory as the model has L2 (of the target's first GPU), all
-    three over the floor. bank_waves: passes over shared memory's banks over the fewest. Of the launch that takes longest:
-    in_flight (bytes that a multiprocessor waits for), registers, shared_bytes, blocks_an_sm, warps_an_sm, waves (blocks
-    over those that run together), barriers (of a block in one step of its main loop), limit (what binds, by the model).
-    v100 to b200: predicted shares of copy bandwidth, empty where the target's code does not run. sampled: the fewest
-    blocks of a launch that were executed. source: fingerprint of the code. reason: why a count has grown.
+    three over the floor. bank_waves: passes over shared memory's banks over the fewest. Of the launch that takes
+    longest: in_flight (bytes that a multiprocessor waits for), registers, shared_bytes, blocks_an_sm, warps_an_sm,
+    waves (blocks over those that run together), barriers (of a block in one step of its main loop), limit (what binds,
+    by the model). v100 to b200: predicted shares of copy bandwidth, empty where the target's code does not run.
+    sampled: the fewest blocks of a launch that were executed. source: fingerprint of the code. reason: why a count has
+    grown.
     """
 
     op: str
@@ -133,6 +134,11 @@ def write(path: Path, rows: Iterable[Row]) -> None:
         return asdict(row) | rounded | shares
 
     write_csv(path, COLUMNS, map(line, sorted(rows, key=lambda row: row.key)))
+
+
+def committed() -> list[Row]:
+    """The rows of TABLE, [] where there is none."""
+    return read(TABLE) if TABLE.exists() else []
 
 
 def read(path: Path) -> list[Row]:

@@ -127,7 +127,8 @@ ADAPTER = {
     "count": (
         AdapterSize(128, 512, 1024, 48),
         AdapterSize(128, 512, 1024, 64),
-        AdapterSize(16, 512, 1024, 16, dtype="float16"),
+        AdapterSize(128, 512, 1024, 16, dtype="float16"),
+        AdapterSize(64, 128, 768, 48, dtype="float16"),
     ),
     "cpu": (
         AdapterSize(16, 128, 768, 48, routing="batch", dtype="float32"),

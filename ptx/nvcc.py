@@ -30,7 +30,7 @@ def kernels(text: str) -> dict[str, Text]:
     names = dict(_FILE.findall(text))
     starts = [match.start() for match in _ENTRY.finditer(text)]
     head, found = text[: starts[0]] if starts else "", {}
-    shared = [match for match in _SHARED.finditer(head)]
+    shared = list(_SHARED.finditer(head))
     for start, end in zip(starts, [*starts[1:], len(text)]):
         part = _SECTION.sub("", text[start:end])
         part = _LOC.sub(lambda m: f"{m[1]} // {names.get(m[2], '').rsplit('/', 1)[-1]}:{m[3]}:{m[4]}", part)

@@ -113,12 +113,13 @@ class Program:
             engine().ptx_free(ctypes.c_void_p(self._handle))
 
     def launch(
-        self, grid: Sequence[int], values: Sequence[int | float | bytes], warps: int, shared: int, spans: Sequence[Span],
-        how: How,
+        self, grid: Sequence[int], values: Sequence[int | float | bytes], warps: int, shared: int,
+        spans: Sequence[Span], how: How,
     ) -> Outcome:  # fmt: skip
         """Runs the grid.
 
-        values: of the kernel's parameters in their order (a pointer is its address, a struct its bytes); of what Triton appends, zeros.
+        values: of the kernel's parameters in their order (a pointer is its address, a struct its bytes); of what
+            Triton appends, zeros.
         warps: of a block. shared: its bytes of shared memory. spans: the memory that may be touched.
         """
         sizes = [*grid, *[1] * (3 - len(grid))]
