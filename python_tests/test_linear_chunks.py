@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from linear_cases import as_on_a_gpu, check_products
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adamix_kernels.functional import adamix_loss, linear_adamix_loss
 from adamix_kernels.ops.consistency import _chunk_size, _chunks
 from benchmarks import linear_share
 
@@ -12,12 +12,6 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")
 PRODUCTS = {"mm", "bmm", "addmm"}
 # Neither launches anything: new memory, and views of it.
 FREE = {"empty", "new_empty", "empty_like", "detach", "alias"}
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """Both passes as a batch of two products, into rows with room between them."""
-    monkeypatch.setattr(_chunks, "multiplies_apart", lambda _: True)
 
 
 def test_a_cpu_takes_64_mib_of_float32_logits():
@@ -47,29 +41,9 @@ def test_a_gpus_chunks_are_even_and_fit_its_memory(gib, width, trained, monkeypa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("train_head", [False, True])
-def test_the_products_of_a_gpu_give_what_the_whole_logits_give(train_head, with_bias, dtype, as_on_a_gpu):
-    generator = torch.Generator().manual_seed(4)
-    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)  # noqa: E731
-    hidden, head = draw(6, 5, 8).requires_grad_(), draw(37, 8).requires_grad_(train_head)
-    bias = draw(37).requires_grad_(train_head) if with_bias else None
-    labels = torch.randint(37, (3, 5), generator=generator)
-    labels[0, :2], labels[2] = -100, -100
-    with torch.no_grad():
-        hidden[0, 0] = hidden[5, 3] = torch.nan
-    leaves = [t for t in (hidden, head, bias) if t is not None and t.requires_grad]
-    exact = [t.detach().double().requires_grad_() for t in leaves]
-    wide = iter(exact)
-    doubles = [next(wide) if t is not None and t.requires_grad else t if t is None else t.detach().double()
-               for t in (hidden, head, bias)]  # fmt: skip
-    clean = torch.where((labels != -100).repeat(2, 1).unsqueeze(-1), doubles[0], 0)
-    want = adamix_loss(torch.nn.functional.linear(clean, *doubles[1:]), labels, detach_target=False)
-    got = linear_adamix_loss(hidden, head, labels, bias=bias, detach_target=False, chunk_rows=4)
-    near = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=near, atol=near)
-    for one, other in zip(torch.autograd.grad(got.loss, leaves), torch.autograd.grad(want.loss, exact), strict=True):
-        assert one.isfinite().all()
-        torch.testing.assert_close(one.double(), other, rtol=near, atol=near * other.abs().max().item())
+def test_the_products_of_a_gpu_give_what_the_whole_logits_give(train_head, with_bias, dtype, monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    check_products("reference", "cpu", train_head, with_bias, dtype)
 
 
 class Launches(TorchDispatchMode):
@@ -110,7 +84,8 @@ def launched(pairs, chunk_rows, trained):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_chunk_launches_what_the_count_says(trained, as_on_a_gpu):
+def test_a_chunk_launches_what_the_count_says(trained, monkeypatch):
+    as_on_a_gpu(monkeypatch)
     (few, one), (many, five) = launched(20, 20, trained), launched(20, 4, trained)
     assert (few, many) == (3, 15) if trained else (2, 10)
     assert (five - one) / 4 == linear_share.PER_CHUNK[trained]
