@@ -101,10 +101,10 @@ def draw(path: Path) -> list[Path]:
     made = []
     bars = step_bars(rows) or op_bars(rows)
     if bars:
-        made.append(_save(_speedups(bars, _where(rows)), Path(f"{stem}_speedup.png"), rows))
+        made.append(save(_speedups(bars, _where(rows)), Path(f"{stem}_speedup.png"), rows))
     scattered, copy, product = points(rows)
     if scattered and copy and product:
-        made.append(_save(_roofline(scattered, copy, product, _where(rows)), Path(f"{stem}_roofline.png"), rows))
+        made.append(save(_roofline(scattered, copy, product, _where(rows)), Path(f"{stem}_roofline.png"), rows))
     return made
 
 
@@ -114,7 +114,7 @@ def pictures(path: Path) -> list[Path]:
     return [p for p in (Path(f"{stem}_speedup.png"), Path(f"{stem}_roofline.png")) if p.exists()]
 
 
-def digest(rows: Sequence[Row]) -> str:
+def digest(rows: Sequence) -> str:
     """Of what a picture is drawn from."""
     return hashlib.sha256(repr(list(rows)).encode()).hexdigest()
 
@@ -133,7 +133,7 @@ def _where(rows: Sequence[Row]) -> str:
 
 
 def _speedups(bars: Sequence[Bar], where: str):
-    plt = _pyplot()
+    plt = pyplot()
     groups = list(dict.fromkeys(bar.group for bar in bars))
     across = 1 if len(groups) < 4 else 2
     lines = [groups[at : at + across] for at in range(0, len(groups), across)]
@@ -166,7 +166,7 @@ def _speedups(bars: Sequence[Bar], where: str):
 
 
 def _roofline(scattered: Sequence[Point], copy: float, product: float, where: str):
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     left, right = min(p.intensity for p in scattered) / 3, max(max(p.intensity for p in scattered), product / copy) * 3
     corner = product / copy
@@ -190,7 +190,8 @@ def _roofline(scattered: Sequence[Point], copy: float, product: float, where: st
     return figure
 
 
-def _pyplot():
+def pyplot():
+    """matplotlib.pyplot, drawing into files alone."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -199,7 +200,8 @@ def _pyplot():
     return plt
 
 
-def _save(figure, path: Path, rows: Sequence[Row]) -> Path:
+def save(figure, path: Path, rows: Sequence) -> Path:
+    """Writes a picture that keeps the digest of its rows, whole or not at all."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(descriptor)
     try:
@@ -208,7 +210,7 @@ def _save(figure, path: Path, rows: Sequence[Row]) -> Path:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
-        _pyplot().close(figure)
+        pyplot().close(figure)
     return path
 
 

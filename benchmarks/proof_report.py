@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import goals, record
+from . import count_beside, count_table, goals, record
 from .goals import Verdict
 from .ledger import OUTCOMES
 from .proof_run import FAILED, TIMED_OUT, Result
@@ -68,6 +68,9 @@ def report(
     lines += ["| stage | outcome | seconds | what |", "|---|---|---|---|"]
     lines += [f"| {r.name} | {r.outcome} | {r.seconds:.0f} | {_cell(r.note)} |" for r in results]
     lines += ["", *goals.markdown(verdicts)]
+    beside = count_beside.lines(rows, count_table.committed())
+    if beside:
+        lines += ["", "## Shares of copy bandwidth, predicted from counts and measured", "", *beside]
     ceilings: dict[tuple[str, str, str], list[float]] = {}
     for r in rows:
         if r.op.startswith("ceiling/"):

@@ -51,18 +51,18 @@ STABLE_TORCH_LIBRARY(adamix_cuda, m) {
       "bool fan_in_fan_out) -> Tensor");
   m.def(
       "consistency_forward(Tensor logits_a, Tensor logits_b, Tensor? mask, bool detach_target, str reduction, "
-      "Tensor(a!)? da, Tensor(b!)? db) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float expected, Tensor(a!)? da, Tensor(b!)? db) -> (Tensor, Tensor, Tensor)");
   m.def(
       "consistency_backward(Tensor grad, Tensor logits_a, Tensor logits_b, Tensor? mask, Tensor stats, Tensor scale, "
-      "bool detach_target, Tensor(a!)? da, Tensor(b!)? db, bool correct) -> ()");
+      "bool detach_target, Tensor(a!)? da, Tensor(b!)? db, float? expected) -> ()");
   m.def(
       "adamix_forward(Tensor logits, Tensor labels, Tensor? mask, Tensor? num_items, float weight, int ignore_index, "
-      "float label_smoothing, bool detach_target, Tensor(a!)? d_logits) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "float label_smoothing, bool detach_target, float expected, Tensor(a!)? d_logits) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "adamix_backward(Tensor grad, Tensor logits, Tensor labels, Tensor? mask, Tensor stats, Tensor scales, "
-      "float weight, int ignore_index, float label_smoothing, bool detach_target, Tensor(a!) d_logits, bool correct) "
-      "-> ()");
+      "float weight, int ignore_index, float label_smoothing, bool detach_target, Tensor(a!) d_logits, "
+      "float? expected) -> ()");
   m.def(
       "adamix_chunk(Tensor(a!) logits, Tensor labels, Tensor? mask, Tensor factors, int ignore_index, "
       "float label_smoothing, bool detach_target, bool need_grad) -> Tensor");

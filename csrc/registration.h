@@ -36,19 +36,20 @@ std::tuple<Tensor, Tensor> merge_experts_backward(Tensor grad_out, Tensor bank, 
 Tensor merge_lora_forward(Tensor weight, Tensor lora_a, Tensor lora_b, double scaling, int64_t groups,
                           std::vector<int64_t> offsets, bool fan_in_fan_out);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> consistency_forward(Tensor logits_a, Tensor logits_b, OptionalTensor mask,
-                                                               bool detach_target, std::string reduction,
-                                                               OptionalTensor da, OptionalTensor db);
+std::tuple<Tensor, Tensor, Tensor> consistency_forward(Tensor logits_a, Tensor logits_b, OptionalTensor mask,
+                                                       bool detach_target, std::string reduction, double expected,
+                                                       OptionalTensor da, OptionalTensor db);
 void consistency_backward(Tensor grad, Tensor logits_a, Tensor logits_b, OptionalTensor mask, Tensor stats,
-                          Tensor scale, bool detach_target, OptionalTensor da, OptionalTensor db, bool correct);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adamix_forward(Tensor logits, Tensor labels,
-                                                                          OptionalTensor mask, OptionalTensor num_items,
-                                                                          double weight, int64_t ignore_index,
-                                                                          double label_smoothing, bool detach_target,
-                                                                          OptionalTensor d_logits);
+                          Tensor scale, bool detach_target, OptionalTensor da, OptionalTensor db,
+                          std::optional<double> expected);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adamix_forward(Tensor logits, Tensor labels, OptionalTensor mask,
+                                                                  OptionalTensor num_items, double weight,
+                                                                  int64_t ignore_index, double label_smoothing,
+                                                                  bool detach_target, double expected,
+                                                                  OptionalTensor d_logits);
 void adamix_backward(Tensor grad, Tensor logits, Tensor labels, OptionalTensor mask, Tensor stats, Tensor scales,
                      double weight, int64_t ignore_index, double label_smoothing, bool detach_target, Tensor d_logits,
-                     bool correct);
+                     std::optional<double> expected);
 Tensor adamix_chunk(Tensor logits, Tensor labels, OptionalTensor mask, Tensor factors, int64_t ignore_index,
                     double label_smoothing, bool detach_target, bool need_grad);
 void consistency_rescale(Tensor gradient, Tensor factor);

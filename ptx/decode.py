@@ -60,6 +60,9 @@ def decode(kernel: Kernel, statement: Statement, operands: Operands) -> Decoded:
 
 def _parameter(kernel: Kernel, words: list[str], args: list[str], o: Operands) -> Decoded:
     name, _, plus = args[1].strip("[]").partition("+")
+    if o.holds(name):
+        imm = [int(plus or 0), bits(words[-1]) // 8, words[-1][0] == "s"]
+        return Decoded("ld.param.at", [o.read(args[0])], [o.read(name, 8)], imm)
     at, _ = kernel.parameters[name.strip()]
     return Decoded("ld.param", [o.read(args[0])], [], [at + int(plus or 0), bits(words[-1]) // 8, words[-1][0] == "s"])
 
@@ -117,6 +120,8 @@ def _move(words: list[str], args: list[str], o: Operands) -> Decoded:
     if words[1] == "pred":
         return Decoded("mov.pred", [o.read(args[0], 4)], [o.predicate(args[1])])
     width = bits(words[1])
+    if args[1] in o.kernel.parameters:
+        return Decoded("param", [o.read(args[0], 8)], imm=[o.kernel.parameters[args[1]][0]])
     if args[1].startswith("{"):
         count = len(split(args[1].strip("{}")))
         return Decoded(f"pack{count}.{width}", [o.read(args[0])], o.group(args[1], width // 8 // count))

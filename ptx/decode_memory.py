@@ -122,3 +122,25 @@ def _wgmma(words: list[str], args: list[str], o: Operands) -> Decoded:
     # Seven numbers fit: both signs are one.
     imm = [columns, number, int(in_registers), constant, a, b, sign_a * sign_b]
     return Decoded("wgmma", o.group(args[0], 4), inputs, imm)
+
+
+@decoder("wmma")
+def _wmma(words: list[str], args: list[str], o: Operands) -> Decoded:
+    """Every tile lies in shared memory, whether the address says so or not."""
+    if "m16n16k16" not in words or "global" in words:
+        raise UnknownPtxError("a tile of another kind")
+    if words[1] == "mma":
+        kinds = words[words.index("m16n16k16") + 1 :]
+        if kinds not in (["f32", "f32"], ["f32", "bf16", "bf16", "f32"]):
+            raise UnknownPtxError("a product of another kind")
+        out, *inputs = (o.group(group, 4) for group in args)
+        kind = "bf16" if "bf16" in kinds else "f16"
+        return Decoded(f"wmma.mma.{kind}", out, [slot for group in inputs for slot in group])
+    store, columns = words[1] == "store", int(words[5] == "col")
+    address, offset = o.address(args[0] if store else args[1])
+    values = o.group(args[1] if store else args[0], 4)
+    stride = o.read(args[2], 4)
+    name = f"wmma.{words[1]}.{words[-1]}"
+    if store:
+        return Decoded(name, [], [address, *values, stride], [offset, columns])
+    return Decoded(name, values, [address, stride], [offset, columns])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)", re.S)
 _PARAMETER = re.compile(r"\.param\s+\.(\w+)[^,\n]*?(\w+)\s*(?:,|\n|$)")
+_STRUCT = re.compile(r"\.param\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d+)\]")
 _LOCATION = re.compile(r"\.loc.*?//\s*(.*)")
 _LABEL = re.compile(r"([$\w]+):\s*(.*)")
 
@@ -51,6 +52,12 @@ def read(text: str) -> Kernel:
 
 def _parameters(declared: str) -> tuple[dict[str, tuple[int, int]], int]:
     found, at = {}, 0
+    for align, name, size in _STRUCT.findall(declared):
+        at = -(-at // int(align)) * int(align)
+        found[name] = at, int(size)
+        at += int(size)
+    if found:
+        return found, at
     for kind, name in _PARAMETER.findall(declared):
         size = bits(kind) // 8
         at = -(-at // size) * size

@@ -8,7 +8,7 @@ from adapter_cases import draw_adapter
 from cuda_probes import captured_graph
 from plain_lora import draw_lora
 
-import adamix_kernels.ops.consistency.grad_op as loss_grad_op
+import adamix_kernels.ops.consistency.ahead as loss_ahead
 import adamix_kernels.ops.consistency.op as loss_op
 import adamix_kernels.ops.routed_adapter.op as adapter_op
 import adamix_kernels.ops.routed_lora.op as lora_op
@@ -114,7 +114,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(adapter_op, "check_index_values", lambda *_: None)
     monkeypatch.setattr(lora_op, "check_index_values", lambda *_: None)
     monkeypatch.setattr(loss_op, "_check_labels", lambda *_: None)
-    monkeypatch.setattr(loss_grad_op, "_check_labels", lambda *_: None)
+    monkeypatch.setattr(loss_ahead, "_check_labels", lambda *_: None)
 
 
 def check_graph(run):

@@ -23,7 +23,7 @@ from cuda_losses import (
     pretend,
     randn,
 )
-from loss_cases import check_a_masked_vocabulary, check_nan_and_infinities
+from loss_cases import check_a_masked_vocabulary, check_nan_and_infinities, one_pass_consistency
 from poison import poisoned_memory
 
 from adamix_kernels.functional import adamix_loss, consistency_loss, linear_adamix_loss
@@ -68,13 +68,6 @@ def test_memory_and_barriers(rows, classes, device, dtype, monkeypatch):
     gradients(run, randn(2 * rows[0], *rows[1:], classes, dtype=dtype), grad=2.0)
 
 
-@pytest.mark.sanitize
-def test_many_rows_are_counted_in_a_launch_of_their_own():
-    """Above 2**22 label reads the blocks no longer count the rows themselves."""
-    labels, mask = draw_labels((12_000,), 2), draw_mask((12_000,))
-    gradients(lambda backend, x: adamix_loss(x, labels, mask=mask, backend=backend), randn(24_000, 2))
-
-
 @pytest.mark.parametrize("options", [{}, {"num_items": 11}, {"weight": 0.0}, {"ignore_index": 1}])
 def test_options(options):
     labels = torch.randint(5, (6, 4), device=DEVICE)
@@ -91,7 +84,7 @@ def test_the_number_of_items_of_any_dtype(dtype):
 @pytest.mark.parametrize("dtype", DTYPES[::2])
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
 @pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("case", ["3 classes", "many rows of 100", "2 blocks", "twice"])
+@pytest.mark.parametrize("case", ["3 classes", "many rows of 100", "2 blocks", "tail"])
 def test_consistency_loss_and_its_gradients(case, detach, reduction, dtype, monkeypatch):
     rows, classes, device, _ = SHAPES[case]
     pretend(monkeypatch, device)
@@ -146,7 +139,7 @@ def test_large_logits_stay_exact(kind, detach, classes, device, monkeypatch):
 
     logits = torch.cat([a, b.clamp(-1e4, 1e4)])
     assert loss("cuda", logits).loss.isfinite()
-    gradients(loss, logits)
+    gradients(loss, logits, same_form={2: one_pass_consistency})
 
 
 @pytest.mark.parametrize("detach", [True, False])

@@ -9,7 +9,7 @@ from cuda_host import DEVICE, ON_HOST, needs_cuda
 
 needs_cuda()
 
-from cuda_losses import OPS, draw_labels, path_of, randn
+from cuda_losses import OPS, draw_labels, most_pieces, path_of, randn
 from cuda_probes import captured_graph
 
 from adamix_kernels import BackendUnavailableError
@@ -24,9 +24,9 @@ H200, A100, V100, BLACKWELL = (90, 232448, 132), (80, 166912, 108), (70, 98304, 
     ("classes", "device", "way"),
     [
         (2, V100, "lanes"), (64, H200, "lanes"), (65, H200, "warps"), (1024, A100, "warps"),
-        (1025, V100, "cluster of 1"), (50257, H200, "cluster of 1"), (50257, A100, "online"),
-        (30522, A100, "cluster of 1"), (50257, BLACKWELL, "cluster of 4"), (128256, H200, "cluster of 4"),
-        (128256, V100, "online"), (262144, H200, "cluster of 8"), (1 << 20, H200, "online"),
+        (1025, V100, "cluster of 1"), (50257, H200, "cluster of 2"), (50257, A100, "tail"),
+        (30522, A100, "cluster of 1"), (50257, BLACKWELL, "cluster of 8"), (128256, H200, "cluster of 8"),
+        (128256, V100, "tail"), (262144, H200, "cluster of 8"), (1 << 20, H200, "tail"),
     ],
 )  # fmt: skip
 def test_the_way_rows_take(classes, device, way):
@@ -39,17 +39,31 @@ def test_the_way_rows_take(classes, device, way):
 def test_a_plan_covers_every_column(rows, device, element_bytes):
     for classes in (1, 2, 3, 64, 65, 1024, 1025, 4097, 50257, 128256, 262144, 2**30):
         plan = OPS.consistency_plan(rows, classes, element_bytes, *device)
-        lanes, threads, cluster, slots, splits, groups = plan
-        # Wherever the row starts.
-        pieces = max(-(-(head + classes) // (16 // element_bytes)) for head in range(16 // element_bytes))
-        assert slots * cluster * max(splits, 1) >= pieces
-        assert splits == 0 or (splits - 1) * slots < pieces
+        lanes, threads, cluster, slots, groups = plan
+        teams = threads // lanes if lanes else 1
+        # What no block holds is a block's tail, which has no cluster.
+        assert slots * cluster >= most_pieces(classes, element_bytes) or (lanes, cluster) == (0, 1)
         assert threads % 32 == 0
         assert threads <= 512
         assert cluster == 1 or device[0] >= 90
-        assert 1 <= groups <= max(1024, rows)
-        if splits == 0:
-            assert (threads // lanes if lanes else 1) * 2 * slots * 16 < device[1]
+        assert 1 <= groups <= -(-rows // teams)
+        assert teams * 2 * slots * 16 < device[1]
+
+
+@pytest.mark.parametrize(("rows", "launches"), [(1, 1), (1024, 1), (1025, 2)])
+@pytest.mark.parametrize("classes", [2, 3, 64])
+def test_up_to_64_classes_take_one_launch_for_a_classifiers_batch(classes, rows, launches):
+    for device in (H200, A100, V100, BLACKWELL):
+        groups = OPS.consistency_plan(rows, classes, 2, *device)[-1]
+        assert min(groups, 2) == launches
+
+
+def test_two_blocks_share_a_multiprocessor_where_clusters_make_them_small_enough():
+    for classes in (4097, 30522, 50257, 128256):
+        _, threads, _, slots, groups = OPS.consistency_plan(8192, classes, 2, *H200)
+        assert 2 * (2 * slots * 16 + 4096) <= H200[1]
+        assert 2 * threads <= 512
+        assert groups > 1
 
 
 def test_torch_compile_opcheck_and_autocast():
@@ -88,9 +102,9 @@ def test_float64_is_refused():
 
 def test_every_backend_has_the_same_functions():
     shared = {name for name in vars(reference) if not name.startswith("_") and callable(getattr(reference, name))}
-    assert {"forward", "forward_grad", "adamix_backward", "rescale"} <= shared
+    assert {"forward", "forward_grad", "adamix_backward", "rescale", "writes_gradient"} <= shared
     for name in ("forward", "forward_grad", "backward", "adamix_forward", "adamix_forward_grad", "adamix_backward",
-                 "linear_forward", "rescale", "unsupported"):  # fmt: skip
+                 "linear_forward", "rescale", "unsupported", "writes_gradient"):  # fmt: skip
         assert callable(getattr(cuda_impl, name))
 
 
@@ -104,34 +118,34 @@ OTHER = "cpu" if DEVICE == "cuda" else "meta"
 @pytest.mark.parametrize(
     ("message", "op", "arguments"),
     [
-        ("logits_a: got Double", "consistency_forward", (A.double(), B, None, True, "sum", None, None)),
-        ("logits_a: got shape", "consistency_forward", (SCALAR, B, None, True, "sum", None, None)),
-        ("logits_a: got shape", "consistency_forward", (A[:, :0], B[:, :0], None, True, "sum", None, None)),
-        ("logits_b: got Half", "consistency_forward", (A, B.half(), None, True, "sum", None, None)),
-        ("logits_b: got shape", "consistency_forward", (A, B[:1], None, True, "sum", None, None)),
-        ("logits_b: got another device", "consistency_forward", (A, B.to(OTHER), None, True, "sum", None, None)),
-        ("mask: got Long", "consistency_forward", (A, B, MASK.long(), True, "sum", None, None)),
-        (r"mask: got shape \(1,\)", "consistency_forward", (A, B, MASK[:1], True, "sum", None, None)),
-        ("reduction: got 'mean'", "consistency_forward", (A, B, None, True, "mean", None, None)),
-        ("reduction: got 'none'", "consistency_forward", (A, B, None, True, "none", A, None)),
-        ("da: got Half", "consistency_forward", (A, B, None, True, "sum", A.half(), None)),
-        ("db: got shape", "consistency_forward", (A, B, None, True, "sum", None, B[:1])),
-        ("grad: got Half", "consistency_backward", (SCALAR.half(), A, B, None, SCALES, SCALAR, True, A, B, False)),
-        ("grad: got shape", "consistency_backward", (STATS, A, B, None, SCALES, SCALAR, True, A, B, False)),
-        ("grad: got shape", "consistency_backward", (SCALES, A, B, None, SCALES, SCALAR, True, A, B, True)),
-        ("stats: got shape", "consistency_backward", (SCALAR, A, B, None, SCALES, SCALAR, True, A, B, False)),
-        ("scale: got shape", "consistency_backward", (SCALAR, A, B, None, LOGITS[:, :2], SCALES, True, A, B, False)),
-        ("logits: got shape", "adamix_forward", (A[:1], LABELS, None, None, *OPTIONS, None)),
-        ("labels: got Short", "adamix_forward", (LOGITS, LABELS.short(), None, None, *OPTIONS, None)),
-        ("labels: got shape", "adamix_forward", (LOGITS, LABELS[:1], None, None, *OPTIONS, None)),
-        ("labels: got another device", "adamix_forward", (LOGITS, LABELS.to(OTHER), None, None, *OPTIONS, None)),
-        ("num_items: got shape", "adamix_forward", (LOGITS, LABELS, None, LABELS, *OPTIONS, None)),
-        ("num_items: got Bool", "adamix_forward", (LOGITS, LABELS, None, MASK[0], *OPTIONS, None)),
-        ("d_logits: got shape", "adamix_forward", (LOGITS, LABELS, None, None, *OPTIONS, A)),
-        ("stats: got shape", "adamix_backward", (SCALAR, LOGITS, LABELS, None, A, SCALES, *OPTIONS, LOGITS, False)),
-        ("scales: got shape", "adamix_backward", (SCALAR, LOGITS, LABELS, None, STATS, A, *OPTIONS, LOGITS, False)),
+        ("logits_a: got Double", "consistency_forward", (A.double(), B, None, True, "sum", 1.0, None, None)),
+        ("logits_a: got shape", "consistency_forward", (SCALAR, B, None, True, "sum", 1.0, None, None)),
+        ("logits_a: got shape", "consistency_forward", (A[:, :0], B[:, :0], None, True, "sum", 1.0, None, None)),
+        ("logits_b: got Half", "consistency_forward", (A, B.half(), None, True, "sum", 1.0, None, None)),
+        ("logits_b: got shape", "consistency_forward", (A, B[:1], None, True, "sum", 1.0, None, None)),
+        ("logits_b: got another device", "consistency_forward", (A, B.to(OTHER), None, True, "sum", 1.0, None, None)),
+        ("mask: got Long", "consistency_forward", (A, B, MASK.long(), True, "sum", 1.0, None, None)),
+        (r"mask: got shape \(1,\)", "consistency_forward", (A, B, MASK[:1], True, "sum", 1.0, None, None)),
+        ("reduction: got 'mean'", "consistency_forward", (A, B, None, True, "mean", 1.0, None, None)),
+        ("reduction: got 'none'", "consistency_forward", (A, B, None, True, "none", 1.0, A, None)),
+        ("da: got Half", "consistency_forward", (A, B, None, True, "sum", 1.0, A.half(), None)),
+        ("db: got shape", "consistency_forward", (A, B, None, True, "sum", 1.0, None, B[:1])),
+        ("grad: got Half", "consistency_backward", (SCALAR.half(), A, B, None, SCALES, SCALAR, True, A, B, None)),
+        ("grad: got shape", "consistency_backward", (STATS, A, B, None, SCALES, SCALAR, True, A, B, None)),
+        ("grad: got shape", "consistency_backward", (SCALES, A, B, None, SCALES, SCALAR, True, A, B, 1.0)),
+        ("stats: got shape", "consistency_backward", (SCALAR, A, B, None, SCALES, SCALAR, True, A, B, None)),
+        ("scale: got shape", "consistency_backward", (SCALAR, A, B, None, LOGITS[:, :2], SCALES, True, A, B, None)),
+        ("logits: got shape", "adamix_forward", (A[:1], LABELS, None, None, *OPTIONS, 1.0, None)),
+        ("labels: got Short", "adamix_forward", (LOGITS, LABELS.short(), None, None, *OPTIONS, 1.0, None)),
+        ("labels: got shape", "adamix_forward", (LOGITS, LABELS[:1], None, None, *OPTIONS, 1.0, None)),
+        ("labels: got another device", "adamix_forward", (LOGITS, LABELS.to(OTHER), None, None, *OPTIONS, 1.0, None)),
+        ("num_items: got shape", "adamix_forward", (LOGITS, LABELS, None, LABELS, *OPTIONS, 1.0, None)),
+        ("num_items: got Bool", "adamix_forward", (LOGITS, LABELS, None, MASK[0], *OPTIONS, 1.0, None)),
+        ("d_logits: got shape", "adamix_forward", (LOGITS, LABELS, None, None, *OPTIONS, 1.0, A)),
+        ("stats: got shape", "adamix_backward", (SCALAR, LOGITS, LABELS, None, A, SCALES, *OPTIONS, LOGITS, None)),
+        ("scales: got shape", "adamix_backward", (SCALAR, LOGITS, LABELS, None, STATS, A, *OPTIONS, LOGITS, None)),
         ("d_logits: got Half", "adamix_backward",
-         (SCALAR, LOGITS, LABELS, None, STATS, SCALES, *OPTIONS, LOGITS.half(), False)),
+         (SCALAR, LOGITS, LABELS, None, STATS, SCALES, *OPTIONS, LOGITS.half(), None)),
         ("factors: got shape", "adamix_chunk", (LOGITS, LABELS, None, SCALAR, -100, 0.0, True, True)),
         ("gradient: got Double", "consistency_rescale", (A.double(), SCALAR)),
         ("factor: got shape", "consistency_rescale", (A, SCALES)),

@@ -20,7 +20,7 @@ if not ON_HOST:
 from cuda_losses import gradients, pretend, randn
 
 from adamix_kernels.functional import adamix_loss, consistency_loss
-from reliability.fuzz_cuda import launches
+from reliability.fuzz_cuda import launch_names
 
 _CSRC = Path(__file__).parent.parent / "csrc"
 SHARED, CARVEOUT = 8, 9  # of cudaFuncAttribute
@@ -83,14 +83,14 @@ CLASSES = 8200
 
 def launched(run):
     runtime_calls()
-    with launches() as kernels:
+    with launch_names() as kernels:
         run()
     return kernels, runtime_calls()
 
 
 @pytest.mark.parametrize(
     ("largest", "way"),
-    [(8, "pair_loss_kernel"), (4, "pair_loss_kernel"), (2, "pair_online_kernel"), (1, "pair_online_kernel")],
+    [(8, "consistency_cluster"), (4, "consistency_cluster"), (2, "consistency_tail"), (1, "consistency_tail")],
 )
 def test_a_cluster_that_no_slice_of_the_gpu_holds_is_not_launched(largest, way, monkeypatch):
     """20,000 bytes a block are enough for clusters of 4; where there are none the rows are read twice."""
@@ -113,10 +113,10 @@ def test_a_cluster_that_fails_to_launch_is_tried_once(monkeypatch):
     x, labels = randn(6, CLASSES).requires_grad_(), torch.tensor([3, 8199, -100])
     run = lambda backend: torch.autograd.grad(adamix_loss(x, labels, backend=backend).loss, x)[0]  # noqa: E731
     kernels, _ = launched(lambda: run("cuda"))
-    assert kernels[0] == "pair_loss_kernel"  # refused
-    assert "pair_online_kernel" in kernels
+    assert kernels[0] == "consistency_cluster"  # refused
+    assert "consistency_tail" in kernels
     again, calls = launched(lambda: run("cuda"))
-    assert again[0] == "pair_online_kernel"
+    assert again[0] == "consistency_tail"
     assert names(calls) <= EACH_LAUNCH
     torch.testing.assert_close(run("cuda"), run("reference"), rtol=1e-4, atol=1e-7)
 
@@ -129,4 +129,4 @@ def test_another_device_is_asked_for_itself(monkeypatch):
         pretend(monkeypatch, (90, 20_002))
         monkeypatch.setenv("ADAMIX_HOST_CLUSTER", largest)
         found += launched(lambda: consistency_loss(a, b, backend="cuda"))[0][:1]
-    assert found == ["pair_online_kernel", "pair_loss_kernel", "pair_online_kernel"]
+    assert found == ["consistency_tail", "consistency_cluster", "consistency_tail"]

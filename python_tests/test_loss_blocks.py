@@ -23,7 +23,7 @@ def test_blocks_cover_every_row_once_and_are_no_larger_than_asked(rows, pairs):
 def test_a_thread_has_a_row_however_long():
     cpu = torch.device("cpu")
     assert _blocks.pairs_at_once(2**20, cpu) == torch.get_num_threads()
-    assert _blocks.pairs_at_once(2**10, cpu) == 2**6 * torch.get_num_threads()
+    assert _blocks.pairs_at_once(2**10, cpu) == 2**7 * torch.get_num_threads()
     assert _blocks.pairs_at_once(2**10, torch.device("cuda")) == 2**16
 
 

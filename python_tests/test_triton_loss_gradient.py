@@ -17,14 +17,15 @@ from adamix_kernels.ops.consistency.triton_impl import plan
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 OPS = torch.ops.adamix_kernels
 ROWS = ["pair_rows_kernel", "pair_grad_kernel"]
+WIDE = ["pair_wide_kernel", "pair_wide_grad_kernel"]
 OPTIONS = (0.7, -100, 0.1, False)
-# (rows, classes): one program, few programs, many of them, parts of rows.
+# (rows, classes): one program, with one tile or some, many programs, rows of many steps.
 SHAPES = {
     "one": ((5,), 3),
     "few": ((2, 18), 100),
-    "many of 2": ((1100,), 2),
-    "many of 3": ((1100,), 3),
-    "parts": ((2,), 9001),
+    "many of 2": ((9000,), 2),
+    "many of 3": ((4400,), 3),
+    "wide": ((2,), 9001),
 }
 
 
@@ -46,25 +47,20 @@ def same(first, second):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_one_launch_forward(name, monkeypatch):
+def test_launches_of_a_forward(name):
     logits, labels, mask = case(name)
-    if name == "one":
-        # A program alone needs no ticket, which would be a fill.
-        monkeypatch.setattr(triton_impl, "_ticket", None)
-    forward = ["pair_parts_kernel" if name == "parts" else "pair_rows_kernel"]
-    with launches(triton_impl) as names:
-        adamix_loss(logits, labels, mask=mask, backend="triton")
-    assert names == forward
-    with launches(triton_impl) as names:
-        adamix_loss(logits.requires_grad_(), labels, mask=mask, backend="triton")
-    assert names == forward + ["pair_grad_kernel"] * (name == "parts")
-    with launches(triton_impl) as names:
-        adamix_loss(logits.half(), labels, mask=mask, backend="triton")
-    assert names == forward
+    forward = ["pair_wide_kernel" if name == "wide" else "pair_rows_kernel"]
+    if name not in ("one", "few"):
+        forward = ["pair_count_kernel", *forward]
+    for given in (logits, logits.detach().requires_grad_(), logits.half()):
+        with launches(triton_impl) as names:
+            adamix_loss(given, labels, mask=mask, backend="triton")
+        assert names == forward
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("many of 3", torch.bfloat16), ("few", torch.float32), ("parts", torch.bfloat16)]
+    ("name", "dtype"),
+    [("many of 3", torch.bfloat16), ("few", torch.float32), ("wide", torch.bfloat16), ("wide", torch.float32)],
 )
 def test_it_has_the_bits_of_the_two_steps_and_is_handed_over_once(name, dtype):
     logits, labels, mask = case(name, dtype)
@@ -83,43 +79,66 @@ def test_it_has_the_bits_of_the_two_steps_and_is_handed_over_once(name, dtype):
         assert torch.equal(second, want)
 
 
-def test_a_gradient_of_one_leaves_it_alone():
-    logits, labels, mask = case("few")
+@pytest.mark.parametrize("name", ["few", "wide"])
+def test_the_expected_gradient_leaves_it_alone(name):
+    logits, labels, mask = case(name)
     stats = OPS.adamix_loss(logits, labels, mask, None, *OPTIONS, "triton")[3:]
-    for grad in (1.0, 1.0000001, 0.0):
+    for expected, grad in ((1.0, 1.0), (1.0, 1.0000001), (1.0, 0.0), (0.1, 0.1), (0.1, 1.0), (None, 1.0)):
         grad = torch.tensor(grad, device=DEVICE)
         marked = torch.full_like(logits, 7.0)
-        OPS.adamix_loss_correct(grad, logits, labels, mask, *stats, *OPTIONS, marked, "triton")
+        triton_impl.adamix_backward(grad, logits, labels, mask, *stats, *OPTIONS, marked, expected)
         want = OPS.adamix_loss_backward(grad, logits, labels, mask, *stats, *OPTIONS, "triton")
-        assert torch.equal(marked, torch.full_like(logits, 7.0) if grad == 1 else want)
+        alone = expected is not None and grad == expected
+        assert torch.equal(marked, torch.full_like(logits, 7.0) if alone else want)
+        over = logits.clone()
+        triton_impl.adamix_backward(grad, over, labels, mask, *stats, *OPTIONS, over, expected)
+        assert torch.equal(over, logits if alone else want)
+    for factor in (1.0, 0.5, 0.0):
         marked = torch.full_like(logits, 7.0)
-        OPS.loss_rescale(marked, grad, "triton")
-        assert torch.equal(marked, 7.0 * grad.expand_as(logits))
+        triton_impl.rescale(marked, torch.tensor(factor, device=DEVICE))
+        assert torch.equal(marked, torch.full_like(marked, 7.0 * factor))
     marked = torch.tensor([float("nan"), 1.0], device=DEVICE)
-    OPS.loss_rescale(marked, torch.tensor(1.0, device=DEVICE), "triton")
+    triton_impl.rescale(marked, torch.tensor(1.0, device=DEVICE))
     assert marked[0].isnan()
 
 
-def test_counting_first_and_a_small_grid_change_no_bit(monkeypatch):
-    logits, labels, mask = case("many of 3")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["few", "wide"])
+def test_a_gradient_for_what_is_expected_has_the_bits_of_the_two_steps(name, dtype):
+    logits, labels, mask = case(name, dtype)
+    *_, stats, scales = OPS.adamix_loss(logits, labels, mask, None, *OPTIONS, "triton")
+    expected = 1024.0 if dtype == torch.float16 else 0.1
+    grad = torch.tensor(expected, device=DEVICE)
+    want = OPS.adamix_loss_backward(grad, logits, labels, mask, stats, scales, *OPTIONS, "triton")
+    for into in (torch.empty_like(logits), logits):
+        triton_impl.adamix_forward_grad(logits, labels, mask, None, *OPTIONS, expected, into)
+        assert torch.equal(into, want)
+
+
+@pytest.mark.parametrize("name", ["many of 3", "few", "wide"])
+def test_the_number_of_programs_changes_no_bit(name, monkeypatch):
+    logits, labels, mask = case(name)
     want, scaled = run(logits, labels, mask), run(logits, labels, mask, grad=-2.0)
     items = int((mask & (labels != -100)).sum())
-    with monkeypatch.context() as patch, launches(triton_impl) as names, poisoned_memory():
-        patch.setattr(plan, "MAX_COUNTED", 0)
-        assert same(run(logits, labels, mask), want)
-        given = run(logits, labels, mask, num_items=items)
-    assert names == ["pair_count_kernel", *ROWS, *ROWS]
+    given = run(logits, labels, mask, num_items=items)
     for patched in (triton_impl, plan):
         monkeypatch.setattr(patched, "GRID", 2)
-    assert same(run(logits, labels, mask), want)
-    assert same(run(logits, labels, mask, grad=-2.0), scaled)
-    assert same(run(logits, labels, mask, num_items=torch.tensor(items, device=DEVICE)), given)
+    monkeypatch.setattr(plan, "PROCESSORS", 1)
+    plan._processors.cache_clear()
+    with poisoned_memory():
+        assert same(run(logits, labels, mask), want)
+        assert same(run(logits, labels, mask, grad=-2.0), scaled)
+        assert same(run(logits, labels, mask, num_items=torch.tensor(items, device=DEVICE)), given)
+    plan._processors.cache_clear()
 
 
-@pytest.mark.parametrize(("name", "reduction", "scale"), [("few", "batchmean", 2.5), ("parts", "sum", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "reduction", "scale"), [("few", "batchmean", 2.5), ("wide", "sum", 1.0), ("wide", "batchmean", 2.5)]
+)
 def test_only_the_wanted_gradient_of_a_pair_is_written(name, reduction, scale):
     logits, _, mask = case(name)
-    a, b = logits.chunk(2)
+    # Rows that begin at other places between 16-byte boundaries are summed up in another order.
+    a, b = (t.clone() for t in logits.chunk(2))
     loss = lambda a, b: consistency_loss(a, b, mask=mask, detach_target=False, reduction=reduction, backend="triton")  # noqa: E731
     x, y = a.clone().requires_grad_(), b.clone().requires_grad_()
     wanted = torch.autograd.grad(loss(x, y) * scale, (x, y))
@@ -177,34 +196,46 @@ def test_tracing_and_float16_take_two_steps(monkeypatch):
         run(logits, labels, mask)
 
 
-def test_the_largest_vocabulary(monkeypatch):
+def test_the_largest_vocabulary():
     logits = torch.randn(2, 262144, device=DEVICE) * 3
     labels = torch.tensor([262143], device=DEVICE)
     wide = logits.double().requires_grad_()
     exact = adamix_loss(wide, labels, backend="reference")
     (wanted,) = torch.autograd.grad(exact.loss, wide)
-    for programs in (plan.PROGRAMS, 1):
-        monkeypatch.setattr(plan, "PROGRAMS", programs)
-        leaf = logits.detach().requires_grad_()
-        out = adamix_loss(leaf, labels, backend="triton")
-        torch.testing.assert_close(tuple(t.double() for t in out), tuple(exact), rtol=1e-5, atol=0)
-        (grad,) = torch.autograd.grad(out.loss, leaf)
-        torch.testing.assert_close(grad.double(), wanted, rtol=1e-4, atol=1e-9)
+    leaf = logits.detach().requires_grad_()
+    out = adamix_loss(leaf, labels, backend="triton")
+    torch.testing.assert_close(tuple(t.double() for t in out), tuple(exact), rtol=1e-5, atol=0)
+    (grad,) = torch.autograd.grad(out.loss, leaf)
+    torch.testing.assert_close(grad.double(), wanted, rtol=1e-4, atol=1e-9)
 
 
-def test_opcheck():
-    backend = "triton"
-    logits, labels, mask = case("few", torch.bfloat16)
-    a, b = logits.chunk(2)
-    into, one = torch.empty_like, torch.tensor(2.0, device=DEVICE)
-    stats = OPS.adamix_loss(logits, labels, mask, None, *OPTIONS, backend)[3:]
-    _, pair_stats, scale = OPS.consistency(a, b, mask, True, "sum", backend)
-    calls = [
-        (OPS.adamix_loss_grad, (logits, labels, mask, None, *OPTIONS, into(logits), backend)),
-        (OPS.adamix_loss_correct, (one, logits, labels, mask, *stats, *OPTIONS, into(logits), backend)),
-        (OPS.consistency_grad, (a, b, mask, False, "batchmean", into(a), None, backend)),
-        (OPS.consistency_correct, (one, a, b, mask, pair_stats, scale, True, into(a), into(b), backend)),
-        (OPS.loss_rescale, (torch.ones_like(logits), one, backend)),
-    ]
-    for op, arguments in calls:
-        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("kind", ["masked", "lowest", "lowest in front", "highest", "all lowest"])
+def test_rows_that_cannot_be_told_in_powers_of_two(kind, detach, dtype):
+    """In 16 bits rows are read in powers of two; -inf, or the dtype's ends, as masks have them, are not, or not all."""
+    logits = (torch.randn(6, 9001) * 2).to(dtype).to(DEVICE)
+    end = torch.finfo(dtype)
+    if kind == "masked":
+        logits[:, 3000:3300] = -torch.inf
+    elif kind == "lowest":
+        logits[:, ::2] = end.min
+    elif kind == "lowest in front":
+        logits[:, :8000] = end.min
+    elif kind == "highest":
+        logits[:, 17] = end.max
+    else:
+        logits[:] = end.min
+    labels = torch.tensor([17] * 3 if kind == "highest" else [9000, 8999, 8001], device=DEVICE)
+
+    def both(x, backend):
+        leaf = x.detach().requires_grad_()
+        out = adamix_loss(leaf, labels, detach_target=detach, backend=backend)
+        return *(t.detach() for t in out), *torch.autograd.grad(out.loss, leaf)
+
+    found, wanted = both(logits, "triton"), both(logits.float(), "reference")
+    assert all(t.isfinite().all() for t in wanted)
+    for result, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(
+            result.float(), want, rtol=3 * end.eps, atol=1e-6 + 3 * end.eps * want.abs().max().item()
+        )

@@ -104,7 +104,10 @@ def _groups() -> list[Group]:
         Group("merge_lora", merges.merge_lora_cases(dtypes, sizes), ("merge_lora_kernel",)),
         Group("consistency_loss", losses.consistency_cases(dtypes, sizes), ("pair_rows_kernel", "pair_grad_kernel")),
         Group("adamix_loss", losses.adamix_cases(dtypes, sizes), ("pair_rows_kernel",)),
-        Group("adamix_loss, classes in parts", losses.adamix_cases(dtypes, sizes), ("pair_parts_kernel",), _parts),
+        Group(
+            "adamix_loss, many classes", losses.adamix_cases(dtypes, sizes),
+            ("pair_wide_kernel", "pair_wide_grad_kernel"), _wide,
+        ),
         Group("adamix_loss, rows counted first", losses.adamix_cases(dtypes, sizes), ("pair_count_kernel",), _counted),
         Group("linear_adamix_loss", losses.linear_cases(dtypes, sizes), ("pair_rows_kernel",)),
     ]  # fmt: skip
@@ -126,10 +129,12 @@ def _lora_planes():
     return all_of(mock.patch.object(plan, "config", config), mock.patch.object(plan, "MIN_TILES", 1))
 
 
-def _parts():
-    """Tiles of 8 classes: more are in parts."""
-    return mock.patch.object(_plan("consistency"), "CHUNK", 8)
+def _wide():
+    """More than 8 classes are many."""
+    plan, package = _plan("consistency"), importlib.import_module("adamix_kernels.ops.consistency.triton_impl")
+    return all_of(*(mock.patch.object(module, "FEW", 8) for module in (plan, package)))
 
 
 def _counted():
-    return mock.patch.object(_plan("consistency"), "MAX_COUNTED", 0)
+    plan = _plan("consistency")
+    return all_of(mock.patch.object(plan, "ALONE", 0), mock.patch.object(plan, "TILE", 2))

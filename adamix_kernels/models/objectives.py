@@ -101,6 +101,7 @@ class Objective:
         label_smoothing: float = 0.0,
         num_items: int | torch.Tensor | None = None,
         fuse_head: bool = True,
+        expected_grad: float | None = None,
         autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> tuple[AdaMixLossOutput, Any]:
         """One forward of `network` (the model or its DDP wrapper), and the loss.
@@ -109,6 +110,7 @@ class Objective:
             inputs: of prepare(), doubled if `doubled`. labels: [B, ...], never doubled.
             num_items: replaces the number of terms of the mean, as counted over targets().
             fuse_head: a language model may go without its logits. autocast: the context for that head.
+            expected_grad: the gradient that will come in to the loss, as adamix_loss takes it.
 
         Returns (losses, the model's outputs).
         """
@@ -137,7 +139,15 @@ class Objective:
             labels = labels.to(torch.float32).view(labels.shape[0], *logits.shape[1:])
         if not doubled:
             return _single_pass(logits, labels, label_smoothing, num_items), outputs
-        return adamix_loss(logits, labels, weight=weight, label_smoothing=label_smoothing, num_items=num_items), outputs
+        result = adamix_loss(
+            logits,
+            labels,
+            weight=weight,
+            label_smoothing=label_smoothing,
+            num_items=num_items,
+            expected_grad=expected_grad,
+        )
+        return result, outputs
 
     def _problem(self, labels: torch.Tensor) -> str:
         """problem_type, by transformers' own rule where the configuration leaves it open."""

@@ -64,6 +64,7 @@ class AdaMixTrainerMixin(CheckpointMixin):
     _counts_targets = False
     _component_sums: torch.Tensor | None = None
     _summed_from = 0
+    _loss_scale, _scaled_at = 1.0, -1
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("compute_loss_func") is not None:
@@ -116,6 +117,10 @@ class AdaMixTrainerMixin(CheckpointMixin):
         batch = find_batch_size(labels)
         doubled = self._passes() == 2
         inputs = objective.prepare(inputs, labels)
+        processes = 1
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The targets of all processes were counted, and the gradients will be averaged over them.
+            processes = self.accelerator.num_processes // self.get_tp_size()
         result, outputs = objective.loss(
             model,
             double_batch(inputs, batch) if doubled else inputs,
@@ -126,14 +131,13 @@ class AdaMixTrainerMixin(CheckpointMixin):
             num_items=num_items_in_batch,
             # Under FSDP the head's weight is whole only inside the model's forward.
             fuse_head=not return_outputs and not self.is_fsdp_enabled,
+            expected_grad=self._expected_grad(processes),
             autocast=self.accelerator.autocast,
         )
         if checking():
             check_loss(result)
         loss, components = result.loss, torch.stack([result.cross_entropy, result.consistency]).detach()
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # The targets of all processes were counted, and the gradients will be averaged over them.
-            processes = self.accelerator.num_processes // self.get_tp_size()
+        if processes > 1:
             loss, components = loss * processes, components * processes
         if self._component_sums is None:
             self._component_sums, self._summed_from = torch.zeros_like(components), self.state.global_step
@@ -189,6 +193,13 @@ class AdaMixTrainerMixin(CheckpointMixin):
         if state.router.passes not in (1, 2):
             raise ValueError(f"router.passes: got {state.router.passes}, expected 1 or 2")
         return state.router.passes
+
+    def _expected_grad(self, processes: int) -> float:
+        """What accelerate's backward will send into the loss; the scaler, on a GPU, is asked once an update."""
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and self._scaled_at != self.state.global_step:
+            self._loss_scale, self._scaled_at = float(scaler.get_scale()), self.state.global_step
+        return self._loss_scale * processes / int(self.accelerator.gradient_accumulation_steps)
 
     @contextlib.contextmanager
     def _own_normalisation(self) -> Iterator[None]:

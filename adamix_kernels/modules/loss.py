@@ -45,8 +45,12 @@ class AdaMixLoss(nn.Module):
         labels: torch.Tensor,
         mask: torch.Tensor | None = None,
         num_items: int | torch.Tensor | None = None,
+        expected_grad: float | None = None,
     ) -> AdaMixLossOutput:
-        """logits [2B, ..., V] (pass 1, then pass 2), labels and mask [B, ...] -> (loss, cross_entropy, consistency)."""
+        """logits [2B, ..., V] (pass 1, then pass 2), labels and mask [B, ...] -> (loss, cross_entropy, consistency).
+
+        expected_grad: the gradient that will come in to the loss, such as the loss scale / accumulation steps.
+        """
         return adamix_loss(
             logits,
             labels,
@@ -57,6 +61,7 @@ class AdaMixLoss(nn.Module):
             num_items=num_items,
             detach_target=self.detach_target,
             inplace=self.inplace,
+            expected_grad=expected_grad,
             backend=self.backend,
         )
 

@@ -59,6 +59,17 @@ def below_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:
         return op(*args)
 
 
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator of that name, which costs nothing where no graph of the backward is made."""
+    refusing = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        return refusing(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return run
+
+
 def as_base(t: torch.Tensor) -> torch.Tensor:
     """`t` as a tensor of its own, its memory not copied, for a Function to return.
 

@@ -29,29 +29,36 @@ ADAMIX_DEVICE int cluster_size() {
 #endif
 }
 
-// A barrier of all threads of the cluster's blocks; what they wrote to shared memory is visible to all after it.
-ADAMIX_DEVICE void cluster_barrier() {
+// A barrier of all threads of the cluster's blocks, in two halves: what they wrote to shared memory before the first is
+// visible to all after the second.
+ADAMIX_DEVICE void cluster_arrive() {
+#if !defined(ADAMIX_HOST) && ADAMIX_ARCH >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+ADAMIX_DEVICE void cluster_wait() {
 #if defined(ADAMIX_HOST)
   host::cluster_barrier();
 #elif ADAMIX_ARCH >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __syncthreads();
 #endif
 }
 
-// The same array of shared memory in the cluster's block `rank`, which must have taken it and not be through yet.
-template <typename T>
-ADAMIX_DEVICE const T* cluster_peer(T* shared, int rank) {
+// *at = value in the shared memory of the cluster's block `rank`, which must run: a barrier after its start, and none
+// of its own after its end.
+ADAMIX_DEVICE void cluster_store(float* at, int rank, float value) {
 #if defined(ADAMIX_HOST)
-  return static_cast<const T*>(host::cluster_peer(shared, rank));
+  *static_cast<float*>(host::cluster_peer(at, rank)) = value;
 #elif ADAMIX_ARCH >= 900
-  uint64_t address;
-  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(shared), "r"(rank));
-  return reinterpret_cast<const T*>(address);
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(at));
+  asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 #else
   (void)rank;
-  return shared;
+  *at = value;
 #endif
 }
 

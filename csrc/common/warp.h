@@ -37,6 +37,19 @@ ADAMIX_DEVICE Value shuffle_xor(Value value, int distance) {
   return bits.value;
 }
 
+// The value of `lane`. All lanes call.
+template <typename Value>
+ADAMIX_DEVICE Value shuffle_from(Value value, int lane) {
+  static_assert(sizeof(Value) % 4 == 0, "whole words");
+  union {
+    Value value;
+    uint32_t words[sizeof(Value) / 4];
+  } bits{value};
+#pragma unroll
+  for (uint32_t& word : bits.words) word = __shfl_sync(0xffffffffu, word, lane);
+  return bits.value;
+}
+
 // combine over the values of each `Lanes` neighbouring lanes; every one of them gets the result. All lanes call.
 template <int Lanes = 32, typename Value, typename Combine>
 ADAMIX_DEVICE Value warp_reduce(Value value, Combine combine) {

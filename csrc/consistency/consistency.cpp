@@ -4,87 +4,12 @@
 #include <algorithm>
 
 #include "common/scalar_checks.h"
+#include "consistency/pair_arguments.h"
 #include "consistency/row_tensors.h"
 #include "registration.h"
 
 namespace adamix {
 namespace {
-
-// Both passes' rows: `skip` outer rows of `second` come before its first.
-struct Pairs {
-  Tensor first, second;
-  int64_t skip;
-  int rows, classes;
-  OptionalTensor labels, mask, items;
-};
-
-int row_count(const char* name, const std::vector<int64_t>& leading) {
-  int64_t rows = 1;
-  for (int64_t size : leading) rows *= size;
-  if (rows > (int64_t{1} << 31) - (1 << 16)) fail(name, std::to_string(rows) + " rows", "fewer than 2^31 - 2^16");
-  return static_cast<int>(rows);
-}
-
-void check_classes(const char* name, const Tensor& logits, const char* layout) {
-  check_dtype(name, logits);
-  if (logits.dim() < 1 || logits.size(logits.dim() - 1) < 1) fail(name, shape_text(logits), layout);
-}
-
-void check_mask(const OptionalTensor& mask, const std::vector<int64_t>& leading, const char* like_name,
-                const Tensor& like) {
-  if (!mask.has_value()) return;
-  if (mask->scalar_type() != ScalarType::Bool) {
-    fail("mask", torch::headeronly::toString(mask->scalar_type()), "Bool");
-  }
-  check_same_device("mask", *mask, like_name, like);
-  check_sizes("mask", *mask, "one value a row", leading);
-}
-
-void check_float(const char* name, const Tensor& tensor, const char* like_name, const Tensor& like, const char* layout,
-                 const std::vector<int64_t>& sizes) {
-  if (tensor.scalar_type() != ScalarType::Float) {
-    fail(name, torch::headeronly::toString(tensor.scalar_type()), "Float");
-  }
-  check_same_device(name, tensor, like_name, like);
-  check_sizes(name, tensor, layout, sizes);
-}
-
-void check_gradient(const char* name, const OptionalTensor& gradient, const char* like_name, const Tensor& like) {
-  if (!gradient.has_value()) return;
-  check_like(name, *gradient, like_name, like);
-  auto sizes = like.sizes();
-  check_sizes(name, *gradient, "the shape of the logits", std::vector<int64_t>(sizes.begin(), sizes.end()));
-}
-
-Pairs check_pair(const Tensor& logits_a, const Tensor& logits_b, const OptionalTensor& mask) {
-  check_classes("logits_a", logits_a, "[..., V] with V >= 1");
-  check_gradient("logits_b", logits_b, "logits_a", logits_a);
-  std::vector<int64_t> leading = leading_sizes(logits_a);
-  check_mask(mask, leading, "logits_a", logits_a);
-  int classes = check_int("V", logits_a.size(logits_a.dim() - 1));
-  return {logits_a, logits_b, 0, row_count("logits_a", leading), classes, std::nullopt, mask, std::nullopt};
-}
-
-Pairs check_doubled(const Tensor& logits, const Tensor& labels, const OptionalTensor& mask,
-                    const OptionalTensor& num_items) {
-  check_classes("logits", logits, "[2B, ..., V] with V >= 1");
-  if (logits.dim() < 2 || logits.size(0) % 2 != 0) fail("logits", shape_text(logits), "[2B, ..., V]");
-  std::vector<int64_t> leading = leading_sizes(logits);
-  leading[0] /= 2;
-  if (labels.scalar_type() != ScalarType::Int && labels.scalar_type() != ScalarType::Long) {
-    fail("labels", torch::headeronly::toString(labels.scalar_type()), "Int or Long");
-  }
-  check_same_device("labels", labels, "logits", logits);
-  check_sizes("labels", labels, "one class a row of the first pass", leading);
-  check_mask(mask, leading, "logits", logits);
-  if (num_items.has_value()) {
-    check_kind("num_items", *num_items, true);
-    check_same_device("num_items", *num_items, "logits", logits);
-    check_sizes("num_items", *num_items, "[]", {});
-  }
-  int classes = check_int("V", logits.size(logits.dim() - 1));
-  return {logits, logits, leading[0], row_count("logits", leading), classes, labels, mask, num_items};
-}
 
 struct Options {
   double weight, smoothing;
@@ -106,56 +31,55 @@ PairSums sums_of(Pairs& pairs, const Options& options, bool mean) {
   return sums;
 }
 
-// Where a forward's results go; sums has the scalars.
+// Where a forward's results go, sums has the scalars; and the gradient that its own are written for.
 struct Results {
   PairSums sums;
   float* stats;
   float* row_losses;
+  double expected;
 };
 
 // What a plan needs beside the arguments, and its launches.
 template <typename T>
 void launch_forward(const Pairs& pairs, PairSums sums, PairLoss<T> params, const PairPlan& plan, const Device& device) {
-  int groups = plan.groups * std::max(plan.splits, 1);
   bool gradients = params.da.data != nullptr || params.db.data != nullptr;
-  OptionalTensor partial, parts;
-  if (groups > 1 && (sums.loss != nullptr || sums.sums != nullptr)) {
-    partial = allocate(pairs.first, {2, groups}, ScalarType::Float);
-    sums.partial = data<float>(partial), sums.parts = groups;
-  }
-  if (plan.splits > 1) {
-    parts = allocate(pairs.first, {plan.splits, kPairParts, pairs.rows}, ScalarType::Float);
-    params.parts = data<float>(parts);
-  }
-  bool unknown = sums.mean && sums.known == nullptr && sums.items == Kind::kNone &&
-                 (sums.labels.data != nullptr || sums.mask.data != nullptr);
-  if (gradients && unknown && static_cast<int64_t>(pairs.rows) * groups > kPairCounted) {
-    launch_pair_count(sums, device);
-    sums.known = sums.scales;
+  OptionalTensor partial;
+  if (plan.groups > 1 && (sums.loss != nullptr || sums.sums != nullptr)) {
+    partial = allocate(pairs.first, {2, plan.groups}, ScalarType::Float);
+    sums.partial = data<float>(partial), sums.parts = plan.groups;
   }
   params.sums = sums;
-  params.counts = gradients || groups == 1;
+  params.counts = gradients || plan.groups == 1;
   launch_pair_loss(params, plan, device);
-  if (groups != 1) launch_pair_finish(sums, device);
+  if (plan.groups == 1) return;
+  if (gradients) sums.known = sums.known == nullptr ? sums.scales : sums.known;
+  launch_pair_finish(sums, device);
+}
+
+template <typename Params>
+void set_pairs(Params& params, Pairs& pairs, const Options& options) {
+  using T = typename Params::Element;
+  params.a = pair_rows<const T>(pairs.first, 0);
+  params.b = pair_rows<const T>(pairs.second, pairs.skip);
+  params.smoothing = static_cast<float>(options.smoothing);
+  params.rest = params.smoothing / static_cast<float>(pairs.classes);
+  params.classes = pairs.classes;
+  params.full = options.full;
 }
 
 void run_forward(Pairs& pairs, const Options& options, Results results, const Target& da, const Target& db,
-                 int64_t gradient_skip, const Device& device) {
+                 const Device& device) {
   pairs.first = with_rows(pairs.first);
   pairs.second = pairs.skip > 0 ? pairs.first : with_rows(pairs.second);
   dispatch(check_dtype("logits", pairs.first), [&](auto type) {
     using T = typename decltype(type)::type;
     PairLoss<T> params{};
-    params.a = pair_rows<const T>(pairs.first, 0);
-    params.b = pair_rows<const T>(pairs.second, pairs.skip);
+    set_pairs(params, pairs, options);
     params.da = da.template rows<T>();
-    params.db = db.template rows<T>(gradient_skip);
+    params.db = db.template rows<T>(pairs.skip);
     params.stats = results.stats;
     params.row_losses = results.row_losses;
-    params.smoothing = static_cast<float>(options.smoothing);
-    params.rest = params.smoothing / static_cast<float>(pairs.classes);
-    params.classes = pairs.classes;
-    params.full = options.full;
+    params.expected = static_cast<float>(results.expected);
     for (;;) {
       PairPlan plan = plan_pairs(pairs.rows, pairs.classes, sizeof(T), device, largest_pair_cluster<T>(device));
       try {
@@ -168,25 +92,20 @@ void run_forward(Pairs& pairs, const Options& options, Results results, const Ta
 }
 
 void run_backward(Pairs& pairs, const Options& options, OptionalTensor grad, const Tensor& stats, const Tensor& scales,
-                  bool correct, const Target& da, const Target& db, int64_t gradient_skip, const Device& device) {
+                  std::optional<double> expected, const Target& da, const Target& db, const Device& device) {
   pairs.first = with_rows(pairs.first);
   pairs.second = pairs.skip > 0 ? pairs.first : with_rows(pairs.second);
   dispatch(check_dtype("logits", pairs.first), [&](auto type) {
     using T = typename decltype(type)::type;
     PairGrad<T> params{};
-    params.a = pair_rows<const T>(pairs.first, 0);
-    params.b = pair_rows<const T>(pairs.second, pairs.skip);
+    set_pairs(params, pairs, options);
     params.da = da.template rows<T>();
-    params.db = db.template rows<T>(gradient_skip);
+    params.db = db.template rows<T>(pairs.skip);
     params.sums = sums_of(pairs, options, true);
     params.grad = per_row<float>(grad);
     params.stats = data<const float>(stats);
     params.scales = data<const float>(scales);
-    params.smoothing = static_cast<float>(options.smoothing);
-    params.rest = params.smoothing / static_cast<float>(pairs.classes);
-    params.classes = pairs.classes;
-    params.full = options.full;
-    params.correct = correct;
+    if (expected.has_value()) params.one = params.grad.data, params.expected = static_cast<float>(*expected);
     launch_pair_grad(params, device);
   });
 }
@@ -196,13 +115,11 @@ std::vector<int64_t> with_first(int64_t first, std::vector<int64_t> rest) {
   return rest;
 }
 
-bool is_half(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Half; }
-
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> consistency_forward(Tensor logits_a, Tensor logits_b, OptionalTensor mask,
-                                                               bool detach_target, std::string reduction,
-                                                               OptionalTensor da, OptionalTensor db) {
+std::tuple<Tensor, Tensor, Tensor> consistency_forward(Tensor logits_a, Tensor logits_b, OptionalTensor mask,
+                                                       bool detach_target, std::string reduction, double expected,
+                                                       OptionalTensor da, OptionalTensor db) {
   Pairs pairs = check_pair(logits_a, logits_b, mask);
   check_gradient("da", da, "logits_a", logits_a);
   check_gradient("db", db, "logits_a", logits_a);
@@ -216,27 +133,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> consistency_forward(Tensor logits_a, 
   std::vector<int64_t> leading = leading_sizes(logits_a);
   Tensor stats = allocate(logits_a, with_first(detach_target ? 4 : 6, leading), ScalarType::Float);
   Tensor loss = allocate(logits_a, none ? leading : std::vector<int64_t>{}, ScalarType::Float);
-  Tensor scale = allocate(logits_a, {}, ScalarType::Float), factor = allocate(logits_a, {}, ScalarType::Float);
+  Tensor scale = allocate(logits_a, {}, ScalarType::Float);
   Options options{1.0, 0.0, 0, !detach_target};
   Results results{sums_of(pairs, options, reduction == "batchmean"), data<float>(stats),
-                  none ? data<float>(loss) : nullptr};
-  results.sums.held = is_half(logits_a);
-  results.sums.scales = data<float>(scale), results.sums.factor = data<float>(factor);
+                  none ? data<float>(loss) : nullptr, expected};
+  results.sums.scales = data<float>(scale);
   if (!none) results.sums.loss = data<float>(loss);
   Target to_a(da), to_b(db);
   DeviceScope scope(device);
-  run_forward(pairs, options, results, to_a, to_b, 0, device);
+  run_forward(pairs, options, results, to_a, to_b, device);
   to_a.put_back(), to_b.put_back();
-  return {loss, stats, scale, factor};
+  return {loss, stats, scale};
 }
 
 void consistency_backward(Tensor grad, Tensor logits_a, Tensor logits_b, OptionalTensor mask, Tensor stats,
-                          Tensor scale, bool detach_target, OptionalTensor da, OptionalTensor db, bool correct) {
+                          Tensor scale, bool detach_target, OptionalTensor da, OptionalTensor db,
+                          std::optional<double> expected) {
   Pairs pairs = check_pair(logits_a, logits_b, mask);
   std::vector<int64_t> leading = leading_sizes(logits_a);
   check_float("grad", grad, "logits_a", logits_a, "[], or one value a row",
               grad.dim() == 0 ? std::vector<int64_t>{} : leading);
-  if (correct && grad.dim() != 0) fail("grad", shape_text(grad), "[], as da and db hold the gradients for 1");
+  if (expected.has_value() && grad.dim() != 0) fail("grad", shape_text(grad), "[], as one gradient is expected");
   check_float("stats", stats, "logits_a", logits_a, "[4 or 6, ...]", with_first(detach_target ? 4 : 6, leading));
   check_float("scale", scale, "logits_a", logits_a, "[]", {});
   check_gradient("da", da, "logits_a", logits_a);
@@ -245,39 +162,38 @@ void consistency_backward(Tensor grad, Tensor logits_a, Tensor logits_b, Optiona
   Target to_a(da), to_b(db);
   DeviceScope scope(device);
   stats = as_contiguous(stats);
-  run_backward(pairs, {1.0, 0.0, 0, !detach_target}, grad, stats, scale, correct, to_a, to_b, 0, device);
+  run_backward(pairs, {1.0, 0.0, 0, !detach_target}, grad, stats, scale, expected, to_a, to_b, device);
   to_a.put_back(), to_b.put_back();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adamix_forward(Tensor logits, Tensor labels,
-                                                                          OptionalTensor mask, OptionalTensor num_items,
-                                                                          double weight, int64_t ignore_index,
-                                                                          double label_smoothing, bool detach_target,
-                                                                          OptionalTensor d_logits) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adamix_forward(Tensor logits, Tensor labels, OptionalTensor mask,
+                                                                  OptionalTensor num_items, double weight,
+                                                                  int64_t ignore_index, double label_smoothing,
+                                                                  bool detach_target, double expected,
+                                                                  OptionalTensor d_logits) {
   Pairs pairs = check_doubled(logits, labels, mask, num_items);
   check_gradient("d_logits", d_logits, "logits", logits);
   Device device = check_device("logits", logits);
 
   Tensor stats = allocate(logits, with_first(detach_target ? 2 : 3, leading_sizes(logits)), ScalarType::Float);
   auto scalar = [&] { return allocate(logits, {}, ScalarType::Float); };
-  Tensor loss = scalar(), cross_entropy = scalar(), consistency = scalar(), factor = scalar();
+  Tensor loss = scalar(), cross_entropy = scalar(), consistency = scalar();
   Tensor scales = allocate(logits, {2}, ScalarType::Float);
   Options options{weight, label_smoothing, ignore_index, !detach_target};
-  Results results{sums_of(pairs, options, true), data<float>(stats), nullptr};
-  results.sums.held = is_half(logits);
-  results.sums.scales = data<float>(scales), results.sums.factor = data<float>(factor);
+  Results results{sums_of(pairs, options, true), data<float>(stats), nullptr, expected};
+  results.sums.scales = data<float>(scales);
   results.sums.loss = data<float>(loss), results.sums.cross_entropy = data<float>(cross_entropy);
   results.sums.consistency = data<float>(consistency);
   Target to(d_logits);
   DeviceScope scope(device);
-  run_forward(pairs, options, results, to, to, pairs.skip, device);
+  run_forward(pairs, options, results, to, to, device);
   to.put_back();
-  return {loss, cross_entropy, consistency, stats, scales, factor};
+  return {loss, cross_entropy, consistency, stats, scales};
 }
 
 void adamix_backward(Tensor grad, Tensor logits, Tensor labels, OptionalTensor mask, Tensor stats, Tensor scales,
                      double weight, int64_t ignore_index, double label_smoothing, bool detach_target, Tensor d_logits,
-                     bool correct) {
+                     std::optional<double> expected) {
   Pairs pairs = check_doubled(logits, labels, mask, std::nullopt);
   check_float("grad", grad, "logits", logits, "[]", {});
   check_float("stats", stats, "logits", logits, "[2 or 3, 2B, ...]",
@@ -288,8 +204,8 @@ void adamix_backward(Tensor grad, Tensor logits, Tensor labels, OptionalTensor m
   Target to(d_logits);
   DeviceScope scope(device);
   stats = as_contiguous(stats), scales = as_contiguous(scales);
-  run_backward(pairs, {weight, label_smoothing, ignore_index, !detach_target}, grad, stats, scales, correct, to, to,
-               pairs.skip, device);
+  run_backward(pairs, {weight, label_smoothing, ignore_index, !detach_target}, grad, stats, scales, expected, to, to,
+               device);
   to.put_back();
 }
 
@@ -301,12 +217,12 @@ Tensor adamix_chunk(Tensor logits, Tensor labels, OptionalTensor mask, Tensor fa
   Tensor sums = allocate(logits, {2}, ScalarType::Float);
   factors = as_contiguous(factors);
   Options options{1.0, label_smoothing, ignore_index, !detach_target};
-  Results results{sums_of(pairs, options, true), nullptr, nullptr};
+  Results results{sums_of(pairs, options, true), nullptr, nullptr, 1.0};
   results.sums.known = data<const float>(factors);
   results.sums.sums = data<float>(sums);
   Target to(need_grad ? OptionalTensor(logits) : std::nullopt);
   DeviceScope scope(device);
-  run_forward(pairs, options, results, to, to, pairs.skip, device);
+  run_forward(pairs, options, results, to, to, device);
   to.put_back();
   return sums;
 }
@@ -334,7 +250,7 @@ std::vector<int64_t> consistency_plan(int64_t rows, int64_t classes, int64_t ele
                 check_int("capability", capability), nullptr};
   PairPlan plan = plan_pairs(check_int("rows", rows), check_int("classes", classes), static_cast<int>(element_bytes),
                              device, device.capability >= 90 ? 8 : 1);
-  return {plan.lanes, plan.threads, plan.cluster, plan.slots, plan.splits, plan.groups};
+  return {plan.lanes, plan.threads, plan.cluster, plan.slots, plan.groups};
 }
 
 }  // namespace adamix

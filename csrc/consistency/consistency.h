@@ -28,7 +28,6 @@ struct PairSums {
   PerRow<unsigned char> mask;  // bool; none: all rows, or with labels those that have one
   bool wide_labels;
   bool mean;  // the sums are divided by the numbers of rows
-  bool held;  // gradients are divided by the factor, the larger one of both parts' coefficients
   Kind items;
   const void* num_items;  // replaces both numbers of rows
   const float* known;     // scales that were found before, or null
@@ -36,32 +35,26 @@ struct PairSums {
   float weight;  // of J in the loss
   int rows;
   // Results, each may be null. scales: [2], of the cross-entropy and of J; [1] without labels.
-  float *scales, *loss, *cross_entropy, *consistency, *factor;
+  float *scales, *loss, *cross_entropy, *consistency;
   float* sums;     // [2], of the rows' losses, not divided
   float* partial;  // [2, parts]: sums of the blocks
   int parts;
 };
 
-// Statistics of a part of a row pair, as pair_math.h has them.
-constexpr int kPairParts = 10;
-
-enum class PairStage : int { kBoth, kStatistics, kGradients };
-
 template <typename T>
 struct PairLoss {
+  using Element = T;
   Rows<const T> a, b;
   Rows<T> da, db;  // data null: not wanted; they may be a and b
   PairSums sums;
   float* stats;       // [4 or 6, n]: maxima of a and b, logs of the sums of exp(x - maximum), E_p d and E_q d; or null
   float* row_losses;  // [n], J; or null
-  float* parts;       // [splits, kPairParts, n]
+  float expected;     // the gradient that will come in
   float smoothing, rest;  // label smoothing, and every class' part of it
   int classes;
   bool full;    // gradients of J itself, not of constant targets
   bool counts;  // every block finds the scales
-  int slots;    // pieces of 16 bytes of a row that a block holds
-  int splits;   // parts of a row, of `slots` pieces each, in launches of their own
-  PairStage stage;
+  int slots;    // pieces of 16 bytes of a row that a block holds; what no block holds is read where it lies
 };
 
 // Rows cut into items: `chunk` pieces of `threads / lanes` rows.
@@ -73,6 +66,7 @@ struct PairCut {
 
 template <typename T>
 struct PairGrad {
+  using Element = T;
   Rows<const T> a, b;
   Rows<T> da, db;
   PairSums sums;
@@ -82,7 +76,8 @@ struct PairGrad {
   float smoothing, rest;
   int classes;
   bool full;
-  bool correct;  // da and db are right already where grad is 1
+  const float* one;  // a gradient that da and db are right for already where it is `expected`; or null
+  float expected;
   PairCut cut;
 };
 
@@ -100,19 +95,16 @@ struct PairPlan {
   int lanes;    // threads of a row: 4, 32, or 0 for whole blocks
   int threads;  // of a block
   int cluster;  // blocks that share a row pair in their shared memory
-  int slots;    // pieces of 16 bytes of a row that a block holds, or takes at a time
-  int splits;   // parts of a row that are read twice, from global memory; 0: the row pair is resident
+  int slots;    // pieces of 16 bytes of a row that a block holds
   int groups;   // blocks, or clusters
 };
 
-// Rows of up to so many classes go to 4 lanes, to a warp; the most blocks or clusters; rows that every block of a
-// launch may count for itself, all blocks together.
-constexpr int kPairFewClasses = 64, kPairWarpClasses = 1024;
-constexpr int kPairGroups = 1024;
-constexpr int64_t kPairCounted = 1 << 22;
-
 // cluster: the most blocks that may share a row pair.
 PairPlan plan_pairs(int rows, int classes, int element_bytes, const Device& device, int cluster);
+
+// Of a block whose rows have `lanes` threads each: its threads, at most; its shared memory for rows of `slots` pieces.
+int pair_loss_threads(int lanes);
+size_t pair_loss_bytes(int lanes, int slots);
 
 // What plan_pairs may count on for pairs of T, and that it may no longer count on the cluster of a plan.
 template <typename T>
@@ -123,12 +115,9 @@ void rule_out_pair_cluster(const Device& device, int cluster);
 template <typename T>
 void launch_pair_loss(PairLoss<T> params, const PairPlan& plan, const Device& device);
 template <typename T>
-void launch_pair_online(const PairLoss<T>& params, const PairPlan& plan, const Device& device);
-template <typename T>
 void launch_pair_grad(PairGrad<T> params, const Device& device);
 template <typename T>
 void launch_pair_scale(PairScale<T> params, const Device& device);
-void launch_pair_count(const PairSums& params, const Device& device);
 void launch_pair_finish(const PairSums& params, const Device& device);
 #endif
 

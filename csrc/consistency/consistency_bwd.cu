@@ -10,6 +10,8 @@
 
 namespace adamix {
 
+constexpr int kPairGradThreads = 128;
+
 // Where an item's team begins.
 struct PairItem {
   int row, begin;  // the row, which there may not be; the first piece
@@ -17,53 +19,65 @@ struct PairItem {
 
 ADAMIX_DEVICE PairItem item_of(const PairCut& cut, uint32_t item) {
   uint32_t tile = cut.chunks.quotient(item);
-  return {static_cast<int>(tile * (kPairThreads / cut.lanes) + threadIdx.x / cut.lanes),
+  return {static_cast<int>(tile * (kPairGradThreads / cut.lanes) + threadIdx.x / cut.lanes),
           static_cast<int>(item - tile * cut.chunks.by) * cut.chunk};
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kPairThreads, 5) pair_grad_kernel(PairGrad<T> p) {
-  if (p.correct && *p.grad.data == 1.f) return;
-  int lane = threadIdx.x % p.cut.lanes;
+// Pieces [begin, end) of a row, one for each of its lanes at a time: write(to, piece, have), all lanes of the warp.
+template <typename Body>
+ADAMIX_DEVICE void for_pieces(const PairCut& cut, int begin, int pieces, Body body) {
+  int end = pieces - begin < cut.chunk ? pieces : begin + cut.chunk, lane = threadIdx.x % cut.lanes;
+  for (int piece = begin + lane; piece - lane < end; piece += cut.lanes) body(piece, piece < end);
+}
+
+template <typename T, bool Full>
+__global__ void __launch_bounds__(kPairGradThreads, 5) pair_grad_kernel(PairGrad<T> p) {
+  if (p.one != nullptr && *p.one == p.expected) return;
   bool labelled = p.sums.labels.data != nullptr;
   PairScales scales{p.scales[0], p.scales[labelled ? 1 : 0]};
-  PairShares shares = shares_of(p.sums, scales);
 
   for (uint32_t item = blockIdx.x; item < p.cut.items; item += gridDim.x) {
     PairItem at = item_of(p.cut, item);
-    if (at.row >= p.sums.rows) continue;
     PairRow<T> row(p.a, p.b, p.sums, at.row, p.classes);
+    T* da = row.live ? place_of(p.da, row.row) : nullptr;
+    T* db = row.live ? place_of(p.db, row.row) : nullptr;
     PairResult r{};
-    float entropy = 0.f, half = 0.f;
+    float entropy = 0.f, pair = 0.f;
     if (row.flags.selected) {
       const float* stats = p.stats + at.row;
       int64_t step = p.sums.rows;
       r.top_a = stats[0], r.top_b = stats[step], r.log_a = stats[2 * step], r.log_b = stats[3 * step];
-      if (p.full) r.mean_p = stats[4 * step], r.mean_q = stats[5 * step];
-      float grad = p.grad.data == nullptr ? 1.f : p.grad.data[p.grad.offset(row.row)];
-      entropy = row.flags.counted ? grad * shares.entropy : 0.f, half = 0.5f * grad * shares.pair;
+      if (Full) r.mean_p = stats[4 * step], r.mean_q = stats[5 * step];
+      PairScales shares = shares_of(p.sums, scales, p.grad.data == nullptr ? 1.f : p.grad.data[p.grad.offset(row.row)]);
+      entropy = row.flags.counted ? shares.entropy : 0.f, pair = shares.pair;
     }
-    T* da = place_of(p.da, row.row);
-    T* db = place_of(p.db, row.row);
-    int end = row.pieces - at.begin < p.cut.chunk ? row.pieces : at.begin + p.cut.chunk;
-    for (int piece = at.begin + lane; piece < end; piece += p.cut.lanes) {
-      Piece<T> ga = zeros<T>(), gb = zeros<T>();
-      if (row.flags.selected) {
+    PairSlopes slopes(r, entropy, pair, p.rest);
+    int label = row.flags.counted ? row.flags.label : -1, label_piece = (row.head + label) / Piece<T>::kSize;
+    bool across = p.cut.lanes >= 32;
+    for_pieces(p.cut, at.begin, row.pieces, [&](int piece, bool have) {
+      Piece<T> ga = filled<T>(0.f), gb = ga;
+      if (have && row.flags.selected) {
         row.read(ga, gb, piece);
-        row.slopes(ga, gb, piece, r, entropy, half, p.smoothing, p.rest, p.full);
+        float x = 0.f, y = 0.f;
+        bool has = label >= 0 && piece == label_piece;
+        if (has) x = to_float(row.a[label]), y = to_float(row.b[label]);
+        slopes.template piece<Full, Full>(ga, gb);
+        if (has) {
+          float slope = slopes.template label<T, Full>(x, y, 1.f - p.smoothing + p.rest);
+          put(ga, (row.head + label) % Piece<T>::kSize, from_float<T>(slope));
+        }
       }
-      if (da != nullptr) row.write(da, ga, piece);
-      if (db != nullptr) row.write(db, gb, piece);
-    }
+      if (da != nullptr) row.write(da, ga, piece, have, across);
+      if (db != nullptr) row.write(db, gb, piece, have, across);
+    });
   }
 }
 
 // x *= factor, unless that is 1.
 template <typename T>
-__global__ void __launch_bounds__(kPairThreads) pair_scale_kernel(PairScale<T> p) {
+__global__ void __launch_bounds__(kPairGradThreads) pair_scale_kernel(PairScale<T> p) {
   float factor = *p.factor;
   if (factor == 1.f) return;
-  int lane = threadIdx.x % p.cut.lanes;
   PairSums sums{};
   sums.rows = p.rows;
   Rows<const T> from{p.x.data, p.x.batch_stride, p.x.token_stride, p.x.tokens, p.x.aligned};
@@ -72,23 +86,15 @@ __global__ void __launch_bounds__(kPairThreads) pair_scale_kernel(PairScale<T> p
     if (at.row >= p.rows) continue;
     PairRow<T> row(from, from, sums, at.row, p.classes);
     T* to = place_of(p.x, row.row);
-    int end = row.pieces - at.begin < p.cut.chunk ? row.pieces : at.begin + p.cut.chunk;
-    for (int piece = at.begin + lane; piece < end; piece += p.cut.lanes) {
-      Piece<T> values =
-          row.whole(piece) ? *reinterpret_cast<const Piece<T>*>(row.a + row.column(piece)) : row.elements(row.a, piece);
+    for_pieces(p.cut, at.begin, row.pieces, [&](int piece, bool have) {
+      if (!have) return;
+      Piece<T> values = row.whole(piece) ? *reinterpret_cast<const Piece<T>*>(row.a + row.column(piece))
+                                         : load_elements(row.a, row.column(piece), p.classes);
 #pragma unroll
       for (int e = 0; e < Piece<T>::kSize; ++e) values.values[e] = from_float<T>(to_float(values.values[e]) * factor);
-      row.write(to, values, piece);
-    }
+      row.write(to, values, piece, true, false);
+    });
   }
-}
-
-// The numbers of rows, ahead of a launch whose blocks would each count too many.
-__global__ void __launch_bounds__(kPairBlockThreads) pair_count_kernel(PairSums p) {
-  SharedMemory memory;
-  PairScratch scratch(memory);
-  PairScales scales = find_scales(p, scratch);
-  if (threadIdx.x == 0) store_scales(p, scales);
 }
 
 // The losses from the blocks' sums, in the order of the blocks.
@@ -100,12 +106,13 @@ __global__ void __launch_bounds__(kPairBlockThreads) pair_finish_kernel(PairSums
   for (int part = threadIdx.x; part < p.parts; part += blockDim.x) {
     sums[0] += p.partial[part], sums[1] += p.partial[p.parts + part];
   }
-  reduce_row<0>(sums, Add{}, 0.f, scratch, 0);
+  sum_row<0>(sums, scratch.gaps);
   if (threadIdx.x == 0) store_losses(p, scales, sums[0], sums[1]);
 }
 
-#define ADAMIX_INSTANTIATE(T)                                \
-  template __global__ void pair_grad_kernel<T>(PairGrad<T>); \
+#define ADAMIX_INSTANTIATE(T)                                       \
+  template __global__ void pair_grad_kernel<T, false>(PairGrad<T>); \
+  template __global__ void pair_grad_kernel<T, true>(PairGrad<T>);  \
   template __global__ void pair_scale_kernel<T>(PairScale<T>);
 ADAMIX_INSTANTIATE(float)
 ADAMIX_INSTANTIATE(half)
@@ -119,8 +126,8 @@ constexpr uint32_t kPairTiles = 4096;  // blocks, at most
 template <typename T>
 static PairCut cut_rows(int rows, int classes) {
   int pieces = pieces_of(classes, Piece<T>::kSize);
-  int lanes = classes <= kPairFewClasses ? 4 : classes <= kPairWarpClasses ? 32 : kPairThreads;
-  int chunk = lanes * kPairAhead, chunks = (pieces + chunk - 1) / chunk, teams = kPairThreads / lanes;
+  int lanes = classes <= 64 ? 4 : classes <= 1024 ? 32 : kPairGradThreads;
+  int chunk = lanes * kPairAhead, chunks = (pieces + chunk - 1) / chunk, teams = kPairGradThreads / lanes;
   int64_t items = (static_cast<int64_t>(rows) + teams - 1) / teams * chunks;
   if (items > std::numeric_limits<int>::max()) throw std::runtime_error("logits: got more than 2^40 of them");
   return {lanes, chunk, divisor(chunks), static_cast<uint32_t>(items)};
@@ -131,13 +138,14 @@ static dim3 blocks_of(const PairCut& cut) { return dim3(std::min(cut.items, kPai
 template <typename T>
 void launch_pair_grad(PairGrad<T> params, const Device& device) {
   params.cut = cut_rows<T>(params.sums.rows, params.classes);
-  launch("consistency_grad", pair_grad_kernel<T>, {blocks_of(params.cut), kPairThreads, 0}, device, params);
+  auto kernel = params.full ? pair_grad_kernel<T, true> : pair_grad_kernel<T, false>;
+  launch("consistency_grad", kernel, {blocks_of(params.cut), kPairGradThreads, 0}, device, params);
 }
 
 template <typename T>
 void launch_pair_scale(PairScale<T> params, const Device& device) {
   params.cut = cut_rows<T>(params.rows, params.classes);
-  launch("consistency_rescale", pair_scale_kernel<T>, {blocks_of(params.cut), kPairThreads, 0}, device, params);
+  launch("consistency_rescale", pair_scale_kernel<T>, {blocks_of(params.cut), kPairGradThreads, 0}, device, params);
 }
 
 template void launch_pair_grad(PairGrad<float>, const Device&);
@@ -147,14 +155,9 @@ template void launch_pair_scale(PairScale<float>, const Device&);
 template void launch_pair_scale(PairScale<half>, const Device&);
 template void launch_pair_scale(PairScale<bfloat16>, const Device&);
 
-static Shape one_block() { return {dim3(1), kPairBlockThreads, shared_bytes<PairScratch>()}; }
-
-void launch_pair_count(const PairSums& params, const Device& device) {
-  launch("consistency_count", pair_count_kernel, one_block(), device, params);
-}
-
 void launch_pair_finish(const PairSums& params, const Device& device) {
-  launch("consistency_finish", pair_finish_kernel, one_block(), device, params);
+  Shape shape{dim3(1), kPairBlockThreads, shared_bytes<PairScratch>()};
+  launch("consistency_finish", pair_finish_kernel, shape, device, params);
 }
 #endif
 

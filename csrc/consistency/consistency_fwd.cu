@@ -1,14 +1,11 @@
-// Losses, statistics and gradients of row pairs that fit into shared memory: every logit is read once.
+// Losses, statistics and gradients of row pairs in shared memory: every logit is read once. What does not fit is read
+// where it lies, twice, or three times for the full gradient.
 //
 // A thread copies the pieces that it alone reads, so its own wait is all that it needs, and the next row's piece is
-// on its way as soon as this row's has been used.
+// on its way as soon as this row's has been used. A row is walked three times: for its maxima, its sums, its gradient.
 #include "common/shared_memory.h"
-#include "consistency/pair_row.h"
+#include "consistency/pair_share.h"
 #include "consistency/pair_team.h"
-
-#if defined(ADAMIX_LAUNCHERS)
-#include <algorithm>
-#endif
 
 namespace adamix {
 
@@ -22,89 +19,133 @@ struct PairTile {
       : pieces(memory.template take<Piece<T>>(teams * 2 * slots)), scratch(memory) {}
 };
 
+// A thread's sums, and whether they had to be taken with care. fresh: the tail's are not among them yet.
+template <bool Full, typename T, int Lanes>
+ADAMIX_DEVICE bool settle(const PairShare<T, Lanes>& share, const PairRow<T>& row, PairStatistics& s, bool totals,
+                          bool fresh, bool tails) {
+  share.template sums<Full, false>(row, s, totals, fresh);
+  if (s.finite()) return false;
+  s.start(s.top_a, s.top_b);
+  share.template sums<Full, true>(row, s, totals, tails);
+  return true;
+}
+
 template <typename T, int Lanes>
-__global__ void __launch_bounds__(Lanes == 0 ? kPairBlockThreads : kPairThreads, Lanes == 0 ? 1 : 5)
-    pair_loss_kernel(PairLoss<T> p) {
-  constexpr int kTeams = Lanes == 0 ? 1 : kPairThreads / Lanes;
+__global__ void __launch_bounds__(threads_of(Lanes), Lanes == 32 ? 4 : 1) pair_loss_kernel(PairLoss<T> p) {
+  constexpr int kTeams = Lanes == 0 ? 1 : threads_of(Lanes) / Lanes;
   SharedMemory memory;
   PairTile<T> tile(memory, kTeams, p.slots);
   int threads = Lanes == 0 ? static_cast<int>(blockDim.x) : Lanes;
-  int team = Lanes == 0 ? 0 : threadIdx.x / threads, lane = threadIdx.x % threads;
-  int cluster = Lanes == 0 ? cluster_size() : 1;
-  int group = blockIdx.x / cluster, groups = gridDim.x / cluster;
-  int first = Lanes == 0 ? cluster_rank() * p.slots : 0;  // of the row's pieces, this block's
-  Piece<T>* slot_a = tile.pieces + team * 2 * p.slots;
-  Piece<T>* slot_b = slot_a + p.slots;
-  bool gradients = p.da.data != nullptr || p.db.data != nullptr;
-  PairScales scales{0.f, 0.f};
-  if (p.counts) scales = find_scales(p.sums, tile.scratch);
-  PairShares shares = shares_of(p.sums, scales);
+  int team = Lanes == 0 ? 0 : threadIdx.x / threads, cluster = Lanes == 0 ? cluster_size() : 1;
+  int group = blockIdx.x / cluster, groups = gridDim.x / cluster, turn = 0;
+  PairShare<T, Lanes> share{};
+  share.a = tile.pieces + team * 2 * p.slots, share.b = share.a + p.slots;
+  share.lane = threadIdx.x % threads, share.threads = threads;
+  share.first = Lanes == 0 ? cluster_rank() * p.slots : 0, share.held = p.slots;
+  bool gradients = p.da.data != nullptr || p.db.data != nullptr, totals = p.smoothing > 0.f;
   float entropy_sum = 0.f, pair_sum = 0.f;
 
   int tiles = (p.sums.rows + kTeams - 1) / kTeams;
   PairRow<T> row(p.a, p.b, p.sums, group * kTeams + team, p.classes);
-  for (int slot = lane; slot < p.slots; slot += threads) {
-    if (row.flags.selected && first + slot < row.pieces) row.copy(slot_a + slot, slot_b + slot, first + slot);
-  }
+  share.copy(row);
   copy_commit();
+  PairScales scales{0.f, 0.f};
+  if (p.counts) scales = find_scales(p.sums, tile.scratch);
+  if (p.counts && blockIdx.x == 0 && threadIdx.x == 0) store_scales(p.sums, scales);
+  PairScales shares = shares_of(p.sums, scales, p.expected);
+  if (cluster > 1) cluster_arrive(), cluster_wait();  // others may not run yet
+
   for (int number = group; number < tiles; number += groups) {
-    bool more = tiles - number > groups;
-    PairRow<T> next(p.a, p.b, p.sums, more ? (number + groups) * kTeams + team : p.sums.rows, p.classes);
+    bool tails = Lanes == 0 && row.pieces > p.slots * cluster;
+    share.take(row, tails);
     copy_wait<0>();
 
     PairStatistics s;
-    s.clear();
-    if (row.flags.counted && row.flags.label >= 0) {
-      int at = row.head + row.flags.label, slot = at / Piece<T>::kSize - first;
-      if (slot >= 0 && slot < p.slots && slot % threads == lane) {
-        s.label = to_float(slot_a[slot].values[at % Piece<T>::kSize]);
-      }
+    float top_a, top_b, label_a = 0.f, label_b = 0.f;
+    share.tops(row, tails && p.full, top_a, top_b);
+    float columns = 0.f;
+    if (tails && !p.full) {
+      // From the maxima of what is held the tail's seldom rise: a rise rounds.
+      join_tops<Lanes>(top_a, top_b, tile.scratch);
+      __syncthreads();
+      s.start(top_a, top_b);
+      columns = share.rising_sums(row, s, totals);
+      top_a = s.top_a, top_b = s.top_b;
     }
-    for (int slot = lane; slot < p.slots; slot += threads) {
-      if (row.flags.selected && first + slot < row.pieces) row.add(s, slot_a[slot], slot_b[slot], first + slot);
-      if (!gradients && !p.full && next.flags.selected && first + slot < next.pieces) {
-        next.copy(slot_a + slot, slot_b + slot, first + slot);
-      }
+    join_tops<Lanes>(top_a, top_b, tile.scratch);
+    if (tails && !p.full) {
+      s.move_to(top_a, top_b, columns);
+    } else {
+      s.start(top_a, top_b);
     }
-    join_statistics<Lanes>(s, tile.scratch);
-    PairResult result = result_of(s, row.flags, p.classes, p.smoothing);
+    auto exchange = [&](auto between, auto columns_of) {
+      send_statistics(s, tile.scratch, turn);
+      cluster_arrive();
+      between();
+      cluster_wait();
+      take_statistics(s, tile.scratch, turn, columns_of);
+      turn ^= 1;
+    };
+    // The full gradient's d has the rounding that its mean has, so its maxima are the whole row's.
+    if (cluster > 1 && p.full) exchange([] {}, [](int) { return 0.f; });
+    bool careful;
     if (p.full) {
-      PairMeans means{{0.f, 0.f}};
-      for (int slot = lane; slot < p.slots; slot += threads) {
-        if (row.flags.selected && first + slot < row.pieces) row.add(means, result, slot_a[slot], slot_b[slot]);
-        if (!gradients && next.flags.selected && first + slot < next.pieces) {
-          next.copy(slot_a + slot, slot_b + slot, first + slot);
-        }
-      }
-      join_means<Lanes>(result, means, row.flags.selected, tile.scratch);
+      careful = settle<true>(share, row, s, totals, tails, tails);
+    } else {
+      careful = settle<false>(share, row, s, totals, false, tails);
     }
-    entropy_sum += result.entropy, pair_sum += result.pair;
-    if (row.live && lane == 0 && first == 0) store_row(p, row.row, result);
+    bool labelled = row.flags.counted && row.flags.label >= 0 && share.find(row, row.flags.label, label_a, label_b);
+    if (labelled) s.label = label_a;
+    join_sums<Lanes>(s, tile.scratch);
 
-    if (gradients) {
-      T* da = row.live ? place_of(p.da, row.row) : nullptr;
-      T* db = row.live ? place_of(p.db, row.row) : nullptr;
+    PairRow<T> next = row;
+    auto look_ahead = [&] {
+      bool more = tiles - number > groups;
+      next = PairRow<T>(p.a, p.b, p.sums, more ? (number + groups) * kTeams + team : p.sums.rows, p.classes);
+    };
+    if (cluster > 1) {
+      exchange(look_ahead, [&](int rank) {
+        int begin = row.column(rank * p.slots), end = row.column((rank + 1) * p.slots);
+        begin = begin < 0 ? 0 : begin, end = end < p.classes ? end : p.classes;
+        return begin < end ? static_cast<float>(end - begin) : 0.f;
+      });
+    } else {
+      look_ahead();
+    }
+    PairResult result = result_of(s, row.flags, p.classes, p.smoothing);
+    entropy_sum += result.entropy, pair_sum += result.pair;
+    if (row.live && share.lane == 0 && share.first == 0) store_row(p, row.row, result);
+
+    if (!gradients) {
+      share.copy(next);
+    } else if (!row.flags.selected) {
+      if (row.live) {
+        share.clear(place_of(p.da, row.row), p.classes, tails);
+        share.clear(place_of(p.db, row.row), p.classes, tails);
+      }
+      share.copy(next);
+    } else {
       float entropy = row.flags.counted ? shares.entropy : 0.f;
-      for (int slot = lane; slot < p.slots; slot += threads) {
-        if (first + slot < row.pieces) {
-          Piece<T> ga = zeros<T>(), gb = zeros<T>();
-          if (row.flags.selected) {
-            ga = slot_a[slot], gb = slot_b[slot];
-            row.slopes(ga, gb, first + slot, result, entropy, 0.5f * shares.pair, p.smoothing, p.rest, p.full);
-          }
-          if (da != nullptr) row.write(da, ga, first + slot);
-          if (db != nullptr) row.write(db, gb, first + slot);
-        }
-        if (next.flags.selected && first + slot < next.pieces) {
-          next.copy(slot_a + slot, slot_b + slot, first + slot);
-        }
+      PairSlopes slopes(result, entropy, shares.pair, p.rest);
+      T *da = place_of(p.da, row.row), *db = place_of(p.db, row.row);
+      if (p.full) {
+        if constexpr (Lanes != 4) careful = __any_sync(0xffffffffu, careful);
+        share.template gradients<true>(row, slopes, da, db, careful, next);
+      } else {
+        share.template gradients<false>(row, slopes, da, db, false, next);
+      }
+      // The label's column anew, once no other lane may write it.
+      if constexpr (Lanes != 4) __syncwarp();
+      if (labelled && da != nullptr) {
+        float target = 1.f - p.smoothing + p.rest;
+        da[row.flags.label] = from_float<T>(p.full ? slopes.template label<T, true>(label_a, label_b, target)
+                                                   : slopes.template label<T, false>(label_a, label_b, target));
       }
     }
     copy_commit();
     row = next;
   }
   store_sums<Lanes>(p.sums, scales, tile.scratch, entropy_sum, pair_sum, group, groups);
-  if (cluster > 1) cluster_barrier();  // others may still read this block's shared memory
 }
 
 #define ADAMIX_INSTANTIATE(T)                                   \
@@ -119,17 +160,17 @@ ADAMIX_INSTANTIATE(bfloat16)
 #if defined(ADAMIX_LAUNCHERS)
 template <typename T, int Lanes>
 static void launch_rows(const PairLoss<T>& params, const PairPlan& plan, const Device& device) {
-  int teams = Lanes == 0 ? 1 : kPairThreads / Lanes;
+  int teams = Lanes == 0 ? 1 : threads_of(Lanes) / Lanes;
+  bool tails = static_cast<int64_t>(plan.slots) * plan.cluster < pieces_of(params.classes, Piece<T>::kSize);
+  const char* name = tails ? "consistency_tail" : plan.cluster > 1 ? "consistency_cluster" : "consistency";
   Shape shape{dim3(static_cast<unsigned>(plan.groups * plan.cluster)), plan.threads,
               shared_bytes<PairTile<T>>(teams, plan.slots), plan.cluster};
-  launch("consistency", pair_loss_kernel<T, Lanes>, shape, device, params);
+  launch(name, pair_loss_kernel<T, Lanes>, shape, device, params);
 }
 
 template <typename T>
 void launch_pair_loss(PairLoss<T> params, const PairPlan& plan, const Device& device) {
   params.slots = plan.slots;
-  params.splits = plan.splits;
-  if (plan.splits > 0) return launch_pair_online(params, plan, device);
   if (plan.lanes == 4) return launch_rows<T, 4>(params, plan, device);
   if (plan.lanes == 32) return launch_rows<T, 32>(params, plan, device);
   launch_rows<T, 0>(params, plan, device);
@@ -161,33 +202,11 @@ template void rule_out_pair_cluster<float>(const Device&, int);
 template void rule_out_pair_cluster<half>(const Device&, int);
 template void rule_out_pair_cluster<bfloat16>(const Device&, int);
 
-PairPlan plan_pairs(int rows, int classes, int element_bytes, const Device& device, int most) {
-  int pieces = pieces_of(classes, 16 / element_bytes);
-  // float and the other types are alike in this.
-  auto fits = [&](int teams, int slots) {
-    return static_cast<int64_t>(teams) * 2 * slots <= (1 << 20) &&
-           shared_bytes<PairTile<float>>(teams, slots) <= static_cast<size_t>(device.shared_bytes);
-  };
-  auto groups = [&](int teams, int most) { return std::min((rows + teams - 1) / teams, most); };
-  for (int lanes : {4, 32}) {
-    int teams = kPairThreads / lanes;
-    if (classes > (lanes == 4 ? kPairFewClasses : kPairWarpClasses) || !fits(teams, pieces)) continue;
-    return {lanes, kPairThreads, 1, pieces, 0, groups(teams, kPairGroups)};
-  }
-  for (int cluster = 1; cluster <= most; cluster *= 2) {
-    int slots = (pieces + cluster - 1) / cluster;
-    if (!fits(1, slots)) continue;
-    // Few rows: more blocks each, while there is enough for them to do.
-    while (2 * cluster <= most && 2 * cluster * rows <= device.multiprocessors && slots > 2 * kPairBlockThreads) {
-      cluster *= 2, slots = (pieces + cluster - 1) / cluster;
-    }
-    int threads = slots > 4 * 256 ? kPairBlockThreads : slots > 4 * 128 ? 256 : 128;
-    return {0, threads, cluster, slots, 0, groups(1, kPairGroups)};
-  }
-  int splits = rows < device.multiprocessors ? device.multiprocessors / std::max(rows, 1) : 1;
-  splits = std::max(1, std::min(splits, pieces / kPairBlockThreads));
-  int slots = (pieces + splits - 1) / splits;
-  return {0, kPairBlockThreads, 1, slots, (pieces + slots - 1) / slots, groups(1, kPairGroups)};
+int pair_loss_threads(int lanes) { return threads_of(lanes); }
+
+// float and the other types are alike in this.
+size_t pair_loss_bytes(int lanes, int slots) {
+  return shared_bytes<PairTile<float>>(lanes == 0 ? 1 : threads_of(lanes) / lanes, slots);
 }
 #endif
 

@@ -1,35 +1,54 @@
-// One row pair: softmax statistics in one read, its losses, its gradients.
+// One row pair: softmax statistics, its losses, its gradients.
 #pragma once
 
 #include "consistency/consistency.h"
+#include "consistency/pair_piece.h"
 
 namespace adamix {
-
-ADAMIX_DEVICE float negative_infinity() { return float_of_bits(0xff800000u); }
 
 // The maximum to subtract: that of a row without a finite logit is 0, so that such rows become NaN and nothing else.
 ADAMIX_DEVICE float finite_top(float top) { return top == negative_infinity() ? 0.f : top; }
 
-// With ea = exp(a - max a) and c = (a - max a) - (b - max b): c differs from d by `center`, a constant of the row, and
-// is of d's size, not of the logits'. Once the center is known the gaps are counted from it: E_p d and E_q d are then
-// small where the passes are close, and J = 1/2 (E_p d - E_q d) adds up two numbers of one sign.
-// Out of a row's range both logits are -inf.
-struct PairStatistics {
-  float top_a, top_b;  // maxima so far
-  float sum_a, sum_b;  // sums of ea, of eb
-  float gap_a, gap_b;  // sums of ea (c - center), of eb (c - center)
-  float total;         // sum of a - max a
-  float columns;       // in that sum
-  float label;         // the label's logit, in the part of the row that has it
-  float center;        // 0, or what center_of gives
+// 2^x by the hardware, within 2^-22 of itself.
+ADAMIX_DEVICE float power_of_2(float x) {
+#if defined(ADAMIX_HOST)
+  return std::exp2(x);
+#else
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#endif
+}
 
-  ADAMIX_DEVICE void clear() {
-    top_a = top_b = negative_infinity();
-    sum_a = sum_b = gap_a = gap_b = total = columns = label = center = 0.f;
+// e^u for u <= 0, of logits in T: for 16-bit ones the product's rounding stays, |u| 2^-24 of the result.
+template <typename T>
+ADAMIX_DEVICE float exp_of(float u) {
+  constexpr float kLog2E = 1.4426950408889634f, kLog2ERest = 1.925963033500943e-8f, kLn2 = 0.6931471805599453f;
+  float power = u * kLog2E, result = power_of_2(power);
+  if constexpr (sizeof(T) == 2) return result;
+  float rest = fmaf(u, kLog2ERest, fmaf(u, kLog2E, -power));
+  return result == 0.f ? result : fmaf(result, rest * kLn2, result);
+}
+
+// With u = a - max a, v = b - max b and c = u - v: c differs from d by `center`, a constant of the row, and is of d's
+// size, not of the logits'. Once the center is known the gaps are counted from it: E_p d and E_q d are then small where
+// the passes are close, and J = 1/2 (E_p d - E_q d) adds up two numbers of one sign.
+struct PairStatistics {
+  float top_a, top_b;  // what is subtracted
+  float sum_a, sum_b;  // of e^u, of e^v
+  float gap_a, gap_b;  // of e^u (c - center), of e^v (c - center)
+  float total;         // of u
+  float label;         // the label's logit, in the part of the row that has it
+  float center;        // 0, or d - c as far as these sums tell
+  float lean;          // of e^u - e^v, for the full gradient
+
+  ADAMIX_DEVICE void start(float a, float b) {
+    top_a = a, top_b = b;
+    sum_a = sum_b = gap_a = gap_b = total = label = center = lean = 0.f;
   }
 
-  // The same sums for larger maxima.
-  ADAMIX_DEVICE void move_to(float new_a, float new_b) {
+  // The same sums of `columns` columns for larger maxima, before there is a center.
+  ADAMIX_DEVICE void move_to(float new_a, float new_b, float columns) {
     float rise_a = finite_top(new_a) - finite_top(top_a), rise_b = finite_top(new_b) - finite_top(top_b);
     float decay_a = expf(top_a - finite_top(new_a)), decay_b = expf(top_b - finite_top(new_b));
     // A weight of 0 takes nothing along, not even an infinite c.
@@ -40,54 +59,47 @@ struct PairStatistics {
     top_a = new_a, top_b = new_b;
   }
 
-  // d - c, from the sums of the whole row.
-  static ADAMIX_DEVICE float center_of(float sum_a, float sum_b) {
-    return sum_a > 0.f && sum_b > 0.f ? logf(sum_a) - logf(sum_b) : 0.f;
+  // Columns [begin, end) of both pieces lie within the row, elsewhere both are -inf. Careful: a piece may hold -inf;
+  // otherwise one makes both gaps NaN or infinite.
+  template <bool Full, bool Careful, typename T>
+  ADAMIX_DEVICE void add(const Piece<T>& a, const Piece<T>& b, bool totals, int begin = 0, int end = Piece<T>::kSize) {
+    float x = Careful ? finite_top(top_a) : top_a, y = Careful ? finite_top(top_b) : top_b;
+    float u[Piece<T>::kSize];
+#pragma unroll
+    for (int e = 0; e < Piece<T>::kSize; ++e) {
+      u[e] = to_float(a.values[e]) - x;
+      float v = to_float(b.values[e]) - y, p = exp_of<T>(u[e]), q = exp_of<T>(v), c = u[e] - v;
+      sum_a += p, sum_b += q;
+      if constexpr (Full) lean += p - q;
+      if constexpr (Careful) {
+        // -inf in both is a class that neither can choose; -inf in one alone must not meet a weight of 0.
+        c = u[e] == v ? 0.f : c;
+        gap_a += p == 0.f ? 0.f : p * c;
+        gap_b += q == 0.f ? 0.f : q * c;
+      } else {
+        gap_a = fmaf(p, c, gap_a), gap_b = fmaf(q, c, gap_b);
+      }
+    }
+    if (!totals) return;
+#pragma unroll
+    for (int e = 0; e < Piece<T>::kSize; ++e) {
+      if (!Careful || (e >= begin && e < end)) total += u[e];
+    }
   }
 
-  // Columns [begin, end) of x and y lie within the row.
-  template <int Count>
-  ADAMIX_DEVICE void add(const float (&x)[Count], const float (&y)[Count], int begin, int end) {
-    float new_a = top_a, new_b = top_b;
-#pragma unroll
-    for (int e = 0; e < Count; ++e) {
-      new_a = x[e] > new_a || x[e] != x[e] ? x[e] : new_a;
-      new_b = y[e] > new_b || y[e] != y[e] ? y[e] : new_b;
-    }
-    if (!(new_a == top_a && new_b == top_b)) move_to(new_a, new_b);
-    new_a = finite_top(new_a), new_b = finite_top(new_b);
-#pragma unroll
-    for (int e = 0; e < Count; ++e) {
-      float u = x[e] - new_a, v = y[e] - new_b;
-      float ea = expf(u), eb = expf(v);
-      // -inf in both is a class that neither can choose; -inf in one alone must not meet a weight of 0.
-      float c = u == v ? 0.f : u - v;
-      gap_a += ea == 0.f ? 0.f : ea * c;
-      gap_b += eb == 0.f ? 0.f : eb * c;
-      sum_a += ea, sum_b += eb;
-      if (e >= begin && e < end) total += u;
-    }
-    columns += static_cast<float>(end - begin);
-  }
+  // d - c; each part of a row has its own, and the whole row the true one.
+  ADAMIX_DEVICE float center_of_sums() const { return sum_a > 0.f && sum_b > 0.f ? logf(sum_a) - logf(sum_b) : 0.f; }
+
+  ADAMIX_DEVICE bool finite() const { return fabsf(gap_a) + fabsf(gap_b) < -negative_infinity(); }
 };
 
 struct PairScales {
   float entropy, pair;  // of the cross-entropy, and of J
 };
 
-// What both parts of a row's gradient are multiplied by, and what was taken out of both.
-struct PairShares {
-  float entropy, pair, factor;
-};
-
-ADAMIX_DEVICE PairShares shares_of(const PairSums& sums, PairScales scales) {
-  PairShares shares{sums.labels.data == nullptr ? 0.f : scales.entropy, scales.pair * sums.weight, 1.f};
-  if (sums.held) {
-    shares.factor = shares.entropy > shares.pair ? shares.entropy : shares.pair;
-    float over = shares.factor > 0.f ? shares.factor : 1.f;
-    shares.entropy /= over, shares.pair /= over;
-  }
-  return shares;
+// What both parts of a row's gradient are multiplied by, for an incoming one of `grad`.
+ADAMIX_DEVICE PairScales shares_of(const PairSums& sums, PairScales scales, float grad) {
+  return {sums.labels.data == nullptr ? 0.f : grad * scales.entropy, grad * scales.pair * sums.weight};
 }
 
 // Whether and how a row counts.
@@ -116,15 +128,21 @@ ADAMIX_DEVICE PairFlags flags_of(const PairSums& sums, int row, int classes) {
 
 // A row's losses, and what its gradient needs.
 struct PairResult {
-  float top_a, top_b, log_a, log_b, mean_p, mean_q;
+  float top_a, top_b, log_a, log_b;
+  // E_p d and E_q d, and the sum of p - q, which is rounding alone: a row's gradient then sums to 0 also where its
+  // parts cancel.
+  float mean_p, mean_q;
   float entropy, pair;  // 0 where they do not count
 };
 
 ADAMIX_DEVICE PairResult result_of(const PairStatistics& s, const PairFlags& flags, int classes, float smoothing) {
   if (!flags.selected) return {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
-  PairResult r{finite_top(s.top_a), finite_top(s.top_b), logf(s.sum_a), logf(s.sum_b),
-               s.gap_a / s.sum_a,   s.gap_b / s.sum_b,   0.f,           0.f};
-  r.pair = 0.5f * (r.mean_p - r.mean_q);
+  float log_a = logf(s.sum_a), log_b = logf(s.sum_b);
+  float over_a = expf(-log_a), over_b = expf(-log_b);
+  float mean_p = s.gap_a / s.sum_a, mean_q = s.gap_b / s.sum_b;
+  float rounding = fmaf(over_a - over_b, s.sum_b, over_a * s.lean);
+  PairResult r{finite_top(s.top_a), finite_top(s.top_b), log_a, log_b,
+               mean_p + rounding,   mean_q + rounding,   0.f,   0.5f * (mean_p - mean_q)};
   if (flags.counted) {
     r.entropy = flags.label < 0 ? not_a_number() : r.log_a - (s.label - r.top_a);
     if (smoothing > 0.f) {
@@ -134,47 +152,67 @@ ADAMIX_DEVICE PairResult result_of(const PairStatistics& s, const PairFlags& fla
   return r;
 }
 
-// One column: p and q, p - q, d.
-struct PairPoint {
-  float p, q, gap, d;
-};
+// Both gradients of a row's columns.
+//
+// constant targets: 1/2 (p - q) and its opposite
+// otherwise:        1/2 [p (d - E_p d) + p - q] and -1/2 [q (d - E_q d) + p - q]
+// times J's coefficient, with the cross-entropy's times p less its target in the first one.
+struct PairSlopes {
+  float top_a, top_b;
+  float over_a, over_b;         // one over the sums of e^u, of e^v
+  float entropy, half;          // coefficients of the cross-entropy, and half of J's
+  float all_p, half_p, half_q;  // both together, and J's, over the sums
+  float rest;                   // of the cross-entropy's target, what every class has, times that coefficient
+  float mean_p, mean_q;         // of c, not of d
 
-ADAMIX_DEVICE PairPoint point_of(const PairResult& r, float x, float y) {
-  x = x - r.top_a - r.log_a, y = y - r.top_b - r.log_b;
-  PairPoint at{expf(x), expf(y), 0.f, x == y ? 0.f : x - y};
-  at.gap = at.p - at.q;
-  return at;
-}
+  // entropy, pair: the coefficients of both parts; rest: smoothing / classes.
+  ADAMIX_DEVICE PairSlopes(const PairResult& r, float entropy_, float pair, float rest_)
+      : top_a(r.top_a),
+        top_b(r.top_b),
+        over_a(expf(-r.log_a)),
+        over_b(expf(-r.log_b)),
+        entropy(entropy_),
+        half(0.5f * pair),
+        rest(entropy_ * rest_) {
+    half_p = half * over_a, half_q = half * over_b, all_p = fmaf(entropy, over_a, half_p);
+    mean_p = r.mean_p + (r.log_a - r.log_b), mean_q = r.mean_q + (r.log_a - r.log_b);
+  }
 
-// E_p d and E_q d once more, as slope_of needs them: of its own d, whose rounding is large where the logits are, and
-// with the sum of p - q, which is rounding alone. A row's gradient then sums to 0 also where its parts cancel.
-struct PairMeans {
-  float values[2];
+  // Of one column that is not the label's. Careful: both logits may be -inf.
+  template <typename T, bool Full, bool Careful>
+  ADAMIX_DEVICE void column(float x, float y, float& da, float& db) const {
+    float u = x - top_a, v = y - top_b, p = exp_of<T>(u), q = exp_of<T>(v);
+    if constexpr (Full) {
+      float c = Careful && u == v ? 0.f : u - v;
+      p *= over_a, q *= over_b;
+      float gap = p - q;
+      da = fmaf(entropy, p, fmaf(half, fmaf(p, c - mean_p, gap), -rest)), db = -half * fmaf(q, c - mean_q, gap);
+    } else {
+      da = fmaf(all_p, p, -fmaf(half_q, q, rest)), db = fmaf(-half_p, p, half_q * q);
+    }
+  }
 
-  ADAMIX_DEVICE void add(const PairResult& r, float x, float y) {
-    PairPoint at = point_of(r, x, y);
-    values[0] += (at.p == 0.f ? 0.f : at.p * at.d) + at.gap;
-    values[1] += (at.q == 0.f ? 0.f : at.q * at.d) + at.gap;
+  // The first gradient of the label's column, whose target is `target`: 0 where p is the target and q.
+  template <typename T, bool Full>
+  ADAMIX_DEVICE float label(float x, float y, float target) const {
+    float u = x - top_a, v = y - top_b, p = over_a * exp_of<T>(u), gap = p - over_b * exp_of<T>(v);
+    if constexpr (Full) gap = fmaf(p, (u == v ? 0.f : u - v) - mean_p, gap);
+    return entropy == 0.f ? half * gap : fmaf(entropy, p - target, half * gap);
+  }
+
+  // Of a piece's columns, in the place of its logits.
+  template <bool Full, bool Careful, typename T>
+  ADAMIX_DEVICE void piece(Piece<T>& a, Piece<T>& b) const {
+#pragma unroll
+    for (int e = 0; e < Piece<T>::kSize; e += 2) {
+      float da[2], db[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        column<T, Full, Careful>(to_float(a.values[e + i]), to_float(b.values[e + i]), da[i], db[i]);
+      }
+      set_two(a, e, da[0], da[1]), set_two(b, e, db[0], db[1]);
+    }
   }
 };
-
-// Both gradients of one column.
-struct PairSlope {
-  float a, b;
-};
-
-// entropy: the cross-entropy's coefficient, half: half of J's; target: what the cross-entropy wants p to be.
-ADAMIX_DEVICE PairSlope slope_of(const PairResult& r, float x, float y, float entropy, float half, float target,
-                                 bool full) {
-  PairPoint at = point_of(r, x, y);
-  PairSlope slope{half * at.gap, 0.f};
-  slope.b = -slope.a;
-  if (full) {
-    slope.a = half * (at.p * (at.d - r.mean_p) + at.gap);
-    slope.b = -half * (at.q * (at.d - r.mean_q) + at.gap);
-  }
-  if (entropy != 0.f) slope.a += entropy * (at.p - target);
-  return slope;
-}
 
 }  // namespace adamix

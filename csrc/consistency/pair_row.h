@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/copy.h"
+#include "common/warp.h"
 #include "consistency/pair_math.h"
 
 namespace adamix {
@@ -17,7 +18,26 @@ ADAMIX_DEVICE int head_of(const T* row) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T) % Piece<T>::kSize);
 }
 
-// A row pair, cut as `a` lies. `b` may lie otherwise: then it is read element by element.
+// Some pieces of a row, counted from the first of them: `end` there are, those in [low, high) are whole; low is 0 or 1.
+struct PairSpan {
+  int low, high, end;
+};
+
+// whole(i) for the whole pieces of a span that are `lane`'s, then edge(i) for its others. Those of both spans alone
+// are whole, and of the larger one none is left out.
+template <typename Whole, typename Edge>
+ADAMIX_DEVICE void walk(PairSpan span, int lane, int threads, Whole whole, Edge edge) {
+  int at = lane < span.low ? lane + threads : lane;
+  for (; at < span.high; at += threads) whole(at);
+  for (int i = lane < span.low ? lane : at; i < span.end; i = i < span.low ? at : i + threads) edge(i);
+}
+
+ADAMIX_DEVICE PairSpan both_of(PairSpan first, PairSpan second) {
+  return {first.low > second.low ? first.low : second.low, first.high < second.high ? first.high : second.high,
+          first.end > second.end ? first.end : second.end};
+}
+
+// A row pair, cut as `a` lies. `b` may lie otherwise.
 template <typename T>
 struct PairRow {
   static constexpr int kSize = Piece<T>::kSize;
@@ -45,15 +65,18 @@ struct PairRow {
   ADAMIX_DEVICE int begin(int piece) const { return piece == 0 ? head : 0; }
   ADAMIX_DEVICE int end(int piece) const { return classes - column(piece) < kSize ? classes - column(piece) : kSize; }
 
-  // -inf stands where the row does not.
-  ADAMIX_DEVICE Piece<T> elements(const T* source, int piece) const {
-    Piece<T> values;
-    int col = column(piece);
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) {
-      values.values[e] = col + e >= 0 && col + e < classes ? source[col + e] : from_float<T>(negative_infinity());
-    }
-    return values;
+  // Of its pieces from `first` on, at most `count`.
+  ADAMIX_DEVICE PairSpan span(int first, int count) const {
+    int behind = pieces - first < count ? pieces - first : count;
+    int whole = (head + classes) / kSize - first;
+    return {first == 0 && head > 0 ? 1 : 0, whole < behind ? whole : behind, behind};
+  }
+
+  // A whole piece of b. Both aligned ones that it touches lie within the row but at its ends.
+  ADAMIX_DEVICE Piece<T> whole_b(int col) const {
+    if (same) return *reinterpret_cast<const Piece<T>*>(b + col);
+    bool inside = col >= kSize && col + 2 * kSize <= classes;
+    return inside ? load_across(b + col) : load_elements(b, col, classes);
   }
 
   // Starts copies of a piece of both rows into shared memory.
@@ -63,59 +86,64 @@ struct PairRow {
     if (all) {
       copy_async(to_a, a + col);
     } else {
-      *to_a = elements(a, piece);
+      *to_a = load_elements(a, col, classes);
     }
     if (all && same) {
       copy_async(to_b, b + col);
     } else {
-      *to_b = elements(b, piece);
+      *to_b = all ? whole_b(col) : load_elements(b, col, classes);
     }
   }
 
   ADAMIX_DEVICE void read(Piece<T>& from_a, Piece<T>& from_b, int piece) const {
     int col = column(piece);
     bool all = whole(piece);
-    from_a = all ? *reinterpret_cast<const Piece<T>*>(a + col) : elements(a, piece);
-    from_b = all && same ? *reinterpret_cast<const Piece<T>*>(b + col) : elements(b, piece);
+    from_a = all ? *reinterpret_cast<const Piece<T>*>(a + col) : load_elements(a, col, classes);
+    from_b = all ? whole_b(col) : load_elements(b, col, classes);
   }
 
-  // Writes a piece's columns to `target`, which may lie anyhow.
-  ADAMIX_DEVICE void write(T* target, const Piece<T>& values, int piece) const {
-    int col = column(piece);
-    T* to = target + col;
-    if (whole(piece) && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-      *reinterpret_cast<Piece<T>*>(to) = values;
+  // Whether `target`, a row of a gradient or null, lies as a does.
+  ADAMIX_DEVICE bool fits(const T* target) const { return target == nullptr || head_of(target) == head; }
+
+  // Those of a piece's elements that lie within the row.
+  ADAMIX_DEVICE void write_elements(T* target, const Piece<T>& values, int piece) const {
+    store_elements(target, values, column(piece), classes);
+  }
+
+  // A warp's pieces, lane by lane neighbours, to a target that may lie otherwise: a lane stores the 16 bytes that its
+  // piece shares with the one before. All lanes call, with one row; `have`: this lane has a piece.
+  ADAMIX_DEVICE void write_across(T* target, const Piece<T>& values, int piece, bool have) const {
+    int lane = threadIdx.x % 32, col = column(piece), over = head_of(target + col);
+    int mine = have && whole(piece) ? 1 : 0;
+    Piece<T> previous = shuffle_from(values, (lane + 31) % 32);
+    int joined = shuffle_from(mine, (lane + 31) % 32) & mine;
+    if (lane == 0) joined = 0;
+    int taken = shuffle_from(joined, (lane + 1) % 32);
+    if (!have) return;
+    if (mine != 0 && over == 0) {
+      *reinterpret_cast<Piece<T>*>(target + col) = values;
       return;
     }
+    if (joined != 0) {
+      *reinterpret_cast<Piece<T>*>(target + col - over) =
+          across(previous, values, (kSize - over) * static_cast<int>(sizeof(T)));
+    }
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
-      if (col + e >= 0 && col + e < classes) to[e] = values.values[e];
+      int stored = e < kSize - over ? joined : taken;
+      if (stored == 0 && col + e >= 0 && col + e < classes) target[col + e] = values.values[e];
     }
   }
 
-  ADAMIX_DEVICE void add(PairStatistics& s, const Piece<T>& from_a, const Piece<T>& from_b, int piece) const {
-    float x[kSize], y[kSize];
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) x[e] = to_float(from_a.values[e]), y[e] = to_float(from_b.values[e]);
-    s.add(x, y, begin(piece), end(piece));
-  }
-
-  ADAMIX_DEVICE void add(PairMeans& means, const PairResult& result, const Piece<T>& from_a,
-                         const Piece<T>& from_b) const {
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) means.add(result, to_float(from_a.values[e]), to_float(from_b.values[e]));
-  }
-
-  // Gradients of a piece's columns in the place of its logits. rest: smoothing / classes.
-  ADAMIX_DEVICE void slopes(Piece<T>& from_a, Piece<T>& from_b, int piece, const PairResult& result, float entropy,
-                            float half, float smoothing, float rest, bool full) const {
-    int label = flags.label - column(piece);
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) {
-      float target = e == label ? 1.f - smoothing + rest : rest;
-      PairSlope slope =
-          slope_of(result, to_float(from_a.values[e]), to_float(from_b.values[e]), entropy, half, target, full);
-      from_a.values[e] = from_float<T>(slope.a), from_b.values[e] = from_float<T>(slope.b);
+  // The same, piece by piece where a warp has several rows.
+  ADAMIX_DEVICE void write(T* target, const Piece<T>& values, int piece, bool have, bool across) const {
+    if (across) return write_across(target, values, piece, have);
+    if (!have) return;
+    T* to = target + column(piece);
+    if (whole(piece) && head_of(to) == 0) {
+      *reinterpret_cast<Piece<T>*>(to) = values;
+    } else {
+      write_elements(target, values, piece);
     }
   }
 };
@@ -124,14 +152,6 @@ struct PairRow {
 template <typename T>
 ADAMIX_DEVICE T* place_of(const Rows<T>& rows, int row) {
   return rows.data == nullptr ? nullptr : rows.data + rows.offset(row);
-}
-
-template <typename T>
-ADAMIX_DEVICE Piece<T> zeros() {
-  Piece<T> piece;
-#pragma unroll
-  for (int e = 0; e < Piece<T>::kSize; ++e) piece.values[e] = from_float<T>(0.f);
-  return piece;
 }
 
 }  // namespace adamix

@@ -7,81 +7,137 @@
 
 namespace adamix {
 
-constexpr int kPairThreads = 128;       // of a block whose rows have a few lanes each
-constexpr int kPairBlockThreads = 512;  // at most, of a block that takes a row
+constexpr int kPairBlockThreads = 512;  // of a block, at most
 constexpr int kPairWarps = kPairBlockThreads / 32;
-constexpr int kPairSums = 4;    // values reduced at a time, at most
-constexpr int kPairPhases = 3;  // reductions of a row
+constexpr int kPairValues = 16;  // of a block's share of a row, at most
+constexpr int kPairCluster = 8;  // blocks, at most
+
+// Threads of a block whose rows have `Lanes` of them each; 0: it takes a row, or a part of one.
+ADAMIX_BOTH constexpr int threads_of(int lanes) { return lanes == 32 ? 128 : kPairBlockThreads; }
 
 struct PairScratch {
-  float* warps;   // [kPairPhases, kPairSums, kPairWarps]
-  float* blocks;  // [kPairPhases, kPairSums]: a block's own, for its cluster to read
+  float* tops;    // [2, kPairWarps]
+  float* sums;    // [kPairWarps, 4]
+  float* gaps;    // [kPairWarps, 4]
+  float* blocks;  // [2, kPairCluster, kPairValues]: what the cluster's blocks have found, for one row and the next
   int* counts;    // [2, kPairWarps]
-  float* teams;   // [2, kPairThreads]
+  float* teams;   // [2, kPairBlockThreads / 4]
 
   template <typename Memory>
   ADAMIX_BOTH explicit PairScratch(Memory& memory) {
-    warps = memory.template take<float>(kPairPhases * kPairSums * kPairWarps);
-    blocks = memory.template take<float>(kPairPhases * kPairSums);
+    tops = memory.template take<float>(2 * kPairWarps);
+    sums = memory.template take<float>(kPairWarps * 4);
+    gaps = memory.template take<float>(kPairWarps * 4);
+    blocks = memory.template take<float>(2 * kPairCluster * kPairValues);
     counts = memory.template take<int>(2 * kPairWarps);
-    teams = memory.template take<float>(2 * kPairThreads);
+    teams = memory.template take<float>(2 * kPairBlockThreads / 4);
   }
 };
 
-// combine over the threads of a row, value by value; every one of them gets the result. Lanes: of a row, 0 for a
-// cluster of blocks. phase: not that of the call before, whose scratch may still be read.
-template <int Lanes, int Count, typename Combine>
-ADAMIX_DEVICE void reduce_row(float (&values)[Count], Combine combine, float neutral, const PairScratch& scratch,
-                              int phase) {
-#pragma unroll
-  for (int i = 0; i < Count; ++i) values[i] = warp_reduce<Lanes == 0 ? 32 : Lanes>(values[i], combine);
+struct Larger {
+  ADAMIX_DEVICE float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
+// Both maxima over the threads of a row in this block; every one of them gets them. A barrier must lie between two
+// calls, as join_sums has one.
+template <int Lanes>
+ADAMIX_DEVICE void join_tops(float& a, float& b, const PairScratch& scratch) {
+  a = warp_reduce<Lanes == 0 ? 32 : Lanes>(a, Larger{}), b = warp_reduce<Lanes == 0 ? 32 : Lanes>(b, Larger{});
   if constexpr (Lanes == 0) {
     int warps = blockDim.x / 32, lane = threadIdx.x % 32;
-    float* own = scratch.warps + phase * kPairSums * kPairWarps;
-    if (lane == 0) {
-#pragma unroll
-      for (int i = 0; i < Count; ++i) own[i * kPairWarps + threadIdx.x / 32] = values[i];
-    }
+    if (lane == 0) scratch.tops[threadIdx.x / 32] = a, scratch.tops[kPairWarps + threadIdx.x / 32] = b;
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < Count; ++i) {
-      values[i] = warp_reduce<kPairWarps>(lane % kPairWarps < warps ? own[i * kPairWarps + lane % kPairWarps] : neutral,
-                                          combine);
-    }
-    int size = cluster_size();
-    if (size == 1) return;
-    float* shown = scratch.blocks + phase * kPairSums;
-    if (threadIdx.x == 0) {
-#pragma unroll
-      for (int i = 0; i < Count; ++i) shown[i] = values[i];
-    }
-    cluster_barrier();
-    const float* peer = cluster_peer(shown, lane % 8 < size ? lane % 8 : 0);
-#pragma unroll
-    for (int i = 0; i < Count; ++i) values[i] = warp_reduce<8>(lane % 8 < size ? peer[i] : neutral, combine);
+    // Half a warp for each of both.
+    float top = lane % kPairWarps < warps ? scratch.tops[lane] : negative_infinity();
+    top = warp_reduce<kPairWarps>(top, Larger{});
+    a = shuffle_from(top, 0), b = shuffle_from(top, kPairWarps);
   }
 }
 
-// The statistics of a whole row from those of its threads.
-template <int Lanes>
-ADAMIX_DEVICE void join_statistics(PairStatistics& s, const PairScratch& scratch) {
-  float tops[2] = {s.top_a, s.top_b};
-  reduce_row<Lanes>(tops, Max{}, negative_infinity(), scratch, 0);
-  s.move_to(tops[0], tops[1]);
-  float sums[4] = {s.sum_a, s.sum_b, s.total, s.label};
-  reduce_row<Lanes>(sums, Add{}, 0.f, scratch, 1);
-  s.center = PairStatistics::center_of(sums[0], sums[1]);
-  float gaps[2] = {fmaf(-s.center, s.sum_a, s.gap_a), fmaf(-s.center, s.sum_b, s.gap_b)};
-  reduce_row<Lanes>(gaps, Add{}, 0.f, scratch, 2);
-  s.sum_a = sums[0], s.sum_b = sums[1], s.total = sums[2], s.label = sums[3];
-  s.gap_a = gaps[0], s.gap_b = gaps[1];
+// Each value summed over a row's threads in this block; every one of them gets the sums. scratch: [kPairWarps, Count],
+// with a barrier between two uses. Over a warp a step halves the values that a lane holds: then lane 32 / Count k + any
+// has the k-th.
+template <int Lanes, int Count>
+ADAMIX_DEVICE void sum_row(float (&values)[Count], float* scratch) {
+  if constexpr (Lanes > 0 && Lanes < 32) {
+#pragma unroll
+    for (float& value : values) value = warp_reduce<Lanes>(value, Add{});
+    return;
+  }
+  constexpr int kLanes = 32 / Count;
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int count = Count / 2, distance = 16; count > 0; count /= 2, distance /= 2) {
+    bool upper = lane & distance;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      float sent = upper ? values[i] : values[i + count], kept = upper ? values[i + count] : values[i];
+      values[i] = kept + shuffle_xor(sent, distance);
+    }
+  }
+  float sum = warp_reduce<kLanes>(values[0], Add{});
+  if constexpr (Lanes == 0) {
+    if (lane % kLanes == 0) scratch[threadIdx.x / 32 * Count + lane / kLanes] = sum;
+    __syncthreads();
+    int warps = blockDim.x / 32;
+    sum = 0.f;
+    for (int warp = lane % kLanes; warp < warps; warp += kLanes) sum += scratch[warp * Count + lane / kLanes];
+    sum = warp_reduce<kLanes>(sum, Add{});
+  }
+#pragma unroll
+  for (int i = 0; i < Count; ++i) values[i] = shuffle_from(sum, kLanes * i);
 }
 
-// A row's means from those of its threads; after join_statistics, whose phase 2 lies between both uses of phase 1.
+// A row's statistics, or a block's share of them, from those of its threads.
 template <int Lanes>
-ADAMIX_DEVICE void join_means(PairResult& result, PairMeans means, bool selected, const PairScratch& scratch) {
-  reduce_row<Lanes>(means.values, Add{}, 0.f, scratch, 1);
-  if (selected) result.mean_p = means.values[0], result.mean_q = means.values[1];
+ADAMIX_DEVICE void join_sums(PairStatistics& s, const PairScratch& scratch) {
+  float sums[4] = {s.sum_a, s.sum_b, s.total, s.label};
+  sum_row<Lanes>(sums, scratch.sums);
+  float own_a = s.sum_a, own_b = s.sum_b;
+  s.sum_a = sums[0], s.sum_b = sums[1], s.total = sums[2], s.label = sums[3];
+  s.center = s.center_of_sums();
+  float gaps[4] = {fmaf(-s.center, own_a, s.gap_a), fmaf(-s.center, own_b, s.gap_b), s.lean, 0.f};
+  sum_row<Lanes>(gaps, scratch.gaps);
+  s.gap_a = gaps[0], s.gap_b = gaps[1], s.lean = gaps[2];
+}
+
+// A block's share of a row goes to all blocks of its cluster, which have it after cluster_arrive and cluster_wait.
+// turn: 0 and 1 by turns.
+ADAMIX_DEVICE void send_statistics(const PairStatistics& s, const PairScratch& scratch, int turn) {
+  if (threadIdx.x >= 32) return;
+  float* own = scratch.blocks + (turn * kPairCluster + cluster_rank()) * kPairValues;
+  const float values[] = {s.top_a, s.top_b, s.sum_a, s.sum_b, s.gap_a, s.gap_b, s.total, s.label, s.lean};
+  float value = values[0];
+  int which = threadIdx.x % kPairValues;
+#pragma unroll
+  for (int i = 1; i < 9; ++i) value = which == i ? values[i] : value;
+  for (int peer = threadIdx.x / kPairValues; peer < cluster_size(); peer += 32 / kPairValues) {
+    cluster_store(own + which, peer, value);
+  }
+}
+
+// The statistics of the whole row from its blocks'. columns(rank): how many columns of it that block has.
+template <typename Columns>
+ADAMIX_DEVICE void take_statistics(PairStatistics& s, const PairScratch& scratch, int turn, Columns columns) {
+  int rank = threadIdx.x % kPairCluster;
+  PairStatistics part;
+  part.start(negative_infinity(), negative_infinity());
+  if (rank < cluster_size()) {
+    const float* from = scratch.blocks + (turn * kPairCluster + rank) * kPairValues;
+    part = {from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7], 0.f, from[8]};
+  }
+  auto whole = [](float value, auto combine) { return warp_reduce<kPairCluster>(value, combine); };
+  s.start(whole(part.top_a, Larger{}), whole(part.top_b, Larger{}));
+  float rise_a = finite_top(s.top_a) - finite_top(part.top_a), rise_b = finite_top(s.top_b) - finite_top(part.top_b);
+  float decay_a = expf(part.top_a - finite_top(s.top_a)), decay_b = expf(part.top_b - finite_top(s.top_b));
+  s.sum_a = whole(part.sum_a * decay_a, Add{}), s.sum_b = whole(part.sum_b * decay_b, Add{});
+  s.total = whole(part.total - columns(rank) * rise_a, Add{}), s.label = whole(part.label, Add{});
+  s.lean = whole(part.lean, Add{});  // whose maxima are the row's already
+  s.center = s.center_of_sums();
+  // From one center to the other in one step, which is small where they are close.
+  float step = part.center_of_sums() - (rise_a - rise_b) - s.center;
+  s.gap_a = whole(decay_a == 0.f ? 0.f : fmaf(step, part.sum_a, part.gap_a) * decay_a, Add{});
+  s.gap_b = whole(decay_b == 0.f ? 0.f : fmaf(step, part.sum_b, part.gap_b) * decay_b, Add{});
 }
 
 ADAMIX_DEVICE float inverse_of(float count) { return count > 0.f ? 1.f / count : 0.f; }
@@ -97,6 +153,7 @@ ADAMIX_DEVICE PairScales find_scales(const PairSums& sums, const PairScratch& sc
   }
   if (!labelled && sums.mask.data == nullptr) return {0.f, inverse_of(static_cast<float>(sums.rows))};
   int counted = 0, selected = 0;
+#pragma unroll 4
   for (int64_t row = threadIdx.x; row < sums.rows; row += blockDim.x) {
     PairFlags flags = flags_of(sums, static_cast<int>(row), 0x7fffffff);
     counted += flags.counted, selected += flags.selected;
@@ -129,7 +186,6 @@ ADAMIX_DEVICE void store_losses(const PairSums& sums, PairScales scales, float e
   if (sums.loss != nullptr) *sums.loss = sums.labels.data == nullptr ? pair : entropy + sums.weight * pair;
   if (sums.cross_entropy != nullptr) *sums.cross_entropy = entropy;
   if (sums.consistency != nullptr) *sums.consistency = pair;
-  if (sums.factor != nullptr) *sums.factor = shares_of(sums, scales).factor;
 }
 
 // A block's (or cluster's) sums over its rows from those of its teams, in their order: into partial, or as the losses
@@ -138,15 +194,17 @@ template <int Lanes>
 ADAMIX_DEVICE void store_sums(const PairSums& sums, PairScales scales, const PairScratch& scratch, float entropy,
                               float pair, int group, int groups) {
   if constexpr (Lanes > 0) {
-    constexpr int kTeams = kPairThreads / Lanes;
+    constexpr int kTeams = threads_of(Lanes) / Lanes;
     if (threadIdx.x % Lanes == 0) {
-      scratch.teams[threadIdx.x / Lanes] = entropy, scratch.teams[kPairThreads + threadIdx.x / Lanes] = pair;
+      scratch.teams[threadIdx.x / Lanes] = entropy, scratch.teams[kTeams + threadIdx.x / Lanes] = pair;
     }
     __syncthreads();
-    entropy = scratch.teams[0], pair = scratch.teams[kPairThreads];
-    for (int team = 1; team < kTeams; ++team) {
-      entropy += scratch.teams[team], pair += scratch.teams[kPairThreads + team];
+    if (threadIdx.x >= 32) return;
+    entropy = pair = 0.f;
+    for (int team = threadIdx.x; team < kTeams; team += 32) {
+      entropy += scratch.teams[team], pair += scratch.teams[kTeams + team];
     }
+    entropy = warp_reduce(entropy, Add{}), pair = warp_reduce(pair, Add{});
   }
   if (threadIdx.x != 0 || (Lanes == 0 && cluster_rank() != 0)) return;
   if (groups == 1) return store_losses(sums, scales, entropy, pair);

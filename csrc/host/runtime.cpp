@@ -13,17 +13,20 @@
 #include "host/fibers.h"
 
 namespace adamix::host {
+
+using Taker = void (*)(const void* kernel, const int* sizes, const void* argument, int bytes);
+
 namespace {
 
 constexpr int kUsualShared = 48 * 1024;  // what a block may take of shared memory unless a kernel is allowed more
 constexpr int kRuntimeVersion = 13000;
 
 struct DeviceFacts {
-  int capability, shared, cluster, cluster_run, loads;
+  int capability, shared, cluster, cluster_run, loads, multiprocessors;
 
   bool operator==(const DeviceFacts& other) const {
     return capability == other.capability && shared == other.shared && cluster == other.cluster &&
-           cluster_run == other.cluster_run && loads == other.loads;
+           cluster_run == other.cluster_run && loads == other.loads && multiprocessors == other.multiprocessors;
   }
 };
 
@@ -31,6 +34,8 @@ struct DeviceFacts {
 std::mutex mutex;
 std::vector<DeviceFacts> devices;
 std::map<std::pair<const void*, int>, int> shared_limits;
+
+Taker taker = nullptr;
 
 thread_local int current_device = 0;
 thread_local cudaError_t last_error = cudaSuccess;
@@ -75,7 +80,7 @@ int cluster_of(const cudaLaunchConfig_t& config) {
 int device_of_environment() {
   DeviceFacts facts{from_environment("ADAMIX_HOST_CAPABILITY", 90), from_environment("ADAMIX_HOST_SHARED", 232448),
                     from_environment("ADAMIX_HOST_CLUSTER", 8), from_environment("ADAMIX_HOST_CLUSTER_RUN", 8),
-                    from_environment("ADAMIX_HOST_LOADS", 1)};
+                    from_environment("ADAMIX_HOST_LOADS", 1), from_environment("ADAMIX_HOST_MULTIPROCESSORS", 4)};
   std::lock_guard<std::mutex> lock(mutex);
   for (size_t i = 0; i < devices.size(); ++i) {
     if (devices[i] == facts) return static_cast<int>(i);
@@ -84,7 +89,8 @@ int device_of_environment() {
   return static_cast<int>(devices.size()) - 1;
 }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body) {
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, Argument argument,
+                   const std::function<void()>& body) {
   note_call("cudaLaunchKernelEx");
   DeviceFacts facts = facts_of(current_device);
   int cluster = cluster_of(config);
@@ -93,11 +99,23 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   if (cluster > 1 && (facts.capability < 90 || cluster > facts.cluster_run)) {
     return returned(cudaErrorInvalidClusterSize);
   }
+  if (taker != nullptr) {
+    int sizes[] = {static_cast<int>(config.grid.x), static_cast<int>(config.grid.y), static_cast<int>(config.grid.z),
+                   static_cast<int>(config.block.x), static_cast<int>(config.dynamicSmemBytes), cluster};
+    taker(kernel, sizes, argument.data, static_cast<int>(argument.bytes));
+    return cudaSuccess;
+  }
   run(config.grid, config.block.x, config.dynamicSmemBytes, cluster, body);
   return cudaSuccess;
 }
 
 }  // namespace adamix::host
+
+// From now on launches are given to `taker` instead of being run: the kernel's address; grid x, y, z, threads of a
+// block, bytes of dynamic shared memory, blocks of a cluster; its argument. Null: they are run again.
+extern "C" __attribute__((visibility("default"))) void adamix_host_take_launches(adamix::host::Taker taker) {
+  adamix::host::taker = taker;
+}
 
 using namespace adamix::host;
 
@@ -132,7 +150,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device)
   DeviceFacts facts = facts_of(device);
   switch (which) {
     case cudaDevAttrMultiProcessorCount:
-      *value = 4;
+      *value = facts.multiprocessors;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
       *value = facts.capability / 10;

@@ -8,6 +8,7 @@
 //   ADAMIX_HOST_CLUSTER      8        blocks of the largest cluster that the driver calls possible
 //   ADAMIX_HOST_CLUSTER_RUN  8        and of the largest that it launches
 //   ADAMIX_HOST_LOADS        1        0: the machine code does not load on this device
+//   ADAMIX_HOST_MULTIPROCESSORS  4    its multiprocessors
 // ADAMIX_HOST_DRIVER is the driver's version (13000); the runtime's is 13000.
 #pragma once
 
@@ -73,15 +74,28 @@ namespace adamix::host {
 // The number of the device that the environment describes now.
 int device_of_environment();
 
-// The rules of a launch; body is what each thread runs.
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body);
+// The one argument of a kernel.
+struct Argument {
+  const void* data;
+  size_t bytes;
+};
+
+template <typename T>
+Argument argument(const T& value) {
+  return {&value, sizeof value};
+}
+
+// The rules of a launch; body is what each thread runs, unless somebody takes launches (adamix_host_take_launches).
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, Argument argument,
+                   const std::function<void()>& body);
 
 // For `adamix_host_launches`: the name of a kernel about to be launched.
 void note_launch(const char* name);
 
 }  // namespace adamix::host
 
-template <typename... Expected, typename... Given>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Given&&... arguments) {
-  return adamix::host::launch(*config, reinterpret_cast<const void*>(kernel), [&] { kernel(arguments...); });
+template <typename Expected, typename Given>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected), const Given& argument) {
+  return adamix::host::launch(*config, reinterpret_cast<const void*>(kernel), adamix::host::argument(argument),
+                              [&] { kernel(argument); });
 }

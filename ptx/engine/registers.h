@@ -109,6 +109,7 @@ void add_memory();
 void add_async_copies();
 void add_matrices();
 void add_wgmma();
+void add_wmma();
 void add_collectives();
 
 }  // namespace ptx

@@ -19,12 +19,11 @@ INCOMING = (1.0, 1.0, -1.0, 0.0, 1024.0, 1e-3)
 
 
 @st.composite
-def consistency_cases(draw, dtypes, sizes: Sizes, masked_mean: bool = False) -> Case:
-    """masked_mean: means over a mask alone, whose rows have to be counted."""
+def consistency_cases(draw, dtypes, sizes: Sizes) -> Case:
     d = Draw(draw, dtypes)
     rows, classes = _rows(d, sizes), d.integer(1, sizes.classes)
-    reduction, detach = "batchmean" if masked_mean else d.choose(("batchmean", "sum", "none")), d.flag()
-    mask = _mask(d, rows, _MASKS[1:] if masked_mean else _MASKS)
+    reduction, detach = d.choose(("batchmean", "sum", "none")), d.flag()
+    mask = _mask(d, rows, _MASKS)
     inplace = reduction != "none" and d.flag()
     kind, plain_layouts = d.choose(LOGITS), ("contiguous", "misaligned")
     options = dict(values=_simple(kind), huge=_huge(d), layouts=plain_layouts if inplace else LAYOUTS)

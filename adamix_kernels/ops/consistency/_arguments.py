@@ -28,6 +28,14 @@ def check_options(weight: object, ignore_index: object, label_smoothing: object,
     check_number("label_smoothing", label_smoothing, 1.0, "a number in [0, 1]")
 
 
+def check_expected(expected_grad: object) -> None:
+    expected = "a finite number > 0, or None"
+    if expected_grad is not None:
+        check_number("expected_grad", expected_grad, math.inf, expected)
+        if expected_grad == 0:
+            fail("expected_grad", expected_grad, expected)
+
+
 def check_doubled(name: str, value: torch.Tensor, min_dims: int, layout: str) -> None:
     """The first axis holds two passes of one batch, one after the other."""
     if value.dim() < min_dims:

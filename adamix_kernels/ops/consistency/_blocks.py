@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-# Logits of one pass in a block. On a CPU a thread's own part of it and of the five tensors beside it fit into its
-# second-level cache, and no page is touched for the first time; a GPU wants few launches and bounded memory.
-_CPU, _GPU = 2**16, 2**26
+# Logits of one pass in a block. On a CPU a thread's part of it and of the five tensors beside it stay in the caches, no
+# page is touched for the first time, and calls are few; a GPU wants few launches and bounded memory.
+_CPU, _GPU = 2**17, 2**26
 
 At = tuple[slice, ...]
 # In front of a block's slices: whatever dimensions come before the rows.
@@ -20,26 +20,23 @@ def by_blocks(work: Callable[[At], None], logits: torch.Tensor) -> None:
     """work(slices of the row dimensions) for every block of one pass's logits; what a call makes is gone before the
     next. Bits do not depend on the blocks.
     """
-    for at in _of(logits):
+    for at in blocks(logits.shape[:-1], pairs_at_once(logits.shape[-1], logits.device)):
         work(at)
 
 
 def rows_by_blocks(work: Callable[[At], Sequence[torch.Tensor]], logits: torch.Tensor) -> Sequence[torch.Tensor]:
     """The same for a work that returns tensors [..., *rows]: those of all rows."""
     rows = logits.shape[:-1]
+    pairs = pairs_at_once(logits.shape[-1], logits.device)
+    if rows.numel() <= pairs:
+        return work(())
     made: list[torch.Tensor] = []
-    for at in _of(logits):
+    for at in blocks(rows, pairs):
         parts = work(at)
-        if not at:
-            return parts
         made = made or [part.new_empty((*part.shape[: -len(rows)], *rows)) for part in parts]
         for whole, part in zip(made, parts, strict=True):
             whole[_LEADING + at] = part
     return made
-
-
-def _of(logits: torch.Tensor) -> Iterator[At]:
-    return blocks(logits.shape[:-1], pairs_at_once(logits.shape[-1], logits.device))
 
 
 def pairs_at_once(vocab: int, device: torch.device) -> int:

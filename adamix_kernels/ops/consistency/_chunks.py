@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from ._rows import keep, rows_of, scales_of, wide_dtype
+from ._chunk_size import pairs_a_chunk
+from ._rows import rows_of, scales_of, wide_dtype
 
 
 class Chunk(NamedTuple):
-    """Sums over a chunk's rows, and the gradient of its logits [2 * rows, V] or None."""
+    """Losses of a chunk's rows, or their sums; the gradient of its logits [2 * rows, V], or None."""
 
     cross_entropy: torch.Tensor
     consistency: torch.Tensor
@@ -36,7 +37,10 @@ def linear_loss(
     """(loss, cross-entropy, consistency, d_hidden, d_weight, d_bias, factor).
 
     chunk(logits, labels, counted, selected, factors, need_grad): the loss of some row pairs; logits
-    [2 * rows, V] are its to overwrite, factors [2] those of both parts' gradients.
+    [2 * rows, V] are its to overwrite, factors [2] those of both parts' gradients. chunk_rows 0: by _chunk_size.py.
+
+    Launches a chunk on a GPU: two products, the loss, and one more where the head is trained or has a bias (the hidden
+    states in a matrix), two more for a trained head (its product, added up).
 
     float16 gradients are held divided by the larger of both parts' factors on a row (1/rows would underflow, a
     weight overflow): that factor, else 1, is returned, and backward applies it with the incoming gradient.
@@ -50,20 +54,28 @@ def linear_loss(
     factors = torch.stack([scales[0], scales[1] * weight])
     factor = factors.amax() if hidden.dtype == torch.float16 else factors.new_ones(())
     factors = torch.where(factor > 0, factors / factor, 0)
+    if not chunk_rows:
+        sizes = labels.shape[0], vocab, width, hidden.element_size()
+        chunk_rows = pairs_a_chunk(*sizes, need_weight, hidden.device)
     # Added up at the end: one rounding a chunk, all in one direction, would be more than PyTorch errs.
-    sums = torch.zeros(2, -(-labels.shape[0] // chunk_rows), dtype=dtype, device=hidden.device)
+    losses: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
     d_hidden = torch.empty_like(pairs, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
     d_weight = hidden.new_zeros((vocab, width) if need_weight else 0, dtype=dtype)
     d_bias = hidden.new_zeros(vocab if need_bias else 0, dtype=dtype)
     need_grad = need_hidden or need_weight or need_bias
-    for number, start in enumerate(range(0, labels.shape[0], chunk_rows)):
+    # A number in its place would be a launch for each chunk.
+    apart, zero = multiplies_apart(hidden.device), hidden.new_zeros(())
+    room = _room(hidden, min(chunk_rows, labels.shape[0]), vocab) if apart else None
+    for start in range(0, labels.shape[0], chunk_rows):
         part = slice(start, start + chunk_rows)
-        # A masked row's hidden states may be NaN: zero them, or 0 * NaN reaches d_weight.
-        x = keep(pairs[:, part], selected[part].unsqueeze(-1)).flatten(0, 1)
-        logits = torch.nn.functional.linear(x, lm_head_weight, bias)
+        states, x = pairs[:, part], None
+        if need_weight or bias is not None or not apart:
+            # A masked row's hidden states may be NaN: zero them, or 0 * NaN reaches d_weight.
+            x = torch.where(selected[part].unsqueeze(-1), states, zero).flatten(0, 1)
+        logits = _logits(states, x, lm_head_weight, bias, room)
         out = chunk(logits, labels[part], counted[part], selected[part], factors, need_grad)
-        sums[0, number] = out.cross_entropy
-        sums[1, number] = out.consistency
+        for found, one in zip(losses, out[:2], strict=True):
+            found.append(one.reshape(-1))
         if not need_grad:
             del x, logits, out
             continue
@@ -71,18 +83,53 @@ def linear_loss(
         if need_bias:
             d_bias += out.d_logits.sum(0, dtype=dtype)
         d_logits = out.d_logits.to(hidden.dtype)
-        if need_hidden:
+        if need_hidden and apart:
+            passes = d_logits.unflatten(0, (2, -1))
+            torch.bmm(passes, lm_head_weight.expand(2, vocab, width), out=d_hidden[:, part])
+        elif need_hidden:
             d_hidden[:, part] = (d_logits @ lm_head_weight).unflatten(0, (2, -1))
-        if need_weight and hidden.dtype == torch.bfloat16:
+        if x is not None and need_weight and hidden.dtype == torch.bfloat16:
             d_weight += d_logits.t() @ x
-        elif need_weight:
+        elif x is not None and need_weight:
             # float16 would overflow in a sum over many rows, before the factor makes it small.
             d_weight.addmm_(d_logits.t().to(dtype), x.to(dtype))
         # Or the next chunk's logits are made while these still live.
         del x, logits, out, d_logits
-    totals = sums.sum(1)
+    totals = [torch.cat(found).sum() if found else factors.new_zeros(()) for found in losses]
     cross_entropy, consistency = totals[0] * scales[0], totals[1] * scales[1]
     loss = cross_entropy + weight * consistency
     if need_hidden:
         d_hidden = d_hidden.view(hidden.shape)
     return loss, cross_entropy, consistency, d_hidden, d_weight, d_bias, factor
+
+
+def multiplies_apart(device: torch.device) -> bool:
+    """Whether both passes are a batch of two products, which copies no rows; a CPU takes one product of all rows."""
+    return device.type != "cpu"
+
+
+def _room(hidden: torch.Tensor, pairs: int, vocab: int) -> torch.Tensor:
+    """Logits [2 * pairs, V] for every chunk; rows begin at multiples of 128 bytes, or products would crawl."""
+    return hidden.new_empty(2 * pairs, -(-vocab // 64) * 64)[:, :vocab]
+
+
+def _logits(
+    states: torch.Tensor,
+    x: torch.Tensor | None,
+    lm_head_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    room: torch.Tensor | None,
+) -> torch.Tensor:
+    """[2 * rows, V] from states [2, rows, D] or, where given, from x [2 * rows, D]; in `room`, if any."""
+    if room is None:
+        assert x is not None
+        return torch.nn.functional.linear(x, lm_head_weight, bias)
+    logits = room[: 2 * states.shape[1]]
+    if x is None:
+        head = lm_head_weight.t().expand(2, *lm_head_weight.t().shape)
+        torch.bmm(states, head, out=logits.unflatten(0, (2, -1)))
+    elif bias is None:
+        torch.mm(x, lm_head_weight.t(), out=logits)
+    else:
+        torch.addmm(bias, x, lm_head_weight.t(), out=logits)
+    return logits

@@ -7,8 +7,17 @@ import torch
 from ..._backends import check_request
 from .._checks import check_choice, check_flag, check_tensor, fail
 from .._passes import looked
-from ._arguments import as_mask, as_num_items, check_doubled, check_labels, check_options, overwrites
-from .autograd import adamix_loss_op, consistency_op, inplace_adamix_loss, inplace_consistency
+from ._arguments import (
+    as_mask,
+    as_num_items,
+    check_doubled,
+    check_expected,
+    check_labels,
+    check_options,
+    overwrites,
+)
+from .autograd import adamix, consistency
+from .inplace import inplace_adamix_loss, inplace_consistency
 from .linear_api import linear_adamix_loss
 from .output import AdaMixLossOutput
 from .regression import regression_loss
@@ -26,6 +35,7 @@ def consistency_loss(
     detach_target: bool = True,
     reduction: str = "batchmean",
     inplace: bool = False,
+    expected_grad: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """J = 1/2 [KL(b||a) + KL(a||b)] = 1/2 sum_v (p - q)(log p - log q), p = softmax(a), q = softmax(b).
@@ -45,20 +55,25 @@ def consistency_loss(
             later reads gradients, and what saved them for its own backward (their producer, such as a
             softmax, or another loss) fails there with autograd's error about in-place changes. Backward runs
             once. A slice of a larger tensor gains nothing, its own backward copies. Not while torch.compile traces.
+        expected_grad: the gradient that will come in to the loss: the loss scale, 1 / accumulation steps, or their
+            product; a number > 0. The forward writes the logits' gradient for it. None stands for 1, but float16
+            then waits for the incoming one. Where another comes in, the backward writes anew (inplace: rescales,
+            one more rounding): it costs time, and the results are the same. Not under torch.compile, which has no use.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
         float32 (float64 for float64 logits) in nats, differentiable once in both logits. With no row that
         counts the loss is 0 and so are the gradients. A NaN in a row that counts gives NaN. An incoming gradient
-        of exactly 1 costs a backend that writes gradients in the forward nothing more; another, one pass over them.
+        that is exactly the expected one costs nothing more; another, a second pass over the logits.
 
     Memory at the peak, in bytes beyond the arguments, for R rows of V logits of e bytes in each argument, gradients
     included; a few numbers a row are left out:
-        triton, cuda: forward `2 * e * R * V`, backward `0`; for float16, and under torch.compile, the other way round;
-            inplace, none at all.
-        reference, 4 or 2 bytes, P rows at once: forward `24 * P * V`, backward `2 * e * R * V + 24 * P * V`
-        reference, 4 or 2 bytes, detach_target=False: forward `28 * P * V`, backward `2 * e * R * V + 28 * P * V`
-    P is at most R, on a CPU 2**16 // V rows (at least one) for each thread, on a GPU 2**26 // V.
+        triton, cuda: forward `2 * e * R * V`, backward `0`; under torch.compile, and for float16 without
+            expected_grad, the other way round; inplace, none at all.
+        reference, 4 or 2 bytes, P rows at once: forward `2 * e * R * V + 24 * P * V`, backward `0`
+        reference, 4 or 2 bytes, detach_target=False: forward `2 * e * R * V + 28 * P * V`, backward `0`
+    P is at most R, on a CPU 2**17 // V rows (at least one) for each thread, on a GPU 2**26 // V. There, under
+    torch.compile and for float16 without expected_grad the reference has the first term in the backward.
 
     The maths is float32 or float64 whatever the logits' dtype; autocast changes nothing.
 
@@ -82,12 +97,13 @@ def consistency_loss(
     check_flag("detach_target", detach_target)
     check_flag("inplace", inplace)
     check_request(backend)
-    args = logits_a, logits_b, mask, bool(detach_target), reduction, backend
+    check_expected(expected_grad)
+    args = logits_a, logits_b, mask, bool(detach_target), reduction, backend, expected_grad
     if inplace and reduction == "none":
         fail("inplace", inplace, 'False with reduction="none", whose gradient depends on the incoming one')
     if inplace and overwrites(logits_a=logits_a, logits_b=logits_b):
         return inplace_consistency(*args)
-    return consistency_op(*args)[0]
+    return consistency(*args)
 
 
 def adamix_loss(
@@ -101,6 +117,7 @@ def adamix_loss(
     num_items: int | torch.Tensor | None = None,
     detach_target: bool = True,
     inplace: bool = False,
+    expected_grad: float | None = None,
     backend: str = "auto",
 ) -> AdaMixLossOutput:
     """loss = CE(logits[:B], labels) + weight * J(logits[:B], logits[B:]), J as in `consistency_loss`.
@@ -117,7 +134,8 @@ def adamix_loss(
             mask, so unlabelled rows can serve the consistency alone. Rows outside may hold NaN.
         num_items: an int or 0-dim tensor that replaces both numbers of rows as the divisor (the labelled
             rows of a whole accumulated batch, not doubled). 0 gives a loss of 0.
-        detach_target, inplace: as in `consistency_loss`; in place there is no second [2B, ..., V] tensor.
+        detach_target, inplace, expected_grad: as in `consistency_loss`; in place there is no second [2B, ..., V]
+            tensor.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
@@ -127,17 +145,18 @@ def adamix_loss(
 
     Memory at the peak, in bytes beyond the arguments, for R rows a pass of V logits of e bytes, the gradient included;
     a few numbers a row are left out:
-        triton, cuda: forward `2 * e * R * V`, backward `0`; for float16, and under torch.compile, the other way round;
-            inplace, none at all.
-        reference, 4 or 2 bytes, P rows at once: forward `24 * P * V`, backward `2 * e * R * V + 28 * P * V`
-        reference, 4 or 2 bytes, detach_target=False: forward `28 * P * V`, backward `2 * e * R * V + 28 * P * V`
-    P is at most R, on a CPU 2**16 // V rows (at least one) for each thread, on a GPU 2**26 // V.
+        triton, cuda: forward `2 * e * R * V`, backward `0`; under torch.compile, and for float16 without
+            expected_grad, the other way round; inplace, none at all.
+        reference, 4 or 2 bytes, P rows at once: forward `2 * e * R * V + 24 * P * V`, backward `0`
+        reference, 4 or 2 bytes, detach_target=False: forward `2 * e * R * V + 28 * P * V`, backward `0`
+    P is at most R, on a CPU 2**17 // V rows (at least one) for each thread, on a GPU 2**26 // V. There, under
+    torch.compile and for float16 without expected_grad the reference has the first term in the backward.
 
     Regression: with floating labels [B, ...] and logits [2B, ..., 1] or [2B, ...], cross_entropy is the
     mean of (a - y)^2 over pass 1 and consistency the same symmetric KL, between unit-variance Gaussians
     centred on the predictions: 1/2 [(a - b)^2 / 2 + (b - a)^2 / 2] = 1/2 (a - b)^2, with constant targets
     a gradient of 1/2 (a - b) on a and its opposite on b. (The softmax KL of one logit is identically 0,
-    so the reference project has no consistency here.) ignore_index and inplace play no part and
+    so the reference project has no consistency here.) ignore_index, inplace and expected_grad play no part and
     label_smoothing must be 0. It has one implementation: backend must be "auto" or "reference".
 
     The maths is float32 or float64 whatever the logits' dtype; autocast changes nothing.
@@ -156,6 +175,7 @@ def adamix_loss(
     check_request(backend)
     check_options(weight, ignore_index, label_smoothing, detach_target)
     check_flag("inplace", inplace)
+    check_expected(expected_grad)
     num_items = as_num_items(num_items, logits)
     if isinstance(labels, torch.Tensor) and labels.is_floating_point():
         return AdaMixLossOutput(
@@ -166,7 +186,7 @@ def adamix_loss(
         fail("logits", f"shape {tuple(logits.shape)}", "[2B, ..., V] with V >= 1")
     check_labels(labels, logits.shape[:-1], logits)
     mask = as_mask(mask, labels.shape, logits)
-    options = weight, ignore_index, label_smoothing, bool(detach_target), backend
+    options = weight, ignore_index, label_smoothing, bool(detach_target), backend, expected_grad
     if inplace and overwrites(logits=logits):
         return AdaMixLossOutput(*inplace_adamix_loss(logits, labels, mask, num_items, *options))
-    return AdaMixLossOutput(*adamix_loss_op(logits, labels, mask, num_items, *options)[:3])
+    return AdaMixLossOutput(*adamix(logits, labels, mask, num_items, *options))

@@ -1,43 +1,71 @@
-"""Derivatives of the consistency losses, in terms of their forward and backward ops."""
+"""Derivatives of the consistency losses: of the ops, in two steps, and of eager calls, whose forward writes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from .._library import below_autograd, differentiate
-from .grad_op import (
-    adamix_loss_correct_op,
-    adamix_loss_grad_op,
-    consistency_correct_op,
-    consistency_grad_op,
-    loss_rescale_op,
-    writes_gradient,
-)
+from .._library import below_autograd, differentiate, once_differentiable
+from .ahead import adamix_grad, adamix_write, consistency_grad, consistency_write, writer_of
 from .op import (
     adamix_loss_backward_op,
+    adamix_loss_op,
     consistency_backward_op,
-)
-from .op import (
-    adamix_loss_op as adamix_loss_op,
-)
-from .op import (
-    consistency_op as consistency_op,
+    consistency_op,
 )
 from .op import (
     linear_adamix_loss_op as linear_adamix_loss_op,
 )
 
+_DENSE = torch.contiguous_format
+
+
+def consistency(
+    logits_a: torch.Tensor,
+    logits_b: torch.Tensor,
+    mask: torch.Tensor | None,
+    detach_target: bool,
+    reduction: str,
+    backend: str,
+    expected: float | None,
+) -> torch.Tensor:
+    module = None
+    if reduction != "none" and torch.is_grad_enabled() and (logits_a.requires_grad or logits_b.requires_grad):
+        module = writer_of(backend, expected, logits_a, logits_b)
+    if module is not None:
+        loss: torch.Tensor = _ahead_consistency(logits_a, logits_b, mask, (module, detach_target, reduction, expected))
+    else:
+        loss, *_ = consistency_op(logits_a, logits_b, mask, detach_target, reduction, backend)
+    return loss
+
+
+def adamix(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+    backend: str,
+    expected: float | None,
+) -> tuple[torch.Tensor, ...]:
+    options = weight, ignore_index, label_smoothing, detach_target
+    module = None
+    if torch.is_grad_enabled() and logits.requires_grad:
+        module = writer_of(backend, expected, logits)
+    if module is None:
+        return adamix_loss_op(logits, labels, mask, num_items, *options, backend)[:3]
+    parts: list[torch.Tensor] = []
+    loss = _ahead_adamix(logits, labels, mask, (module, num_items, *options, expected), parts)
+    return loss, *parts
+
 
 class ConsistencyFunction(torch.autograd.Function):
-    """Saves both logits and the row statistics; probabilities are recomputed.
-
-    Where the backend writes the gradient in the forward, backward hands that buffer over, once; a later backward
-    through a retained graph computes anew.
-    """
+    """Saves both logits and the row statistics; probabilities are recomputed."""
 
     @staticmethod
     def forward(
@@ -49,13 +77,8 @@ class ConsistencyFunction(torch.autograd.Function):
         reduction: str,
         backend: str,
     ) -> Any:
-        args = logits_a, logits_b, mask, detach_target, reduction
-        ctx.ahead = None
-        if reduction != "none" and writes_gradient(logits_a, backend) and writes_gradient(logits_b, backend):
-            ctx.ahead = [_empty_like(t) if need else None for t, need in zip(args[:2], ctx.needs_input_grad)]
-            loss, stats, scale, _ = below_autograd(consistency_grad_op, *args, *ctx.ahead, backend)
-        else:
-            loss, stats, scale = below_autograd(consistency_op, *args, backend)
+        args = logits_a, logits_b, mask, detach_target, reduction, backend
+        loss, stats, scale = below_autograd(consistency_op, *args)
         ctx.save_for_backward(logits_a, logits_b, mask, stats, scale)
         ctx.options = (detach_target, backend)
         ctx.mark_non_differentiable(stats, scale)
@@ -69,18 +92,13 @@ class ConsistencyFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
             return (None,) * 6
-        ahead, ctx.ahead = ctx.ahead, None
-        detach_target, backend = ctx.options
-        if ahead is not None:
-            consistency_correct_op(grad, *ctx.saved_tensors, detach_target, *ahead, backend)
-            return *ahead, None, None, None, None
         grads = consistency_backward_op(grad, *ctx.saved_tensors, *ctx.options)
         ga, gb = (g if need else None for g, need in zip(grads, ctx.needs_input_grad[:2], strict=True))
         return ga, gb, None, None, None, None
 
 
 class AdaMixLossFunction(torch.autograd.Function):
-    """Saves the logits and the row statistics; the gradient as in ConsistencyFunction."""
+    """Saves the logits and the row statistics."""
 
     @staticmethod
     def forward(
@@ -91,13 +109,7 @@ class AdaMixLossFunction(torch.autograd.Function):
         num_items: torch.Tensor | None,
         *options: Any,
     ) -> Any:
-        ctx.ahead = None
-        if writes_gradient(logits, options[-1]):
-            ctx.ahead = _empty_like(logits)
-            args = logits, labels, mask, num_items, *options[:-1], ctx.ahead, options[-1]
-            *losses, stats, scales, _ = below_autograd(adamix_loss_grad_op, *args)
-        else:
-            *losses, stats, scales = below_autograd(adamix_loss_op, logits, labels, mask, num_items, *options)
+        *losses, stats, scales = below_autograd(adamix_loss_op, logits, labels, mask, num_items, *options)
         ctx.save_for_backward(logits, labels, mask, stats, scales)
         ctx.options = options
         ctx.mark_non_differentiable(*losses[1:], stats, scales)
@@ -109,15 +121,13 @@ class AdaMixLossFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
             return (None,) * 9
-        ahead, ctx.ahead = ctx.ahead, None
-        if ahead is None:
-            return adamix_loss_backward_op(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8
-        adamix_loss_correct_op(grad, *ctx.saved_tensors, *ctx.options[:-1], ahead, ctx.options[-1])
-        return ahead, *[None] * 8
+        return adamix_loss_backward_op(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
 
-class InplaceConsistencyFunction(torch.autograd.Function):
-    """The logits are overwritten by their gradient, and saved as such; a changed version is autograd's to report."""
+class AheadConsistencyFunction(torch.autograd.Function):
+    """The forward writes the gradients; backward hands them over, once. A later backward through a retained graph
+    computes anew. options: the backend's module, detach_target, reduction, the expected gradient.
+    """
 
     @staticmethod
     def forward(
@@ -125,25 +135,31 @@ class InplaceConsistencyFunction(torch.autograd.Function):
         logits_a: torch.Tensor,
         logits_b: torch.Tensor,
         mask: torch.Tensor | None,
-        detach_target: bool,
-        reduction: str,
-        backend: str,
-    ) -> Any:
-        needs = ctx.needs_input_grad[:2]
-        over = [t.detach() if need else None for t, need in zip((logits_a, logits_b), needs, strict=True)]
-        args = logits_a, logits_b, mask, detach_target, reduction, *over, backend
-        loss, _, _, factor = below_autograd(consistency_grad_op, *args)
-        _keep_overwritten(ctx, factor, backend, *(t if need else None for t, need in zip((logits_a, logits_b), needs)))
+        options: Any,
+    ) -> torch.Tensor:
+        module, *rest = ctx.options = options
+        ctx.ahead = _places(ctx, logits_a, logits_b)
+        loss, stats, scale = consistency_grad(module, logits_a, logits_b, mask, *rest, *ctx.ahead)
+        ctx.save_for_backward(logits_a, logits_b, mask, stats, scale)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        return *_take_overwritten(ctx, grad, 2), None, None, None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        module, detach_target, _, expected = ctx.options
+        out, ctx.ahead = ctx.ahead, None
+        written = expected or 1.0
+        if out is None:
+            out, written = _places(ctx, *saved[:2]), None
+        consistency_write(module, grad, saved, detach_target, out, written)
+        return *out, None, None
 
 
-class InplaceAdaMixLossFunction(torch.autograd.Function):
-    """As InplaceConsistencyFunction."""
+class AheadAdaMixFunction(torch.autograd.Function):
+    """As AheadConsistencyFunction. options: the backend's module, num_items, weight, ignore_index, label_smoothing,
+    detach_target, the expected gradient. parts: takes the cross-entropy and the consistency.
+    """
 
     @staticmethod
     def forward(
@@ -151,45 +167,34 @@ class InplaceAdaMixLossFunction(torch.autograd.Function):
         logits: torch.Tensor,
         labels: torch.Tensor,
         mask: torch.Tensor | None,
-        num_items: torch.Tensor | None,
-        *options: Any,
-    ) -> Any:
-        args = logits, labels, mask, num_items, *options[:-1], logits.detach(), options[-1]
-        *losses, _, _, factor = below_autograd(adamix_loss_grad_op, *args)
-        _keep_overwritten(ctx, factor, options[-1], logits)
-        ctx.mark_non_differentiable(*losses[1:])
-        return tuple(losses)
+        options: Any,
+        parts: list[torch.Tensor],
+    ) -> torch.Tensor:
+        module, num_items, *rest = ctx.options = options
+        ctx.ahead = torch.empty_like(logits, memory_format=_DENSE)
+        args: tuple[Any, ...] = (module, logits, labels, mask, num_items, *rest, ctx.ahead)
+        found = adamix_grad(*args)
+        parts += found[1:3]
+        ctx.save_for_backward(logits, labels, mask, *found[3:])
+        return found[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        return *_take_overwritten(ctx, grad, 1), *[None] * 8
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        module, _, *options, expected = ctx.options
+        out, ctx.ahead = ctx.ahead, None
+        written = expected or 1.0
+        if out is None:
+            out, written = torch.empty_like(saved[0], memory_format=_DENSE), None
+        adamix_write(module, grad, saved, tuple(options), out, written)
+        return out, None, None, None, None
 
 
-def _keep_overwritten(ctx: Any, factor: torch.Tensor, backend: str, *logits: torch.Tensor | None) -> None:
-    ctx.save_for_backward(factor, *logits)
-    ctx.backend, ctx.spent = backend, False
-    ctx.set_materialize_grads(False)
-    torch.autograd.graph.increment_version([t for t in logits if t is not None])
-
-
-def _take_overwritten(ctx: Any, grad: torch.Tensor | None, count: int) -> Sequence[torch.Tensor | None]:
-    if grad is None:
-        return (None,) * count
-    if ctx.spent:
-        raise RuntimeError("inplace: got a second backward, expected one, since the logits are overwritten; use False")
-    factor, *gradients = ctx.saved_tensors
-    gradients = [None if t is None else t.detach() for t in gradients]
-    ctx.spent = True
-    for t in gradients:
-        if t is not None:
-            loss_rescale_op(t, grad * factor, ctx.backend)
-            torch.autograd.graph.increment_version(t)
-    return gradients
-
-
-def _empty_like(logits: torch.Tensor) -> torch.Tensor:
-    return logits.new_empty(logits.shape)
+def _places(ctx: Any, *logits: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """New memory for the gradients of those that require one."""
+    needs = ctx.needs_input_grad
+    return tuple([torch.empty_like(t, memory_format=_DENSE) if need else None for t, need in zip(logits, needs)])
 
 
 class LinearAdaMixLossFunction(torch.autograd.Function):
@@ -227,5 +232,5 @@ differentiate(adamix_loss_op, AdaMixLossFunction)
 differentiate(linear_adamix_loss_op, LinearAdaMixLossFunction)
 
 # torch gives apply no types.
-inplace_adamix_loss: Callable[..., Any] = InplaceAdaMixLossFunction.apply
-inplace_consistency: Callable[..., Any] = InplaceConsistencyFunction.apply
+_ahead_adamix: Callable[..., Any] = AheadAdaMixFunction.apply
+_ahead_consistency: Callable[..., Any] = AheadConsistencyFunction.apply

@@ -1,9 +1,9 @@
 """C++/CUDA backend of the consistency losses: csrc/consistency.
 
 Launches: forward one, with the gradient where one is wanted, and one that adds up the blocks' sums where there is more
-than one block; a third where so many rows count that not every block can number them, or where a row pair fits into
-no shared memory and rows are few. Backward one, whose blocks return at once where the forward's gradient is right
-already. linear_adamix_loss: as many a chunk as a forward, and the gradient over the chunk's logits.
+than one block, as there is for all but few rows; a third where so many rows count that not every block can number
+them. Backward one, whose blocks return at once where the gradient comes in that the forward expected.
+linear_adamix_loss: as many a chunk as a forward, and the gradient over the chunk's logits.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ from ..._extension import unsupported
 from ._chunks import Chunk, linear_loss
 
 __all__ = [
-    "GRADIENT_DTYPES", "adamix_backward", "adamix_forward", "adamix_forward_grad", "backward", "forward",
-    "forward_grad", "linear_forward", "rescale", "unsupported",
+    "adamix_backward", "adamix_forward", "adamix_forward_grad", "backward", "forward",
+    "forward_grad", "linear_forward", "rescale", "unsupported", "writes_gradient",
 ]  # fmt: skip
 
-# float16 trains under a loss scale, for which a gradient written by the forward would be written again.
-GRADIENT_DTYPES = (torch.bfloat16, torch.float32)
 _ops = torch.ops.adamix_cuda
+
+
+def writes_gradient(device_type: str, dtype: torch.dtype, expected: float | None) -> bool:
+    """float16 waits for its loss scale, unless told of it."""
+    return dtype != torch.float16 or expected is not None
 
 
 def forward(
     logits_a: torch.Tensor, logits_b: torch.Tensor, mask: torch.Tensor | None, detach_target: bool, reduction: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _ops.consistency_forward(logits_a, logits_b, mask, detach_target, reduction, None, None)[:3]
+    return _ops.consistency_forward(logits_a, logits_b, mask, detach_target, reduction, 1.0, None, None)
 
 
 def forward_grad(
@@ -35,10 +38,11 @@ def forward_grad(
     mask: torch.Tensor | None,
     detach_target: bool,
     reduction: str,
+    expected: float,
     da: torch.Tensor | None,
     db: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _ops.consistency_forward(logits_a, logits_b, mask, detach_target, reduction, da, db)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _ops.consistency_forward(logits_a, logits_b, mask, detach_target, reduction, expected, da, db)
 
 
 def backward(
@@ -50,11 +54,11 @@ def backward(
     scale: torch.Tensor,
     detach_target: bool,
     out: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
+    expected: float | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    correct = out is not None
     if out is None:
         out = logits_a.new_empty(logits_a.shape), logits_b.new_empty(logits_b.shape)
-    _ops.consistency_backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, *out, correct)
+    _ops.consistency_backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, *out, expected)
     return out
 
 
@@ -69,7 +73,7 @@ def adamix_forward(
     detach_target: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     options = weight, ignore_index, label_smoothing, detach_target
-    return _ops.adamix_forward(logits, labels, mask, num_items, *options, None)[:5]
+    return _ops.adamix_forward(logits, labels, mask, num_items, *options, 1.0, None)
 
 
 def adamix_forward_grad(
@@ -81,10 +85,11 @@ def adamix_forward_grad(
     ignore_index: int,
     label_smoothing: float,
     detach_target: bool,
+    expected: float,
     d_logits: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     options = weight, ignore_index, label_smoothing, detach_target
-    return _ops.adamix_forward(logits, labels, mask, num_items, *options, d_logits)
+    return _ops.adamix_forward(logits, labels, mask, num_items, *options, expected, d_logits)
 
 
 def adamix_backward(
@@ -99,11 +104,11 @@ def adamix_backward(
     label_smoothing: float,
     detach_target: bool,
     out: torch.Tensor | None = None,
+    expected: float | None = None,
 ) -> torch.Tensor:
-    correct = out is not None
     out = logits.new_empty(logits.shape) if out is None else out
     options = weight, ignore_index, label_smoothing, detach_target
-    _ops.adamix_backward(grad, logits, labels, mask, stats, scales, *options, out, correct)
+    _ops.adamix_backward(grad, logits, labels, mask, stats, scales, *options, out, expected)
     return out
 
 

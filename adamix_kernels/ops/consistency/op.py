@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
 from ..._backends import select
 from .._checks import OutOfRangeError, fail
 from .._library import define
 from ._finite import check_linear_loss, check_pair_loss, checking
-from ._rows import wide_dtype
+from ._rows import span_of, wide_dtype
 
 
 def _check_labels(labels: torch.Tensor, mask: torch.Tensor | None, ignore_index: int, num_classes: int) -> None:
     """Checked where the values exist and reading them costs no synchronisation (or ADAMIX_CHECK=1)."""
     if labels.device.type != "cpu" and not checking():
         return
-    low, high = (0, 0) if labels.numel() == 0 else labels.aminmax()
+    low, high = span_of(labels)
     if low >= 0 and high < num_classes:
         return
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
@@ -33,9 +35,21 @@ def _consistency(
     reduction: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    out = select("consistency", backend, logits_a.device, logits_a.dtype).forward(
-        logits_a, logits_b, mask, detach_target, reduction
-    )
+    module = select("consistency", backend, logits_a.device, logits_a.dtype)
+    return checked_consistency(module, logits_a, logits_b, mask, detach_target, reduction)
+
+
+def checked_consistency(
+    module: ModuleType,
+    logits_a: torch.Tensor,
+    logits_b: torch.Tensor,
+    mask: torch.Tensor | None,
+    detach_target: bool,
+    reduction: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The module's forward, whose loss is checked with ADAMIX_CHECK=1."""
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    out = module.forward(logits_a, logits_b, mask, detach_target, reduction)
     check_pair_loss(out[0], (("logits_a", logits_a), ("logits_b", logits_b)), mask)
     return out
 
@@ -96,9 +110,28 @@ def _adamix(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     _check_labels(labels, mask, ignore_index, logits.shape[-1])
-    out = select("consistency", backend, logits.device, logits.dtype).adamix_forward(
+    module = select("consistency", backend, logits.device, logits.dtype)
+    return checked_adamix(
+        module, logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target
+    )  # fmt: skip
+
+
+def checked_adamix(
+    module: ModuleType,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_items: torch.Tensor | None,
+    weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    detach_target: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As checked_consistency."""
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    out = module.adamix_forward(
         logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target
-    )
+    )  # fmt: skip
     if checking():
         half, counted = labels.shape[0], labels != ignore_index
         passes = ("logits", logits[:half]), ("logits", logits[half:])

@@ -1,26 +1,28 @@
 """Reference backend of the consistency losses: explicit forward and backward in plain PyTorch.
 
 a and b are the two passes' logits, p and q their softmaxes, d = log p - log q. Leading dimensions are
-rows and are never flattened or compacted, so sliced logits cost no copy. Rows are taken in blocks (_blocks.py).
+rows and are never flattened or compacted, so sliced logits cost no copy.
 
 What a backend module holds; arguments are checked and on one device, logits have any strides:
     unsupported(device_type, dtype) -> why it cannot serve them, or None (not here: the reference serves all).
-    GRADIENT_DTYPES: dtypes whose gradient the forward's own launch writes in eager mode; for others, two steps.
+    writes_gradient(device_type, dtype, expected) -> whether the two functions _grad may be asked, in eager mode, where
+        the caller expects that incoming gradient (None: did not say). False: two steps, forward and backward.
     forward(logits_a, logits_b, mask, detach_target, reduction) -> (loss, stats, scale)
-    forward_grad(.., reduction, da, db) -> (loss, stats, scale, factor); the reduction is no "none"
-    backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, out=None) -> (da, db)
+    forward_grad(.., reduction, expected, da, db) -> (loss, stats, scale); the reduction is no "none"
+    backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, out=None, expected=None) -> (da, db)
     adamix_forward(logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target)
         -> (loss, cross-entropy, consistency, stats, scales)
-    adamix_forward_grad(.., detach_target, d_logits) -> (.., scales, factor)
+    adamix_forward_grad(.., detach_target, expected, d_logits) -> the same
     adamix_backward(grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing,
-        detach_target, out=None) -> d_logits
+        detach_target, out=None, expected=None) -> d_logits
     rescale(gradient, factor): gradient *= factor, in place; no write where the factor is exactly 1.
     linear_forward(..): `_chunks.linear_loss` around the module's own loss of one chunk.
 stats: [4 or 6, ...] or [2 or 3, 2B, ...]: row maxima, logs of sums of exp(x - maximum), E_p d and E_q d unless
 detached. scale(s): one over the rows of each part, 1 for "sum" and "none".
-da, db (None: not wanted), d_logits: written with the gradient for an incoming one of 1, divided by factor, a 0-dim
-tensor: 1, but for float16 the larger of both parts' coefficients. They are contiguous, or the logits themselves.
-out: such gradients (factor 1), which stay as they are where the device scalar grad is exactly 1; None: new tensors.
+da, db (None: not wanted), d_logits: written with the gradient for an incoming one of `expected`, by the products
+that backward takes with grad in its place. They are contiguous, or the logits themselves.
+out: None for new tensors; else where gradients are written, maybe the logits themselves. With `expected` they hold
+those for that incoming one, and stay as they are where the device scalar grad equals it.
 """
 
 from __future__ import annotations
@@ -29,29 +31,33 @@ from collections.abc import Sequence
 
 import torch
 
+from . import _cpu
 from ._blocks import At, by_blocks, rows_by_blocks
 from ._chunks import Chunk, linear_loss
 from ._rows import (
+    cross_entropy_rows,
     divergence,
     divergence_grad,
-    held,
     inverse,
     keep,
+    pair_grad,
     restore,
+    restored_slopes,
     rows_of,
     scales_of,
     softmax,
     wide_dtype,
 )
 
-GRADIENT_DTYPES = ()
-
-_Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 _Means = tuple[torch.Tensor | None, torch.Tensor | None]
 _DENSE = torch.contiguous_format
 # Before a block's slices: both passes; all statistics of both.
 _BOTH: At = (slice(None),)
 _ALL = (slice(None), *_BOTH)
+
+
+def writes_gradient(device_type: str, dtype: torch.dtype, expected: float | None) -> bool:
+    return device_type == "cpu" and (dtype != torch.float16 or expected is not None)
 
 
 def forward(
@@ -60,9 +66,9 @@ def forward(
     def read(at: At) -> Sequence[torch.Tensor]:
         log_p, p, *stats_a = softmax(logits_a[at], not detach_target)
         log_q, q, *stats_b = softmax(logits_b[at], not detach_target)
-        rows, mean_p, mean_q = divergence(log_p, log_q, p, q, not detach_target)
-        pairs = zip([*stats_a, mean_p], [*stats_b, mean_q], strict=True)
-        return [rows, *(t for pair in pairs for t in pair if t is not None)]
+        twice, slopes = divergence(log_p, log_q, p, q, not detach_target)
+        pairs = zip([*stats_a, slopes.mean_p], [*stats_b, slopes.mean_q], strict=True)
+        return [twice.mul_(0.5), *(t for pair in pairs for t in pair if t is not None)]
 
     rows, *stats = rows_by_blocks(read, logits_a)
     rows = rows if mask is None else keep(rows, mask)
@@ -79,13 +85,12 @@ def forward_grad(
     mask: torch.Tensor | None,
     detach_target: bool,
     reduction: str,
+    expected: float,
     da: torch.Tensor | None,
     db: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss, stats, scale = forward(logits_a, logits_b, mask, detach_target, reduction)
-    scale_held, factor = held(scale, 1.0, logits_a.dtype)
-    backward(loss.new_ones(()), logits_a, logits_b, mask, stats, scale_held, detach_target, (da, db))
-    return loss, stats, scale, factor
+) -> tuple[torch.Tensor, None, torch.Tensor]:
+    loss, scale = _cpu.consistency(logits_a, logits_b, mask, detach_target, reduction, expected, (da, db))
+    return loss, None, scale
 
 
 def backward(
@@ -97,7 +102,12 @@ def backward(
     scale: torch.Tensor,
     detach_target: bool,
     out: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
+    expected: float | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if out is not None and logits_a.device.type == "cpu":
+        if expected is None or grad.item() != _cpu.as_stored(expected, grad.dtype):
+            _cpu.consistency_again(grad, logits_a, logits_b, mask, scale, detach_target, out)
+        return out
     da, db = (torch.empty_like(t, memory_format=_DENSE) for t in (logits_a, logits_b)) if out is None else out
     stats, coefficient = stats.unflatten(0, (-1, 2)), (grad * scale).unsqueeze(-1)
     each_row = coefficient.dim() > 1
@@ -105,8 +115,9 @@ def backward(
     def write(at: At) -> None:
         maximum, logsum, *means = stats[_ALL + at]
         log_p, log_q = restore(logits_a[at], maximum[0], logsum[0]), restore(logits_b[at], maximum[1], logsum[1])
-        pair = log_p, log_q, log_p.exp(), log_q.exp()
-        grads = divergence_grad(*pair, *_each(means), coefficient[at] if each_row else coefficient)
+        p, q = log_p.exp(), log_q.exp()
+        slopes = restored_slopes(log_p, log_q, p, q, *_each(means))
+        grads = divergence_grad(p, q, slopes, coefficient[at] if each_row else coefficient)
         for to, g in zip((da, db), grads, strict=True):
             if to is not None:
                 to[at] = g if mask is None else keep(g, mask[at].unsqueeze(-1))
@@ -130,11 +141,10 @@ def adamix_forward(
 
     def read(at: At) -> Sequence[torch.Tensor]:
         log_probs, probs, *stats = softmax(both[_BOTH + at], not detach_target)
-        pair = _pair(log_probs, probs)
-        entropy_rows = _cross_entropy(pair[0], labels[at], counted[at], label_smoothing)
-        rows, mean_p, mean_q = divergence(*pair, not detach_target)
-        means = [] if mean_p is None or mean_q is None else [torch.stack([mean_p, mean_q])]
-        return [entropy_rows, rows, *stats, *means]
+        entropy_rows = cross_entropy_rows(log_probs[0], labels[at], counted[at], label_smoothing)
+        twice, slopes = divergence(log_probs[0], log_probs[1], probs[0], probs[1], not detach_target)
+        means = [] if slopes.mean_p is None or slopes.mean_q is None else [torch.stack([slopes.mean_p, slopes.mean_q])]
+        return [entropy_rows, twice.mul_(0.5), *stats, *means]
 
     entropy_rows, rows, *stats = rows_by_blocks(read, both[0])
     scales = scales_of(counted, selected, num_items, rows.dtype)
@@ -152,13 +162,14 @@ def adamix_forward_grad(
     ignore_index: int,
     label_smoothing: float,
     detach_target: bool,
+    expected: float,
     d_logits: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, torch.Tensor]:
     options = weight, ignore_index, label_smoothing, detach_target
-    loss, cross_entropy, consistency, stats, scales = adamix_forward(logits, labels, mask, num_items, *options)
-    scales_held, factor = held(scales, weight, logits.dtype)
-    adamix_backward(scales.new_ones(()), logits, labels, mask, stats, scales_held, *options, d_logits)
-    return loss, cross_entropy, consistency, stats, scales, factor
+    loss, entropy, divergences, scales = _cpu.adamix(
+        logits, labels, mask, num_items, *options, expected, d_logits
+    )  # fmt: skip
+    return loss, entropy, divergences, None, scales
 
 
 def adamix_backward(
@@ -173,7 +184,13 @@ def adamix_backward(
     label_smoothing: float,
     detach_target: bool,
     out: torch.Tensor | None = None,
+    expected: float | None = None,
 ) -> torch.Tensor:
+    options = weight, ignore_index, label_smoothing, detach_target
+    if out is not None and logits.device.type == "cpu":
+        if expected is None or grad.item() != _cpu.as_stored(expected, grad.dtype):
+            _cpu.adamix_again(grad, logits, labels, mask, scales, *options, out)
+        return out
     counted, selected = rows_of(labels, mask, ignore_index)
     entropy_scale, consistency_scale = grad * scales[0], grad * scales[1] * weight
     out = torch.empty_like(logits, memory_format=_DENSE) if out is None else out
@@ -182,8 +199,10 @@ def adamix_backward(
     def write(at: At) -> None:
         maximum, logsum, *means = stats[_ALL + at]
         log_probs = restore(both[_BOTH + at], maximum, logsum)
-        pair, scales_here = _pair(log_probs, log_probs.exp()), (entropy_scale, consistency_scale)
-        grads = _pair_grad(pair, _each(means), labels[at], counted[at], *scales_here, label_smoothing)
+        probs = log_probs.exp()
+        slopes = restored_slopes(log_probs[0], log_probs[1], probs[0], probs[1], *_each(means))
+        scales_here = entropy_scale, consistency_scale
+        grads = pair_grad(probs, slopes, labels[at], counted[at], *scales_here, label_smoothing)
         for one, g in zip(to, grads, strict=True):
             one[at] = keep(g, selected[at].unsqueeze(-1))
 
@@ -218,27 +237,17 @@ def linear_forward(
         labels: torch.Tensor,
         counted: torch.Tensor,
         selected: torch.Tensor,
-        factors: tuple[torch.Tensor, torch.Tensor | float],
+        factors: torch.Tensor,
         need_grad: bool,
     ) -> Chunk:
-        both, wide = _passes(logits), wide_dtype(logits.dtype)
-        rows = labels.new_empty((2, *labels.shape), dtype=wide)
+        wide = wide_dtype(logits.dtype)
         # Gradients take the logits' place; where those are narrower, they are rounded after the sum for the bias.
-        d_logits = logits if logits.dtype == wide else logits.new_empty(logits.shape if need_grad else 0, dtype=wide)
-
-        def read_and_write(at: At) -> None:
-            log_probs, probs, *_ = softmax(both[_BOTH + at], False)
-            pair = _pair(log_probs, probs)
-            rows[0][at] = _cross_entropy(pair[0], labels[at], counted[at], label_smoothing)
-            rows[1][at], mean_p, mean_q = divergence(*pair, not detach_target)
-            if need_grad:
-                grads = _pair_grad(pair, (mean_p, mean_q), labels[at], counted[at], *factors, label_smoothing)
-                for one, g in zip(_passes(d_logits), grads, strict=True):
-                    one[at] = keep(g, selected[at].unsqueeze(-1))
-
-        by_blocks(read_and_write, both[0])
-        sums = keep(rows, torch.stack([counted, selected])).sum(1)
-        return Chunk(sums[0], sums[1], d_logits if need_grad else None)
+        to = None
+        if need_grad:
+            to = logits if logits.dtype == wide else logits.new_empty(logits.shape, dtype=wide)
+        visit = _cpu.linear_chunk if logits.device.type == "cpu" else _linear_chunk
+        sums = visit(logits, labels, counted, selected, label_smoothing, detach_target, factors, to)
+        return Chunk(*sums, to)
 
     return linear_loss(
         chunk, hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index,
@@ -246,14 +255,31 @@ def linear_forward(
     )  # fmt: skip
 
 
-def _cross_entropy(
-    log_p: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor, label_smoothing: float
-) -> torch.Tensor:
-    """-(1 - s) log p[label] - s mean(log p), per row; meaningless where not counted."""
-    rows = log_p.gather(-1, torch.where(counted, labels, 0).long().unsqueeze(-1)).squeeze(-1).neg()
-    if label_smoothing:
-        rows = (1 - label_smoothing) * rows - label_smoothing * log_p.mean(-1)
-    return rows
+def _linear_chunk(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    counted: torch.Tensor,
+    selected: torch.Tensor,
+    label_smoothing: float,
+    detach_target: bool,
+    factors: torch.Tensor,
+    to: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sums of the cross-entropy and of J); to: where the gradient goes, or None."""
+    both = _passes(logits)
+
+    def read(at: At) -> Sequence[torch.Tensor]:
+        log_probs, probs, *_ = softmax(both[_BOTH + at], False)
+        entropies = cross_entropy_rows(log_probs[0], labels[at], counted[at], label_smoothing)
+        twice, slopes = divergence(log_probs[0], log_probs[1], probs[0], probs[1], not detach_target)
+        if to is not None:
+            grads = pair_grad(probs, slopes, labels[at], counted[at], factors[0], factors[1], label_smoothing)
+            for one, g in zip(_passes(to), grads, strict=True):
+                one[at] = keep(g, selected[at].unsqueeze(-1))
+        return entropies, twice.mul_(0.5)
+
+    entropies, each = rows_by_blocks(read, both[0])
+    return keep(entropies, counted).sum(), keep(each, selected).sum()
 
 
 def _passes(logits: torch.Tensor) -> torch.Tensor:
@@ -261,31 +287,6 @@ def _passes(logits: torch.Tensor) -> torch.Tensor:
     return logits.unflatten(0, (2, logits.shape[0] // 2))
 
 
-def _pair(log_probs: torch.Tensor, probs: torch.Tensor) -> _Pair:
-    """(log p, log q, p, q) from [2, ...]."""
-    return log_probs[0], log_probs[1], probs[0], probs[1]
-
-
 def _each(means: Sequence[torch.Tensor]) -> _Means:
     """E_p d and E_q d of [passes, ...] in a list, or what stands for none."""
     return (means[0][0], means[0][1]) if means else (None, None)
-
-
-def _pair_grad(
-    pair: _Pair,
-    means: _Means,
-    labels: torch.Tensor,
-    counted: torch.Tensor,
-    entropy_scale: torch.Tensor,
-    consistency_scale: torch.Tensor | float,
-    label_smoothing: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient on a and on b; pair: log p, log q, p, q; scales: a 0-dim tensor, and one or a number."""
-    p = pair[2]
-    ga, gb = divergence_grad(*pair, *means, consistency_scale)
-    share = torch.where(counted, entropy_scale, 0).unsqueeze(-1)
-    ga.addcmul_(p, share)
-    if label_smoothing:
-        ga.sub_(share * (label_smoothing / p.shape[-1]))
-    target = torch.where(counted, labels, 0).long().unsqueeze(-1)
-    return ga.scatter_add_(-1, target, share * (label_smoothing - 1)), gb

@@ -46,25 +46,9 @@ def row_scales(
 
 
 @triton.jit
-def coefficients(entropy_scale, pair_scale, weight, ENTROPY: tl.constexpr, HELD: tl.constexpr):
-    """(of the cross-entropy's gradient, of J's, the factor taken out of both: the larger one if HELD, else 1)."""
-    share = entropy_scale
-    pair = pair_scale * weight
-    factor = tl.full((), 1.0, tl.float32)
-    if HELD:
-        factor = pair
-        if ENTROPY:
-            factor = tl.maximum(share, pair)
-        over = tl.where(factor > 0, factor, 1.0)
-        share = share / over
-        pair = pair / over
-    return share, pair, factor
-
-
-@triton.jit
 def arrives_last(ticket):
     """Whether the grid's other programs are through, with all that they stored; a grid of one needs no ticket."""
-    programs = tl.num_programs(0) * tl.num_programs(1)
+    programs = tl.num_programs(0)
     arrived = programs - 1
     tl.debug_barrier()
     if ticket is not None:
@@ -91,10 +75,10 @@ def sum_rows(rows, n, ENTROPY: tl.constexpr):
 
 @triton.jit
 def store_scalars(
-    loss, cross_entropy, consistency, scales, factor, entropy_sum, pair_sum, entropy_scale, pair_scale, weight,
-    ENTROPY: tl.constexpr, HELD: tl.constexpr,
+    loss, cross_entropy, consistency, scales, entropy_sum, pair_sum, entropy_scale, pair_scale, weight,
+    ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """The losses, both scales (J's alone without labels), and what the gradients were divided by, if asked for."""
+    """The losses, and both scales (J's alone without labels)."""
     second = pair_sum * pair_scale
     if ENTROPY:
         first = entropy_sum * entropy_scale
@@ -106,9 +90,6 @@ def store_scalars(
     else:
         tl.store(loss, second)
         tl.store(scales, pair_scale)
-    if factor is not None:
-        _, _, taken = coefficients(entropy_scale, pair_scale, weight, ENTROPY, HELD)
-        tl.store(factor, taken)
 
 
 @triton.jit
@@ -124,10 +105,11 @@ def load_scales(scales, ENTROPY: tl.constexpr):
 @triton.jit(do_not_specialize=["n", "inner", "l_outer", "m_outer", "ignore_index"])
 def pair_count_kernel(
     labels, mask, num_items, scales, ticket, n, inner, l_outer, l_inner, m_outer, m_inner, ignore_index,
+    MEAN: tl.constexpr,
 ):  # fmt: skip
-    """One program: the scales of so many rows that not every program can count them, and a ticket of 0."""
+    """One program: the scales, once for all programs of the next launch, and a ticket of 0 for them."""
     entropy_scale, pair_scale = row_scales(
-        labels, mask, num_items, n, inner, l_outer, l_inner, m_outer, m_inner, ignore_index, True
+        labels, mask, num_items, n, inner, l_outer, l_inner, m_outer, m_inner, ignore_index, MEAN
     )
     if labels is not None:
         tl.store(scales, entropy_scale)

@@ -1,32 +1,45 @@
-"""How rows are found in memory and cut into tiles: from shapes and strides alone."""
+"""How rows are found in memory and shared out to programs: from shapes, strides and addresses alone."""
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 
-# Up to CHUNK classes are one tile with as many rows as fill TILE elements, MAX_ROWS at most; beyond, one row.
-TILE, CHUNK, MAX_ROWS = 1024, 4096, 256
-# Programs that fill a GPU, programs that share all tiles between them, tiles that one program does alone (which
-# saves the others' ticket, a fill), rows a step of the sum of parts.
-PROGRAMS, GRID, ALONE, PART_ROWS = 264, 1056, 4, 128
-# Labels that all programs together may read to find the number of rows; beyond, one counts first.
-MAX_COUNTED = 2**24
-# Without a limit of its own ptxas spills a few registers to reach its next step of occupancy.
-MAX_REGISTERS = 255
+# Up to FEW classes a tile holds whole rows, as many as fill TILE elements, MAX_ROWS at most. Up to ALONE elements are
+# one program's, in one launch, by tiles of 4 * TILE.
+FEW, TILE, MAX_ROWS, ALONE = 4096, 1024, 2048, 16384
+# Programs of the kernels for few classes that share all tiles between them.
+GRID = 1056
+# Beyond FEW, a program takes row after row. Row pairs of up to WIDE bytes: two programs of 8 warps on a multiprocessor,
+# whose rows fit into L2 together; beyond, one of 16.
+WIDE = 1 << 18
+# Pieces of a row pair: those that are copied ahead, and the one in use. Registers of a thread: without a limit of its
+# own ptxas spills a few to reach its next step of occupancy.
+STAGES, WIDE_REGISTERS, MAX_REGISTERS = 4, 128, 255
+# Multiprocessors where there is no GPU to ask.
+PROCESSORS = 132
 
 
 class Tiles(NamedTuple):
-    """rows x cols a tile; splits: parts of a row, of `share` columns each."""
+    """rows x cols a tile, of whole rows; programs: that share the tiles."""
 
     rows: int
     cols: int
     num_warps: int
     tiles: int
-    splits: int
-    share: int
+    programs: int
+
+
+class Wide(NamedTuple):
+    """cols: of a step, `vector` of them a lane, 16 bytes; resident: programs that a multiprocessor holds."""
+
+    cols: int
+    vector: int
+    num_warps: int
+    resident: int
 
 
 class Rows(NamedTuple):
@@ -42,10 +55,14 @@ class Rows(NamedTuple):
         return self.a.shape[0] * self.a.shape[1]
 
     @property
+    def classes(self) -> int:
+        return self.a.shape[2]
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """n, inner, strides of a, b, labels and mask, V: the kernels' arguments, in elements."""
         strides = [self.a.stride()[:2], self.b.stride()[:2], *(two_strides(t) for t in (self.labels, self.mask))]
-        return self.count, max(1, self.a.shape[1]), *(s for pair in strides for s in pair), self.a.shape[2]
+        return self.count, max(1, self.a.shape[1]), *(s for pair in strides for s in pair), self.classes
 
 
 def two_strides(t: torch.Tensor | None) -> tuple[int, int]:
@@ -73,18 +90,39 @@ def _two(leading) -> tuple[int, int]:
 
 
 def make_tiles(rows: int, classes: int) -> Tiles:
-    cols = min(CHUNK, 1 << max(1, classes - 1).bit_length())
-    height = max(1, min(TILE // cols, MAX_ROWS))
-    tiles, share, splits = -(-rows // height), classes, 1
-    if classes > cols and rows:
-        chunks = -(-classes // cols)
-        splits = max(1, min(chunks, PROGRAMS // tiles))
-        share = -(-chunks // splits) * cols
-        splits = -(-classes // share)
-    return Tiles(height, cols, 8 if cols > 2 * TILE else 4, tiles, splits, share)
+    """For up to FEW classes, but `rescale`, which takes any number in tiles of FEW."""
+    cols = min(FEW, 1 << max(1, classes - 1).bit_length())
+    alone = TILE < rows * cols <= ALONE
+    height = max(1, min((4 if alone else 1) * TILE // cols, MAX_ROWS))
+    tiles = -(-rows // height)
+    programs = 1 if alone or tiles <= 1 else min(tiles, GRID)
+    return Tiles(height, cols, 8 if cols * height > 2 * TILE else 4, tiles, programs)
 
 
-def counts_alone(rows: Rows, num_items: torch.Tensor | None, tiles: Tiles) -> bool:
-    """Whether every program of the forward finds the number of rows itself."""
-    known = num_items is not None or (rows.labels is None and rows.mask is None)
-    return known or min(tiles.tiles, GRID) * rows.count <= MAX_COUNTED
+def make_wide(classes: int, itemsize: int) -> Wide:
+    vector = 16 // itemsize
+    warps, resident = (8, 2) if 2 * classes * itemsize <= WIDE else (16, 1)
+    return Wide(32 * warps * vector, vector, warps, resident)
+
+
+def wide_programs(rows: int, wide: Wide, device: torch.device) -> int:
+    return max(1, min(rows, wide.resident * _processors(device.type, device.index)))
+
+
+@functools.cache
+def _processors(device_type: str, index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count if device_type == "cuda" else PROCESSORS
+
+
+def phase(rows: torch.Tensor, vector: int) -> int:
+    """Elements between the address of a row's tensor and the 16-byte boundary before it."""
+    return rows.data_ptr() // rows.element_size() % vector
+
+
+def in_step(first: torch.Tensor, second: torch.Tensor | None, vector: int) -> bool:
+    """Whether every row of both, [outer, inner, V], lies equally far from a 16-byte boundary; None agrees."""
+    if second is None:
+        return True
+    steps = zip(first.stride()[:2], second.stride()[:2], first.shape[:2], strict=True)
+    same = all(size <= 1 or (one - other) % vector == 0 for one, other, size in steps)
+    return same and phase(first, vector) == phase(second, vector)

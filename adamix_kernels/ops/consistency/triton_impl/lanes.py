@@ -1,0 +1,188 @@
+"""A row pair of many classes, by lanes: each lane of a program keeps its own statistics, of every so many columns.
+
+A tile is [lanes, 16 bytes of columns]. `exact` works in natural units, as PyTorch does; else in powers of two, with one
+multiply-add where `exact` has two roundings, without a thought for -inf in both passes or for maxima beyond 1e38:
+`join` says where a row needs `exact`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...._triton_utils import INTERPRETING
+from .pieces import finite_top
+
+# In float32.
+LOG2E = tl.constexpr(1.4426950216293335)
+LN2 = tl.constexpr(0.6931471805599453)
+# No lane's maximum is below: a maximum of -inf would make -inf into NaN.
+LOWEST = tl.constexpr(-1e38)
+
+_INTERPRETING = tl.constexpr(INTERPRETING)
+
+
+@triton.jit
+def fused(x, y, z):
+    """x y + z with one rounding, which the interpreter's own has not."""
+    if _INTERPRETING:
+        return (x.to(tl.float64) * y + z).to(tl.float32)
+    else:
+        return tl.fma(x, y, z)
+
+
+@triton.jit
+def powers(top):
+    """top in powers of two, rounded once: the maximum keeps the product from becoming half of a multiply-add."""
+    return tl.maximum(top * LOG2E, -3e38)
+
+
+@triton.jit
+def fold(
+    x, y, here, top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count,
+    EXACT: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """Takes one tile x, y in: -inf where not `here`, or None for everywhere.
+
+    A lane's state: maxima; the same in powers of two; sums of ea, eb, ea c, eb c, with ea = exp(a - max a) and
+    c = (a - max a) - (b - max b), in powers of two unless EXACT; sum and number of a - max a. c differs from d by a
+    constant and is of d's size, not of the logits', which is what keeps J = 1/2 (E_p c - E_q c) exact.
+    """
+    x = x.to(tl.float32)
+    y = y.to(tl.float32)
+    new_a = tl.maximum(top_a, tl.max(x, axis=1))
+    new_b = tl.maximum(top_b, tl.max(y, axis=1))
+    if EXACT:
+        to_a = finite_top(new_a)
+        to_b = finite_top(new_b)
+        x -= to_a[:, None]
+        y -= to_b[:, None]
+        ea = tl.exp(x)
+        eb = tl.exp(y)
+        keep_a = tl.exp(top_a - to_a)
+        keep_b = tl.exp(top_b - to_b)
+        # -inf in both is a class neither can choose; -inf in one alone must not meet a weight of 0.
+        c = tl.where(x == y, 0.0, x - y)
+        more_a = tl.where(ea == 0, 0.0, ea * c)
+        more_b = tl.where(eb == 0, 0.0, eb * c)
+    else:
+        to_a = tl.maximum(low_a, tl.max(x, axis=1) * LOG2E)
+        to_b = tl.maximum(low_b, tl.max(y, axis=1) * LOG2E)
+        x = fused(x, LOG2E, -to_a[:, None])
+        y = fused(y, LOG2E, -to_b[:, None])
+        ea = tl.exp2(x)
+        eb = tl.exp2(y)
+        keep_a = tl.exp2(low_a - to_a)
+        keep_b = tl.exp2(low_b - to_b)
+        c = x - y
+        if here is not None:
+            c = tl.where(here, c, 0.0)
+        more_a = ea * c
+        more_b = eb * c
+    shift = (to_a - low_a) - (to_b - low_b)
+    gap_a = (gap_a - sum_a * shift) * keep_a + tl.sum(more_a, axis=1)
+    gap_b = (gap_b - sum_b * shift) * keep_b + tl.sum(more_b, axis=1)
+    sum_a = sum_a * keep_a + tl.sum(ea, axis=1)
+    sum_b = sum_b * keep_b + tl.sum(eb, axis=1)
+    if SMOOTH:
+        total -= count * (to_a - low_a)
+        if here is not None:
+            x = tl.where(here, x, 0.0)
+            count += tl.sum(tl.broadcast_to(here, x.shape).to(tl.float32), axis=1)
+        else:
+            count += x.shape[1]
+        total += tl.sum(x, axis=1)
+    return new_a, new_b, to_a, to_b, sum_a, sum_b, gap_a, gap_b, total, count
+
+
+@triton.jit
+def join(
+    top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count, V, EXACT: tl.constexpr, SMOOTH: tl.constexpr
+):  # fmt: skip
+    """A row's (max a, max b, logs of the sums, E_p d, E_q d, J, sum of a - max a, whether that is to be trusted)."""
+    max_a = tl.max(top_a, axis=0)
+    max_b = tl.max(top_b, axis=0)
+    if EXACT:
+        max_a = finite_top(max_a)
+        max_b = finite_top(max_b)
+        over_a = low_a - max_a
+        over_b = low_b - max_b
+        keep_a = tl.exp(top_a - max_a)
+        keep_b = tl.exp(top_b - max_b)
+    else:
+        over_a = low_a - powers(max_a)
+        over_b = low_b - powers(max_b)
+        keep_a = tl.exp2(over_a)
+        keep_b = tl.exp2(over_b)
+    gap_a = tl.sum((gap_a + sum_a * (over_a - over_b)) * keep_a, axis=0)
+    gap_b = tl.sum((gap_b + sum_b * (over_a - over_b)) * keep_b, axis=0)
+    sum_a = tl.sum(sum_a * keep_a, axis=0)
+    sum_b = tl.sum(sum_b * keep_b, axis=0)
+    mean_p = gap_a / sum_a
+    mean_q = gap_b / sum_b
+    if SMOOTH:
+        total = tl.sum(total + count * over_a, axis=0)
+    else:
+        total = sum_a
+    if EXACT:
+        log_a = tl.log(sum_a)
+        log_b = tl.log(sum_b)
+        sound = max_a == max_a
+    else:
+        # What `powers` rounded off is in every term.
+        more_a = fused(max_a, LOG2E, -powers(max_a))
+        more_b = fused(max_b, LOG2E, -powers(max_b))
+        log_a = (tl.log2(sum_a) - more_a) * LN2
+        log_b = (tl.log2(sum_b) - more_b) * LN2
+        mean_p = (mean_p - (more_a - more_b)) * LN2
+        mean_q = (mean_q - (more_a - more_b)) * LN2
+        total = (total - V * more_a) * LN2
+        sound = (tl.abs(mean_p) < 1e38) & (tl.abs(mean_q) < 1e38) & plain(max_a, max_b)
+    pair = 0.5 * (mean_p - mean_q)
+    return max_a, max_b, log_a, log_b, mean_p - (log_a - log_b), mean_q - (log_a - log_b), pair, total, sound
+
+
+@triton.jit
+def plain(top_a, top_b):
+    """Whether a row's maxima can be told in powers of two."""
+    return (tl.abs(top_a) < 1e38) & (tl.abs(top_b) < 1e38)
+
+
+@triton.jit
+def slopes(top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, FULL: tl.constexpr):
+    """A row's coefficients for `lane_grads`: (maxima in powers of two, factors of ea in ga, of eb in ga, of ea in gb,
+    then with FULL what c times them is added to)."""
+    low_a = powers(top_a)
+    low_b = powers(top_b)
+    log_a = fused(log_a, LOG2E, fused(top_a, LOG2E, -low_a))
+    log_b = fused(log_b, LOG2E, fused(top_b, LOG2E, -low_b))
+    p = tl.exp2(-log_a)
+    half_p = half * p
+    half_q = half * tl.exp2(-log_b)
+    all_p = (half + share) * p
+    at_p = all_p
+    at_q = half_q
+    if FULL:
+        at_p = fused(-half_p, mean_p + (log_a - log_b) * LN2, all_p)
+        at_q = fused(half_q, mean_q + (log_a - log_b) * LN2, half_q)
+    return low_a, low_b, half_p, half_q, at_p, at_q
+
+
+@triton.jit
+def lane_grads(x, y, low_a, low_b, half_p, half_q, at_p, at_q, flat, FULL: tl.constexpr, SMOOTH: tl.constexpr):
+    """Gradients on a and b of one tile, without the label's own share; flat: what smoothing takes from all classes."""
+    x = fused(x.to(tl.float32), LOG2E, -low_a)
+    y = fused(y.to(tl.float32), LOG2E, -low_b)
+    ea = tl.exp2(x)
+    eb = tl.exp2(y)
+    q = eb * half_q
+    if FULL:
+        c = tl.where(x == y, 0.0, x - y)
+        gb = fused(eb, fused(c, -half_q * LN2, at_q), -(ea * half_p))
+        ea *= fused(c, half_p * LN2, at_p)
+        at_p = 1.0
+    else:
+        gb = fused(ea, -half_p, q)
+    if SMOOTH:
+        q += flat
+    return fused(ea, at_p, -q), gb

@@ -1,0 +1,250 @@
+"""One row pair of many classes: a program's passes over it, in steps of aligned 16-byte vectors.
+
+A row begins anywhere: `head` columns lie before its first 16-byte boundary, `whole` ones in full steps behind it, less
+than a step in the rest, and what is left of the head and of a last vector in the edge, a column a lane. Rest and edge
+are loaded before the steps, for both passes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...._triton_utils import narrow
+from .lanes import LOG2E, LOWEST, fold, join, lane_grads, plain, slopes
+from .pieces import means, pair_grads, point
+
+
+@triton.jit
+def span(at, phase, V, COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
+    """(head, whole, columns in whole vectors); unless ALIGNED rows are taken from their first column on."""
+    head = 0
+    if ALIGNED:
+        head = (-(at + phase) & (VECTOR - 1)).to(tl.int32)
+    return head, (V - head) // COLS * COLS, (V - head) // VECTOR * VECTOR
+
+
+@triton.jit
+def first_vector(x, at, ALIGNED: tl.constexpr):
+    """x + at, a 16-byte boundary if ALIGNED."""
+    first = x + at
+    if ALIGNED:
+        first = tl.multiple_of(first, 16)
+    return first
+
+
+@triton.jit
+def tile(COLS: tl.constexpr, VECTOR: tl.constexpr):
+    return (tl.arange(0, COLS // VECTOR) * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
+
+
+@triton.jit
+def load_tile(first, start, mask, COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
+    """[lanes, VECTOR] in float32 from column `start` on; -inf where not mask [lanes, 1], which is None or of lanes.
+
+    Two bfloat16 are one word: two instructions widen both.
+    """
+    LANES: tl.constexpr = COLS // VECTOR
+    if ALIGNED and first.dtype.element_ty == tl.bfloat16:
+        words = first.to(tl.pointer_type(tl.int32), bitcast=True) + start // 2
+        off = (tl.arange(0, LANES) * (VECTOR // 2))[:, None] + tl.arange(0, VECTOR // 2)[None, :]
+        if mask is None:
+            pair = tl.load(words + off)
+        else:
+            # -inf twice
+            pair = tl.load(words + off, mask=mask, other=-8323200)
+        low = (pair << 16).to(tl.float32, bitcast=True)
+        high = (pair & -65536).to(tl.float32, bitcast=True)
+        x = tl.interleave(low, high)
+    else:
+        off = tile(COLS, VECTOR)
+        if mask is None:
+            x = tl.load(first + start + off).to(tl.float32)
+        else:
+            x = tl.load(first + start + off, mask=mask, other=-float("inf")).to(tl.float32)
+    return x
+
+
+@triton.jit
+def rest_mask(whole, vectors, COLS: tl.constexpr, VECTOR: tl.constexpr):
+    """[lanes, 1]: the rest's vectors."""
+    return (whole + tl.arange(0, COLS // VECTOR) * VECTOR < vectors)[:, None]
+
+
+@triton.jit
+def edge_columns(head, vectors, V, COLS: tl.constexpr, VECTOR: tl.constexpr):
+    """(columns, which of them there are), [lanes, 1] both."""
+    lane = tl.arange(0, COLS // VECTOR)[:, None]
+    return tl.where(lane < head, lane, vectors + lane), lane < V - vectors
+
+
+@triton.jit
+def statistics(
+    a, b, whole, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, V,
+    EXACT: tl.constexpr, SMOOTH: tl.constexpr, ALIGNED: tl.constexpr,
+    COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`join` of a row whose first whole vectors lie at a and b."""
+    LANES: tl.constexpr = COLS // VECTOR
+    top_a = tl.full([LANES], -float("inf"), tl.float32)
+    top_b = top_a
+    low_a = tl.full([LANES], 0.0 if EXACT else LOWEST * LOG2E, tl.float32)
+    low_b = low_a
+    sum_a = tl.zeros([LANES], tl.float32)
+    sum_b = sum_a
+    gap_a = sum_a
+    gap_b = sum_a
+    total = sum_a
+    count = sum_a
+    for start in tl.range(0, whole, COLS, num_stages=STAGES):
+        x = load_tile(a, start, None, COLS, VECTOR, ALIGNED)
+        y = load_tile(b, start, None, COLS, VECTOR, ALIGNED)
+        top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count = fold(
+            x, y, None,
+            top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count, EXACT, SMOOTH,
+        )  # fmt: skip
+    top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count = fold(
+        x_rest, y_rest, in_rest, top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count, EXACT, SMOOTH
+    )
+    top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count = fold(
+        x_edge, y_edge, in_edge, top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count, EXACT, SMOOTH
+    )
+    return join(top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count, V, EXACT, SMOOTH)
+
+
+@triton.jit
+def row_means(
+    a, b, whole, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, top_a, top_b, log_a, log_b,
+    ALIGNED: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """E_p d and E_q d as `means` has them."""
+    mean_p = tl.zeros([COLS // VECTOR, VECTOR], tl.float32)
+    mean_q = mean_p
+    for start in tl.range(0, whole, COLS, num_stages=STAGES):
+        p, q, gap, d = point(
+            load_tile(a, start, None, COLS, VECTOR, ALIGNED),
+            load_tile(b, start, None, COLS, VECTOR, ALIGNED),
+            top_a,
+            top_b,
+            log_a,
+            log_b,
+            True,
+        )
+        of_p, of_q = means(p, q, gap, d, None)
+        mean_p += of_p
+        mean_q += of_q
+    p, q, gap, d = point(x_rest, y_rest, top_a, top_b, log_a, log_b, True)
+    of_p, of_q = means(p, q, gap, d, in_rest)
+    mean_p += of_p
+    mean_q += of_q
+    p, q, gap, d = point(x_edge, y_edge, top_a, top_b, log_a, log_b, True)
+    of_p, of_q = means(p, q, gap, d, in_edge)
+    return tl.sum(tl.sum(mean_p, axis=1) + tl.sum(of_p, axis=1)), tl.sum(tl.sum(mean_q, axis=1) + tl.sum(of_q, axis=1))
+
+
+@triton.jit
+def _store(da, db, to_a, to_b, off, ga, gb, mask, STORES: tl.constexpr):
+    """One tile at da and db, or at one of them."""
+    if da is not None:
+        tl.store(first_vector(da, to_a, STORES) + off, narrow(ga, da.dtype.element_ty), mask=mask)
+    if db is not None:
+        tl.store(first_vector(db, to_b, STORES) + off, narrow(gb, db.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _grads(
+    x, y, low_a, low_b, half_p, half_q, at_p, at_q, flat, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half,
+    EXACT: tl.constexpr, ENTROPY: tl.constexpr, FULL: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one tile by `pair_grads`, or by `lane_grads` unless EXACT; without the label's own share."""
+    if EXACT:
+        p, q, gap, d = point(x.to(tl.float32), y.to(tl.float32), top_a, top_b, log_a, log_b, FULL)
+        ga, gb = pair_grads(p, q, gap, d, share, half, mean_p, mean_q, flat, ENTROPY, FULL, SMOOTH)
+    else:
+        ga, gb = lane_grads(x, y, low_a, low_b, half_p, half_q, at_p, at_q, flat, FULL, SMOOTH)
+    return ga, gb
+
+
+@triton.jit
+def _write(
+    a, b, da, db, to_a, to_b, head, whole, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
+    x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
+    EXACT: tl.constexpr, ENTROPY: tl.constexpr, FULL: tl.constexpr, SMOOTH: tl.constexpr, STORES: tl.constexpr,
+    ALIGNED: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A row's gradients; a and b, da + to_a and db + to_b: where its first whole vectors lie."""
+    off = tile(COLS, VECTOR)
+    flat = share * (smoothing / V)
+    low_a, low_b, half_p, half_q, at_p, at_q = slopes(top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, FULL)
+    for start in tl.range(0, whole, COLS, num_stages=STAGES):
+        x = load_tile(a, start, None, COLS, VECTOR, ALIGNED)
+        y = load_tile(b, start, None, COLS, VECTOR, ALIGNED)
+        ga, gb = _grads(
+            x, y, low_a, low_b, half_p, half_q, at_p, at_q, flat,
+            top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, EXACT, ENTROPY, FULL, SMOOTH,
+        )  # fmt: skip
+        _store(da, db, to_a, to_b, start + off, ga, gb, None, STORES)
+    ga, gb = _grads(
+        x_rest, y_rest, low_a, low_b, half_p, half_q, at_p, at_q, flat,
+        top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, EXACT, ENTROPY, FULL, SMOOTH,
+    )  # fmt: skip
+    _store(da, db, to_a, to_b, whole + off, ga, gb, in_rest, STORES)
+    ga, gb = _grads(
+        x_edge, y_edge, low_a, low_b, half_p, half_q, at_p, at_q, flat,
+        top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, EXACT, ENTROPY, FULL, SMOOTH,
+    )  # fmt: skip
+    _store(da, db, to_a, to_b, edge - head, ga, gb, in_edge, STORES)
+    if ENTROPY:  # noqa: SIM102 (of constants Triton takes one at a time)
+        if da is not None:
+            ga, gb = _grads(
+                x_label, y_label, low_a, low_b, half_p, half_q, at_p, at_q, flat,
+                top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, EXACT, ENTROPY, FULL, SMOOTH,
+            )  # fmt: skip
+            # Over what another thread has just stored there.
+            tl.debug_barrier()
+            ga = narrow(ga - share * (1.0 - smoothing), da.dtype.element_ty)
+            tl.store(da + to_a + (label - head), ga, mask=known)
+
+
+@triton.jit
+def write_row(
+    a, b, da, db, to_a, to_b, head, whole, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
+    x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
+    ENTROPY: tl.constexpr, FULL: tl.constexpr, SMOOTH: tl.constexpr, STORES: tl.constexpr,
+    ALIGNED: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`_write` in powers of two where the dtype and the row let it."""
+    EXACT: tl.constexpr = a.dtype.element_ty == tl.float32
+    if EXACT:
+        _write(
+            a, b, da, db, to_a, to_b, head, whole, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
+            x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
+            True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, COLS, VECTOR, STAGES,
+        )  # fmt: skip
+    elif plain(top_a, top_b):
+        _write(
+            a, b, da, db, to_a, to_b, head, whole, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
+            x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
+            False, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, COLS, VECTOR, STAGES,
+        )  # fmt: skip
+    else:
+        _write(
+            a, b, da, db, to_a, to_b, head, whole, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
+            x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
+            True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, COLS, VECTOR, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def clear(
+    da, db, to_a, to_b, head, whole, in_rest, in_edge, edge,
+    STORES: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """As _write, zeros."""
+    off = tile(COLS, VECTOR)
+    zeros = tl.zeros([COLS // VECTOR, VECTOR], tl.float32)
+    for start in range(0, whole, COLS):
+        _store(da, db, to_a, to_b, start + off, zeros, zeros, None, STORES)
+    _store(da, db, to_a, to_b, whole + off, zeros, zeros, in_rest, STORES)
+    line = tl.zeros([COLS // VECTOR, 1], tl.float32)
+    _store(da, db, to_a, to_b, edge - head, line, line, in_edge, STORES)
