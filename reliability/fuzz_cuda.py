@@ -100,7 +100,8 @@ def groups() -> list[Group]:
         Group("linear_adamix_loss", losses.linear_cases(dtypes, sizes), ("pair_loss_kernel",)),
         Group(
             "consistency_loss, several blocks",
-            losses.consistency_cases(dtypes, Sizes(tokens=4, classes=2, more_rows=1100)), ("pair_finish_kernel",), twice=4,
+            losses.consistency_cases(dtypes, Sizes(tokens=4, classes=2, more_rows=1100)),
+            ("pair_finish_kernel",), twice=4,
         ),
     ]  # fmt: skip
 

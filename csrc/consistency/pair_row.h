@@ -95,11 +95,13 @@ struct PairRow {
     }
   }
 
-  ADAMIX_DEVICE void read(Piece<T>& from_a, Piece<T>& from_b, int piece) const {
+  ADAMIX_DEVICE void read_whole(Piece<T>& from_a, Piece<T>& from_b, int piece) const {
     int col = column(piece);
-    bool all = whole(piece);
-    from_a = all ? *reinterpret_cast<const Piece<T>*>(a + col) : load_elements(a, col, classes);
-    from_b = all ? whole_b(col) : load_elements(b, col, classes);
+    from_a = *reinterpret_cast<const Piece<T>*>(a + col), from_b = whole_b(col);
+  }
+  ADAMIX_DEVICE void read(Piece<T>& from_a, Piece<T>& from_b, int piece) const {
+    if (whole(piece)) return read_whole(from_a, from_b, piece);
+    from_a = load_elements(a, column(piece), classes), from_b = load_elements(b, column(piece), classes);
   }
 
   // Whether `target`, a row of a gradient or null, lies as a does.
