@@ -176,7 +176,9 @@ def _write(
     off = tile(COLS, VECTOR)
     flat = pinned(share * (smoothing / V))
     low_a, low_b, half_p, half_q, at_p, at_q = slopes(top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, FULL)
-    for start in tl.range(0, whole, COLS, num_stages=STAGES):
+    # Backwards: what was read last is in L2 most likely.
+    for gone in tl.range(0, whole, COLS, num_stages=STAGES):
+        start = whole - COLS - gone
         x = load_tile(a, start, None, COLS, VECTOR, ALIGNED)
         y = load_tile(b, start, None, COLS, VECTOR, ALIGNED)
         ga, gb = _grads(
