@@ -15,7 +15,8 @@ from . import count_page
 from . import count_table as table
 from .count_table import TABLE, Row
 
-BACKENDS = ("triton", "cuda")
+# csrc/ first: its library is looked for once in a process.
+BACKENDS = ("cuda", "triton")
 
 
 def counted(
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     committed = {row.key: row for row in table.committed()}
     rows, found = [], []
-    for backend in options.backends:
+    for backend in (name for name in BACKENDS if name in options.backends):
         kept = committed if options.write else {}
         for row in counted(options.ops, backend, options.only, kept, options.targets, options.launches):
             rows.append(row)

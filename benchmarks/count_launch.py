@@ -53,7 +53,7 @@ def counted(run: Executed, target: int, code: Code) -> Counted:
     is_load = np.array([name in _LOADS for name in names])
     sectors = {True: rows[is_load, 1].sum(), False: rows[[n == "st.global" for n in names], 1].sum()}
     special = executed[[name.startswith(_SPECIAL) for name in names]].sum()
-    ranges = _distinct(run, scale)
+    ranges, waits = _distinct(run, scale), _waits(divided, code, run)
     launch = model.Launch(
         kernel=run.kernel.removesuffix("_kernel"),
         blocks=blocks,
@@ -70,9 +70,12 @@ def counted(run: Executed, target: int, code: Code) -> Counted:
         loaded=float(sectors[True]) * _SECTOR * scale,
         stored=float(sectors[False]) * _SECTOR * scale,
         bank_waves=float(rows[:, 4].sum()) * scale,
-        asked=float((rows[:, 3] * is_load).sum()) * scale,
+        missed=float(_missed(run).sum()) * _SECTOR * scale,
         barriers=executed[[name == "bar" for name in names]].sum() * scale / run.warps,
-        in_flight=run.warps * _in_flight(divided, code, rows[:, 3] * is_load),
+        waits=[(times * scale, missed) for times, missed, _ in waits],
+        in_flight=sum(moved for *_, moved in waits) / sum(times * missed for times, missed, _ in waits)
+        if waits
+        else 0.0,
         ranges={low: held for low, (_, held) in ranges.items()},
     )
     longest = divided[max(range(len(divided)), key=lambda n: spent[n])]
@@ -126,11 +129,38 @@ def _of_grid(firsts: float, most: float) -> float:
     return firsts if firsts < 1.5 * most else most
 
 
-def _in_flight(divided: Sequence[Part], code: Code, loaded: np.ndarray) -> float:
-    """Of a warp, the mean over the time that its loads take; 0 without any."""
-    waits = 0.0
+def _missed(run: Executed) -> np.ndarray:
+    """Sectors that each instruction loads past L1; cp.async does with all of them."""
+    names, rows = run.program.names, run.statistics
+    return np.array(
+        [
+            row[1] if name == "cp.async" else min(row[1], row[6]) if name == "ld.global" else 0
+            for name, row in zip(names, rows.tolist())
+        ]
+    )
+
+
+def _waits(divided: Sequence[Part], code: Code, run: Executed) -> list[tuple[float, float, float]]:
+    """Of asynchronous copies, then of each part's loads: (times that the blocks that ran wait, the part of what they
+    wait for that is not in L1, bytes that are not)."""
+    names, rows = run.program.names, run.statistics
+    copied = float(rows[[name == "cp.async" for name in names], 3].sum())
+    found = [(copied / _copies(run, copied) / run.warps, 1.0, copied)] if copied else []
+    missed = _missed(run)
     for part in divided:
-        moved = float(loaded[list(part.ptx)].sum())
+        mine = [n for n in part.ptx if names[n] == "ld.global"]
+        moved, sectors = float(rows[mine, 3].sum()), float(rows[mine, 1].sum())
         if moved:
-            waits += moved / max(32.0, in_flight(code, part.sass))
-    return float(loaded.sum()) / waits if waits else 0.0
+            share = float(missed[mine].sum()) / sectors
+            found.append((moved / max(32.0, in_flight(code, part.sass)) / run.warps, share, moved * share))
+    return found
+
+
+def _copies(run: Executed, copied: float) -> float:
+    """Bytes of a warp's asynchronous copies in flight when it waits: the mean group, times the most that may be open,
+    and the one that is waited for."""
+    names, executed = run.program.names, run.statistics[:, 0]
+    groups = executed[[name == "cp.async.commit_group" for name in names]].sum()
+    waits = [s.text for s, name in zip(run.program.kernel.statements, names) if name == "cp.async.wait_group"]
+    allowed = max((int(re.search(r"(\d+)\s*$", text)[1]) for text in waits), default=0)
+    return (allowed + 1) * copied / max(1, groups)

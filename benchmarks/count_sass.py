@@ -209,13 +209,10 @@ def _aligned(score: Sequence[Sequence[float]], least: float = 0.35) -> list[tupl
 
 
 def in_flight(code: Code, numbers: Sequence[int]) -> float:
-    """Bytes that a warp asks of global memory before it waits, on average, in these instructions of one loop or none.
-
-    A register that is loaded is waited for where it is used first; asynchronous copies where a group must have come.
-    """
+    """Bytes that a warp's loads ask of global memory before it waits, on average, in these instructions of one loop or
+    none: a register that is loaded is waited for where it is used first. Asynchronous copies are not in it."""
     waits, asked = [], 0
     pending: set[int] = set()
-    groups, open_group, width, copied = 0, 0, 0, 0.0
     for n in (*numbers, *numbers):
         one = code.instructions[n]
         registers = [int(r) for r in re.findall(r"\bR(\d+)\b", one.words)]
@@ -224,14 +221,5 @@ def in_flight(code: Code, numbers: Sequence[int]) -> float:
             asked, pending = 0, set()
         if one.opcode == "LDG" and registers:
             asked += 32 * one.bytes
-            first = registers[0]
-            pending |= set(range(first, first + max(1, one.bytes // 4)))
-        elif one.opcode == "LDGSTS":
-            open_group += 32 * one.bytes
-        elif one.opcode == "LDGDEPBAR" and open_group:
-            width, groups, open_group = max(width, open_group), groups + 1, 0
-        elif one.opcode == "DEPBAR" and width:
-            allowed = int((re.search(r"0x([0-9a-f]+)", one.words) or ["0", "0"])[1], 16)
-            copied = max(copied, (allowed + 1.0) * width)
-    loads = sum(waits) / len(waits) if waits else float(asked)
-    return max(loads, copied) if copied else loads
+            pending |= set(range(registers[0], registers[0] + max(1, one.bytes // 4)))
+    return sum(waits) / len(waits) if waits else float(asked)
