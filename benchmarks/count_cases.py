@@ -26,7 +26,7 @@ OPS = {
 _LEFT_OUT = ("linear_adamix_loss", "frozen_linear")
 _LOSSES = ("adamix_loss", "consistency_loss", "adamix_loss_full", "adamix_loss_expected")
 # Of the files count_*.py, those that decide a row.
-_COUNTERS = ("cases", "cuda", "launch", "memory", "model", "row", "sass", "triton")
+_COUNTERS = ("cases", "cuda", "launch", "loops", "memory", "model", "row", "sass", "triton")
 # A loss scale, for which the forward may write its gradient.
 _SCALE = 1024.0
 

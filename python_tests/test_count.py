@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import count_beside, count_model, count_sass, count_table, proof_report, record
+from benchmarks import count_beside, count_loops, count_model, count_sass, count_table, proof_report, record
 from benchmarks.count_model import GPUS, Launch
 from benchmarks.count_table import Row
 
@@ -126,7 +126,7 @@ def test_machine_code_is_read():
     assert [one.opcode for one in code.instructions][-2:] == ["BRA", "EXIT"]
     assert code.instructions[1].source == "a.py:3"
     (loop,) = count_sass.sass_loops(code)
-    assert (loop.first, loop.last, len(loop.own)) == (1, 7, 7)
+    assert (loop.first, loop.body, loop.own) == (1, tuple(range(1, 8)), tuple(range(1, 8)))
     # Both loads are under way when the first is used: 2 * 16 bytes of 32 lanes.
     assert count_sass.in_flight(code, loop.own) == 1024
     serial = count_sass.parsed(SASS.replace("LDG.E.128 R8", "FMUL R4, R4, R4 ;\n/*0021*/ LDG.E.128 R8"), 40)
@@ -134,9 +134,16 @@ def test_machine_code_is_read():
 
 
 def test_loops_within_loops():
-    outer, inner = count_sass.loops(10, [(8, 1), (5, 3), (2, 7)])
-    assert (outer.first, outer.last, outer.own) == (1, 8, (1, 2, 6, 7, 8))
-    assert inner.own == (3, 4, 5)
+    outer, inner = count_loops.loops(10, {8: ([1], True), 5: ([3], True), 9: ([], False)})
+    assert (outer.first, outer.own) == (1, (1, 2, 6, 7, 8))
+    assert (inner.body, inner.own) == ((3, 4, 5), (3, 4, 5))
+
+
+def test_a_loop_whose_parts_lie_apart():
+    """1 2 3 -> 8 9 -> 1; what lies between runs once, after 3."""
+    jumps = {3: ([8], True), 7: ([], False), 9: ([1], False)}
+    (loop,) = count_loops.loops(10, jumps)
+    assert loop.own == (1, 2, 3, 8, 9)
 
 
 def test_an_unrolled_loop_is_told_by_what_it_loads():
@@ -144,7 +151,7 @@ def test_an_unrolled_loop_is_told_by_what_it_loads():
     code = count_sass.parsed(SASS, 40)
     names = ["mov.b32", "ld.global", "add.f32", "ex2.approx.f32", "bar", "bra", "ret"]
     sources = ["", "a.py:3", "a.py:4", "a.py:4", "a.py:4", "a.py:4", ""]
-    outside, inside = count_sass.parts(names, sources, count_sass.loops(7, [(5, 1)]), code)
+    outside, inside = count_sass.parts(names, sources, count_loops.loops(7, {5: ([1], True), 6: ([], False)}), code)
     assert inside.unrolled == 2
     assert inside.ratio == pytest.approx(7 / 2 / 5)
     assert (outside.ptx, len(outside.sass)) == ((0, 6), 2)
