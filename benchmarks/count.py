@@ -15,7 +15,8 @@ from . import count_page
 from . import count_table as table
 from .count_table import TABLE, Row
 
-BACKENDS = ("triton", "cuda")
+# csrc/ first: its library is looked for once in a process.
+BACKENDS = ("cuda", "triton")
 
 
 def counted(
@@ -76,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--launches", action="store_true", help="also a line for each launch, with the model's limits")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--write", action="store_true", help=f"count what is new or changed, then write {TABLE.name}")
+    mode.add_argument(
+        "--page", action="store_true", help="count nothing: docs/counts.md and its picture from the table"
+    )
     mode.add_argument("--check", action="store_true", help=f"count, and compare with {TABLE.name}")
     parser.add_argument("--reason", default="", help="with --write: why counts have grown")
     parser.add_argument("--out", type=Path, help="CSV of what was counted")
@@ -83,9 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("count: TRITON_INTERPRET is set; interpreted kernels are not what is counted", file=sys.stderr)
         return 2
+    if options.page:
+        count_page.write(table.committed())
+        return 0
     committed = {row.key: row for row in table.committed()}
     rows, found = [], []
-    for backend in options.backends:
+    for backend in (name for name in BACKENDS if name in options.backends):
         kept = committed if options.write else {}
         for row in counted(options.ops, backend, options.only, kept, options.targets, options.launches):
             rows.append(row)
@@ -95,10 +102,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 committed[row.key] = accepted
                 # What is counted stays: stopped here, the next --write goes on from it.
                 table.write(TABLE, committed.values())
+    whole = (
+        not (options.only or options.targets)
+        and set(options.ops) == set(OPS)
+        and set(options.backends) == set(BACKENDS)
+    )
+    gone = [row for row in committed.values() if row.key not in {one.key for one in rows}] if whole else []
     if options.write:
+        table.write(TABLE, (row for row in committed.values() if row not in gone))
         count_page.write(table.committed())
     if options.check:
         found += table.problems(list(committed.values()), rows)
+        found += [f"{row}: no such case any more" for row in gone]
     if options.out:
         table.write(options.out, rows)
     for line in found:

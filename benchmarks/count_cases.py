@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import adamix_kernels
 
 from . import bench_consistency, bench_merge, bench_routed_adapter, bench_routed_lora
-from .op_cases import Bound, Case, Inputs
+from .op_cases import Bound, Case, Contender, Inputs, ours
 
 OPS = {
     "consistency": bench_consistency,
@@ -23,7 +24,11 @@ OPS = {
 }
 # Their time is that of cuBLAS, or of another op here.
 _LEFT_OUT = ("linear_adamix_loss", "frozen_linear")
-_LOSSES = ("adamix_loss", "consistency_loss")
+_LOSSES = ("adamix_loss", "consistency_loss", "adamix_loss_full", "adamix_loss_expected")
+# Of the files count_*.py, those that decide a row.
+_COUNTERS = ("cases", "cuda", "launch", "loops", "memory", "model", "row", "sass", "triton")
+# A loss scale, for which the forward may write its gradient.
+_SCALE = 1024.0
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,39 @@ def works(folder: str) -> Iterator[Work]:
     # The device is a GPU's name alone: nothing is put on it.
     device = torch.device("cuda")
     for which in ("gpu", "count"):
-        for case in OPS[folder].cases(which, device):
+        for case in (*OPS[folder].cases(which, device), *_variants(folder, which, device)):
             if case.op in _LEFT_OUT:
                 continue
             directions = [d for d in case.traffic if d != "both"]
             for direction in ["both"] if case.op in _LOSSES else directions:
                 yield Work(folder, case, direction)
+
+
+def _variants(folder: str, which: str, device: torch.device) -> Iterator[Case]:
+    """The loss with the gradient of its targets too; and, in float16, told the loss scale that its gradient has."""
+    if folder != "consistency":
+        return
+    for case in bench_consistency.cases(which, device):
+        if case.op != "adamix_loss" or case.traffic["both"] < 1e9:
+            continue
+        if which == "gpu":
+            yield replace(case, op="adamix_loss_full", contenders=_ours(device, detach_target=False))
+        elif (
+            case.dtype == torch.float16 and "expected_grad" in inspect.signature(adamix_kernels.adamix_loss).parameters
+        ):
+            contenders = _ours(device, expected_grad=_SCALE)
+            yield replace(case, op="adamix_loss_expected", contenders=contenders, make=_scaled(case.make))
+
+
+def _ours(device: torch.device, **options) -> list[Contender]:
+    def make(backend: str):
+        return lambda z, y: adamix_kernels.adamix_loss(z, y, backend=backend, **options).loss
+
+    return ours("consistency", device, make)
+
+
+def _scaled(make):
+    return lambda draw: replace(make(draw), grad=torch.tensor(_SCALE))
 
 
 def bound(case: Case, backend: str, inputs: Inputs, gradient: bool) -> Bound:
@@ -74,7 +106,8 @@ def bound(case: Case, backend: str, inputs: Inputs, gradient: bool) -> Bound:
 def fingerprint(folder: str, backend: str) -> str:
     """Of all sources that can change a count of this op and backend, the counters' own included."""
     package, here = Path(adamix_kernels.__file__).parent, Path(__file__).parent
-    paths = [*(package / "ops" / folder).glob("*.py"), *(package / "ops").glob("*.py"), *here.glob("count_*.py")]
+    paths = [*(package / "ops" / folder).glob("*.py"), *(package / "ops").glob("*.py")]
+    paths += [here / f"count_{name}.py" for name in _COUNTERS]
     if backend == "triton":
         paths += [*(package / "ops" / folder / "triton_impl").glob("*.py"), package / "_triton_utils.py"]
     else:

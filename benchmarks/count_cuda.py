@@ -151,7 +151,7 @@ def _ptx(source: Path, target: int) -> str:
     """The PTX of a file; what was compiled from the same contents before is taken from build/count."""
     csrc = _build.source_folder()
     version = nvrtc_version(WHEELS) if target == 70 else find_nvcc().version
-    digest = hashlib.sha256(f"{version} {target}".encode())
+    digest = hashlib.sha256(f"{version} {target} with lines".encode())
     for path in sorted(with_includes(source, csrc)):
         digest.update(path.read_bytes())
     kept = _CACHE / f"{source.stem}-sm_{target}-{digest.hexdigest()[:16]}.ptx"
@@ -159,7 +159,14 @@ def _ptx(source: Path, target: int) -> str:
         _CACHE.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(f".{os.getpid()}")
         if target == 70:
-            driver = [sys.executable, str(Path(__file__).with_name("nvrtc.py")), "--wheels", str(WHEELS), "--ptx"]
+            driver = [
+                sys.executable,
+                str(Path(__file__).with_name("nvrtc.py")),
+                "--wheels",
+                str(WHEELS),
+                "--ptx",
+                "--lineinfo",
+            ]
         else:
             driver = [str(find_nvcc().path), "-ptx", f"-arch=sm_{target}", "-std=c++17", "-lineinfo"]
         subprocess.run([*driver, "-I", str(csrc), str(source), "-o", str(part)], check=True, capture_output=True)

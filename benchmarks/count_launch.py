@@ -12,7 +12,8 @@ import numpy as np
 from ptx.host import Launch as Executed
 
 from . import count_model as model
-from .count_sass import Code, Loop, Part, in_flight, loops, parts
+from .count_loops import Loop, loops
+from .count_sass import Code, Part, in_flight, parts
 
 # A multiprocessor by 10 * compute capability: bytes of shared memory (1 KiB a block is the driver's), warps, blocks.
 MULTIPROCESSORS = {70: (98_304, 64, 32), 80: (167_936, 64, 32), 90: (233_472, 64, 32)}
@@ -53,7 +54,8 @@ def counted(run: Executed, target: int, code: Code) -> Counted:
     is_load = np.array([name in _LOADS for name in names])
     sectors = {True: rows[is_load, 1].sum(), False: rows[[n == "st.global" for n in names], 1].sum()}
     special = executed[[name.startswith(_SPECIAL) for name in names]].sum()
-    ranges = _distinct(run, scale)
+    waves, least = _bank_waves(run, code)
+    ranges, waits = _distinct(run, scale), _waits(divided, code, run)
     launch = model.Launch(
         kernel=run.kernel.removesuffix("_kernel"),
         blocks=blocks,
@@ -69,16 +71,19 @@ def counted(run: Executed, target: int, code: Code) -> Counted:
         ],
         loaded=float(sectors[True]) * _SECTOR * scale,
         stored=float(sectors[False]) * _SECTOR * scale,
-        bank_waves=float(rows[:, 4].sum()) * scale,
-        asked=float((rows[:, 3] * is_load).sum()) * scale,
+        bank_waves=waves * scale,
+        missed=float(_missed(run).sum()) * _SECTOR * scale,
         barriers=executed[[name == "bar" for name in names]].sum() * scale / run.warps,
-        in_flight=run.warps * _in_flight(divided, code, rows[:, 3] * is_load),
+        waits=[(times * scale, missed) for times, missed, _ in waits],
+        in_flight=sum(moved for *_, moved in waits) / sum(times * missed for times, missed, _ in waits)
+        if waits
+        else 0.0,
         ranges={low: held for low, (_, held) in ranges.items()},
     )
     longest = divided[max(range(len(divided)), key=lambda n: spent[n])]
     steps = sum(code.instructions[n].opcode == "BAR" for n in longest.sass) / longest.unrolled
     return Counted(
-        launch, executed.sum() * scale, float(rows[:, 5].sum()) * scale,
+        launch, executed.sum() * scale, least * scale,
         code.registers, run.shared, steps, run.outcome.blocks,
     )  # fmt: skip
 
@@ -90,13 +95,15 @@ def place(source: str) -> str:
 
 def ptx_loops(run: Executed) -> list[Loop]:
     """The loops of the program's PTX."""
-    kernel = run.program.kernel
-    branches = []
-    for at, statement in enumerate(kernel.statements):
-        named = re.search(r"\bbra(?:\.uni)?\s+([$\w]+)", statement.text)
-        if named and named[1] in kernel.labels:
-            branches.append((at, kernel.labels[named[1]]))
-    return loops(len(kernel.statements), branches)
+    kernel, jumps = run.program.kernel, {}
+    for at, (statement, name) in enumerate(zip(kernel.statements, run.program.names)):
+        guarded = statement.text.startswith("@")
+        if name == "bra":
+            label = statement.text.split()[-1]
+            jumps[at] = [kernel.labels[label]], guarded
+        elif name == "ret":
+            jumps[at] = [], guarded
+    return loops(len(kernel.statements), jumps)
 
 
 def resident(target: int, registers: int, shared: int, warps: int) -> int:
@@ -106,6 +113,21 @@ def resident(target: int, registers: int, shared: int, warps: int) -> int:
     a_warp = -(-registers * 32 // 256) * 256
     of_registers = 4 * (16_384 // max(a_warp, 256)) // warps
     return max(1, min(has_blocks, has_warps // warps, has_shared // (shared + 1024), of_registers))
+
+
+def _bank_waves(run: Executed, code: Code) -> tuple[float, float]:
+    """Passes over the banks of shared memory, and the fewest. PTX of nvcc takes vectors apart into halves and bytes;
+    where the machine code loads or stores none so narrow, they are whole again, 128 bytes a pass."""
+    names, rows = run.program.names, run.statistics.astype(float)
+    narrow = {
+        f"{kind}.shared" for kind, opcode in (("ld", "LDS"), ("st", "STS"))
+        if not any(one.opcode == opcode and one.bytes < 4 for one in code.instructions)
+    }  # fmt: skip
+    for statement, name, row in zip(run.program.kernel.statements, names, rows):
+        size = re.search(r"\.[usb](8|16)\s", statement.text)
+        if name in narrow and size:
+            row[4] = row[5] = row[0] * 32 * int(size[1]) / 8 / 128
+    return float(rows[:, 4].sum()), float(rows[:, 5].sum())
 
 
 def _distinct(run: Executed, scale: float) -> dict[int, tuple[float, float]]:
@@ -126,11 +148,38 @@ def _of_grid(firsts: float, most: float) -> float:
     return firsts if firsts < 1.5 * most else most
 
 
-def _in_flight(divided: Sequence[Part], code: Code, loaded: np.ndarray) -> float:
-    """Of a warp, the mean over the time that its loads take; 0 without any."""
-    waits = 0.0
+def _missed(run: Executed) -> np.ndarray:
+    """Sectors that each instruction loads past L1; cp.async does with all of them."""
+    names, rows = run.program.names, run.statistics
+    return np.array(
+        [
+            row[1] if name == "cp.async" else min(row[1], row[6]) if name == "ld.global" else 0
+            for name, row in zip(names, rows.tolist())
+        ]
+    )
+
+
+def _waits(divided: Sequence[Part], code: Code, run: Executed) -> list[tuple[float, float, float]]:
+    """Of asynchronous copies, then of each part's loads: (times that the blocks that ran wait, the part of what they
+    wait for that is not in L1, bytes that are not)."""
+    names, rows = run.program.names, run.statistics
+    copied = float(rows[[name == "cp.async" for name in names], 3].sum())
+    found = [(copied / _copies(run, copied) / run.warps, 1.0, copied)] if copied else []
+    missed = _missed(run)
     for part in divided:
-        moved = float(loaded[list(part.ptx)].sum())
+        mine = [n for n in part.ptx if names[n] == "ld.global"]
+        moved, sectors = float(rows[mine, 3].sum()), float(rows[mine, 1].sum())
         if moved:
-            waits += moved / max(32.0, in_flight(code, part.sass))
-    return float(loaded.sum()) / waits if waits else 0.0
+            share = float(missed[mine].sum()) / sectors
+            found.append((moved / max(32.0, in_flight(code, part.sass)) / run.warps, share, moved * share))
+    return found
+
+
+def _copies(run: Executed, copied: float) -> float:
+    """Bytes of a warp's asynchronous copies in flight when it waits: the mean group, times the most that may be open,
+    and the one that is waited for."""
+    names, executed = run.program.names, run.statistics[:, 0]
+    groups = executed[[name == "cp.async.commit_group" for name in names]].sum()
+    waits = [s.text for s, name in zip(run.program.kernel.statements, names) if name == "cp.async.wait_group"]
+    allowed = max((int(re.search(r"(\d+)\s*$", text)[1]) for text in waits), default=0)
+    return (allowed + 1) * copied / max(1, groups)

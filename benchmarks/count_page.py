@@ -9,11 +9,10 @@ from pathlib import Path
 from . import count_model as model
 from . import plot
 from .count_table import Row
-from .goals import RESULTS
 from .proof_report import write_text
 
 PAGE = Path(__file__).parent.parent / "docs" / "counts.md"
-PICTURE = RESULTS / "count.png"
+PICTURE = PAGE.with_suffix(".png")
 # Shapes of a few rows, whose share of copy bandwidth says nothing: only launches count there.
 _SMALL = 1_000_000
 _COLOURS = {"V100": "#9aa3ad", "A100": "#6b8f71", "H100": "#3b6fb6", "H200": "#d9822b", "B200": "#8e5ea2"}
@@ -58,7 +57,7 @@ def page(rows: Sequence[Row]) -> str:
     parts = [
         "# Counts",
         _filled(_HEAD),
-        f"![predicted share of copy bandwidth](../{PICTURE.relative_to(PAGE.parents[1])})",
+        f"![predicted share of copy bandwidth]({PICTURE.name})",
         "## How it is counted",
         "\n".join(_filled(text, "- ") for text in _METHOD),
         f"## The model\n\n```text\n{formula}\n```",

@@ -10,6 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+from .count_loops import Loop, loops
 
 # What the assembler neither adds nor leaves out, as a rule: PTX -> machine code, by the first word or two.
 ANCHORS = {
@@ -24,11 +27,12 @@ _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 @dataclass(frozen=True)
 class Instruction:
-    """words: the operands. source: "file.py:12"."""
+    """words: the operands. source: "file.py:12". guarded: whether a predicate decides if it runs."""
 
     name: str
     words: str
     source: str
+    guarded: bool = False
 
     @property
     def opcode(self) -> str:
@@ -47,15 +51,6 @@ class Code:
     registers: int
     instructions: list[Instruction]
     labels: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Loop:
-    """Instructions first to last, both in it; own: those in no loop inside it."""
-
-    first: int
-    last: int
-    own: tuple[int, ...]
 
 
 def assembled(ptx: str, arch: str, ptxas: str, nvdisasm: str) -> Code:
@@ -83,7 +78,7 @@ def parsed(text: str, registers: int) -> Code:
         elif match := _LABEL.match(line):
             labels[match[1]] = len(found)
         elif (match := _INSTRUCTION.match(line)) and match[2] != "NOP":
-            found.append(Instruction(match[2], match[3], source))
+            found.append(Instruction(match[2], match[3], source, bool(match[1])))
     # An endless branch to itself fills the end.
     while found and found[-1].opcode == "BRA" and labels.get(_target(found[-1])) == len(found) - 1:
         found.pop()
@@ -95,29 +90,16 @@ def _target(instruction: Instruction) -> str:
     return named[0] if named else ""
 
 
-def loops(count: int, branches: Sequence[tuple[int, int]]) -> list[Loop]:
-    """Of `count` instructions; branches: (from, to). A loop ends with its last branch back to its first instruction."""
-    ends: dict[int, int] = {}
-    for at, to in branches:
-        if to <= at:
-            ends[to] = max(at, ends.get(to, 0))
-    spans = sorted(ends.items())
-    made = []
-    for first, last in spans:
-        inside = [(f, e) for f, e in spans if (f, e) != (first, last) and first <= f and e <= last]
-        own = tuple(n for n in range(first, last + 1) if not any(f <= n <= e for f, e in inside))
-        made.append(Loop(first, last, own))
-    return made
-
-
 def sass_loops(code: Code) -> list[Loop]:
     """The loops of the machine code."""
-    branches = [
-        (at, code.labels[_target(one)])
-        for at, one in enumerate(code.instructions)
-        if one.opcode in ("BRA", "BRX") and _target(one) in code.labels
-    ]
-    return loops(len(code.instructions), branches)
+    jumps = {}
+    for at, one in enumerate(code.instructions):
+        if one.opcode in ("BRA", "BRX") and _target(one) in code.labels:
+            # "BRA P0, `(.L_x_1)" asks as "@P0 BRA `(.L_x_1)" does.
+            jumps[at] = [code.labels[_target(one)]], one.guarded or not one.words.lstrip().startswith("`")
+        elif one.opcode in ("EXIT", "RET", "BRX"):
+            jumps[at] = [], one.guarded
+    return loops(len(code.instructions), jumps)
 
 
 @dataclass(frozen=True)
@@ -135,12 +117,23 @@ class Part:
         return min(4.0, len(self.sass) / self.unrolled / len(self.ptx)) if self.ptx else 0.0
 
 
+class _Looks(NamedTuple):
+    """What tells one loop from another: anchors, instructions, lines of the source."""
+
+    mix: Counter[str]
+    size: int
+    lines: set[str]
+
+
 def parts(names: Sequence[str], sources: Sequence[str], ptx_loops: Sequence[Loop], code: Code) -> list[Part]:
     """Loops of the PTX (its instructions' names and sources) beside those of the machine code, in the same order."""
     theirs = sass_loops(code)
-    ours = [(_anchors(names, loop), {sources[n] for n in _span(loop)}) for loop in ptx_loops]
+    ours = [_Looks(_anchors(names, loop), len(loop.body), {sources[n] for n in loop.body}) for loop in ptx_loops]
     opcodes = [one.opcode for one in code.instructions]
-    made = [(_counted(opcodes, loop), {code.instructions[n].source for n in _span(loop)}) for loop in theirs]
+    made = [
+        _Looks(_counted(opcodes, loop), len(loop.body), {code.instructions[n].source for n in loop.body})
+        for loop in theirs
+    ]
     pairs = _aligned([[_alike(a, b) for b in made] for a in ours])
     taken_ptx = {n for p, _ in pairs for n in ptx_loops[p].own}
     # A loop of the machine code without a partner is what is left of an unrolled one: it runs a few times at most.
@@ -160,12 +153,8 @@ def parts(names: Sequence[str], sources: Sequence[str], ptx_loops: Sequence[Loop
     return found
 
 
-def _span(loop: Loop) -> range:
-    return range(loop.first, loop.last + 1)
-
-
 def _anchors(names: Sequence[str], loop: Loop, own: bool = False) -> Counter[str]:
-    kinds = (anchor(names[n]) for n in (loop.own if own else _span(loop)))
+    kinds = (anchor(names[n]) for n in (loop.own if own else loop.body))
     return Counter(kind for kind in kinds if kind)
 
 
@@ -176,19 +165,20 @@ def anchor(name: str) -> str:
 
 def _counted(opcodes: Sequence[str], loop: Loop, own: bool = False) -> Counter[str]:
     kinds = set(ANCHORS.values())
-    return Counter(opcodes[n] for n in (loop.own if own else _span(loop)) if opcodes[n] in kinds)
+    return Counter(opcodes[n] for n in (loop.own if own else loop.body) if opcodes[n] in kinds)
 
 
-def _alike(a: tuple[Counter[str], set[str]], b: tuple[Counter[str], set[str]]) -> float:
-    """0 to 1: the mix of anchors, and the lines of the source."""
-    (x, lines_x), (y, lines_y) = a, b
-    dot = sum(x[kind] * y[kind] for kind in x)
-    norm = math.sqrt(sum(v * v for v in x.values()) * sum(v * v for v in y.values()))
-    mix = dot / norm if norm else float(not x and not y)
-    return 0.5 * mix + 0.5 * len(lines_x & lines_y) / max(1, len(lines_x | lines_y))
+def _alike(a: _Looks, b: _Looks) -> float:
+    """0 to 1: the mix of anchors, the size, and, where they are known, the lines of the source."""
+    dot = sum(a.mix[kind] * b.mix[kind] for kind in a.mix)
+    norm = math.sqrt(sum(v * v for v in a.mix.values()) * sum(v * v for v in b.mix.values()))
+    terms = [dot / norm if norm else float(not a.mix and not b.mix), min(a.size, b.size) / max(a.size, b.size)]
+    if any(a.lines) and any(b.lines):
+        terms.append(len(a.lines & b.lines) / len(a.lines | b.lines))
+    return sum(terms) / len(terms)
 
 
-def _aligned(score: Sequence[Sequence[float]], least: float = 0.35) -> list[tuple[int, int]]:
+def _aligned(score: Sequence[Sequence[float]], least: float = 0.45) -> list[tuple[int, int]]:
     """Pairs (row, column), both rising, with the largest sum; none below `least`."""
     rows, columns = len(score), len(score[0]) if score else 0
     best = [[0.0] * (columns + 1) for _ in range(rows + 1)]
@@ -209,13 +199,10 @@ def _aligned(score: Sequence[Sequence[float]], least: float = 0.35) -> list[tupl
 
 
 def in_flight(code: Code, numbers: Sequence[int]) -> float:
-    """Bytes that a warp asks of global memory before it waits, on average, in these instructions of one loop or none.
-
-    A register that is loaded is waited for where it is used first; asynchronous copies where a group must have come.
-    """
+    """Bytes that a warp's loads ask of global memory before it waits, on average, in these instructions of one loop or
+    none: a register that is loaded is waited for where it is used first. Asynchronous copies are not in it."""
     waits, asked = [], 0
     pending: set[int] = set()
-    groups, open_group, width, copied = 0, 0, 0, 0.0
     for n in (*numbers, *numbers):
         one = code.instructions[n]
         registers = [int(r) for r in re.findall(r"\bR(\d+)\b", one.words)]
@@ -224,14 +211,5 @@ def in_flight(code: Code, numbers: Sequence[int]) -> float:
             asked, pending = 0, set()
         if one.opcode == "LDG" and registers:
             asked += 32 * one.bytes
-            first = registers[0]
-            pending |= set(range(first, first + max(1, one.bytes // 4)))
-        elif one.opcode == "LDGSTS":
-            open_group += 32 * one.bytes
-        elif one.opcode == "LDGDEPBAR" and open_group:
-            width, groups, open_group = max(width, open_group), groups + 1, 0
-        elif one.opcode == "DEPBAR" and width:
-            allowed = int((re.search(r"0x([0-9a-f]+)", one.words) or ["0", "0"])[1], 16)
-            copied = max(copied, (allowed + 1.0) * width)
-    loads = sum(waits) / len(waits) if waits else float(asked)
-    return max(loads, copied) if copied else loads
+            pending |= set(range(registers[0], registers[0] + max(1, one.bytes // 4)))
+    return sum(waits) / len(waits) if waits else float(asked)

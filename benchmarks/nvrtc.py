@@ -3,7 +3,8 @@
 python benchmarks/nvrtc.py --wheels FOLDER [-I FOLDER] [--ptx] SOURCE -o CUBIN
 
 It compiles every kernel that SOURCE instantiates, prints what NVRTC and ptxas say, and takes a warning for an error.
---ptx makes the PTX of compute_70, which the driver of a newer GPU compiles for itself, instead of machine code.
+--ptx makes the PTX of compute_70, which the driver of a newer GPU compiles for itself, instead of machine code;
+--lineinfo says in it which line of SOURCE it comes from.
 No GPU is needed. FOLDER is the --target folder of the wheels (see the Makefile).
 """
 
@@ -36,10 +37,12 @@ class Nvrtc:
         self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
         self._includes = [f"-I{path}" for path in parts]
 
-    def compile(self, source: Path, includes: Sequence[Path] = (), *, ptx: bool = False) -> tuple[bytes, str]:
+    def compile(
+        self, source: Path, includes: Sequence[Path] = (), *, ptx: bool = False, lines: bool = False
+    ) -> tuple[bytes, str]:
         """(cubin or PTX, messages); NvrtcError, with the messages, on an error or a warning."""
         options = ["-arch=compute_70"] if ptx else ["-arch=sm_70", "-Xptxas=-v"]
-        options += ["-std=c++17", "-default-device"]
+        options += ["-std=c++17", "-default-device", *(["-lineinfo"] if lines else [])]
         options += [f"-I{path}" for path in includes] + self._includes
         program = ctypes.c_void_p()
         text, name = source.read_bytes(), str(source).encode()
@@ -73,10 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", dest="output", type=Path, required=True)
     parser.add_argument("-I", dest="includes", type=Path, action="append", default=[])
     parser.add_argument("--ptx", action="store_true")
+    parser.add_argument("--lineinfo", action="store_true")
     parser.add_argument("--wheels", type=Path, required=True)
     options = parser.parse_args(arguments)
     try:
-        code, log = Nvrtc(options.wheels).compile(options.source, options.includes, ptx=options.ptx)
+        code, log = Nvrtc(options.wheels).compile(
+            options.source, options.includes, ptx=options.ptx, lines=options.lineinfo
+        )
     except (NvrtcError, OSError) as error:
         print(f"nvrtc: {options.source}: {error}", file=sys.stderr)
         return 1

@@ -147,8 +147,9 @@ class Program:
         )
 
     def statistics(self) -> np.ndarray:
-        """Of the last launch, [instructions, 6]: executions, sectors, least sectors, bytes, bank waves, least waves."""
-        out = np.zeros((len(self.names), 6), dtype=np.int64)
+        """Of the last launch, [instructions, 7]: executions, sectors, least sectors, bytes, bank waves, least waves,
+        sectors loaded that are not among the 1,024 that the block touched last."""
+        out = np.zeros((len(self.names), 7), dtype=np.int64)
         engine().ptx_statistics(ctypes.c_void_p(self._handle), _pointer(out))
         return out
 

@@ -63,7 +63,7 @@ def traffic(launch: Launch) -> Traffic:
     found, waste = Traffic(launch), {}
     statements = launch.program.kernel.statements
     for statement, name, row in zip(statements, launch.program.names, launch.statistics.tolist(), strict=True):
-        _, sectors, least_sectors, _, waves, least_waves = row
+        _, sectors, least_sectors, _, waves, least_waves, _ = row
         if name in _GLOBAL:
             (found.stores if name == "st.global" else found.loads).add(sectors, least_sectors)
             _note(waste, f"{name} at {statement.source.split(' ')[0]}", sectors, least_sectors)

@@ -40,7 +40,7 @@ struct Operand {
 };
 
 struct Statistics {
-  u64 executed = 0, sectors = 0, least_sectors = 0, bytes = 0, waves = 0, least_waves = 0;
+  u64 executed = 0, sectors = 0, least_sectors = 0, bytes = 0, waves = 0, least_waves = 0, distant = 0;
 };
 
 struct Instruction {
@@ -52,7 +52,7 @@ struct Instruction {
   Operand guard;
   s64 imm[8] = {};
   std::vector<Operand> out, in;
-  Statistics stats;
+  mutable Statistics stats;
 };
 
 struct Program {
@@ -84,6 +84,9 @@ struct Range {
   Clocks read_at, written_at;
   s64 first_reads = 0, first_writes = 0;
 };
+
+// Sectors that a block brought in last, which its multiprocessor's L1 is taken to hold: 32 KB.
+constexpr u32 kNear = 1024;
 
 // Buckets of the distances at which a block reads a sector again, four to a power of two.
 constexpr int kDistances = 128;

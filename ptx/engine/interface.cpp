@@ -135,11 +135,12 @@ void ptx_launch(Program* p, int warps, s64 shared_bytes, const int* grid, const 
   }
 }
 
-// Of every instruction of the last launch: executions, sectors, least sectors, bytes, waves, least waves.
+// Of every instruction of the last launch: executions, sectors, least sectors, bytes, waves, least waves, and sectors
+// that it loads and that its block did not touch lately.
 void ptx_statistics(Program* p, s64* out) {
   for (const Instruction& i : p->code) {
     const Statistics& s = i.stats;
-    for (u64 v : {s.executed, s.sectors, s.least_sectors, s.bytes, s.waves, s.least_waves})
+    for (u64 v : {s.executed, s.sectors, s.least_sectors, s.bytes, s.waves, s.least_waves, s.distant})
       *out++ = static_cast<s64>(v);
   }
 }
