@@ -4,7 +4,8 @@ What a backend module holds; arguments are checked and on one device:
     unsupported(device_type, dtype) -> why it cannot serve them, or None (not here: the reference serves all).
     experts_forward(bank, scores) -> merged; experts_backward(grad_out, bank, scores, need_bank, need_scores)
         -> (d bank, d scores), empty where not needed
-    banks_forward(banks, scores) -> [merged], one launch; banks of one dtype
+    banks_forward(banks, scores, results) -> [merged], one launch; banks of one dtype and device. results: the same
+        object for the same shapes and dtypes, or None; a backend may put its results there, and remember plans
     lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out) -> merged weight
     lora_backward(grad_out, lora_a, lora_b, need_a, need_b, scaling, groups, offsets, fan_in_fan_out)
         -> (d lora_a, d lora_b); `_wide.lora_backward` serves every device
@@ -16,6 +17,7 @@ import math
 
 import torch
 
+from ._results import Results
 from ._wide import lora_backward, wide_dtype
 
 # Numbers of an expert whose products with the gradient live at once.
@@ -54,7 +56,9 @@ def experts_backward(
     return dbank, dscores
 
 
-def banks_forward(banks: list[torch.Tensor], scores: list[torch.Tensor | None]) -> list[torch.Tensor]:
+def banks_forward(
+    banks: list[torch.Tensor], scores: list[torch.Tensor | None], results: Results | None = None
+) -> list[torch.Tensor]:
     return [experts_forward(bank, score) for bank, score in zip(banks, scores, strict=True)]
 
 

@@ -1,0 +1,54 @@
+"""Where the results of a list of banks lie: in one allocation, those of one shape side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+class Results:
+    """The results of banks of one dtype and device, in one allocation. shapes: theirs, one each.
+
+    plans: what a backend wants to find again when it is given the same Results.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device = dtype, device
+        self.plans: dict[Any, Any] = {}
+        self.offsets = [0] * len(shapes)  # of each result, in elements
+        self._blocks: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
+        self._which: list[int] = []
+        alike: dict[torch.Size, list[int]] = {}
+        for n, shape in enumerate(shapes):
+            alike.setdefault(shape, []).append(n)
+        unit, self._elements = 16 // dtype.itemsize, 0
+        for shape, which in alike.items():
+            size = math.prod(shape)
+            strides = (size, *(math.prod(shape[axis + 1 :]) for axis in range(len(shape))))
+            self._blocks.append(((len(which), *shape), strides, self._elements))
+            for place, n in enumerate(which):
+                self.offsets[n] = self._elements + place * size
+            self._which += which
+            # Every block starts at a multiple of 16 bytes.
+            self._elements += -(-len(which) * size // unit) * unit
+        self._in_order = self._which == sorted(self._which)
+
+    def allocate(self) -> torch.Tensor:
+        """New memory for all, one axis."""
+        return torch.empty(self._elements, dtype=self.dtype, device=self.device)
+
+    def split(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        """The results in `memory`, in the order of the shapes. To autograd each is a tensor of its own."""
+        found: list[torch.Tensor] = []
+        with torch._C._AutoDispatchBelowAutograd():
+            for sizes, strides, offset in self._blocks:
+                found += memory.as_strided(sizes, strides, offset).unbind(0)
+        if self._in_order:
+            return found
+        results = list(found)
+        for n, result in zip(self._which, found, strict=True):
+            results[n] = result
+        return results
