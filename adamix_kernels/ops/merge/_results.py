@@ -12,33 +12,34 @@ import torch
 class Results:
     """The results of banks of one dtype and device, in one allocation. shapes: theirs, one each.
 
+    elements: of the allocation. offsets: of each result in it.
     plans: what a backend wants to find again when it is given the same Results.
     """
 
     def __init__(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
         self.plans: dict[Any, Any] = {}
-        self.offsets = [0] * len(shapes)  # of each result, in elements
+        self.offsets = [0] * len(shapes)
         self._blocks: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
         self._which: list[int] = []
         alike: dict[torch.Size, list[int]] = {}
         for n, shape in enumerate(shapes):
             alike.setdefault(shape, []).append(n)
-        unit, self._elements = 16 // dtype.itemsize, 0
+        unit, self.elements = 16 // dtype.itemsize, 0
         for shape, which in alike.items():
             size = math.prod(shape)
             strides = (size, *(math.prod(shape[axis + 1 :]) for axis in range(len(shape))))
-            self._blocks.append(((len(which), *shape), strides, self._elements))
+            self._blocks.append(((len(which), *shape), strides, self.elements))
             for place, n in enumerate(which):
-                self.offsets[n] = self._elements + place * size
+                self.offsets[n] = self.elements + place * size
             self._which += which
             # Every block starts at a multiple of 16 bytes.
-            self._elements += -(-len(which) * size // unit) * unit
+            self.elements += -(-len(which) * size // unit) * unit
         self._in_order = self._which == sorted(self._which)
 
     def allocate(self) -> torch.Tensor:
         """New memory for all, one axis."""
-        return torch.empty(self._elements, dtype=self.dtype, device=self.device)
+        return torch.empty(self.elements, dtype=self.dtype, device=self.device)
 
     def split(self, memory: torch.Tensor) -> list[torch.Tensor]:
         """The results in `memory`, in the order of the shapes. To autograd each is a tensor of its own."""
