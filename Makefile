@@ -60,7 +60,7 @@ UNDER = LD_PRELOAD="$$(g++ -print-file-name=lib$(1).so) $$(g++ -print-file-name=
 REPORT := $(abspath build/csrc/report)
 SANITIZED = $(PYTEST) -m sanitize python_tests/test_cuda_*.py || { cat $(REPORT).*; exit 1; }
 
-.PHONY: help install demo test oldest pythons ptx ptx-nightly aot cuda docs lint lock bench clean
+.PHONY: help install demo test oldest pythons ptx ptx-nightly aot cuda count docs lint lock bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -71,6 +71,7 @@ help:
 	@echo 'make ptx-nightly  all of them (an hour or so)'
 	@echo 'make aot       every Triton kernel compiled for four GPUs, without one, against benchmarks/results/aot.csv (minutes)'
 	@echo 'make cuda      csrc/ compiled for six GPUs, without one, against benchmarks/results/cuda_compile.csv (minutes)'
+	@echo 'make count     instructions, bytes and predicted speed of every kernel, counted without a GPU (minutes; benchmarks/results/count.csv)'
 	@echo 'make docs      the API reference, from the docstrings, in docs_out/'
 	@echo 'make oldest    a part of the tests on the lowest versions that pyproject.toml allows (torch 2.6, transformers 4.57.1)'
 	@echo 'make pythons   the same part on each of PYTHONS="python3.10 python3.12 python3.13", with the versions of make test'
@@ -127,6 +128,9 @@ aot: $(VENV)/.test $(VENV)/.triton
 
 cuda: $(VENV)/.test $(VENV)/.triton $(VENV)/.nvrtc
 	$(BIN)/python -m benchmarks.cuda_compile --check --jobs $(JOBS)
+
+count: $(VENV)/.test $(VENV)/.triton
+	$(BIN)/python -m benchmarks.count --check
 
 docs: $(VENV)/.docs
 	$(BIN)/python -W error::UserWarning -m pdoc --docformat google -o docs_out \

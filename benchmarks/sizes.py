@@ -1,12 +1,12 @@
 """The sizes of every benchmark: on a GPU ("gpu"), for ops on the CPU ("cpu"), tiny ones that test the harness
-("smoke"), and for sanitizers, tails everywhere ("odd").
+("smoke"), and for sanitizers, tails everywhere ("odd"). What is only counted, beside "gpu", is "count".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-SETS = ("gpu", "cpu", "smoke", "odd")
+SETS = ("gpu", "cpu", "smoke", "odd", "count")
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,11 @@ ADAPTER = {
         AdapterSize(16, 512, 1024, 16, routing="token"),
         AdapterSize(16, 512, 1024, 16, dtype="float32"),
     ),
+    "count": (
+        AdapterSize(128, 512, 1024, 48),
+        AdapterSize(128, 512, 1024, 64),
+        AdapterSize(16, 512, 1024, 16, dtype="float16"),
+    ),
     "cpu": (
         AdapterSize(16, 128, 768, 48, routing="batch", dtype="float32"),
         AdapterSize(16, 128, 768, 48, dtype="float32"),
@@ -140,6 +145,7 @@ ADAPTER = {
 }
 LORA = {
     "gpu": (LORA_8K, LORA_64K, LORA_GPT2),
+    "count": (LoraSize(16, 512, 1024, 1024, 48), LoraSize(16, 512, 1024, 1024, 8, dtype="float16")),
     "cpu": (
         LoraSize(16, 128, 768, 768, 8, dtype="float32"),
         LoraSize(2, 512, 1024, 3072, 4, experts=8, groups=2, routing="batch", dtype="float32"),
@@ -155,42 +161,49 @@ LORA = {
 }
 LORA_LINEAR = {
     "gpu": (LORA_8K, LORA_GPT2),
+    "count": (),
     "cpu": LORA["cpu"],
     "smoke": LORA["smoke"][:1],
     "odd": LORA["odd"][:1],
 }
 LOSS = {
     "gpu": (LOSS_GPT2, LOSS_LLAMA, *GLUE),
+    "count": (LossSize(8192, 30522), LossSize(8192, 50257, dtype="float16")),
     "cpu": (LossSize(512, 50257, dtype="float32"), *GLUE),
     "smoke": (LossSize(6, 37, dtype="bfloat16"), LossSize(4, 2, dtype="float32")),
     "odd": (LossSize(5, 1031), LossSize(7, 3, dtype="float32")),
 }
 CONSISTENCY = {
     "gpu": (LOSS_GPT2,),
+    "count": (),
     "cpu": LOSS["cpu"][:1],
     "smoke": (LossSize(6, 37, dtype="float32"),),
     "odd": (LossSize(5, 1031),),
 }
 HEAD = {
     "gpu": (HEAD_MEMORY, HEAD_GPT2, HEAD_LLAMA),
+    "count": (),
     "cpu": (LossSize(512, 50257, hidden=768, dtype="float32"),),
     "smoke": (LossSize(6, 37, hidden=16, dtype="float32"),),
     "odd": (LossSize(5, 1031, hidden=24),),
 }
 MERGE_BANKS = {
     "gpu": (BANKS,),
+    "count": (BankSize(24, 4, 48, 1024),),
     "cpu": (BankSize(24, 4, 64, 1024),),
     "smoke": (BankSize(2, 3, 4, 16),),
     "odd": (BankSize(2, 3, 5, 37),),
 }
 MERGE_EXPERTS = {
     "gpu": (BankSize(1, 4, 16384, 1024),),
+    "count": (),
     "cpu": (BankSize(1, 4, 4096, 1024),),
     "smoke": (BankSize(1, 3, 4, 16),),
     "odd": (BankSize(1, 3, 5, 37),),
 }
 MERGE_LORA = {
     "gpu": (LoraSize(24, 1, 1024, 1024, 16, routing="layers"),),
+    "count": (),
     "cpu": (LoraSize(24, 1, 1024, 1024, 16, routing="layers", dtype="float32"),),
     "smoke": (LoraSize(2, 1, 16, 16, 4, routing="layers", dtype="float32"),),
     "odd": (LoraSize(2, 1, 37, 19, 5, routing="layers", dtype="float32"),),

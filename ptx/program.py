@@ -16,7 +16,7 @@ from .operands import Operands, Slot
 from .text import UnknownPtxError, read
 
 ORDERS = ("forward", "backward", "slices")
-_INSTRUCTION, _TEXT = 12, 1 << 16
+_INSTRUCTION, _TEXT, _DISTANCES = 12, 1 << 16, 128
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class How:
         slices of a few instructions ("slices"). blocks: the same of the grid, "slices" a random order. late: whether a
         wgmma reads its operands when it is waited for, not when it is issued.
     seed: of what is random. races: whether they are looked for. statistics: whether memory access is counted.
-    limit: instructions after which a launch is given up.
+    limit: instructions after which a launch is given up. blocks_at_most, enough: only so many blocks run, spread over
+        the grid, and none begins after so many instructions; 0: all of them.
     """
 
     order: str = "forward"
@@ -37,6 +38,8 @@ class How:
     races: bool = True
     statistics: bool = False
     limit: int = 4 * 10**9
+    blocks_at_most: int = 0
+    enough: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,18 @@ class Span:
 @dataclass(frozen=True)
 class Outcome:
     """reports: what a GPU need not have survived, in words. touched: sectors of every span, read from outside and
-    written, [spans, 2]."""
+    written, [spans, 2]. blocks: how many ran. firsts: sectors that a block read, and wrote, for the first time, summed
+    over the blocks, [spans, 2]. distances: of sectors that a block read again, how many others it had touched since;
+    bucket k counts those from 2^(k/4) on."""
 
     reports: list[str]
     instructions: int
     products: int
     barriers: int
     touched: np.ndarray
+    blocks: int
+    firsts: np.ndarray
+    distances: np.ndarray
 
 
 class Program:
@@ -117,9 +125,10 @@ class Program:
         blocks = _blocks(sizes[0] * sizes[1] * sizes[2], how)
         ranges = np.array([(span.low, span.high) for span in spans] or [(0, 0)], dtype=np.uint64)
         options = np.array(
-            [ORDERS.index(how.order), how.seed, how.statistics, how.races, how.late, how.limit], dtype=np.int64
+            [ORDERS.index(how.order), how.seed, how.statistics, how.races, how.late, how.limit, how.enough or 2**62],
+            dtype=np.int64,
         )
-        out, counts = ctypes.create_string_buffer(_TEXT), np.zeros(4, dtype=np.int64)
+        out, counts = ctypes.create_string_buffer(_TEXT), np.zeros(5, dtype=np.int64)
         touched = np.zeros((max(1, len(spans)), 2), dtype=np.int64)
         engine().ptx_launch(
             ctypes.c_void_p(self._handle), warps, ctypes.c_int64(shared), (ctypes.c_int * 3)(*sizes), _pointer(blocks),
@@ -129,7 +138,12 @@ class Program:
         reports = [self._said(row, spans) for row in out.value.decode().splitlines()]
         if len(reports) < counts[3]:
             reports.append(f"{self.name}: {counts[3] - len(reports)} reports more than are told")
-        return Outcome(reports, *counts[:3].tolist(), touched[: len(spans)])
+        reuse = np.zeros(2 * len(ranges) + _DISTANCES, dtype=np.int64)
+        engine().ptx_reuse(ctypes.c_void_p(self._handle), _pointer(reuse))
+        firsts = reuse[: 2 * len(spans)].reshape(-1, 2)
+        return Outcome(
+            reports, *counts[:3].tolist(), touched[: len(spans)], int(counts[4]), firsts, reuse[-_DISTANCES:]
+        )
 
     def statistics(self) -> np.ndarray:
         """Of the last launch, [instructions, 6]: executions, sectors, least sectors, bytes, bank waves, least waves."""
@@ -161,9 +175,18 @@ class Program:
 
 def _blocks(count: int, how: How) -> np.ndarray:
     numbers = np.arange(count, dtype=np.int64)
+    if 0 < how.blocks_at_most < count:
+        numbers = _spread(count, how.blocks_at_most)
     if how.blocks == "slices":
         return np.random.default_rng(how.seed).permutation(numbers)
     return np.ascontiguousarray(numbers[::-1]) if how.blocks == "backward" else numbers
+
+
+def _spread(count: int, some: int) -> np.ndarray:
+    """So many numbers below count, evenly spread however few of them are taken: steps of the golden ratio."""
+    steps = (np.arange(4 * some, dtype=np.float64) * 0.6180339887498949) % 1.0
+    _, first = np.unique((steps * count).astype(np.int64), return_index=True)
+    return (steps[np.sort(first)][:some] * count).astype(np.int64)
 
 
 def _pointer(array: np.ndarray) -> ctypes.c_void_p:

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <map>
+#include <memory>
 #include <random>
 #include <string>
 #include <unordered_map>
@@ -59,6 +61,7 @@ struct Program {
   size_t register_bytes = 0;
   int registers = 0;    // entries of Warp::undefined
   int special[9] = {};  // offsets: tid.x, laneid, ctaid.xyz, nctaid.xyz, ntid.x
+  std::vector<s64> reuse;  // of the last launch: of each range its first reads and writes, then the distances
 };
 
 struct Report {
@@ -67,11 +70,23 @@ struct Report {
   s64 times = 0;
 };
 
+struct Free {
+  void operator()(void* at) const { free(at); }
+};
+// Zeros, which take no memory until they are written.
+using Clocks = std::unique_ptr<u32[], Free>;
+
 // Global memory that a launch may touch; touched: a byte for each 32-byte sector, 1 read from outside, 2 written.
+// read_at, written_at: of each sector, when (Launch::clock). first_reads, first_writes: sectors, the first of a block.
 struct Range {
   u64 low, high;
   std::vector<u8> touched;
+  Clocks read_at, written_at;
+  s64 first_reads = 0, first_writes = 0;
 };
+
+// Buckets of the distances at which a block reads a sector again, four to a power of two.
+constexpr int kDistances = 128;
 
 // Who wrote and read a byte of global memory last: block, barriers passed, warp (255: several).
 struct GlobalByte {
@@ -141,6 +156,10 @@ struct Launch {
   std::map<int, std::pair<u32, int>> atomics;                      // block -> epoch and warp of its last one
   const u8* parameters;
   std::mt19937 random;
+  // Sectors that blocks have brought in so far, and how many of them before this one; of every sector that a block
+  // reads again, how many it brought in since.
+  u32 clock = 0, began = 0;
+  s64 distances[kDistances] = {};
 };
 
 // Says once per kind and line where it was seen first, and counts.

@@ -1,4 +1,6 @@
 // Global memory: the host's own, within the ranges that a launch was given.
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 
@@ -25,11 +27,34 @@ std::string nearest(const Launch& launch, u64 address, int bytes) {
   return said;
 }
 
-void touch(Range& r, u64 address, int bytes, bool write) {
+// What a sector costs a cache: brought in by the block's first touch, kept until so many others came after it.
+void age(Launch& launch, Range& r, u64 s, bool write) {
+  u32 last = std::max(r.read_at[s], r.written_at[s]);
+  bool fresh = last <= launch.began;
+  if (fresh) launch.clock++;
+  if (write) {
+    r.first_writes += r.written_at[s] <= launch.began;
+    r.written_at[s] = launch.clock;
+    return;
+  }
+  r.first_reads += fresh;
+  u32 since = launch.clock - last;
+  if (!fresh) launch.distances[since < 2 ? 0 : std::min(kDistances - 1, static_cast<int>(4 * std::log2(since)))]++;
+  r.read_at[s] = launch.clock;
+}
+
+void touch(Launch& launch, Range& r, u64 address, int bytes, bool write) {
   u64 base = r.low & ~31ull;
-  if (r.touched.empty()) r.touched.resize((r.high - base) / 32 + 2);
-  for (u64 s = (address - base) / 32; s <= (address + bytes - 1 - base) / 32; s++)
+  if (r.touched.empty()) {
+    size_t sectors = (r.high - base) / 32 + 2;
+    r.touched.resize(sectors);
+    r.read_at.reset(static_cast<u32*>(calloc(sectors, 4)));
+    r.written_at.reset(static_cast<u32*>(calloc(sectors, 4)));
+  }
+  for (u64 s = (address - base) / 32; s <= (address + bytes - 1 - base) / 32; s++) {
+    age(launch, r, s, write);
     r.touched[s] |= write ? 2 : r.touched[s] & 2 ? 0 : 1;
+  }
 }
 
 // What another block stored may be read when both took part in an atomic in between: the other's store was before its
@@ -95,7 +120,7 @@ bool check_global(Warp& w, const Instruction& i, u64 address, int bytes, int lan
     report(w, i, kind, address, lane, nearest(launch, address, bytes));
     return false;
   }
-  if (launch.statistics) touch(*r, address, bytes, write);
+  if (launch.statistics) touch(launch, *r, address, bytes, write);
   if (!launch.races) return true;
   auto& shadow = launch.global_shadow[r->low];
   if (shadow.empty()) shadow.resize(r->high - r->low);

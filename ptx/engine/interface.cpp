@@ -1,4 +1,5 @@
 // The C functions that Python calls.
+#include <algorithm>
 #include <cstring>
 
 #include "memory.h"
@@ -93,8 +94,8 @@ Program* ptx_load(int count, const char* names, const s64* rows, const s64* oper
 void ptx_free(Program* p) { delete p; }
 
 // options: order of warps (0 forward, 1 backward, 2 random slices), seed, statistics, races, late wgmma, the most
-// instructions. blocks: their linear numbers, in the order they run. ranges: low and high of each.
-// counts: instructions, products, barriers, reports. touched: sectors of each range, read from outside and written.
+// instructions, and after how many no more blocks begin. blocks: their linear numbers, in the order they run. ranges:
+// low and high of each. counts: instructions, products, barriers, reports, blocks that ran. touched: sectors of each range, read from outside and written.
 // out: the reports, a line each, as many as it holds.
 void ptx_launch(Program* p, int warps, s64 shared_bytes, const int* grid, const s64* blocks, s64 block_count,
                 const u8* parameters, const u64* ranges, int range_count, const s64* options, char* out, s64 out_bytes,
@@ -103,7 +104,7 @@ void ptx_launch(Program* p, int warps, s64 shared_bytes, const int* grid, const 
   launch.statistics = options[2], launch.races = options[3], launch.late = options[4], launch.limit = options[5];
   launch.parameters = parameters;
   launch.random.seed(static_cast<u32>(options[1]));
-  for (int k = 0; k < range_count; k++) launch.ranges.push_back({ranges[2 * k], ranges[2 * k + 1], {}});
+  for (int k = 0; k < range_count; k++) launch.ranges.emplace_back(), launch.ranges[k].low = ranges[2 * k], launch.ranges[k].high = ranges[2 * k + 1];
   for (Instruction& i : p->code) i.stats = Statistics();
   set_sizes(*p, grid, warps);
   Block b;
@@ -112,7 +113,10 @@ void ptx_launch(Program* p, int warps, s64 shared_bytes, const int* grid, const 
   std::vector<std::vector<u64>> registers(warps, std::vector<u64>(p->register_bytes / 8 + 16));
   for (int n = 0; n < warps; n++)
     b.warps[n].registers = reinterpret_cast<u8*>((reinterpret_cast<u64>(registers[n].data()) + 63) & ~63ull);
-  for (s64 n = 0; n < block_count && !launch.stopped; n++) {
+  u64 enough = options[6];
+  s64 ran = 0;
+  for (s64 n = 0; n < block_count && !launch.stopped && launch.instructions < enough; n++, ran++) {
+    launch.began = launch.clock;
     b.linear = static_cast<int>(blocks[n]);
     b.index[0] = b.linear % grid[0], b.index[1] = b.linear / grid[0] % grid[1],
     b.index[2] = b.linear / grid[0] / grid[1];
@@ -121,7 +125,10 @@ void ptx_launch(Program* p, int warps, s64 shared_bytes, const int* grid, const 
   std::string text = joined(launch);
   snprintf(out, out_bytes, "%s", text.c_str());
   counts[0] = launch.instructions, counts[1] = launch.products, counts[2] = launch.barriers;
-  counts[3] = launch.reports.size();
+  counts[3] = launch.reports.size(), counts[4] = ran;
+  p->reuse.clear();
+  for (const Range& r : launch.ranges) p->reuse.push_back(r.first_reads), p->reuse.push_back(r.first_writes);
+  p->reuse.insert(p->reuse.end(), launch.distances, launch.distances + kDistances);
   for (int k = 0; k < range_count; k++) {
     touched[2 * k] = touched[2 * k + 1] = 0;
     for (u8 t : launch.ranges[k].touched) touched[2 * k] += t & 1, touched[2 * k + 1] += t >> 1 & 1;
@@ -136,4 +143,8 @@ void ptx_statistics(Program* p, s64* out) {
       *out++ = static_cast<s64>(v);
   }
 }
+
+// Of the last launch: sectors that blocks read first and wrote first, summed over blocks, for each range; then, in 128
+// buckets, four to a power of two, sectors read again by the block that had them: by how many others it had since.
+void ptx_reuse(Program* p, s64* out) { std::copy(p->reuse.begin(), p->reuse.end(), out); }
 }

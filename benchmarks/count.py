@@ -1,0 +1,101 @@
+"""Counts instructions, bytes and waves of every kernel at the sizes that matter, without a GPU, and what they predict:
+`python -m benchmarks.count --help`. The counts come from executed PTX, the model from count_model.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from . import count_table as table
+from .count_table import TABLE, Row
+
+BACKENDS = ("triton",)
+
+
+def counted(
+    ops: Sequence[str], backend: str, only: str, kept: dict[tuple, Row], targets: Sequence[int], launches_too: bool
+) -> Iterator[Row]:
+    """A row of every work of these ops whose name holds `only`; those of `kept` with the same sources are taken."""
+    from . import count_cases, count_row
+    from .count_triton import TARGETS, TritonCounter
+
+    for target in TARGETS:
+        if targets and target not in targets:
+            continue
+        counter = TritonCounter(target)
+        for op in ops:
+            for work in count_cases.works(op):
+                key = (work.op, backend, work.case.shape, work.dtype, target)
+                if only not in f"{work} {backend} sm_{target}":
+                    continue
+                old = kept.get(key)
+                if old is not None and old.source == count_cases.fingerprint(op, backend):
+                    yield old
+                    continue
+                began = time.perf_counter()
+                launches = counter.count(work)
+                row = count_row.made(work, backend, target, launches)
+                lines = [described(row, time.perf_counter() - began)]
+                lines += count_row.details(target, launches) if launches_too else []
+                print("\n".join(lines), file=sys.stderr, flush=True)
+                yield row
+
+
+def described(row: Row, seconds: float) -> str:
+    """One row in a line."""
+    shares = ", ".join(f"{name} {value:.0%}" for name, value in row.shares.items())
+    return (
+        f"{row}: {row.kernels}; {row.instructions / 1e6:.1f} M instructions, {row.a_byte:.3f} a byte (PTX x "
+        f"{row.sass_ratio:.2f}); loaded {row.loaded:.2f}, device {row.device:.2f} of the floor; {row.in_flight} B in "
+        f"flight, {row.registers} registers, {row.blocks_an_sm} blocks, {row.warps_an_sm} warps an SM, {row.waves:.1f} "
+        f"waves, {row.barriers:g} barriers, banks {row.bank_waves:.2f}; {row.limit}; {shares} ({seconds:.0f} s)"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0; 1 where a count has grown, or a row is missing; 2 where nothing can be counted."""
+    from .count_cases import OPS
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.count", description=__doc__)
+    parser.add_argument("--ops", nargs="+", choices=tuple(OPS), default=list(OPS))
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--targets", nargs="+", type=int, default=[], help="10 * compute capability (default: all)")
+    parser.add_argument("--only", default="", help='rows whose name holds this text, as in "50257 bfloat16"')
+    parser.add_argument("--launches", action="store_true", help="also a line for each launch, with the model's limits")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--write", action="store_true", help=f"count what is new or changed, then write {TABLE.name}")
+    mode.add_argument("--check", action="store_true", help=f"count, and compare with {TABLE.name}")
+    parser.add_argument("--reason", default="", help="with --write: why counts have grown")
+    parser.add_argument("--out", type=Path, help="CSV of what was counted")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        print("count: TRITON_INTERPRET is set; interpreted kernels are not what is counted", file=sys.stderr)
+        return 2
+    committed = {row.key: row for row in table.read(TABLE)} if TABLE.exists() else {}
+    rows, found = [], []
+    for backend in options.backends:
+        kept = committed if options.write else {}
+        for row in counted(options.ops, backend, options.only, kept, options.targets, options.launches):
+            rows.append(row)
+            if options.write:
+                accepted, wrong = table.accepted(committed.get(row.key), row, options.reason)
+                found += [wrong] if wrong else []
+                committed[row.key] = accepted
+                # What is counted stays: stopped here, the next --write goes on from it.
+                table.write(TABLE, committed.values())
+    if options.check:
+        found += table.problems(list(committed.values()), rows)
+    if options.out:
+        table.write(options.out, rows)
+    for line in found:
+        print(line)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

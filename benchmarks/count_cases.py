@@ -1,0 +1,88 @@
+"""What is counted: the benchmarks' own cases at the GPU's sizes, and some more; which source decides each count."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import adamix_kernels
+
+from . import bench_consistency, bench_merge, bench_routed_adapter, bench_routed_lora
+from .op_cases import Bound, Case, Inputs
+
+OPS = {
+    "consistency": bench_consistency,
+    "merge": bench_merge,
+    "routed_adapter": bench_routed_adapter,
+    "routed_lora": bench_routed_lora,
+}
+# Their time is that of cuBLAS, or of another op here.
+_LEFT_OUT = ("linear_adamix_loss", "frozen_linear")
+_LOSSES = ("adamix_loss", "consistency_loss")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A case in one direction ("both": the loss and its gradient, as one); folder: of the op in ops/ and csrc/."""
+
+    folder: str
+    case: Case
+    direction: str
+
+    @property
+    def op(self) -> str:
+        return f"{self.case.op}/{self.direction}"
+
+    @property
+    def dtype(self) -> str:
+        return str(self.case.dtype).removeprefix("torch.")
+
+    @property
+    def floor(self) -> float:
+        return self.case.traffic[self.direction]
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.case.shape} {self.dtype}"
+
+
+def works(folder: str) -> Iterator[Work]:
+    """All that is counted of one op's folder."""
+    # The device is a GPU's name alone: nothing is put on it.
+    device = torch.device("cuda")
+    for which in ("gpu", "count"):
+        for case in OPS[folder].cases(which, device):
+            if case.op in _LEFT_OUT:
+                continue
+            directions = [d for d in case.traffic if d != "both"]
+            for direction in ["both"] if case.op in _LOSSES else directions:
+                yield Work(folder, case, direction)
+
+
+def bound(case: Case, backend: str, inputs: Inputs, gradient: bool) -> Bound:
+    """The case's call on these inputs by one of our backends; raises AbsentError where it has none."""
+    contender = next(one for one in case.contenders if one.name == backend)
+    leaves = tuple(t.detach().requires_grad_(gradient) for t in inputs.leaves)
+    return contender.open()(replace(inputs, leaves=leaves))
+
+
+@functools.cache
+def fingerprint(folder: str, backend: str) -> str:
+    """Of all sources that can change a count of this op and backend, the counters' own included."""
+    package, here = Path(adamix_kernels.__file__).parent, Path(__file__).parent
+    paths = [*(package / "ops" / folder).glob("*.py"), *(package / "ops").glob("*.py"), *here.glob("count_*.py")]
+    if backend == "triton":
+        paths += [*(package / "ops" / folder / "triton_impl").glob("*.py"), package / "_triton_utils.py"]
+    else:
+        csrc = here.parent / "csrc"
+        paths += [
+            p for name in (folder, "common") for p in (csrc / name).iterdir() if p.suffix in (".h", ".cu", ".cpp")
+        ]
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]

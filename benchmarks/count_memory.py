@@ -1,0 +1,52 @@
+"""Random tensors of any size in the memory of a small one: what is counted touches little of what it is given."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+
+import torch
+
+from .op_cases import Draw
+
+PERIOD = 1 << 22
+_LARGE = 1 << 25
+# Linux: the place is given; no memory is set aside before it is written.
+_FIXED, _NO_RESERVE = mmap.MAP_PRIVATE | 0x10, 0x4000
+
+
+class CountDraw(Draw):
+    """As Draw on the CPU; the numbers of a large tensor repeat every PERIOD bytes, and take no memory until written."""
+
+    def __init__(self, dtype: torch.dtype, seed: int = 0):
+        super().__init__(torch.device("cpu"), dtype, seed)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        size = functools.reduce(int.__mul__, shape, self.dtype.itemsize)
+        if size < _LARGE:
+            return super().normal(*shape, scale=scale)
+        pattern = super().normal(PERIOD // self.dtype.itemsize, scale=scale)
+        return endless(pattern, size).view(self.dtype)[: size // self.dtype.itemsize].view(shape)
+
+
+def endless(pattern: torch.Tensor, size: int) -> torch.Tensor:
+    """`size` bytes, as uint8, that repeat the pattern's; pages are private once written. The memory is never freed."""
+    count = -(-size // PERIOD)
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype, library.mmap.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long],
+    )
+    file = os.memfd_create("pattern")
+    try:
+        os.write(file, pattern.contiguous().view(torch.uint8).numpy().tobytes())
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        base = library.mmap(None, count * PERIOD, access, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE, -1, 0)
+        for n in range(count):
+            if library.mmap(base + n * PERIOD, PERIOD, access, _FIXED, file, 0) in (None, ctypes.c_void_p(-1).value):
+                raise MemoryError(f"mmap: errno {ctypes.get_errno()} at {n} of {count} pieces")
+    finally:
+        os.close(file)
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(base), dtype=torch.uint8)
