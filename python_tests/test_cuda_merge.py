@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 needs_cuda()
 
 from cuda_probes import captured_graph
-from merge_cases import check_whole_model, experts_on, lora_case, lora_on
+from merge_cases import (
+    check_lists_that_differ_in_one_thing,
+    check_results_are_apart,
+    check_whole_model,
+    experts_on,
+    lora_case,
+    lora_on,
+)
 from poison import poisoned_memory
 
 from adamix_kernels import BackendUnavailableError
@@ -150,6 +157,14 @@ def test_a_list_of_unaligned_slices_and_of_mixed_dtypes():
     for out, bank in zip(got, banks, strict=True):
         assert torch.equal(out, merge_experts(bank.clone(), backend="cuda"))
     assert merge_banks([], [], backend="cuda") == []
+
+
+def test_a_list_is_no_other_list():
+    check_lists_that_differ_in_one_thing("cuda", randn)
+
+
+def test_the_results_of_a_list_are_apart():
+    check_results_are_apart("cuda", randn)
 
 
 def test_a_whole_model_merges_and_unmerges_to_the_same_bits():

@@ -120,17 +120,21 @@ Tensor merge_banks_forward(std::vector<Tensor> banks, std::vector<OptionalTensor
                            int64_t elements) {
   size_t count = banks.size();
   if (count == 0) fail("banks", "none of them", "at least one");
-  if (scores.size() != count) {
-    fail("scores", std::to_string(scores.size()) + " of them", "as many as banks: " + std::to_string(count));
+  // An empty list stands for none of them all.
+  if (!scores.empty() && scores.size() != count) {
+    fail("scores", std::to_string(scores.size()) + " of them", "none, or as many as banks: " + std::to_string(count));
   }
+  scores.resize(count);
   if (offsets.size() != count) {
     fail("offsets", std::to_string(offsets.size()) + " of them", "as many as banks: " + std::to_string(count));
   }
   std::vector<Bank> checked(count);
+  ScalarType dtype = banks[0].scalar_type();
+  auto where = banks[0].device();
   for (size_t n = 0; n < count; ++n) {
     int64_t place = static_cast<int64_t>(n);
     checked[n] = check_bank({"banks", place}, banks[n], {"scores", place}, scores[n]);
-    bool alike = banks[n].scalar_type() == banks[0].scalar_type() && banks[n].device() == banks[0].device();
+    bool alike = banks[n].scalar_type() == dtype && banks[n].device() == where;
     unless(alike, {"banks", place}, [&](const char* text) { check_like(text, banks[n], "banks[0]", banks[0]); });
     if (offsets[n] < 0 || offsets[n] > elements - checked[n].size) {
       fail("offsets", std::to_string(offsets[n]), "0 <= offset, offset + size <= " + std::to_string(elements));

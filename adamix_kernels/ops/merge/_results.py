@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+# What notes a tensor's base: such a one may not be written in place where gradients are on.
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView).add(torch._C.DispatchKey.AutogradFunctionality)
+
 
 class Results:
     """The results of banks of one dtype and device, in one allocation. shapes: theirs, one each.
@@ -20,7 +23,7 @@ class Results:
         self.dtype, self.device = dtype, device
         self.plans: dict[Any, Any] = {}
         self.offsets = [0] * len(shapes)
-        self._blocks: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
+        self._blocks: list[tuple[tuple[int, ...], tuple[int, ...], int, list[int]]] = []
         self._which: list[int] = []
         alike: dict[torch.Size, list[int]] = {}
         for n, shape in enumerate(shapes):
@@ -28,13 +31,17 @@ class Results:
         unit, self.elements = 16 // dtype.itemsize, 0
         for shape, which in alike.items():
             size = math.prod(shape)
-            strides = (size, *(math.prod(shape[axis + 1 :]) for axis in range(len(shape))))
-            self._blocks.append(((len(which), *shape), strides, self.elements))
             for place, n in enumerate(which):
                 self.offsets[n] = self.elements + place * size
+            # Parts of a longer first axis: splitting it is quicker than taking slices of one axis more.
+            rows, *rest = shape or (1,)
+            strides = [math.prod(rest[axis:]) for axis in range(len(rest) + 1)]
+            self._blocks.append(((len(which) * rows, *rest), tuple(strides), self.elements, [rows] * len(which)))
             self._which += which
             # Every block starts at a multiple of 16 bytes.
             self.elements += -(-len(which) * size // unit) * unit
+        # Results without axes.
+        self._numbers = [n for shape, which in alike.items() if not shape for n in which]
         self._in_order = self._which == sorted(self._which)
 
     def allocate(self) -> torch.Tensor:
@@ -44,12 +51,13 @@ class Results:
     def split(self, memory: torch.Tensor) -> list[torch.Tensor]:
         """The results in `memory`, in the order of the shapes. To autograd each is a tensor of its own."""
         found: list[torch.Tensor] = []
-        with torch._C._AutoDispatchBelowAutograd():
-            for sizes, strides, offset in self._blocks:
-                found += memory.as_strided(sizes, strides, offset).unbind(0)
-        if self._in_order:
-            return found
-        results = list(found)
-        for n, result in zip(self._which, found, strict=True):
-            results[n] = result
-        return results
+        with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+            for sizes, strides, offset, rows in self._blocks:
+                found += memory.as_strided(sizes, strides, offset).split_with_sizes(rows)
+            if not self._in_order:
+                parts, found = found, list(found)
+                for n, part in zip(self._which, parts, strict=True):
+                    found[n] = part
+            for n in self._numbers:
+                found[n] = found[n].view(())
+        return found

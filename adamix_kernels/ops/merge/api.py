@@ -44,7 +44,6 @@ def merge_experts(
     return merge_experts_op(bank, scores, backend)
 
 
-@torch.no_grad()
 def merge_banks(
     banks: Sequence[torch.Tensor], scores: Sequence[torch.Tensor | None], *, backend: str = "auto"
 ) -> list[torch.Tensor]:
@@ -67,7 +66,8 @@ def merge_banks(
     merged = banks_directly(banks, scores, backend, check)
     if merged is None:
         check()
-        merged = merge_banks_op(banks, scores, backend)
+        with torch.no_grad():
+            merged = merge_banks_op(banks, scores, backend)
     return merged
 
 

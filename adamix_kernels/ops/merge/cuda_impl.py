@@ -27,7 +27,8 @@ def banks_forward(
 ) -> list[torch.Tensor]:
     if results is None:
         results = Results([bank.shape[1:] for bank in banks], banks[0].dtype, banks[0].device)
-    return results.split(_ops.merge_banks_forward(banks, scores, results.offsets, results.elements))
+    given = scores if any(score is not None for score in scores) else []
+    return results.split(_ops.merge_banks_forward(banks, given, results.offsets, results.elements))
 
 
 def experts_backward(

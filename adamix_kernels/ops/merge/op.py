@@ -62,7 +62,7 @@ def _banks_forward(banks: list[torch.Tensor], scores: list[torch.Tensor | None],
 _KNOWN: dict[Any, Results] = {}
 _MOST_KNOWN = 16
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
-_shape, _dtype, _device = torch.Tensor.shape.__get__, torch.Tensor.dtype.__get__, torch.Tensor.device.__get__
+_shape_of = torch.Tensor.shape.__get__
 
 
 def banks_directly(
@@ -73,14 +73,16 @@ def banks_directly(
     check: called where shapes, dtypes or devices are other than those of earlier calls. The results share memory.
     """
     given = [score for score in scores if score is not None]
-    if not banks or not _PLAIN.issuperset(map(type, [*banks, *given])) or _traced():
+    plain = _PLAIN.issuperset(map(type, banks)) and _PLAIN.issuperset(map(type, given))
+    if not banks or not plain or _watched():
         return None
-    dtypes, devices = list(map(_dtype, banks)), list(map(_device, banks))
-    dtype, device = dtypes[0], devices[0]
-    if dtypes.count(dtype) < len(banks) or devices.count(device) < len(banks):
+    # As the optimisers of torch do: {(device, dtype): ...}.
+    groups = torch._C._group_tensors_by_device_and_dtype([banks], False)
+    if len(groups) > 1:
         return None
-    facts = tuple([None if score is None else (score.shape, score.dtype, score.device) for score in scores] if given else ())
-    key = len(scores), dtype, device, tuple(map(_shape, banks)), facts
+    ((device, dtype),) = groups
+    facts = tuple([None if s is None else (s.shape, s.dtype, s.device) for s in scores]) if given else ()
+    key = len(scores), dtype, device, tuple(map(_shape_of, banks)), facts
     results = _KNOWN.get(key)
     if results is None:
         check()
@@ -89,16 +91,16 @@ def banks_directly(
             _KNOWN.clear()
         _KNOWN[key] = results
     module = select("merge", backend, device, dtype)
-    with torch._C._DisableAutocast():
+    with torch.no_grad(), torch._C._DisableAutocast():
         return module.banks_forward(banks, scores, results)
 
 
-def _traced() -> bool:
+def _watched() -> bool:
     """Whether somebody watches the dispatcher: torch.compile, fake tensors, transforms of functions."""
     return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
     )
 

@@ -111,18 +111,19 @@ def _banks_plan(banks, scores, results):
     It depends on what `results` stands for (shapes, dtype, device), on addresses, and on the stream that the table
     was sent in. What was sent while a graph is captured arrives at its replay alone, so that nothing is kept then.
     """
-    wide = wide_dtype(*scores)
-    ready = all(map(torch.Tensor.is_contiguous, banks)) and all(
-        score is None or (score.dtype == wide and score.is_contiguous()) for score in scores
-    )
+    given = [score for score in scores if score is not None]
+    wide = wide_dtype(*given)
+    ready = all(map(torch.Tensor.is_contiguous, banks)) and all(s.dtype == wide and s.is_contiguous() for s in given)
     if not ready:
         banks = [bank.contiguous() for bank in banks]
         scores = [None if score is None else score.to(wide).contiguous() for score in scores]
     stream, capturing = _stream(results.device)
-    key = stream, wide, tuple(map(torch.Tensor.data_ptr, banks)), tuple(None if s is None else s.data_ptr() for s in scores)
+    places = tuple(map(torch.Tensor.data_ptr, banks))
+    score_places = tuple(None if score is None else score.data_ptr() for score in scores) if given else (None,)
+    key = stream, wide, places, score_places
     plan = results.plans.get(key)
     if plan is None:
-        plan = _new_plan(banks, scores, wide, results, key[2], key[3])
+        plan = _new_plan(banks, places, score_places if given else (None,) * len(banks), wide, results)
         if ready and not capturing:
             if len(results.plans) >= MAX_PLANS:
                 results.plans.clear()
@@ -133,7 +134,7 @@ def _banks_plan(banks, scores, results):
     return plan, banks, scores
 
 
-def _new_plan(banks, scores, wide, results, places, score_places):
+def _new_plan(banks, places, score_places, wide, results):
     rows, programs, unit = [], 0, 16 // results.dtype.itemsize
     # What has no scores of its own reads none.
     anchor = next((place for place in score_places if place is not None), 0)
