@@ -20,14 +20,18 @@ import torch
 from ._results import Results
 from ._wide import lora_backward, wide_dtype
 
-# Numbers of an expert whose products with the gradient live at once.
+# Numbers of an expert that are widened, or multiplied with the gradient, at once.
 _AT_ONCE = 2**16
+# Bytes: that of torch's own memory on a CPU.
+_ALIGNMENT = 64
 
 __all__ = ["banks_forward", "experts_backward", "experts_forward", "lora_backward", "lora_forward"]
 
 
 def experts_forward(bank: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
     wide = wide_dtype(bank, scores)
+    if bank.device.type == "cpu":
+        return _weighted(bank, _uniform(bank, wide) if scores is None else torch.softmax(scores.to(wide), 0))
     if scores is None:
         return bank.mean(0, dtype=wide).to(bank.dtype).contiguous()
     share = torch.softmax(scores.to(wide), 0)
@@ -40,18 +44,17 @@ def experts_forward(bank: torch.Tensor, scores: torch.Tensor | None) -> torch.Te
 def experts_backward(
     grad_out: torch.Tensor, bank: torch.Tensor, scores: torch.Tensor | None, need_bank: bool, need_scores: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = wide_dtype(bank, scores)
-    grad = grad_out.to(wide)
+    wide, experts = wide_dtype(bank, scores), bank.shape[0]
     dbank, dscores = bank.new_empty(0), bank.new_empty(0)
-    share = None if scores is None else torch.softmax(scores.to(wide), 0)
     if need_bank:
         dbank = torch.empty_like(bank, memory_format=torch.contiguous_format)
-        if share is None:
-            dbank.copy_(grad / bank.shape[0])
-        else:
-            torch.mul(grad, share.view(-1, *[1] * grad.dim()), out=dbank)
-    if need_scores and scores is not None and share is not None:
-        dots = _dots(bank, grad, wide)
+    if scores is None:
+        if need_bank:
+            dbank.copy_(grad_out.to(wide) / experts)
+        return dbank, dscores
+    share = torch.softmax(scores.to(wide), 0)
+    dots = _backward_parts(_aligned(grad_out).view(-1), bank, share, dbank if need_bank else None, need_scores)
+    if need_scores:
         dscores = (share * (dots - (share * dots).sum())).to(scores.dtype)
     return dbank, dscores
 
@@ -59,7 +62,16 @@ def experts_backward(
 def banks_forward(
     banks: list[torch.Tensor], scores: list[torch.Tensor | None], results: Results | None = None
 ) -> list[torch.Tensor]:
-    return [experts_forward(bank, score) for bank, score in zip(banks, scores, strict=True)]
+    merged, uniform = [], dict[int, torch.Tensor]()
+    for bank, score in zip(banks, scores, strict=True):
+        if score is not None or bank.device.type != "cpu":
+            merged.append(experts_forward(bank, score))
+            continue
+        share = uniform.get(bank.shape[0])
+        if share is None:
+            share = uniform[bank.shape[0]] = _uniform(bank, wide_dtype(bank))
+        merged.append(_weighted(bank, share))
+    return merged
 
 
 def lora_forward(
@@ -81,10 +93,42 @@ def lora_forward(
     return out.to(weight.dtype)
 
 
-def _dots(bank: torch.Tensor, grad: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-    """sum over d of bank[m, d] grad[d]: [M], a part at a time, so that the products stay in the cache."""
-    if grad.dim() == 0:
-        return bank.to(wide) * grad
-    rows = max(1, _AT_ONCE // max(1, math.prod(grad.shape[1:])))
-    parts = zip(bank.split(rows, 1), grad.split(rows), strict=True)
-    return torch.stack([(b.to(wide) * g).flatten(1).sum(1) for b, g in parts]).sum(0)
+def _uniform(bank: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    return bank.new_full((bank.shape[0],), 1 / bank.shape[0], dtype=wide)
+
+
+def _weighted(bank: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """sum over m of share[m] bank[m] on a CPU, in share's dtype and rounded once: a bank of another part by part."""
+    bank = _aligned(bank)
+    flat = bank if bank.dim() == 2 else bank.view(bank.shape[0], math.prod(bank.shape[1:]))
+    if bank.dtype == share.dtype:
+        merged = torch.mv(flat.t(), share)
+    else:
+        merged = bank.new_empty(flat.shape[1])
+        for out, part in zip(merged.split(_AT_ONCE), flat.split(_AT_ONCE, 1), strict=True):
+            out.copy_(torch.mv(part.to(share.dtype).t(), share))
+    return merged if bank.dim() == 2 else merged.view(bank.shape[1:])
+
+
+def _backward_parts(
+    grad: torch.Tensor, bank: torch.Tensor, share: torch.Tensor, dbank: torch.Tensor | None, need_dots: bool
+) -> torch.Tensor:
+    """dbank[m] = share[m] grad; returns sum over d of bank[m, d] grad[d]: part by part, each still in the cache."""
+    experts, wide = bank.shape[0], share.dtype
+    weights, dots = share.unsqueeze(1), []
+    ours = _aligned(bank).view(experts, grad.numel()).split(_AT_ONCE, 1) if need_dots else ()
+    theirs = dbank.view(experts, grad.numel()).split(_AT_ONCE, 1) if dbank is not None else ()
+    for n, part in enumerate(grad.split(_AT_ONCE)):
+        part = part.to(wide)
+        if ours:
+            dots.append(torch.mv(ours[n].to(wide), part))
+        if theirs:
+            torch.mul(part, weights, out=theirs[n])
+    return torch.stack(dots).sum(0) if dots else share
+
+
+def _aligned(t: torch.Tensor) -> torch.Tensor:
+    """`t`, contiguous: on a CPU, where a BLAS sums in another order at another address, where new memory would lie."""
+    if t.is_contiguous() and (t.device.type != "cpu" or t.data_ptr() % _ALIGNMENT == 0):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
