@@ -109,7 +109,7 @@ def check_lists_that_differ_in_one_thing(backend, randn):
             for out, bank, score in zip(got, given, weights, strict=True):
                 want = merge_experts(bank, score, backend="reference")
                 assert not out.requires_grad
-                torch.testing.assert_close(out, want.detach(), msg=lambda m, n=number: f"list {n}, turn {turn}: {m}")
+                torch.testing.assert_close(out, want.detach(), msg=f"list {number}, turn {turn}")
         # The same addresses hold other numbers now.
         with torch.no_grad():
             for bank in (*banks, *other):

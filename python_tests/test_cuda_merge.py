@@ -228,7 +228,9 @@ def test_memory_and_barriers_of_lora(dtype, features, fan):
 
 
 @pytest.mark.parametrize("fan", [False, True])
-@pytest.mark.parametrize(("experts", "side", "dtype"), [(1, 50, torch.float32), (3, 50, torch.float32), (1, 56, torch.float16)])
+@pytest.mark.parametrize(
+    ("experts", "side", "dtype"), [(1, 50, torch.float32), (3, 50, torch.float32), (1, 56, torch.float16)]
+)
 def test_what_no_group_touches_keeps_its_bits(experts, side, dtype, fan):
     """Groups that share a tile, one of them of infinities."""
     weight = torch.full((side, side), -0.0, device=DEVICE, dtype=dtype)
@@ -337,7 +339,11 @@ OTHER = "cpu" if DEVICE == "cuda" else "meta"
     ("message", "op", "arguments"),
     [
         (r"banks\[1\]: got Double, expected", "merge_banks_forward", ([BANK, BANK.double()], [None, None], [0, 3], 6)),
-        (r"banks\[1\]: got Half, expected Float", "merge_banks_forward", ([BANK, BANK.half()], [None, None], [0, 3], 6)),
+        (
+            r"banks\[1\]: got Half, expected Float",
+            "merge_banks_forward",
+            ([BANK, BANK.half()], [None, None], [0, 3], 6),
+        ),
         (r"banks\[0\]: got shape \(0, 3\)", "merge_banks_forward", ([BANK[:0]], [None], [0], 3)),
         (r"banks: got none of them", "merge_banks_forward", ([], [], [], 0)),
         (r"scores: got 1 of them", "merge_banks_forward", ([BANK, BANK], [None], [0, 3], 6)),

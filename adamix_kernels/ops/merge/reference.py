@@ -62,15 +62,17 @@ def experts_backward(
 def banks_forward(
     banks: list[torch.Tensor], scores: list[torch.Tensor | None], results: Results | None = None
 ) -> list[torch.Tensor]:
-    merged, uniform = [], dict[int, torch.Tensor]()
-    for bank, score in zip(banks, scores, strict=True):
-        if score is not None or bank.device.type != "cpu":
+    plan = _means_at_once(banks, results)
+    if plan is None:
+        return [experts_forward(bank, score) for bank, score in zip(banks, scores, strict=True)]
+    merged = []
+    for bank, score, (share, flat, shape) in zip(banks, scores, plan, strict=True):
+        if score is not None or bank.data_ptr() % _ALIGNMENT or not bank.is_contiguous():
             merged.append(experts_forward(bank, score))
-            continue
-        share = uniform.get(bank.shape[0])
-        if share is None:
-            share = uniform[bank.shape[0]] = _uniform(bank, wide_dtype(bank))
-        merged.append(_weighted(bank, share))
+        elif flat is None:
+            merged.append(torch.mv(bank.t(), share))
+        else:
+            merged.append(torch.mv(bank.view(flat).t(), share).view(shape))
     return merged
 
 
@@ -93,21 +95,45 @@ def lora_forward(
     return out.to(weight.dtype)
 
 
+_Mean = tuple[torch.Tensor, tuple[int, int] | None, torch.Size]
+
+
+def _means_at_once(banks: list[torch.Tensor], results: Results | None) -> list[_Mean] | None:
+    """For each bank (uniform shares, [M, elements] or None for a bank of two axes, the result's shape), kept with
+    `results`; None where the mean is no product of the bank as it is. Of small banks the calls are what takes time."""
+    if results is None or results.device.type != "cpu" or results.dtype != wide_dtype(*banks[:1]):
+        return None
+    plan: list[_Mean] | None = results.plans.get("means")
+    if plan is None:
+        shares = {bank.shape[0]: _uniform(bank, results.dtype) for bank in banks}
+        plan = results.plans["means"] = [
+            (
+                shares[bank.shape[0]],
+                None if bank.dim() == 2 else (bank.shape[0], math.prod(bank.shape[1:])),
+                bank.shape[1:],
+            )
+            for bank in banks
+        ]
+    return plan
+
+
 def _uniform(bank: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
     return bank.new_full((bank.shape[0],), 1 / bank.shape[0], dtype=wide)
 
 
 def _weighted(bank: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """sum over m of share[m] bank[m] on a CPU, in share's dtype and rounded once: a bank of another part by part."""
-    bank = _aligned(bank)
-    flat = bank if bank.dim() == 2 else bank.view(bank.shape[0], math.prod(bank.shape[1:]))
+    flat = bank = _aligned(bank)
+    rows = bank.dim() == 2
+    if not rows:
+        flat = bank.view(len(bank), math.prod(bank.shape[1:]))
     if bank.dtype == share.dtype:
         merged = torch.mv(flat.t(), share)
     else:
         merged = bank.new_empty(flat.shape[1])
         for out, part in zip(merged.split(_AT_ONCE), flat.split(_AT_ONCE, 1), strict=True):
             out.copy_(torch.mv(part.to(share.dtype).t(), share))
-    return merged if bank.dim() == 2 else merged.view(bank.shape[1:])
+    return merged if rows else merged.view(bank.shape[1:])
 
 
 def _backward_parts(
@@ -129,6 +155,6 @@ def _backward_parts(
 
 def _aligned(t: torch.Tensor) -> torch.Tensor:
     """`t`, contiguous: on a CPU, where a BLAS sums in another order at another address, where new memory would lie."""
-    if t.is_contiguous() and (t.device.type != "cpu" or t.data_ptr() % _ALIGNMENT == 0):
+    if t.is_contiguous() and (t.data_ptr() % _ALIGNMENT == 0 or t.device.type != "cpu"):
         return t
     return t.clone(memory_format=torch.contiguous_format)
