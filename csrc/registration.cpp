@@ -41,7 +41,7 @@ STABLE_TORCH_LIBRARY(adamix_cuda, m) {
       "routed_lora_backward(Tensor grad_out, Tensor x, Tensor t, Tensor lora_a, Tensor lora_b, Tensor? a_index, "
       "Tensor? b_index, Tensor? seed, bool need_x, bool need_a, bool need_b, float scaling, int groups, "
       "int[] offsets, float dropout_p) -> (Tensor, Tensor, Tensor)");
-  m.def("merge_banks_forward(Tensor[] banks, Tensor?[] scores) -> Tensor[]");
+  m.def("merge_banks_forward(Tensor[] banks, Tensor?[] scores, int[] offsets, int elements) -> Tensor");
   m.def("merge_experts_forward(Tensor bank, Tensor? scores) -> Tensor");
   m.def(
       "merge_experts_backward(Tensor grad_out, Tensor bank, Tensor? scores, bool need_bank, bool need_scores) "

@@ -29,7 +29,8 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora_backward(Tensor grad_out, Tensor 
                                                         double scaling, int64_t groups, std::vector<int64_t> offsets,
                                                         double dropout_p);
 
-std::vector<Tensor> merge_banks_forward(std::vector<Tensor> banks, std::vector<OptionalTensor> scores);
+Tensor merge_banks_forward(std::vector<Tensor> banks, std::vector<OptionalTensor> scores, std::vector<int64_t> offsets,
+                           int64_t elements);
 Tensor merge_experts_forward(Tensor bank, OptionalTensor scores);
 std::tuple<Tensor, Tensor> merge_experts_backward(Tensor grad_out, Tensor bank, OptionalTensor scores, bool need_bank,
                                                   bool need_scores);

@@ -8,6 +8,7 @@ from poison import poisoned_memory
 import adamix_kernels as ak
 from adamix_kernels.functional import merge_experts, merge_lora
 from adamix_kernels.modules.adapter import merge_adapters
+from adamix_kernels.ops.merge.api import merge_banks
 
 
 def experts_on(backend):
@@ -65,3 +66,68 @@ def check_whole_model(backend, device, around_merge=contextlib.nullcontext):
     ak.unmerge(model)
     assert all(torch.equal(a, b) for a, b in zip(before, (b for layer in model for b in layer.adapter.banks())))
     return seen
+
+
+def check_lists_that_differ_in_one_thing(backend, randn):
+    """merge_banks answers every one of many lists for itself, whatever it was asked before: nothing is taken over.
+
+    randn(*shape, dtype=) draws on the backend's device.
+    """
+    banks = [randn(4, 6, 8), randn(4, 8), randn(4), randn(4, 6, 8), randn(4, 0)]
+    scores = [randn(4) for _ in banks]
+    none = [None] * len(banks)
+
+    def with_one(values, at, value):
+        return [value if n == at else old for n, old in enumerate(values)]
+
+    other = with_one(banks, 1, randn(4, 8))
+    lists = [
+        (banks, none),
+        (other, none),
+        ([bank.half() for bank in banks], none),
+        (with_one(banks, 0, randn(4, 8, 6)), none),
+        (with_one(banks, 0, banks[0].view(4, 8, 6)), none),
+        (with_one(banks, 0, randn(4, 8, 6).transpose(1, 2)), none),
+        (with_one(banks, 0, banks[0][:2]), none),
+        (with_one(banks, 1, banks[1][:, 1:]), none),
+        (banks[::-1], none),
+        (banks[:3], none[:3]),
+        (banks, scores),
+        (banks, scores[::-1]),
+        (banks, with_one(none, 3, scores[3])),
+        (banks, with_one(none, 0, scores[0])),
+        (banks, with_one(scores, 0, scores[0].half())),
+        (banks, with_one(scores, 0, scores[0].double())),
+        (banks, with_one(scores, 0, torch.stack([scores[0], scores[1]], 1)[:, 0])),
+        (with_one(banks, 3, banks[3].requires_grad_()), none),
+        (with_one(banks, 3, banks[3].half()), none),
+    ]
+    for turn in (1, 2):
+        for number, (given, weights) in enumerate(lists):
+            with poisoned_memory(backend != "reference"):
+                got = merge_banks(given, weights, backend=backend)
+            for out, bank, score in zip(got, given, weights, strict=True):
+                want = merge_experts(bank, score, backend="reference")
+                assert not out.requires_grad
+                torch.testing.assert_close(out, want.detach(), msg=f"list {number}, turn {turn}")
+        # The same addresses hold other numbers now.
+        with torch.no_grad():
+            for bank in (*banks, *other):
+                bank.mul_(2)
+
+
+def check_results_are_apart(backend, randn):
+    """Results may be written in place: none holds an element of another, and those of the op share no memory."""
+    banks = [randn(3, 5), randn(3), randn(3, 5), randn(3, 0), randn(3, 2, 2), randn(3)]
+    scores = [None] * len(banks)
+    first, second = (merge_banks(banks, scores, backend=backend) for _ in range(2))
+    for n, out in enumerate(first):
+        assert out.shape == banks[n].shape[1:]
+        assert out.is_contiguous()
+        assert not out._is_view() or backend == "reference"
+        out.fill_(n)
+    assert all(out.eq(n).all() for n, out in enumerate(first))
+    for bank, out in zip(banks, second, strict=True):
+        torch.testing.assert_close(out, bank.mean(0))
+    owners = torch.ops.adamix_kernels.merge_banks(banks, scores, backend)
+    assert len({out.untyped_storage().data_ptr() for out in owners if out.numel()}) == len(banks) - 1

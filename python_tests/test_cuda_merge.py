@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 needs_cuda()
 
 from cuda_probes import captured_graph
-from merge_cases import check_whole_model, experts_on, lora_case, lora_on
+from merge_cases import (
+    check_lists_that_differ_in_one_thing,
+    check_results_are_apart,
+    check_whole_model,
+    experts_on,
+    lora_case,
+    lora_on,
+)
 from poison import poisoned_memory
 
 from adamix_kernels import BackendUnavailableError
@@ -20,6 +27,7 @@ from adamix_kernels.functional import merge_experts, merge_lora
 from adamix_kernels.ops.merge import cuda_impl, reference
 from adamix_kernels.ops.merge.api import merge_banks
 from adamix_kernels.testing import assert_in_budget
+from reliability.fuzz_cuda import launches
 
 OPS = torch.ops.adamix_cuda
 
@@ -151,6 +159,14 @@ def test_a_list_of_unaligned_slices_and_of_mixed_dtypes():
     assert merge_banks([], [], backend="cuda") == []
 
 
+def test_a_list_is_no_other_list():
+    check_lists_that_differ_in_one_thing("cuda", randn)
+
+
+def test_the_results_of_a_list_are_apart():
+    check_results_are_apart("cuda", randn)
+
+
 def test_a_whole_model_merges_and_unmerges_to_the_same_bits():
     check_whole_model("cuda", DEVICE)
 
@@ -167,6 +183,43 @@ def test_lora_into_a_weight(groups, experts, r, fan, dtype):
     check_lora(groups, experts, r, fan, dtype)
 
 
+WHOLE = dict(rows=136, features=72)  # every row fills pieces of 16 bytes
+
+
+@pytest.mark.skipif(not ON_HOST, reason="a GPU keeps no record of launches")
+@pytest.mark.parametrize("fan", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("groups", "experts", "r"), [(1, 1, 4), (2, 1, 20), (3, 1, 48), (2, 3, 8)])
+def test_matrix_units_take_single_experts_of_16_bits(groups, experts, r, dtype, fan, monkeypatch):
+    for capability in (90, 75, 70):
+        monkeypatch.setenv("ADAMIX_HOST_CAPABILITY", str(capability))
+        with launches() as names:
+            check_lora(groups, experts, r, fan, dtype, **WHOLE)
+        units = experts == 1 and capability >= (75 if dtype == torch.float16 else 80)
+        assert names == ["merge_lora_product_kernel" if units else "merge_lora_kernel"]
+
+
+def test_what_fills_no_pieces_is_merged_without_matrix_units():
+    for rows, features, r in ((136, 70, 4), (130, 72, 4), (136, 72, 5)):
+        for fan in (False, True):
+            check_lora(2, 1, r, fan, torch.bfloat16, rows=rows, features=features)
+    weight, lora_a, lora_b = (randn(*shape, dtype=torch.float16) for shape in ((16, 24), (4, 24), (16, 4)))
+    want = merge_lora(weight, lora_a, lora_b, scaling=2.0, backend="cuda")
+    for tensors in ((off(weight), lora_a, lora_b), (weight, off(lora_a), lora_b), (weight, lora_a, off(lora_b))):
+        torch.testing.assert_close(merge_lora(*tensors, scaling=2.0, backend="cuda"), want)
+
+
+def off(t):
+    """The same values at an odd address."""
+    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("fan", [False, True])
+def test_memory_of_lora_on_matrix_units(fan):
+    check_lora(2, 1, 20, fan, torch.bfloat16, **WHOLE)
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("fan", [False, True])
 @pytest.mark.parametrize(("dtype", "features"), [(torch.float32, 8), (torch.bfloat16, 5)])
@@ -175,16 +228,18 @@ def test_memory_and_barriers_of_lora(dtype, features, fan):
 
 
 @pytest.mark.parametrize("fan", [False, True])
-@pytest.mark.parametrize("experts", [1, 3])
-def test_what_no_group_touches_keeps_its_bits(experts, fan):
+@pytest.mark.parametrize(
+    ("experts", "side", "dtype"), [(1, 50, torch.float32), (3, 50, torch.float32), (1, 56, torch.float16)]
+)
+def test_what_no_group_touches_keeps_its_bits(experts, side, dtype, fan):
     """Groups that share a tile, one of them of infinities."""
-    weight = torch.full((50, 50), -0.0, device=DEVICE)
-    lora_a, lora_b = randn(experts, 8, 50), randn(experts, 40, 4)
+    weight = torch.full((side, side), -0.0, device=DEVICE, dtype=dtype)
+    lora_a, lora_b = randn(experts, 8, side, dtype=dtype), randn(experts, 40, 4, dtype=dtype)
     lora_a[0, 4:] = float("inf")
     options = dict(scaling=2.0, groups=2, output_offsets=(5, 27), fan_in_fan_out=fan)
     out = merge_lora(weight, lora_a, lora_b, backend="cuda", **options)
     by_output = out.t() if fan else out
-    rest = by_output[[*range(5), 25, 26, *range(47, 50)]]
+    rest = by_output[[*range(5), 25, 26, *range(47, side)]]
     assert torch.signbit(rest).all()
     assert rest.eq(0).all()
     assert by_output[5:25].isfinite().all()
@@ -283,11 +338,20 @@ OTHER = "cpu" if DEVICE == "cuda" else "meta"
 @pytest.mark.parametrize(
     ("message", "op", "arguments"),
     [
-        (r"banks\[1\]: got Double, expected", "merge_banks_forward", ([BANK, BANK.double()], [None, None])),
-        (r"banks\[1\]: got Half, expected Float", "merge_banks_forward", ([BANK, BANK.half()], [None, None])),
-        (r"banks\[0\]: got shape \(0, 3\)", "merge_banks_forward", ([BANK[:0]], [None])),
-        (r"scores: got 1 of them", "merge_banks_forward", ([BANK, BANK], [None])),
-        (r"scores\[0\]: got shape \(3,\), expected \[M\] = \(2,\)", "merge_banks_forward", ([BANK], [BANK[0]])),
+        (r"banks\[1\]: got Double, expected", "merge_banks_forward", ([BANK, BANK.double()], [None, None], [0, 3], 6)),
+        (
+            r"banks\[1\]: got Half, expected Float",
+            "merge_banks_forward",
+            ([BANK, BANK.half()], [None, None], [0, 3], 6),
+        ),
+        (r"banks\[0\]: got shape \(0, 3\)", "merge_banks_forward", ([BANK[:0]], [None], [0], 3)),
+        (r"banks: got none of them", "merge_banks_forward", ([], [], [], 0)),
+        (r"scores: got 1 of them", "merge_banks_forward", ([BANK, BANK], [None], [0, 3], 6)),
+        (r"scores\[1\]: got Long", "merge_banks_forward", ([BANK, BANK], [None, SCORES.long()], [0, 3], 6)),
+        (r"offsets: got 1 of them", "merge_banks_forward", ([BANK, BANK], [None, None], [0], 6)),
+        (r"offsets: got 4", "merge_banks_forward", ([BANK, BANK], [None, None], [0, 4], 6)),
+        (r"offsets: got -1", "merge_banks_forward", ([BANK], [None], [-1], 3)),
+        (r"scores\[0\]: got shape \(3,\), expected \[M\] = \(2,\)", "merge_banks_forward", ([BANK], [BANK[0]], [0], 3)),
         ("bank: got shape", "merge_experts_forward", (BANK[0, 0], None)),
         ("scores: got Long", "merge_experts_forward", (BANK, SCORES.long())),
         ("scores: got another device", "merge_experts_forward", (BANK, SCORES.to(OTHER))),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from merge_cases import check_lists_that_differ_in_one_thing, check_results_are_apart
 
 from adamix_kernels.functional import merge_experts, merge_lora, routed_lora
 
@@ -122,6 +123,12 @@ def test_merge_experts_gradients_in_low_precision(dtype):
     want = torch.autograd.grad((_merge_experts_oracle(*wide) * grad).sum(), wide)
     _assert_rounded_once(got[0], want[0], 1e-6 * want[0].abs())
     torch.testing.assert_close(got[1].double(), want[1], rtol=1e-5, atol=1e-5)
+
+
+def test_lists_of_banks():
+    draw = lambda *shape, dtype=torch.float32: torch.randn(*shape).to(dtype)  # noqa: E731
+    check_lists_that_differ_in_one_thing("auto", draw)
+    check_results_are_apart("reference", draw)
 
 
 @pytest.mark.parametrize("experts", [None, 1, 3])

@@ -17,6 +17,7 @@ from sync_spy import SyncSpy
 from adamix_kernels import _backends, _triton_utils
 from adamix_kernels.ops.consistency._arguments import as_num_items
 from adamix_kernels.ops.merge import triton_impl as merge_impl
+from adamix_kernels.ops.merge._results import Results
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -110,6 +111,37 @@ def test_the_table_of_banks_goes_over_without_waiting(capturing, monkeypatch):
     assert len(kept) == capturing
     table = merge_impl._table([(1, 2), (3, 4), (5, 6)], torch.device("cpu"))
     assert table.tolist() == [[1, 3, 5], [2, 4, 6]]
+
+
+def test_a_plan_of_banks_is_kept_for_its_addresses_and_its_stream(monkeypatch, nothing_launched):
+    """A graph keeps the table it reads; a table sent while a graph is captured holds nothing before the replay."""
+    banks, state, kept = [torch.randn(2, 8), torch.randn(2, 8)], {"stream": 5, "capturing": False}, []
+    monkeypatch.setattr(merge_impl, "_CAPTURED", kept)
+    monkeypatch.setattr(merge_impl, "_stream", lambda device: (state["stream"], state["capturing"]))
+    results = Results([bank.shape[1:] for bank in banks], torch.float32, banks[0].device)
+
+    def table(banks=banks):
+        merge_impl.banks_forward(banks, [None, None], results)
+        return nothing_launched[-1][1][0]
+
+    first = table()
+    assert table() is first
+    assert table([banks[0], torch.randn(2, 8)]) is not first
+    assert table([banks[0], torch.randn(8, 2).t()]) is not table([banks[0], torch.randn(8, 2).t()])
+    state["stream"] = 6
+    assert table() is not first
+    state["stream"], state["capturing"] = 5, True
+    assert table() is first
+    assert kept == [first]
+    state["stream"] = 7
+    captured = table()
+    assert kept == [first, captured]
+    state["capturing"] = False
+    assert table() is not captured
+    for stream in range(20):
+        state["stream"] = stream
+        table()
+    assert len(results.plans) <= merge_impl.MAX_PLANS
 
 
 def test_a_number_of_items_on_the_cpu_is_read_there(monkeypatch):

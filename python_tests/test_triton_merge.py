@@ -11,7 +11,14 @@ from triton_spy import DEVICE, DTYPES, launches, needs_triton
 
 needs_triton()
 
-from merge_cases import check_whole_model, experts_on, lora_case, lora_on
+from merge_cases import (
+    check_lists_that_differ_in_one_thing,
+    check_results_are_apart,
+    check_whole_model,
+    experts_on,
+    lora_case,
+    lora_on,
+)
 from poison import poisoned_memory
 
 from adamix_kernels import BackendUnavailableError, _backends
@@ -109,6 +116,14 @@ def test_bad_lists_are_named():
         merge_banks([randn(2, 3), randn(0, 3)], [None, None])
     with pytest.raises(ValueError, match=r"scores\[0\]"):
         merge_banks([randn(2, 3)], [randn(3)])
+
+
+def test_a_list_is_no_other_list():
+    check_lists_that_differ_in_one_thing("triton", randn)
+
+
+def test_the_results_of_a_list_are_apart():
+    check_results_are_apart("triton", randn)
 
 
 def test_a_whole_model_merges_in_one_launch_and_back_to_the_same_bits():

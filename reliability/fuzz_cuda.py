@@ -32,6 +32,7 @@ KERNELS = {
     "merge_grad": "merge_grad_kernel",
     "merge_scores_grad": "merge_scores_grad_kernel",
     "merge_lora": "merge_lora_kernel",
+    "merge_lora_product": "merge_lora_product_kernel",
     "consistency": "pair_loss_kernel",
     "consistency_cluster": "pair_loss_kernel",
     "consistency_tail": "pair_loss_kernel",
@@ -91,6 +92,10 @@ def groups() -> list[Group]:
         ),
         Group("merge of many banks", merges.merge_banks_cases(dtypes, sizes), ("merge_banks_kernel",)),
         Group("merge_lora", merges.merge_lora_cases(dtypes, sizes), ("merge_lora_kernel",)),
+        Group(
+            "merge_lora, matrix units", merges.merge_lora_cases(dtypes[1:], sizes, whole=True),
+            ("merge_lora_product_kernel",),
+        ),
         Group("consistency_loss", losses.consistency_cases(dtypes, sizes), ("pair_loss_kernel", "pair_grad_kernel")),
         Group("adamix_loss", losses.adamix_cases(dtypes, sizes), ("pair_loss_kernel",)),
         Group(

@@ -2,7 +2,9 @@
 #include "merge/merge.h"
 
 #include <algorithm>
+#include <deque>
 #include <limits>
+#include <type_traits>
 
 #include "common/scalar_checks.h"
 #include "registration.h"
@@ -16,16 +18,39 @@ struct Bank {
   Kind scored;
 };
 
-Bank check_bank(const char* name, const Tensor& bank, const char* scores_name, const OptionalTensor& scores) {
-  check_dtype(name, bank);
-  if (bank.dim() == 0 || bank.size(0) == 0) fail(name, shape_text(bank), "[M, ...] with at least one expert");
-  int64_t experts = bank.size(0);
-  if (experts > std::numeric_limits<unsigned short>::max()) fail(name, shape_text(bank), "fewer than 65536 experts");
-  Bank checked{static_cast<int>(experts), check_int(name, bank.numel() / experts), Kind::kNone};
+// What a message calls a tensor: its name, or that of a list and its place there.
+struct Name {
+  const char* list;
+  int64_t place = -1;
+  std::string text() const { return place < 0 ? list : list + ("[" + std::to_string(place) + "]"); }
+};
+
+// check(the tensor's name) in words where `fits` does not hold: names are put together for a message alone.
+template <typename Check>
+void unless(bool fits, const Name& name, Check check) {
+  if (!fits) check(name.text().c_str());
+}
+
+Bank check_bank(const Name& name, const Tensor& bank, const Name& scores_name, const OptionalTensor& scores) {
+  ScalarType dtype = bank.scalar_type();
+  bool served = dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  unless(served, name, [&](const char* text) { check_dtype(text, bank); });
+  int64_t experts = bank.dim() == 0 ? 0 : bank.size(0);
+  unless(experts > 0, name,
+         [&](const char* text) { fail(text, shape_text(bank), "[M, ...] with at least one expert"); });
+  unless(experts <= std::numeric_limits<unsigned short>::max(), name,
+         [&](const char* text) { fail(text, shape_text(bank), "fewer than 65536 experts"); });
+  int64_t size = bank.numel() / experts;
+  unless(size <= std::numeric_limits<int>::max(), name, [&](const char* text) { check_int(text, size); });
+  Bank checked{static_cast<int>(experts), static_cast<int>(size), Kind::kNone};
   if (scores.has_value()) {
-    checked.scored = check_kind(scores_name, *scores);
-    check_same_device(scores_name, *scores, name, bank);
-    check_sizes(scores_name, *scores, "[M]", {experts});
+    bool fits = scores->device() == bank.device() && scores->dim() == 1 && scores->size(0) == experts;
+    unless(fits, scores_name, [&](const char* text) {
+      check_same_device(text, *scores, name.text().c_str(), bank);
+      check_sizes(text, *scores, "[M]", {experts});
+    });
+    checked.scored =
+        scores->scalar_type() == ScalarType::Float ? Kind::kFloat : check_kind(scores_name.text().c_str(), *scores);
   }
   return checked;
 }
@@ -37,70 +62,113 @@ std::vector<int64_t> merged_sizes(const Tensor& bank) {
 
 void* address(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }
 
+// cols: elements of the factor's rows.
+LoraFactor factor(const char* name, const Tensor& bank, int64_t cols) {
+  bool by_four = is_aligned(bank.data_ptr(), {}, 1) && cols % 4 == 0;
+  return {bank.data_ptr(), check_int(name, bank.size(0)), bank.size(1) * bank.size(2), by_four};
+}
+
 int blocks_of(int64_t size, int chunk) { return static_cast<int>((size + chunk - 1) / chunk); }
+
+// Banks of one dtype, gathered into launches of as many as the parameters hold; flush() makes the last one.
+template <typename T>
+class BanksLaunch {
+ public:
+  explicit BanksLaunch(const Device& device) : device_(device) {}
+  BanksLaunch(const BanksLaunch&) = delete;
+
+  void add(const Tensor& bank, const OptionalTensor& scores, const Bank& checked, T* out) {
+    if (checked.size == 0) return;
+    int more = blocks_of(checked.size, kMergeChunk<T>), at = params_.banks;
+    if (at == kMergeBanks || blocks_ + more > std::numeric_limits<int>::max()) flush(), at = 0;
+    params_.bank[at] = data<const T>(kept(bank));
+    params_.out[at] = out;
+    params_.scores[at] = scores.has_value() ? kept(*scores).data_ptr() : nullptr;
+    params_.size[at] = checked.size;
+    params_.first_block[at] = static_cast<int>(blocks_);
+    params_.experts[at] = static_cast<unsigned short>(checked.experts);
+    params_.scored[at] = checked.scored;
+    params_.aligned[at] = is_aligned(params_.bank[at], {checked.size}, sizeof(T)) && is_aligned(out, {}, 1);
+    params_.most_experts = std::max(params_.most_experts, checked.experts);
+    wide_ = wide_ || checked.scored == Kind::kDouble;
+    params_.banks = at + 1;
+    blocks_ += more;
+  }
+  void flush() {
+    launch_merge_banks(params_, static_cast<int>(blocks_), wide_, device_);
+    params_ = {}, blocks_ = 0;
+  }
+
+ private:
+  // `tensor` when contiguous, else a copy that lives as long as this.
+  const Tensor& kept(const Tensor& tensor) {
+    if (tensor.is_contiguous()) return tensor;
+    copies_.push_back(torch::stable::contiguous(tensor));
+    return copies_.back();
+  }
+
+  Device device_;
+  MergeBanks<T> params_{};
+  int64_t blocks_ = 0;
+  bool wide_ = false;
+  std::deque<Tensor> copies_;
+};
 
 }  // namespace
 
-std::vector<Tensor> merge_banks_forward(std::vector<Tensor> banks, std::vector<OptionalTensor> scores) {
-  if (scores.size() != banks.size()) {
-    fail("scores", std::to_string(scores.size()) + " of them", "as many as banks: " + std::to_string(banks.size()));
+Tensor merge_banks_forward(std::vector<Tensor> banks, std::vector<OptionalTensor> scores, std::vector<int64_t> offsets,
+                           int64_t elements) {
+  size_t count = banks.size();
+  if (count == 0) fail("banks", "none of them", "at least one");
+  // An empty list stands for none of them all.
+  if (!scores.empty() && scores.size() != count) {
+    fail("scores", std::to_string(scores.size()) + " of them", "none, or as many as banks: " + std::to_string(count));
   }
-  if (banks.empty()) return {};
-  std::vector<Bank> checked;
-  bool wide = false;
-  for (size_t n = 0; n < banks.size(); ++n) {
-    std::string name = "banks[" + std::to_string(n) + "]", scores_name = "scores[" + std::to_string(n) + "]";
-    checked.push_back(check_bank(name.c_str(), banks[n], scores_name.c_str(), scores[n]));
-    check_like(name.c_str(), banks[n], "banks[0]", banks[0]);
-    wide = wide || checked[n].scored == Kind::kDouble;
+  scores.resize(count);
+  if (offsets.size() != count) {
+    fail("offsets", std::to_string(offsets.size()) + " of them", "as many as banks: " + std::to_string(count));
+  }
+  std::vector<Bank> checked(count);
+  ScalarType dtype = banks[0].scalar_type();
+  auto where = banks[0].device();
+  for (size_t n = 0; n < count; ++n) {
+    int64_t place = static_cast<int64_t>(n);
+    checked[n] = check_bank({"banks", place}, banks[n], {"scores", place}, scores[n]);
+    bool alike = banks[n].scalar_type() == dtype && banks[n].device() == where;
+    unless(alike, {"banks", place}, [&](const char* text) { check_like(text, banks[n], "banks[0]", banks[0]); });
+    if (offsets[n] < 0 || offsets[n] > elements - checked[n].size) {
+      fail("offsets", std::to_string(offsets[n]), "0 <= offset, offset + size <= " + std::to_string(elements));
+    }
   }
   Device device = check_device("banks[0]", banks[0]);
-
-  std::vector<Tensor> outs;
-  for (size_t n = 0; n < banks.size(); ++n) {
-    outs.push_back(allocate(banks[n], merged_sizes(banks[n])));
-    banks[n] = as_contiguous(banks[n]);
-    if (scores[n].has_value()) scores[n] = as_contiguous(*scores[n]);
-  }
+  Tensor out = allocate(banks[0], {elements});
   DeviceScope scope(device);
   dispatch(check_dtype("banks[0]", banks[0]), [&](auto type) {
     using T = typename decltype(type)::type;
-    MergeBanks<T> params{};
-    int64_t blocks = 0;
-    auto flush = [&] {
-      launch_merge_banks(params, static_cast<int>(blocks), wide, device);
-      params = {}, blocks = 0;
-    };
-    for (size_t n = 0; n < banks.size(); ++n) {
-      const Bank& bank = checked[n];
-      if (bank.size == 0) continue;
-      int more = blocks_of(bank.size, kMergeChunk<T>);
-      if (params.banks == kMergeBanks || blocks + more > std::numeric_limits<int>::max()) flush();
-      int at = params.banks++;
-      params.bank[at] = data<const T>(banks[n]);
-      params.out[at] = data<T>(outs[n]);
-      params.scores[at] = address(scores[n]);
-      params.size[at] = bank.size;
-      params.first_block[at] = static_cast<int>(blocks);
-      params.experts[at] = static_cast<unsigned short>(bank.experts);
-      params.scored[at] = bank.scored;
-      params.aligned[at] = is_aligned(params.bank[at], {bank.size}, sizeof(T)) && is_aligned(params.out[at], {}, 1);
-      params.most_experts = std::max(params.most_experts, bank.experts);
-      blocks += more;
-    }
-    flush();
+    BanksLaunch<T> launch(device);
+    for (size_t n = 0; n < count; ++n) launch.add(banks[n], scores[n], checked[n], data<T>(out) + offsets[n]);
+    launch.flush();
   });
-  return outs;
+  return out;
 }
 
 Tensor merge_experts_forward(Tensor bank, OptionalTensor scores) {
-  check_bank("bank", bank, "scores", scores);
-  return merge_banks_forward({bank}, {scores})[0];
+  Bank checked = check_bank({"bank"}, bank, {"scores"}, scores);
+  Device device = check_device("bank", bank);
+  Tensor out = allocate(bank, merged_sizes(bank));
+  DeviceScope scope(device);
+  dispatch(check_dtype("bank", bank), [&](auto type) {
+    using T = typename decltype(type)::type;
+    BanksLaunch<T> launch(device);
+    launch.add(bank, scores, checked, data<T>(out));
+    launch.flush();
+  });
+  return out;
 }
 
 std::tuple<Tensor, Tensor> merge_experts_backward(Tensor grad_out, Tensor bank, OptionalTensor scores, bool need_bank,
                                                   bool need_scores) {
-  Bank checked = check_bank("bank", bank, "scores", scores);
+  Bank checked = check_bank({"bank"}, bank, {"scores"}, scores);
   check_like("grad_out", grad_out, "bank", bank);
   check_sizes("grad_out", grad_out, "bank's shape without the first axis", merged_sizes(bank));
   if (need_scores && !scores.has_value()) fail("scores", "none", "scores, as their gradient is wanted");
@@ -175,24 +243,34 @@ Tensor merge_lora_forward(Tensor weight, Tensor lora_a, Tensor lora_b, double sc
     MergeLora<T> params{};
     params.weight = data<const T>(weight);
     params.out = data<T>(out);
-    params.lora_a = lora_a.data_ptr();
-    params.lora_b = lora_b.data_ptr();
+    params.a = factor("lora_a", lora_a, features);
+    params.b = factor("lora_b", lora_b, rank);
     params.scaling = scaling;
-    params.a_experts = check_int("lora_a", lora_a.size(0));
-    params.b_experts = check_int("lora_b", lora_b.size(0));
     params.height = check_int("weight", weight.size(0));
     params.width = check_int("weight", weight.size(1));
     params.features = check_int("weight", features);
     params.rank = check_int("lora_a", rank);
     params.per_group = check_int("lora_b", per_group);
-    params.groups = check_int("groups", groups);
     params.kind = kind;
     params.fan_in_fan_out = fan_in_fan_out;
     params.aligned = is_aligned(params.weight, {params.width}, sizeof(T)) && is_aligned(params.out, {}, 1);
-    for (int first = 0; first < params.groups; first += kMergeGroups) {
+    bool whole = params.aligned && params.a.by_four && params.b.by_four;
+    bool single = params.a.experts == 1 && params.b.experts == 1;
+    int count = check_int("groups", groups);
+    for (int first = 0; first < count; first += kMergeGroups) {
       params.first_group = first;
-      params.here = std::min(kMergeGroups, params.groups - first);
+      params.here = std::min(kMergeGroups, count - first);
       for (int g = 0; g < params.here; ++g) params.offsets[g] = static_cast<int>(offsets[first + g]);
+      if constexpr (sizeof(T) == 2) {
+        constexpr bool is_half = std::is_same_v<T, half>;
+        // From these GPUs on the dtype has matrix units for 8 columns at a time.
+        if (single && whole && kind == (is_half ? Kind::kHalf : Kind::kBFloat16) &&
+            device.capability >= (is_half ? 75 : 80)) {
+          launch_merge_lora_product(params, device);
+          params.weight = params.out;
+          continue;
+        }
+      }
       launch_merge_lora(params, kind == Kind::kDouble, device);
       params.weight = params.out;
     }

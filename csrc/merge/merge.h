@@ -47,21 +47,37 @@ struct MergeScoresGrad {
 };
 
 constexpr int kMergeGroups = 64;
+constexpr int kLoraRows = 64, kLoraCols = 128;  // a block's tile of the weight
+
+// mean over the experts of A [experts, groups * r, K], or of B [experts, groups * Ng, r].
+struct LoraFactor {
+  const void* data;
+  int experts;
+  int64_t stride;  // elements of an expert
+  bool by_four;    // data is a multiple of 16 bytes, its rows are multiples of 4 elements
+};
 
 template <typename T>
 struct MergeLora {
-  const T* weight;     // [height, width]: [N, K], or [K, N] with fan_in_fan_out
-  T* out;              // the same; it may be weight
-  const void* lora_a;  // [Ma, groups * r, K]
-  const void* lora_b;  // [Mb, groups * Ng, r]
+  const T* weight;  // [height, width]: [N, K], or [K, N] with fan_in_fan_out
+  T* out;           // the same; it may be weight
+  LoraFactor a, b;
   double scaling;
-  int a_experts, b_experts;
   int height, width, features, rank, per_group;  // K, r, Ng
-  int groups, first_group, here;                 // of all; of this launch the first one, and how many
+  int first_group, here;                         // of this launch: the first one, and how many
   Kind kind;                                     // of both factors
   bool fan_in_fan_out;
   bool aligned;               // rows of weight and out start at multiples of 16 bytes
   int offsets[kMergeGroups];  // of this launch's groups
+
+  ADAMIX_BOTH unsigned tiles() const {
+    return static_cast<unsigned>((height + kLoraRows - 1) / kLoraRows) * ((width + kLoraCols - 1) / kLoraCols);
+  }
+  // Whether a group has outputs in the tile at row0, col0.
+  ADAMIX_DEVICE bool touches(int group, int row0, int col0) const {
+    int begin = fan_in_fan_out ? col0 : row0, end = begin + (fan_in_fan_out ? kLoraCols : kLoraRows);
+    return offsets[group] < end && offsets[group] + per_group > begin;
+  }
 };
 
 #if defined(ADAMIX_LAUNCHERS)
@@ -78,6 +94,9 @@ void launch_merge_grad(const MergeGrad<T>& params, int blocks, bool wide, const 
 void launch_merge_scores_grad(const MergeScoresGrad& params, bool wide, const Device& device);
 template <typename T>
 void launch_merge_lora(const MergeLora<T>& params, bool wide, const Device& device);
+// Of single experts' factors of the weight's own 16-bit dtype, all of them aligned, on matrix units.
+template <typename T>
+void launch_merge_lora_product(const MergeLora<T>& params, const Device& device);
 #endif
 
 }  // namespace adamix

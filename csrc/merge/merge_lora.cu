@@ -1,128 +1,199 @@
-// LoRA factors folded into a weight: the weight is read once and written once, in one rounding.
+// LoRA factors of any dtype, or their means, folded into a weight: it is read once and written once, in one rounding.
 #include "common/piece.h"
 #include "merge/merge.h"
 #include "merge/shares.h"
 
 namespace adamix {
 
-constexpr int kLoraRows = 32, kLoraCols = 128;  // a block's tile of the weight
-constexpr int kLoraRank = 16;                   // ranks at a time
-constexpr int kLoraLeftPitch = kLoraRank + 1;
+constexpr int kLoraRank = 16;                    // ranks at a time
+constexpr int kThreadRows = 4, kThreadCols = 8;  // a thread's part of the tile
+constexpr int kThreadsAcross = kLoraCols / kThreadCols;
+static_assert(kLoraRows / kThreadRows * kThreadsAcross == kMergeThreads, "one part of the tile a thread");
 
+// Both factors' parts of a tile, the lines of one rank side by side.
 template <typename Wide>
 struct LoraTile {
-  Wide* left;   // [kLoraRows, kLoraRank]: B of the rows' outputs, or A of the rows' inputs
+  static constexpr int kLeftPitch = kLoraRows + 4, kRightPitch = kLoraCols + 16;
+  Wide* left;   // [kLoraRank, kLoraRows]: B of the rows' outputs, or A of the rows' inputs
   Wide* right;  // [kLoraRank, kLoraCols]
 
   template <typename Memory>
   ADAMIX_BOTH explicit LoraTile(Memory& memory) {
-    left = memory.template take<Wide>(kLoraRows * kLoraLeftPitch);
-    right = memory.template take<Wide>(kLoraRank * kLoraCols);
+    left = memory.template take<Wide>(kLoraRank * kLeftPitch);
+    right = memory.template take<Wide>(kLoraRank * kRightPitch);
   }
 };
 
-// The mean over the experts of element `at` of a factor.
-template <typename Wide>
-ADAMIX_DEVICE Wide mean_of(const void* factor, Kind kind, int experts, int64_t stride, int64_t at) {
-  Wide sum = load_scalar<Wide>(factor, kind, at);
-  for (int m = 1; m < experts; ++m) sum += load_scalar<Wide>(factor, kind, m * stride + at);
-  return experts == 1 ? sum : sum / Wide(experts);
-}
-
-// Elements of mean(A_g) [r, K] and mean(B_g) [Ng, r]; 0 outside.
-template <typename T, typename Wide>
-ADAMIX_DEVICE Wide lora_a(const MergeLora<T>& p, int group, int rank, int k) {
-  if (rank >= p.rank || k >= p.features) return Wide(0);
-  int64_t rows = static_cast<int64_t>(p.groups) * p.rank;
-  int64_t row = static_cast<int64_t>(p.first_group + group) * p.rank + rank;
-  return mean_of<Wide>(p.lora_a, p.kind, p.a_experts, rows * p.features, row * p.features + k);
-}
-
-template <typename T, typename Wide>
-ADAMIX_DEVICE Wide lora_b(const MergeLora<T>& p, int group, int n, int rank) {
-  int j = n - p.offsets[group];
-  if (rank >= p.rank || j < 0 || j >= p.per_group) return Wide(0);
-  int64_t rows = static_cast<int64_t>(p.groups) * p.per_group;
-  int64_t row = static_cast<int64_t>(p.first_group + group) * p.per_group + j;
-  return mean_of<Wide>(p.lora_b, p.kind, p.b_experts, rows * p.rank, row * p.rank + rank);
-}
-
-template <typename T, typename Wide>
-ADAMIX_DEVICE void load_factors(const MergeLora<T>& p, const LoraTile<Wide>& tile, int group, int row0, int col0,
-                                int rank0) {
-  for (int i = threadIdx.x; i < kLoraRows * kLoraRank; i += kMergeThreads) {
-    // Neighbouring threads read neighbouring elements: B is contiguous along the rank, A along the features.
-    int row = p.fan_in_fan_out ? i % kLoraRows : i / kLoraRank;
-    int c = p.fan_in_fan_out ? i / kLoraRows : i % kLoraRank;
-    tile.left[row * kLoraLeftPitch + c] = p.fan_in_fan_out ? lora_a<T, Wide>(p, group, rank0 + c, row0 + row)
-                                                           : lora_b<T, Wide>(p, group, row0 + row, rank0 + c);
-  }
-  for (int i = threadIdx.x; i < kLoraRank * kLoraCols; i += kMergeThreads) {
-    int col = p.fan_in_fan_out ? i / kLoraRank : i % kLoraCols;
-    int c = p.fan_in_fan_out ? i % kLoraRank : i / kLoraCols;
-    tile.right[c * kLoraCols + col] = p.fan_in_fan_out ? lora_b<T, Wide>(p, group, col0 + col, rank0 + c)
-                                                       : lora_a<T, Wide>(p, group, rank0 + c, col0 + col);
-  }
-}
-
-template <typename T, typename Wide>
-__global__ void __launch_bounds__(kMergeThreads, 2) merge_lora_kernel(MergeLora<T> p) {
+// The columns of a thread's piece are neighbours in the weight; in the tile those of one load of 16 bytes are, so that
+// a warp's loads do not meet in a bank.
+template <typename T>
+ADAMIX_DEVICE int first_col(int piece) {
   constexpr int kSize = Piece<T>::kSize;
-  constexpr int kRowPieces = kLoraCols / kSize;
-  constexpr int kStep = kMergeThreads / kRowPieces;
-  constexpr int kCount = kLoraRows / kStep;
-  SharedMemory memory;
-  LoraTile<Wide> tile(memory);
-  int row0 = blockIdx.y * kLoraRows, col0 = blockIdx.x * kLoraCols;
-  int first = threadIdx.x / kRowPieces, col = threadIdx.x % kRowPieces * kSize;
-  int valid = p.width - col0 - col;
+  return piece * kThreadsAcross * kSize + threadIdx.x % kThreadsAcross * kSize;
+}
+template <typename T>
+ADAMIX_DEVICE int place_of(int col) {
+  if constexpr (Piece<T>::kSize == 8) {
+    return col % 8 / 4 * (kLoraCols / 2 + 16) + col / 8 * 4 + col % 4;
+  } else {
+    return col;
+  }
+}
 
-  Piece<T> values[kCount];
+template <typename Wide>
+struct alignas(16) Four {
+  Wide values[4];
+};
+
+// Elements at .. at + 3 of every expert, summed; the first `valid`, then zeros.
+template <typename Wide, typename T>
+ADAMIX_DEVICE Four<Wide> sum_of_four(const LoraFactor& factor, int64_t at, int valid) {
+  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Together {
+    T values[4];
+  };
+  Four<Wide> sum{};
+  const T* from = static_cast<const T*>(factor.data) + at;
+  for (int m = 0; m < factor.experts; ++m, from += factor.stride) {
+    Together four;
+    if (factor.by_four && valid > 0) {
+      four = *reinterpret_cast<const Together*>(from);
+    } else {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    int row = row0 + first + i * kStep;
-    if (row < p.height && valid > 0) {
-      values[i] = load_piece(p.weight + static_cast<int64_t>(row) * p.width + col0 + col, valid, p.aligned);
+      for (int e = 0; e < 4; ++e) four.values[e] = e < valid ? from[e] : T{};
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      Wide value;
+      if constexpr (sizeof(T) == 8) {
+        value = four.values[e];
+      } else {
+        value = to_float(four.values[e]);
+      }
+      sum.values[e] = m == 0 ? value : sum.values[e] + value;
     }
   }
-  int begin = p.fan_in_fan_out ? col0 : row0, end = begin + (p.fan_in_fan_out ? kLoraCols : kLoraRows);
+  return sum;
+}
+
+template <typename Wide>
+ADAMIX_DEVICE Four<Wide> mean_of_four(const LoraFactor& factor, Kind kind, int64_t at, int valid) {
+  Four<Wide> mean;
+  if constexpr (sizeof(Wide) == 8) {
+    mean = sum_of_four<Wide, double>(factor, at, valid);
+  } else if (kind == Kind::kFloat) {
+    mean = sum_of_four<Wide, float>(factor, at, valid);
+  } else if (kind == Kind::kHalf) {
+    mean = sum_of_four<Wide, half>(factor, at, valid);
+  } else {
+    mean = sum_of_four<Wide, bfloat16>(factor, at, valid);
+  }
+  if (factor.experts > 1) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) mean.values[e] /= Wide(factor.experts);
+  }
+  return mean;
+}
+
+// tile[rank][place(line)] = mean(A_g)[rank0 + rank][line0 + line] for Lines inputs; 0 outside.
+template <int Lines, typename T, typename Wide, typename Place>
+ADAMIX_DEVICE void load_a(Wide* tile, int pitch, const MergeLora<T>& p, int group, int line0, int rank0, Place place) {
+  for (int i = threadIdx.x; i < kLoraRank * Lines / 4; i += kMergeThreads) {
+    int rank = i / (Lines / 4), line = i % (Lines / 4) * 4;
+    int64_t row = static_cast<int64_t>(p.first_group + group) * p.rank + rank0 + rank;
+    int valid = rank0 + rank < p.rank ? p.features - line0 - line : 0;
+    Four<Wide> mean = mean_of_four<Wide>(p.a, p.kind, row * p.features + line0 + line, valid);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) tile[rank * pitch + place(line) + e] = mean.values[e];
+  }
+}
+
+// tile[rank][place(line)] = mean(B_g)[output0 + line][rank0 + rank], outputs counted in the group; 0 outside.
+template <int Lines, typename T, typename Wide, typename Place>
+ADAMIX_DEVICE void load_b(Wide* tile, int pitch, const MergeLora<T>& p, int group, int output0, int rank0,
+                          Place place) {
+  for (int i = threadIdx.x; i < kLoraRank * Lines / 4; i += kMergeThreads) {
+    // A warp's stores go to neighbouring lines.
+    int line = i % Lines, rank = i / Lines * 4, output = output0 + line;
+    int64_t row = static_cast<int64_t>(p.first_group + group) * p.per_group + output;
+    int valid = output >= 0 && output < p.per_group ? p.rank - rank0 - rank : 0;
+    Four<Wide> mean = mean_of_four<Wide>(p.b, p.kind, row * p.rank + rank0 + rank, valid);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) tile[(rank + e) * pitch + place(line)] = mean.values[e];
+  }
+}
+
+template <typename T, typename Wide>
+__global__ void __launch_bounds__(kMergeThreads, 16 / sizeof(Wide) / 2) merge_lora_kernel(MergeLora<T> p) {
+  constexpr int kSize = Piece<T>::kSize, kPieces = kThreadCols / kSize;
+  using Tile = LoraTile<Wide>;
+  SharedMemory memory;
+  Tile tile(memory);
+  int tiles = (p.width + kLoraCols - 1) / kLoraCols;
+  int row0 = blockIdx.x / tiles * kLoraRows, col0 = blockIdx.x % tiles * kLoraCols;
+  int thread_row = threadIdx.x / kThreadsAcross * kThreadRows, row = row0 + thread_row;
+  auto by_line = [](int line) { return line; };
+  auto by_piece = [](int line) { return place_of<T>(line); };
+
+  Piece<T> values[kThreadRows][kPieces];
+#pragma unroll
+  for (int i = 0; i < kThreadRows; ++i) {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      int col = col0 + first_col<T>(piece);
+      if (row + i >= p.height || col >= p.width) continue;
+      values[i][piece] = load_piece(p.weight + static_cast<int64_t>(row + i) * p.width + col, p.width - col, p.aligned);
+    }
+  }
   for (int group = 0; group < p.here; ++group) {
-    if (p.offsets[group] >= end || p.offsets[group] + p.per_group <= begin) continue;
-    Wide sums[kCount][kSize] = {};
+    if (!p.touches(group, row0, col0)) continue;
+    Wide sums[kThreadRows][kThreadCols] = {};
     for (int rank0 = 0; rank0 < p.rank; rank0 += kLoraRank) {
       __syncthreads();
-      load_factors(p, tile, group, row0, col0, rank0);
+      if (p.fan_in_fan_out) {
+        load_a<kLoraRows>(tile.left, Tile::kLeftPitch, p, group, row0, rank0, by_line);
+        load_b<kLoraCols>(tile.right, Tile::kRightPitch, p, group, col0 - p.offsets[group], rank0, by_piece);
+      } else {
+        load_b<kLoraRows>(tile.left, Tile::kLeftPitch, p, group, row0 - p.offsets[group], rank0, by_line);
+        load_a<kLoraCols>(tile.right, Tile::kRightPitch, p, group, col0, rank0, by_piece);
+      }
       __syncthreads();
-#pragma unroll 1
+#pragma unroll 2
       for (int c = 0; c < kLoraRank; ++c) {
-        Wide right[kSize];
+        Four<Wide> left = *reinterpret_cast<const Four<Wide>*>(tile.left + c * Tile::kLeftPitch + thread_row);
 #pragma unroll
-        for (int e = 0; e < kSize; ++e) right[e] = tile.right[c * kLoraCols + col + e];
+        for (int four = 0; four < kThreadCols / 4; ++four) {
+          int place = place_of<T>(first_col<T>(four * 4 / kSize) + four * 4 % kSize);
+          Four<Wide> right = *reinterpret_cast<const Four<Wide>*>(tile.right + c * Tile::kRightPitch + place);
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          Wide left = tile.left[(first + i * kStep) * kLoraLeftPitch + c];
+          for (int i = 0; i < kThreadRows; ++i) {
 #pragma unroll
-          for (int e = 0; e < kSize; ++e) sums[i][e] = multiply_add(left, right[e], sums[i][e]);
+            for (int e = 0; e < 4; ++e) {
+              sums[i][four * 4 + e] = multiply_add(left.values[i], right.values[e], sums[i][four * 4 + e]);
+            }
+          }
         }
       }
     }
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
+    for (int i = 0; i < kThreadRows; ++i) {
 #pragma unroll
-      for (int e = 0; e < kSize; ++e) {
-        int j = (p.fan_in_fan_out ? col0 + col + e : row0 + first + i * kStep) - p.offsets[group];
+      for (int e = 0; e < kThreadCols; ++e) {
+        T& value = values[i][e / kSize].values[e % kSize];
+        int output = (p.fan_in_fan_out ? col0 + first_col<T>(e / kSize) + e % kSize : row + i) - p.offsets[group];
+        Wide sum = multiply_add(Wide(p.scaling), sums[i][e], Wide(to_float(value)));
         // What the group does not touch keeps its bits.
-        if (j < 0 || j >= p.per_group) continue;
-        Wide sum = multiply_add(Wide(p.scaling), sums[i][e], Wide(to_float(values[i].values[e])));
-        values[i].values[e] = from_float<T>(static_cast<float>(sum));
+        if (output >= 0 && output < p.per_group) value = from_float<T>(static_cast<float>(sum));
       }
     }
   }
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    int row = row0 + first + i * kStep;
-    if (row < p.height && valid > 0) {
-      store_piece(p.out + static_cast<int64_t>(row) * p.width + col0 + col, values[i], valid, p.aligned);
+  for (int i = 0; i < kThreadRows; ++i) {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      int col = col0 + first_col<T>(piece);
+      if (row + i >= p.height || col >= p.width) continue;
+      T* to = p.out + static_cast<int64_t>(row + i) * p.width + col;
+      store_piece(to, values[i][piece], p.width - col, p.aligned);
     }
   }
 }
@@ -138,8 +209,7 @@ ADAMIX_INSTANTIATE(bfloat16)
 #if defined(ADAMIX_LAUNCHERS)
 template <typename T>
 void launch_merge_lora(const MergeLora<T>& params, bool wide, const Device& device) {
-  auto tiles = [](int size, int tile) { return static_cast<unsigned>((static_cast<int64_t>(size) + tile - 1) / tile); };
-  Shape shape{dim3(tiles(params.width, kLoraCols), tiles(params.height, kLoraRows)), kMergeThreads,
+  Shape shape{dim3(params.tiles()), kMergeThreads,
               wide ? shared_bytes<LoraTile<double>>() : shared_bytes<LoraTile<float>>()};
   launch("merge_lora", wide ? merge_lora_kernel<T, double> : merge_lora_kernel<T, float>, shape, device, params);
 }

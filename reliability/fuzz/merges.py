@@ -56,13 +56,16 @@ def merge_banks_cases(draw, dtypes, sizes: Sizes) -> Case:
 
 
 @st.composite
-def merge_lora_cases(draw, dtypes, sizes: Sizes) -> Case:
+def merge_lora_cases(draw, dtypes, sizes: Sizes, whole: bool = False) -> Case:
+    """whole: plain factors of the weight's dtype, of features and ranks that fill pieces of 16 bytes."""
     d = Draw(draw, dtypes)
     features, r = d.size(sizes.features), d.size(sizes.rank)
     groups, per_group = d.choose((1, 1, 2, 3)), d.size(sizes.features)
     offsets, width = offsets_of(d, groups, per_group)
-    fan, scaling, factors = d.flag(), d.choose(SCALINGS), d.choose(ALL_FLOATS)
-    ma, mb = (d.choose(((), (1,), (3,))) for _ in range(2))
+    fan, scaling, factors = d.flag(), d.choose(SCALINGS), d.choose((d.dtype,) if whole else ALL_FLOATS)
+    ma, mb = (d.choose(((), (1,)) if whole else ((), (1,), (3,))) for _ in range(2))
+    if whole:
+        features, r, width = 8 * features, 4 * r, -(-width // 8) * 8
     shape = (features, width) if fan else (width, features)
     tensors = (
         d.tensor("weight", *shape),

@@ -10,7 +10,7 @@ from ..._backends import check_request
 from .._checks import check_device, check_dims, check_flag, check_shape, check_tensor, fail
 from .._groups import check_groups, check_scaling
 from .autograd import merge_experts_op, merge_lora_op
-from .op import merge_banks_op
+from .op import banks_directly, merge_banks_op
 
 
 def merge_experts(
@@ -44,23 +44,31 @@ def merge_experts(
     return merge_experts_op(bank, scores, backend)
 
 
-@torch.no_grad()
 def merge_banks(
     banks: Sequence[torch.Tensor], scores: Sequence[torch.Tensor | None], *, backend: str = "auto"
 ) -> list[torch.Tensor]:
     """[merge_experts(bank, score) for each pair], one launch for all banks of a device and dtype on a GPU.
 
     For whole models, so internal and not differentiable. banks, scores: as many of the one as of the other,
-    each as in `merge_experts`; shapes may differ.
+    each as in `merge_experts`; shapes may differ. The results may share one allocation, never an element.
 
     Raises: as `merge_experts`; ValueError when there are not as many scores as banks.
     """
-    if len(scores) != len(banks):
-        fail("scores", f"{len(scores)} of them", f"one, or None, for each of the {len(banks)} banks")
-    for n, (bank, score) in enumerate(zip(banks, scores, strict=True)):
-        _check_bank(f"banks[{n}]", bank, f"scores[{n}]", score)
+    banks, scores = list(banks), list(scores)
     check_request(backend)
-    return merge_banks_op(list(banks), list(scores), backend)
+
+    def check() -> None:
+        if len(scores) != len(banks):
+            fail("scores", f"{len(scores)} of them", f"one, or None, for each of the {len(banks)} banks")
+        for n, (bank, score) in enumerate(zip(banks, scores, strict=True)):
+            _check_bank(f"banks[{n}]", bank, f"scores[{n}]", score)
+
+    merged = banks_directly(banks, scores, backend, check)
+    if merged is None:
+        check()
+        with torch.no_grad():
+            merged = merge_banks_op(banks, scores, backend)
+    return merged
 
 
 def merge_lora(

@@ -1,7 +1,8 @@
 """C++/CUDA backend of merging: csrc/merge.
 
 Launches: one for the mean of a bank, and for a list of up to 112 banks; for its gradient one, two where scores learn;
-one for LoRA, banks of factors included. LoRA's gradients are PyTorch's matmuls.
+one for LoRA, banks of factors included: on matrix units where factors and weight are of one 16-bit dtype and aligned.
+LoRA's gradients are PyTorch's matmuls.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..._extension import unsupported
+from ._results import Results
 from ._wide import lora_backward
 
 __all__ = ["banks_forward", "experts_backward", "experts_forward", "lora_backward", "lora_forward", "unsupported"]
@@ -20,8 +22,13 @@ def experts_forward(bank: torch.Tensor, scores: torch.Tensor | None) -> torch.Te
     return _ops.merge_experts_forward(bank, scores)
 
 
-def banks_forward(banks: list[torch.Tensor], scores: list[torch.Tensor | None]) -> list[torch.Tensor]:
-    return _ops.merge_banks_forward(banks, scores)
+def banks_forward(
+    banks: list[torch.Tensor], scores: list[torch.Tensor | None], results: Results | None = None
+) -> list[torch.Tensor]:
+    if results is None:
+        results = Results([bank.shape[1:] for bank in banks], banks[0].dtype, banks[0].device)
+    given = scores if any(score is not None for score in scores) else []
+    return results.split(_ops.merge_banks_forward(banks, given, results.offsets, results.elements))
 
 
 def experts_backward(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from ..._backends import select
 from .._library import define
+from ._results import Results
 
 
 def _experts_forward(bank: torch.Tensor, scores: torch.Tensor | None, backend: str) -> torch.Tensor:
@@ -50,8 +53,56 @@ def _banks_forward(banks: list[torch.Tensor], scores: list[torch.Tensor | None],
     for (module, _, _), which in alike.items():
         outs = module.banks_forward([banks[n] for n in which], [scores[n] for n in which])
         for n, out in zip(which, outs, strict=True):
-            merged[n] = out
+            # What an op returns shares no memory.
+            merged[n] = out if out.untyped_storage().nbytes() == out.numel() * out.itemsize else out.clone()
     return merged
+
+
+# What was looked at before, and where the results of such lists lie.
+_KNOWN: dict[Any, Results] = {}
+_MOST_KNOWN = 16
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+_shape_of = torch.Tensor.shape.__get__
+
+
+def banks_directly(
+    banks: list[torch.Tensor], scores: list[torch.Tensor | None], backend: str, check: Callable[[], None]
+) -> list[torch.Tensor] | None:
+    """merge_banks without the dispatcher, of plain tensors of one dtype and device; None where that cannot be.
+
+    check: called where shapes, dtypes or devices are other than those of earlier calls. The results share memory.
+    """
+    given = [score for score in scores if score is not None]
+    plain = _PLAIN.issuperset(map(type, banks)) and _PLAIN.issuperset(map(type, given))
+    if not banks or not plain or _watched():
+        return None
+    # As the optimisers of torch do: {(device, dtype): ...}.
+    groups = torch._C._group_tensors_by_device_and_dtype([banks], False)
+    if len(groups) > 1:
+        return None
+    ((device, dtype),) = groups
+    facts = tuple([None if s is None else (s.shape, s.dtype, s.device) for s in scores]) if given else ()
+    key = len(scores), dtype, device, tuple(map(_shape_of, banks)), facts
+    results = _KNOWN.get(key)
+    if results is None:
+        check()
+        results = Results([bank.shape[1:] for bank in banks], dtype, device)
+        if len(_KNOWN) >= _MOST_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[key] = results
+    module = select("merge", backend, device, dtype)
+    with torch.no_grad(), torch._C._DisableAutocast():
+        return module.banks_forward(banks, scores, results)
+
+
+def _watched() -> bool:
+    """Whether somebody watches the dispatcher: torch.compile, fake tensors, transforms of functions."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _banks_forward_fake(

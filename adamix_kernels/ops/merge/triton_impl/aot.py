@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import torch
 import triton.language as tl
 
+from ...._triton_utils import DTYPES
 from ..._triton_aot import POINTERS, AotCase, make_case
 from .experts import merge_banks_kernel, merge_experts_grad_kernel, merge_experts_kernel, merge_scores_grad_kernel
 from .lora import merge_lora_kernel
-from .sizes import BLOCK, LORA_TILE, SUM_ROWS, grad_block, padded, unroll
+from .sizes import BLOCK, SUM_ROWS, grad_block, lora_ranks, lora_tile, padded, unroll
 
 
 def aot_cases(capability: int = 90) -> Iterator[AotCase]:
@@ -19,13 +20,21 @@ def aot_cases(capability: int = 90) -> Iterator[AotCase]:
         for experts in (4, 64):
             yield from _expert_cases(dtype, pointer, experts)
         for fan in (False, True):
-            arguments = dict(
-                scaling="fp32", height="i32", width="i32", OFFSETS=(0, 2048), PER_GROUP=1024, R=16, FAN=fan,
-                WIDE=tl.float32, ROWS=LORA_TILE[0], COLS=LORA_TILE[1],
-            )  # fmt: skip
-            arguments |= dict(weight=pointer, out=pointer, lora_a="*fp32", lora_b="*fp32")
             name = "conv1d" if fan else "linear"
-            yield make_case(merge_lora_kernel, name, dtype, arguments, ("height", "width"))
+            yield _lora_case(dtype, pointer, dtype, fan, name)
+            # A model of 16 bits with experts in float32.
+            if dtype != torch.float32:
+                yield _lora_case(dtype, pointer, torch.float32, fan, f"{name}_float32")
+
+
+def _lora_case(dtype: torch.dtype, pointer: str, factors: torch.dtype, fan: bool, name: str) -> AotCase:
+    rows, cols = lora_tile(factors)
+    arguments = dict(
+        scaling="fp32", height="i32", width="i32", OFFSETS=(0, 2048), PER_GROUP=1024, R=16, FAN=fan,
+        WIDE=tl.float32, DOT=DTYPES[factors], RANKS=lora_ranks(16), ROWS=rows, COLS=cols,
+    )  # fmt: skip
+    arguments |= dict(weight=pointer, out=pointer, lora_a=POINTERS[factors], lora_b=POINTERS[factors])
+    return make_case(merge_lora_kernel, name, dtype, arguments, ("height", "width"))
 
 
 def _expert_cases(dtype: torch.dtype, pointer: str, experts: int) -> Iterator[AotCase]:
@@ -38,7 +47,7 @@ def _expert_cases(dtype: torch.dtype, pointer: str, experts: int) -> Iterator[Ao
         arguments = dict(bank=pointer, grad=pointer, scores=scores, bank_grad=pointer, plane=scores)
         arguments |= dict(size="i32", experts="i32", BLOCK=grad_block(experts))
         yield make_case(merge_experts_grad_kernel, name, dtype, arguments | wide, ("size",))
-    arguments = dict(table="*i64", anchor=pointer, score_anchor="*fp32", banks="i32")
+    arguments = dict(table="*i64", anchor=pointer, results=pointer, score_anchor="*fp32", banks="i32")
     arguments |= dict(BANKS=padded(192), UNIT=16 // dtype.itemsize, BLOCK=BLOCK)
     yield make_case(merge_banks_kernel, f"m{experts}", dtype, arguments | wide | dict(UNROLL=unroll(experts)))
     arguments = dict(plane="*fp32", scores=pointer, scores_grad=pointer, programs="i32", experts="i32")

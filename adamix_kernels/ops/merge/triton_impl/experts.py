@@ -66,15 +66,15 @@ def merge_experts_kernel(
 
 @triton.jit(do_not_specialize=["banks"])
 def merge_banks_kernel(
-    table, anchor, score_anchor, banks,
+    table, anchor, results, score_anchor, banks,
     BANKS: tl.constexpr, PADDED: tl.constexpr, UNROLL: tl.constexpr, UNIT: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """merge_experts_kernel for the bank that this program falls in.
 
-    table [8, banks] int64: first program, elements from the anchor to the bank and to the result, whether
-    scored, elements from the other anchor to the scores, elements of one expert, experts, and whether all
-    three counts of elements are multiples of UNIT, which is 16 bytes.
+    table [8, banks] int64: first program, elements from the anchor to the bank, from results to the result,
+    whether scored, elements from the other anchor to the scores, elements of one expert, experts, and whether
+    all three counts of elements are multiples of UNIT, which is 16 bytes.
     """
     program = tl.program_id(0)
     n = tl.arange(0, BANKS)
@@ -91,11 +91,11 @@ def merge_banks_kernel(
     if tl.load(row + 7 * banks) != 0:
         # The products tell the compiler that wide loads are aligned.
         _merge_block(
-            anchor + bank // UNIT * UNIT, anchor + out // UNIT * UNIT, share, size // UNIT * UNIT, experts, block,
+            anchor + bank // UNIT * UNIT, results + out // UNIT * UNIT, share, size // UNIT * UNIT, experts, block,
             PADDED, UNROLL, WIDE, BLOCK,
         )  # fmt: skip
     else:
-        _merge_block(anchor + bank, anchor + out, share, size, experts, block, PADDED, 1, WIDE, BLOCK)
+        _merge_block(anchor + bank, results + out, share, size, experts, block, PADDED, 1, WIDE, BLOCK)
 
 
 @triton.jit

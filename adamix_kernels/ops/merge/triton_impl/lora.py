@@ -9,35 +9,80 @@ from ...._triton_utils import narrow
 
 
 @triton.jit
+def _factor(
+    factor, line, rank, lines, stride, live,
+    R: tl.constexpr, ALONG_RANK: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """factor[line, rank] of a B [lines, R], or of an A [R, lines] whose rows are `stride` apart; 0 where not live."""
+    if ALONG_RANK:
+        at = line.to(tl.int64) * R + rank
+    else:
+        at = rank.to(tl.int64) * stride + line
+    return tl.load(factor + at, mask=live & (rank < R), other=0.0).to(DOT)
+
+
+@triton.jit
+def _product(
+    lora_a, lora_b, n, k, mine, features,
+    R: tl.constexpr, FAN: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr,
+    RANKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """B_g A_g [ROWS, COLS], or its transpose: outputs n of the group where `mine`, inputs k."""
+    acc = tl.zeros([ROWS, COLS], WIDE)
+    known = k < features
+    if DOT == tl.float64:  # noqa: SIM300
+        for c in range(R):
+            a = tl.load(lora_a + c * features + k.to(tl.int64), mask=known, other=0.0)
+            b = tl.load(lora_b + n.to(tl.int64) * R + c, mask=mine, other=0.0)
+            acc += (a[:, None] * b[None, :]) if FAN else (b[:, None] * a[None, :])
+    else:
+        for first in tl.static_range(0, R, RANKS):
+            rank = first + tl.arange(0, RANKS)
+            if FAN:
+                left = _factor(lora_a, k[:, None], rank[None, :], features, features, known[:, None], R, False, DOT)
+                right = _factor(lora_b, n[None, :], rank[:, None], 0, 0, mine[None, :], R, True, DOT)
+            else:
+                left = _factor(lora_b, n[:, None], rank[None, :], 0, 0, mine[:, None], R, True, DOT)
+                right = _factor(lora_a, k[None, :], rank[:, None], features, features, known[None, :], R, False, DOT)
+            # Of float32, three TF32 products whatever PyTorch's flag: a merged weight stays.
+            acc = tl.dot(left, right, acc, input_precision="tf32x3")
+    return acc
+
+
+@triton.jit
 def merge_lora_kernel(
     weight, lora_a, lora_b, out, scaling, height, width,
     OFFSETS: tl.constexpr, PER_GROUP: tl.constexpr, R: tl.constexpr, FAN: tl.constexpr,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    WIDE: tl.constexpr, DOT: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """out = weight + scaling * B_g A_g on the output features of each group g, a copy elsewhere.
 
     weight, out [height, width]: features of the output by those of the input, the other way round with FAN.
-    The r products are multiply-adds in one order, in no tensor core's precision: the launch waits for memory.
+    Both factors' parts of a tile are read once, RANKS ranks at a time.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    n = col if FAN else row
-    k = row if FAN else col
-    features = height if FAN else width
-    acc = tl.zeros([ROWS, COLS], WIDE)
-    touched = n < 0
-    for g in tl.static_range(len(OFFSETS)):
-        j = n - OFFSETS[g]
-        mine = (j >= 0) & (j < PER_GROUP)
-        touched = touched | mine
-        if tl.max(mine.to(tl.int32)) > 0:
-            for c in range(R):
-                a = tl.load(lora_a + (g * R + c) * features + k.to(tl.int64), mask=k < features, other=0.0).to(WIDE)
-                b = tl.load(lora_b + (g * PER_GROUP + j.to(tl.int64)) * R + c, mask=mine, other=0.0).to(WIDE)
-                acc += (a[:, None] * b[None, :]) if FAN else (b[:, None] * a[None, :])
+    across = tl.cdiv(width, COLS)
+    first_row = tl.program_id(0) // across * ROWS
+    first_col = tl.program_id(0) % across * COLS
+    row = first_row + tl.arange(0, ROWS)
+    col = first_col + tl.arange(0, COLS)
     at = row.to(tl.int64)[:, None] * width + col[None, :]
     inside = (row < height)[:, None] & (col < width)[None, :]
     w = tl.load(weight + at, mask=inside, other=0.0)
-    value = narrow((w.to(WIDE) + scaling * acc).to(tl.float32), out.dtype.element_ty)
-    # Elsewhere not even the sign of a zero changes.
-    tl.store(out + at, tl.where(touched[None, :] if FAN else touched[:, None], value, w), mask=inside)
+    n = col if FAN else row
+    k = row if FAN else col
+    features = height if FAN else width
+    begin = first_col if FAN else first_row
+    end = begin + (COLS if FAN else ROWS)
+    value = w
+    for g in tl.static_range(len(OFFSETS)):
+        if (begin < OFFSETS[g] + PER_GROUP) & (end > OFFSETS[g]):
+            j = n - OFFSETS[g]
+            mine = (j >= 0) & (j < PER_GROUP)
+            acc = _product(
+                lora_a + g * R * features, lora_b + g * PER_GROUP * R, j, k, mine, features,
+                R, FAN, WIDE, DOT, RANKS, ROWS, COLS,
+            )  # fmt: skip
+            merged = narrow((w.to(WIDE) + scaling * acc).to(tl.float32), out.dtype.element_ty)
+            # Elsewhere not even the sign of a zero changes.
+            value = tl.where(mine[None, :] if FAN else mine[:, None], merged, value)
+    tl.store(out + at, value, mask=inside)

@@ -7,8 +7,10 @@ import triton.language as tl
 
 from ...._triton_utils import DTYPES
 
-# Elements of the result a program; weights a tile of LoRA's merge; elements of the sum of planes in flight.
-BLOCK, LORA_TILE, SUM_ROWS = 1024, (32, 128), 2048
+# Elements of the result a program; elements of the sum of planes in flight.
+BLOCK, SUM_ROWS = 1024, 2048
+# Launch plans of one list of banks that are kept, one for each set of addresses.
+MAX_PLANS = 4
 # Programs of the gradient, each with one row of partial sums.
 MAX_PROGRAMS = 1024
 
@@ -29,3 +31,14 @@ def grad_block(experts: int) -> int:
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else DTYPES[dtype]
+
+
+def lora_tile(factors: torch.dtype) -> tuple[int, int]:
+    """Rows and columns of the weight a program. Of float32 factors no more than a warp's products take without the
+    transposed copy in shared memory that wgmma wants."""
+    return (64 if factors.itemsize == 2 else 32), 128
+
+
+def lora_ranks(rank: int) -> int:
+    """Ranks a product."""
+    return min(64, max(16, padded(rank)))

@@ -1,0 +1,138 @@
+// Parts of LoRA factors as matrix units take them, and their product: no shared memory, 16-bit factors.
+//
+// The order of a product's rows, columns and ranks is free, as long as both operands and the sums agree on it. Here a
+// lane (g, q) = (lane / 4, lane % 4) holds ranks 4q .. 4q + 3 of lines 4g .. 4g + 3 of an operand of 32 lines, which
+// are neighbours in memory, and sums for 4 rows of 8 neighbouring columns: 16 bytes of the weight.
+#pragma once
+
+#include "common/dtype.h"
+
+namespace adamix {
+
+constexpr int kQuadLines = 32, kQuadRanks = 16;
+
+// [line][pair of ranks]
+struct Quads {
+  uint32_t pairs[4][2];
+};
+
+ADAMIX_DEVICE uint32_t pair_of(uint32_t low, uint32_t high) { return (low & 0xffffu) | high << 16; }
+
+// Two numbers rounded to T, the first one in the low bits.
+ADAMIX_DEVICE uint32_t rounded_pair(half, float low, float high) {
+#if defined(ADAMIX_HOST)
+  return pair_of(from_float<half>(low).bits, from_float<half>(high).bits);
+#else
+  half2 both = __floats2half2_rn(low, high);
+  return *reinterpret_cast<uint32_t*>(&both);
+#endif
+}
+ADAMIX_DEVICE uint32_t rounded_pair(bfloat16, float low, float high) {
+#if defined(ADAMIX_HOST)
+  return pair_of(from_float<bfloat16>(low).bits, from_float<bfloat16>(high).bits);
+#else
+  __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<uint32_t*>(&both);
+#endif
+}
+ADAMIX_DEVICE float number_of(half, uint32_t pair, int high) {
+#if defined(ADAMIX_HOST)
+  return to_float(half{static_cast<uint16_t>(high ? pair >> 16 : pair)});
+#else
+  half2 both = *reinterpret_cast<half2*>(&pair);
+  return high ? __high2float(both) : __low2float(both);
+#endif
+}
+ADAMIX_DEVICE float number_of(bfloat16, uint32_t pair, int high) {
+  return float_of_bits(high ? pair & 0xffff0000u : pair << 16);
+}
+
+// at: this lane's first line and rank of B [lines, ranks]. inside: whether each line and the ranks are; else 0.
+ADAMIX_DEVICE Quads quads_along_ranks(const uint16_t* at, int ranks, const bool (&inside)[4]) {
+  Quads quads;
+#pragma unroll
+  for (int i = 0; i < 4; ++i, at += ranks) {
+    uint2 both = inside[i] ? *reinterpret_cast<const uint2*>(at) : uint2{0u, 0u};
+    quads.pairs[i][0] = both.x, quads.pairs[i][1] = both.y;
+  }
+  return quads;
+}
+
+// at: this lane's first rank and line of A [ranks, lines]. inside: whether all four of both are; else 0.
+ADAMIX_DEVICE Quads quads_along_lines(const uint16_t* at, int lines, bool inside) {
+  uint2 rows[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e, at += lines) {
+    rows[e] = inside ? *reinterpret_cast<const uint2*>(at) : uint2{0u, 0u};
+  }
+  Quads quads;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+      uint32_t low = i < 2 ? rows[2 * p].x : rows[2 * p].y, high = i < 2 ? rows[2 * p + 1].x : rows[2 * p + 1].y;
+      quads.pairs[i][p] = i % 2 == 0 ? pair_of(low, high) : pair_of(low >> 16, high >> 16);
+    }
+  }
+  return quads;
+}
+
+// Without matrix units for T: the lanes pass each other what they hold.
+template <typename T>
+ADAMIX_DEVICE void add_quads_by_lanes(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+  int lane = threadIdx.x % 32, row = lane / 4 * 4, col = lane % 4 * 2 * 4;
+#pragma unroll 1
+  for (int q = 0; q < 4; ++q) {
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+      uint32_t rows[2], cols[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        rows[i] = __shfl_sync(0xffffffffu, left[2 * p + i], row + q);
+        cols[i] = __shfl_sync(0xffffffffu, right[p], col + 4 * i + q);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        sums[e] = fmaf(number_of(T{}, rows[e / 2], 0), number_of(T{}, cols[e % 2], 0), sums[e]);
+        sums[e] = fmaf(number_of(T{}, rows[e / 2], 1), number_of(T{}, cols[e % 2], 1), sums[e]);
+      }
+    }
+  }
+}
+
+// sums[e] += over 16 ranks of row g, g + 8 (e / 2) times column 2q, 2q + 1 (e % 2) of a product of the matrix units.
+// low, high: this lane's pairs of rows g and g + 8; right: of column g. All lanes call.
+ADAMIX_DEVICE void add_quads(half, float (&sums)[4], const uint32_t (&low)[2], const uint32_t (&high)[2],
+                             const uint32_t (&right)[2]) {
+  const uint32_t left[4] = {low[0], high[0], low[1], high[1]};
+#if ADAMIX_ARCH >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+#elif ADAMIX_ARCH >= 750
+#pragma unroll
+  for (int p = 0; p < 2; ++p) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(left[2 * p]), "r"(left[2 * p + 1]), "r"(right[p]));
+  }
+#else
+  add_quads_by_lanes<half>(sums, left, right);
+#endif
+}
+
+ADAMIX_DEVICE void add_quads(bfloat16, float (&sums)[4], const uint32_t (&low)[2], const uint32_t (&high)[2],
+                             const uint32_t (&right)[2]) {
+  const uint32_t left[4] = {low[0], high[0], low[1], high[1]};
+#if ADAMIX_ARCH >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+#else
+  add_quads_by_lanes<bfloat16>(sums, left, right);
+#endif
+}
+
+}  // namespace adamix
