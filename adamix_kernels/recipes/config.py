@@ -97,9 +97,9 @@ class Recipe:
                 f"{', '.join(TOKENS)}"
             )
         for name in NUMBERS:
-            value = self.training.get(name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise ValueError(f"training.{name}: got {value!r}, expected a number above 0")
+            number = self.training.get(name)
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
+                raise ValueError(f"training.{name}: got {number!r}, expected a number above 0")
         if self.kind == "prompt" and not {"template", "words"} <= set(self.prompt):
             raise ValueError(f"prompt: got the keys {sorted(self.prompt)}, expected template and words among them")
         if self.minimum is not None and not self.regression:
