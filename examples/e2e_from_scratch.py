@@ -117,9 +117,10 @@ def main(options):
     texts = (options.out / "base" / "train.txt").read_text(encoding="utf-8").splitlines()
     write_model(model_folder, texts, options.vocabulary)
     recipe = load_recipe("nlg/lora/e2e").changed({**ADAPT, "training.num_train_epochs": options.epochs})
-    base = recipe.changed({"model": str(model_folder), "data": str(options.out / "base")})
+    # Only the frozen model of the adapting drops nothing, as published.
+    base = recipe.changed({"model": str(model_folder), "data": str(options.out / "base"), "model_config": {}})
     model = train_from_scratch(TextProblem(base, Limits()), options, model_folder)
-    recipe = base.changed({"data": str(options.out / "rest")})
+    recipe = recipe.changed({"model": str(model_folder), "data": str(options.out / "rest")})
     problem = TextProblem(recipe, Limits())
     problem.fresh()
     print("before adapting:", json.dumps(problem.scores(model).values))

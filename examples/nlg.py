@@ -18,7 +18,7 @@ from pathlib import Path
 import _smoke
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 
 from adamix_kernels import AdaMixConfig, AdaMixTrainer, adapt, export_peft, merge
 
@@ -92,7 +92,10 @@ def main(options, args):
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(options.model)
+    base = AutoConfig.from_pretrained(options.model)
+    if base.model_type == "gpt2":  # as the reference project's: the KL would measure what a frozen base drops
+        base.update({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
+    model = AutoModelForCausalLM.from_pretrained(options.model, config=base)
     config = AdaMixConfig(
         method="lora",
         num_experts=options.num_experts,

@@ -277,3 +277,32 @@ def test_from_the_command_line(finished, tmp_path, capsys):
     assert cli.main([*run, "--seeds", "0"]) == 2
     assert "seeds: got 0, expected at least 1" in capsys.readouterr().err
     assert cli.main(["recipe", "report", str(tmp_path / "none.jsonl")]) == 2
+
+
+def _dropouts(model):
+    return {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+
+
+def test_the_frozen_base_of_a_text_recipe_drops_nothing_as_published(tmp_path):
+    tiny_recipes.write_causal(tmp_path / "gpt2")
+    tiny_recipes.write_e2e(tmp_path / "e2e")
+    for name in ("nlg/lora/e2e", "nlg/adapter/webnlg", "nlg/lora/dart"):
+        recipe = load_recipe(name).changed(
+            {"model": str(tmp_path / "gpt2"), "data": str(tmp_path / "e2e"), "data_format": "e2e"}
+        )
+        model = problems.TextProblem(recipe, Limits()).fresh()
+        assert _dropouts(model) == {0.0}
+        assert model.config.attn_pdrop == 0.0
+        kept = problems.TextProblem(recipe.changed({"model_config": {}}), Limits()).fresh()
+        assert _dropouts(kept) == {0.1}
+
+
+def test_a_setting_of_the_base_reaches_a_classifier_and_one_it_lacks_is_told(tmp_path, caplog):
+    recipe = tiny_recipes.tiny_recipe(tmp_path, model_config={"hidden_dropout_prob": 0.25, "resid_pdrop": 0.0})
+    model = problems.LabelProblem(recipe, Limits()).fresh()
+    assert 0.25 in _dropouts(model)
+    assert "has no resid_pdrop, which is left out" in caplog.text
+    method = expand_methods(["adamix"], recipe)[0]
+    plain = run_identity(recipe.changed({"model_config": {}}), method, 0, Limits())
+    assert "model_config" not in plain["recipe"]  # rows of earlier releases are still these runs
+    assert run_identity(recipe, method, 0, Limits())["recipe"]["model_config"] == recipe.model_config

@@ -32,6 +32,8 @@ class Recipe:
         kind: "classification" (a head on the encoder), "prompt" (a masked model fills in the label's word) or
             "generation" (a causal model writes the text of a table).
         model: of tasks.resolve_model: folder or hub id. pooling: see tasks.load_classifier.
+        model_config: settings of the base model in place of its own, such as {"resid_pdrop": 0.0}; what the model has
+            no such setting for is left out with a warning.
         data: folder or hub name; data_format: "e2e", "webnlg" or "dart" (generation).
         regression: the label is a number (STS-B). minimum: what predictions below it are taken for, in evaluation
             (the released RoBERTa clips STS-B's at 0); None leaves them.
@@ -65,6 +67,7 @@ class Recipe:
     adamix: dict[str, Any]
     max_tokens: int = 128
     pooling: str = "model"
+    model_config: dict[str, Any] = field(default_factory=dict)
     data_format: str | None = None
     regression: bool = False
     minimum: float | None = None

@@ -23,7 +23,7 @@ from ..tasks import (
     tokenize,
 )
 from ..tasks._draw import sample_rows
-from ..tasks.encoders import load_model
+from ..tasks.encoders import known_settings, load_model
 from ..tasks.generation import IGNORED, beam_decode, encode_texts, pair_collator, token_loss
 from ..tasks.table_data import Pair, TableData, load_tables, references
 from .config import Recipe
@@ -66,6 +66,7 @@ class LabelProblem:
     def __init__(self, recipe: Recipe, limits: Limits):
         self.recipe, self.limits = recipe, limits
         self.encoder = resolve_model(recipe.model)
+        self.settings = known_settings(self.encoder, recipe.model_config)
         self.task: TextTask = load_task(recipe.data, task="regression" if recipe.regression else "classification")
         for note in self.task.notes:
             logger.warning("%s", note)
@@ -74,7 +75,9 @@ class LabelProblem:
     def fresh(self) -> nn.Module:
         """A new model, its head drawn from the global generator."""
         model: nn.Module
-        model, self.tokenizer = load_classifier(self.encoder, self.task.label_names, self.recipe.pooling)
+        model, self.tokenizer = load_classifier(
+            self.encoder, self.task.label_names, self.recipe.pooling, settings=self.settings
+        )
         self.collate = collator(self.tokenizer)
         return model
 
@@ -120,7 +123,7 @@ class PromptProblem(LabelProblem):
     def fresh(self) -> nn.Module:
         from transformers import AutoModelForMaskedLM
 
-        model, self.tokenizer = load_model(AutoModelForMaskedLM, self.encoder, new_head=False)
+        model, self.tokenizer = load_model(AutoModelForMaskedLM, self.encoder, new_head=False, **self.settings)
         self.prompt = prompt_for(self.recipe.prompt, self.task.label_names)
         self.collate = collator(self.tokenizer)
         return read_at_mask(model, self.tokenizer.mask_token_id, word_ids(self.prompt, self.tokenizer))
@@ -135,6 +138,7 @@ class TextProblem:
     def __init__(self, recipe: Recipe, limits: Limits):
         self.recipe, self.limits = recipe, limits
         self.encoder = resolve_model(recipe.model)
+        self.settings = known_settings(self.encoder, recipe.model_config)
         self.data: TableData = load_tables(recipe.data, recipe.data_format or "e2e")
 
     def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -149,7 +153,7 @@ class TextProblem:
 
     def fresh(self) -> nn.Module:
         model: nn.Module
-        model, self.tokenizer = load_causal(self.encoder)
+        model, self.tokenizer = load_causal(self.encoder, self.settings)
         self.collate = pair_collator(self.tokenizer)
         return model
 

@@ -74,8 +74,9 @@ def run_identity(recipe: Recipe, method: Method, seed: int, limits: Limits) -> d
         amounts["rows"] = "drawn"  # rows of earlier releases took the first ones
     for name in ("methods", "default_methods", "seeds", "source"):
         del values[name]
-    if values["minimum"] is None:  # newer than the first rows
-        del values["minimum"]
+    for name in ("minimum", "model_config"):  # newer than the first rows
+        if not values[name] and values[name] != 0:
+            del values[name]
     several = {"processes": processes.count()} if processes.count() > 1 else {}
     return {
         **several,

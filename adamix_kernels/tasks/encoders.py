@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,11 @@ def resolve_model(name: str = DEFAULT_MODEL) -> Encoder:
 
 
 def load_classifier(
-    encoder: Encoder, label_names: Sequence[str], pooling: str = "auto", task: str = "classification"
+    encoder: Encoder,
+    label_names: Sequence[str],
+    pooling: str = "auto",
+    task: str = "classification",
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """(model, tokenizer): AutoModelForSequenceClassification with a head drawn from the global RNG.
 
@@ -83,6 +87,7 @@ def load_classifier(
             first token; "model", the model's own choice, as published; "auto", "mean" where it can be. What was
             taken is told by adamix_kernels.models.pooling.pooling_of(model), and saved with the model.
         task: "classification"; "regression" gives one output and the squared error.
+        settings: of the model's configuration, in place of its own: {"hidden_dropout_prob": 0.0}.
 
     Raises:
         ValueError: an unknown pooling or task; or the hub or the folder cannot give the model, and the message
@@ -104,6 +109,7 @@ def load_classifier(
             "label2id": {name: i for i, name in enumerate(names)},
         }
     unread = None if pooling == "model" else ".pooler."  # a mean stands in its place
+    options |= settings or {}
     model, tokenizer = load_model(AutoModelForSequenceClassification, encoder, unread=unread, **options)
     taken = set_pooling(model, "auto" if pooling == "mean" else pooling)
     if pooling == "mean" != taken:
@@ -114,21 +120,40 @@ def load_classifier(
     return model, tokenizer
 
 
-def load_causal(encoder: Encoder) -> tuple[Any, Any]:
+def load_causal(encoder: Encoder, settings: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
     """(model, tokenizer): AutoModelForCausalLM; the tokenizer pads on the left, as generate() wants it.
 
-    Where there is no padding token, the end of the text stands for it.
+    Where there is no padding token, the end of the text stands for it. settings: see load_classifier.
 
     Raises ValueError: the hub or the folder cannot give the model; the message keeps the first line of why.
     """
     with needed("load_causal"):
         from transformers import AutoModelForCausalLM
 
-    model, tokenizer = load_model(AutoModelForCausalLM, encoder, new_head=False)
+    model, tokenizer = load_model(AutoModelForCausalLM, encoder, new_head=False, **(settings or {}))
     tokenizer.padding_side = "left"
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def known_settings(encoder: Encoder, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `wanted` that the model's configuration has; the others are named in a warning.
+
+    Raises ValueError: the hub or the folder cannot give the configuration.
+    """
+    if not wanted:
+        return {}
+    with needed("known_settings"):
+        from transformers import AutoConfig  # type: ignore[attr-defined]
+    try:
+        config: Any = AutoConfig.from_pretrained(encoder.path, local_files_only=encoder.packaged)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: cannot load {encoder.name!r}: {first_line(error)}") from error
+    unknown = [name for name in wanted if not hasattr(config, name)]
+    if unknown:
+        logger.warning("model_config: %s has no %s, which is left out", encoder.name, ", ".join(unknown))
+    return {name: value for name, value in wanted.items() if name not in unknown}
 
 
 def positions(model: Any) -> int | None:
