@@ -1,10 +1,13 @@
-"""Every test: offline, one intra-op thread, fixed seeds, Hypothesis' cases too, and no time limit for one of those."""
+"""Every test: offline, one intra-op thread in each process, fixed seeds, Hypothesis' cases too, and no time limit for
+one of those."""
 
 import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# For the processes that tests start: threads on busy cores wait for each other, and use the cores while they do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

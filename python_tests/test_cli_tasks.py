@@ -314,6 +314,12 @@ def test_ctrl_c_says_how_to_go_on(reviews, capsys, monkeypatch):
         assert run(reviews, reviews / "encoder", str(reviews / "own.csv"), *more, out="c") == 130
     message = "interrupted: checkpoint-7 is saved; the same command with --resume goes on\n"
     assert capsys.readouterr().err.endswith(message)
+    last = reviews / "c" / "checkpoint-7"
+    assert cli.main(["predict", "--run", str(last.parent), "good story"]) == 2
+    assert (
+        f"expected the same adamix train with --resume first, or its last checkpoint, {last}" in capsys.readouterr().err
+    )
+    assert cli.main(["predict", "--run", str(last), "good story"]) == 0
     assert run(reviews, reviews / "encoder", str(reviews / "own.csv"), *more, "--resume", out="c") == 0
     assert run(reviews, reviews / "encoder", str(reviews / "own.csv"), *more, out="w") == 0
     digests = [json.loads((reviews / o / "adamix_checkpoint.json").read_text())["tensors"]["sha256"] for o in "cw"]

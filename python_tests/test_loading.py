@@ -6,6 +6,7 @@ from unittest import mock
 import huggingface_hub
 import pytest
 import tiny
+import tiny_recipes
 import torch
 import transformers
 from checkpoint_cases import edit_sealed
@@ -16,7 +17,7 @@ from adamix_kernels import AdaMixConfig, adapt, load, load_adamix, merge, save_a
 from adamix_kernels.models.checkpoint import CHECKPOINT_NAME
 from adamix_kernels.models.hub import resolve_folder
 from adamix_kernels.models.pooling import pooling_of
-from adamix_kernels.tasks import Run, write_run
+from adamix_kernels.tasks import Run, load_causal, resolve_model, write_run
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -112,6 +113,15 @@ def test_loading_says_nothing_of_a_head_that_is_filled(encoder, tmp_path, caplog
     finally:
         transformers.logging.disable_propagation()
     assert "drawn at random: bert.encoder.layer.1." in caplog.text
+
+
+def test_the_head_of_a_language_model_is_not_meant_to_be_new(encoder, caplog):
+    """An encoder has none, and what draws one at random writes at random."""
+    load_causal(resolve_model(str(encoder)))
+    assert "drawn at random: cls.predictions." in caplog.text
+    caplog.clear()
+    load_causal(resolve_model(str(tiny_recipes.write_causal(encoder.parent / "gpt"))))
+    assert "drawn at random" not in caplog.text
 
 
 def _no_class(header):

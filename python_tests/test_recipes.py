@@ -91,6 +91,9 @@ def test_a_recipe_of_ones_own(tmp_path):
     # Before anything is trained.
     with pytest.raises(ValueError, match=r"metrics: got \['bleu'\], expected some of accuracy"):
         recipe.changed({"metrics": ["bleu"]})
+    for name, value in (("learning_rate", 0), ("num_train_epochs", "abc"), ("per_device_train_batch_size", None)):
+        with pytest.raises(ValueError, match=f"training.{name}: got {value!r}, expected a number above 0"):
+            recipe.changed({f"training.{name}": value})
     text = load_recipe("nlg/lora/e2e")
     for key, value in (("normalise", True), ("tokens", "bpe")):
         with pytest.raises(ValueError, match=f"generation: got .*{key}.*, expected some of beams"):

@@ -84,13 +84,27 @@ def test_rows_as_the_hub_has_them():
     [
         ("e2e", {"train.txt": "a||b\nno bars\n", "valid.txt": "a||b\n"}, r"train.txt, line 2: got no '\|\|'"),
         ("e2e", {"train.txt": "\n"}, r"train.txt: got no texts, expected some in the train part"),
+        ("e2e", {"train.txt": b"a||b\n\xff||c\n"}, r"train.txt, line 2: byte 1 of the line is not UTF-8"),
         ("dart", {"train.json": "{"}, r"train.json: got a file that is not JSON"),
+        ("dart", {"train.json": "{}"}, r"train.json: got dict, expected a list of the challenge's rows"),
+        (
+            "dart",
+            {"train.json": '[{"tripleset": [["a", "b"]], "annotations": []}]'},
+            r"train.json, row 1: got not enough",
+        ),
+        ("webnlg", {"train.json": "[]"}, r"train.json: got NoneType, expected a list of the challenge's rows"),
+        (
+            "webnlg",
+            {"train.json": '{"entries": [{}, {"2": {}}]}'},
+            r"train.json, entry 2: got no 'modifiedtripleset', ex",
+        ),
+        ("webnlg", {"train.json": '{"entries": ["a"]}'}, r"train.json, entry 1: got 'str' object has no attribute"),
         ("else", {}, "data_format: got 'else'"),
     ],
 )
 def test_wrong_tables_are_named(tmp_path, data_format, files, message):
     for name, text in files.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         load_tables(str(tmp_path), data_format)
 

@@ -272,6 +272,10 @@ def test_from_the_command_line(finished, tmp_path, capsys):
         assert word in capsys.readouterr().out
     assert cli.main(["recipe", "run", str(mine), "--methods", "unipelt:parts=x"]) == 2
     assert "expected one of ap, apl" in capsys.readouterr().err
+    assert cli.main([*run, "--set", "training.epochs", "3"]) == 2
+    assert "training: got 'epochs', expected fields of TrainingArguments" in capsys.readouterr().err
+    assert cli.main([*run, "--seeds", "0"]) == 2
+    assert "seeds: got 0, expected at least 1" in capsys.readouterr().err
     assert cli.main(["recipe", "report", str(tmp_path / "none.jsonl")]) == 2
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from ..models.header import CHECKPOINT_NAME
 from ..models.hub import resolve_folder
+from ..models.manifest import newest_whole_checkpoint
 from ..models.pooling import pooling_of
 from ..tasks import Run, load, read_run
 from ..tasks.run_file import RUN_NAME
@@ -59,6 +61,7 @@ def open_run(options: RunOptions) -> Opened:
     """Raises ValueError for what is no run, naming what is missing."""
     with _called_run():
         folder = resolve_folder(options.run, options.revision)
+    _check_finished(options.run, folder)
     place = run_folder(folder)
     run = None if place is None else read_run(place)  # before the model: a damaged file is answered at once
     with quiet(), _called_run():
@@ -68,6 +71,18 @@ def open_run(options: RunOptions) -> Opened:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Opened(model, tokenizer, run or _described(model, tokenizer, folder), folder, place is not None)
+
+
+def _check_finished(given: str, folder: Path) -> None:
+    """Raises ValueError for the folder of a training that was interrupted, which has its checkpoints alone."""
+    if not (folder / RUN_NAME).is_file() or (folder / CHECKPOINT_NAME).is_file():
+        return
+    last = newest_whole_checkpoint(folder)
+    beside = "" if last is None else f", or its last checkpoint, {last}"
+    raise ValueError(
+        f"run: got {given!r}, whose training did not come to its end, expected the same adamix train with --resume "
+        f"first{beside}"
+    )
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ._options import OutputOptions, shows_bars, start
+from ._options import OutputOptions, at_least, shows_bars, start
 from ._parser import OptionParser
 from ._words import closest
 
@@ -129,6 +129,7 @@ def _run(argv: Sequence[str]) -> int:
     from ..recipes.processes import is_main
     from ..recipes.summary import group_rows, markdown
 
+    at_least(1, seeds=options.seeds)
     start(output)
     recipe = _recipe(changes, parsed.words)
     rows = run_recipe(

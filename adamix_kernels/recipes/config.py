@@ -17,6 +17,7 @@ RECIPE_VERSION = 1
 KINDS = ("classification", "prompt", "generation")
 EVALUATIONS = ("merged", "random", "fixed")
 SELECT = ("best", "last")
+NUMBERS = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")  # that every training has
 GENERATION = (
     "beams", "length_penalty", "no_repeat_ngram", "max_new_tokens", "max_context", "batch_size", "stop_ids", "tokens",
 )  # fmt: skip
@@ -38,7 +39,8 @@ class Recipe:
             (the released RoBERTa clips STS-B's at 0); None leaves them.
         metrics: names of recipes.metrics; the first one chooses the best epoch and leads the table.
         max_tokens: of a text, or of context and text together.
-        training: fields of transformers.TrainingArguments, and warmup_ratio.
+        training: fields of transformers.TrainingArguments (learning_rate, num_train_epochs and
+            per_device_train_batch_size among them), and warmup_ratio.
         adamix: fields of AdaMixConfig.
         methods: per method, its options and its learning_rate where it has its own.
         default_methods: what is run unless methods are named. seeds: how many.
@@ -52,8 +54,8 @@ class Recipe:
         evaluations: of an AdaMix model: "merged", "random" routing, every "fixed" expert.
         source: where the numbers come from.
 
-    Raises ValueError for a kind, metric, evaluation, selection or setting of generation that is none of these, and for
-    wrong AdaMix fields.
+    Raises ValueError for a kind, metric, evaluation, selection or setting of generation that is none of these, for a
+    training without a learning rate, epochs and a batch, and for wrong AdaMix fields.
     """
 
     name: str
@@ -97,6 +99,10 @@ class Recipe:
                 f"generation: got {self.generation!r}, expected some of {', '.join(GENERATION)}, tokens being one of "
                 f"{', '.join(TOKENS)}"
             )
+        for name in NUMBERS:
+            number = self.training.get(name)
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
+                raise ValueError(f"training.{name}: got {number!r}, expected a number above 0")
         if self.kind == "prompt" and not {"template", "words"} <= set(self.prompt):
             raise ValueError(f"prompt: got the keys {sorted(self.prompt)}, expected template and words among them")
         if self.minimum is not None and not self.regression:

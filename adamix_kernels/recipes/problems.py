@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,8 +11,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..tasks import TextSplit, TextTask, collator, load_classifier, load_task, predict, resolve_model, tokenize
-from ..tasks.encoders import known_settings
+from ..tasks import (
+    TextSplit,
+    TextTask,
+    collator,
+    load_causal,
+    load_classifier,
+    load_task,
+    predict,
+    resolve_model,
+    tokenize,
+)
+from ..tasks._draw import sample_rows
+from ..tasks.encoders import known_settings, load_model
 from ..tasks.generation import IGNORED, beam_decode, encode_texts, pair_collator, token_loss
 from ..tasks.table_data import Pair, TableData, load_tables, references
 from .config import Recipe
@@ -111,14 +121,9 @@ class PromptProblem(LabelProblem):
         return F.cross_entropy(outputs["logits"].float(), labels, reduction="sum") / count
 
     def fresh(self) -> nn.Module:
-        from transformers import AutoModelForMaskedLM, AutoTokenizer
+        from transformers import AutoModelForMaskedLM
 
-        options = {"local_files_only": self.encoder.packaged}
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.encoder.path, **options)
-            model = AutoModelForMaskedLM.from_pretrained(self.encoder.path, **options, **self.settings)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model: cannot load {self.encoder.name!r}: {str(error).splitlines()[0]}") from error
+        model, self.tokenizer = load_model(AutoModelForMaskedLM, self.encoder, new_head=False, **self.settings)
         self.prompt = prompt_for(self.recipe.prompt, self.task.label_names)
         self.collate = collator(self.tokenizer)
         return read_at_mask(model, self.tokenizer.mask_token_id, word_ids(self.prompt, self.tokenizer))
@@ -147,16 +152,8 @@ class TextProblem:
         return total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
     def fresh(self) -> nn.Module:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.encoder.path)
-            model = AutoModelForCausalLM.from_pretrained(self.encoder.path, **self.settings)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model: cannot load {self.encoder.name!r}: {str(error).splitlines()[0]}") from error
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        model.config.pad_token_id = self.tokenizer.pad_token_id
+        model: nn.Module
+        model, self.tokenizer = load_causal(self.encoder, self.settings)
         self.collate = pair_collator(self.tokenizer)
         return model
 
@@ -192,7 +189,7 @@ def _some(values: list[T], rows: int | None, seed: int = 0) -> list[T]:
     """`rows` values drawn by the seed, in their order; all where rows is None or more."""
     if rows is None or rows >= len(values):
         return values
-    return [values[i] for i in sorted(random.Random(seed).sample(range(len(values)), rows))]
+    return [values[i] for i in sample_rows([0] * len(values), rows, seed)]
 
 
 PROBLEMS = {"classification": LabelProblem, "prompt": PromptProblem, "generation": TextProblem}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
@@ -84,8 +85,15 @@ def train_once(
 def training_arguments(
     recipe: Recipe, method: Method, seed: int, rows: int, folder: Path
 ) -> tuple[TrainingArguments, int]:
-    """(arguments, steps) of one run; warmup_ratio becomes steps, which every release of transformers understands."""
+    """(arguments, steps) of one run; warmup_ratio becomes steps, which every release of transformers understands.
+
+    Raises ValueError for a field that TrainingArguments has not.
+    """
     values = {**recipe.training, "learning_rate": learning_rate(method, recipe)}
+    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} | {"warmup_ratio"}
+    unknown = next((name for name in values if name not in known), None)
+    if unknown is not None:
+        raise ValueError(f"training: got {unknown!r}, expected fields of TrainingArguments, or warmup_ratio")
     batch = values["per_device_train_batch_size"] * processes.count()
     steps = math.ceil(values["num_train_epochs"] * math.ceil(rows / batch))
     if "warmup_ratio" in values:

@@ -1,4 +1,4 @@
-"""from_pretrained that reports a weight drawn at random unless it belongs to the head, which is meant to be new."""
+"""from_pretrained that reports a weight drawn at random unless it belongs to a head that is meant to be new."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _TOKENIZERS = (
 )  # fmt: skip
 
 
-def from_pretrained(kind: Any, path: str, *, unread: str | None = None, **options: Any) -> Any:
-    """kind.from_pretrained(path), without transformers' report: a head that the files lack is meant to be drawn anew.
+def from_pretrained(kind: Any, path: str, *, unread: str | None = None, new_head: bool = True, **options: Any) -> Any:
+    """kind.from_pretrained(path), without transformers' report: one warning names the weights drawn at random.
 
-    A warning names every other weight that was drawn at random, but for those with `unread` in their names.
+    new_head: whether a head that the files lack is meant to be drawn, and not named. unread: nor what has this in its
+    name.
     """
     with _without_report():
         try:
@@ -33,8 +34,9 @@ def from_pretrained(kind: Any, path: str, *, unread: str | None = None, **option
             # How transformers 4 says that it found no file, offline.
             raise OSError(f"{path}: no such folder, and no such model in the cache of this machine") from error
     prefix = f"{model.base_model_prefix}."
-    whole = getattr(model, model.base_model_prefix, model) is model  # no head around it
-    fresh = sorted(name for name in info["missing_keys"] if whole or name.startswith(prefix))
+    headless = getattr(model, model.base_model_prefix, model) is model
+    every = headless or not new_head
+    fresh = sorted(name for name in info["missing_keys"] if every or name.startswith(prefix))
     fresh = [name for name in fresh if unread is None or unread not in name]
     if fresh:
         shown = ", ".join(fresh[:_SHOWN]) + (f" and {len(fresh) - _SHOWN} more" if len(fresh) > _SHOWN else "")

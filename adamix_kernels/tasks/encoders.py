@@ -110,7 +110,7 @@ def load_classifier(
         }
     unread = None if pooling == "model" else ".pooler."  # a mean stands in its place
     options |= settings or {}
-    model, tokenizer = _load(AutoModelForSequenceClassification, encoder, unread=unread, **options)
+    model, tokenizer = load_model(AutoModelForSequenceClassification, encoder, unread=unread, **options)
     taken = set_pooling(model, "auto" if pooling == "mean" else pooling)
     if pooling == "mean" != taken:
         logger.warning(
@@ -120,17 +120,17 @@ def load_classifier(
     return model, tokenizer
 
 
-def load_causal(encoder: Encoder) -> tuple[Any, Any]:
+def load_causal(encoder: Encoder, settings: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
     """(model, tokenizer): AutoModelForCausalLM; the tokenizer pads on the left, as generate() wants it.
 
-    Where there is no padding token, the end of the text stands for it.
+    Where there is no padding token, the end of the text stands for it. settings: see load_classifier.
 
     Raises ValueError: the hub or the folder cannot give the model; the message keeps the first line of why.
     """
     with needed("load_causal"):
         from transformers import AutoModelForCausalLM
 
-    model, tokenizer = _load(AutoModelForCausalLM, encoder)
+    model, tokenizer = load_model(AutoModelForCausalLM, encoder, new_head=False, **(settings or {}))
     tokenizer.padding_side = "left"
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -166,7 +166,14 @@ def positions(model: Any) -> int | None:
     return found - (config.pad_token_id or 0) - 1 if behind else found
 
 
-def _load(kind: Any, encoder: Encoder, **options: Any) -> tuple[Any, Any]:
+def load_model(kind: Any, encoder: Encoder, **options: Any) -> tuple[Any, Any]:
+    """(model, tokenizer) of a class of transformers. The end of the text stands for a padding token that is not there.
+
+    Args:
+        kind: AutoModelForMaskedLM, ... encoder: from resolve_model. options: those of from_pretrained in _pretrained.
+
+    Raises ValueError: the hub or the folder cannot give the model; the message keeps the first line of why.
+    """
     # The packaged folder is complete: nothing may look further than this disk.
     local = encoder.packaged
     try:

@@ -66,7 +66,7 @@ def load(
     if facts.get("config") is None:
         built, tokenizer = _older(folder, base)
     else:
-        built = _built(base, facts)
+        built = _built(base, header)
         tokenizer = _tokenizer(folder, base, built.config)
     if facts.get("generation") is not None:
         built.generation_config = GenerationConfig.from_dict(dict(facts["generation"]))
@@ -94,10 +94,11 @@ def _base(folder: Path, facts: dict[str, Any], given: str | None, local: bool) -
     return resolve_model(name)
 
 
-def _built(base: Encoder, facts: dict[str, Any]) -> Any:
+def _built(base: Encoder, header: dict[str, Any]) -> Any:
     """The bare base model, by the class and the configuration that the checkpoint holds."""
     import transformers
 
+    facts = header["base_model"]
     kind = getattr(transformers, str(facts.get("class")), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(
@@ -110,7 +111,9 @@ def _built(base: Encoder, facts: dict[str, Any]) -> Any:
     if facts.get("dtype") is not None and "quantization_config" not in facts["config"]:
         options["dtype"] = facts["dtype"]
     try:
-        model = from_pretrained(kind, base.path, unread=_unread(facts), **options)
+        # A head that was trained comes with the checkpoint; any other is the base's.
+        head = bool(header["saved_modules"])
+        model = from_pretrained(kind, base.path, unread=_unread(facts), new_head=head, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f'model: cannot load the base model {base.name!r} ({first_line(error)}), expected model="...", a Hub id or '
@@ -152,7 +155,7 @@ def _plain(folder: Path, source: object) -> tuple[Any, Any]:
             "adamix train, adamix merge, save_pretrained, save_adamix or a trainer"
         )
     try:
-        model = from_pretrained(kind, str(folder))
+        model = from_pretrained(kind, str(folder), new_head=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"source: cannot load {str(source)!r}: {first_line(error)}") from error
     if values.get(MARK) == "mean":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ._library import hub_splits
+from ._rows import text_lines
 from ._table import Table
 from .text import TextSplit
 
@@ -99,7 +100,7 @@ def rows_as_text(table: Table) -> TextSplit | None:
         if set(columns) <= set(table.names):
             values = zip(*(table.read(column) for column in columns))
             rows = (dict(zip(columns, row)) for row in values)
-            return _split([pair for row in rows for pair in HUB_ROWS[data_format](row)])
+            return _split(_pairs(f"{table.name}, row", rows, HUB_ROWS[data_format]))
     return None
 
 
@@ -113,30 +114,50 @@ def references(pairs: Iterable[Pair]) -> dict[str, list[str]]:
 
 def _read_e2e(path: Path) -> list[Pair]:
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        context, bars, text = line.partition("||")
-        if not bars:
-            raise ValueError(f"{path}, line {number}: got no '||', expected context||text")
-        pairs.append(Pair(context.strip(), text.strip()))
+    with path.open("rb") as file:
+        for number, line in text_lines(file, str(path)):
+            if not line.strip():
+                continue
+            context, bars, text = line.partition("||")
+            if not bars:
+                raise ValueError(f"{path}, line {number}: got no '||', expected context||text")
+            pairs.append(Pair(context.strip(), text.strip()))
     return pairs
 
 
 def _read_webnlg(path: Path) -> list[Pair]:
+    values = _json(path)
+    return _pairs(f"{path}, entry", values.get("entries") if isinstance(values, dict) else None, _webnlg_entry)
+
+
+def _webnlg_entry(entry: dict[str, Any]) -> list[Pair]:
     pairs = []
-    for number, entry in enumerate(_json(path)["entries"], start=1):
-        for body in entry.values():
-            triples = [(t["subject"], t["property"], t["object"]) for t in body["modifiedtripleset"]]
-            good = [text["lex"] for text in body["lexicalisations"] if text["comment"] == "good"]
-            if not triples:
-                raise ValueError(f"{path}, entry {number}: got no triples")
-            pairs += [Pair(_triples(triples), text) for text in good]
+    for body in entry.values():
+        triples = [(t["subject"], t["property"], t["object"]) for t in body["modifiedtripleset"]]
+        good = [text["lex"] for text in body["lexicalisations"] if text["comment"] == "good"]
+        if not triples:
+            raise ValueError("no triples")
+        pairs += [Pair(_triples(triples), text) for text in good]
     return pairs
 
 
 def _read_dart(path: Path) -> list[Pair]:
-    return [pair for row in _json(path) for pair in _dart_row(row)]
+    return _pairs(f"{path}, row", _json(path), _dart_row)
+
+
+def _pairs(place: str, rows: Any, read: Callable[[dict[str, Any]], list[Pair]]) -> list[Pair]:
+    """Raises ValueError, naming the row, for one that is not in the challenge's layout."""
+    if isinstance(rows, (str, dict)) or not isinstance(rows, Iterable):
+        name = place.rpartition(", ")[0]
+        raise ValueError(f"{name}: got {type(rows).__name__}, expected a list of the challenge's rows")
+    pairs = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            pairs += read(row)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            got = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{place} {number}: got {got}, expected a row in the challenge's layout") from error
+    return pairs
 
 
 def _dart_row(row: dict[str, Any]) -> list[Pair]:
@@ -195,7 +216,7 @@ def _from_hub(source: str, data_format: str) -> TableData:
         found = next((n for n in names if n in loaded), None)
         if found is None and split != "test":
             raise ValueError(f"data: {source!r} has the splits {sorted(loaded)}, expected one of {names}")
-        splits[split] = None if found is None else [pair for r in loaded[found] for pair in row(r)]
+        splits[split] = None if found is None else _pairs(f"{source}, split {found}, row", loaded[found], row)
     return TableData(source, **splits)
 
 
