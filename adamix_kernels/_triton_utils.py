@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from ._environment import tf32
 
 # Fixed when the kernels are decorated, at import.
 INTERPRETING: bool = (
     triton.knobs.runtime.interpret if hasattr(triton, "knobs") else os.environ.get("TRITON_INTERPRET") == "1"
 )
 _INTERPRETING = tl.constexpr(INTERPRETING)
+# The launcher that Triton compiles for each signature takes what `Ready` gives it.
+LAUNCHER_IS_KNOWN = not INTERPRETING and triton.__version__.startswith("3.6.")
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -52,8 +59,7 @@ def precision(dtype: torch.dtype) -> str:
     """tl.dot's input_precision: float32 follows PyTorch's TF32 flag, three TF32 products where it is off."""
     if dtype != torch.float32:
         return "ieee"
-    matmul = torch.backends.cuda.matmul
-    return "tf32" if getattr(matmul, "fp32_precision", "tf32" if matmul.allow_tf32 else "") == "tf32" else "tf32x3"
+    return "tf32" if tf32() else "tf32x3"
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -62,14 +68,94 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **meta) -> None:
-    """kernel[grid](*args, **meta) on `device`; an empty grid launches nothing."""
+    """kernel[grid](*args, **meta) on `device`; an empty grid launches nothing. A recording notes it instead."""
     if 0 in grid:
         return
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](*args, **meta)
-    else:
+    recording = _here.recording
+    if recording is not None:
+        recording.launches.append((kernel, grid, device, args, meta))
+        return
+    with on(device):
         kernel[grid](*args, **meta)
+
+
+def memory(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """New memory of like's device, and dtype if not another: what a launch writes, and what a recording may plan."""
+    made = like.new_empty(shape, dtype=like.dtype if dtype is None else dtype)
+    if _here.recording is not None:
+        _here.recording.made.append(made)
+    return made
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a GPU the current device where it is not; nothing for another device."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
+
+
+class Recording:
+    """While it is entered, this thread's launches are noted, not done: (kernel, grid, device, args, meta) of each."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+        self.made: list[torch.Tensor] = []
+
+    def __enter__(self) -> Recording:
+        _here.recording = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _here.recording = None
+
+
+class _Here(threading.local):
+    recording: Recording | None = None
+
+
+_here = _Here()
+
+
+class Ready:
+    """A compiled kernel with its grid and constants: `ready(stream, *arguments)` launches it, past Triton's JIT.
+
+    The arguments are what `launch` was given before the constants: addresses as integers, 0 for None.
+    """
+
+    __slots__ = ("_after", "_before", "_launch", "_middle")
+
+    def __init__(self, compiled: Any, grid: tuple[int, ...], constants: tuple[Any, ...]):
+        launcher = compiled.run
+        self._launch = launcher.launch
+        self._before = *grid, *(1,) * (3 - len(grid))
+        # No scratch memory of Triton's, no hooks.
+        self._middle = (
+            compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None,
+            compiled.packed_metadata, None, None, None,
+        )  # fmt: skip
+        self._after = constants
+
+    def __call__(self, stream: int, *arguments: int | float) -> None:
+        self._launch(*self._before, stream, *self._middle, *arguments, *self._after)
+
+
+def ready(kernel, grid: tuple[int, ...], device: torch.device, *args, **meta) -> Ready | None:
+    """What launch(kernel, grid, device, *args, **meta) would launch; None for a kernel that needs scratch memory.
+
+    Only where LAUNCHER_IS_KNOWN. It serves every launch of these types, constants and multiples of 16 as addresses.
+    """
+    with on(device):
+        compiled = kernel.run(*args, grid=grid, warmup=True, **meta)
+        if compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
+            return None
+        return Ready(compiled, grid, tuple(meta[name] for name in kernel.arg_names[len(args) :]))
+
+
+def current_stream(device: int) -> int | None:
+    """The stream to launch on; None where another device is current, or where a profiler has hung its hooks up."""
+    runtime, active = triton.knobs.runtime, triton.runtime.driver.active
+    if active.get_current_device() != device or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+        return None
+    return active.get_current_stream(device)
 
 
 @triton.jit

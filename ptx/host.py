@@ -134,6 +134,7 @@ def install(arch: int = 80) -> Host:
     environment = backends._environment_problem
     backends._environment_problem = lambda backend: None if backend == "triton" else environment(backend)
     problem = utils.problem
+    utils.LAUNCHER_IS_KNOWN = False
     utils.capability = lambda device: arch
     utils.problem = lambda device_type, dtype: problem("cuda", dtype)
     utils.launch = lambda kernel, grid, device, *args, **meta: host.launch(kernel, grid, *args, **meta)

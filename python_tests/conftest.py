@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from adamix_kernels.ops import _passes
+from adamix_kernels.ops import _direct, _passes
 
 torch.set_num_threads(1)
 # A run on a busy machine is no other test; new cases are reliability's part to draw.
@@ -30,6 +30,12 @@ def _seed():
 def _no_second_pass_yet(monkeypatch):
     """A loss that an earlier test compiled would keep the guard of models/watch.py silent for the whole process."""
     monkeypatch.setattr(_passes.LOOKS, "compiled", False)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_planned_yet():
+    """A plan that an earlier test made, under what it patched, would serve a later one where kernels are compiled."""
+    _direct.forget_all()
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
+from adamix_kernels.ops import _direct
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if GPU else "cpu"
@@ -36,6 +38,7 @@ def launches(*modules, run=True):
         return launch
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_direct.switched_off())
         for module in modules:
             stack.enter_context(mock.patch.object(module, "launch", spy(module.launch)))
         yield names

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, NoReturn
 
 import torch
+
+from .. import _environment
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -87,14 +88,17 @@ def check_index_values(name: str, index: torch.Tensor | None, num_experts: int) 
 
     Called from the op's kernel, where the values exist; api.py also runs while tracing.
     """
-    if index is None or index.numel() == 0:
-        return
-    if index.device.type != "cpu" and os.environ.get("ADAMIX_CHECK") != "1":
+    if index is None or index.numel() == 0 or not values_at_hand(index):
         return
     low, high = torch.aminmax(index)
     if low < 0 or high >= num_experts:
         bad = int(low) if low < 0 else int(high)
         fail(name, f"expert id {bad}", f"0 <= id < {num_experts}, the experts in its bank", OutOfRangeError)
+
+
+def values_at_hand(index: torch.Tensor) -> bool:
+    """Whether the values of an index are to be read, which waits for a GPU."""
+    return index.device.type == "cpu" or _environment.checks_values()
 
 
 def autocast(first: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:

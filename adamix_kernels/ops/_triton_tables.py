@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Mapping
 from typing import NamedTuple
+
+from .._environment import triton_table
 
 
 class Config(NamedTuple):
@@ -61,7 +62,7 @@ def lookup(kernel: str, shipped: Table, capability: int, itemsize: int, width: i
     capability: 10 * major + minor, 0 under the interpreter. A table named by ADAMIX_TRITON_TABLE goes
     first where it has the architecture and the class.
     """
-    path = os.environ.get("ADAMIX_TRITON_TABLE")
+    path = triton_table()
     key = kernel, id(shipped), capability, itemsize, width, path
     known = _KNOWN.get(key)
     if known is None:

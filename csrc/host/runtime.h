@@ -10,6 +10,8 @@
 //   ADAMIX_HOST_LOADS        1        0: the machine code does not load on this device
 //   ADAMIX_HOST_MULTIPROCESSORS  4    its multiprocessors
 // ADAMIX_HOST_DRIVER is the driver's version (13000); the runtime's is 13000.
+// ADAMIX_HOST_IDLE=1, once in a process: nothing runs, and a call of the runtime costs next to nothing. What remains is
+// the host's work for a launch, for `python -m benchmarks.run host`; launches are noted, calls are not.
 #pragma once
 
 #include "host/cuda.h"
@@ -70,6 +72,9 @@ cudaError_t cudaPeekAtLastError();
 const char* cudaGetErrorString(cudaError_t error);
 
 namespace adamix::host {
+
+// Whether ADAMIX_HOST_IDLE=1.
+bool idle();
 
 // The number of the device that the environment describes now.
 int device_of_environment();

@@ -30,10 +30,12 @@ thread_local Lines launches, calls;
 
 void note_launch(const char* name) { launches.note(name); }
 
-void note_call(const char* name) { calls.note(name); }
+void note_call(const char* name) {
+  if (!idle()) calls.note(name);
+}
 
 void note_call(const char* name, int first, int second) {
-  calls.note(std::string(name) + " " + std::to_string(first) + " " + std::to_string(second));
+  if (!idle()) calls.note(std::string(name) + " " + std::to_string(first) + " " + std::to_string(second));
 }
 
 }  // namespace adamix::host

@@ -6,7 +6,9 @@ import torch
 
 from ..._backends import check_request
 from .._checks import autocast, check_bank, check_choice, check_dims, check_index, check_shape, check_tensor
+from .._direct import autocasts, may_be_direct
 from .autograd import routed_adapter_op
+from .direct import call
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", None)
 
@@ -65,13 +67,26 @@ def routed_adapter(
 
     Source: AdaMix (arXiv 2205.12410), section 3; `ExpertSoup.forward` of the reference project.
     """
-    check_tensor("x", x)
     add_input = residual is x
-    x, down_weight, down_bias, up_weight, up_bias, residual = autocast(
-        x, down_weight, down_bias, up_weight, up_bias, None if add_input else residual
-    )
-    _check(x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual, add_input, activation)
-    check_request(backend)
+    added = None if add_input else residual
+    direct = may_be_direct()
+    if not direct or autocasts():
+        check_tensor("x", x)
+        x, down_weight, down_bias, up_weight, up_bias, added = autocast(
+            x, down_weight, down_bias, up_weight, up_bias, added
+        )
+    for checked in (False, True):
+        if checked:
+            check_tensor("x", x)
+            _check(x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, added, add_input, activation)
+            check_request(backend)
+        if direct:
+            out = call(
+                x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, added, add_input, activation,
+                backend, checked,
+            )  # fmt: skip
+            if out is not None:
+                return out
     return routed_adapter_op(
         x,
         down_weight,
@@ -80,7 +95,7 @@ def routed_adapter(
         up_bias,
         down_index,
         up_index,
-        residual,
+        added,
         add_input,
         activation or "",
         backend,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,17 +47,45 @@ class RoutedAdapterFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor, _grad_pre: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad_out is None:
             return (None,) * 11
-        x, pre, down_weight, up_weight, down_index, up_index = ctx.saved_tensors
-        need_x, *need_banks, _, _, need_residual = ctx.needs_input_grad[:8]
-        dx = dwd = dbd = dwu = dbu = None
-        if need_x or any(need_banks):
-            grads = routed_adapter_backward_op(
-                grad_out, x, pre, down_weight, up_weight, down_index, up_index,
-                need_x, need_banks[0] or need_banks[1], need_banks[2] or need_banks[3], *ctx.options,
-            )  # fmt: skip
-            wanted = (need_x, *need_banks)
-            dx, dwd, dbd, dwu, dbu = (g if w else None for g, w in zip(grads, wanted, strict=True))
-        return dx, dwd, dbd, dwu, dbu, None, None, grad_out if need_residual else None, None, None, None
+        return gradients(ctx, grad_out, ctx.needs_input_grad[:8], _dispatched)
+
+
+def _dispatched(_: Any, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    return routed_adapter_backward_op(*arguments)
+
+
+def gradients(
+    ctx: Any,
+    grad_out: torch.Tensor,
+    needs: tuple[bool, ...],
+    backward: Callable[[Any, tuple[Any, ...]], tuple[torch.Tensor, ...]],
+) -> tuple[torch.Tensor | None, ...]:
+    """Of each of the op's arguments. needs: for x to residual. backward(ctx, the backward op's arguments)."""
+    x, pre, down_weight, up_weight, down_index, up_index = ctx.saved_tensors
+    need_x, need_wd, need_bd, need_wu, need_bu, _, _, need_residual = needs
+    need_down, need_up = need_wd or need_bd, need_wu or need_bu
+    dx = dwd = dbd = dwu = dbu = None
+    if need_x or need_down or need_up:
+        dx, dwd, dbd, dwu, dbu = backward(
+            ctx,
+            (
+                grad_out, x, pre, down_weight, up_weight, down_index, up_index, need_x, need_down, need_up,
+                *ctx.options,
+            ),
+        )  # fmt: skip
+    return (
+        dx if need_x else None,
+        dwd if need_wd else None,
+        dbd if need_bd else None,
+        dwu if need_wu else None,
+        dbu if need_bu else None,
+        None,
+        None,
+        grad_out if need_residual else None,
+        None,
+        None,
+        None,
+    )
 
 
 differentiate(routed_adapter_op, RoutedAdapterFunction)

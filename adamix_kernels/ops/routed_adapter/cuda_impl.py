@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..._extension import unsupported
 
-__all__ = ["backward", "forward", "unsupported"]
+__all__ = ["backward", "direct", "forward", "unsupported"]
 
 _ops = torch.ops.adamix_cuda
 
@@ -46,3 +48,20 @@ def backward(
         grad_out, x, pre, down_weight, up_weight, down_index, up_index,
         need_input, need_down, need_up, add_input, activation,
     )  # fmt: skip
+
+
+class _Direct:
+    """Every call: the library checks what it is given."""
+
+    def find(self, *arguments: Any) -> Any:
+        options = arguments[8:]
+        return lambda *tensors: _ops.routed_adapter_forward(*tensors, *options)
+
+    make = find
+
+    def backward(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        grads: tuple[torch.Tensor, ...] = _ops.routed_adapter_backward(*arguments)
+        return grads
+
+
+direct = _Direct()

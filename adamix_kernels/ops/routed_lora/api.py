@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from .._checks import (
     check_tensor,
     fail,
 )
+from .._direct import autocasts, may_be_direct
 from .._groups import check_groups, check_number, check_scaling
 from .autograd import routed_lora_inplace, routed_lora_op
+from .direct import call
 
 
 def routed_lora(
@@ -88,22 +91,51 @@ def routed_lora(
 
     Source: AdaMix (arXiv 2205.12410), section 3; `MergedLinear` of the reference project's NLG/loralib.
     """
-    check_tensor("x", x)
     given = base
-    x, lora_a, lora_b, base = _autocast(x, lora_a, lora_b, base)
-    offsets = _check(x, lora_a, lora_b, a_index, b_index, base, scaling, groups, output_offsets)
-    check_request(backend)
-    check_number("dropout_p", dropout_p, 0, 1, "a Python number, 0 <= dropout_p < 1")
-    check_flag("inplace", inplace)
+    direct = may_be_direct()
+    if not direct or autocasts():
+        check_tensor("x", x)
+        x, lora_a, lora_b, base = _autocast(x, lora_a, lora_b, base)
+    drawn = _Once(_seed_tensor, seed, x)
+    offsets: Sequence[int] = output_offsets
+    for checked in (False, True):
+        if checked:
+            check_tensor("x", x)
+            offsets = _check(x, lora_a, lora_b, a_index, b_index, base, scaling, groups, output_offsets)
+            check_request(backend)
+            check_number("dropout_p", dropout_p, 0, 1, "a Python number, 0 <= dropout_p < 1")
+            check_flag("inplace", inplace)
+        if direct:
+            out = call(
+                x, lora_a, lora_b, a_index, b_index, base, scaling, groups, offsets, dropout_p, backend, inplace,
+                checked, drawn, functools.partial(_check_inplace, given, x, lora_a, lora_b),
+            )  # fmt: skip
+            if out is not None:
+                return out.view(base.shape) if base is not None and out.dim() != 3 else out
     target = _check_inplace(given, x, lora_a, lora_b) if inplace else base
-    seed = _seed_tensor(seed, x) if dropout_p > 0 else None
-    arguments = (x, lora_a, lora_b, a_index, b_index, target, seed, scaling, groups, offsets, dropout_p, backend)
+    key = drawn() if dropout_p > 0 else None
+    arguments = (x, lora_a, lora_b, a_index, b_index, target, key, scaling, groups, offsets, dropout_p, backend)
     if not inplace:
         return routed_lora_op(*arguments)[0]
+    assert base is not None  # _check_inplace
+    assert target is not None
     if torch.compiler.is_compiling():
         # The compiler decides itself what may share memory.
         return target.copy_(routed_lora_op(*arguments)[0])
     return routed_lora_inplace(*arguments).view(base.shape)
+
+
+class _Once:
+    """A seed that is drawn when it is first asked for, and then stays: what is drawn twice would differ."""
+
+    def __init__(self, draw: Callable[[Any, torch.Tensor], torch.Tensor], seed: Any, x: torch.Tensor):
+        self._draw, self._arguments = draw, (seed, x)
+        self._drawn: torch.Tensor | None = None
+
+    def __call__(self) -> torch.Tensor:
+        if self._drawn is None:
+            self._drawn = self._draw(*self._arguments)
+        return self._drawn
 
 
 def _autocast(

@@ -45,7 +45,7 @@ class RoutedLoRAFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor, _grad_t: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        return _gradients(ctx, grad_out)
+        return gradients(ctx, grad_out, ctx.needs_input_grad[:6], _dispatched) if grad_out is not None else (None,) * 12
 
 
 class RoutedLoRAInPlaceFunction(torch.autograd.Function):
@@ -80,21 +80,42 @@ class RoutedLoRAInPlaceFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _gradients(ctx, grad_out)
+        return gradients(ctx, grad_out, ctx.needs_input_grad[:6], _dispatched) if grad_out is not None else (None,) * 12
 
 
-def _gradients(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 12
+def _dispatched(_: Any, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    return routed_lora_backward_op(*arguments)
+
+
+def gradients(
+    ctx: Any,
+    grad_out: torch.Tensor,
+    needs: tuple[bool, ...],
+    backward: Callable[[Any, tuple[Any, ...]], tuple[torch.Tensor, ...]],
+) -> tuple[torch.Tensor | None, ...]:
+    """Of each of the op's arguments. needs: for x to base. backward(ctx, the backward op's arguments)."""
     x, t, lora_a, lora_b, a_index, b_index, seed = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[:3]
+    need_x, need_a, need_b, _, _, need_base = needs
     dx = da = db = None
-    if any(wanted):
-        rows = grad_out.reshape(*x.shape[:2], grad_out.shape[-1])
-        grads = routed_lora_backward_op(rows, x, t, lora_a, lora_b, a_index, b_index, seed, *wanted, *ctx.options)
-        dx, da, db = (g if w else None for g, w in zip(grads, wanted, strict=True))
-    dbase = grad_out if ctx.needs_input_grad[5] else None
-    return dx, da, db, None, None, dbase, None, None, None, None, None, None
+    if need_x or need_a or need_b:
+        rows = grad_out if grad_out.dim() == 3 else grad_out.reshape(*x.shape[:2], grad_out.shape[-1])
+        dx, da, db = backward(
+            ctx, (rows, x, t, lora_a, lora_b, a_index, b_index, seed, need_x, need_a, need_b, *ctx.options)
+        )
+    return (
+        dx if need_x else None,
+        da if need_a else None,
+        db if need_b else None,
+        None,
+        None,
+        grad_out if need_base else None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 differentiate(routed_lora_op, RoutedLoRAFunction)

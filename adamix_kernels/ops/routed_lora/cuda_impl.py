@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..._extension import unsupported
+from .._direct import Kept, traits
 
-__all__ = ["backward", "forward", "unsupported"]
+__all__ = ["backward", "direct", "forward", "unsupported"]
 
 _ops = torch.ops.adamix_cuda
 
@@ -52,3 +55,37 @@ def backward(
         grad_out, x, t, lora_a, lora_b, a_index, b_index, seed,
         need_x, need_a, need_b, scaling, groups, offsets, dropout_p,
     )  # fmt: skip
+
+
+class _Direct:
+    """Every call, as the library checks what it is given; in place only what api.py has checked before.
+
+    An error after base was overwritten must not lead to a second attempt.
+    """
+
+    def __init__(self) -> None:
+        self._inplace: Kept[bool] = Kept()
+
+    def find(self, inplace: bool, *arguments: Any) -> Any:
+        options = arguments[7:]
+        if not inplace:
+            return lambda *tensors: _ops.routed_lora_forward(*tensors, *options)
+        if not self._inplace.get(_key(arguments)):
+            return None
+        return lambda *tensors: (_ops.routed_lora_forward_(*tensors, *options),)
+
+    def make(self, inplace: bool, *arguments: Any) -> Any:
+        if inplace:
+            self._inplace.keep(_key(arguments), True)
+        return self.find(inplace, *arguments)
+
+    def backward(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        grads: tuple[torch.Tensor, ...] = _ops.routed_lora_backward(*arguments)
+        return grads
+
+
+def _key(arguments: tuple[Any, ...]) -> Any:
+    return arguments[7:], *map(traits, arguments[:7])
+
+
+direct = _Direct()

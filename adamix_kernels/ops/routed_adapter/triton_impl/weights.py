@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...._triton_utils import capability, dot_dtype, launch, precision
+from ...._triton_utils import capability, dot_dtype, launch, memory, precision
 from .plan import MIN_SPAN, fits, per_row, power_of_2, sort_rows
 from .tables import config, sums_by_dot
 from .weight_grad import adapter_plane_sum_kernel, adapter_weight_grad_kernel
@@ -52,7 +52,7 @@ def weight_grads(x, dpre, grad_out, pre, down_index, up_index, down_shape, up_sh
     if splits == 1:
         planes = outputs
     else:
-        planes = [torch.empty((splits, *t.shape), dtype=torch.float32, device=x.device) for t in outputs]
+        planes = [memory(x, splits, *t.shape, dtype=torch.float32) for t in outputs]
     # Of the down side one program more, for the bias.
     programs = need[0] * down_shape[0] * (-(-down_shape[2] // chosen.cols) + 1) + need[1] * up_shape[0] * blocks[1]
     absent = [None, None]
@@ -102,6 +102,6 @@ def _tokens(batch: int, tokens: int, r: int, index: torch.Tensor | None, experts
 def _outputs(x: torch.Tensor, shape: torch.Size | None) -> tuple[torch.Tensor, torch.Tensor]:
     """A bank's and its bias's gradient, not yet written."""
     if shape is None:
-        return x.new_empty(0), x.new_empty(0)
+        return memory(x, 0), memory(x, 0)
     bias = shape[:2]
-    return x.new_empty(shape), x.new_empty(bias)
+    return memory(x, *shape), memory(x, *bias)

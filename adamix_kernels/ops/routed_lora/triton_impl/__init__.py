@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import torch
 
-from ...._triton_utils import launch
+from ...._triton_utils import launch, memory
 from ...._triton_utils import problem as unsupported
+from ..._triton_plans import Planned
 from .aot import aot_cases
 from .forward import lora_forward_kernel
 from .input_grad import lora_dx_kernel
 from .plan import SUM_BLOCK, gaps, make_plan
 from .weight_grad import lora_grads_kernel, lora_sum_kernel
 
-__all__ = ["aot_cases", "backward", "forward", "unsupported"]
+__all__ = ["aot_cases", "backward", "direct", "forward", "unsupported"]
 
 
 def forward(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p, inplace=False):
@@ -24,8 +25,8 @@ def forward(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, of
     per_group = lora_b.shape[1] // groups
     width = max(offsets) + per_group if base is None else base.shape[2]
     # In place a program reads and writes each element once, and the columns of no group are left alone.
-    out = base if inplace else x.new_empty(batch, tokens, width)
-    t = x.new_empty(batch, tokens, lora_a.shape[1])
+    out = base if inplace else memory(x, batch, tokens, width)
+    t = memory(x, batch, tokens, lora_a.shape[1])
     if batch * tokens == 0:
         return out, t
     plan = make_plan(*x.shape[:2], lora_a, lora_b, a_index, b_index, offsets, width)
@@ -44,7 +45,7 @@ def backward(
     need_x, need_a, need_b, scaling, groups, offsets, dropout_p,
 ):  # fmt: skip
     needed = ((x, need_x), (lora_a, need_a), (lora_b, need_b))
-    grads = [x.new_empty(like.shape if wanted else 0) for like, wanted in needed]
+    grads = [memory(x, *(like.shape if wanted else (0,))) for like, wanted in needed]
     if x.shape[0] * x.shape[1] == 0:
         return tuple(grad.zero_() for grad in grads)
     plan = make_plan(*x.shape[:2], lora_a, lora_b, a_index, b_index, offsets, grad_out.shape[2])
@@ -53,7 +54,7 @@ def backward(
     scalars = plan.scalars(dropout_p, scaling)
     dt = None
     if need_x or need_a:
-        dt = t.new_empty(t.shape)
+        dt = memory(t, *t.shape)
         meta, grid = plan.tiles("lora_dx_kernel", plan.b_wide, x.shape[2] if need_x else 1)
         launch(
             lora_dx_kernel, grid, x.device,
@@ -70,7 +71,7 @@ def _weight_grads(x, grad_out, dt, t, seed, da, db, scalars, plan):
     splits = grid[1]
     planes = da, db
     if splits > 1:
-        planes = [None if d is None else d.new_empty((splits, *d.shape), dtype=torch.float32) for d in (da, db)]
+        planes = [None if d is None else memory(d, splits, *d.shape, dtype=torch.float32) for d in (da, db)]
     launch(
         lora_grads_kernel, grid, x.device,
         x, grad_out, dt, t, plan.a_index, plan.b_index, seed, plan.perm, *planes, split_tiles, *scalars, **meta,
@@ -81,3 +82,24 @@ def _weight_grads(x, grad_out, dt, t, seed, da, db, scalars, plan):
         launch(
             lora_sum_kernel, (blocks,), x.device, *planes, da, db, *sizes, splits, BLOCK=SUM_BLOCK, num_warps=4
         )  # fmt: skip
+
+
+def _forward_in_place(*arguments):
+    return forward(*arguments, inplace=True)[1:]
+
+
+class _Direct:
+    """Calls without a device-side sort, past the dispatcher and Triton's JIT."""
+
+    def __init__(self) -> None:
+        self._forward, self._in_place = Planned(forward, 7), Planned(_forward_in_place, 7)
+        self.backward = Planned(backward, 8)
+
+    def find(self, inplace, *arguments):
+        return (self._in_place if inplace else self._forward).find(*arguments)
+
+    def make(self, inplace, *arguments):
+        return (self._in_place if inplace else self._forward).make(*arguments)
+
+
+direct = _Direct()

@@ -1,0 +1,123 @@
+"""Calls past the dispatcher: one Python call of an op costs it more than the GPU needs for a small kernel.
+
+An op's direct.py looks a call up among those that were checked and planned before, by everything that the plan
+depends on: class, shape, dtype, device, strides and addresses of every tensor, and every option. What it does not find
+goes the usual way, through api.py's checks and the dispatcher. So do all calls that something besides autograd watches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .. import _environment
+from .._backends import select
+
+# Other classes are their own business: a DTensor, a FakeTensor, a quantised weight.
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+# Plans of an op; batches of very many shapes begin anew.
+MOST_PLANS = 4096
+_switched_off = 0
+
+Value = TypeVar("Value")
+
+
+class Kept(dict[Any, Value]):
+    """At most MOST_PLANS answers by key; `forget_all` empties every one of these tables."""
+
+    tables: ClassVar[list[Kept[Any]]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        Kept.tables.append(self)
+
+    def keep(self, key: Any, value: Value) -> Value:
+        if len(self) >= MOST_PLANS:
+            self.clear()
+        self[key] = value
+        return value
+
+
+_SERVED: Kept[Any] = Kept()
+
+
+def forget_all() -> None:
+    """No call is known any more: for tests, and for who changes what a plan does not ask for."""
+    for table in Kept.tables:
+        table.clear()
+
+
+@contextlib.contextmanager
+def switched_off() -> Iterator[None]:
+    """Every call goes through the dispatcher and plans anew: for tests that look at launches, or compare."""
+    global _switched_off
+    _switched_off += 1
+    try:
+        yield
+    finally:
+        _switched_off -= 1
+
+
+def may_be_direct() -> bool:
+    """Whether nobody but autograd watches this call: no compiler, mode, transform, profiler, no ADAMIX_CHECK."""
+    return not (
+        torch.compiler.is_compiling()
+        or _switched_off
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+        or _environment.checks_values()
+    )
+
+
+def served(op: str, backend: str, tensors: tuple[Any, ...], checked: bool) -> Any:
+    """What serves direct calls of an op with these arguments, the first of which decides, or None.
+
+    It is the attribute `direct` of the backend's module. checked: whether api.py has checked the arguments, `backend`
+    too; what no checked call asked for is not looked up. Raises AttributeError for what is no tensor.
+    """
+    x: Any = tensors[0]
+    key = op, backend, x.device, x.dtype
+    found = _SERVED.get(key)
+    if found is None and checked and key not in _SERVED:
+        found = _SERVED.keep(key, getattr(select(op, backend, x.device, x.dtype), "direct", None))
+    return found if found is not None and PLAIN.issuperset(map(type, tensors)) else None
+
+
+def autocasts() -> bool:
+    """Whether autocast is on for any device."""
+    return bool(torch._C._is_any_autocast_enabled())
+
+
+def below_autograd() -> bool:
+    """Whether the caller is itself a kernel that the dispatcher called below autograd."""
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
+
+
+def traits(t: torch.Tensor | None) -> object:
+    """What of a tensor of a class in PLAIN a plan depends on, but for its address."""
+    return t if t is None else (t.shape, t.dtype, t.device, t.is_contiguous(), t.is_neg())
+
+
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply without the look for transforms, which `may_be_direct` has taken."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """once_differentiable, which costs nothing where no second derivative is asked for."""
+    guarded = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return run

@@ -1,0 +1,147 @@
+"""Plans of direct calls on Triton kernels: the launches that a backend's own function does, recorded once.
+
+Triton's JIT looks at every argument of a launch to find the kernel that was compiled for its like, which costs more
+than all the rest of a call. Calls of equal keys launch the same compiled kernels with the same constants; only the
+addresses differ, and those of all tensors are multiples of 16, or the call is not planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+
+from .. import _triton_utils
+from .._environment import tf32, triton_table
+from .._triton_utils import Ready, Recording, current_stream, ready
+from ._direct import PLAIN, Kept, traits
+
+
+class Planned:
+    """Direct calls of run(*tensors, *options), a backend's function of `count` tensors or Nones and hashable options.
+
+    run launches kernels by `launch` on its tensors and on `memory` alone, and does nothing else to a tensor's values;
+    what it returns is memory, one tensor or more. Whether that holds is looked at when a call is planned, so a run
+    that needs more for some arguments leaves those calls unplanned.
+    """
+
+    def __init__(self, run: Callable[..., Sequence[torch.Tensor]], count: int):
+        self._run, self._count = run, count
+        self._plans: Kept[Plan | None] = Kept()
+
+    def find(self, *arguments: Any) -> Plan | None:
+        """The plan of a call with these arguments, if one was made."""
+        return self._plans.get(self._key(arguments))
+
+    def make(self, *arguments: Any) -> Plan | None:
+        """The plan of a call whose arguments were checked; None, from now on, where there can be none."""
+        key = self._key(arguments)
+        if key in self._plans:
+            return self._plans[key]
+        tensors = arguments[: self._count]
+        given = [t for t in tensors if t is not None]
+        if not _triton_utils.LAUNCHER_IS_KNOWN or not all(t.is_contiguous() and not t.is_neg() for t in given):
+            return self._plans.keep(key, None)
+        if any(t.data_ptr() % 16 for t in given):
+            return None
+        with Recording() as recording:
+            results = self._run(*arguments)
+        return self._plans.keep(key, _plan(recording, tensors, tuple(results)))
+
+    def __call__(self, *arguments: Any) -> tuple[torch.Tensor, ...] | None:
+        """run's result by a plan, new or old; None where there is none, or where it does not fit the addresses."""
+        if not PLAIN.issuperset(map(type, arguments[: self._count])):
+            return None
+        plan = self._plans.get(self._key(arguments)) or self.make(*arguments)
+        return None if plan is None else plan(*arguments[: self._count])
+
+    def _key(self, arguments: tuple[Any, ...]) -> Any:
+        """Everything that decides which kernels run, with which constants."""
+        tensors, options = arguments[: self._count], arguments[self._count :]
+        precision = tensors[0].dtype is torch.float32 and tf32()
+        return options, triton_table(), precision, *map(traits, tensors)
+
+
+class Plan:
+    """plan(*tensors): the recorded launches on these tensors and on new memory, which it returns as `run` does."""
+
+    __slots__ = ("_constants", "_device", "_launches", "_offsets", "_results", "_scratch")
+
+    def __init__(
+        self,
+        device: int,
+        results: list[tuple[tuple[int, ...], torch.dtype]],
+        scratch: int,
+        offsets: list[int],
+        constants: list[int | float],
+        launches: list[tuple[Ready, Any]],
+    ):
+        self._device, self._results, self._constants, self._launches = device, results, constants, launches
+        self._scratch, self._offsets = scratch, offsets
+
+    def __call__(self, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
+        stream = current_stream(self._device)
+        like = tensors[0]
+        if stream is None or like is None:
+            return None
+        results = [like.new_empty(shape, dtype=dtype) for shape, dtype in self._results]
+        values: list[Any] = [0 if t is None else t.data_ptr() for t in tensors]
+        values += [t.data_ptr() for t in results]
+        if self._offsets:
+            start = like.new_empty(self._scratch).data_ptr()
+            values += [start + offset for offset in self._offsets]
+        union = 0
+        for address in values:
+            union |= address
+        if union & 15:
+            return None
+        values += self._constants
+        for launch, arguments in self._launches:
+            launch(stream, *arguments(values))
+        return tuple(results)
+
+
+def _plan(
+    recording: Recording, tensors: Sequence[torch.Tensor | None], results: tuple[torch.Tensor, ...]
+) -> Plan | None:
+    """None where a launch takes anything but the tensors and memory, or a kernel cannot be launched without the JIT."""
+    made = recording.made
+    if not recording.launches or not all(any(r is m for m in made) for r in results):
+        return None
+    scratch = [m for m in made if not any(m is r for r in results)]
+    known = [*tensors, *results, *scratch]
+    offsets, size = [], 0
+    for t in scratch:
+        offsets.append(size)
+        size += -(-t.numel() * t.element_size() // 16) * 16
+    constants: list[int | float] = [0]
+    launches = []
+    for kernel, grid, device, args, meta in recording.launches:
+        slots = []
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                slot = next((n for n, t in enumerate(known) if t is value), None)
+                if slot is None:
+                    return None
+                slots.append(slot)
+            elif value is None:
+                slots.append(len(known))
+            else:
+                slots.append(len(known) + len(constants))
+                constants.append(value)
+        found = ready(kernel, grid, device, *args, **meta)
+        if found is None:
+            return None
+        launches.append((found, itemgetter(*slots)))
+    like = tensors[0]
+    assert like is not None
+    return Plan(
+        like.device.index or 0,
+        [(tuple(r.shape), r.dtype) for r in results],
+        -(-size // like.element_size()),
+        offsets,
+        constants,
+        launches,
+    )

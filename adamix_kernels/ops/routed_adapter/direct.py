@@ -1,0 +1,122 @@
+"""Calls of the routed adapter past the dispatcher (ops/_direct.py).
+
+A backend that serves them has an object `direct` in its module:
+
+    find(*arguments)       a plan for the op's arguments, of a call that `make` was given before, or None
+    make(*arguments)       the same for arguments that api.py has checked; None where the call cannot be planned
+    backward(*arguments)   the backward op's result for the backward op's arguments, or None
+
+A plan takes the tensors among the arguments, x to residual, and gives (out, pre), or None: not for these addresses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _checks
+from .._direct import applied, below_autograd, differentiable_once, may_be_direct, served
+from .._library import below_autograd as dispatched
+from .autograd import gradients
+from .op import routed_adapter_backward_op, routed_adapter_op
+
+
+def call(
+    x: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_index: torch.Tensor | None,
+    up_index: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    add_input: bool,
+    activation: str | None,
+    backend: str,
+    checked: bool,
+) -> torch.Tensor | None:
+    """What the op returns first; None: the call must go through api.py's checks and the dispatcher.
+
+    checked: whether it went through the checks, so that what is found out about the arguments may be kept.
+    """
+    tensors = x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual
+    kind = "" if activation is None else activation
+    try:
+        direct = served("routed_adapter", backend, tensors, checked)
+        if direct is None:
+            return None
+        if x.is_cpu and _checks.values_at_hand(x):
+            if not checked:
+                return None
+            _checks.check_index_values("down_index", down_index, down_weight.shape[0])
+            _checks.check_index_values("up_index", up_index, up_weight.shape[0])
+        plan = direct.find(*tensors, add_input, kind)
+        if plan is None and checked:
+            plan = direct.make(*tensors, add_input, kind)
+        if plan is None:
+            return None
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or down_weight.requires_grad
+            or up_weight.requires_grad
+            or any(t is not None and t.requires_grad for t in (down_bias, up_bias, residual))
+        ):
+            if below_autograd():
+                return None
+            out: torch.Tensor = _apply(plan, direct, *tensors, add_input, kind, backend)
+            return out
+        made = plan(*tensors)
+        return None if made is None else made[0]
+    except (AttributeError, TypeError, RuntimeError):
+        # Not a tensor, or sizes that a plan with checks of its own refuses: api.py has the words for it.
+        if checked:
+            raise
+        return None
+
+
+class DirectRoutedAdapter(torch.autograd.Function):
+    """RoutedAdapterFunction on a plan; it saves the same tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: Any,
+        direct: Any,
+        x: torch.Tensor,
+        down_weight: torch.Tensor,
+        down_bias: torch.Tensor | None,
+        up_weight: torch.Tensor,
+        up_bias: torch.Tensor | None,
+        down_index: torch.Tensor | None,
+        up_index: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        add_input: bool,
+        activation: str,
+        backend: str,
+    ) -> torch.Tensor:
+        tensors = x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual
+        made = plan(*tensors)
+        if made is None:
+            made = dispatched(routed_adapter_op, *tensors, add_input, activation, backend)
+        out: torch.Tensor = made[0]
+        ctx.save_for_backward(x, made[1], down_weight, up_weight, down_index, up_index)
+        ctx.options = (add_input, activation, backend)
+        ctx.direct = direct
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
+        if grad_out is None:
+            return (None,) * 13
+        return None, None, *gradients(ctx, grad_out, ctx.needs_input_grad[2:10], _backward)
+
+
+_apply = applied(DirectRoutedAdapter)
+
+
+def _backward(ctx: Any, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    made: tuple[torch.Tensor, ...] | None = ctx.direct.backward(*arguments[:-1]) if may_be_direct() else None
+    return routed_adapter_backward_op(*arguments) if made is None else made
