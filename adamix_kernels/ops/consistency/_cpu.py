@@ -71,7 +71,9 @@ def adamix(
     else:
         numbers = [labels.numel() if rows is None else int(rows.sum()) for rows in (counted, selected)]
     wide = wide_dtype(logits.dtype)
-    scales = torch.tensor([_over(n) for n in numbers], dtype=wide)
+    scales = logits.new_full((2,), _over(numbers[0]), dtype=wide)
+    if numbers[1] != numbers[0]:
+        scales[1] = _over(numbers[1])
     entropy, pair = scales.tolist()
     grad = as_stored(expected, wide)
     factors = grad * entropy, grad * pair * weight
@@ -133,12 +135,13 @@ def _visit_doubled(
 
     factors: of the cross-entropy and of J in the gradient, which goes to `to`, 0 outside selected; None: nowhere.
     """
-    first, second = logits.chunk(2)
+    first = logits[: labels.shape[0]]
     into = None if to is None else to.chunk(2)
     wide = wide_dtype(logits.dtype)
 
     def read(at: At) -> Sequence[torch.Tensor]:
         if at:
+            second = logits[labels.shape[0] :]
             log_p, log_q = torch.log_softmax(first[at], -1, wide), torch.log_softmax(second[at], -1, wide)
             p, q = _exp(log_p), _exp(log_q)
         else:
