@@ -113,4 +113,4 @@ def groups() -> list[Group]:
 
 def _small_gpu():
     """A device whose shared memory holds no pair of rows."""
-    return mock.patch.dict(os.environ, ADAMIX_HOST_CAPABILITY="80", ADAMIX_HOST_SHARED="2900")
+    return mock.patch.dict(os.environ, ADAMIX_HOST_CAPABILITY="80", ADAMIX_HOST_SHARED="3000")

@@ -121,6 +121,7 @@ struct PairRow {
     int joined = shuffle_from(mine, (lane + 31) % 32) & mine;
     if (lane == 0) joined = 0;
     int taken = shuffle_from(joined, (lane + 1) % 32);
+    __syncwarp();  // what a lane has read another may overwrite
     if (!have) return;
     if (mine != 0 && over == 0) {
       *reinterpret_cast<Piece<T>*>(target + col) = values;

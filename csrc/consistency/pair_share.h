@@ -105,17 +105,27 @@ struct PairShare {
     auto edge = [&](const Piece<T>& x, const Piece<T>& y, int piece) {
       s.template add<Full, true>(x, y, totals, row.begin(piece), row.end(piece));
     };
+    auto tail_edge = [&](int at) {
+      Piece<T> x, y;
+      row.read(x, y, held + at);
+      edge(x, y, held + at);
+    };
+    PairSpan behind = tails ? tail : PairSpan{0, 0, 0};
     if constexpr (Careful) {
       for (int at = lane; at < span.end; at += threads) edge(a[at], b[at], first + at);
+      for (int at = lane; at < behind.end; at += threads) tail_edge(at);
     } else {
       walk(
           span, lane, threads, [&](int at) { s.template add<Full, false>(a[at], b[at], totals); },
           [&](int at) { edge(a[at], b[at], first + at); });
-    }
-    for (int at = lane; tails && at < tail.end; at += threads) {
-      Piece<T> x, y;
-      row.read(x, y, held + at);
-      edge(x, y, held + at);
+      walk(
+          behind, lane, threads,
+          [&](int at) {
+            Piece<T> x, y;
+            row.read_whole(x, y, held + at);
+            s.template add<Full, false>(x, y, totals);
+          },
+          tail_edge);
     }
   }
 
