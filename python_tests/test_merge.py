@@ -5,6 +5,7 @@ import torch
 from merge_cases import check_lists_that_differ_in_one_thing, check_results_are_apart
 
 from adamix_kernels.functional import merge_experts, merge_lora, routed_lora
+from adamix_kernels.ops.merge.api import merge_banks
 
 LOW = (torch.float16, torch.bfloat16)
 DTYPES = (*LOW, torch.float32, torch.float64)
@@ -123,6 +124,29 @@ def test_merge_experts_gradients_in_low_precision(dtype):
     want = torch.autograd.grad((_merge_experts_oracle(*wide) * grad).sum(), wide)
     _assert_rounded_once(got[0], want[0], 1e-6 * want[0].abs())
     torch.testing.assert_close(got[1].double(), want[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("experts", [2, 3, 7, 16])
+def test_the_same_bits_at_any_address(experts, dtype):
+    """A BLAS may sum in another order where its operand is aligned otherwise."""
+
+    def moved(t, by):
+        return torch.cat([t.new_zeros(by), t.flatten()])[by:].view(t.shape)
+
+    def run(bank, scores, grad):
+        leaves = [t.detach().requires_grad_() for t in (bank, scores)]
+        means = merge_banks([bank, bank], [None, scores])
+        return *means, *torch.autograd.grad(merge_experts(*leaves), leaves, grad)
+
+    for size in (1, 5, 31, 1000, 2**16 + 77):
+        bank, scores, grad = (
+            _randn(*shape, dtype=dtype, seed=size) for shape in ((experts, size), (experts,), (size,))
+        )
+        want = run(bank, scores, grad)
+        for by in (1, 3, 8):
+            got = run(moved(bank, by), moved(scores, by), moved(grad, by))
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (size, by)
 
 
 def test_lists_of_banks():

@@ -149,7 +149,7 @@ def _merges(scale: int) -> Iterator[Peak]:
     def mean(title, with_scores, dtype=torch.float32):
         bank, scores = _leaf(experts, 2 * edge, edge, dtype=dtype), _leaf(experts)
         leaves = (bank, scores) if with_scores else (bank,)
-        sizes = dict(M=experts, D=2 * edge * edge, P=min(2 * edge * edge, 2**16), e=dtype.itemsize)
+        sizes = dict(M=experts, D=2 * edge * edge, e=dtype.itemsize)
         return Peak(ak.merge_experts, title, sizes, leaves, lambda backend: ak.merge_experts(*leaves, backend=backend))
 
     def lora(title):
@@ -159,7 +159,7 @@ def _merges(scale: int) -> Iterator[Peak]:
         return Peak(ak.merge_lora, title, sizes, leaves, call)
 
     yield mean("reference, float32", False)
-    yield mean("reference, float32, scores, P elements of an expert at once", True)
+    yield mean("reference, float32, scores", True)
     for dtype in (torch.float32, torch.bfloat16):
         yield mean("triton, cuda", True, dtype)
     yield lora("reference, float32")

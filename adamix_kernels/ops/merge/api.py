@@ -30,8 +30,7 @@ def merge_experts(
     Memory at the peak, in bytes beyond the arguments, for D elements of e bytes an expert; results included:
         triton, cuda: forward `e * D`, backward `e * M * D`
         reference, float32: forward `e * D`, backward `e * (M + 1) * D`
-        reference, float32, scores, P elements of an expert at once: forward `e * D`, backward `e * M * (D + P)`
-    P is at most D and 2**16, or one row if that is more.
+        reference, float32, scores: forward `e * D`, backward `e * M * D`
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device or shape is wrong; the message names it.

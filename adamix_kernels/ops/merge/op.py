@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -62,7 +63,7 @@ def _banks_forward(banks: list[torch.Tensor], scores: list[torch.Tensor | None],
 _KNOWN: dict[Any, Results] = {}
 _MOST_KNOWN = 16
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
-_shape_of = torch.Tensor.shape.__get__
+_shape_of = operator.attrgetter("shape")
 
 
 def banks_directly(
@@ -77,7 +78,7 @@ def banks_directly(
     if not banks or not plain or _watched():
         return None
     # As the optimisers of torch do: {(device, dtype): ...}.
-    groups = torch._C._group_tensors_by_device_and_dtype([banks], False)
+    groups = torch._C._group_tensors_by_device_and_dtype([[*banks]], False)
     if len(groups) > 1:
         return None
     ((device, dtype),) = groups
