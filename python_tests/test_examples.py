@@ -22,14 +22,43 @@ def commands(path):
     return [shlex.split(line) for line in re.findall(r"^ {4}(python .*)$", text, flags=re.MULTILINE)]
 
 
-def run(name):
-    (words,) = [words for words in commands(ROOT / "examples" / f"{name}.py") if "--smoke" in words]
-    assert words == ["python", f"examples/{name}.py", "--smoke"]
+# Programs as Python runs them, one after the other: what they import is imported once.
+PROGRAMS = """
+import runpy, sys, traceback
+
+sys.path[0] = "examples"
+for program in sys.argv[1:]:
+    sys.argv = [program, "--smoke"]
+    print(f"<<<{program}", flush=True)
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except BaseException:
+        traceback.print_exc(file=sys.stdout)
+    print(">>>", flush=True)
+"""
+
+
+def python(*words):
+    """What a process printed that came to its end, without a GPU."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def smoke(name):
+    (words,) = [words for words in commands(ROOT / "examples" / f"{name}.py") if "--smoke" in words]
+    assert words == ["python", f"examples/{name}.py", "--smoke"]
+    return words[1:]
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """By the program's name, for all but glue."""
+    programs = [smoke(name)[0] for name in NAMES if name != "glue"]
+    out = python("-c", PROGRAMS, *programs)
+    return {Path(name).stem: text for name, text in re.findall(r"^<<<(\S+)\n(.*?)^>>>$", out, re.DOTALL | re.MULTILINE)}
 
 
 def test_these_are_the_examples():
@@ -37,35 +66,39 @@ def test_these_are_the_examples():
 
 
 def test_glue():
-    out = run("glue")
+    out = python(*smoke("glue"))
     assert float(re.search(r"dev accuracy (\S+) on 48 texts", out)[1]) > 0.65
     assert "one plain adapter a layer: " in out
 
 
-def test_nlg():
-    out = run("nlg")
+def test_nlg(printed):
+    out = printed["nlg"]
+    assert "Traceback" not in out, out
     assert 0 < float(re.search(r"dev loss (\S+)", out)[1]) < 3.2  # ln 28, a blind guess, is 3.33
     assert len(re.findall(r"^name : \w+ \| food : \w+\n    -> .+$", out, flags=re.MULTILINE)) == 2
 
 
-def test_e2e_from_scratch():
-    out = run("e2e_from_scratch")
+def test_e2e_from_scratch(printed):
+    out = printed["e2e_from_scratch"]
+    assert "Traceback" not in out, out
     before = float(re.search(r'^before adapting: .*"loss": (\S+)}$', out, flags=re.MULTILINE)[1])
     after = [float(loss) for loss in re.findall(r'^\S+ 0 {.*"loss": (\S+)}}$', out, flags=re.MULTILINE)]
     assert len(after) == 2
     assert max(after) < before - 0.1
 
 
-def test_fewshot():
-    out = run("fewshot")
+def test_fewshot(printed):
+    out = printed["fewshot"]
+    assert "Traceback" not in out, out
     accuracies = [float(value) for value in re.findall(r"^seed \d: accuracy (\S+)$", out, flags=re.MULTILINE)]
     mean = float(re.search(r"^mean (\S+), standard deviation \S+, 48 texts$", out, flags=re.MULTILINE)[1])
     assert len(accuracies) == 2
     assert mean == pytest.approx(sum(accuracies) / 2, abs=1e-4)
 
 
-def test_serve_mixed_domains():
-    out = run("serve_mixed_domains")
+def test_serve_mixed_domains(printed):
+    out = printed["serve_mixed_domains"]
+    assert "Traceback" not in out, out
     rows = re.findall(r"^(\w+): accuracy (\S+); (\d+) of (\d+) predictions as when served alone$", out, re.MULTILINE)
     assert [name for name, *_ in rows] == ["plain", "ironic"]
     # What is good in one domain is bad in the other: experts that saw both could not be right in both.
@@ -76,8 +109,8 @@ def test_serve_mixed_domains():
 def test_printed_flags_are_read(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     module = importlib.import_module(name)
-    printed = [words for words in commands(ROOT / "examples" / f"{name}.py") if "--smoke" not in words]
-    assert printed
-    for words in printed:
+    others = [words for words in commands(ROOT / "examples" / f"{name}.py") if "--smoke" not in words]
+    assert others
+    for words in others:
         assert words[:2] == ["python", f"examples/{name}.py"]
         assert module.parse(words[2:])

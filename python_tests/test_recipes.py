@@ -9,7 +9,15 @@ import pytest
 
 from adamix_kernels import AdaMixConfig
 from adamix_kernels._extras import install_line
-from adamix_kernels.recipes import append_row, expand_methods, load_recipe, parse_method, read_rows, recipe_names
+from adamix_kernels.recipes import (
+    append_row,
+    expand_methods,
+    load_recipe,
+    parse_method,
+    read_rows,
+    recipe_names,
+    run_recipe,
+)
 from adamix_kernels.recipes.methods import ablations, learning_rate
 from adamix_kernels.recipes.metrics import TOKENS, _caption, label_scores, text_scores
 from adamix_kernels.recipes.summary import group_rows, markdown, write_summary
@@ -94,6 +102,8 @@ def test_a_recipe_of_ones_own(tmp_path):
     for name, value in (("learning_rate", 0), ("num_train_epochs", "abc"), ("per_device_train_batch_size", None)):
         with pytest.raises(ValueError, match=f"training.{name}: got {value!r}, expected a number above 0"):
             recipe.changed({f"training.{name}": value})
+    with pytest.raises(ValueError, match="training: got no learning_rate, expected learning_rate, num_train_epochs"):
+        run_recipe(recipe.changed({"training": {}}), [], [], tmp_path / "rows.jsonl")
     text = load_recipe("nlg/lora/e2e")
     for key, value in (("normalise", True), ("tokens", "bpe")):
         with pytest.raises(ValueError, match=f"generation: got .*{key}.*, expected some of beams"):

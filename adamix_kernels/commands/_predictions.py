@@ -55,7 +55,7 @@ class Lines:
     Attributes: count: rows in the file that this run wrote or found there.
 
     Raises ValueError for a name that does not end in .jsonl, a file that is there and may neither be replaced nor gone
-    on with, or one that is of other texts or another run.
+    on with, or one that is of other texts or another run; OSError where nothing may be written.
     """
 
     def __init__(self, path: str, overwrite: bool = False, resume: bool = False):

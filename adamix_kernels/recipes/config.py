@@ -55,7 +55,7 @@ class Recipe:
         source: where the numbers come from.
 
     Raises ValueError for a kind, metric, evaluation, selection or setting of generation that is none of these, for a
-    training without a learning rate, epochs and a batch, and for wrong AdaMix fields.
+    learning rate, epochs or a batch that is no number above 0, and for wrong AdaMix fields.
     """
 
     name: str
@@ -99,8 +99,7 @@ class Recipe:
                 f"generation: got {self.generation!r}, expected some of {', '.join(GENERATION)}, tokens being one of "
                 f"{', '.join(TOKENS)}"
             )
-        for name in NUMBERS:
-            number = self.training.get(name)
+        for name, number in ((name, self.training[name]) for name in NUMBERS if name in self.training):
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
                 raise ValueError(f"training.{name}: got {number!r}, expected a number above 0")
         if self.kind == "prompt" and not {"template", "words"} <= set(self.prompt):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import processes
-from .config import Recipe
+from .config import NUMBERS, Recipe
 from .methods import Method, check_available, learning_rate
 from .problems import PROBLEMS
 from .problems import Limits as Limits
@@ -45,10 +45,15 @@ def run_recipe(
     A method that cannot run on this recipe (NotImplementedError) leaves a row whose `skipped` says why, and is tried
     again the next time. Seeds run in the outer loop, so that an interrupted run has compared all methods on the same
     seeds.
+
+    Raises ValueError for a recipe whose training has no learning rate, epochs or batch.
     """
     from tqdm.auto import tqdm
 
     limits = Limits() if limits is None else limits
+    absent = [name for name in NUMBERS if name not in recipe.training]
+    if absent:
+        raise ValueError(f"training: got no {absent[0]}, expected {', '.join(NUMBERS)} in it")
     processes.join(bool(recipe.training.get("use_cpu", False)))
     done = processes.agree({row.get("key"): row for row in read_rows(results)} if processes.is_main() else {})
     wanted = [(seed, method, run_identity(recipe, method, seed, limits)) for seed in seeds for method in methods]
