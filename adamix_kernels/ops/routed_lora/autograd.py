@@ -105,7 +105,8 @@ def gradients(
     if not any(needs):
         return None, None, None
     x = saved[0]
-    rows = grad_out if grad_out.dim() == 3 else grad_out.reshape(*x.shape[:2], grad_out.shape[-1])
+    same = grad_out.shape[:-1] == x.shape[:-1]
+    rows = grad_out if same else grad_out.reshape(*x.shape[:2], grad_out.shape[-1])
     arguments = (rows, *saved, *needs, *options)
     made = None if direct is None else direct(*arguments[:-1])
     dx, da, db = routed_lora_backward_op(*arguments) if made is None else made

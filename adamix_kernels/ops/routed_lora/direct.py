@@ -105,7 +105,7 @@ def _run(plan: Any, inplace: bool, tensors: tuple[Any, ...], options: tuple[Any,
         made: tuple[torch.Tensor, ...] | None = plan(*tensors)
         return dispatched(routed_lora_op, *tensors, *options) if made is None else made
     x, base = tensors[0], tensors[5]
-    rows = base if base.dim() == 3 else base.view(*x.shape[:2], base.shape[-1])
+    rows = base if base.shape[:-1] == x.shape[:-1] else base.view(*x.shape[:2], base.shape[-1])
     made = plan(*tensors[:5], rows, tensors[6])
     if made is None:
         return base, dispatched(routed_lora_inplace_op, *tensors, *options)
