@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,8 +17,9 @@ from adamix_kernels.ops.merge.api import merge_banks
 from . import host_driver
 
 BACKENDS = ("triton", "cuda")
-# Few enough features that allocating costs what it costs on a GPU, enough rows that a backward splits them in parts.
-BATCH, TOKENS, HIDDEN, RANK, EXPERTS, DTYPE = 32, 128, 64, 16, 4, torch.bfloat16
+# Tensors so small that malloc costs what a GPU's caching allocator does (it tidies up after a block of 64 KiB), rows so
+# many that a backward sums them in parts, by a launch more.
+BATCH, TOKENS, HIDDEN, RANK, EXPERTS, DTYPE = 8, 128, 16, 8, 2, torch.bfloat16
 # Kernels launched by a backend in this process so far.
 _COUNTS: dict[str, Callable[[], int]] = {}
 
@@ -80,7 +83,8 @@ class _CudaLaunches:
 
 def cases(backend: str) -> Iterator[HostCase]:
     """Every measured call of `backend`; where a backward is part of it, of every floating argument."""
-    for name, call, least, most in (*_adapter(backend), *_lora(backend), *_loss(backend), *_merge(backend)):
+    made = (*_adapter(backend), *_lora(backend), *_loss(backend), *_merge(backend), *_floor())
+    for name, call, least, most in made:
         yield HostCase(name, call, _COUNTS[backend], least, most)
 
 
@@ -92,7 +96,7 @@ def _adapter(backend: str) -> Iterator[Call]:
     banks = _randn(EXPERTS, RANK, HIDDEN), _randn(EXPERTS, RANK), _randn(1, HIDDEN, RANK), _randn(1, HIDDEN)
     index = torch.zeros(BATCH, dtype=torch.int64)
 
-    def call() -> torch.Tensor:
+    def call(x: torch.Tensor, *banks: torch.Tensor) -> torch.Tensor:
         return routed_adapter(x, *banks, index, None, residual=x, backend=backend)
 
     yield from _modes("routed_adapter", call, (x, *banks), backward=3)
@@ -104,20 +108,21 @@ def _lora(backend: str) -> Iterator[Call]:
     a, b = _randn(EXPERTS, 2 * RANK, HIDDEN), _randn(1, 2 * HIDDEN, RANK)
     index = torch.zeros(BATCH, dtype=torch.int64)
 
-    def call(target: torch.Tensor, inplace: bool) -> torch.Tensor:
+    def call(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+        target = base.detach() if inplace else base
         return routed_lora(
             x, a, b, index, None, base=target, scaling=0.5, groups=2, output_offsets=(0, 2 * HIDDEN), inplace=inplace,
             backend=backend,
         )  # fmt: skip
 
-    yield from _modes("routed_lora", lambda: call(base, False), (x, a, b), backward=3)
-    yield from _modes("routed_lora, in place", lambda: call(base.detach(), True), (x, a, b), backward=3)
+    yield from _modes("routed_lora", call, (x, a, b), backward=3)
+    yield from _modes("routed_lora, in place", functools.partial(call, inplace=True), (x, a, b), backward=3)
 
 
 def _loss(backend: str) -> Iterator[Call]:
     logits, labels = _randn(64, 2), torch.zeros(32, dtype=torch.int64)
 
-    def call() -> torch.Tensor:
+    def call(logits: torch.Tensor) -> torch.Tensor:
         return adamix_loss(logits, labels, backend=backend).loss
 
     yield from _modes("adamix_loss 64x2", call, (logits,), backward=1)
@@ -129,28 +134,43 @@ def _merge(backend: str) -> Iterator[Call]:
     yield "merge_banks, 96 banks", lambda: merge_banks(banks, [None] * len(banks), backend=backend), 1, 1
 
 
+class _Nothing(torch.autograd.Function):
+    """What PyTorch alone takes for a Function of an adapter's tensors: new memory for the output and each gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *banks: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, *banks)
+        return x.new_empty(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(t.new_empty(t.shape) for t in ctx.saved_tensors)
+
+
+def _floor() -> Iterator[Call]:
+    x = _randn(BATCH, TOKENS, HIDDEN)
+    banks = _randn(EXPERTS, RANK, HIDDEN), _randn(EXPERTS, RANK), _randn(1, HIDDEN, RANK), _randn(1, HIDDEN)
+    leaves = [t.requires_grad_() for t in (x, *banks)]
+    gradient = torch.ones_like(x)
+    yield "a Function of routed_adapter's tensors, forward with grad", functools.partial(_Nothing.apply, *leaves), 0, 0
+    both = functools.partial(_both, _Nothing.apply, leaves, gradient)
+    yield "a Function of routed_adapter's tensors, forward + backward", both, 0, 0
+
+
 def _modes(
-    name: str, forward: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor], backward: int
+    name: str, forward: Callable[..., torch.Tensor], arguments: Sequence[torch.Tensor], backward: int
 ) -> Iterator[Call]:
-    """The forward alone, the forward that autograd records, and that with its backward."""
-    out = forward()
-    gradient = torch.ones_like(out)
-
-    def alone() -> None:
-        with torch.no_grad():
-            forward()
-
-    def recorded() -> None:
-        forward()
-
-    def both() -> None:
-        torch.autograd.grad(forward(), leaves, gradient)
-
-    for leaf in leaves:
-        leaf.requires_grad_()
-    yield f"{name}, forward", alone, 1, 2
-    yield f"{name}, forward with grad", recorded, 1, 2
+    """The forward alone, the forward that autograd records, and that with its backward of every argument."""
+    leaves = [t.clone().requires_grad_() for t in arguments]
+    gradient = torch.ones_like(forward(*arguments))
+    yield f"{name}, forward", functools.partial(forward, *arguments), 1, 2
+    yield f"{name}, forward with grad", functools.partial(forward, *leaves), 1, 2
+    both = functools.partial(_both, forward, leaves, gradient)
     yield f"{name}, forward + backward", both, 1 + backward, 2 + backward
+
+
+def _both(forward: Callable[..., torch.Tensor], leaves: Sequence[torch.Tensor], gradient: torch.Tensor) -> None:
+    torch.autograd.grad(forward(*leaves), leaves, gradient)
 
 
 def _randn(*shape: int) -> torch.Tensor:

@@ -105,6 +105,7 @@ class Lora:
         "scaling": (1, 1.0, 2.0, 0.0, -0.0), "dropout_p": (0, 0.0, 0.1, 0.5), "seed": (1, 2, "tensor"),
         "contiguous": (True, False), "offset": (0, 1, 8), "needs": ("xab", "x", "a", "b", "ab", ""),
         "tf32": (False, True), "inplace": (False, True), "gradient": ("contiguous", "expanded"),
+        "owner": ("base", "flat", "turned"),
     }  # fmt: skip
 
     def arguments(self, p):
@@ -127,12 +128,19 @@ class Lora:
         return [x, lora_a, lora_b, index(p["a_index"]), index(p["b_index"])], {
             "base": made((p["batch"], p["tokens"], width), p["dtype"]) if with_base else None,
             "scaling": p["scaling"], "groups": groups, "output_offsets": offsets, "dropout_p": p["dropout_p"],
-            "seed": seed, "inplace": p["inplace"],
+            "seed": seed, "inplace": p["inplace"], "owner": p["owner"],
         }  # fmt: skip
 
     def run(self, arguments, options):
+        options = dict(options)
+        owner = options.pop("owner")
         if options["inplace"]:
-            options = {**options, "base": options["base"].detach()}
+            # What base is a view of, as a layer's output is.
+            batch, tokens, width = options["base"].shape
+            whole = (
+                options["base"].view(*{"base": (batch,), "flat": (), "turned": (tokens,)}[owner], -1, width).detach()
+            )
+            options["base"] = whole if owner == "base" else whole.view(batch, tokens, width)
         return routed_lora(*arguments, **options, backend="triton")
 
 

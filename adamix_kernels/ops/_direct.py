@@ -88,12 +88,11 @@ def served(op: str, backend: str, tensors: tuple[Any, ...], checked: bool) -> An
     found = _SERVED.get(key)
     if found is None and checked and key not in _SERVED:
         found = _SERVED.keep(key, getattr(select(op, backend, x.device, x.dtype), "direct", None))
-    return found if found is not None and PLAIN.issuperset(map(type, tensors)) else None
+    return found if PLAIN.issuperset(map(type, tensors)) else None
 
 
-def autocasts() -> bool:
-    """Whether autocast is on for any device."""
-    return bool(torch._C._is_any_autocast_enabled())
+# Whether autocast is on for any device.
+autocasts = torch._C._is_any_autocast_enabled
 
 
 def below_autograd() -> bool:

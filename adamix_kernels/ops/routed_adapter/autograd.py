@@ -47,44 +47,35 @@ class RoutedAdapterFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor, _grad_pre: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad_out is None:
             return (None,) * 11
-        return gradients(ctx, grad_out, ctx.needs_input_grad[:8], _dispatched)
-
-
-def _dispatched(_: Any, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-    return routed_adapter_backward_op(*arguments)
+        needs = ctx.needs_input_grad
+        grads = gradients(grad_out, ctx.saved_tensors, needs[:5], ctx.options, None)
+        return *grads, None, None, grad_out if needs[7] else None, None, None, None
 
 
 def gradients(
-    ctx: Any,
     grad_out: torch.Tensor,
+    saved: tuple[torch.Tensor, ...],
     needs: tuple[bool, ...],
-    backward: Callable[[Any, tuple[Any, ...]], tuple[torch.Tensor, ...]],
+    options: tuple[Any, ...],
+    direct: Callable[..., tuple[torch.Tensor, ...] | None] | None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Of each of the op's arguments. needs: for x to residual. backward(ctx, the backward op's arguments)."""
-    x, pre, down_weight, up_weight, down_index, up_index = ctx.saved_tensors
-    need_x, need_wd, need_bd, need_wu, need_bu, _, _, need_residual = needs
+    """Of x, down_weight, down_bias, up_weight and up_bias, those in `needs`.
+
+    options: add_input, activation, backend. direct: a backend's backward, asked first; None from it: ask the op.
+    """
+    need_x, need_wd, need_bd, need_wu, need_bu = needs
     need_down, need_up = need_wd or need_bd, need_wu or need_bu
-    dx = dwd = dbd = dwu = dbu = None
-    if need_x or need_down or need_up:
-        dx, dwd, dbd, dwu, dbu = backward(
-            ctx,
-            (
-                grad_out, x, pre, down_weight, up_weight, down_index, up_index, need_x, need_down, need_up,
-                *ctx.options,
-            ),
-        )  # fmt: skip
+    if not (need_x or need_down or need_up):
+        return None, None, None, None, None
+    arguments = (grad_out, *saved, need_x, need_down, need_up, *options)
+    made = None if direct is None else direct(*arguments[:-1])
+    dx, dwd, dbd, dwu, dbu = routed_adapter_backward_op(*arguments) if made is None else made
     return (
         dx if need_x else None,
         dwd if need_wd else None,
         dbd if need_bd else None,
         dwu if need_wu else None,
         dbu if need_bu else None,
-        None,
-        None,
-        grad_out if need_residual else None,
-        None,
-        None,
-        None,
     )
 
 

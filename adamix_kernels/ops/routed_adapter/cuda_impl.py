@@ -55,12 +55,12 @@ class _Direct:
 
     def find(self, *arguments: Any) -> Any:
         options = arguments[8:]
-        return lambda *tensors: _ops.routed_adapter_forward(*tensors, *options)
+        return lambda *tensors: _ops.routed_adapter_forward.default(*tensors, *options)
 
     make = find
 
     def backward(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        grads: tuple[torch.Tensor, ...] = _ops.routed_adapter_backward(*arguments)
+        grads: tuple[torch.Tensor, ...] = _ops.routed_adapter_backward.default(*arguments)
         return grads
 
 

@@ -19,7 +19,7 @@ from .. import _checks
 from .._direct import applied, below_autograd, differentiable_once, may_be_direct, served
 from .._library import below_autograd as dispatched
 from .autograd import gradients
-from .op import routed_adapter_backward_op, routed_adapter_op
+from .op import routed_adapter_op
 
 
 def call(
@@ -64,7 +64,7 @@ def call(
         ):
             if below_autograd():
                 return None
-            out: torch.Tensor = _apply(plan, direct, *tensors, add_input, kind, backend)
+            out: torch.Tensor = _apply(plan, (direct, add_input, kind, backend), *tensors)
             return out
         made = plan(*tensors)
         return None if made is None else made[0]
@@ -76,13 +76,13 @@ def call(
 
 
 class DirectRoutedAdapter(torch.autograd.Function):
-    """RoutedAdapterFunction on a plan; it saves the same tensors."""
+    """RoutedAdapterFunction on a plan; it saves the same tensors. how: (direct, add_input, activation, backend)."""
 
     @staticmethod
     def forward(
         ctx: Any,
         plan: Any,
-        direct: Any,
+        how: tuple[Any, ...],
         x: torch.Tensor,
         down_weight: torch.Tensor,
         down_bias: torch.Tensor | None,
@@ -91,18 +91,14 @@ class DirectRoutedAdapter(torch.autograd.Function):
         down_index: torch.Tensor | None,
         up_index: torch.Tensor | None,
         residual: torch.Tensor | None,
-        add_input: bool,
-        activation: str,
-        backend: str,
     ) -> torch.Tensor:
         tensors = x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual
         made = plan(*tensors)
         if made is None:
-            made = dispatched(routed_adapter_op, *tensors, add_input, activation, backend)
+            made = dispatched(routed_adapter_op, *tensors, *how[1:])
         out: torch.Tensor = made[0]
         ctx.save_for_backward(x, made[1], down_weight, up_weight, down_index, up_index)
-        ctx.options = (add_input, activation, backend)
-        ctx.direct = direct
+        ctx.how = how
         ctx.set_materialize_grads(False)
         return out
 
@@ -110,13 +106,14 @@ class DirectRoutedAdapter(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
         if grad_out is None:
-            return (None,) * 13
-        return None, None, *gradients(ctx, grad_out, ctx.needs_input_grad[2:10], _backward)
+            return (None,) * 10
+        _, _, need_x, need_wd, need_bd, need_wu, need_bu, _, _, need_residual = ctx.needs_input_grad
+        direct, add_input, activation, backend = ctx.how
+        grads = gradients(
+            grad_out, ctx.saved_tensors, (need_x, need_wd, need_bd, need_wu, need_bu), (add_input, activation, backend),
+            direct.backward if may_be_direct() else None,
+        )  # fmt: skip
+        return None, None, *grads, None, None, grad_out if need_residual else None
 
 
 _apply = applied(DirectRoutedAdapter)
-
-
-def _backward(ctx: Any, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-    made: tuple[torch.Tensor, ...] | None = ctx.direct.backward(*arguments[:-1]) if may_be_direct() else None
-    return routed_adapter_backward_op(*arguments) if made is None else made

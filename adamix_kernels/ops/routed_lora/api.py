@@ -111,7 +111,7 @@ def routed_lora(
                 checked, drawn, functools.partial(_check_inplace, given, x, lora_a, lora_b),
             )  # fmt: skip
             if out is not None:
-                return out.view(base.shape) if base is not None and out.dim() != 3 else out
+                return out if base is None or out.shape == base.shape else out.view(base.shape)
     target = _check_inplace(given, x, lora_a, lora_b) if inplace else base
     key = drawn() if dropout_p > 0 else None
     arguments = (x, lora_a, lora_b, a_index, b_index, target, key, scaling, groups, offsets, dropout_p, backend)

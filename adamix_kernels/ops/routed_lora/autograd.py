@@ -45,7 +45,7 @@ class RoutedLoRAFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor, _grad_t: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        return gradients(ctx, grad_out, ctx.needs_input_grad[:6], _dispatched) if grad_out is not None else (None,) * 12
+        return _of_arguments(ctx, grad_out)
 
 
 class RoutedLoRAInPlaceFunction(torch.autograd.Function):
@@ -80,42 +80,37 @@ class RoutedLoRAInPlaceFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return gradients(ctx, grad_out, ctx.needs_input_grad[:6], _dispatched) if grad_out is not None else (None,) * 12
+        return _of_arguments(ctx, grad_out)
 
 
-def _dispatched(_: Any, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-    return routed_lora_backward_op(*arguments)
+def _of_arguments(ctx: Any, grad_out: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 12
+    needs = ctx.needs_input_grad
+    grads = gradients(grad_out, ctx.saved_tensors, needs[:3], ctx.options, None)
+    return *grads, None, None, grad_out if needs[5] else None, None, None, None, None, None, None
 
 
 def gradients(
-    ctx: Any,
     grad_out: torch.Tensor,
+    saved: tuple[torch.Tensor, ...],
     needs: tuple[bool, ...],
-    backward: Callable[[Any, tuple[Any, ...]], tuple[torch.Tensor, ...]],
+    options: tuple[Any, ...],
+    direct: Callable[..., tuple[torch.Tensor, ...] | None] | None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Of each of the op's arguments. needs: for x to base. backward(ctx, the backward op's arguments)."""
-    x, t, lora_a, lora_b, a_index, b_index, seed = ctx.saved_tensors
-    need_x, need_a, need_b, _, _, need_base = needs
-    dx = da = db = None
-    if need_x or need_a or need_b:
-        rows = grad_out if grad_out.dim() == 3 else grad_out.reshape(*x.shape[:2], grad_out.shape[-1])
-        dx, da, db = backward(
-            ctx, (rows, x, t, lora_a, lora_b, a_index, b_index, seed, need_x, need_a, need_b, *ctx.options)
-        )
-    return (
-        dx if need_x else None,
-        da if need_a else None,
-        db if need_b else None,
-        None,
-        None,
-        grad_out if need_base else None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
+    """Of x, lora_a and lora_b, those in `needs`.
+
+    options: scaling to backend. direct: a backend's backward, asked first; None from it: ask the op.
+    """
+    if not any(needs):
+        return None, None, None
+    x = saved[0]
+    same = grad_out.shape[:-1] == x.shape[:-1]
+    rows = grad_out if same else grad_out.reshape(*x.shape[:2], grad_out.shape[-1])
+    arguments = (rows, *saved, *needs, *options)
+    made = None if direct is None else direct(*arguments[:-1])
+    dx, da, db = routed_lora_backward_op(*arguments) if made is None else made
+    return dx if needs[0] else None, da if needs[1] else None, db if needs[2] else None
 
 
 differentiate(routed_lora_op, RoutedLoRAFunction)

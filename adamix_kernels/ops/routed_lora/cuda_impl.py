@@ -69,10 +69,10 @@ class _Direct:
     def find(self, inplace: bool, *arguments: Any) -> Any:
         options = arguments[7:]
         if not inplace:
-            return lambda *tensors: _ops.routed_lora_forward(*tensors, *options)
+            return lambda *tensors: _ops.routed_lora_forward.default(*tensors, *options)
         if not self._inplace.get(_key(arguments)):
             return None
-        return lambda *tensors: (_ops.routed_lora_forward_(*tensors, *options),)
+        return lambda *tensors: (_ops.routed_lora_forward_.default(*tensors, *options),)
 
     def make(self, inplace: bool, *arguments: Any) -> Any:
         if inplace:
@@ -80,7 +80,7 @@ class _Direct:
         return self.find(inplace, *arguments)
 
     def backward(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        grads: tuple[torch.Tensor, ...] = _ops.routed_lora_backward(*arguments)
+        grads: tuple[torch.Tensor, ...] = _ops.routed_lora_backward.default(*arguments)
         return grads
 
 

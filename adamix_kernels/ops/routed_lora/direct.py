@@ -23,7 +23,7 @@ from .. import _checks
 from .._direct import applied, below_autograd, differentiable_once, may_be_direct, served
 from .._library import below_autograd as dispatched
 from .autograd import gradients
-from .op import routed_lora_backward_op, routed_lora_inplace_op, routed_lora_op
+from .op import routed_lora_inplace_op, routed_lora_op
 
 _NUMBERS = (int, float)
 
@@ -83,7 +83,7 @@ def call(
             if below_autograd():
                 return None
             out: torch.Tensor = _apply(
-                plan, direct, x, lora_a, lora_b, a_index, b_index, written, drawn, *options, backend, inplace
+                plan, (direct, inplace, *options, backend), x, lora_a, lora_b, a_index, b_index, written, drawn
             )
             return out
         return _run(plan, inplace, (x, lora_a, lora_b, a_index, b_index, written, drawn), (*options, backend))[0]
@@ -105,7 +105,7 @@ def _run(plan: Any, inplace: bool, tensors: tuple[Any, ...], options: tuple[Any,
         made: tuple[torch.Tensor, ...] | None = plan(*tensors)
         return dispatched(routed_lora_op, *tensors, *options) if made is None else made
     x, base = tensors[0], tensors[5]
-    rows = base if base.dim() == 3 else base.view(*x.shape[:2], base.shape[-1])
+    rows = base if base.shape[:-1] == x.shape[:-1] else base.view(*x.shape[:2], base.shape[-1])
     made = plan(*tensors[:5], rows, tensors[6])
     if made is None:
         return base, dispatched(routed_lora_inplace_op, *tensors, *options)
@@ -116,13 +116,16 @@ def _run(plan: Any, inplace: bool, tensors: tuple[Any, ...], options: tuple[Any,
 
 
 class DirectRoutedLoRA(torch.autograd.Function):
-    """RoutedLoRAFunction on a plan or, if inplace, RoutedLoRAInPlaceFunction; it saves the same tensors."""
+    """RoutedLoRAFunction on a plan or, if inplace, RoutedLoRAInPlaceFunction; it saves the same tensors.
+
+    how: (direct, inplace, scaling, groups, offsets, dropout_p, backend).
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         plan: Any,
-        direct: Any,
+        how: tuple[Any, ...],
         x: torch.Tensor,
         lora_a: torch.Tensor,
         lora_b: torch.Tensor,
@@ -130,20 +133,12 @@ class DirectRoutedLoRA(torch.autograd.Function):
         b_index: torch.Tensor | None,
         base: torch.Tensor | None,
         seed: torch.Tensor | None,
-        scaling: float,
-        groups: int,
-        offsets: tuple[int, ...],
-        dropout_p: float,
-        backend: str,
-        inplace: bool,
     ) -> torch.Tensor:
-        options = scaling, groups, offsets, dropout_p, backend
-        out, t = _run(plan, inplace, (x, lora_a, lora_b, a_index, b_index, base, seed), options)
-        if inplace:
+        out, t = _run(plan, how[1], (x, lora_a, lora_b, a_index, b_index, base, seed), how[2:])
+        if how[1]:
             ctx.mark_dirty(base)
         ctx.save_for_backward(x, t, lora_a, lora_b, a_index, b_index, seed)
-        ctx.options = options
-        ctx.direct = direct
+        ctx.how = how
         ctx.set_materialize_grads(False)
         return out
 
@@ -151,13 +146,11 @@ class DirectRoutedLoRA(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
         if grad_out is None:
-            return (None,) * 15
-        return None, None, *gradients(ctx, grad_out, ctx.needs_input_grad[2:8], _backward), None
+            return (None,) * 9
+        _, _, need_x, need_a, need_b, _, _, need_base, _ = ctx.needs_input_grad
+        direct = ctx.how[0].backward if may_be_direct() else None
+        grads = gradients(grad_out, ctx.saved_tensors, (need_x, need_a, need_b), ctx.how[2:], direct)
+        return None, None, *grads, None, None, grad_out if need_base else None, None
 
 
 _apply = applied(DirectRoutedLoRA)
-
-
-def _backward(ctx: Any, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-    made: tuple[torch.Tensor, ...] | None = ctx.direct.backward(*arguments[:-1]) if may_be_direct() else None
-    return routed_lora_backward_op(*arguments) if made is None else made
