@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import INTERPRETING
-from .pieces import finite_top
+from .pieces import finite_top, pinned
 
 # In float32.
 LOG2E = tl.constexpr(1.4426950216293335)
@@ -125,15 +125,15 @@ def join(
     else:
         total = sum_a
     if EXACT:
-        log_a = tl.log(sum_a)
-        log_b = tl.log(sum_b)
+        log_a = pinned(tl.log(sum_a))
+        log_b = pinned(tl.log(sum_b))
         sound = max_a == max_a
     else:
         # What `powers` rounded off is in every term.
         more_a = fused(max_a, LOG2E, -powers(max_a))
         more_b = fused(max_b, LOG2E, -powers(max_b))
-        log_a = (tl.log2(sum_a) - more_a) * LN2
-        log_b = (tl.log2(sum_b) - more_b) * LN2
+        log_a = pinned((tl.log2(sum_a) - more_a) * LN2)
+        log_b = pinned((tl.log2(sum_b) - more_b) * LN2)
         mean_p = (mean_p - (more_a - more_b)) * LN2
         mean_q = (mean_q - (more_a - more_b)) * LN2
         total = (total - V * more_a) * LN2

@@ -42,6 +42,12 @@ def finite_top(top):
 
 
 @triton.jit
+def pinned(x):
+    """x, a product that no compiler makes part of a multiply-add: the backward reads it from memory, rounded."""
+    return tl.minimum(x, 3e38, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def label_logit(a, at_a, label, counted, V):
     """NaN for a label out of range, which reads nothing."""
     known = counted & (label >= 0) & (label < V)
@@ -145,7 +151,8 @@ def pair_grads(
         ga = half * gap
         gb = -ga
     if ENTROPY:
-        ga += share * p
+        # Of two products that are added, either could be part of a multiply-add.
+        ga = tl.fma(p, share, ga)
         if SMOOTH:
             ga -= flat
     return ga, gb

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
-from .pieces import finite_top, means, pair_grads, point
+from .pieces import finite_top, means, pair_grads, pinned, point
 
 
 @triton.jit
@@ -40,8 +40,8 @@ def statistics(x, y, here, SMOOTH: tl.constexpr):
     total = sum_a
     if SMOOTH:
         total = tl.sum(tl.where(here, x, 0.0), axis=1)
-    log_a = tl.log(sum_a)
-    log_b = tl.log(sum_b)
+    log_a = pinned(tl.log(sum_a))
+    log_b = pinned(tl.log(sum_b))
     pair = 0.5 * (mean_p - mean_q)
     return top_a, top_b, log_a, log_b, mean_p - (log_a - log_b), mean_q - (log_a - log_b), pair, total
 
@@ -61,7 +61,7 @@ def tile_grads(
 ):  # fmt: skip
     """Gradients on a and b; share, half [ROWS]: coefficient of the cross-entropy, and half of J's."""
     p, q, gap, d = point(x, y, top_a[:, None], top_b[:, None], log_a[:, None], log_b[:, None], FULL)
-    flat = (share * (smoothing / V))[:, None]
+    flat = pinned(share * (smoothing / V))[:, None]
     ga, gb = pair_grads(
         p, q, gap, d, share[:, None], half[:, None], mean_p[:, None], mean_q[:, None], flat, ENTROPY, FULL, SMOOTH
     )

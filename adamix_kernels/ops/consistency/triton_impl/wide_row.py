@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ...._triton_utils import narrow
 from .lanes import LOG2E, LOWEST, fold, join, lane_grads, plain, slopes
-from .pieces import means, pair_grads, point
+from .pieces import means, pair_grads, pinned, point
 
 
 @triton.jit
@@ -174,9 +174,11 @@ def _write(
 ):  # fmt: skip
     """A row's gradients; a and b, da + to_a and db + to_b: where its first whole vectors lie."""
     off = tile(COLS, VECTOR)
-    flat = share * (smoothing / V)
+    flat = pinned(share * (smoothing / V))
     low_a, low_b, half_p, half_q, at_p, at_q = slopes(top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, FULL)
-    for start in tl.range(0, whole, COLS, num_stages=STAGES):
+    # Backwards: what was read last is in L2 most likely.
+    for gone in tl.range(0, whole, COLS, num_stages=STAGES):
+        start = whole - COLS - gone
         x = load_tile(a, start, None, COLS, VECTOR, ALIGNED)
         y = load_tile(b, start, None, COLS, VECTOR, ALIGNED)
         ga, gb = _grads(
