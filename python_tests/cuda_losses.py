@@ -10,7 +10,7 @@ from poison import poisoned_memory
 
 OPS = torch.ops.adamix_cuda
 # (compute capability, bytes of shared memory) of the device that the CPU stands for; on a GPU it is what it is.
-HOPPER, SMALL_HOPPER, TINY_HOPPER, SMALL_AMPERE = (90, 232448), (90, 23400), (90, 15200), (80, 7000)
+HOPPER, SMALL_HOPPER, TINY_HOPPER, SMALL_AMPERE = (90, 232448), (90, 23600), (90, 15400), (80, 7000)
 randn = functools.partial(loss_cases.randn, DEVICE)
 draw_labels = functools.partial(loss_cases.draw_labels, DEVICE)
 draw_mask = functools.partial(loss_cases.draw_mask, DEVICE)
@@ -75,5 +75,5 @@ SHAPES = {
     "8 blocks": ((1, 3), 3079, TINY_HOPPER, "cluster of 8"),
     "tail": ((2, 3), 1031, SMALL_AMPERE, "tail"),
     "mostly tail": ((2,), 5003, SMALL_AMPERE, "tail"),
-    "nothing resident": ((5,), 20, (80, 2900), "all tail"),
+    "nothing resident": ((5,), 20, (80, 3000), "all tail"),
 }

@@ -2,10 +2,12 @@
 
 # ruff: noqa: E402 (the module is skipped where the kernels cannot run)
 
+import contextlib
+
 import pytest
 import torch
 import torch._dynamo.testing
-from cuda_host import DEVICE, DTYPES, needs_cuda
+from cuda_host import DEVICE, DTYPES, ON_HOST, needs_cuda
 
 needs_cuda()
 
@@ -23,6 +25,7 @@ from cuda_losses import (
 
 from adamix_kernels.functional import adamix_loss, consistency_loss
 from adamix_kernels.ops.consistency import cuda_impl
+from reliability.fuzz_cuda import launches
 
 
 @pytest.mark.parametrize(("classes", "device"), [(8, HOPPER), (9, HOPPER), (1032, TINY_HOPPER), (1031, SMALL_AMPERE)])
@@ -119,6 +122,71 @@ def test_a_correction_leaves_the_gradient_alone_where_the_incoming_one_is_1():
     torch.testing.assert_close(twice, 2 * cuda_impl.adamix_backward(one, logits, labels, None, stats, scales, *options))
     cuda_impl.rescale(out, one)
     assert torch.equal(out, twice)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["3 classes", "many rows of 100", "a block", "4 blocks", "mostly tail"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_forward_writes_the_gradient_that_is_expected(inplace, case, dtype, monkeypatch):
+    """The same bits whether the guess is right or wrong; in place a wrong one costs a rounding."""
+    rows, classes, device, _ = SHAPES[case]
+    pretend(monkeypatch, device)
+    logits, labels = randn(2 * rows[0], *rows[1:], classes, dtype=dtype), draw_labels(rows, classes)
+
+    def run(expected, grad):
+        leaf = logits.clone().requires_grad_()
+        x = leaf * 1 if inplace else leaf
+        with launches() if ON_HOST else contextlib.nullcontext([]) as kernels:
+            out = adamix_loss(
+                x, labels, label_smoothing=0.1, detach_target=False, inplace=inplace, expected_grad=expected,
+                backend="cuda",
+            )  # fmt: skip
+            (got,) = torch.autograd.grad(out.loss * grad, leaf)
+        return got, kernels
+
+    want, _ = run(None, 640.0)
+    for expected in (640.0, 2.0):
+        got, kernels = run(expected, 640.0)
+        if inplace:
+            torch.testing.assert_close(got, want, rtol=2e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-4)
+        else:
+            assert torch.equal(got, want)
+        if ON_HOST:
+            assert kernels.count("pair_loss_kernel") == 1
+
+
+def test_an_expected_gradient_is_written_once():
+    logits, labels, out = randn(6, 40, dtype=torch.float16), draw_labels((3,), 40), torch.empty(6, 40).half()
+    options = 1.0, -100, 0.0, True
+    out = out.to(logits.device)
+    *_, stats, scales = cuda_impl.adamix_forward_grad(logits, labels, None, None, *options, 1024.0, out)
+    want, grad = out.clone(), torch.tensor(1024.0, device=DEVICE)
+    out.fill_(7)
+    cuda_impl.adamix_backward(grad, logits, labels, None, stats, scales, *options, out, 1024.0)
+    assert out.eq(7).all()
+    cuda_impl.adamix_backward(grad, logits, labels, None, stats, scales, *options, out, 512.0)
+    assert torch.equal(out, want)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(
+    ("classes", "device"), [(100, HOPPER), (1031, HOPPER), (1031, TINY_HOPPER), (1031, SMALL_AMPERE)]
+)
+def test_gradients_that_lie_otherwise_than_the_logits(classes, device, dtype, monkeypatch):
+    """Rows of logits[:, :-1] and of two passes with an odd number of logits each, in place and not."""
+    pretend(monkeypatch, device)
+    logits, labels = randn(2, 4, classes, dtype=dtype), draw_labels((1, 3), classes)
+    want = None
+    for part in (logits[:, :-1], logits[:, :-1].clone()):
+        for inplace in (False, True):
+            leaf = part.detach().requires_grad_()
+            x = torch.nn.functional.pad(leaf * 1, (0, 0, 0, 1))[:, :-1] if inplace else leaf
+            out = adamix_loss(x, labels, inplace=inplace, expected_grad=64.0, backend="cuda")
+            (got,) = torch.autograd.grad(out.loss * 64, leaf)
+            want = got if want is None else want
+            torch.testing.assert_close(got, want, rtol=2e-3 if dtype.itemsize == 2 else 1e-5, atol=1e-5)
+    gradients(lambda backend, x: adamix_loss(x[:, :-1], labels, backend=backend), logits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -106,8 +106,12 @@ __global__ void __launch_bounds__(kPairBlockThreads) pair_finish_kernel(PairSums
   for (int part = threadIdx.x; part < p.parts; part += blockDim.x) {
     sums[0] += p.partial[part], sums[1] += p.partial[p.parts + part];
   }
-  sum_row<0>(sums, scratch.gaps);
-  if (threadIdx.x == 0) store_losses(p, scales, sums[0], sums[1]);
+  PairStatistics s{};
+  s.sum_a = sums[0], s.total = sums[1];
+  leave_share(s, scratch);
+  __syncthreads();
+  if (threadIdx.x < 32) join_warps(s, scratch);
+  if (threadIdx.x == 0) store_losses(p, scales, s.sum_a, s.total);
 }
 
 #define ADAMIX_INSTANTIATE(T)                                       \

@@ -78,16 +78,13 @@ __global__ void __launch_bounds__(threads_of(Lanes), Lanes == 32 ? 4 : 1) pair_l
     } else {
       s.start(top_a, top_b);
     }
-    auto exchange = [&](auto between, auto columns_of) {
-      send_statistics(s, tile.scratch, turn);
-      cluster_arrive();
-      between();
-      cluster_wait();
-      take_statistics(s, tile.scratch, turn, columns_of);
-      turn ^= 1;
-    };
     // The full gradient's d has the rounding that its mean has, so its maxima are the whole row's.
-    if (cluster > 1 && p.full) exchange([] {}, [](int) { return 0.f; });
+    if (cluster > 1 && p.full) {
+      if (threadIdx.x < 32) send_share(s, tile.scratch, turn);
+      cluster_arrive(), cluster_wait();
+      take_tops(s.top_a, s.top_b, tile.scratch, turn);
+      turn ^= 1;
+    }
     bool careful;
     if (p.full) {
       careful = settle<true>(share, row, s, totals, tails, tails);
@@ -96,25 +93,45 @@ __global__ void __launch_bounds__(threads_of(Lanes), Lanes == 32 ? 4 : 1) pair_l
     }
     bool labelled = row.flags.counted && row.flags.label >= 0 && share.find(row, row.flags.label, label_a, label_b);
     if (labelled) s.label = label_a;
-    join_sums<Lanes>(s, tile.scratch);
 
-    PairRow<T> next = row;
-    auto look_ahead = [&] {
-      bool more = tiles - number > groups;
-      next = PairRow<T>(p.a, p.b, p.sums, more ? (number + groups) * kTeams + team : p.sums.rows, p.classes);
-    };
-    if (cluster > 1) {
-      exchange(look_ahead, [&](int rank) {
-        int begin = row.column(rank * p.slots), end = row.column((rank + 1) * p.slots);
-        begin = begin < 0 ? 0 : begin, end = end < p.classes ? end : p.classes;
-        return begin < end ? static_cast<float>(end - begin) : 0.f;
-      });
+    // One warp of a block adds up what all have found.
+    bool adds = Lanes != 0 || threadIdx.x < 32;
+    if constexpr (Lanes == 0) {
+      leave_share(s, tile.scratch);
+      __syncthreads();
+      if (adds) join_warps(s, tile.scratch);
+      if (cluster > 1) {
+        if (adds) send_share(s, tile.scratch, turn);
+        cluster_arrive();
+      }
     } else {
-      look_ahead();
+      join_lanes<Lanes>(s);
     }
-    PairResult result = result_of(s, row.flags, p.classes, p.smoothing);
-    entropy_sum += result.entropy, pair_sum += result.pair;
-    if (row.live && share.lane == 0 && share.first == 0) store_row(p, row.row, result);
+    bool more = tiles - number > groups;
+    PairRow<T> next(p.a, p.b, p.sums, more ? (number + groups) * kTeams + team : p.sums.rows, p.classes);
+    if (cluster > 1) {
+      cluster_wait();
+      if (adds) {
+        take_shares(s, tile.scratch, turn, [&](int rank) {
+          int begin = row.column(rank * p.slots), end = row.column((rank + 1) * p.slots);
+          begin = begin < 0 ? 0 : begin, end = end < p.classes ? end : p.classes;
+          return begin < end ? static_cast<float>(end - begin) : 0.f;
+        });
+      }
+      turn ^= 1;
+    }
+    PairSlopes slopes;
+    if (adds) {
+      PairResult result = result_of(s, row.flags, p.classes, p.smoothing);
+      entropy_sum += result.entropy, pair_sum += result.pair;
+      if (row.live && share.lane == 0 && share.first == 0) store_row(p, row.row, result);
+      slopes = PairSlopes(result, row.flags.counted ? shares.entropy : 0.f, shares.pair, p.rest);
+    }
+    if constexpr (Lanes == 0) {
+      if (threadIdx.x == 0) *tile.scratch.slopes = slopes;
+      __syncthreads();
+      slopes = *tile.scratch.slopes;
+    }
 
     if (!gradients) {
       share.copy(next);
@@ -125,8 +142,6 @@ __global__ void __launch_bounds__(threads_of(Lanes), Lanes == 32 ? 4 : 1) pair_l
       }
       share.copy(next);
     } else {
-      float entropy = row.flags.counted ? shares.entropy : 0.f;
-      PairSlopes slopes(result, entropy, shares.pair, p.rest);
       T *da = place_of(p.da, row.row), *db = place_of(p.db, row.row);
       if (p.full) {
         if constexpr (Lanes != 4) careful = __any_sync(0xffffffffu, careful);

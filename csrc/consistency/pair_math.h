@@ -165,6 +165,7 @@ struct PairSlopes {
   float rest;                   // of the cross-entropy's target, what every class has, times that coefficient
   float mean_p, mean_q;         // of c, not of d
 
+  PairSlopes() = default;
   // entropy, pair: the coefficients of both parts; rest: smoothing / classes.
   ADAMIX_DEVICE PairSlopes(const PairResult& r, float entropy_, float pair, float rest_)
       : top_a(r.top_a),

@@ -95,11 +95,13 @@ struct PairRow {
     }
   }
 
-  ADAMIX_DEVICE void read(Piece<T>& from_a, Piece<T>& from_b, int piece) const {
+  ADAMIX_DEVICE void read_whole(Piece<T>& from_a, Piece<T>& from_b, int piece) const {
     int col = column(piece);
-    bool all = whole(piece);
-    from_a = all ? *reinterpret_cast<const Piece<T>*>(a + col) : load_elements(a, col, classes);
-    from_b = all ? whole_b(col) : load_elements(b, col, classes);
+    from_a = *reinterpret_cast<const Piece<T>*>(a + col), from_b = whole_b(col);
+  }
+  ADAMIX_DEVICE void read(Piece<T>& from_a, Piece<T>& from_b, int piece) const {
+    if (whole(piece)) return read_whole(from_a, from_b, piece);
+    from_a = load_elements(a, column(piece), classes), from_b = load_elements(b, column(piece), classes);
   }
 
   // Whether `target`, a row of a gradient or null, lies as a does.
@@ -119,6 +121,7 @@ struct PairRow {
     int joined = shuffle_from(mine, (lane + 31) % 32) & mine;
     if (lane == 0) joined = 0;
     int taken = shuffle_from(joined, (lane + 1) % 32);
+    __syncwarp();  // what a lane has read another may overwrite
     if (!have) return;
     if (mine != 0 && over == 0) {
       *reinterpret_cast<Piece<T>*>(target + col) = values;

@@ -6,6 +6,25 @@
 
 namespace adamix {
 
+// A copy of 16 bytes into the place of what its thread uses between both calls. Without asynchronous copies the load is
+// under way meanwhile; with them the copy starts when the place is free.
+class CopyAhead {
+ public:
+#if ADAMIX_ARCH > 0 && ADAMIX_ARCH < 800
+  ADAMIX_DEVICE void start(const void* global) { value_ = *static_cast<const uint4*>(global); }
+  ADAMIX_DEVICE void finish(void* shared) const { *static_cast<uint4*>(shared) = value_; }
+
+ private:
+  uint4 value_;
+#else
+  ADAMIX_DEVICE void start(const void* global) { from_ = global; }
+  ADAMIX_DEVICE void finish(void* shared) const { copy_async(shared, from_); }
+
+ private:
+  const void* from_ = nullptr;
+#endif
+};
+
 template <typename T, int Lanes>
 struct PairShare {
   static constexpr int kSize = Piece<T>::kSize;
@@ -64,7 +83,7 @@ struct PairShare {
         tail, lane, threads,
         [&](int at) {
           Piece<T> x, y;
-          row.read(x, y, held + at);
+          row.read_whole(x, y, held + at);
           rise(x, y);
           s.template add<false, false>(x, y, totals);
           columns += kSize;
@@ -86,17 +105,27 @@ struct PairShare {
     auto edge = [&](const Piece<T>& x, const Piece<T>& y, int piece) {
       s.template add<Full, true>(x, y, totals, row.begin(piece), row.end(piece));
     };
+    auto tail_edge = [&](int at) {
+      Piece<T> x, y;
+      row.read(x, y, held + at);
+      edge(x, y, held + at);
+    };
+    PairSpan behind = tails ? tail : PairSpan{0, 0, 0};
     if constexpr (Careful) {
       for (int at = lane; at < span.end; at += threads) edge(a[at], b[at], first + at);
+      for (int at = lane; at < behind.end; at += threads) tail_edge(at);
     } else {
       walk(
           span, lane, threads, [&](int at) { s.template add<Full, false>(a[at], b[at], totals); },
           [&](int at) { edge(a[at], b[at], first + at); });
-    }
-    for (int at = lane; tails && at < tail.end; at += threads) {
-      Piece<T> x, y;
-      row.read(x, y, held + at);
-      edge(x, y, held + at);
+      walk(
+          behind, lane, threads,
+          [&](int at) {
+            Piece<T> x, y;
+            row.read_whole(x, y, held + at);
+            s.template add<Full, false>(x, y, totals);
+          },
+          tail_edge);
     }
   }
 
@@ -107,49 +136,64 @@ struct PairShare {
                                const PairRow<T>& next) const {
     bool more = next.flags.selected;
     PairSpan ahead = more ? next.span(first, held) : span;
+    auto edge = [&](Piece<T> x, Piece<T> y, int piece) {
+      slopes.template piece<Full, true>(x, y);
+      if (da != nullptr) row.write_elements(da, x, piece);
+      if (db != nullptr) row.write_elements(db, y, piece);
+    };
     if (row.fits(da) && row.fits(db) && next.same && !careful) {
-      T* to_a = da == nullptr ? nullptr : da + row.column(first);
-      T* to_b = db == nullptr ? nullptr : db + row.column(first);
-      const Piece<T>* from_a = reinterpret_cast<const Piece<T>*>(next.a + (more ? next.column(first) : 0));
-      const Piece<T>* from_b = reinterpret_cast<const Piece<T>*>(next.b + (more ? next.column(first) : 0));
+      int column = row.column(first), next_column = more ? next.column(first) : 0;
+      Piece<T>* to_a = da == nullptr ? nullptr : reinterpret_cast<Piece<T>*>(da + column);
+      Piece<T>* to_b = db == nullptr ? nullptr : reinterpret_cast<Piece<T>*>(db + column);
+      const Piece<T>* from_a = reinterpret_cast<const Piece<T>*>(next.a + next_column);
+      const Piece<T>* from_b = reinterpret_cast<const Piece<T>*>(next.b + next_column);
       walk(
           both_of(span, ahead), lane, threads,
           [&](int at) {
             Piece<T> x = a[at], y = b[at];
+            CopyAhead next_a, next_b;
+            if (more) next_a.start(from_a + at), next_b.start(from_b + at);
             slopes.template piece<Full, false>(x, y);
-            if (da != nullptr) reinterpret_cast<Piece<T>*>(to_a)[at] = x;
-            if (db != nullptr) reinterpret_cast<Piece<T>*>(to_b)[at] = y;
-            if (more) {
-              copy_async(a + at, from_a + at);
-              copy_async(b + at, from_b + at);
-            }
+            if (da != nullptr) to_a[at] = x;
+            if (db != nullptr) to_b[at] = y;
+            if (more) next_a.finish(a + at), next_b.finish(b + at);
           },
           [&](int at) {
-            if (at < span.end) {
-              Piece<T> x = a[at], y = b[at];
-              slopes.template piece<Full, true>(x, y);
-              if (da != nullptr) row.write_elements(da, x, first + at);
-              if (db != nullptr) row.write_elements(db, y, first + at);
-            }
+            if (at < span.end) edge(a[at], b[at], first + at);
             if (more && at < ahead.end) next.copy(a + at, b + at, first + at);
           });
-    } else {
-      int end = span.end > ahead.end ? span.end : ahead.end;
-      for (int at = lane; at - lane % 32 < end; at += threads) {
-        bool have = at < span.end;
-        Piece<T> x, y;
-        if (have) x = a[at], y = b[at], slopes.template piece<Full, true>(x, y);
-        if (da != nullptr) row.write(da, x, first + at, have, kAcross);
-        if (db != nullptr) row.write(db, y, first + at, have, kAcross);
-        if (more && at < ahead.end) next.copy(a + at, b + at, first + at);
-      }
+      walk(
+          tail, lane, threads,
+          [&](int at) {
+            Piece<T> x, y;
+            row.read_whole(x, y, held + at);
+            slopes.template piece<Full, false>(x, y);
+            if (da != nullptr) to_a[held + at] = x;
+            if (db != nullptr) to_b[held + at] = y;
+          },
+          [&](int at) {
+            Piece<T> x, y;
+            row.read(x, y, held + at);
+            edge(x, y, held + at);
+          });
+      return;
+    }
+    auto write = [&](Piece<T> x, Piece<T> y, int piece, bool have) {
+      if (have) slopes.template piece<Full, true>(x, y);
+      if (da != nullptr) row.write(da, x, piece, have, kAcross);
+      if (db != nullptr) row.write(db, y, piece, have, kAcross);
+    };
+    int end = span.end > ahead.end ? span.end : ahead.end;
+    for (int at = lane; at - lane % 32 < end; at += threads) {
+      Piece<T> x{}, y{};
+      if (at < span.end) x = a[at], y = b[at];
+      write(x, y, first + at, at < span.end);
+      if (more && at < ahead.end) next.copy(a + at, b + at, first + at);
     }
     for (int at = lane; at - lane % 32 < tail.end; at += threads) {
-      bool have = at < tail.end;
-      Piece<T> x, y;
-      if (have) row.read(x, y, held + at), slopes.template piece<Full, true>(x, y);
-      if (da != nullptr) row.write(da, x, held + at, have, kAcross);
-      if (db != nullptr) row.write(db, y, held + at, have, kAcross);
+      Piece<T> x{}, y{};
+      if (at < tail.end) row.read(x, y, held + at);
+      write(x, y, held + at, at < tail.end);
     }
   }
 

@@ -9,6 +9,7 @@ namespace adamix {
 
 constexpr int kPairBlockThreads = 512;  // of a block, at most
 constexpr int kPairWarps = kPairBlockThreads / 32;
+constexpr int kPairSums = 8;     // of a warp's share of a row
 constexpr int kPairValues = 16;  // of a block's share of a row, at most
 constexpr int kPairCluster = 8;  // blocks, at most
 
@@ -16,19 +17,19 @@ constexpr int kPairCluster = 8;  // blocks, at most
 ADAMIX_BOTH constexpr int threads_of(int lanes) { return lanes == 32 ? 128 : kPairBlockThreads; }
 
 struct PairScratch {
-  float* tops;    // [2, kPairWarps]
-  float* sums;    // [kPairWarps, 4]
-  float* gaps;    // [kPairWarps, 4]
-  float* blocks;  // [2, kPairCluster, kPairValues]: what the cluster's blocks have found, for one row and the next
-  int* counts;    // [2, kPairWarps]
-  float* teams;   // [2, kPairBlockThreads / 4]
+  float* tops;         // [2, kPairWarps]
+  float* warps;        // [kPairWarps, kPairSums]: what a block's warps have found
+  float* blocks;       // [2, kPairCluster, kPairValues]: and its cluster's blocks, for one row and the next
+  PairSlopes* slopes;  // of the block's row
+  int* counts;         // [2, kPairWarps]
+  float* teams;        // [2, kPairBlockThreads / 4]
 
   template <typename Memory>
   ADAMIX_BOTH explicit PairScratch(Memory& memory) {
     tops = memory.template take<float>(2 * kPairWarps);
-    sums = memory.template take<float>(kPairWarps * 4);
-    gaps = memory.template take<float>(kPairWarps * 4);
+    warps = memory.template take<float>(kPairWarps * kPairSums);
     blocks = memory.template take<float>(2 * kPairCluster * kPairValues);
+    slopes = memory.template take<PairSlopes>(1);
     counts = memory.template take<int>(2 * kPairWarps);
     teams = memory.template take<float>(2 * kPairBlockThreads / 4);
   }
@@ -54,71 +55,96 @@ ADAMIX_DEVICE void join_tops(float& a, float& b, const PairScratch& scratch) {
   }
 }
 
-// Each value summed over a row's threads in this block; every one of them gets the sums. scratch: [kPairWarps, Count],
-// with a barrier between two uses. Over a warp a step halves the values that a lane holds: then lane 32 / Count k + any
-// has the k-th.
-template <int Lanes, int Count>
-ADAMIX_DEVICE void sum_row(float (&values)[Count], float* scratch) {
-  if constexpr (Lanes > 0 && Lanes < 32) {
-#pragma unroll
-    for (float& value : values) value = warp_reduce<Lanes>(value, Add{});
-    return;
-  }
-  constexpr int kLanes = 32 / Count;
+// Each of four values summed over a warp; every lane gets the sums. The first steps halve what a lane holds.
+ADAMIX_DEVICE void sum_warp(float (&values)[4]) {
   int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int count = Count / 2, distance = 16; count > 0; count /= 2, distance /= 2) {
-    bool upper = lane & distance;
+  for (int count = 2; count > 0; count /= 2) {
+    bool upper = lane & count * 8;
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       float sent = upper ? values[i] : values[i + count], kept = upper ? values[i + count] : values[i];
-      values[i] = kept + shuffle_xor(sent, distance);
+      values[i] = kept + shuffle_xor(sent, count * 8);
     }
   }
-  float sum = warp_reduce<kLanes>(values[0], Add{});
-  if constexpr (Lanes == 0) {
-    if (lane % kLanes == 0) scratch[threadIdx.x / 32 * Count + lane / kLanes] = sum;
-    __syncthreads();
-    int warps = blockDim.x / 32;
-    sum = 0.f;
-    for (int warp = lane % kLanes; warp < warps; warp += kLanes) sum += scratch[warp * Count + lane / kLanes];
-    sum = warp_reduce<kLanes>(sum, Add{});
-  }
+  float sum = warp_reduce<8>(values[0], Add{});
 #pragma unroll
-  for (int i = 0; i < Count; ++i) values[i] = shuffle_from(sum, kLanes * i);
+  for (int i = 0; i < 4; ++i) values[i] = shuffle_from(sum, 8 * i);
 }
 
-// A row's statistics, or a block's share of them, from those of its threads.
+// A row's statistics from those of its lanes, at most a warp; every one of them gets them.
 template <int Lanes>
-ADAMIX_DEVICE void join_sums(PairStatistics& s, const PairScratch& scratch) {
-  float sums[4] = {s.sum_a, s.sum_b, s.total, s.label};
-  sum_row<Lanes>(sums, scratch.sums);
-  float own_a = s.sum_a, own_b = s.sum_b;
+ADAMIX_DEVICE void join_lanes(PairStatistics& s) {
+  auto sum = [](float (&values)[4]) {
+    if constexpr (Lanes == 32) {
+      sum_warp(values);
+    } else {
+#pragma unroll
+      for (float& value : values) value = warp_reduce<Lanes>(value, Add{});
+    }
+  };
+  float sums[4] = {s.sum_a, s.sum_b, s.total, s.label}, own_a = s.sum_a, own_b = s.sum_b;
+  sum(sums);
   s.sum_a = sums[0], s.sum_b = sums[1], s.total = sums[2], s.label = sums[3];
   s.center = s.center_of_sums();
   float gaps[4] = {fmaf(-s.center, own_a, s.gap_a), fmaf(-s.center, own_b, s.gap_b), s.lean, 0.f};
-  sum_row<Lanes>(gaps, scratch.gaps);
+  sum(gaps);
   s.gap_a = gaps[0], s.gap_b = gaps[1], s.lean = gaps[2];
 }
 
-// A block's share of a row goes to all blocks of its cluster, which have it after cluster_arrive and cluster_wait.
-// turn: 0 and 1 by turns.
-ADAMIX_DEVICE void send_statistics(const PairStatistics& s, const PairScratch& scratch, int turn) {
-  if (threadIdx.x >= 32) return;
+// A warp's share of a row, for join_warps after a barrier. A barrier must lie behind that too.
+ADAMIX_DEVICE void leave_share(PairStatistics s, const PairScratch& scratch) {
+  join_lanes<32>(s);
+  if (threadIdx.x % 32 != 0) return;
+  float* to = scratch.warps + threadIdx.x / 32 * kPairSums;
+  to[0] = s.sum_a, to[1] = s.sum_b, to[2] = s.gap_a, to[3] = s.gap_b;
+  to[4] = s.total, to[5] = s.label, to[6] = s.lean, to[7] = s.center;
+}
+
+// The block's share; one warp calls.
+ADAMIX_DEVICE void join_warps(PairStatistics& s, const PairScratch& scratch) {
+  int warp = threadIdx.x % kPairWarps;
+  float part[kPairSums] = {};
+  if (warp < static_cast<int>(blockDim.x) / 32) {
+#pragma unroll
+    for (int i = 0; i < kPairSums; ++i) part[i] = scratch.warps[warp * kPairSums + i];
+  }
+  auto whole = [](float value) { return warp_reduce<kPairWarps>(value, Add{}); };
+  s.sum_a = whole(part[0]), s.sum_b = whole(part[1]), s.total = whole(part[4]), s.label = whole(part[5]);
+  s.lean = whole(part[6]), s.center = s.center_of_sums();
+  // From one center to the other in one step, which is small where they are close.
+  float step = part[7] - s.center;
+  s.gap_a = whole(fmaf(step, part[0], part[2])), s.gap_b = whole(fmaf(step, part[1], part[3]));
+}
+
+// A block's share of a row goes to all blocks of its cluster, which have it after cluster_arrive and cluster_wait. One
+// warp calls. turn: 0 and 1 by turns.
+ADAMIX_DEVICE void send_share(const PairStatistics& s, const PairScratch& scratch, int turn) {
   float* own = scratch.blocks + (turn * kPairCluster + cluster_rank()) * kPairValues;
   const float values[] = {s.top_a, s.top_b, s.sum_a, s.sum_b, s.gap_a, s.gap_b, s.total, s.label, s.lean};
   float value = values[0];
-  int which = threadIdx.x % kPairValues;
+  int lane = threadIdx.x % 32, which = lane % kPairValues;
 #pragma unroll
   for (int i = 1; i < 9; ++i) value = which == i ? values[i] : value;
-  for (int peer = threadIdx.x / kPairValues; peer < cluster_size(); peer += 32 / kPairValues) {
+  for (int peer = lane / kPairValues; peer < cluster_size(); peer += 32 / kPairValues) {
     cluster_store(own + which, peer, value);
   }
+  __syncwarp();
 }
 
-// The statistics of the whole row from its blocks'. columns(rank): how many columns of it that block has.
+// The maxima alone of what the cluster's blocks have sent; every thread may call.
+ADAMIX_DEVICE void take_tops(float& top_a, float& top_b, const PairScratch& scratch, int turn) {
+  int rank = threadIdx.x % kPairCluster;
+  const float* from = scratch.blocks + (turn * kPairCluster + rank) * kPairValues;
+  bool has = rank < cluster_size();
+  top_a = warp_reduce<kPairCluster>(has ? from[0] : negative_infinity(), Larger{});
+  top_b = warp_reduce<kPairCluster>(has ? from[1] : negative_infinity(), Larger{});
+}
+
+// The statistics of the whole row from its blocks' shares; one warp calls. columns(rank): how many columns of it that
+// block has.
 template <typename Columns>
-ADAMIX_DEVICE void take_statistics(PairStatistics& s, const PairScratch& scratch, int turn, Columns columns) {
+ADAMIX_DEVICE void take_shares(PairStatistics& s, const PairScratch& scratch, int turn, Columns columns) {
   int rank = threadIdx.x % kPairCluster;
   PairStatistics part;
   part.start(negative_infinity(), negative_infinity());
