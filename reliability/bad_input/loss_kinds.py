@@ -52,6 +52,9 @@ _OPTIONS = [
 ]
 
 
+_EXPECTED = choice("expected_grad", 0, -1.0, _NAN, _INF, "1", True)
+
+
 def _consistency():
     yield from wrong_arguments(
         consistency_loss,
@@ -64,7 +67,7 @@ def _consistency():
             *floating("logits_b"), one_axis_more("logits_b"), one_axis_less("logits_b"),
             *(longer("logits_b", axis) for axis in range(3)),
             *_mask(), *choice("reduction", "mean", "", None, 1, True), *choice("detach_target", "no", None, 2),
-            *choice("inplace", "yes", None, 2),
+            *choice("inplace", "yes", None, 2), *_EXPECTED,
             ("inplace", 'True with reduction "none"', lambda _given: {"inplace": True, "reduction": "none"}),
             ("logits_a", "a leaf that requires grad, in place", lambda given: {
                 "logits_a": given["logits_a"].requires_grad_(), "inplace": True}),
@@ -98,7 +101,7 @@ def _adamix():
             ("logits", "no classes", of("logits", lambda t: t[..., :0])),
             ("logits", "a leaf that requires grad, in place", lambda given: {
                 "logits": given["logits"].requires_grad_(), "inplace": True}),
-            *_labels(), *_mask(), *_OPTIONS, *choice("inplace", "yes", None, 2), *BACKENDS,
+            *_labels(), *_mask(), *_OPTIONS, *choice("inplace", "yes", None, 2), *_EXPECTED, *BACKENDS,
         ],
     )  # fmt: skip
 
