@@ -54,7 +54,7 @@ def counted(run: Executed, target: int, code: Code) -> Counted:
     is_load = np.array([name in _LOADS for name in names])
     sectors = {True: rows[is_load, 1].sum(), False: rows[[n == "st.global" for n in names], 1].sum()}
     special = executed[[name.startswith(_SPECIAL) for name in names]].sum()
-    waves, least = _bank_waves(run, code)
+    waves, least = _bank_waves(run, divided, code)
     ranges, waits = _distinct(run, scale), _waits(divided, code, run)
     launch = model.Launch(
         kernel=run.kernel.removesuffix("_kernel"),
@@ -115,18 +115,19 @@ def resident(target: int, registers: int, shared: int, warps: int) -> int:
     return max(1, min(has_blocks, has_warps // warps, has_shared // (shared + 1024), of_registers))
 
 
-def _bank_waves(run: Executed, code: Code) -> tuple[float, float]:
+def _bank_waves(run: Executed, divided: Sequence[Part], code: Code) -> tuple[float, float]:
     """Passes over the banks of shared memory, and the fewest. PTX of nvcc takes vectors apart into halves and bytes;
-    where the machine code loads or stores none so narrow, they are whole again, 128 bytes a pass."""
+    where a loop's machine code has less than half of those, they are whole again, 128 bytes a pass."""
     names, rows = run.program.names, run.statistics.astype(float)
-    narrow = {
-        f"{kind}.shared" for kind, opcode in (("ld", "LDS"), ("st", "STS"))
-        if not any(one.opcode == opcode and one.bytes < 4 for one in code.instructions)
-    }  # fmt: skip
-    for statement, name, row in zip(run.program.kernel.statements, names, rows):
-        size = re.search(r"\.[usb](8|16)\s", statement.text)
-        if name in narrow and size:
-            row[4] = row[5] = row[0] * 32 * int(size[1]) / 8 / 128
+    texts = [statement.text for statement in run.program.kernel.statements]
+    for part in divided:
+        for kind, opcode in (("ld.shared", "LDS"), ("st.shared", "STS")):
+            sizes = {n: re.search(r"\.[usb](8|16)\s", texts[n]) for n in part.ptx if names[n] == kind}
+            narrow = {n: int(size[1]) // 8 for n, size in sizes.items() if size}
+            left = sum(code.instructions[n].opcode == opcode and code.instructions[n].bytes < 4 for n in part.sass)
+            if 2 * left < len(narrow) * part.unrolled:
+                for n, size in narrow.items():
+                    rows[n, 4] = rows[n, 5] = rows[n, 0] * 32 * size / 128
     return float(rows[:, 4].sum()), float(rows[:, 5].sum())
 
 

@@ -69,7 +69,7 @@ def spans(argument: bytes, known: Sequence[torch.Tensor]) -> list[Span]:
         region = next(((low, high) for low, high in places if low <= word < high), None)
         if region is None or any(span.low <= word < span.high for span in found):
             continue
-        size = _allocated(word)
+        size = _allocated(word) if word - region[0] >= 16 else 0
         found.append(Span(word, word + size if 0 < size <= region[1] - word else region[1], f"0x{word:x}"))
     return found
 
@@ -87,7 +87,6 @@ def _writable() -> list[tuple[int, int]]:
 
 
 def _allocated(pointer: int) -> int:
-    """Bytes that malloc gave for this pointer, which must be one of its own."""
-    library = ctypes.CDLL(None)
-    library.malloc_usable_size.restype, library.malloc_usable_size.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
-    return library.malloc_usable_size(pointer)
+    """Bytes that malloc gave for this pointer, if it is one of its own; glibc keeps them before it, with flags."""
+    size = ctypes.c_uint64.from_address(pointer - 8).value & ~7
+    return size - 8

@@ -155,4 +155,6 @@ def test_statistics_count_sectors_and_bank_waves():
     rows = dict(zip(program.names, program.statistics().tolist()))
     # 32 lanes, 32 bytes apart: a sector each where 4 would do; 128 bytes apart in shared memory: one bank.
     assert rows["ld.global"][:4] == [1, 32, 4, 128]
-    assert rows["st.shared"][4:] == [32, 1]
+    assert rows["st.shared"][4:] == [32, 1, 0]
+    # Four of them were loaded before, as the input.
+    assert rows["ld.global"][6] == 28
