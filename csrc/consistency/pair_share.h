@@ -6,23 +6,32 @@
 
 namespace adamix {
 
+// bfloat16 is converted by integers on old GPUs, which leaves no registers.
+template <typename T>
+constexpr bool kLoadsAhead = ADAMIX_ARCH > 0 && ADAMIX_ARCH < 800;
+template <>
+constexpr bool kLoadsAhead<bfloat16> = false;
+
 // A copy of 16 bytes into the place of what its thread uses between both calls. Without asynchronous copies the load is
 // under way meanwhile; with them the copy starts when the place is free.
+template <typename T>
 class CopyAhead {
  public:
-#if ADAMIX_ARCH > 0 && ADAMIX_ARCH < 800
-  ADAMIX_DEVICE void start(const void* global) { value_ = *static_cast<const uint4*>(global); }
-  ADAMIX_DEVICE void finish(void* shared) const { *static_cast<uint4*>(shared) = value_; }
-
- private:
-  uint4 value_;
-#else
-  ADAMIX_DEVICE void start(const void* global) { from_ = global; }
-  ADAMIX_DEVICE void finish(void* shared) const { copy_async(shared, from_); }
+  ADAMIX_DEVICE void start(const void* global) {
+    from_ = global;
+    if constexpr (kLoadsAhead<T>) value_ = *static_cast<const uint4*>(global);
+  }
+  ADAMIX_DEVICE void finish(void* shared) const {
+    if constexpr (kLoadsAhead<T>) {
+      *static_cast<uint4*>(shared) = value_;
+    } else {
+      copy_async(shared, from_);
+    }
+  }
 
  private:
   const void* from_ = nullptr;
-#endif
+  uint4 value_{};
 };
 
 template <typename T, int Lanes>
@@ -151,7 +160,7 @@ struct PairShare {
           both_of(span, ahead), lane, threads,
           [&](int at) {
             Piece<T> x = a[at], y = b[at];
-            CopyAhead next_a, next_b;
+            CopyAhead<T> next_a, next_b;
             if (more) next_a.start(from_a + at), next_b.start(from_b + at);
             slopes.template piece<Full, false>(x, y);
             if (da != nullptr) to_a[at] = x;
