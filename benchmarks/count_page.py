@@ -53,7 +53,7 @@ _WORDS = (
 
 def page(rows: Sequence[Row]) -> str:
     """The page."""
-    formula = (model.__doc__ or "").partition("\n\n")[2].strip()
+    formula = (model.__doc__ or "").partition("\n\n")[2].strip("\n")
     parts = [
         "# Counts",
         _filled(_HEAD),

@@ -79,8 +79,8 @@ int cluster_of(const cudaLaunchConfig_t& config) {
 
 int device_of_environment() {
   DeviceFacts facts{from_environment("ADAMIX_HOST_CAPABILITY", 90), from_environment("ADAMIX_HOST_SHARED", 232448),
-                    from_environment("ADAMIX_HOST_CLUSTER", 8), from_environment("ADAMIX_HOST_CLUSTER_RUN", 8),
-                    from_environment("ADAMIX_HOST_LOADS", 1), from_environment("ADAMIX_HOST_MULTIPROCESSORS", 4)};
+                    from_environment("ADAMIX_HOST_CLUSTER", 8),     from_environment("ADAMIX_HOST_CLUSTER_RUN", 8),
+                    from_environment("ADAMIX_HOST_LOADS", 1),       from_environment("ADAMIX_HOST_MULTIPROCESSORS", 4)};
   std::lock_guard<std::mutex> lock(mutex);
   for (size_t i = 0; i < devices.size(); ++i) {
     if (devices[i] == facts) return static_cast<int>(i);
@@ -100,8 +100,9 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, Argumen
     return returned(cudaErrorInvalidClusterSize);
   }
   if (taker != nullptr) {
-    int sizes[] = {static_cast<int>(config.grid.x), static_cast<int>(config.grid.y), static_cast<int>(config.grid.z),
-                   static_cast<int>(config.block.x), static_cast<int>(config.dynamicSmemBytes), cluster};
+    int sizes[] = {static_cast<int>(config.grid.x),           static_cast<int>(config.grid.y),
+                   static_cast<int>(config.grid.z),           static_cast<int>(config.block.x),
+                   static_cast<int>(config.dynamicSmemBytes), cluster};
     taker(kernel, sizes, argument.data, static_cast<int>(argument.bytes));
     return cudaSuccess;
   }

@@ -131,7 +131,8 @@ void parameter_at(Warp& w, Instruction& i, Mask m) {
 }  // namespace
 
 void add_wmma() {
-  add_own("wmma.load.f16", load_halves<1>, Kind::collective), add_own("wmma.load.bf16", load_halves<2>, Kind::collective);
+  add_own("wmma.load.f16", load_halves<1>, Kind::collective),
+      add_own("wmma.load.bf16", load_halves<2>, Kind::collective);
   add_own("wmma.load.f32", load_floats, Kind::collective), add_own("wmma.store.f32", store_floats, Kind::collective);
   add_own("wmma.mma.f16", multiply<Half, 1>, Kind::collective);
   add_own("wmma.mma.bf16", multiply<Bfloat, 2>, Kind::collective);
