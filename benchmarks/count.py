@@ -102,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 committed[row.key] = accepted
                 # What is counted stays: stopped here, the next --write goes on from it.
                 table.write(TABLE, committed.values())
+    if not rows:
+        found.append(f"no row's name holds {options.only!r}")
     whole = (
         not (options.only or options.targets)
         and set(options.ops) == set(OPS)

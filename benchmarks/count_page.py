@@ -53,7 +53,7 @@ _WORDS = (
 
 def page(rows: Sequence[Row]) -> str:
     """The page."""
-    formula = (model.__doc__ or "").partition("\n\n")[2].strip()
+    formula = (model.__doc__ or "").partition("\n\n")[2].strip("\n")
     parts = [
         "# Counts",
         _filled(_HEAD),
@@ -138,6 +138,7 @@ def picture(rows: Sequence[Row]) -> Path:
         axis.set_yticks(
             range(len(labels)), [f"{op}, {shape}, {dtype}" for op, shape, dtype in reversed(labels)], fontsize=7
         )
+        axis.margins(y=0.01)
         axis.grid(axis="x", color="#dddddd")
         axis.spines[["top", "right"]].set_visible(False)
     for name, colour in _COLOURS.items():

@@ -227,7 +227,7 @@ def test_the_committed_rows_are_whole():
         assert row.instructions > 0, row
         assert row.shares, row
         assert row.distinct >= 0.8, row
-        assert all(0 < share <= 1 for share in row.shares.values()), row
+        assert all(0 <= share <= 1 for share in row.shares.values()), row
         assert all(math.isfinite(getattr(row, name)) for name in count_table.COUNTS), row
     # Every op of every backend on every GPU but Triton's on a V100, which Triton does not compile for.
     found = {(row.op.partition("/")[0], row.backend, gpu) for row in rows for gpu in row.shares}
@@ -252,4 +252,4 @@ def test_a_row_counted_again_has_not_grown(op, only):
         text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert only in done.stderr
+    assert all(word in done.stderr for word in only.split())

@@ -59,8 +59,8 @@ struct Program {
   std::vector<Instruction> code;
   std::vector<u8> image;  // constants and special registers, the beginning of every warp's registers
   size_t register_bytes = 0;
-  int registers = 0;    // entries of Warp::undefined
-  int special[9] = {};  // offsets: tid.x, laneid, ctaid.xyz, nctaid.xyz, ntid.x
+  int registers = 0;       // entries of Warp::undefined
+  int special[9] = {};     // offsets: tid.x, laneid, ctaid.xyz, nctaid.xyz, ntid.x
   std::vector<s64> reuse;  // of the last launch: of each range its first reads and writes, then the distances
 };
 

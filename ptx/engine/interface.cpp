@@ -95,8 +95,8 @@ void ptx_free(Program* p) { delete p; }
 
 // options: order of warps (0 forward, 1 backward, 2 random slices), seed, statistics, races, late wgmma, the most
 // instructions, and after how many no more blocks begin. blocks: their linear numbers, in the order they run. ranges:
-// low and high of each. counts: instructions, products, barriers, reports, blocks that ran. touched: sectors of each range, read from outside and written.
-// out: the reports, a line each, as many as it holds.
+// low and high of each. counts: instructions, products, barriers, reports, blocks that ran. touched: sectors of each
+// range, read from outside and written. out: the reports, a line each, as many as it holds.
 void ptx_launch(Program* p, int warps, s64 shared_bytes, const int* grid, const s64* blocks, s64 block_count,
                 const u8* parameters, const u64* ranges, int range_count, const s64* options, char* out, s64 out_bytes,
                 s64* counts, s64* touched) {
@@ -104,7 +104,8 @@ void ptx_launch(Program* p, int warps, s64 shared_bytes, const int* grid, const 
   launch.statistics = options[2], launch.races = options[3], launch.late = options[4], launch.limit = options[5];
   launch.parameters = parameters;
   launch.random.seed(static_cast<u32>(options[1]));
-  for (int k = 0; k < range_count; k++) launch.ranges.emplace_back(), launch.ranges[k].low = ranges[2 * k], launch.ranges[k].high = ranges[2 * k + 1];
+  for (int k = 0; k < range_count; k++)
+    launch.ranges.emplace_back(), launch.ranges[k].low = ranges[2 * k], launch.ranges[k].high = ranges[2 * k + 1];
   for (Instruction& i : p->code) i.stats = Statistics();
   set_sizes(*p, grid, warps);
   Block b;
