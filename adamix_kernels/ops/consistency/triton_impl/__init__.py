@@ -25,7 +25,6 @@ from .plan import (
     GRID,
     MAX_REGISTERS,
     STAGES,
-    WIDE_REGISTERS,
     Rows,
     as_pairs,
     as_rows,
@@ -220,12 +219,13 @@ def _gradient(rows: Rows, logits, grad, stats, scales, gradients, options: Optio
 
 def _wide(rows: Rows, into) -> tuple[tuple[int], int, dict[str, int]]:
     """(grid, phase of a, constants) of the kernels for many classes; into: the gradients or Nones."""
-    wide = make_wide(rows.classes, rows.a.element_size())
-    aligned = in_step(rows.a, rows.b, wide.vector)
+    size = rows.a.element_size()
+    aligned = in_step(rows.a, rows.b, 16 // size)
+    wide = make_wide(rows.classes, size, aligned)
     stores = aligned and all(in_step(rows.a, as_rows(g), wide.vector) for g in into if g is not None)
     meta = dict(
         ALIGNED=aligned, STORES=stores, COLS=wide.cols, VECTOR=wide.vector, STAGES=STAGES, num_warps=wide.num_warps,
-        maxnreg=WIDE_REGISTERS,
+        maxnreg=wide.registers,
     )  # fmt: skip
     return (wide_programs(rows.count, wide, rows.a.device),), phase(rows.a, wide.vector), meta
 

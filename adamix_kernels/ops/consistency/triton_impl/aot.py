@@ -9,7 +9,7 @@ from ..._triton_aot import POINTERS, AotCase, make_case
 from .backward import pair_grad_kernel, rescale_kernel
 from .finish import pair_count_kernel
 from .forward import pair_rows_kernel
-from .plan import MAX_REGISTERS, STAGES, WIDE_REGISTERS, make_tiles, make_wide
+from .plan import MAX_REGISTERS, STAGES, make_tiles, make_wide
 from .wide import pair_wide_grad_kernel, pair_wide_kernel
 
 # name -> (classes, row pairs, whether V and the rows' strides are multiples of 16)
@@ -66,7 +66,7 @@ def _many(dtype, pointer: str) -> Iterator[AotCase]:
 
         def case(kernel, label, arguments, even=even, wide=wide):
             divisible = ("V", *_STRIDES[:4]) if even else ()
-            made = make_case(kernel, label, dtype, arguments, divisible, wide.num_warps, WIDE_REGISTERS)
+            made = make_case(kernel, label, dtype, arguments, divisible, wide.num_warps, wide.registers)
             return made._replace(resident=wide.resident)
 
         common = _common(pointer) | dict(phase="i32", ALIGNED=True, STORES=True, INPLACE=False)
@@ -81,7 +81,9 @@ def _many(dtype, pointer: str) -> Iterator[AotCase]:
             yield case(pair_wide_kernel, f"{name}_chunk", forward | grads | _CHUNK)
             yield case(pair_wide_kernel, f"{name}_over", forward | grads | dict(INPLACE=True))
             yield case(pair_wide_kernel, f"{name}_pairs", forward | grads | _ONE)
-            yield case(pair_wide_kernel, f"{name}_apart", forward | grads | dict(ALIGNED=False, STORES=False))
+            apart = make_wide(classes, dtype.itemsize, False)
+            unlike = dict(ALIGNED=False, STORES=False, COLS=apart.cols, VECTOR=apart.vector)
+            yield case(pair_wide_kernel, f"{name}_apart", forward | grads | unlike, wide=apart)
             yield case(pair_wide_kernel, f"{name}_stores", forward | grads | dict(STORES=False))
             yield case(pair_wide_grad_kernel, f"{name}_correct", backward | dict(CORRECT=True))
             yield case(pair_wide_grad_kernel, f"{name}_over", backward | dict(INPLACE=True))

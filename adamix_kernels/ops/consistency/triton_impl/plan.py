@@ -34,11 +34,13 @@ class Tiles(NamedTuple):
 
 
 class Wide(NamedTuple):
-    """cols: of a step, `vector` of them a lane, 16 bytes; resident: programs that a multiprocessor holds."""
+    """cols: of a step, `vector` of them a lane, 16 bytes; registers of a thread; resident: programs that a
+    multiprocessor holds."""
 
     cols: int
     vector: int
     num_warps: int
+    registers: int
     resident: int
 
 
@@ -99,10 +101,13 @@ def make_tiles(rows: int, classes: int) -> Tiles:
     return Tiles(height, cols, 8 if cols * height > 2 * TILE else 4, tiles, programs)
 
 
-def make_wide(classes: int, itemsize: int) -> Wide:
+def make_wide(classes: int, itemsize: int, aligned: bool = True) -> Wide:
     vector = 16 // itemsize
     warps, resident = (8, 2) if 2 * classes * itemsize <= WIDE else (16, 1)
-    return Wide(32 * warps * vector, vector, warps, resident)
+    if not aligned:
+        # Element by element: addresses take registers, so that fewer are in flight.
+        return Wide(32 * 8 * 4, 4, 8, MAX_REGISTERS, 1)
+    return Wide(32 * warps * vector, vector, warps, WIDE_REGISTERS, resident)
 
 
 def wide_programs(rows: int, wide: Wide, device: torch.device) -> int:
