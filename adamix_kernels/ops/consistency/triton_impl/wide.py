@@ -1,4 +1,8 @@
-"""Kernels for many classes: a program takes one row pair after another."""
+"""Kernels for many classes: a program takes one row pair after another.
+
+A row is read from its own 16-byte boundary on: where in 16 bytes it begins decides the order of its sums, and so may
+change their last bits.
+"""
 
 from __future__ import annotations
 
