@@ -51,7 +51,7 @@ def linear_adamix_loss(
     Memory at the peak, in bytes beyond the arguments, for R rows a pass, C of them a chunk, with gradients of hidden
     and lm_head_weight, which are included; vectors are left out:
         triton, cuda, float32: forward `4 * (2 * C * V + V * D + 2 * (R + C) * D)`, backward `4 * (V + 2 * R) * D`
-        reference, float32, P rows at once: forward `4 * (2 * C * V + 7 * P * V + V * D + 2 * (R + C) * D)`,
+        reference, float32, P rows at once: forward `4 * (2 * C * V + 6 * P * V + V * D + 2 * (R + C) * D)`,
             backward `4 * (V + 2 * R) * D`
     P is at most C, on a CPU 2**17 // V rows (at least one) for each thread, on a GPU 2**26 // V.
 
