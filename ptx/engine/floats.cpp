@@ -5,16 +5,19 @@
 namespace ptx {
 namespace {
 
+// A GPU has one NaN as a result, whatever came in; this processor keeps the operand's bits.
+float one_nan(float x) { return x == x ? x : as_float(0x7fffffffu); }
+
 template <auto F>
 void one(const std::string& op) {
-  lanewise<[](float a) -> float { return F(a); }>(op + ".f32");
-  lanewise<[](float a) -> float { return flush(F(flush(a))); }>(op + ".ftz.f32");
+  lanewise<[](float a) -> float { return one_nan(F(a)); }>(op + ".f32");
+  lanewise<[](float a) -> float { return one_nan(flush(F(flush(a)))); }>(op + ".ftz.f32");
 }
 
 template <auto F>
 void two(const std::string& op) {
-  lanewise<[](float a, float b) -> float { return F(a, b); }>(op + ".f32");
-  lanewise<[](float a, float b) -> float { return flush(F(flush(a), flush(b))); }>(op + ".ftz.f32");
+  lanewise<[](float a, float b) -> float { return one_nan(F(a, b)); }>(op + ".f32");
+  lanewise<[](float a, float b) -> float { return one_nan(flush(F(flush(a), flush(b)))); }>(op + ".ftz.f32");
 }
 
 }  // namespace
@@ -38,8 +41,8 @@ void add_floats() {
   lanewise<[](float a, float b) -> float { return flush(larger_or_nan(flush(a), flush(b))); }>("max.ftz.NaN.f32");
   lanewise<[](float a, float b) -> float { return flush(smaller_or_nan(flush(a), flush(b))); }>("min.ftz.NaN.f32");
   lanewise<[](float sign, float a) -> float { return std::copysign(a, sign); }>("copysign.f32");
-  lanewise<[](float a, float b, float c) -> float { return std::fmaf(a, b, c); }>("fma.rn.f32");
-  lanewise<[](float a, float b, float c) -> float { return flush(std::fmaf(flush(a), flush(b), flush(c))); }>(
+  lanewise<[](float a, float b, float c) -> float { return one_nan(std::fmaf(a, b, c)); }>("fma.rn.f32");
+  lanewise<[](float a, float b, float c) -> float { return one_nan(flush(std::fmaf(flush(a), flush(b), flush(c)))); }>(
       "fma.rn.ftz.f32");
   one<[](float a) { return as_float(as_bits(a) ^ 0x80000000u); }>("neg");
   one<[](float a) { return std::fabs(a); }>("abs");

@@ -48,6 +48,9 @@ def pair_grad_kernel(
             x, y, col, label, share, half, top_a, top_b, log_a, log_b, mean_p, mean_q, V, smoothing,
             ENTROPY, FULL, SMOOTH,
         )  # fmt: skip
+        if INPLACE:
+            # Warps may hold copies of a small tile: all have read it before one overwrites it.
+            tl.debug_barrier()
         store_grads(da, db, ga, gb, row, col, at_a, at_b, V, here, live, INPLACE)
 
 
