@@ -67,4 +67,6 @@ def rescale_kernel(
         inside = (row < n)[:, None] & (col < V)[None, :]
         at = x + offsets(row, inner, outer_stride, inner_stride)[:, None] + col[None, :]
         value = tl.load(at, mask=inside, other=0.0).to(tl.float32) * by
+        # As above.
+        tl.debug_barrier()
         tl.store(at, narrow(value, x.dtype.element_ty), mask=inside)
