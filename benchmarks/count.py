@@ -22,7 +22,10 @@ BACKENDS = ("cuda", "triton")
 def counted(
     ops: Sequence[str], backend: str, only: str, kept: dict[tuple, Row], targets: Sequence[int], launches_too: bool
 ) -> Iterator[Row]:
-    """A row of every work of these ops whose name holds `only`; those of `kept` with the same sources are taken."""
+    """A row of every work of these ops whose name holds `only`; those of `kept` with the same sources are taken. What
+    the executor cannot run is told, and has no row."""
+    from ptx.text import UnknownPtxError
+
     from . import count_cases, count_cuda, count_row, count_triton
 
     kind, all_targets = {
@@ -46,7 +49,11 @@ def counted(
                     yield old
                     continue
                 began = time.perf_counter()
-                launches = counter.count(work)
+                try:
+                    launches = counter.count(work)
+                except UnknownPtxError as error:
+                    print(f"{work} {backend} sm_{target}: not counted: {error}", file=sys.stderr, flush=True)
+                    continue
                 row = count_row.made(work, backend, target, launches)
                 lines = [described(row, time.perf_counter() - began)]
                 lines += count_row.details(target, launches) if launches_too else []
