@@ -60,7 +60,7 @@ class CudaCounter:
         gradient = work.direction != "forward" or "backward" in work.case.traffic
         bound = count_cases.bound(work.case, "cuda", inputs, gradient)
         self._known = [t for t in (*inputs.leaves, *inputs.extra, inputs.grad) if isinstance(t, torch.Tensor)]
-        self._runs = []
+        self._runs, self._error = [], None
         library().adamix_host_take_launches(self._taker)
         try:
             out = bound.call()
