@@ -121,8 +121,13 @@ class HostError(RuntimeError):
     """This process cannot run compiled kernels; the message says why."""
 
 
+# The one installed last; what was imported meanwhile holds functions that ask for it.
+_current: list[Host] = []
+
+
 def install(arch: int = 80) -> Host:
-    """backend="triton" compiles for `arch` (10 * compute capability) and runs on CPU tensors from now on."""
+    """backend="triton" compiles for `arch` (10 * compute capability) and runs on CPU tensors from now on, until
+    another `arch` is installed."""
     import triton
 
     if triton.knobs.runtime.interpret:
@@ -130,15 +135,17 @@ def install(arch: int = 80) -> Host:
     import adamix_kernels._backends as backends
     import adamix_kernels._triton_utils as utils
 
-    host = Host(arch)
+    _current.append(Host(arch))
+    if len(_current) > 1:
+        return _current[-1]
     environment = backends._environment_problem
     backends._environment_problem = lambda backend: None if backend == "triton" else environment(backend)
     problem = utils.problem
     utils.LAUNCHER_IS_KNOWN = False
-    utils.capability = lambda device: arch
+    utils.capability = lambda device: _current[-1].arch
     utils.problem = lambda device_type, dtype: problem("cuda", dtype)
-    utils.launch = lambda kernel, grid, device, *args, **meta: host.launch(kernel, grid, *args, **meta)
-    return host
+    utils.launch = lambda kernel, grid, device, *args, **meta: _current[-1].launch(kernel, grid, *args, **meta)
+    return _current[-1]
 
 
 class _Compiler:
