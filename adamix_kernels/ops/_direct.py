@@ -63,16 +63,23 @@ def switched_off() -> Iterator[None]:
         _switched_off -= 1
 
 
+def traced() -> bool:
+    """Whether a compiler, a dispatch mode (fake tensors) or a transform of functions follows the dispatcher's calls."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def may_be_direct() -> bool:
     """Whether nobody but autograd watches this call: no compiler, mode, transform, profiler, no ADAMIX_CHECK."""
     return not (
-        torch.compiler.is_compiling()
+        traced()
         or _switched_off
-        or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
         or torch._C._autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
         or _environment.checks_values()
     )
 

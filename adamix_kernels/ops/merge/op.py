@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..._backends import select
+from .._direct import traced
 from .._library import define
 from ._results import Results
 
@@ -75,7 +76,7 @@ def banks_directly(
     """
     given = [score for score in scores if score is not None]
     plain = _PLAIN.issuperset(map(type, banks)) and _PLAIN.issuperset(map(type, given))
-    if not banks or not plain or _watched():
+    if not banks or not plain or traced():
         return None
     # As the optimisers of torch do: {(device, dtype): ...}.
     groups = torch._C._group_tensors_by_device_and_dtype([[*banks]], False)
@@ -94,16 +95,6 @@ def banks_directly(
     module = select("merge", backend, device, dtype)
     with torch.no_grad(), torch._C._DisableAutocast():
         return module.banks_forward(banks, scores, results)
-
-
-def _watched() -> bool:
-    """Whether somebody watches the dispatcher: torch.compile, fake tensors, transforms of functions."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 def _banks_forward_fake(
