@@ -24,7 +24,15 @@ _MODULES = {"reference": "reference", "triton": "triton_impl", "cuda": "cuda_imp
 
 
 class BackendUnavailableError(RuntimeError):
-    """An explicitly requested backend cannot serve this call; the message says why."""
+    """An explicitly requested backend cannot serve this call; the message says why.
+
+    Example:
+        >>> try:
+        ...     merge_experts(torch.ones(2, 3), backend="triton")
+        ... except BackendUnavailableError as error:
+        ...     print(error)  # doctest: +ELLIPSIS
+        backend...triton...
+    """
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,11 @@ class BackendState:
     usable: whether at least one op can run on it here.
     ops: the ops it implements in this build.
     reason: why it is usable or not, in words.
+
+    Example:
+        >>> state = backends()["reference"]
+        >>> state.usable, "routed_lora" in state.ops
+        (True, True)
     """
 
     name: str
@@ -126,6 +139,10 @@ def backends() -> dict[str, BackendState]:
     """The state of every backend: name -> BackendState(usable, ops, reason).
 
     Nothing is launched and no optional package is imported that is not installed.
+
+    Example:
+        >>> list(backends())
+        ['reference', 'triton', 'cuda']
     """
     states = {}
     for name in _MODULES:

@@ -34,6 +34,11 @@ class Router:
             process's rank in torch.distributed. Ranks that hold the same samples (tensor parallel) need one value.
 
     Source: AdaMix section 3.1, `MixtureSoup.forward` of the reference project.
+
+    Example:
+        >>> router = Router("sample")
+        >>> RoutedAdapter(8, 2, num_experts=4, router=router)(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
     """
 
     def __init__(self, level: str = "batch", passes: int = 2):

@@ -43,6 +43,11 @@ def export_adapterhub(model: nn.Module, directory: str | os.PathLike[str], name:
             adapted in another place; `name` has other characters; `directory` is a file.
 
     Source: SeqBnConfig and AdapterLoader of adapters 1.3.
+
+    Example:
+        >>> folder = export_adapterhub(adapt(model), "adapterhub")
+        >>> (folder / "pytorch_adapter.bin").is_file()
+        True
     """
     state = adamix_state(model)
     _check(model, state, name)

@@ -51,6 +51,9 @@ def load_official(
             message names the reference project's keys. Everything is checked before `model` changes.
 
     Source: `save_partial_model` and NLG/src/gpt2_ft.py of the reference project.
+
+    Example:
+        >>> load_official(model, "roberta_base_sst2.bin")  # doctest: +SKIP
     """
     values = read_official(path)
     facts = read_facts(values)

@@ -62,6 +62,11 @@ def export_peft(
             or merged with keep=False); `directory` is a file.
 
     Source: PEFT's LoRA format, peft 0.18 and newer.
+
+    Example:
+        >>> folder = export_peft(adapt(model, AdaMixConfig(method="lora", r=4)), "peft_lora")
+        >>> (folder / "adapter_model.safetensors").is_file()
+        True
     """
     state = adamix_state(model)
     config = state.config

@@ -78,6 +78,10 @@ def save_adamix(
     Raises:
         ValueError: `model` is not adapted, a value of state_dict has another shape, or `directory` is a file.
         OSError: a file could not be written; the previous checkpoint stays.
+
+    Example:
+        >>> sorted(path.name for path in save_adamix(adapt(model), "experts").iterdir())  # doctest: +ELLIPSIS
+        ['adamix-...safetensors', 'adamix_checkpoint.json']
     """
     return write_checkpoint(model, directory, state_dict)
 
@@ -145,6 +149,13 @@ def load_adamix(
         ValueError: a file is missing, truncated, corrupt or of an unknown version; the repository cannot be had; the
             model is another one; a tensor is missing, unexpected or of another shape. Everything is checked before
             `model` changes.
+
+    Example:
+        >>> import copy
+        >>> bare = copy.deepcopy(model)
+        >>> folder = save_adamix(adapt(model).eval(), "experts")
+        >>> torch.equal(load_adamix(bare, folder).eval()(**batch).logits, model(**batch).logits)
+        True
     """
     check_model(model)
     check_request(backend)

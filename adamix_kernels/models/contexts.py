@@ -22,6 +22,12 @@ def disable(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises ValueError: `model` is not adapted, or is a LoRA model whose update is in its weights for good: it was
         loaded merged, or merged with keep=False.
+
+    Example:
+        >>> base = model.eval()(**batch).logits
+        >>> with disable(adapt(model)):
+        ...     print(torch.equal(model(**batch).logits, base))
+        True
     """
     state = adamix_state(model)
     in_weights = any(not isinstance(model.get_submodule(p), (AdaptedLayer, RoutedLoRALinear)) for p in state.paths)
@@ -50,6 +56,13 @@ def use_experts(model: nn.Module, index: int | Sequence[int] | torch.Tensor) -> 
     Raises:
         ValueError, TypeError: `model` is not adapted or is merged, or an id is no expert of it. At a forward,
             ValueError: `index` does not fit the batch.
+
+    Example:
+        >>> adapt(model).eval()  # doctest: +ELLIPSIS
+        Bert...
+        >>> with use_experts(model, [0, 2]):  # expert 0 for the first sample, 2 for the second
+        ...     model(**batch).logits.shape
+        torch.Size([2, 2])
     """
     state = adamix_state(model)
     if state.merged:
@@ -82,6 +95,13 @@ def eval_routing(model: nn.Module, level: str) -> Iterator[nn.Module]:
     Random per token and per sample are the reference project's inference levels 0 and 1, merged is 3.
 
     Raises ValueError: `model` is not adapted, or `level` is none of these.
+
+    Example:
+        >>> adapt(model).eval()  # doctest: +ELLIPSIS
+        Bert...
+        >>> with eval_routing(model, "sample"):  # experts drawn at random, as in training
+        ...     model(**batch).logits.shape
+        torch.Size([2, 2])
     """
     check_level("level", level, "merged")
     router = adamix_state(model).router

@@ -29,6 +29,10 @@ def double_batch(inputs: Any, batch_size: int | None = None) -> Any:
         ValueError: batch_size is None and `inputs` holds no tensor with a first dimension.
 
     Source: AdaMix section 3.2 runs the passes one after the other; one doubled forward computes the same.
+
+    Example:
+        >>> double_batch({"input_ids": torch.tensor([[1, 2], [3, 4]])})["input_ids"].tolist()
+        [[1, 2], [3, 4], [1, 2], [3, 4]]
     """
     batch_size = find_batch_size(inputs) if batch_size is None else batch_size
     looked()

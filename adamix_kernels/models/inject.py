@@ -38,6 +38,12 @@ def adapt(model: nn.Module, config: AdaMixConfig | None = None, *, backend: str 
             thing, or config does not fit the model. Nothing is changed then.
 
     Source: AdaMix section 3; placement as in the reference project's BERT, RoBERTa and GPT-2.
+
+    Example:
+        >>> adapt(model, AdaMixConfig(num_experts=4, bottleneck=16)).adamix.config.num_experts
+        4
+        >>> sorted({name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad})
+        ['bert', 'classifier']
     """
     check_model(model)
     check_request(backend)

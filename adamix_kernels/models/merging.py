@@ -38,6 +38,13 @@ def merge(model: nn.Module, keep: bool = True) -> nn.Module:
         ValueError: `model` is not adapted, or is merged already; nothing is changed then.
 
     Source: AdaMix section 3.3 (merging weights); `expert_soup` of the reference project.
+
+    Example:
+        >>> adapt(model).eval()  # doctest: +ELLIPSIS
+        Bert...
+        >>> before = model(**batch).logits  # evaluation: all experts, averaged
+        >>> torch.allclose(merge(model)(**batch).logits, before, atol=1e-6)
+        True
     """
     check_flag("keep", keep)
     state = adamix_state(model)
@@ -111,6 +118,10 @@ def unmerge(model: nn.Module) -> nn.Module:
     """Puts back the experts and the base weights that merge() kept, bit for bit, and returns `model`.
 
     Raises ValueError: `model` is not merged, or holds no experts: it was loaded merged, or merged with keep=False.
+
+    Example:
+        >>> unmerge(merge(adapt(model))).adamix.merged
+        False
     """
     state = adamix_state(model)
     if not state.merged:
@@ -150,6 +161,10 @@ def learn_merging(model: nn.Module, enable: bool = True) -> nn.Module:
     the scores through softmax(score). Returns `model`.
 
     Raises ValueError: `model` is not adapted, or is merged.
+
+    Example:
+        >>> learn_merging(adapt(model))  # doctest: +ELLIPSIS
+        Bert...
     """
     state = adamix_state(model)
     if state.merged:

@@ -32,7 +32,12 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """Prints, and returns, (trainable, all) numbers of parameters, in PEFT's words; see count_parameters."""
+    """Prints, and returns, (trainable, all) numbers of parameters, in PEFT's words; see count_parameters.
+
+    Example:
+        >>> print_trainable_parameters(adapt(model))  # doctest: +ELLIPSIS
+        trainable params: ... || all params: ... || trainable%: ...
+    """
     trainable, total = count_parameters(model)
     share = 100 * trainable / total if total else 0.0
     print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
@@ -50,6 +55,11 @@ def summary(model: nn.Module) -> str:
         model: returned by adapt() or load_adamix(), merged or not.
 
     Raises ValueError: `model` is not adapted.
+
+    Example:
+        >>> print(summary(adapt(model)))  # doctest: +ELLIPSIS
+        BertForSequenceClassification: AdaMix adapter, 4 experts, share up, routing per batch, not merged
+        layers ...
     """
     state = adamix_state(model)
     config = state.config

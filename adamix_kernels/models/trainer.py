@@ -56,6 +56,15 @@ class AdaMixTrainerMixin(CheckpointMixin):
         NotImplementedError: a task without a rule here (see Objective), FSDP1 or DeepSpeed.
 
     Source: AdaMix section 3.2 and the reference project's training loops.
+
+    Example:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> class MyTrainer(AdaMixTrainerMixin, Trainer): ...  # as AdaMixTrainer is
+        >>> args = TrainingArguments("run", max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True)
+        >>> rows = [{**{k: v[i] for k, v in batch.items()}, "labels": i} for i in range(2)]
+        >>> MyTrainer(adapt(model), args, train_dataset=rows).train().global_step  # doctest: +ELLIPSIS
+        {...
+        1
     """
 
     # The loss is divided by the targets of the whole update, never by accumulation steps (transformers 5).

@@ -49,6 +49,11 @@ class RoutedAdapter(nn.Module):
         TypeError, ValueError: an argument, or at the call x, is not one of the above; the message names it.
 
     Source: AdaMix section 3; `ExpertSoup` of the reference project.
+
+    Example:
+        >>> adapter = RoutedAdapter(8, 2, num_experts=4)
+        >>> adapter(torch.randn(2, 5, 8)).shape, adapter.down_weight.shape, adapter.up_weight.shape
+        (torch.Size([2, 5, 8]), torch.Size([4, 2, 8]), torch.Size([1, 8, 2]))
     """
 
     place: str | None = None  # its path in the model, for messages; set by adapt()
@@ -183,6 +188,11 @@ class AdaptedLayer(nn.Module):
 
     base: any module that returns one tensor [..., H]; its weight and bias stay reachable here, because
     model code looks at them (T5 reads wo.weight.dtype).
+
+    Example:
+        >>> layer = adapt(model).get_submodule("bert.encoder.layer.0.output.dense")
+        >>> isinstance(layer, AdaptedLayer)
+        True
     """
 
     def __init__(self, base: nn.Module, adapter: RoutedAdapter):

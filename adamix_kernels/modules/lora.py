@@ -59,6 +59,11 @@ class RoutedLoRALinear(nn.Module):
         TypeError, ValueError: an argument, or at the call x, does not fit; the message names it.
 
     Source: AdaMix section 3, equation (LoRA); `AdamixMergedLinear` of the reference project.
+
+    Example:
+        >>> layer = RoutedLoRALinear.from_linear(torch.nn.Linear(8, 6), r=2, alpha=4, num_experts=4)
+        >>> layer(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 6])
     """
 
     place: str | None = None  # its path in the model, for messages; set by adapt()

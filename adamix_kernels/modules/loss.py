@@ -20,6 +20,11 @@ class AdaMixLoss(nn.Module):
         inplace: the gradient may overwrite the logits, as in `adamix_loss`.
 
     Raises what `adamix_loss` raises, at the first call.
+
+    Example:
+        >>> loss = AdaMixLoss(weight=0.5)
+        >>> loss(torch.randn(4, 3), torch.tensor([0, 2]))._fields
+        ('loss', 'cross_entropy', 'consistency')
     """
 
     def __init__(

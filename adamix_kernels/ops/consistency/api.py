@@ -84,6 +84,13 @@ def consistency_loss(
 
     Source: AdaMix (arXiv 2205.12410), section 3.2, consistency regularisation; `symmetric_KL_loss` of the
     reference project, whose mask compaction gives the same value.
+
+    Example:
+        >>> a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> round(consistency_loss(a, b).item(), 4)
+        0.1155
+        >>> consistency_loss(a, a).item()
+        0.0
     """
     looked()
     check_tensor("logits_a", logits_a)
@@ -169,6 +176,14 @@ def adamix_loss(
 
     Source: AdaMix (arXiv 2205.12410), section 3.2; the reference project's training forward, there as two
     sequential passes.
+
+    Example:
+        >>> rows = [[2.0, 0.0], [0.0, 2.0], [1.0, 0.0], [0.0, 2.0]]  # B = 2, two passes
+        >>> logits = torch.tensor(rows, requires_grad=True)
+        >>> out = adamix_loss(logits, torch.tensor([0, 1]))
+        >>> round(out.cross_entropy.item(), 4), round(out.consistency.item(), 4)
+        (0.1269, 0.0374)
+        >>> out.loss.backward()
     """
     looked()
     check_tensor("logits", logits)

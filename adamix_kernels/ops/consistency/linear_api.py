@@ -61,6 +61,13 @@ def linear_adamix_loss(
     Raises: as `adamix_loss`; with ADAMIX_CHECK=1 a loss that is not finite names hidden, lm_head_weight or bias.
 
     Source: AdaMix (arXiv 2205.12410), section 3.2, on the language-model head.
+
+    Example:
+        >>> hidden, head = torch.randn(4, 6, 8), torch.randn(100, 8)  # two passes of 2 x 6 tokens, 100 classes
+        >>> labels = torch.randint(100, (2, 6))
+        >>> out = linear_adamix_loss(hidden, head, labels)
+        >>> torch.allclose(out.loss, adamix_loss(hidden @ head.mT, labels).loss)
+        True
     """
     looked()
     check_tensor("hidden", hidden)

@@ -37,6 +37,10 @@ def merge_experts(
         BackendUnavailableError: an explicit backend cannot serve the call.
 
     Source: AdaMix (arXiv 2205.12410), section 3.3; `expert_score_weight` in the reference project's expert_soup.py.
+
+    Example:
+        >>> merge_experts(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        tensor([2., 3.])
     """
     _check_bank("bank", bank, "scores", scores)
     check_request(backend)
@@ -107,6 +111,12 @@ def merge_lora(
         BackendUnavailableError: an explicit backend cannot serve the call.
 
     Source: AdaMix (arXiv 2205.12410), section 3.3; `MergedLinear.eval` of the reference project's NLG/loralib.
+
+    Example:
+        >>> weight, a, b = torch.zeros(2, 3), torch.ones(1, 3), torch.tensor([[1.0], [2.0]])
+        >>> merge_lora(weight, a, b, scaling=0.5)
+        tensor([[0.5000, 0.5000, 0.5000],
+                [1.0000, 1.0000, 1.0000]])
     """
     check_tensor("weight", weight)
     check_flag("fan_in_fan_out", fan_in_fan_out)

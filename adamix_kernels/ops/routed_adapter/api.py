@@ -66,6 +66,14 @@ def routed_adapter(
         BackendUnavailableError: an explicit backend cannot serve the call.
 
     Source: AdaMix (arXiv 2205.12410), section 3; `ExpertSoup.forward` of the reference project.
+
+    Example:
+        >>> x = torch.randn(2, 5, 8)  # two samples of five tokens
+        >>> down, up = torch.randn(4, 3, 8), torch.randn(1, 8, 3)  # four experts down, a shared one up
+        >>> out = routed_adapter(x, down, None, up, None, torch.tensor([3, 0]), None, residual=x)
+        >>> first = x[0] + torch.nn.functional.gelu(x[0] @ down[3].mT) @ up[0].mT
+        >>> torch.allclose(out[0], first, atol=1e-5)
+        True
     """
     add_input = residual is x
     added = None if add_input else residual

@@ -90,6 +90,13 @@ def routed_lora(
         BackendUnavailableError: an explicit backend cannot serve the call.
 
     Source: AdaMix (arXiv 2205.12410), section 3; `MergedLinear` of the reference project's NLG/loralib.
+
+    Example:
+        >>> x, base = torch.randn(2, 5, 8), torch.randn(2, 5, 6)
+        >>> a, b = torch.randn(4, 2, 8), torch.randn(4, 6, 2)
+        >>> out = routed_lora(x, a, b, torch.tensor([1, 2]), torch.tensor([0, 2]), base=base, scaling=2.0)
+        >>> torch.allclose(out[0], base[0] + 2 * x[0] @ a[1].mT @ b[0].mT, atol=1e-4)
+        True
     """
     given = base
     direct = may_be_direct()
