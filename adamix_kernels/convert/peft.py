@@ -40,12 +40,12 @@ def export_peft(
 ) -> Path:
     """Writes B A of the merged experts as a LoRA that PEFT loads onto the unmerged base; returns the folder.
 
-    A layer whose G slices are adapted (q and v of a fused c_attn: G = 2) becomes one LoRA of rank G*r and
-    alpha G*alpha (with use_rslora sqrt(G)*alpha), its B block diagonal, which is the same update. task_type is that of
-    the config, or of the model's class; None for a model that reads no text (Whisper, ViT).
+    A layer whose G slices are adapted (q and v of a fused c_attn: G = 2) becomes one LoRA of rank G * r and
+    alpha G * alpha (with use_rslora sqrt(G) * alpha), its B block diagonal, which is the same update. task_type is
+    that of the config, or of the model's class; None for a model that reads no text (Whisper, ViT).
 
-    Files: `adapter_model.safetensors` (`base_model.model.<path>.lora_A.weight` [G*r, K], `.lora_B.weight`
-    [N, G*r], float32 as the banks, and the trained head), `adapter_config.json` and, where there is none yet,
+    Files: `adapter_model.safetensors` (`base_model.model.<path>.lora_A.weight` [G * r, K], `.lora_B.weight`
+    [N, G * r], float32 as the banks, and the trained head), `adapter_config.json` and, where there is none yet,
     a model card `README.md`. Load with `PeftModel.from_pretrained(base, directory)`, base being the model that
     adapt() was given.
 
@@ -129,7 +129,7 @@ def _write(
 
 @torch.no_grad()
 def _one_lora(layer: RoutedLoRALinear | Factors, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [G*r, K] and the block-diagonal B [N, G*r] of one LoRA with the same update."""
+    """A [G * r, K] and the block-diagonal B [N, G * r] of one LoRA with the same update."""
     if expert is None or isinstance(layer, Factors):
         lora_a, stacked = layer.merged_factors()
     else:

@@ -49,7 +49,7 @@ def use_experts(model: nn.Module, index: int | Sequence[int] | torch.Tensor) -> 
     """Within the context the caller says which expert serves which sample, on every layer and side.
 
     Args:
-        index: an expert id for all, or ids [B] per sample or [B, S] per token (int32 or int64). A batch of k*B
+        index: an expert id for all, or ids [B] per sample or [B, S] per token (int32 or int64). A batch of k * B
             rows takes each id k times: whole passes in training, k beams or returned sequences per sample in
             generate(), where ids are per sample.
 

@@ -58,13 +58,8 @@ class AdaMixTrainerMixin(CheckpointMixin):
     Source: AdaMix section 3.2 and the reference project's training loops.
 
     Example:
-        >>> from transformers import Trainer, TrainingArguments
+        >>> from transformers import Trainer
         >>> class MyTrainer(AdaMixTrainerMixin, Trainer): ...  # as AdaMixTrainer is
-        >>> args = TrainingArguments("run", max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True)
-        >>> rows = [{**{k: v[i] for k, v in batch.items()}, "labels": i} for i in range(2)]
-        >>> MyTrainer(adapt(model), args, train_dataset=rows).train().global_step  # doctest: +ELLIPSIS
-        {...
-        1
     """
 
     # The loss is divided by the targets of the whole update, never by accumulation steps (transformers 5).
@@ -249,7 +244,19 @@ class AdaMixTrainerMixin(CheckpointMixin):
 
 
 class AdaMixTrainer(AdaMixTrainerMixin, Trainer):
-    __doc__ = AdaMixTrainerMixin.__doc__
+    """transformers.Trainer with AdaMix's loss: loss = CE(pass 1) + weight * consistency(pass 1, pass 2).
+
+    Takes the arguments of Trainer and a model returned by adapt(). What it does with checkpoints, accumulation,
+    several processes and evaluation, what it raises and its source: `AdaMixTrainerMixin`.
+
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> args = TrainingArguments("run", max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True)
+        >>> rows = [{**{k: v[i] for k, v in batch.items()}, "labels": i} for i in range(2)]
+        >>> AdaMixTrainer(adapt(model), args, train_dataset=rows).train().global_step  # doctest: +ELLIPSIS
+        {...
+        1
+    """
 
 
 def check_checkpointing(model: nn.Module, args: Any, fsdp_plugin: Any = None) -> None:

@@ -52,8 +52,8 @@ class RoutedLoRALinear(nn.Module):
         use_rslora: s = alpha / sqrt(r), as PEFT's.
         router, backend: as for RoutedAdapter.
 
-    Parameters: lora_a [Ma, groups*r, K], one Kaiming-uniform draw copied to every expert; lora_b
-    [Mb, groups*Ng, r], zero; a_score [Ma], b_score [Mb], frozen zeros, as in RoutedAdapter.
+    Parameters: lora_a [Ma, groups * r, K], one Kaiming-uniform draw copied to every expert; lora_b
+    [Mb, groups * Ng, r], zero; a_score [Ma], b_score [Mb], frozen zeros, as in RoutedAdapter.
 
     Raises:
         TypeError, ValueError: an argument, or at the call x, does not fit; the message names it.
@@ -216,7 +216,7 @@ class RoutedLoRALinear(nn.Module):
         return out.view(base.shape)
 
     def merged_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(A [groups*r, K], B [groups*Ng, r]): each side averaged by itself, never the product."""
+        """(A [groups * r, K], B [groups * Ng, r]): each side averaged by itself, never the product."""
         lora_a = merged_bank(self.lora_a, self.a_score, self.backend)
         lora_b = merged_bank(self.lora_b, self.b_score, self.backend)
         return lora_a[0], lora_b[0]

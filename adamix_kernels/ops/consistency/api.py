@@ -72,7 +72,7 @@ def consistency_loss(
             expected_grad, the other way round; inplace, none at all.
         reference, 4 or 2 bytes, P rows at once: forward `2 * e * R * V + 24 * P * V`, backward `0`
         reference, 4 or 2 bytes, detach_target=False: forward `2 * e * R * V + 28 * P * V`, backward `0`
-    P is at most R, on a CPU 2**17 // V rows (at least one) for each thread, on a GPU 2**26 // V. There, under
+    P is at most R, on a CPU 2^17 // V rows (at least one) for each thread, on a GPU 2^26 // V. There, under
     torch.compile and for float16 without expected_grad the reference has the first term in the backward.
 
     The maths is float32 or float64 whatever the logits' dtype; autocast changes nothing.
@@ -156,7 +156,7 @@ def adamix_loss(
             expected_grad, the other way round; inplace, none at all.
         reference, 4 or 2 bytes, P rows at once: forward `2 * e * R * V + 24 * P * V`, backward `0`
         reference, 4 or 2 bytes, detach_target=False: forward `2 * e * R * V + 28 * P * V`, backward `0`
-    P is at most R, on a CPU 2**17 // V rows (at least one) for each thread, on a GPU 2**26 // V. There, under
+    P is at most R, on a CPU 2^17 // V rows (at least one) for each thread, on a GPU 2^26 // V. There, under
     torch.compile and for float16 without expected_grad the reference has the first term in the backward.
 
     Regression: with floating labels [B, ...] and logits [2B, ..., 1] or [2B, ...], cross_entropy is the

@@ -53,7 +53,7 @@ def linear_adamix_loss(
         triton, cuda, float32: forward `4 * (2 * C * V + V * D + 2 * (R + C) * D)`, backward `4 * (V + 2 * R) * D`
         reference, float32, P rows at once: forward `4 * (2 * C * V + 6 * P * V + V * D + 2 * (R + C) * D)`,
             backward `4 * (V + 2 * R) * D`
-    P is at most C, on a CPU 2**17 // V rows (at least one) for each thread, on a GPU 2**26 // V.
+    P is at most C, on a CPU 2^17 // V rows (at least one) for each thread, on a GPU 2^26 // V.
 
     Under autocast hidden, lm_head_weight and bias (float64 excepted) are cast to the autocast dtype, as
     F.linear does; the losses are float32 all the same.

@@ -89,8 +89,8 @@ def merge_lora(
 
     Args:
         weight: [N, K], floating; [K, N] with fan_in_fan_out (Hugging Face's Conv1D). Never written.
-        lora_a: [groups*r, K], or a bank [Ma, groups*r, K]. lora_b: [groups*Ng, r], or a bank
-            [Mb, groups*Ng, r]; the dtype of lora_a, which may differ from weight's. A bank is first
+        lora_a: [groups * r, K], or a bank [Ma, groups * r, K]. lora_b: [groups * Ng, r], or a bank
+            [Mb, groups * Ng, r]; the dtype of lora_a, which may differ from weight's. A bank is first
             replaced by its uniform mean, A and B separately.
         scaling: alpha / r, a finite number.
         groups, output_offsets: the column ranges of the output the factors serve, as in routed_lora.
@@ -122,8 +122,8 @@ def merge_lora(
     check_flag("fan_in_fan_out", fan_in_fan_out)
     check_dims("weight", weight, "[K, N]" if fan_in_fan_out else "[N, K]")
     rows, cols = (weight.shape[1], weight.shape[0]) if fan_in_fan_out else weight.shape
-    lora_a = _as_bank("lora_a", lora_a, weight, "[groups*r, K]")
-    lora_b = _as_bank("lora_b", lora_b, weight, "[groups*Ng, r]")
+    lora_a = _as_bank("lora_a", lora_a, weight, "[groups * r, K]")
+    lora_b = _as_bank("lora_b", lora_b, weight, "[groups * Ng, r]")
     if lora_b.dtype != lora_a.dtype:
         fail("lora_b", lora_b.dtype, f"{lora_a.dtype}, the dtype of lora_a", TypeError)
     if lora_a.shape[2] != cols:

@@ -46,7 +46,7 @@ def routed_lora(
 
     Args:
         x: [B, S, K], floating. B, S and both may be 0.
-        lora_a: [Ma, groups*r, K], x's dtype. lora_b: [Mb, groups*Ng, r], x's dtype.
+        lora_a: [Ma, groups * r, K], x's dtype. lora_b: [Mb, groups * Ng, r], x's dtype.
         a_index, b_index: i and j, int32 or int64, [B] (per sample) or [B, S] (per token); None only for a
             bank of one. The sides are independent.
         base: [B, S, N], x's dtype; None for zeros of width max(output_offsets) + Ng.
@@ -168,10 +168,10 @@ def _check(
 ) -> list[int]:
     check_dims("x", x, "[B, S, K]")
     check_tensor("lora_a", lora_a, x)
-    check_bank("lora_a", lora_a, "[Ma, groups*r, K]")
-    check_shape("lora_a", lora_a, "[Ma, groups*r, K]", lora_a.shape[0], lora_a.shape[1], x.shape[2])
+    check_bank("lora_a", lora_a, "[Ma, groups * r, K]")
+    check_shape("lora_a", lora_a, "[Ma, groups * r, K]", lora_a.shape[0], lora_a.shape[1], x.shape[2])
     check_tensor("lora_b", lora_b, x)
-    check_bank("lora_b", lora_b, "[Mb, groups*Ng, r]")
+    check_bank("lora_b", lora_b, "[Mb, groups * Ng, r]")
     check_index("a_index", a_index, lora_a.shape[0], x)
     check_index("b_index", b_index, lora_b.shape[0], x)
     width = None
