@@ -13,19 +13,31 @@ import torch
 
 from adamix_kernels import cli
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README, CLASSIFICATION, PYTHON = "README.md", "docs/tutorials/classification.md", "docs/tutorials/python.md"
 
 
-def block(word):
-    """The one Python block that has `word` in it."""
-    (found,) = [text for text in BLOCKS if word in text]
+def page(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def block(name, word):
+    """The one Python block of a page that has `word` in it."""
+    blocks = re.findall(r"```python\n(.*?)```", page(name), flags=re.DOTALL)
+    (found,) = [text for text in blocks if word in text]
     return found
 
 
-def commands(title):
+def run(name, word, names=None):
+    """The names that the block leaves."""
+    names = {} if names is None else names
+    exec(compile(block(name, word), name, "exec"), names)
+    return names
+
+
+def commands(name, title):
     """The shell block below a title."""
-    section = README.partition(f"\n## {title}")[2].partition("\n## ")[0]
+    section = page(name).partition(f"\n## {title}")[2].partition("\n## ")[0]
     return re.search(r"```sh\n(.*?)```", section, flags=re.DOTALL).group(1)
 
 
@@ -39,7 +51,7 @@ def trained(tmp_path_factory):
     assert (bin / "adamix").is_file(), "the package is not installed: no adamix beside this Python"
     environment = {**os.environ, "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", commands("Quick start")],
+        ["bash", "-euo", "pipefail", "-c", commands(README, "Quick start")],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -67,18 +79,31 @@ def test_the_commands_that_a_run_names_next(trained, monkeypatch, capfd):
 
 def test_load(trained, monkeypatch):
     monkeypatch.chdir(trained[0])
-    names = {}
-    exec(compile(block('load("tickets")'), "README.md", "exec"), names)
-    labels = names["model"].config.id2label
-    assert labels[int(names["logits"].argmax())] == "billing"
+    names = run(CLASSIFICATION, 'load("tickets")')
+    tokens = names["tokenizer"](["You billed me two times"], return_tensors="pt")
+    assert names["model"].config.id2label[int(names["model"](**tokens).logits.argmax())] == "billing"
+
+
+def test_the_commands_of_the_tutorial(trained, monkeypatch, capfd):
+    """It begins with the README's; the others run in this process, as a shell would divide them."""
+    assert commands(CLASSIFICATION, "1. Train") == commands(README, "Quick start")
+    monkeypatch.chdir(trained[0])
+    Path("new.csv").write_text("text\nThe invoice is wrong\nThe app crashes\n", encoding="utf-8")
+    lines = [*commands(CLASSIFICATION, "2.").splitlines(), *commands(CLASSIFICATION, "3.").splitlines()]
+    assert len(lines) == 5
+    for line in lines[:-1]:
+        assert cli.main(shlex.split(line)[1:]) == 0, (line, capfd.readouterr().err)
+    assert len(Path("answers.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+    assert cli.main(shlex.split(lines[-1])[1:]) != 0
+    assert "--pooling model" in capfd.readouterr().err  # the page says so
 
 
 def test_by_hand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    by_hand = block("double_batch")
+    by_hand = block(README, "double_batch")
     assert len([line for line in by_hand.splitlines() if line.strip()]) <= 11
-    names = {}
-    exec(compile(by_hand, "README.md", "exec"), names)
+    assert by_hand == block(PYTHON, "double_batch")
+    names = run(README, "double_batch")
     assert names["model"].adamix.merged
     import adamix_kernels
 
@@ -96,15 +121,13 @@ def test_trainer_example(tmp_path):
     batch = batch_for(model)
     rows = [{k: v[i] for k, v in batch.items()} for i in range(4)]
     args = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], disable_tqdm=True, use_cpu=True)
-    names = {"model": model, "args": args, "data": rows}
-    exec(compile(block("trainer.train()"), "README.md", "exec"), names)
+    names = run(PYTHON, "trainer.train()", {"model": model, "args": args, "data": rows})
     assert names["trainer"].state.global_step == 2
 
 
 def test_tour(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(compile(block("use_experts(model, [0, 2])"), "README.md", "exec"), names)
+    names = run(PYTHON, "use_experts(model, [0, 2])")
     assert torch.equal(names["served"], names["again"])
     torch.testing.assert_close(names["merged"], names["served"], rtol=1e-5, atol=1e-5)
     assert names["mixed"].shape == names["drawn"].shape == names["base"].shape == (2, 2)
@@ -125,7 +148,7 @@ def test_the_equivalent_pytorch():
         "i": index,
         "j": index.flip(0),
     }
-    exec(compile(block("einsum"), "README.md", "exec"), names)
+    run(PYTHON, "einsum", names)
     banks = (names[n] for n in ("Wd", "bd", "Wu", "bu"))
     torch.testing.assert_close(
         routed_adapter(names["x"], *banks, names["i"], names["j"], residual=names["x"]), names["out"]
@@ -133,7 +156,10 @@ def test_the_equivalent_pytorch():
 
 
 def test_every_local_link_leads_somewhere():
-    root = Path(__file__).parent.parent
-    for link in re.findall(r"]\(([^)#]+)(?:#[^)]*)?\)", README):
+    for link in re.findall(r"]\(([^)#]+)(?:#[^)]*)?\)", page(README)):
         if not link.startswith("http"):
-            assert (root / link).exists(), link
+            assert (ROOT / link).exists(), link
+
+
+def test_the_readme_stays_short():
+    assert len(page(README).splitlines()) <= 150

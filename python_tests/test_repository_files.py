@@ -39,11 +39,9 @@ def test_one_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == adamix_kernels.__version__
     assert citation["license"] == "Apache-2.0"
-    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
-    assert {hook["entry"].split()[0] for hook in hooks} == {
-        ".venv/bin/ruff",
-        ".venv/bin/mypy",
-        ".venv/bin/clang-format",
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert {hook["entry"].split()[0] for hook in repo["hooks"]} == {
+        f".venv/bin/{tool}" for tool in ("ruff", "mypy", "clang-format")
     }
 
 
