@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -89,8 +90,9 @@ class CudaCounter:
             self._programs[key] = Program(nvcc.clustered(text, cluster))
         program, shared = self._programs[key], nvcc.static_shared(text) + dynamic
         ranges = spans(argument, self._known)
+        how = replace(HOW, zeros=cluster > 1)
         began = time.perf_counter()
-        outcome = program.launch(grid, [argument], threads // 32, shared, ranges, HOW)
+        outcome = program.launch(grid, [argument], threads // 32, shared, ranges, how)
         wrong = [report for report in outcome.reports if "bounds" in report or "misaligned" in report]
         if wrong:
             raise RuntimeError(hosts.summary(wrong))
