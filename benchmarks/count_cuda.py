@@ -32,7 +32,6 @@ from .count_triton import HOW, disassembler
 from .cuda_compile import ROOT, WHEELS, demangled, nvrtc_version
 from .op_check import gradients
 
-TARGETS = (70, 80, 90)
 # Bytes of shared memory that one block may ask for.
 _SHARED = {70: 98_304, 80: 166_912, 90: 232_448}
 _TAKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int), ctypes.c_void_p, ctypes.c_int)

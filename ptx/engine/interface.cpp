@@ -95,9 +95,10 @@ Program* ptx_load(int count, const char* names, const s64* rows, const s64* oper
 void ptx_free(Program* p) { delete p; }
 
 // options: order of warps (0 forward, 1 backward, 2 random slices), seed, statistics, races, late wgmma, the most
-// instructions, after how many no more blocks begin, and whether shared memory begins as zeros. blocks: their linear numbers, in the order they run. ranges:
-// low and high of each. counts: instructions, products, barriers, reports, blocks that ran. touched: sectors of each
-// range, read from outside and written. out: the reports, a line each, as many as it holds.
+// instructions, after how many no more blocks begin, and whether shared memory begins as zeros. blocks: their linear
+// numbers, in the order they run. ranges: low and high of each. counts: instructions, products, barriers, reports,
+// blocks that ran. touched: sectors of each range, read from outside and written. out: the reports, a line each, as
+// many as it holds.
 void ptx_launch(Program* p, int warps, s64 shared_bytes, const int* grid, const s64* blocks, s64 block_count,
                 const u8* parameters, const u64* ranges, int range_count, const s64* options, char* out, s64 out_bytes,
                 s64* counts, s64* touched) {
