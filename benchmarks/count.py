@@ -11,16 +11,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from . import count_page
+from . import count_page, count_run
 from . import count_table as table
+from .count_run import TARGETS
 from .count_table import TABLE, Row
-
-# csrc/ first: its library is looked for once in a process.
-BACKENDS = ("cuda", "triton")
 
 
 def counted(
-    ops: Sequence[str], backend: str, only: str, kept: dict[tuple, Row], targets: Sequence[int], launches_too: bool
+    ops: Sequence[str], backend: str, target: int, only: str, kept: dict[tuple, Row], launches_too: bool
 ) -> Iterator[Row]:
     """A row of every work of these ops whose name holds `only`; those of `kept` with the same sources are taken. What
     the executor cannot run is told, and has no row."""
@@ -28,37 +26,30 @@ def counted(
 
     from . import count_cases, count_cuda, count_row, count_triton
 
-    kind, all_targets = {
-        "triton": (count_triton.TritonCounter, count_triton.TARGETS),
-        "cuda": (count_cuda.CudaCounter, count_cuda.TARGETS),
-    }[backend]
-    for target in all_targets:
-        if targets and target not in targets:
+    counter = (count_triton.TritonCounter if backend == "triton" else count_cuda.CudaCounter)(target)
+    # Its matrix units have no bfloat16: float16 is what a V100 trains in.
+    works = [
+        work
+        for op in ops
+        for work in count_cases.works(op)
+        if only in f"{work} {backend} sm_{target}" and not (target < 80 and work.dtype == "bfloat16")
+    ]
+    for number, work in enumerate(works, 1):
+        old = kept.get((work.op, backend, work.case.shape, work.dtype, target))
+        if old is not None and old.source == count_cases.fingerprint(work.folder, backend):
+            yield old
             continue
-        counter = kind(target)
-        for op in ops:
-            for work in count_cases.works(op):
-                key = (work.op, backend, work.case.shape, work.dtype, target)
-                if target < 80 and work.dtype == "bfloat16":
-                    # Its matrix units have none: float16 is what a V100 trains in.
-                    continue
-                if only not in f"{work} {backend} sm_{target}":
-                    continue
-                old = kept.get(key)
-                if old is not None and old.source == count_cases.fingerprint(op, backend):
-                    yield old
-                    continue
-                began = time.perf_counter()
-                try:
-                    launches = counter.count(work)
-                except UnknownPtxError as error:
-                    print(f"{work} {backend} sm_{target}: not counted: {error}", file=sys.stderr, flush=True)
-                    continue
-                row = count_row.made(work, backend, target, launches)
-                lines = [described(row, time.perf_counter() - began)]
-                lines += count_row.details(target, launches) if launches_too else []
-                print("\n".join(lines), file=sys.stderr, flush=True)
-                yield row
+        began = time.perf_counter()
+        try:
+            launches = counter.count(work)
+        except UnknownPtxError as error:
+            print(f"{work} {backend} sm_{target}: not counted: {error}", file=sys.stderr, flush=True)
+            continue
+        row = count_row.made(work, backend, target, launches)
+        lines = [f"{number}/{len(works)} {described(row, time.perf_counter() - began)}"]
+        lines += count_row.details(target, launches) if launches_too else []
+        print("\n".join(lines), file=sys.stderr, flush=True)
+        yield row
 
 
 def described(row: Row, seconds: float) -> str:
@@ -78,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.count", description=__doc__)
     parser.add_argument("--ops", nargs="+", choices=tuple(OPS), default=list(OPS))
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--backends", nargs="+", choices=tuple(TARGETS), default=list(TARGETS))
     parser.add_argument("--targets", nargs="+", type=int, default=[], help="10 * compute capability (default: all)")
     parser.add_argument("--only", default="", help='rows whose name holds this text, as in "50257 bfloat16"')
     parser.add_argument("--launches", action="store_true", help="also a line for each launch, with the model's limits")
@@ -90,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mode.add_argument("--check", action="store_true", help=f"count, and compare with {TABLE.name}")
     parser.add_argument("--reason", default="", help="with --write: why counts have grown")
     parser.add_argument("--out", type=Path, help="CSV of what was counted")
+    parser.add_argument("--jobs", type=int, default=count_run.processors(), help="processes at a time (default: all)")
+    parser.add_argument("--of", nargs=2, metavar=("BACKEND", "TARGET"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("count: TRITON_INTERPRET is set; interpreted kernels are not what is counted", file=sys.stderr)
@@ -98,23 +91,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         count_page.write(table.committed())
         return 0
     committed = {row.key: row for row in table.committed()}
+    kept = committed if options.write else {}
+    if options.of:
+        backend, target = options.of
+        for row in counted(options.ops, backend, int(target), options.only, kept, options.launches):
+            count_run.give(row)
+        return 0
     rows, found = [], []
-    for backend in (name for name in BACKENDS if name in options.backends):
-        kept = committed if options.write else {}
-        for row in counted(options.ops, backend, options.only, kept, options.targets, options.launches):
-            rows.append(row)
-            if options.write:
-                accepted, wrong = table.accepted(committed.get(row.key), row, options.reason)
-                found += [wrong] if wrong else []
-                committed[row.key] = accepted
-                # What is counted stays: stopped here, the next --write goes on from it.
-                table.write(TABLE, committed.values())
+
+    def take(row: Row) -> None:
+        rows.append(row)
+        if options.write:
+            accepted, wrong = table.accepted(committed.get(row.key), row, options.reason)
+            found.extend([wrong] if wrong else [])
+            committed[row.key] = accepted
+            # What is counted stays: stopped here, the next --write goes on from it.
+            table.write(TABLE, committed.values())
+
+    given = ["--ops", *options.ops, "--only", options.only, *["--launches"][: options.launches]]
+    given += ["--write"] if options.write else []
+    failed = count_run.run(count_run.pairs(options.backends, options.targets), given, max(1, options.jobs), take)
     if not rows:
         found.append(f"no row's name holds {options.only!r}")
     whole = (
-        not (options.only or options.targets)
+        not (options.only or options.targets or failed)
         and set(options.ops) == set(OPS)
-        and set(options.backends) == set(BACKENDS)
+        and set(options.backends) == set(TARGETS)
     )
     gone = [row for row in committed.values() if row.key not in {one.key for one in rows}] if whole else []
     if options.write:
@@ -125,9 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found += [f"{row}: no such case any more" for row in gone]
     if options.out:
         table.write(options.out, rows)
-    for line in found:
+    for line in [*found, *failed]:
         print(line)
-    return 1 if found else 0
+    return 1 if found or failed else 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +32,6 @@ from .count_triton import HOW, disassembler
 from .cuda_compile import ROOT, WHEELS, demangled, nvrtc_version
 from .op_check import gradients
 
-TARGETS = (70, 80, 90)
 # Bytes of shared memory that one block may ask for.
 _SHARED = {70: 98_304, 80: 166_912, 90: 232_448}
 _TAKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int), ctypes.c_void_p, ctypes.c_int)
@@ -89,8 +89,9 @@ class CudaCounter:
             self._programs[key] = Program(nvcc.clustered(text, cluster))
         program, shared = self._programs[key], nvcc.static_shared(text) + dynamic
         ranges = spans(argument, self._known)
+        how = replace(HOW, zeros=cluster > 1)
         began = time.perf_counter()
-        outcome = program.launch(grid, [argument], threads // 32, shared, ranges, HOW)
+        outcome = program.launch(grid, [argument], threads // 32, shared, ranges, how)
         wrong = [report for report in outcome.reports if "bounds" in report or "misaligned" in report]
         if wrong:
             raise RuntimeError(hosts.summary(wrong))

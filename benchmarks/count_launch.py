@@ -49,7 +49,9 @@ def counted(run: Executed, target: int, code: Code) -> Counted:
     executed = rows[:, 0].astype(float)
     blocks = math.prod(run.grid)
     scale = blocks / max(1, run.outcome.blocks)
-    divided = parts(names, [place(s.source) for s in run.program.kernel.statements], ptx_loops(run), code)
+    sources = [place(s.source) for s in run.program.kernel.statements]
+    functions = {one.name: (one.first, one.last) for one in run.program.kernel.functions.values()}
+    divided = parts(names, sources, ptx_loops(run), code, functions)
     spent = [part.ratio * executed[list(part.ptx)].sum() for part in divided]
     is_load = np.array([name in _LOADS for name in names])
     sectors = {True: rows[is_load, 1].sum(), False: rows[[n == "st.global" for n in names], 1].sum()}
@@ -101,7 +103,7 @@ def ptx_loops(run: Executed) -> list[Loop]:
         if name == "bra":
             label = statement.text.split()[-1]
             jumps[at] = [kernel.labels[label]], guarded
-        elif name == "ret":
+        elif name in ("ret", "back"):
             jumps[at] = [], guarded
     return loops(len(kernel.statements), jumps)
 

@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ ANCHORS = {
 _LINE = re.compile(r'//## File "([^"]+)", line (\d+)(?P<inlined> inlined at)?')
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _LABEL = re.compile(r"^(\.L_x?_?\w+):")
+_FUNCTION = re.compile(r"^\$\S*\$(\w+):")
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
@@ -46,11 +47,13 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Code:
-    """registers: of a thread. instructions: of the kernel, in order. labels: name -> the instruction after it."""
+    """registers: of a thread. instructions: of the kernel, in order. labels: name -> the instruction after it.
+    functions: what is called, name -> its first instruction and the one behind it."""
 
     registers: int
     instructions: list[Instruction]
     labels: dict[str, int]
+    functions: dict[str, tuple[int, int]]
 
 
 def assembled(ptx: str, arch: str, ptxas: str, nvdisasm: str) -> Code:
@@ -70,19 +73,22 @@ def assembled(ptx: str, arch: str, ptxas: str, nvdisasm: str) -> Code:
 def parsed(text: str, registers: int) -> Code:
     """The kernel in what nvdisasm -c -g prints."""
     found: list[Instruction] = []
-    labels, source = {}, ""
+    labels, firsts, source = {}, {}, ""
     for line in text.splitlines():
         where = _LINE.search(line)
         if where and not where["inlined"]:
             source = f"{where[1].rsplit('/', 1)[-1]}:{where[2]}"
         elif match := _LABEL.match(line):
             labels[match[1]] = len(found)
+        elif match := _FUNCTION.match(line):
+            firsts[match[1]] = len(found)
         elif (match := _INSTRUCTION.match(line)) and match[2] != "NOP":
             found.append(Instruction(match[2], match[3], source, bool(match[1])))
     # An endless branch to itself fills the end.
     while found and found[-1].opcode == "BRA" and labels.get(_target(found[-1])) == len(found) - 1:
         found.pop()
-    return Code(registers, found, {name: at for name, at in labels.items() if at < len(found)})
+    functions = dict(zip(firsts, zip(firsts.values(), [*list(firsts.values())[1:], len(found)])))
+    return Code(registers, found, {name: at for name, at in labels.items() if at < len(found)}, functions)
 
 
 def _target(instruction: Instruction) -> str:
@@ -104,8 +110,8 @@ def sass_loops(code: Code) -> list[Loop]:
 
 @dataclass(frozen=True)
 class Part:
-    """A loop's own instructions, or (the first) those in no loop: as PTX and as machine code; unrolled: iterations of
-    the one in one of the other."""
+    """A loop's own instructions, a function's, or (the first) those in neither: as PTX and as machine code; unrolled:
+    iterations of the one in one of the other."""
 
     ptx: tuple[int, ...]
     sass: tuple[int, ...]
@@ -125,8 +131,15 @@ class _Looks(NamedTuple):
     lines: set[str]
 
 
-def parts(names: Sequence[str], sources: Sequence[str], ptx_loops: Sequence[Loop], code: Code) -> list[Part]:
-    """Loops of the PTX (its instructions' names and sources) beside those of the machine code, in the same order."""
+def parts(
+    names: Sequence[str],
+    sources: Sequence[str],
+    ptx_loops: Sequence[Loop],
+    code: Code,
+    functions: Mapping[str, tuple[int, int]] | None = None,
+) -> list[Part]:
+    """Loops of the PTX (its instructions' names and sources) beside those of the machine code, in the same order; and
+    its functions, as Code.functions."""
     theirs = sass_loops(code)
     ours = [_Looks(_anchors(names, loop), len(loop.body), {sources[n] for n in loop.body}) for loop in ptx_loops]
     opcodes = [one.opcode for one in code.instructions]
@@ -138,6 +151,13 @@ def parts(names: Sequence[str], sources: Sequence[str], ptx_loops: Sequence[Loop
     taken_ptx = {n for p, _ in pairs for n in ptx_loops[p].own}
     # A loop of the machine code without a partner is what is left of an unrolled one: it runs a few times at most.
     taken_sass = {n for loop in theirs for n in loop.own}
+    called = [
+        Part(tuple(range(*own)), tuple(range(*code.functions[name])), 1)
+        for name, own in (functions or {}).items()
+        if name in code.functions
+    ]
+    taken_ptx |= {n for part in called for n in part.ptx}
+    taken_sass |= {n for part in called for n in part.sass}
     found = [
         Part(
             tuple(n for n in range(len(names)) if n not in taken_ptx),
@@ -150,7 +170,7 @@ def parts(names: Sequence[str], sources: Sequence[str], ptx_loops: Sequence[Loop
         have = sum(_anchors(names, mine, own=True).values())
         unrolled = round(sum(_counted(opcodes, its, own=True).values()) / have) if have else 1
         found.append(Part(mine.own, its.own, max(1, unrolled)))
-    return found
+    return found + called
 
 
 def _anchors(names: Sequence[str], loop: Loop, own: bool = False) -> Counter[str]:

@@ -17,7 +17,6 @@ from .count_memory import CountDraw
 from .count_sass import Code, assembled
 from .op_check import gradients
 
-TARGETS = (80, 90)
 # Blocks of a launch that run, and instructions after which no more of them begin.
 BLOCKS, ENOUGH = 2048, 3_000_000
 HOW = How(races=False, statistics=True, blocks_at_most=BLOCKS, enough=ENOUGH)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .operands import NOTHING, Operands, Slot
-from .text import Kernel, Statement, UnknownPtxError, bits, split
+from .text import CALL, Kernel, Statement, UnknownPtxError, bits, split
 
 _GUARD = re.compile(r"@(!?)(%?[\w@]+)\s+(.*)", re.S)
 
@@ -48,7 +48,10 @@ def decode(kernel: Kernel, statement: Statement, operands: Operands) -> Decoded:
     try:
         if words[0] == "bra":
             decoded = Decoded("bra", target=kernel.labels[args[0]])
-        elif words[0] == "ld" and "param" in words:
+        elif found := CALL.match(text):
+            function = kernel.functions[found["name"]]
+            decoded = Decoded("call", [operands.read(function.way_back)], target=function.first)
+        elif words[0] in ("ld", "st") and "param" in words:
             decoded = _parameter(kernel, words, args, operands)
         else:
             decoded = DECODERS.get(words[0], _elementwise)(words, args, operands)
@@ -59,12 +62,31 @@ def decode(kernel: Kernel, statement: Statement, operands: Operands) -> Decoded:
 
 
 def _parameter(kernel: Kernel, words: list[str], args: list[str], o: Operands) -> Decoded:
-    name, _, plus = args[1].strip("[]").partition("+")
+    place, value = args if words[0] == "st" else args[::-1]
+    name, _, plus = place.strip("[]").partition("+")
+    if name in kernel.passed:
+        return _passed(*kernel.passed[name], int(plus or 0), words, split(value.strip("{}")), o)
+    if words[0] == "st":
+        raise UnknownPtxError("a kernel's parameter is written")
     if o.holds(name):
         imm = [int(plus or 0), bits(words[-1]) // 8, words[-1][0] == "s"]
         return Decoded("ld.param.at", [o.read(args[0])], [o.read(name, 8)], imm)
     at, _ = kernel.parameters[name.strip()]
     return Decoded("ld.param", [o.read(args[0])], [], [at + int(plus or 0), bits(words[-1]) // 8, words[-1][0] == "s"])
+
+
+def _passed(name: str, size: int, at: int, words: list[str], values: list[str], o: Operands) -> Decoded:
+    """What a call takes or gives: every byte is a register of its own."""
+    width, count = bits(words[-1]) // 8, next((int(word[1:]) for word in words if word in ("v2", "v4")), 1)
+    if len(values) != count or at < 0 or at + width * count > size:
+        raise UnknownPtxError(f"bytes {at} to {at + width * count} of {size}")
+    held = [o.read(f"{name}#{byte}") for byte in range(at, at + width * count)]
+    slots = [o.read(value, 0 if o.holds(value) else max(2, width)) for value in values]
+    if any(slot.bytes < width for slot in slots):
+        raise UnknownPtxError("a register too narrow")
+    if words[0] == "st":
+        return Decoded("st.passed", held, slots, [width])
+    return Decoded("ld.passed", slots, held, [width, words[-1][0] == "s"])
 
 
 def _elementwise(words: list[str], args: list[str], o: Operands) -> Decoded:
@@ -77,7 +99,7 @@ def _elementwise(words: list[str], args: list[str], o: Operands) -> Decoded:
 
 @decoder("ret", "exit")
 def _leave(words: list[str], args: list[str], o: Operands) -> Decoded:
-    return Decoded("ret")
+    return Decoded("back", inputs=[o.read(args[0], 4)]) if args else Decoded("ret")
 
 
 @decoder("membar", "fence", "griddepcontrol")

@@ -1,7 +1,7 @@
 """PTX of nvcc and NVRTC, which hold many kernels and say some things in their own way, as the executor reads it.
 
-It is for counting, not for checking: a cluster's blocks run one after another, so what one reads in another's shared
-memory is its own, and `bar.red` gives a thread its own predicate. Both decide values, hardly what is executed.
+It is for counting, not for checking: a cluster's blocks run one after another, so what one reads or writes in another's
+shared memory is its own, and `bar.red` gives a thread its own predicate. Both decide values, hardly what is executed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import NamedTuple
 _ENTRY = re.compile(r"(?:\.visible |\.weak )?\.entry\s+(\w+)\s*\(")
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]+)".*$', re.M)
 _SECTION = re.compile(r"^\s*\.section\s.*", re.M | re.S)
+_FUNCTION = re.compile(r"^(?:\.\w+ )*\.func\b[^;{]*?(\w+)\s*\([^){;]*\)\s*\{", re.M)
+_PROTOTYPE = re.compile(r"^\.func\b[^;{]*;\n", re.M)
+_CALL = re.compile(r"\bcall(\.uni)?\s[^;]*;")
 _LOC = re.compile(r"^(\s*\.loc\s+(\d+) (\d+) (\d+)).*$", re.M)
 _SHARED = re.compile(r"^\s*(?:\.extern )?\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\];.*$", re.M)
 _PARAM_VECTOR = re.compile(r"ld\.param\.v(\d)\.(\w+)\s+\{([^}]*)\},\s*\[([^]+]+)(?:\+(-?\d+))?\]")
@@ -26,17 +29,23 @@ class Text(NamedTuple):
 
 
 def kernels(text: str) -> dict[str, Text]:
-    """The text of each kernel alone, by its mangled name."""
+    """The text of each kernel alone, and of the functions that it calls, by its mangled name."""
     names = dict(_FILE.findall(text))
-    starts = [match.start() for match in _ENTRY.finditer(text)]
-    head, found = text[: starts[0]] if starts else "", {}
+    entries, functions = list(_ENTRY.finditer(text)), list(_FUNCTION.finditer(text))
+    starts = sorted(match.start() for match in (*entries, *functions))
+    parts = {start: _SECTION.sub("", text[start:end]) for start, end in zip(starts, [*starts[1:], len(text)])}
+    head, found = _PROTOTYPE.sub("", text[: starts[0]]) if starts else "", {}
     shared = list(_SHARED.finditer(head))
-    for start, end in zip(starts, [*starts[1:], len(text)]):
-        part = _SECTION.sub("", text[start:end])
-        part = _LOC.sub(lambda m: f"{m[1]} // {names.get(m[2], '').rsplit('/', 1)[-1]}:{m[3]}:{m[4]}", part)
-        files = "".join(f'.file {number} "{name}"\n' for number, name in names.items())
-        whole = head + _FILE.sub("", part) + files
-        found[_ENTRY.match(part)[1]] = Text(whole, _places(part, [m[2] for m in shared]))
+    files = "".join(f'.file {number} "{name}"\n' for number, name in names.items())
+
+    def told(part: str) -> str:
+        return _LOC.sub(lambda m: f"{m[1]} // {names.get(m[2], '').rsplit('/', 1)[-1]}:{m[3]}:{m[4]}", part)
+
+    for entry in entries:
+        part = told(parts[entry.start()])
+        called = "".join(told(parts[one.start()]) for one in functions if re.search(rf"\b{one[1]}\b", part))
+        whole = head + _FILE.sub("", called + part) + files
+        found[entry[1]] = Text(whole, _places(part + called, [m[2] for m in shared]))
     return found
 
 
@@ -59,6 +68,7 @@ def _places(text: str, dynamic: list[str]) -> str:
     where |= dict.fromkeys(dynamic, at)
     for name, offset in where.items():
         text = re.sub(rf"\b{name}\b", f"global_smem+{offset}" if offset else "global_smem", text)
+    text = _CALL.sub(lambda call: " ".join(call[0].split()), text)
     text = "\n".join(_spelled(line) for line in text.splitlines())
     return f"// static shared bytes: {at}\n{text}"
 
@@ -73,7 +83,8 @@ def _spelled(line: str) -> str:
     if found:
         return line[: found.start()] + "; ".join(_singly(*found.groups())) + line[found.end() :]
     line = re.sub(r"\bcvta(\.to)?\.(global|shared)\.u64\b", "mov.u64", line)
-    line = re.sub(r"\bmapa\.u64(\s+\S+,\s*[^,;]+),[^;]*;", r"mov.u64\1;", line)
+    line = re.sub(r"\bmapa\.(?:shared::cluster\.)?(u\d+)(\s+\S+,\s*[^,;]+),[^;]*;", r"mov.\1\2;", line)
+    line = line.replace("st.shared::cluster.", "st.shared.")
     line = re.sub(r"\bld\.(f32|u32|b32)\b", r"ld.shared.\1", line)
     line = re.sub(r"\bbarrier\.cluster\.arrive[\w.]*;", "fence.acq_rel.gpu;", line)
     line = re.sub(r"\bbarrier\.cluster\.wait[\w.]*;", "bar.sync 0;", line)

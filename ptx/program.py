@@ -28,7 +28,8 @@ class How:
         wgmma reads its operands when it is waited for, not when it is issued.
     seed: of what is random. races: whether they are looked for. statistics: whether memory access is counted.
     limit: instructions after which a launch is given up. blocks_at_most, enough: only so many blocks run, spread over
-        the grid, and none begins after so many instructions; 0: all of them.
+        the grid, and none begins after so many instructions; 0: all of them. zeros: what shared memory begins with, as
+        what other blocks of a cluster would have written there is never written; else NaN that nobody set.
     """
 
     order: str = "forward"
@@ -40,6 +41,7 @@ class How:
     limit: int = 4 * 10**9
     blocks_at_most: int = 0
     enough: int = 0
+    zeros: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class Program:
         error = ctypes.create_string_buffer(4096)
         handle = engine().ptx_load(
             len(decoded), ("\n".join(self.names) + "\n").encode(), _pointer(rows), _pointer(table), image,
-            ctypes.c_int64(len(image)), ctypes.c_int64(register_bytes), len(places) + 1, _pointer(special), error, 4096,
+            ctypes.c_int64(len(image)), ctypes.c_int64(register_bytes), len(places) + 1, self.kernel.own,
+            _pointer(special), error, 4096,
         )  # fmt: skip
         if error.value:
             engine().ptx_free(ctypes.c_void_p(handle))
@@ -126,9 +129,12 @@ class Program:
         blocks = _blocks(sizes[0] * sizes[1] * sizes[2], how)
         ranges = np.array([(span.low, span.high) for span in spans] or [(0, 0)], dtype=np.uint64)
         options = np.array(
-            [ORDERS.index(how.order), how.seed, how.statistics, how.races, how.late, how.limit, how.enough or 2**62],
+            [
+                ORDERS.index(how.order), how.seed, how.statistics, how.races, how.late, how.limit,
+                how.enough or 2**62, how.zeros,
+            ],
             dtype=np.int64,
-        )
+        )  # fmt: skip
         out, counts = ctypes.create_string_buffer(_TEXT), np.zeros(5, dtype=np.int64)
         touched = np.zeros((max(1, len(spans)), 2), dtype=np.int64)
         engine().ptx_launch(

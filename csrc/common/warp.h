@@ -41,13 +41,15 @@ ADAMIX_DEVICE Value shuffle_xor(Value value, int distance) {
 template <typename Value>
 ADAMIX_DEVICE Value shuffle_from(Value value, int lane) {
   static_assert(sizeof(Value) % 4 == 0, "whole words");
-  union {
+  union Words {
     Value value;
     uint32_t words[sizeof(Value) / 4];
-  } bits{value};
+  } from{value}, to{value};
 #pragma unroll
-  for (uint32_t& word : bits.words) word = __shfl_sync(0xffffffffu, word, lane);
-  return bits.value;
+  for (int i = 0; i < static_cast<int>(sizeof(Value) / 4); ++i) {
+    to.words[i] = __shfl_sync(0xffffffffu, from.words[i], lane);
+  }
+  return to.value;
 }
 
 // combine over the values of each `Lanes` neighbouring lanes; every one of them gets the result. All lanes call.

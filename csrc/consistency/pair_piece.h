@@ -3,10 +3,13 @@
 
 #include "common/dtype.h"
 
+// ADAMIX_IS_GLOBAL: a called function does not see where its pointer comes from.
 #if defined(ADAMIX_HOST)
 #define ADAMIX_CALLED
+#define ADAMIX_IS_GLOBAL(pointer)
 #else
 #define ADAMIX_CALLED __device__ __noinline__
+#define ADAMIX_IS_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
 #endif
 
 namespace adamix {
@@ -125,6 +128,7 @@ ADAMIX_DEVICE Piece<T> load_across(const T* at) {
 // Elements [col, col + size) of a row, with -inf where it has none, and back; calls, as they are rare and long.
 template <typename T>
 ADAMIX_CALLED Piece<T> load_elements(const T* row, int col, int classes) {
+  ADAMIX_IS_GLOBAL(row);
   Piece<T> values;
 #pragma unroll
   for (int e = 0; e < Piece<T>::kSize; ++e) {
@@ -134,6 +138,7 @@ ADAMIX_CALLED Piece<T> load_elements(const T* row, int col, int classes) {
 }
 template <typename T>
 ADAMIX_CALLED void store_elements(T* row, Piece<T> values, int col, int classes) {
+  ADAMIX_IS_GLOBAL(row);
 #pragma unroll
   for (int e = 0; e < Piece<T>::kSize; ++e) {
     if (col + e >= 0 && col + e < classes) row[col + e] = values.values[e];

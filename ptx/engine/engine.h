@@ -31,8 +31,8 @@ struct Warp;
 struct Instruction;
 using Handler = void (*)(Warp&, Instruction&, Mask);
 
-// collective: waits for all lanes of the warp.
-enum class Kind { plain, collective, branch, leave, barrier, wgmma_wait };
+// collective: waits for all lanes of the warp. call: of a function; back: to where it was called.
+enum class Kind { plain, collective, branch, call, back, leave, barrier, wgmma_wait };
 
 // offset: into a warp's registers, -1 where nothing is given. shadow: its number in Warp::undefined, 0 for a constant.
 struct Operand {
@@ -60,6 +60,7 @@ struct Program {
   std::vector<u8> image;  // constants and special registers, the beginning of every warp's registers
   size_t register_bytes = 0;
   int registers = 0;       // entries of Warp::undefined
+  int functions = 0;       // where the functions begin that are called
   int special[9] = {};     // offsets: tid.x, laneid, ctaid.xyz, nctaid.xyz, ntid.x
   std::vector<s64> reuse;  // of the last launch: of each range its first reads and writes, then the distances
 };
@@ -153,6 +154,7 @@ struct Launch {
   size_t last_range = 0;
   std::map<std::pair<std::string, int>, Report> reports;
   bool statistics, races, late;  // late: a wgmma reads when it is waited for, else when it is issued
+  bool zeros;                    // shared memory begins as zeros
   u64 limit, instructions = 0, products = 0, barriers = 0;
   bool stopped = false;
   std::unordered_map<u64, std::vector<GlobalByte>> global_shadow;  // by Range::low

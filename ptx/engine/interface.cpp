@@ -27,7 +27,7 @@ namespace {
 
 void fill_table() {
   if (!table().empty()) return;
-  add_integers(), add_floats(), add_halves(), add_conversions(), add_moves(), add_comparisons();
+  add_integers(), add_floats(), add_halves(), add_conversions(), add_moves(), add_comparisons(), add_calls();
   add_memory(), add_async_copies(), add_matrices(), add_wgmma(), add_wmma(), add_collectives();
 }
 
@@ -61,13 +61,14 @@ extern "C" {
 
 // rows: 12 numbers an instruction: line, target, whether the guard is negated, outputs, inputs, imm[0] to [6].
 // operands: 3 numbers each (offset, shadow, bytes): of every instruction its guard, outputs, inputs.
-// error: names that the executor does not know. registers: entries of Warp::undefined.
+// error: names that the executor does not know. registers: entries of Warp::undefined. functions: of the instructions,
+// the first of a function that is called.
 Program* ptx_load(int count, const char* names, const s64* rows, const s64* operands, const u8* image, s64 image_bytes,
-                  s64 register_bytes, int registers, const int* special, char* error, int error_bytes) {
+                  s64 register_bytes, int registers, int functions, const int* special, char* error, int error_bytes) {
   fill_table();
   auto* p = new Program;
   p->image.assign(image, image + image_bytes);
-  p->register_bytes = register_bytes, p->registers = registers;
+  p->register_bytes = register_bytes, p->registers = registers, p->functions = functions;
   memcpy(p->special, special, sizeof p->special);
   std::string unknown;
   for (int n = 0; n < count; n++, rows += 12) {
@@ -94,14 +95,16 @@ Program* ptx_load(int count, const char* names, const s64* rows, const s64* oper
 void ptx_free(Program* p) { delete p; }
 
 // options: order of warps (0 forward, 1 backward, 2 random slices), seed, statistics, races, late wgmma, the most
-// instructions, and after how many no more blocks begin. blocks: their linear numbers, in the order they run. ranges:
-// low and high of each. counts: instructions, products, barriers, reports, blocks that ran. touched: sectors of each
-// range, read from outside and written. out: the reports, a line each, as many as it holds.
+// instructions, after how many no more blocks begin, and whether shared memory begins as zeros. blocks: their linear
+// numbers, in the order they run. ranges: low and high of each. counts: instructions, products, barriers, reports,
+// blocks that ran. touched: sectors of each range, read from outside and written. out: the reports, a line each, as
+// many as it holds.
 void ptx_launch(Program* p, int warps, s64 shared_bytes, const int* grid, const s64* blocks, s64 block_count,
                 const u8* parameters, const u64* ranges, int range_count, const s64* options, char* out, s64 out_bytes,
                 s64* counts, s64* touched) {
   Launch launch;
   launch.statistics = options[2], launch.races = options[3], launch.late = options[4], launch.limit = options[5];
+  launch.zeros = options[7];
   launch.parameters = parameters;
   launch.random.seed(static_cast<u32>(options[1]));
   for (int k = 0; k < range_count; k++)

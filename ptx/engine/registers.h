@@ -104,6 +104,7 @@ void add_floats();
 void add_halves();
 void add_conversions();
 void add_moves();
+void add_calls();
 void add_comparisons();
 void add_memory();
 void add_async_copies();

@@ -9,16 +9,21 @@
 namespace ptx {
 namespace {
 
-// Lanes that run next, all at one instruction: those furthest behind; at a collective instruction lanes wait for the
-// rest.
-Mask next_lanes(Warp& w, const std::vector<Instruction>& code, int* pc) {
+// Lanes that run next, all at one instruction: those in a function, then those furthest behind; at a collective
+// instruction lanes wait for the rest.
+Mask next_lanes(Warp& w, const Program& program, int* pc) {
+  const std::vector<Instruction>& code = program.code;
   int ready = INT_MAX, waiting = INT_MAX;
   Mask ready_lanes = 0, waiting_lanes = 0;
+  auto before = [&](int a, int b) {
+    bool in_a = a >= program.functions && a != INT_MAX, in_b = b >= program.functions && b != INT_MAX;
+    return in_a != in_b ? in_a : a < b;
+  };
   for_lanes(w.alive, [&](int l) {
     bool waits = code[w.lane_pc[l]].kind >= Kind::barrier || code[w.lane_pc[l]].kind == Kind::collective;
     int& best = waits ? waiting : ready;
     Mask& lanes = waits ? waiting_lanes : ready_lanes;
-    if (w.lane_pc[l] < best) best = w.lane_pc[l], lanes = 0;
+    if (before(w.lane_pc[l], best)) best = w.lane_pc[l], lanes = 0;
     if (w.lane_pc[l] == best) lanes |= 1u << l;
   });
   *pc = ready_lanes ? ready : waiting;
@@ -54,13 +59,27 @@ void step_to(Warp& w, Mask m, int pc) {
     for_lanes(m, [&](int l) { w.lane_pc[l] = pc; });
 }
 
+// From here on every lane has its own way.
+void diverge(Warp& w, int pc) {
+  if (!w.diverged) std::fill(w.lane_pc, w.lane_pc + kLanes, pc);
+  w.diverged = true;
+}
+
 void branch(Warp& w, const Instruction& i, Mask m, Mask taken, int pc) {
   if (taken == m || !taken) return step_to(w, m, taken ? i.target : pc + 1);
-  if (!w.diverged) {
-    w.diverged = true;
-    std::fill(w.lane_pc, w.lane_pc + kLanes, pc);
-  }
+  diverge(w, pc);
   for_lanes(m, [&](int l) { w.lane_pc[l] = taken >> l & 1 ? i.target : pc + 1; });
+}
+
+void call(Warp& w, const Instruction& i, Mask m, Mask active, int pc) {
+  for_lanes(active, [&](int l) { put(w, i.out[0], l, static_cast<u64>(pc + 1)); });
+  set_undefined(w, i.out[0], active, 0);
+  branch(w, i, m, active, pc);
+}
+
+void go_back(Warp& w, const Instruction& i, Mask m, Mask active, int pc) {
+  diverge(w, pc);
+  for_lanes(m, [&](int l) { w.lane_pc[l] = active >> l & 1 ? static_cast<int>(get(w, i.in[0], l)) : pc + 1; });
 }
 
 void end(Warp& w, const Instruction& i) {
@@ -80,7 +99,7 @@ void run_warp(Warp& w, s64 most) {
     Mask m = w.alive;
     int pc = w.pc;
     if (w.diverged) {
-      m = next_lanes(w, program.code, &pc);
+      m = next_lanes(w, program, &pc);
       if (m == w.alive) w.diverged = false, w.pc = pc;
     }
     Instruction& i = program.code[pc];
@@ -97,6 +116,12 @@ void run_warp(Warp& w, s64 most) {
         break;
       case Kind::branch:
         branch(w, i, m, active, pc);
+        continue;
+      case Kind::call:
+        call(w, i, m, active, pc);
+        continue;
+      case Kind::back:
+        go_back(w, i, m, active, pc);
         continue;
       case Kind::leave:
         w.alive &= ~active;
@@ -158,7 +183,7 @@ bool open_barrier(Block& b) {
 
 void run_block(Block& b, int order) {
   Launch& launch = *b.launch;
-  std::fill(b.shared.begin(), b.shared.end(), kPoison);
+  std::fill(b.shared.begin(), b.shared.end(), launch.zeros ? 0 : kPoison);
   std::fill(b.shadow.begin(), b.shadow.end(), SharedByte());
   b.epoch = 1;
   for (size_t n = 0; n < b.warps.size(); n++) start(b.warps[n], b, static_cast<int>(n));
