@@ -20,7 +20,7 @@ class Side(NamedTuple):
     masked: a tile's rows differ in expert, and its narrow tile holds all `experts` of the bank padded to `padded`.
     """
 
-    index: torch.Tensor | None
+    index: torch.Tensor | None  # type: ignore[assignment]
     div: int
     masked: bool
     experts: int
