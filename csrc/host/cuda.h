@@ -75,6 +75,16 @@ void check_operand(const void* operand, size_t pitch_bytes);
 // The value that `lane` of this warp passed to the same call.
 uint32_t exchange(uint32_t value, int lane);
 uint32_t ballot(bool vote);
+// The words of a matrix instruction that decide this lane's sums: four of each lane of its row, two of each lane of its
+// two columns.
+struct Operands {
+  uint32_t left[4][4], right[2][4][2];
+};
+struct Words6 {
+  uint32_t at[6];
+};
+// Of what the lanes of the warp passed to the same call: a lane's four words of the left operand, two of the right one.
+void exchange_operands(const Words6& mine, Operands& all);
 bool block_any(bool vote);
 
 void copy_async(void* shared, const void* global);

@@ -74,6 +74,7 @@ struct Meeting {
   unsigned generation = 0;
   char order[2];  // what a sanitiser hangs the ordering of memory on; two, as a thread may be one meeting ahead
   uint32_t values[2][kWarp];
+  Words6 operands[2][kWarp];
 };
 
 struct Array {
@@ -349,6 +350,20 @@ uint32_t ballot(bool vote) {
   uint32_t votes = 0;
   for (int lane = 0; lane < kWarp; ++lane) votes |= (warp->values[generation][lane] & 1u) << lane;
   return votes;
+}
+
+void exchange_operands(const Words6& mine, Operands& all) {
+  Meeting* warp = warp_of(scheduler.current);
+  int self = scheduler.current->at.thread.x % kWarp, row = self / 4, column = self % 4 * 2;
+  warp->operands[warp->generation % 2][self] = mine;
+  const Words6* lanes = warp->operands[meet(warp, Wait::kExchange, false)];
+  for (int part = 0; part < 4; ++part) {
+    for (int word = 0; word < 4; ++word) all.left[part][word] = lanes[4 * row + part].at[word];
+    for (int word = 0; word < 2; ++word) {
+      all.right[0][part][word] = lanes[4 * column + part].at[4 + word];
+      all.right[1][part][word] = lanes[4 * column + 4 + part].at[4 + word];
+    }
+  }
 }
 
 bool block_any(bool vote) {

@@ -124,8 +124,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_adapter_backward(
   Tensor ddown_bias = gradient(need_down, {down_experts, rank});
   Tensor dup_weight = gradient(need_up, {up_experts, out_features, rank});
   Tensor dup_bias = gradient(need_up, {up_experts, out_features});
-  OptionalTensor dpre = need_down ? OptionalTensor(allocate(x, {batch, tokens, rank})) : std::nullopt;
-  OptionalTensor planes;
+  // What the first launch leaves for the second: dpre for the down side, h for the up side.
+  bool need_h = need_up && kind != Activation::kNone;
+  int64_t narrow_size = (rows * rank + 7) / 8 * 8;
+  OptionalTensor narrow, planes;
+  if (need_down || need_h) narrow = allocate(x, {(need_down + need_h) * narrow_size});
   x = with_contiguous_rows(x), grad_out = with_contiguous_rows(grad_out), pre = as_contiguous(pre);
   down_weight = as_contiguous(down_weight), up_weight = as_contiguous(up_weight);
   DeviceScope scope(device);
@@ -134,12 +137,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_adapter_backward(
     bool rank_aligned = is_aligned(nullptr, {rank}, sizeof(T));
     PlaneSum<T> sum{};
     RoutedAdapterWeightGrad<T> weights{};
-    weights.activation = kind;
+    T* dpre = need_down ? data<T>(narrow) : nullptr;
+    T* h = need_h ? data<T>(narrow) + need_down * narrow_size : nullptr;
     GradSide<T>& of_down = weights.down;
     of_down.groups = 1, of_down.cols = hidden, of_down.ranks = rank;
     if (need_down) {
       of_down.wide = rows_of<const T>(x);
-      of_down.narrow = data<const T>(dpre);
+      of_down.narrow = dpre;
       of_down.narrow_aligned = rank_aligned && is_aligned(of_down.narrow, {}, sizeof(T));
       of_down.routing = down;
       of_down.other = up;
@@ -153,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_adapter_backward(
     of_up.groups = 1, of_up.cols = out_features, of_up.ranks = rank;
     if (need_up) {
       of_up.wide = rows_of<const T>(grad_out);
-      of_up.narrow = data<const T>(pre);
+      of_up.narrow = need_h ? h : data<const T>(pre);
       of_up.narrow_aligned = rank_aligned && is_aligned(of_up.narrow, {}, sizeof(T));
       of_up.routing = up;
       of_up.other = down;
@@ -164,13 +168,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_adapter_backward(
     }
     weights.shares = share_rows(of_down, of_up, narrow_of<T>(rank), rows, sum, x, device, planes);
 
-    if (need_input || need_down) {
+    if (need_input || need_down || need_h) {
       RoutedAdapterInputGrad<T> params{};
       params.grad_out = rows_of<const T>(grad_out);
       params.pre = data<const T>(pre);
       params.down_weight = data<const T>(down_weight);
       params.up_weight = data<const T>(up_weight);
-      params.dpre = data<T>(dpre);
+      params.dpre = dpre;
+      params.h = h;
       params.dx = need_input ? data<T>(dx) : nullptr;
       params.down = down;
       params.up = up;

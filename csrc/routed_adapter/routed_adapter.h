@@ -32,6 +32,7 @@ struct RoutedAdapterInputGrad {
   const T* down_weight;    // [Md, r, H]
   const T* up_weight;      // [Mu, Hout, r]
   T* dpre;                 // [N, r], (grad_out Wu) act'(pre), or null
+  T* h;                    // [N, r], act(pre), or null
   T* dx;                   // [N, H], dpre Wd (+ grad_out), or null
   Routing down, up;
   int64_t rows;
@@ -44,9 +45,8 @@ struct RoutedAdapterInputGrad {
 template <typename T>
 struct RoutedAdapterWeightGrad {
   GradSide<T> down;  // dWd = dpre^T x, dbd: the sum of dpre
-  GradSide<T> up;    // dWu = grad_out^T act(pre), dbu: the sum of grad_out
+  GradSide<T> up;    // dWu = grad_out^T h, dbu: the sum of grad_out
   RowShares shares;
-  Activation activation;
 };
 
 #if defined(ADAMIX_LAUNCHERS)

@@ -1,5 +1,7 @@
 // The routed adapter's backward: the input's gradient in one launch, both sides' weight gradients in another.
 #include "common/routed_launch.h"
+#include "routed_adapter/resident_bwd.h"
+#include "routed_adapter/resident_launch.h"
 #include "routed_adapter/routed_adapter.h"
 
 namespace adamix {
@@ -8,6 +10,14 @@ template <typename T, int Narrow>
 __global__ void __launch_bounds__(kTileThreads, 2) routed_adapter_input_grad_kernel(RoutedAdapterInputGrad<T> p) {
   SharedMemory memory;
   RoutedTile<T, Narrow> tile(memory, p.rank);
+  if (p.dpre == nullptr && p.dx == nullptr) {
+    int64_t from = static_cast<int64_t>(blockIdx.x) * kTileRows * p.rank, to = from + kTileRows * p.rank;
+    if (to > p.rows * p.rank) to = p.rows * p.rank;
+    for (int64_t at = from + threadIdx.x; at < to; at += kTileThreads) {
+      p.h[at] = from_float<T>(activate(p.activation, to_float(p.pre[at])));
+    }
+    return;
+  }
   tile.rows.find(p.rows, p.grad_out, p.grad_out, p.up, p.down);
   tile.narrow.clear();
   if (p.dx != nullptr) tile.rows.poison(p.dx, p.hidden, p.hidden);
@@ -29,8 +39,10 @@ __global__ void __launch_bounds__(kTileThreads, 2) routed_adapter_input_grad_ker
         for (int e = 0; e < Piece<float>::kSize && rank0 + col + e < p.rank; ++e) {
           int rank = rank0 + col + e;
           int64_t at = (first + row) * p.rank + rank;
-          T dpre = from_float<T>(sums[e] * activation_slope(p.activation, to_float(p.pre[at])));
+          float pre = to_float(p.pre[at]);
+          T dpre = from_float<T>(sums[e] * activation_slope(p.activation, pre));
           if (p.dpre != nullptr) p.dpre[at] = dpre;
+          if (p.h != nullptr) p.h[at] = from_float<T>(activate(p.activation, pre));
           tile.narrow.data[row * tile.narrow.pitch + rank] = dpre;
         }
       });
@@ -69,19 +81,12 @@ __global__ void __launch_bounds__(kTileThreads, 2) routed_adapter_weight_grad_ke
   SharedMemory memory;
   GradTile<T, Narrow> tile(memory);
   int number = blockIdx.x, down_jobs = p.down.experts * blocks_an_expert(p.down, Narrow);
-  bool up = number >= down_jobs;
   GradSide<T> side = p.down;
-  if (up) {
+  if (number >= down_jobs) {
     side = p.up;
     number -= down_jobs;
   }
-  weight_grad(
-      tile, side, job_of<T, Narrow>(side, number), p.shares, 1.f, [](T*, auto) {},
-      [&](T* narrow) {
-        if (!up || p.activation == Activation::kNone) return;
-        change_tile<kInner<T>, Narrow, kTileThreads>(
-            narrow, [&](float value, int, int) { return activate(p.activation, value); });
-      });
+  weight_grad(tile, side, job_of<T, Narrow>(side, number), p.shares, 1.f, [](T*, auto) {}, [](T*) {});
 }
 
 #define ADAMIX_INSTANTIATE(T)                                                                            \
@@ -94,9 +99,40 @@ ADAMIX_INSTANTIATE(half)
 ADAMIX_INSTANTIATE(bfloat16)
 #undef ADAMIX_INSTANTIATE
 
+#define ADAMIX_INSTANTIATE(T, Groups, Chunks, Steps)                                               \
+  template __global__ void routed_adapter_resident_input_grad_kernel<T, Groups, Chunks, Steps>( \
+      RoutedAdapterInputGrad<T>);
+ADAMIX_RESIDENT_SHAPES(ADAMIX_INSTANTIATE, half)
+ADAMIX_RESIDENT_SHAPES(ADAMIX_INSTANTIATE, bfloat16)
+#undef ADAMIX_INSTANTIATE
+
 #if defined(ADAMIX_LAUNCHERS)
+// The tile that stays in registers, where one can; whether it was launched.
+template <typename T>
+bool launch_resident_input_grad(const RoutedAdapterInputGrad<T>& params, const Device& device) {
+  if constexpr (kFragmentsFrom<T> > 0) {
+    bool aligned = params.grad_out.aligned && params.down_aligned && is_multiple(params.up_weight, 8) &&
+                   is_multiple(params.pre, 4) && (params.dx == nullptr || params.dx_aligned);
+    if (!aligned || params.hidden != params.out_features || (params.dpre == nullptr && params.dx == nullptr)) {
+      return false;
+    }
+    ResidentShape shape = resident_shape<T>(params.rows, params.hidden, params.rank, device);
+    if (shape.groups == 0) return false;
+    dispatch_resident(shape, [&](auto groups, auto chunks, auto steps) {
+      constexpr int kGroups = decltype(groups)::value, kChunks = decltype(chunks)::value;
+      launch_resident<T, kGroups>(
+          "routed_adapter_input_grad",
+          routed_adapter_resident_input_grad_kernel<T, kGroups, kChunks, decltype(steps)::value>, shape, params.rows,
+          params.hidden, params.rank, device, params);
+    });
+    return true;
+  }
+  return false;
+}
+
 template <typename T>
 void launch_routed_adapter_input_grad(const RoutedAdapterInputGrad<T>& params, const Device& device) {
+  if (launch_resident_input_grad(params, device)) return;
   dispatch_narrow<T>(params.rank, [&](auto narrow) {
     constexpr int kNarrow = decltype(narrow)::value;
     launch_tiles<T, kNarrow>("routed_adapter_input_grad", routed_adapter_input_grad_kernel<T, kNarrow>, params.rank,

@@ -1,5 +1,7 @@
 // The routed adapter's forward: one launch, [tile, r] never leaves the block.
 #include "common/routed_launch.h"
+#include "routed_adapter/resident_fwd.h"
+#include "routed_adapter/resident_launch.h"
 #include "routed_adapter/routed_adapter.h"
 
 namespace adamix {
@@ -75,9 +77,37 @@ ADAMIX_INSTANTIATE(half)
 ADAMIX_INSTANTIATE(bfloat16)
 #undef ADAMIX_INSTANTIATE
 
+#define ADAMIX_INSTANTIATE(T, Groups, Chunks, Steps) \
+  template __global__ void routed_adapter_resident_forward_kernel<T, Groups, Chunks, Steps>(RoutedAdapterForward<T>);
+ADAMIX_RESIDENT_SHAPES(ADAMIX_INSTANTIATE, half)
+ADAMIX_RESIDENT_SHAPES(ADAMIX_INSTANTIATE, bfloat16)
+#undef ADAMIX_INSTANTIATE
+
 #if defined(ADAMIX_LAUNCHERS)
+// The tile that stays in registers, where one can; whether it was launched.
+template <typename T>
+bool launch_resident_forward(const RoutedAdapterForward<T>& params, const Device& device) {
+  if constexpr (kFragmentsFrom<T> > 0) {
+    bool aligned = params.x.aligned && params.down_aligned && params.out_aligned &&
+                   (params.residual.data == nullptr || params.residual.aligned) &&
+                   is_multiple(params.up_weight, 8) && (params.up_bias == nullptr || is_multiple(params.up_bias, 16));
+    if (!aligned || params.hidden != params.out_features) return false;
+    ResidentShape shape = resident_shape<T>(params.rows, params.hidden, params.rank, device);
+    if (shape.groups == 0) return false;
+    dispatch_resident(shape, [&](auto groups, auto chunks, auto steps) {
+      constexpr int kGroups = decltype(groups)::value, kChunks = decltype(chunks)::value;
+      launch_resident<T, kGroups>("routed_adapter_forward",
+                                  routed_adapter_resident_forward_kernel<T, kGroups, kChunks, decltype(steps)::value>,
+                                  shape, params.rows, params.hidden, params.rank, device, params);
+    });
+    return true;
+  }
+  return false;
+}
+
 template <typename T>
 void launch_routed_adapter_forward(const RoutedAdapterForward<T>& params, const Device& device) {
+  if (launch_resident_forward(params, device)) return;
   dispatch_narrow<T>(params.rank, [&](auto narrow) {
     constexpr int kNarrow = decltype(narrow)::value;
     launch_tiles<T, kNarrow>("routed_adapter_forward", routed_adapter_forward_kernel<T, kNarrow>, params.rank, device,

@@ -1,0 +1,66 @@
+// The input's gradient on tiles that stay in registers, for 16-bit rows that start at multiples of 16 bytes.
+#pragma once
+
+#include "routed_adapter/resident_tile.h"
+#include "routed_adapter/routed_adapter.h"
+
+namespace adamix {
+
+template <typename T, int Groups, int Chunks, int Steps>
+__global__ void __launch_bounds__(kResidentThreads)
+    routed_adapter_resident_input_grad_kernel(RoutedAdapterInputGrad<T> p) {
+  if constexpr (kHasFragments<T>) {
+    SharedMemory shared;
+    ResidentMemory<T, Groups> memory(shared, blockDim.x / 32, p.rank);
+    ResidentTile<T, Groups, Chunks> tile;
+    tile.load(p.grad_out, p.rows);
+    ResidentExperts experts;
+    experts.find(memory, tile.kRows, static_cast<int>(tile.first), tile.count, p.up, p.down);
+    int64_t bank_size = static_cast<int64_t>(p.rank) * p.hidden;
+
+    for (int expert = experts.next(experts.narrow, experts.first_narrow, tile.kRows, -1); expert != kNoExpert;
+         expert = experts.next(experts.narrow, experts.first_narrow, tile.kRows, expert)) {
+      ResidentBank<T> bank{p.up_weight + expert * bank_size, p.hidden, p.rank};
+      for (int rank0 = 0; rank0 < p.rank; rank0 += kFragmentRanks) {
+        tile.template narrow_part<false>(memory, bank, rank0);
+        __syncthreads();
+        tile.join_parts(memory, rank0, [&](int row, int rank, float low, float high, uint32_t* word) {
+          if (experts.mixed && experts.narrow[row] != expert) return;
+          if (rank >= p.rank) {
+            *word = 0;  // whatever the sums: columns without weights may hold 0 times infinity
+            return;
+          }
+          int64_t at = (tile.first + row) * p.rank + rank;
+          uint32_t pre = *reinterpret_cast<const uint32_t*>(p.pre + at);
+          float pre_low = low_of<T>(pre), pre_high = high_of<T>(pre);
+          *word = word_of<T>(low * activation_slope(p.activation, pre_low),
+                             high * activation_slope(p.activation, pre_high));
+          if (p.dpre != nullptr) *reinterpret_cast<uint32_t*>(p.dpre + at) = *word;
+          if (p.h == nullptr) return;
+          *reinterpret_cast<uint32_t*>(p.h + at) =
+              word_of<T>(activate(p.activation, pre_low), activate(p.activation, pre_high));
+        });
+        __syncthreads();
+      }
+    }
+    if (p.dx == nullptr) return;
+
+#pragma unroll
+    for (int c = 0; c < Chunks; ++c) {
+      for (int expert = experts.next(experts.wide, experts.first_wide, tile.kRows, -1); expert != kNoExpert;
+           expert = experts.next(experts.wide, experts.first_wide, tile.kRows, expert)) {
+        ResidentBank<T> bank{p.down_weight + expert * bank_size, p.hidden, p.rank};
+        tile.template wide<false, Steps>(
+            memory, c, bank, static_cast<const T*>(nullptr),
+            [&](int m, int chunk, Words& top, Words& bottom) {
+              top = bottom = Words{};
+              if (p.add_input) top = tile.rows[m][0][chunk], bottom = tile.rows[m][1][chunk];
+            },
+            p.dx, [&](int row) { return row < tile.count && (!experts.mixed || experts.wide[row] == expert); });
+      }
+    }
+    tile.poison(experts, p.dx, p.hidden);
+  }
+}
+
+}  // namespace adamix

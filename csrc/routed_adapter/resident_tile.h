@@ -1,0 +1,258 @@
+// Both products of a tile of rows that stays in registers: it is read once, and what is made of it written once.
+//
+// A warp has the same columns of every row of the tile. narrow = tile A^T is summed over the warps through shared
+// memory; out = tile + narrow' B then needs no other columns of the tile than the warp's own. A tile that several experts
+// serve is multiplied by each of them, and every row keeps its own expert's result: a mask, where a gate could stand.
+#pragma once
+
+#include "common/fragments.h"
+#include "common/tile_rows.h"
+
+namespace adamix {
+
+constexpr int kResidentThreads = 512;  // at most, of a block
+
+// An expert's weights: [ranks, cols], or [cols, ranks] where ranks come last; ranks are a multiple of 4.
+template <typename T>
+struct ResidentBank {
+  const T* data;
+  int cols, ranks;
+
+  // Words w[k][u] of a right operand from [ranks, cols]: ranks rank0 + spread_row(4) + 2 u, columns col + 2 k, + 1.
+  ADAMIX_DEVICE void load_rows(uint32_t (&w)[4][2], int rank0, int col) const {
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      int rank = rank0 + spread_row(4) + 2 * u;
+      Words words{};
+      if (rank < ranks) words = *reinterpret_cast<const Words*>(data + static_cast<int64_t>(rank) * cols + col);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) w[k][u] = words.at[k];
+    }
+  }
+
+  // From [cols, ranks]: columns col + spread_row(8) + 2 k, ranks rank + 2 u, + 1.
+  ADAMIX_DEVICE void load_cols(uint32_t (&w)[4][2], int rank, int col) const {
+    const T* from = data + static_cast<int64_t>(col + spread_row(8)) * ranks + rank;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      TwoWords words{};
+      if (rank < ranks) words = *reinterpret_cast<const TwoWords*>(from + static_cast<int64_t>(2 * k) * ranks);
+      w[k][0] = words.at[0], w[k][1] = words.at[1];
+    }
+  }
+};
+
+ADAMIX_DEVICE void transpose_words(uint32_t (&w)[4][2]) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    w[k][0] = transposed(w[k][0]);
+    w[k][1] = transposed(w[k][1]);
+  }
+}
+
+// Shared memory of a block of `warps` warps.
+template <typename T, int Groups>
+struct ResidentMemory {
+  static constexpr int kRows = Groups * kFragmentRows;
+  float* sums;       // [warps, kRows, 16], one rank after another
+  uint32_t* narrow;  // [ranks / 16, kRows, 8], two ranks in a word
+  int* narrow_expert;
+  int* wide_expert;
+
+  template <typename Memory>
+  ADAMIX_BOTH ResidentMemory(Memory& memory, int warps, int ranks)
+      : sums(memory.template take<float>(warps * kRows * kFragmentRanks)),
+        narrow(memory.template take<uint32_t>(ceil_div(ranks, kFragmentRanks) * kRows * 8)),
+        narrow_expert(memory.template take<int>(kRows)),
+        wide_expert(memory.template take<int>(kRows)) {}
+};
+
+// The experts of a tile's rows.
+struct ResidentExperts {
+  const int *narrow, *wide;
+  int first_narrow, first_wide;  // of the tile's first row
+  bool mixed;                    // others serve other rows
+
+  // All threads call; complete on return.
+  template <typename Memory>
+  ADAMIX_DEVICE void find(const Memory& memory, int rows, int first, int count, const Routing& of_narrow,
+                          const Routing& of_wide) {
+    narrow = memory.narrow_expert, wide = memory.wide_expert;
+    first_narrow = of_narrow.expert(first), first_wide = of_wide.expert(first);
+    if (first_narrow == kNoExpert || first_wide == kNoExpert) first_narrow = first_wide = kNoExpert;
+    bool differs = false;
+    for (int row = threadIdx.x; row < rows; row += blockDim.x) {
+      int a = row < count ? of_narrow.expert(first + row) : kNoExpert;
+      int b = row < count ? of_wide.expert(first + row) : kNoExpert;
+      if (a == kNoExpert || b == kNoExpert) a = b = kNoExpert;
+      memory.narrow_expert[row] = a;
+      memory.wide_expert[row] = b;
+      differs = differs || (row < count && (a != first_narrow || b != first_wide));
+    }
+    mixed = __syncthreads_or(differs) != 0;
+  }
+
+  // The smallest expert above `previous`; start with -1. All lanes call.
+  ADAMIX_DEVICE int next(const int* experts, int first, int rows, int previous) const {
+    if (!mixed) return previous < first ? first : kNoExpert;
+    int next = kNoExpert;
+    for (int row = threadIdx.x % 32; row < rows; row += 32) {
+      int expert = experts[row];
+      if (expert > previous && expert < next) next = expert;
+    }
+    return warp_reduce(next, Min{});
+  }
+};
+
+// A tile of Groups * 16 rows, of which a warp holds Chunks * 32 columns; out and narrow rows of a block's own rows.
+template <typename T, int Groups, int Chunks>
+struct ResidentTile {
+  static constexpr int kRows = Groups * kFragmentRows;
+  Words rows[Groups][2][Chunks];
+  int64_t first;
+  int count, col0;  // col0: of the lane's first words
+
+  // All threads call.
+  ADAMIX_DEVICE void load(const Rows<const T>& from, int64_t total) {
+    first = static_cast<int64_t>(blockIdx.x) * kRows;
+    count = total - first < kRows ? static_cast<int>(total - first) : kRows;
+    col0 = (static_cast<int>(threadIdx.x) / 32 * Chunks) * kFragmentCols + fragment_part() * 8;
+#pragma unroll
+    for (int i = 0; i < 2 * Groups; ++i) {
+      int row = i * 8 + fragment_row();
+      const T* at = from.data + from.offset(static_cast<int>(first) + (row < count ? row : 0)) + col0;
+#pragma unroll
+      for (int c = 0; c < Chunks; ++c) {
+        Words words{};
+        if (row < count) words = *reinterpret_cast<const Words*>(at + c * kFragmentCols);
+        rows[i / 2][i % 2][c] = words;
+      }
+    }
+  }
+
+  // The lane's words of a chunk of another tensor's row: zero where it has none, or no such row.
+  ADAMIX_DEVICE Words load_words(const Rows<const T>& from, int row, int c) const {
+    Words words{};
+    if (from.data != nullptr && row < count) {
+      const T* at = from.data + from.offset(static_cast<int>(first) + row) + col0;
+      words = *reinterpret_cast<const Words*>(at + c * kFragmentCols);
+    }
+    return words;
+  }
+
+  // memory.sums[warp] = this warp's part of ranks [rank0, rank0 + 16) of tile A^T. Features: A is [ranks, cols].
+  template <bool Features, typename Memory>
+  ADAMIX_DEVICE void narrow_part(const Memory& memory, const ResidentBank<T>& bank, int rank0) const {
+    float sums[Groups][2][4] = {};
+#pragma unroll
+    for (int c = 0; c < Chunks; ++c) {
+      uint32_t w[4][2];
+      int col = col0 + c * kFragmentCols;
+      if constexpr (Features) {
+        bank.load_rows(w, rank0, col);
+      } else {
+        bank.load_cols(w, rank0 + fragment_part() * 4, col - fragment_part() * 8);
+        transpose_words(w);
+      }
+#pragma unroll
+      for (int m = 0; m < Groups; ++m) {
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          multiply_rows<T>(sums[m][u], rows[m][0][c], rows[m][1][c], w[0][u], w[1][u], w[2][u], w[3][u]);
+        }
+      }
+    }
+    float* to = memory.sums + static_cast<int>(threadIdx.x) / 32 * kRows * kFragmentRanks;
+#pragma unroll
+    for (int i = 0; i < 2 * Groups; ++i) {
+      const auto& of = sums[i / 2];
+      int e = i % 2 * 2;
+      Piece<float> piece{{of[0][e], of[0][e + 1], of[1][e], of[1][e + 1]}};
+      *reinterpret_cast<Piece<float>*>(to + (i * 8 + fragment_row()) * kFragmentRanks + fragment_part() * 4) = piece;
+    }
+  }
+
+  // Calls finish(row, rank, sums of two ranks) -> word, for the tile's rows; the word goes to memory.narrow.
+  template <typename Memory, typename Finish>
+  ADAMIX_DEVICE void join_parts(const Memory& memory, int rank0, Finish finish) const {
+    int warps = blockDim.x / 32;
+    for (int i = threadIdx.x; i < kRows * 8; i += blockDim.x) {
+      const float* from = memory.sums + i * 2;
+      float low = from[0], high = from[1];
+#pragma unroll 4
+      for (int warp = 1; warp < warps; ++warp) {
+        from += kRows * kFragmentRanks;
+        low += from[0], high += from[1];
+      }
+      int row = i / 8;
+      if (row < count) finish(row, rank0 + i % 8 * 2, low, high, memory.narrow + rank0 / 16 * kRows * 8 + i);
+    }
+  }
+
+  // out rows = added + narrow B + bias for an expert's rows: keep(row), of at most Steps * 16 ranks. Ranks: B is
+  // [cols, ranks]. added(m, c, top, bottom): the words of 16 rows.
+  template <bool Ranks, int Steps, typename Memory, typename Added, typename Keep>
+  ADAMIX_DEVICE void wide(const Memory& memory, int c, const ResidentBank<T>& bank, const T* bias, Added added, T* out,
+                          Keep keep) const {
+    int col = col0 + c * kFragmentCols, cols = bank.cols;
+    uint32_t w[Steps][4][2];
+#pragma unroll
+    for (int s = 0; s < Steps; ++s) {
+      if constexpr (Ranks) {
+        bank.load_cols(w[s], s * kFragmentRanks + fragment_part() * 4, col - fragment_part() * 8);
+      } else {
+        bank.load_rows(w[s], s * kFragmentRanks, col);
+        transpose_words(w[s]);
+      }
+    }
+    Words shift{};
+    if (bias != nullptr) shift = *reinterpret_cast<const Words*>(bias + col);
+#pragma unroll
+    for (int m = 0; m < Groups; ++m) {
+      float sums[4][4];
+      Words top, bottom;
+      added(m, c, top, bottom);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        sums[k][0] = low_of<T>(top.at[k]), sums[k][1] = high_of<T>(top.at[k]);
+        sums[k][2] = low_of<T>(bottom.at[k]), sums[k][3] = high_of<T>(bottom.at[k]);
+        if (bias != nullptr) {
+          float low = low_of<T>(shift.at[k]), high = high_of<T>(shift.at[k]);
+          sums[k][0] += low, sums[k][1] += high, sums[k][2] += low, sums[k][3] += high;
+        }
+      }
+      const uint32_t* from = memory.narrow + (m * 16 + fragment_row()) * 8 + fragment_part() * 2;
+#pragma unroll
+      for (int s = 0; s < Steps; ++s) {
+        if (s > 0 && s * kFragmentRanks >= bank.ranks) break;
+        TwoWords a = *reinterpret_cast<const TwoWords*>(from), b = *reinterpret_cast<const TwoWords*>(from + 64);
+        from += kRows * 8;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) multiply<T>(sums[k], a.at[0], b.at[0], a.at[1], b.at[1], w[s][k][0], w[s][k][1]);
+      }
+      Words high, low;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        low.at[k] = word_of<T>(sums[k][0], sums[k][1]);
+        high.at[k] = word_of<T>(sums[k][2], sums[k][3]);
+      }
+      int row = m * 16 + fragment_row();
+      T* to = out + (first + row) * cols + col;
+      if (keep(row)) *reinterpret_cast<Words*>(to) = low;
+      if (keep(row + 8)) *reinterpret_cast<Words*>(to + static_cast<int64_t>(8) * cols) = high;
+    }
+  }
+
+  // NaN in columns [0, cols) of out's rows that no expert serves.
+  ADAMIX_DEVICE void poison(const ResidentExperts& experts, T* out, int cols) const {
+    if (!experts.mixed && experts.first_narrow != kNoExpert) return;
+    for (int row = threadIdx.x / 32; row < count; row += blockDim.x / 32) {
+      if (experts.narrow[row] != kNoExpert) continue;
+      for (int col = threadIdx.x % 32; col < cols; col += 32) {
+        out[(first + row) * cols + col] = from_float<T>(not_a_number());
+      }
+    }
+  }
+};
+
+}  // namespace adamix
