@@ -21,9 +21,10 @@ from test_routed_adapter import ACTIVATIONS, by_loop, index, inputs
 from adamix_kernels import BackendUnavailableError, _backends
 from adamix_kernels._triton_utils import INTERPRETING
 from adamix_kernels.functional import routed_adapter
+from adamix_kernels.ops import _routed_plan as plan
 from adamix_kernels.ops._triton_tables import lookup
 from adamix_kernels.ops.routed_adapter import triton_impl
-from adamix_kernels.ops.routed_adapter.triton_impl import plan, tables, weights
+from adamix_kernels.ops.routed_adapter.triton_impl import tables, weights
 from adamix_kernels.testing import assert_in_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")

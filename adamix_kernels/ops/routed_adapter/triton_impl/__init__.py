@@ -12,10 +12,10 @@ import torch
 
 from ...._triton_utils import capability, dot_dtype, launch, memory, precision
 from ...._triton_utils import problem as unsupported
+from ..._routed_plan import Plan, group_rows, make_plan
 from ..._triton_plans import Planned
 from .forward import adapter_forward_kernel
 from .input_grad import adapter_input_grad_kernel
-from .plan import Plan, group_rows, make_plan
 from .tables import config, register_limit
 from .weights import weight_grads
 

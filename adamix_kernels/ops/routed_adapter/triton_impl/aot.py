@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...._triton_utils import DTYPES, precision
+from ..._routed_plan import power_of_2
 from ..._triton_aot import POINTERS, AotCase, make_case
 from .forward import adapter_forward_kernel
 from .input_grad import adapter_input_grad_kernel
-from .plan import RESIDENT, RESIDENT_RANK, power_of_2
-from .tables import config, register_limit, sums_by_dot
+from .tables import RESIDENT, RESIDENT_RANK, config, register_limit, sums_by_dot
 from .weight_grad import adapter_plane_sum_kernel, adapter_weight_grad_kernel
 from .weights import SUM_CHUNK, SUM_COLS
 

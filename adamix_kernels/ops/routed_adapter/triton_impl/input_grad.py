@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import activation_slope, narrow
-from .tiles import bank_columns, keep_own, poison, shrink, spread, tile_experts, tile_rows
+from ..._routed_tiles import bank_columns, keep_own, poison, shrink, spread, tile_experts, tile_rows
 
 
 @triton.jit

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from ..._triton_tables import Config, lookup
 
+# Programs on a multiprocessor that hide each other's latency: in 16 bits, of one expert a tile and r up to
+# RESIDENT_RANK. Wider tiles and float32 make do with one.
+RESIDENT, RESIDENT_RANK = 3, 16
 # mma.sync: 8.x and 12.x (at most 99 KB of shared memory a program). 9.0 and 10.0 have asynchronous units.
 _TILE = {
     (2, 16): Config(64, 64, 4, 4),

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 
 from ...._triton_utils import capability, dot_dtype, launch, memory, precision
-from .plan import MIN_SPAN, fits, per_row, power_of_2, sort_rows
+from ..._routed_plan import MIN_SPAN, fits, per_row, power_of_2, sort_rows
 from .tables import config, sums_by_dot
 from .weight_grad import adapter_plane_sum_kernel, adapter_weight_grad_kernel
 
-# Programs that fill a GPU (plan.RESIDENT on each of 132 multiprocessors, and somewhat more), tiles that make a split
+# Programs that fill a GPU (tables.RESIDENT on each of 132 multiprocessors, and somewhat more), tiles that make a split
 # worth its plane, and most planes.
 PROGRAMS, MIN_TILES, MAX_SPLITS = 512, 4, 64
 SUM_CHUNK, SUM_COLS = 8, 256

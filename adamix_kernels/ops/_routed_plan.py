@@ -1,4 +1,6 @@
-"""Which rows a tile holds and which experts it may meet: decided by shapes alone, values stay on the device."""
+"""Which rows a tile of a routed op's Triton kernels holds and which experts it may meet: decided by shapes alone,
+values stay on the device.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,6 @@ import torch
 MIN_SPAN = 16
 # Narrow columns of all experts that one tile may hold; beyond, the rows are grouped by expert.
 MAX_WIDTH = 256
-# Programs on a multiprocessor that hide each other's latency: in 16 bits, of one expert a tile and r up to
-# RESIDENT_RANK. Wider tiles and float32 make do with one.
-RESIDENT, RESIDENT_RANK = 3, 16
 
 
 class Side(NamedTuple):
@@ -21,7 +20,7 @@ class Side(NamedTuple):
     masked: a tile's rows differ in expert, and its narrow tile holds all `experts` of the bank padded to `padded`.
     """
 
-    index: torch.Tensor | None
+    index: torch.Tensor | None  # type: ignore[assignment]
     div: int
     masked: bool
     experts: int
@@ -62,31 +61,41 @@ def fits(experts: int, r: int) -> bool:
     return power_of_2(experts) * power_of_2(r) <= MAX_WIDTH
 
 
-def make_plan(batch: int, tokens: int, r: int, down_index, up_index, md: int, mu: int) -> Plan:
-    given = down_index, up_index
-    indices = [index if m > 1 else None for index, m in zip(given, (md, mu))]
-    routed = [index for index in indices if index is not None]
-    flat = tokens < MIN_SPAN or all(index.dim() == 2 for index in routed)
-    grouped = [
-        index is not None and (flat or index.dim() == 2) and not fits(m, r) for index, m in zip(indices, (md, mu))
-    ]
+def make_plan(
+    batch: int,
+    tokens: int,
+    r: int,
+    down_index: torch.Tensor | None,
+    up_index: torch.Tensor | None,
+    md: int,
+    mu: int,
+) -> Plan:
+    """The plan of a call of batch * tokens rows and both banks of md and mu experts of rank r; an index, [batch] or
+    [batch, tokens], may be None for a bank of one.
+    """
+    given, banks = (down_index, up_index), (md, mu)
+    routed = [index if m > 1 else None for index, m in zip(given, banks)]
+    flat = tokens < MIN_SPAN or all(index is None or index.dim() == 2 for index in routed)
+    grouped = [index is not None and (flat or index.dim() == 2) and not fits(m, r) for index, m in zip(routed, banks)]
     if any(grouped):
         flat = True
-        grouped = [index is not None and not fits(m, r) for index, m in zip(indices, (md, mu))]
-    masked = [index is not None and (flat or index.dim() == 2) and not g for index, g in zip(indices, grouped)]
+        grouped = [index is not None and not fits(m, r) for index, m in zip(routed, banks)]
+    masked = [index is not None and (flat or index.dim() == 2) and not g for index, g in zip(routed, grouped)]
     rp = power_of_2(r) if any(masked) else max(16, power_of_2(r))
-    sides = []
-    for index, m, mask in zip(given, (md, mu), masked):
-        div = tokens if index is not None and index.dim() == 1 else 1
-        padded = max(power_of_2(m) if mask else 1, 16 // rp)
-        sides.append(Side(None if index is None else index.contiguous(), div, mask, m, padded))
+    down, up = (_side(index, tokens, m, mask, rp) for index, m, mask in zip(given, banks, masked))
     key, keys = None, 1
-    for side, m, group in zip(sides, (md, mu), grouped):
-        if group:
+    for index, m, group in zip(given, banks, grouped):
+        if group and index is not None:
             # A wrong id goes with the nearest right one: the kernels tell them apart.
-            ids = per_row(side.index, batch, tokens).clamp_(0, m - 1)
+            ids = per_row(index, batch, tokens).clamp_(0, m - 1)
             key, keys = (ids, m) if key is None else (key * m + ids, keys * m)
-    return Plan(1 if flat else batch, batch * tokens if flat else tokens, rp, *sides, key, keys)
+    return Plan(1 if flat else batch, batch * tokens if flat else tokens, rp, down, up, key, keys)
+
+
+def _side(index: torch.Tensor | None, tokens: int, experts: int, masked: bool, rp: int) -> Side:
+    div = tokens if index is not None and index.dim() == 1 else 1
+    padded = max(power_of_2(experts) if masked else 1, 16 // rp)
+    return Side(None if index is None else index.contiguous(), div, masked, experts, padded)
 
 
 def per_row(index: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Device functions of a tile of tokens and its experts' narrow columns.
+"""Device functions of a tile of tokens and its experts' narrow columns, for the routed ops' Triton kernels.
 
 The r columns of the experts a tile may need lie side by side in one narrow tile of MP * RP columns:
 column m * RP + k is feature k of expert m. MP is 1 where the tile has one expert (RP is then at least
