@@ -9,9 +9,13 @@ arithmetic modulo 2**32; `lo` and `hi` are the halves of a 64-bit value in two's
                 b    = fmix32(fmix32(hi(seed) + 0x7F4A7C15) ^ lo(seed))
     row keys    key0 = fmix32(fmix32(a ^ lo(row)) ^ hi(row))
                 key1 = fmix32(fmix32(b + lo(row)) + hi(row))
-    element     h = (col * 0x9E3779B9) ^ key0
-                h ^= h >> 16; h *= 0x21F0AAAD; h += key1; h ^= h >> 15; h *= 0x735A2D97; h ^= h >> 16
+    column key  t = col * 0x9E3779B9; c = t ^ (t * t | 1)
+    element     h = (key0 | 1) * c + key1
                 keep iff h >= floor(p * 2**32), unsigned
+
+Keys cost once a row and once a column; an element costs one multiplication with addition and one comparison, in
+whatever order a kernel meets it. Both factors are what keeps elements apart: c is a permutation of the columns without
+a linear relation among its neighbours, and a row's odd factor and offset map it one to one onto h.
 
 A row is a token counted over all leading axes, row = b * S + s; a column is an input feature. A kept
 element is multiplied by 1 / (1 - p), a dropped one becomes zero whatever it held.
@@ -35,13 +39,9 @@ def keep_mask(seed: torch.Tensor, rows: int, cols: int, p: float) -> torch.Tenso
     key0 = _fmix32(_fmix32(row_lo ^ a) ^ row_hi)
     key1 = _fmix32(_fmix32(row_lo + b) + row_hi)
 
-    h = (torch.arange(cols, dtype=torch.int32, device=seed.device) * _signed(0x9E3779B9)) ^ key0  # [rows, cols]
-    h ^= _shift(h, 16)
-    h *= _signed(0x21F0AAAD)
+    t = torch.arange(cols, dtype=torch.int32, device=seed.device) * _signed(0x9E3779B9)
+    h = (key0 | 1) * (t ^ (t * t | 1))  # [rows, cols]
     h += key1
-    h ^= _shift(h, 15)
-    h *= _signed(0x735A2D97)
-    h ^= _shift(h, 16)
     # Flipping the sign bit turns the unsigned comparison into a signed one.
     h ^= _signed(0x80000000)
     return h >= int(p * 2**32) - 2**31

@@ -29,13 +29,8 @@ class DropoutMask {
     uint32_t low = static_cast<uint32_t>(row), high = static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
     uint32_t key0 = mix(mix(a_ ^ low) ^ high);
     uint32_t key1 = mix(mix(b_ + low) + high);
-    uint32_t h = (static_cast<uint32_t>(col) * 0x9E3779B9u) ^ key0;
-    h ^= h >> 16;
-    h *= 0x21F0AAADu;
-    h += key1;
-    h ^= h >> 15;
-    h *= 0x735A2D97u;
-    h ^= h >> 16;
+    uint32_t t = static_cast<uint32_t>(col) * 0x9E3779B9u;
+    uint32_t h = (key0 | 1u) * (t ^ (t * t | 1u)) + key1;
     return h >= threshold_ ? value * scale_ : 0.f;
   }
 

@@ -39,12 +39,12 @@ def lora_forward_kernel(
     for chunk in tl.static_range(CHUNKS):
         acc = shrink(
             tl.zeros([BLOCK_M, BLOCK_R], tl.float32), x_ptr + long * K, exists, ids, low, high,
-            key0, key1, threshold, inv_keep, a_ptr,
+            key0, key1, threshold, a_ptr,
             A_EXPERTS, R * K, 0, chunk * BLOCK_R, 0, R, K, 1, K, WIDE, DROPOUT,
             BLOCK_M, BLOCK_C, BLOCK_R, PRECISION, DOT,
         )  # fmt: skip
         # A row with a wrong id is NaN in the output; what is saved of it is 0, so that it teaches no expert.
-        acc = tl.where(wrong[:, None], 0.0, acc)
+        acc = tl.where(wrong[:, None], 0.0, acc * inv_keep)
         t = narrow(acc, t_ptr.dtype.element_ty)
         k = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
         # Every split writes the same bits.

@@ -34,7 +34,7 @@ def lora_dx_kernel(
         for g in tl.static_range(GROUPS):
             if chunk * BLOCK_R < (g + 1) * RANK and (chunk + 1) * BLOCK_R > g * RANK:
                 acc = shrink(
-                    acc, grad_ptr + long * WIDTH + OFFSETS[g], exists, ids, low, high, 0, 0, 0, 1.0, b_ptr,
+                    acc, grad_ptr + long * WIDTH + OFFSETS[g], exists, ids, low, high, 0, 0, 0, b_ptr,
                     B_EXPERTS, GROUPS * NG * RANK, g * NG * RANK - g * RANK, chunk * BLOCK_R, g * RANK,
                     (g + 1) * RANK, 1, RANK, NG, WIDE, False, BLOCK_M, BLOCK_C, BLOCK_R, PRECISION, DOT,
                 )  # fmt: skip

@@ -20,14 +20,14 @@ def _fmix32(h):
 
 @triton.jit
 def row_keys(seed_ptr, rows):
-    """key0, key1 of ops/_dropout.py: uint32 [BLOCK_M] for int32 rows [BLOCK_M], whose high half is zero."""
+    """key0 | 1, key1 of ops/_dropout.py: uint32 [BLOCK_M] for int32 rows [BLOCK_M], whose high half is zero."""
     seed = tl.load(seed_ptr)
     lo = seed.to(tl.uint32)
     hi = (seed >> 32).to(tl.uint32)
     row = rows.to(tl.uint32)
     a = _fmix32(_fmix32(lo + 0x9E3779B9) ^ hi)
     b = _fmix32(_fmix32(hi + 0x7F4A7C15) ^ lo)
-    key0 = _fmix32(_fmix32(a ^ row))
+    key0 = _fmix32(_fmix32(a ^ row)) | 1
     key1 = _fmix32(_fmix32(b + row))
     return key0, key1
 
@@ -38,21 +38,9 @@ def keep_tile(key0, key1, cols, threshold):
 
     threshold: its signed bound, one or [BLOCK_M, 1].
     """
-    h = (cols.to(tl.uint32) * 0x9E3779B9)[None, :] ^ key0[:, None]
-    h ^= h >> 16
-    h *= 0x21F0AAAD
-    h += key1[:, None]
-    h ^= h >> 15
-    h *= 0x735A2D97
-    h ^= h >> 16
+    t = cols.to(tl.uint32) * 0x9E3779B9
+    h = key0[:, None] * (t ^ (t * t | 1))[None, :] + key1[:, None]
     return (h ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
-
-
-@triton.jit
-def drop_tile(x, key0, key1, cols, threshold, inv_keep, DOT: tl.constexpr):
-    """keep * x / (1 - p), rounded to x's dtype as ops/_dropout.py does; in DOT."""
-    kept = narrow(x.to(tl.float32) * inv_keep, x.dtype).to(DOT)
-    return tl.where(keep_tile(key0, key1, cols, threshold), kept, 0.0)
 
 
 @triton.jit
@@ -86,7 +74,7 @@ def poison(values, wrong):
 
 @triton.jit
 def _reduce_columns(
-    acc, x_ptrs, rows_ok, key0, key1, threshold, inv_keep, bank_ptrs, bank_ok,
+    acc, x_ptrs, rows_ok, key0, key1, threshold, bank_ptrs, bank_ok,
     COLS: tl.constexpr, C_STRIDE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -98,14 +86,14 @@ def _reduce_columns(
             bank_ptrs[None, :] + cols[:, None] * C_STRIDE, mask=bank_ok[None, :] & (cols < COLS)[:, None], other=0.0
         )
         if DROPOUT:
-            x = drop_tile(x, key0, key1, cols, threshold, inv_keep, DOT)
+            x = tl.where(keep_tile(key0, key1, cols, threshold), x.to(DOT), 0.0)
         acc = tl.dot(x.to(DOT), bank.to(DOT), acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
 def shrink(
-    acc, x_ptrs, exists, ids, low, high, key0, key1, threshold, inv_keep, bank_ptr,
+    acc, x_ptrs, exists, ids, low, high, key0, key1, threshold, bank_ptr,
     EXPERTS: tl.constexpr, EXPERT_STRIDE: tl.constexpr, BASE: tl.constexpr, K0: tl.constexpr, K_LO: tl.constexpr,
     K_HI: tl.constexpr, K_STRIDE: tl.constexpr, C_STRIDE: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -120,7 +108,7 @@ def shrink(
     k_ok = (k >= K_LO) & (k < K_HI)
     if EXPERTS == 1:
         acc = _reduce_columns(
-            acc, x_ptrs, exists, key0, key1, threshold, inv_keep, bank_ptr + BASE + k * K_STRIDE, k_ok,
+            acc, x_ptrs, exists, key0, key1, threshold, bank_ptr + BASE + k * K_STRIDE, k_ok,
             COLS, C_STRIDE, DROPOUT, BLOCK_C, PRECISION, DOT,
         )  # fmt: skip
     elif WIDE > 0:
@@ -128,7 +116,7 @@ def shrink(
         expert = w // BLOCK_R
         wk = K0 + w % BLOCK_R
         part = _reduce_columns(
-            tl.zeros([BLOCK_M, WIDE * BLOCK_R], tl.float32), x_ptrs, exists, key0, key1, threshold, inv_keep,
+            tl.zeros([BLOCK_M, WIDE * BLOCK_R], tl.float32), x_ptrs, exists, key0, key1, threshold,
             bank_ptr + BASE + expert * EXPERT_STRIDE + wk * K_STRIDE, (expert < EXPERTS) & (wk >= K_LO) & (wk < K_HI),
             COLS, C_STRIDE, DROPOUT, BLOCK_C, PRECISION, DOT,
         )  # fmt: skip
@@ -140,7 +128,7 @@ def shrink(
             mine = ids == m
             if tl.max(mine.to(tl.int32), 0) > 0:
                 part = _reduce_columns(
-                    tl.zeros([BLOCK_M, BLOCK_R], tl.float32), x_ptrs, mine, key0, key1, threshold, inv_keep,
+                    tl.zeros([BLOCK_M, BLOCK_R], tl.float32), x_ptrs, mine, key0, key1, threshold,
                     bank_ptr + tl.cast(m, tl.int64) * EXPERT_STRIDE + BASE + k * K_STRIDE, k_ok,
                     COLS, C_STRIDE, DROPOUT, BLOCK_C, PRECISION, DOT,
                 )  # fmt: skip

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
-from .tiles import drop_tile, row_keys, tile_rows
+from .tiles import keep_tile, row_keys, tile_rows
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def _mine(index_ptr, rows, exists, divisor, expert):
 @triton.jit
 def _accumulate(
     small_ptr, wide_ptr, index_ptr, seed_ptr, perm_ptr, out_ptrs, out_ok, k, k_ok, cols, cols_ok, expert,
-    row_lo, row_hi, num_rows, divisor, threshold, inv_keep, scale,
+    row_lo, row_hi, num_rows, divisor, threshold, scale,
     SMALL_STRIDE: tl.constexpr, WIDE_STRIDE: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr, DOT: tl.constexpr,
@@ -55,7 +55,7 @@ def _accumulate(
         )
         if DROPOUT:
             key0, key1 = row_keys(seed_ptr, rows)
-            wide = drop_tile(wide, key0, key1, cols, threshold, inv_keep, DOT)
+            wide = tl.where(keep_tile(key0, key1, cols, threshold), wide.to(DOT), 0.0)
         acc = tl.dot(small.to(DOT), wide.to(DOT), acc, input_precision=PRECISION)
     tl.store(out_ptrs, narrow(acc * scale, out_ptrs.dtype.element_ty), mask=out_ok)
 
@@ -87,7 +87,7 @@ def lora_grads_kernel(
                 _accumulate(
                     dt_ptr, x_ptr, a_index_ptr, seed_ptr, perm_ptr,
                     a_plane_ptr + plane + k[:, None] * K + cols[None, :], (k < R)[:, None] & (cols < K)[None, :],
-                    k, k < R, cols, cols < K, expert, row_lo, row_hi, num_rows, a_divisor, threshold, inv_keep, 1.0,
+                    k, k < R, cols, cols < K, expert, row_lo, row_hi, num_rows, a_divisor, threshold, inv_keep,
                     R, K, seed_ptr is not None, BLOCK_M, BLOCK_C, BLOCK_RA, PRECISION, DOT,
                 )  # fmt: skip
     else:
@@ -107,7 +107,7 @@ def lora_grads_kernel(
                     t_ptr + group * RANK, grad_ptr + offset, b_index_ptr, seed_ptr, perm_ptr,
                     b_plane_ptr + plane + k[:, None] + cols[None, :] * RANK,
                     (k < RANK)[:, None] & (cols < NG)[None, :],
-                    k, k < RANK, cols, cols < NG, expert, row_lo, row_hi, num_rows, b_divisor, 0, 1.0, scaling,
+                    k, k < RANK, cols, cols < NG, expert, row_lo, row_hi, num_rows, b_divisor, 0, scaling,
                     R, WIDTH, False, BLOCK_M, BLOCK_C, BLOCK_RB, PRECISION, DOT,
                 )  # fmt: skip
 
