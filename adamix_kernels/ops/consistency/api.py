@@ -6,6 +6,7 @@ import torch
 
 from ..._backends import check_request
 from .._checks import check_choice, check_flag, check_tensor, fail
+from .._direct import may_be_direct
 from .._passes import looked
 from ._arguments import (
     as_mask,
@@ -16,6 +17,7 @@ from ._arguments import (
     check_options,
     overwrites,
 )
+from . import direct
 from .autograd import adamix, consistency
 from .inplace import inplace_adamix_loss, inplace_consistency
 from .linear_api import linear_adamix_loss
@@ -86,6 +88,13 @@ def consistency_loss(
     reference project, whose mask compaction gives the same value.
     """
     looked()
+    directly = not inplace and may_be_direct()
+    if directly:
+        known = direct.consistency(
+            logits_a, logits_b, mask, detach_target, reduction, backend, expected_grad, checked=False
+        )  # fmt: skip
+        if known is not None:
+            return known
     check_tensor("logits_a", logits_a)
     check_tensor("logits_b", logits_b, logits_a)
     if logits_a.dim() < 1 or logits_a.shape[-1] < 1:
@@ -103,7 +112,8 @@ def consistency_loss(
         fail("inplace", inplace, 'False with reduction="none", whose gradient depends on the incoming one')
     if inplace and overwrites(logits_a=logits_a, logits_b=logits_b):
         return inplace_consistency(*args)
-    return consistency(*args)
+    loss = direct.consistency(*args, checked=True) if directly else None
+    return consistency(*args) if loss is None else loss
 
 
 def adamix_loss(
@@ -171,6 +181,14 @@ def adamix_loss(
     sequential passes.
     """
     looked()
+    directly = not inplace and may_be_direct()
+    if directly:
+        known = direct.adamix(
+            logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, backend,
+            expected_grad, checked=False,
+        )  # fmt: skip
+        if known is not None:
+            return AdaMixLossOutput(*known)
     check_tensor("logits", logits)
     check_request(backend)
     check_options(weight, ignore_index, label_smoothing, detach_target)
@@ -189,4 +207,6 @@ def adamix_loss(
     options = weight, ignore_index, label_smoothing, bool(detach_target), backend, expected_grad
     if inplace and overwrites(logits=logits):
         return AdaMixLossOutput(*inplace_adamix_loss(logits, labels, mask, num_items, *options))
-    return AdaMixLossOutput(*adamix(logits, labels, mask, num_items, *options))
+    args = logits, labels, mask, num_items, *options
+    losses = direct.adamix(*args, checked=True) if directly else None
+    return AdaMixLossOutput(*(adamix(*args) if losses is None else losses))
