@@ -6,7 +6,6 @@ import torch
 
 from ..._environment import checks_values
 
-
 checking = checks_values
 
 

@@ -8,16 +8,16 @@ from ..._backends import check_request
 from .._checks import check_choice, check_flag, check_tensor, fail
 from .._direct import may_be_direct
 from .._passes import looked
+from . import direct
 from ._arguments import (
+    as_expected,
     as_mask,
     as_num_items,
     check_doubled,
-    check_expected,
     check_labels,
     check_options,
     overwrites,
 )
-from . import direct
 from .autograd import adamix, consistency
 from .inplace import inplace_adamix_loss, inplace_consistency
 from .linear_api import linear_adamix_loss
@@ -106,7 +106,7 @@ def consistency_loss(
     check_flag("detach_target", detach_target)
     check_flag("inplace", inplace)
     check_request(backend)
-    check_expected(expected_grad)
+    expected_grad = as_expected(expected_grad)
     args = logits_a, logits_b, mask, bool(detach_target), reduction, backend, expected_grad
     if inplace and reduction == "none":
         fail("inplace", inplace, 'False with reduction="none", whose gradient depends on the incoming one')
@@ -193,7 +193,7 @@ def adamix_loss(
     check_request(backend)
     check_options(weight, ignore_index, label_smoothing, detach_target)
     check_flag("inplace", inplace)
-    check_expected(expected_grad)
+    expected_grad = as_expected(expected_grad)
     num_items = as_num_items(num_items, logits)
     if isinstance(labels, torch.Tensor) and labels.is_floating_point():
         return AdaMixLossOutput(
@@ -204,7 +204,7 @@ def adamix_loss(
         fail("logits", f"shape {tuple(logits.shape)}", "[2B, ..., V] with V >= 1")
     check_labels(labels, logits.shape[:-1], logits)
     mask = as_mask(mask, labels.shape, logits)
-    options = weight, ignore_index, label_smoothing, bool(detach_target), backend, expected_grad
+    options = float(weight), ignore_index, float(label_smoothing), bool(detach_target), backend, expected_grad
     if inplace and overwrites(logits=logits):
         return AdaMixLossOutput(*inplace_adamix_loss(logits, labels, mask, num_items, *options))
     args = logits, labels, mask, num_items, *options

@@ -188,7 +188,8 @@ class AheadAdaMixFunction(torch.autograd.Function):
         ctx.ahead = out = torch.empty_like(logits, memory_format=_DENSE) if ahead else None
         made = None if plan is None else plan(logits, labels, mask, num_items, out)
         if made is None:
-            made = adamix_grad(_module(backend, logits), logits, labels, mask, num_items, *rest, out)
+            args: tuple[Any, ...] = (_module(backend, logits), logits, labels, mask, num_items, *rest, out)
+            made = adamix_grad(*args)
         loss, *found, stats, scales = made
         parts += found
         ctx.save_for_backward(logits, labels, mask, stats, scales)

@@ -187,9 +187,7 @@ class _Direct:
     def __init__(self) -> None:
         self.adamix, self.consistency = _AdaMix(), _Consistency()
 
-    def adamix_backward(
-        self, grad: torch.Tensor, *arguments: Any
-    ) -> tuple[()]:
+    def adamix_backward(self, grad: torch.Tensor, *arguments: Any) -> tuple[()]:
         (*tensors, out), options, expected = arguments[:6], arguments[6:10], arguments[10]
         _ops.adamix_backward.default(grad, *tensors, *options, out, expected)
         return ()

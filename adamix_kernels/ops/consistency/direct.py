@@ -50,7 +50,7 @@ def adamix(
     try:
         if not (_plain(weight, math.inf) and _plain(label_smoothing, 1) and _plain_expected(expected)):
             return None
-        if ignore_index.__class__ is not int or detach_target.__class__ is not bool or num_items.__class__ is int:
+        if ignore_index.__class__ is not int or detach_target.__class__ is not bool or isinstance(num_items, int):
             return None
         tensors = logits, labels, mask, num_items
         direct = served("consistency", backend, tensors, checked)
@@ -127,13 +127,13 @@ def consistency(
         return None
 
 
-def _plain(value: object, high: float) -> bool:
+def _plain(value: float, high: float) -> bool:
     """0 <= value <= high and finite; of other classes, and of a zero that is negative, a key is not worth having."""
-    return value.__class__ in _NUMBERS and 0 <= value <= high and value < math.inf and math.copysign(1, value) > 0  # type: ignore[operator,arg-type]
+    return value.__class__ in _NUMBERS and 0 <= value <= high and value < math.inf and math.copysign(1, value) > 0
 
 
-def _plain_expected(expected: object) -> bool:
-    return expected is None or (expected.__class__ in _NUMBERS and 0 < expected < math.inf)  # type: ignore[operator]
+def _plain_expected(expected: float | None) -> bool:
+    return expected is None or (expected.__class__ in _NUMBERS and 0 < expected < math.inf)
 
 
 def _or_one(expected: float | None, needed: bool) -> float:
