@@ -9,6 +9,7 @@ from cuda_probes import captured_graph
 from plain_lora import draw_lora
 
 import adamix_kernels.ops.consistency.ahead as loss_ahead
+import adamix_kernels.ops.consistency.direct as loss_direct
 import adamix_kernels.ops.consistency.op as loss_op
 import adamix_kernels.ops.routed_adapter.op as adapter_op
 import adamix_kernels.ops.routed_lora.op as lora_op
@@ -115,6 +116,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(lora_op, "check_index_values", lambda *_: None)
     monkeypatch.setattr(loss_op, "_check_labels", lambda *_: None)
     monkeypatch.setattr(loss_ahead, "_check_labels", lambda *_: None)
+    monkeypatch.setattr(loss_direct, "_check_labels", lambda *_: None)
 
 
 def check_graph(run):

@@ -24,12 +24,14 @@ def run(*arguments):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_two_calls_that_differ_in_one_property_launch_what_they_launch_unplanned(seed):
-    status, said = run(seed, 100)
+    status, said = run(seed, 250)
     assert status == 0, said
 
 
-@pytest.mark.parametrize(("changed", "trait"), [("hidden", 0), ("dtype", 1), ("contiguous", 3)])
+@pytest.mark.parametrize(
+    ("changed", "trait"), [("hidden", 0), ("classes", 0), ("dtype", 1), ("contiguous", 3), ("one_index", "apart")]
+)
 def test_a_plan_that_does_not_see_a_trait_is_caught(changed, trait):
-    status, said = run(0, 200, changed, trait)
+    status, said = run(1, 200, changed, trait)
     assert status == 1, said
     assert f": {changed}: " in said or "RuntimeError" in said

@@ -2,7 +2,8 @@
 
 Triton's JIT looks at every argument of a launch to find the kernel that was compiled for its like, which costs more
 than all the rest of a call. Calls of equal keys launch the same compiled kernels with the same constants; only the
-addresses differ, and those of all tensors are multiples of 16, or the call is not planned.
+addresses differ, and those of all tensors are multiples of 16, or the call is not planned. A plan knows a launch's
+tensors by their memory, so that it may take parts of what it was given, and is made on tensors that share none.
 """
 
 from __future__ import annotations
@@ -46,9 +47,10 @@ class Planned:
             return self._plans.keep(key, None)
         if any(t.data_ptr() % 16 for t in given):
             return None
+        apart = _apart(tensors)
         with Recording() as recording:
-            results = self._run(*arguments)
-        return self._plans.keep(key, _plan(recording, tensors, tuple(results)))
+            results = self._run(*apart, *arguments[self._count :])
+        return self._plans.keep(key, _plan(recording, apart, tuple(results)))
 
     def __call__(self, *arguments: Any) -> tuple[torch.Tensor, ...] | None:
         """run's result by a plan, new or old; None where there is none, or where it does not fit the addresses."""
@@ -67,26 +69,34 @@ class Planned:
 class Plan:
     """plan(*tensors): the recorded launches on these tensors and on new memory, which it returns as `run` does."""
 
-    __slots__ = ("_constants", "_device", "_launches", "_offsets", "_results", "_scratch")
+    __slots__ = ("_constants", "_device", "_launches", "_offsets", "_parts", "_results", "_scratch")
 
     def __init__(
         self,
         device: int,
-        results: list[tuple[tuple[int, ...], torch.dtype]],
+        results: list[tuple[int, tuple[int, ...], torch.dtype]],
         scratch: int,
         offsets: list[int],
+        parts: list[tuple[int, int]],
         constants: list[int | float],
         launches: list[tuple[Ready, Any]],
     ):
-        self._device, self._results, self._constants, self._launches = device, results, constants, launches
-        self._scratch, self._offsets = scratch, offsets
+        """results: number of a tensor of the same shape and dtype or -1, shape, dtype. scratch: elements of the first
+        tensor's dtype, `offsets` into them in bytes. parts: (number of a tensor or result, bytes into it).
+        """
+        self._device, self._results, self._scratch, self._offsets = device, results, scratch, offsets
+        self._parts, self._constants, self._launches = parts, constants, launches
 
     def __call__(self, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
         stream = current_stream(self._device)
         like = tensors[0]
         if stream is None or like is None:
             return None
-        results = [like.new_empty(shape, dtype=dtype) for shape, dtype in self._results]
+        results = [
+            # The quicker call, where there is a tensor to take after.
+            like.new_empty(shape, dtype=dtype) if n < 0 else torch.empty_like(tensors[n])  # type: ignore[arg-type]
+            for n, shape, dtype in self._results
+        ]
         values: list[Any] = [0 if t is None else t.data_ptr() for t in tensors]
         values += [t.data_ptr() for t in results]
         if self._offsets:
@@ -97,10 +107,40 @@ class Plan:
             union |= address
         if union & 15:
             return None
+        if self._parts:
+            values += [values[n] + offset for n, offset in self._parts]
         values += self._constants
         for launch, arguments in self._launches:
             launch(stream, *arguments(values))
         return tuple(results)
+
+
+def _apart(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The tensors, but new memory in the place of one that shares an earlier one's: only addresses tell them apart."""
+    apart: list[torch.Tensor | None] = []
+    for t in tensors:
+        shared = t is not None and any(_overlap(t, other) for other in apart)
+        apart.append(torch.empty_like(t) if shared and t is not None else t)
+    return apart
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and max(one.data_ptr(), other.data_ptr()) < min(_end(one), _end(other))
+
+
+def _end(t: torch.Tensor) -> int:
+    return t.data_ptr() + t.numel() * t.element_size()
+
+
+def _place(value: torch.Tensor, known: Sequence[torch.Tensor | None]) -> tuple[int, int] | None:
+    """(number, bytes into it) of the known tensor in whose memory `value` begins; None where there is none."""
+    start = value.data_ptr()
+    for n, t in enumerate(known):
+        if t is value:
+            return n, 0
+        if t is not None and t.data_ptr() <= start < _end(t):
+            return n, start - t.data_ptr()
+    return None
 
 
 def _plan(
@@ -116,20 +156,23 @@ def _plan(
     for t in scratch:
         offsets.append(size)
         size += -(-t.numel() * t.element_size() // 16) * 16
+    parts = _parts(recording, known)
+    if parts is None:
+        return None
+    first = len(known) + len(parts)
     constants: list[int | float] = [0]
     launches = []
     for kernel, grid, device, args, meta in recording.launches:
         slots = []
         for value in args:
             if isinstance(value, torch.Tensor):
-                slot = next((n for n, t in enumerate(known) if t is value), None)
-                if slot is None:
-                    return None
-                slots.append(slot)
+                place = _place(value, known)
+                assert place is not None
+                slots.append(place[0] if place[1] == 0 else len(known) + parts.index(place))
             elif value is None:
-                slots.append(len(known))
+                slots.append(first)
             else:
-                slots.append(len(known) + len(constants))
+                slots.append(first + len(constants))
                 constants.append(value)
         found = ready(kernel, grid, device, *args, **meta)
         if found is None:
@@ -139,9 +182,29 @@ def _plan(
     assert like is not None
     return Plan(
         like.device.index or 0,
-        [(tuple(r.shape), r.dtype) for r in results],
+        [(_alike(r, tensors), tuple(r.shape), r.dtype) for r in results],
         -(-size // like.element_size()),
         offsets,
+        parts,
         constants,
         launches,
     )
+
+
+def _parts(recording: Recording, known: Sequence[torch.Tensor | None]) -> list[tuple[int, int]] | None:
+    """Places behind the start of a known tensor that launches take; None where one takes unknown memory."""
+    parts: list[tuple[int, int]] = []
+    for *_, args, _ in recording.launches:
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                place = _place(value, known)
+                if place is None:
+                    return None
+                if place[1] and place not in parts:
+                    parts.append(place)
+    return parts
+
+
+def _alike(result: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> int:
+    same = (n for n, t in enumerate(tensors) if t is not None and (t.shape, t.dtype) == (result.shape, result.dtype))
+    return next(same, -1)

@@ -28,12 +28,15 @@ def check_options(weight: object, ignore_index: object, label_smoothing: object,
     check_number("label_smoothing", label_smoothing, 1.0, "a number in [0, 1]")
 
 
-def check_expected(expected_grad: object) -> None:
+def as_expected(expected_grad: float | None) -> float | None:
+    """expected_grad as a float."""
     expected = "a finite number > 0, or None"
-    if expected_grad is not None:
-        check_number("expected_grad", expected_grad, math.inf, expected)
-        if expected_grad == 0:
-            fail("expected_grad", expected_grad, expected)
+    if expected_grad is None:
+        return None
+    check_number("expected_grad", expected_grad, math.inf, expected)
+    if expected_grad == 0:
+        fail("expected_grad", expected_grad, expected)
+    return float(expected_grad)
 
 
 def check_doubled(name: str, value: torch.Tensor, min_dims: int, layout: str) -> None:

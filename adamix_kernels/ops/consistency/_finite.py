@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from ..._environment import checks_values
 
-def checking() -> bool:
-    return os.environ.get("ADAMIX_CHECK") == "1"
+checking = checks_values
 
 
 def check_pair_loss(

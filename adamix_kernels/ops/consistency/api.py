@@ -6,12 +6,14 @@ import torch
 
 from ..._backends import check_request
 from .._checks import check_choice, check_flag, check_tensor, fail
+from .._direct import may_be_direct
 from .._passes import looked
+from . import direct
 from ._arguments import (
+    as_expected,
     as_mask,
     as_num_items,
     check_doubled,
-    check_expected,
     check_labels,
     check_options,
     overwrites,
@@ -93,6 +95,13 @@ def consistency_loss(
         0.0
     """
     looked()
+    directly = not inplace and may_be_direct()
+    if directly:
+        known = direct.consistency(
+            logits_a, logits_b, mask, detach_target, reduction, backend, expected_grad, checked=False
+        )  # fmt: skip
+        if known is not None:
+            return known
     check_tensor("logits_a", logits_a)
     check_tensor("logits_b", logits_b, logits_a)
     if logits_a.dim() < 1 or logits_a.shape[-1] < 1:
@@ -104,13 +113,14 @@ def consistency_loss(
     check_flag("detach_target", detach_target)
     check_flag("inplace", inplace)
     check_request(backend)
-    check_expected(expected_grad)
+    expected_grad = as_expected(expected_grad)
     args = logits_a, logits_b, mask, bool(detach_target), reduction, backend, expected_grad
     if inplace and reduction == "none":
         fail("inplace", inplace, 'False with reduction="none", whose gradient depends on the incoming one')
     if inplace and overwrites(logits_a=logits_a, logits_b=logits_b):
         return inplace_consistency(*args)
-    return consistency(*args)
+    loss = direct.consistency(*args, checked=True) if directly else None
+    return consistency(*args) if loss is None else loss
 
 
 def adamix_loss(
@@ -186,11 +196,19 @@ def adamix_loss(
         >>> out.loss.backward()
     """
     looked()
+    directly = not inplace and may_be_direct()
+    if directly:
+        known = direct.adamix(
+            logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, backend,
+            expected_grad, checked=False,
+        )  # fmt: skip
+        if known is not None:
+            return AdaMixLossOutput(*known)
     check_tensor("logits", logits)
     check_request(backend)
     check_options(weight, ignore_index, label_smoothing, detach_target)
     check_flag("inplace", inplace)
-    check_expected(expected_grad)
+    expected_grad = as_expected(expected_grad)
     num_items = as_num_items(num_items, logits)
     if isinstance(labels, torch.Tensor) and labels.is_floating_point():
         return AdaMixLossOutput(
@@ -201,7 +219,9 @@ def adamix_loss(
         fail("logits", f"shape {tuple(logits.shape)}", "[2B, ..., V] with V >= 1")
     check_labels(labels, logits.shape[:-1], logits)
     mask = as_mask(mask, labels.shape, logits)
-    options = weight, ignore_index, label_smoothing, bool(detach_target), backend, expected_grad
+    options = float(weight), ignore_index, float(label_smoothing), bool(detach_target), backend, expected_grad
     if inplace and overwrites(logits=logits):
         return AdaMixLossOutput(*inplace_adamix_loss(logits, labels, mask, num_items, *options))
-    return AdaMixLossOutput(*adamix(logits, labels, mask, num_items, *options))
+    args = logits, labels, mask, num_items, *options
+    losses = direct.adamix(*args, checked=True) if directly else None
+    return AdaMixLossOutput(*(adamix(*args) if losses is None else losses))

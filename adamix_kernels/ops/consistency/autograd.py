@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 
+from ..._backends import select
+from .._direct import applied, may_be_direct
 from .._library import below_autograd, differentiate, once_differentiable
 from .ahead import adamix_grad, adamix_write, consistency_grad, consistency_write, writer_of
 from .op import (
@@ -31,11 +34,12 @@ def consistency(
     backend: str,
     expected: float | None,
 ) -> torch.Tensor:
-    module = None
+    ahead = False
     if reduction != "none" and torch.is_grad_enabled() and (logits_a.requires_grad or logits_b.requires_grad):
-        module = writer_of(backend, expected, logits_a, logits_b)
-    if module is not None:
-        loss: torch.Tensor = _ahead_consistency(logits_a, logits_b, mask, (module, detach_target, reduction, expected))
+        ahead = writer_of(backend, expected, logits_a, logits_b) is not None
+    if ahead:
+        options = backend, detach_target, reduction, expected
+        loss: torch.Tensor = _ahead_consistency(logits_a, logits_b, mask, options, None)
     else:
         loss, *_ = consistency_op(logits_a, logits_b, mask, detach_target, reduction, backend)
     return loss
@@ -54,13 +58,11 @@ def adamix(
     expected: float | None,
 ) -> tuple[torch.Tensor, ...]:
     options = weight, ignore_index, label_smoothing, detach_target
-    module = None
-    if torch.is_grad_enabled() and logits.requires_grad:
-        module = writer_of(backend, expected, logits)
-    if module is None:
+    ahead = torch.is_grad_enabled() and logits.requires_grad and writer_of(backend, expected, logits) is not None
+    if not ahead:
         return adamix_loss_op(logits, labels, mask, num_items, *options, backend)[:3]
     parts: list[torch.Tensor] = []
-    loss = _ahead_adamix(logits, labels, mask, (module, num_items, *options, expected), parts)
+    loss = _ahead_adamix(logits, labels, mask, (backend, num_items, *options, expected), parts, None)
     return loss, *parts
 
 
@@ -126,7 +128,8 @@ class AdaMixLossFunction(torch.autograd.Function):
 
 class AheadConsistencyFunction(torch.autograd.Function):
     """The forward writes the gradients; backward hands them over, once. A later backward through a retained graph
-    computes anew. options: the backend's module, detach_target, reduction, the expected gradient.
+    computes anew. options: the backend, detach_target, reduction, the expected gradient. planned: None, or a plan
+    (direct.py) and whether it writes the gradients.
     """
 
     @staticmethod
@@ -136,10 +139,16 @@ class AheadConsistencyFunction(torch.autograd.Function):
         logits_b: torch.Tensor,
         mask: torch.Tensor | None,
         options: Any,
+        planned: Any,
     ) -> torch.Tensor:
-        module, *rest = ctx.options = options
-        ctx.ahead = _places(ctx, logits_a, logits_b)
-        loss, stats, scale = consistency_grad(module, logits_a, logits_b, mask, *rest, *ctx.ahead)
+        ctx.options = options
+        plan, ahead = planned or (None, True)
+        ctx.ahead = out = _places(ctx, logits_a, logits_b) if ahead else None
+        made = None if plan is None else plan(logits_a, logits_b, mask, *(out or (None, None)))
+        if made is None:
+            module, rest = _module(options[0], logits_a), options[1:]
+            made = consistency_grad(module, logits_a, logits_b, mask, *rest, *(out or (None, None)))
+        loss, stats, scale = made
         ctx.save_for_backward(logits_a, logits_b, mask, stats, scale)
         return loss
 
@@ -147,17 +156,20 @@ class AheadConsistencyFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors
-        module, detach_target, _, expected = ctx.options
+        backend, detach_target, _, expected = ctx.options
         out, ctx.ahead = ctx.ahead, None
         written = expected or 1.0
         if out is None:
             out, written = _places(ctx, *saved[:2]), None
-        consistency_write(module, grad, saved, detach_target, out, written)
-        return *out, None, None
+        module = _module(backend, saved[0])
+        direct = getattr(module, "direct", None) if may_be_direct() else None
+        if direct is None or direct.consistency_backward(grad, *saved, *out, detach_target, written) is None:
+            consistency_write(module, grad, saved, detach_target, out, written)
+        return *out, None, None, None
 
 
 class AheadAdaMixFunction(torch.autograd.Function):
-    """As AheadConsistencyFunction. options: the backend's module, num_items, weight, ignore_index, label_smoothing,
+    """As AheadConsistencyFunction. options: the backend, num_items, weight, ignore_index, label_smoothing,
     detach_target, the expected gradient. parts: takes the cross-entropy and the consistency.
     """
 
@@ -169,26 +181,38 @@ class AheadAdaMixFunction(torch.autograd.Function):
         mask: torch.Tensor | None,
         options: Any,
         parts: list[torch.Tensor],
+        planned: Any,
     ) -> torch.Tensor:
-        module, num_items, *rest = ctx.options = options
-        ctx.ahead = torch.empty_like(logits, memory_format=_DENSE)
-        args: tuple[Any, ...] = (module, logits, labels, mask, num_items, *rest, ctx.ahead)
-        found = adamix_grad(*args)
-        parts += found[1:3]
-        ctx.save_for_backward(logits, labels, mask, *found[3:])
-        return found[0]
+        backend, num_items, *rest = ctx.options = options
+        plan, ahead = planned or (None, True)
+        ctx.ahead = out = torch.empty_like(logits, memory_format=_DENSE) if ahead else None
+        made = None if plan is None else plan(logits, labels, mask, num_items, out)
+        if made is None:
+            args: tuple[Any, ...] = (_module(backend, logits), logits, labels, mask, num_items, *rest, out)
+            made = adamix_grad(*args)
+        loss, *found, stats, scales = made
+        parts += found
+        ctx.save_for_backward(logits, labels, mask, stats, scales)
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors
-        module, _, *options, expected = ctx.options
+        backend, _, *options, expected = ctx.options
         out, ctx.ahead = ctx.ahead, None
         written = expected or 1.0
         if out is None:
             out, written = torch.empty_like(saved[0], memory_format=_DENSE), None
-        adamix_write(module, grad, saved, tuple(options), out, written)
-        return out, None, None, None, None
+        module = _module(backend, saved[0])
+        direct = getattr(module, "direct", None) if may_be_direct() else None
+        if direct is None or direct.adamix_backward(grad, *saved, out, *options, written) is None:
+            adamix_write(module, grad, saved, tuple(options), out, written)
+        return out, None, None, None, None, None
+
+
+def _module(backend: str, logits: torch.Tensor) -> ModuleType:
+    return select("consistency", backend, logits.device, logits.dtype)
 
 
 def _places(ctx: Any, *logits: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -234,3 +258,4 @@ differentiate(linear_adamix_loss_op, LinearAdaMixLossFunction)
 # torch gives apply no types.
 _ahead_adamix: Callable[..., Any] = AheadAdaMixFunction.apply
 _ahead_consistency: Callable[..., Any] = AheadConsistencyFunction.apply
+apply_adamix, apply_consistency = applied(AheadAdaMixFunction), applied(AheadConsistencyFunction)

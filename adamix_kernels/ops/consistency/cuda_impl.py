@@ -8,13 +8,16 @@ linear_adamix_loss: as many a chunk as a forward, and the gradient over the chun
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from ..._extension import unsupported
 from ._chunks import Chunk, linear_loss
 
 __all__ = [
-    "adamix_backward", "adamix_forward", "adamix_forward_grad", "backward", "forward",
+    "adamix_backward", "adamix_forward", "adamix_forward_grad", "backward", "direct", "forward",
     "forward_grad", "linear_forward", "rescale", "unsupported", "writes_gradient",
 ]  # fmt: skip
 
@@ -151,3 +154,48 @@ def linear_forward(
         chunk, hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index,
         chunk_rows, need_hidden, need_weight, need_bias,
     )  # fmt: skip
+
+
+Plan = Callable[..., tuple[torch.Tensor, ...]]
+
+
+class _AdaMix:
+    """Every call: the library checks what it is given."""
+
+    def find(self, *arguments: Any) -> Plan:
+        options = arguments[5:]
+        run = _ops.adamix_forward.default
+        return lambda logits, labels, mask, num_items, out: run(logits, labels, mask, num_items, *options, out)
+
+    make = find
+
+
+class _Consistency:
+    """As _AdaMix."""
+
+    def find(self, *arguments: Any) -> Plan:
+        options = arguments[5:]
+        run = _ops.consistency_forward.default
+        return lambda logits_a, logits_b, mask, da, db: run(logits_a, logits_b, mask, *options, da, db)
+
+    make = find
+
+
+class _Direct:
+    writes_gradient = staticmethod(writes_gradient)
+
+    def __init__(self) -> None:
+        self.adamix, self.consistency = _AdaMix(), _Consistency()
+
+    def adamix_backward(self, grad: torch.Tensor, *arguments: Any) -> tuple[()]:
+        (*tensors, out), options, expected = arguments[:6], arguments[6:10], arguments[10]
+        _ops.adamix_backward.default(grad, *tensors, *options, out, expected)
+        return ()
+
+    def consistency_backward(self, grad: torch.Tensor, *arguments: Any) -> tuple[()]:
+        (*tensors, da, db), detach_target, expected = arguments[:7], arguments[7], arguments[8]
+        _ops.consistency_backward.default(grad, *tensors, detach_target, da, db, expected)
+        return ()
+
+
+direct = _Direct()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..._backends import select
-from .._direct import traced
+from .._direct import may_be_direct
 from .._library import define
 from ._results import Results
 
@@ -76,7 +76,7 @@ def banks_directly(
     """
     given = [score for score in scores if score is not None]
     plain = _PLAIN.issuperset(map(type, banks)) and _PLAIN.issuperset(map(type, given))
-    if not banks or not plain or traced():
+    if not banks or not plain or not may_be_direct():
         return None
     # As the optimisers of torch do: {(device, dtype): ...}.
     groups = torch._C._group_tensors_by_device_and_dtype([[*banks]], False)

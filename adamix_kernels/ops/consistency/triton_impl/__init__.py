@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from ...._triton_utils import launch
+from ...._triton_utils import launch, memory
 from ...._triton_utils import problem as unsupported
+from ..._triton_plans import Planned
 from .._chunks import Chunk, linear_loss
 from .backward import pair_grad_kernel, rescale_kernel
 from .finish import pair_count_kernel
@@ -39,7 +40,7 @@ from .plan import (
 from .wide import pair_wide_grad_kernel, pair_wide_kernel
 
 __all__ = [
-    "adamix_backward", "adamix_forward", "adamix_forward_grad", "backward", "forward", "forward_grad",
+    "adamix_backward", "adamix_forward", "adamix_forward_grad", "backward", "direct", "forward", "forward_grad",
     "linear_forward", "rescale", "unsupported", "writes_gradient",
 ]  # fmt: skip
 
@@ -169,7 +170,7 @@ def _forward(rows: Rows, num_items, found, into, out, options: Options, expected
     alone = few and tiles.programs == 1
     ticket = None
     if out is not None and not alone:
-        ticket = torch.empty(1, dtype=torch.int32, device=rows.a.device)
+        ticket = memory(rows.a, 1, dtype=torch.int32)
         launch(
             pair_count_kernel, (1,), rows.a.device,
             rows.labels, rows.mask, num_items, found[0], ticket, n, inner, l_outer, l_inner, m_outer, m_inner,
@@ -255,4 +256,35 @@ def _passes(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+    return memory(like, *shape, dtype=torch.float32)
+
+
+class _Direct:
+    """Calls past the dispatcher and Triton's JIT."""
+
+    writes_gradient = staticmethod(writes_gradient)
+
+    def __init__(self) -> None:
+        self.adamix, self.consistency = Planned(_plan_adamix, 5), Planned(_plan_consistency, 5)
+        self.adamix_backward, self.consistency_backward = Planned(_plan_adamix_grad, 7), Planned(_plan_pair_grad, 8)
+
+
+def _plan_adamix(logits, labels, mask, num_items, d_logits, *options):
+    return _adamix(logits, labels, mask, num_items, Options(*options[:4]), options[4], d_logits)
+
+
+def _plan_consistency(logits_a, logits_b, mask, da, db, *options):
+    return _consistency(logits_a, logits_b, mask, *options, da, db)
+
+
+def _plan_adamix_grad(grad, logits, labels, mask, stats, scales, out, *options):
+    adamix_backward(grad, logits, labels, mask, stats, scales, *options[:4], out, options[4])
+    return ()
+
+
+def _plan_pair_grad(grad, logits_a, logits_b, mask, stats, scale, da, db, detach_target, expected):
+    backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, (da, db), expected)
+    return ()
+
+
+direct = _Direct()
