@@ -146,3 +146,11 @@ def _head(path: str, config: dict[str, Any], model: nn.Module, folder: Path) -> 
         if named(place, names):
             return place, ".".join(parts[end:])
     raise ValueError(f"{folder / _WEIGHTS}: got {path!r}, which modules_to_save does not name, expected LoRA and heads")
+
+
+def head_rows(folder: Path) -> int | None:
+    """How many labels the classifier in the folder has; None where there is none."""
+    for key, value in _tensors(folder).items():
+        if key.rpartition(".")[0].rpartition(".")[2] in (*_HEADS, "out_proj") and key.endswith(".weight"):
+            return value.shape[0]
+    return None
