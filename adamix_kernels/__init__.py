@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .convert import export_adapterhub as export_adapterhub
     from .convert import export_peft as export_peft
     from .convert import load_official as load_official
+    from .models.centroid import store_centroid as store_centroid
     from .models.checkpoint import load_adamix as load_adamix
     from .models.checkpoint import save_adamix as save_adamix
     from .models.config import AdaMixConfig as AdaMixConfig
@@ -45,6 +46,14 @@ if TYPE_CHECKING:
     from .modules import AdaptedLayer as AdaptedLayer
     from .modules import RoutedAdapter as RoutedAdapter
     from .modules import RoutedLoRALinear as RoutedLoRALinear
+    from .packs.folder import load_pack as load_pack
+    from .packs.folder import save_pack as save_pack
+    from .packs.folder import unpack as unpack
+    from .packs.pack import add_expert as add_expert
+    from .packs.pack import pack as pack
+    from .packs.pack import remove_expert as remove_expert
+    from .packs.pack import replace_expert as replace_expert
+    from .packs.route import nearest as nearest
     from .routing import Router as Router
     from .tasks.loading import load as load
 
@@ -66,6 +75,15 @@ _LAZY = {
     "eval_routing": "models.contexts",
     "save_adamix": "models.checkpoint",
     "load_adamix": "models.checkpoint",
+    "store_centroid": "models.centroid",
+    "pack": "packs.pack",
+    "add_expert": "packs.pack",
+    "replace_expert": "packs.pack",
+    "remove_expert": "packs.pack",
+    "unpack": "packs.folder",
+    "save_pack": "packs.folder",
+    "load_pack": "packs.folder",
+    "nearest": "packs.route",
     "load": "tasks.loading",
     "double_batch": "models.doubling",
     "AdaMixTrainer": "models.trainer",

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..models._files import make_folder, write_json, write_pickled_tensors, write_safetensors
 from ..models.card import base_name, write_card
-from ..models.state import AdaMixState, adamix_state
+from ..models.state import AdaMixState, adamix_state, check_no_pack
 from ..models.targets import layer_number, model_type
 from ..modules import AdaptedLayer
 from ._card import adapterhub_card
@@ -50,6 +50,7 @@ def export_adapterhub(model: nn.Module, directory: str | os.PathLike[str], name:
         True
     """
     state = adamix_state(model)
+    check_no_pack(model, "export")
     _check(model, state, name)
     folder = make_folder(directory)
     family = model_type(model)

@@ -14,7 +14,7 @@ from ..models._files import make_folder, write_json, write_safetensors
 from ..models.card import base_name, write_card
 from ..models.factors import Factors
 from ..models.merging import check_experts
-from ..models.state import adamix_state
+from ..models.state import adamix_state, check_no_pack
 from ..modules import RoutedLoRALinear
 from ._card import peft_card
 
@@ -70,6 +70,7 @@ def export_peft(
     """
     state = adamix_state(model)
     config = state.config
+    check_no_pack(model, "export")
     if config.method != "lora":
         raise ValueError(f"model: got method {config.method!r}, expected 'lora'; for adapters see export_adapterhub")
     wanted = _wanted(expert, config.num_experts)

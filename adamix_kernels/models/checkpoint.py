@@ -18,6 +18,7 @@ from .._version import __version__
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import Router, process_rank
 from ._files import make_folder, remove_temporaries, write_safetensors_by_digest, write_sealed_json
+from .centroid import Centroid
 from .config import AdaMixConfig
 from .factors import NAMES, Factors
 from .header import (
@@ -39,7 +40,7 @@ from .inject import adapt, build_layers
 from .merging import mergeable, plain_lora
 from .pooling import set_pooling
 from .sharding import is_sharded, put, whole
-from .state import adamix_state, check_model, replace_module
+from .state import adamix_state, check_model, check_no_pack, replace_module
 from .targets import saved_modules
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ def write_checkpoint(
     """save_adamix; where the files do not stay `here`, the way from them to a local base has no meaning, and is left
     out."""
     state = adamix_state(model)
+    check_no_pack(model, "save")
     layers = {path: model.get_submodule(path) for path in state.paths}
     tensors = _tensors(model, layers, state.saved)
     trainable = sorted(name for name, tensor in tensors.items() if tensor.requires_grad)
@@ -116,6 +118,7 @@ def write_checkpoint(
         "layers": {path: _described(layer, factors.get(path)) for path, layer in layers.items()},
         "saved_modules": state.saved,
         "trainable": trainable,
+        **({} if state.centroid is None else {"centroid": state.centroid.to_json()}),
     }
     try:
         file, digest = write_safetensors_by_digest(folder, "adamix", tensors)
@@ -165,7 +168,10 @@ def load_adamix(
     check_base(model, header)
     pooling = check_pooling(model, header)
     tensors = read_tensors(folder, header["tensors"])
+    centroid = Centroid.read(folder / CHECKPOINT_NAME, header.get("centroid"))
     bare = getattr(model, "adamix", None) is None
+    if not bare:
+        check_no_pack(model, "load into")
     layers: Mapping[str, nn.Module]
     if bare:
         layers = build_layers(model, config, Router())
@@ -191,6 +197,7 @@ def load_adamix(
     state = adamix_state(model)
     state.stash.clear()
     state.factors = factors
+    state.centroid = centroid
     state.lost = "a merged checkpoint was loaded" if merged else ""
     _fill(model, tensors, set(header["trainable"]))
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import check_level
 from .merging import check_experts, merge, unmerge
-from .state import adamix_state
+from .state import adamix_state, check_no_pack
 
 
 @contextlib.contextmanager
@@ -45,17 +46,30 @@ def disable(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextlib.contextmanager
-def use_experts(model: nn.Module, index: int | Sequence[int] | torch.Tensor) -> Iterator[nn.Module]:
+def use_experts(
+    model: nn.Module,
+    index: int | str | Sequence[int] | Sequence[str] | torch.Tensor,
+    *,
+    threshold: float | str | None = None,
+) -> Iterator[nn.Module]:
     """Within the context the caller says which expert serves which sample, on every layer and side.
 
     Args:
         index: an expert id for all, or ids [B] per sample or [B, S] per token (int32 or int64). A batch of k * B
             rows takes each id k times: whole passes in training, k beams or returned sequences per sample in
             generate(), where ids are per sample.
+            Of a pack: a name for all, or names, one a sample; "nearest" (each sample's name by its text, see
+            nearest()); or "arrow" (each token's LoRA of each layer by its input: argmax_e |x . v_e|, v_e the leading
+            right singular vector of B_e A_e).
+        threshold: with "nearest", the least cosine, or "auto"; a sample below it ends the forward with ValueError.
+
+    A pack serves one thread at a time: the context waits until no other thread is in one.
 
     Raises:
-        ValueError, TypeError: `model` is not adapted or is merged, or an id is no expert of it. At a forward,
-            ValueError: `index` does not fit the batch.
+        ValueError, TypeError: `model` is not adapted or is merged, or an id is no expert of it, a name none of the
+            pack. At a forward, ValueError: `index` does not fit the batch.
+
+    Source of "arrow": Ostapenko et al., arXiv 2405.11157.
 
     Example:
         >>> adapt(model).eval()  # doctest: +ELLIPSIS
@@ -65,6 +79,16 @@ def use_experts(model: nn.Module, index: int | Sequence[int] | torch.Tensor) -> 
         torch.Size([2, 2])
     """
     state = adamix_state(model)
+    if state.pack is not None:
+        if not isinstance(index, str) and not (
+            isinstance(index, Sequence) and all(isinstance(name, str) for name in index)
+        ):
+            raise TypeError(f"index: got {index!r} for a pack, expected a name, or names, one a sample")
+        with state.pack.use(model, cast("str | Sequence[str]", index), threshold):
+            yield model
+        return
+    if threshold is not None:
+        raise ValueError(f'threshold: got {threshold!r}, expected it for a pack and "nearest" alone')
     if state.merged:
         raise ValueError("model: got a merged model, expected one that still has its experts")
     try:
@@ -104,6 +128,7 @@ def eval_routing(model: nn.Module, level: str) -> Iterator[nn.Module]:
         torch.Size([2, 2])
     """
     check_level("level", level, "merged")
+    check_no_pack(model, "route at random in")
     router = adamix_state(model).router
     previous, router.eval_level = router.eval_level, level
     try:

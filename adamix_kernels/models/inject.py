@@ -53,9 +53,7 @@ def adapt(model: nn.Module, config: AdaMixConfig | None = None, *, backend: str 
             f"config: got {type(config).__name__}, expected an AdaMixConfig or None (of PEFT's LoraConfig "
             "AdaMixConfig.from_peft makes one)"
         )
-    if getattr(model, "adamix", None) is not None:
-        raise ValueError(f"model: got a {type(model).__name__} that is adapted already, expected a bare one")
-    _check_no_peft(model)
+    check_bare(model)
     saved = saved_modules(model, config.modules_to_save, config.task_type)
     for path, module in saved:
         _check_trainable(path, module)
@@ -112,7 +110,7 @@ def _adapted_layer(
         activation,
         router=router,
         backend=backend,
-        **_bank_options(layer),
+        **bank_options(layer),
     )
     return AdaptedLayer(layer, adapter)
 
@@ -133,11 +131,11 @@ def _lora_layer(
         use_rslora=config.use_rslora,
         router=router,
         backend=backend,
-        **_bank_options(layer),
+        **bank_options(layer),
     )
 
 
-def _bank_options(layer: nn.Module) -> dict[str, Any]:
+def bank_options(layer: nn.Module) -> dict[str, Any]:
     """Banks train in at least float32, on the layer's device; a 16-bit model casts them per call."""
     weight = getattr(layer, "weight", None)
     plain = plain_weight(layer)
@@ -147,8 +145,11 @@ def _bank_options(layer: nn.Module) -> dict[str, Any]:
     }
 
 
-def _check_no_peft(model: nn.Module) -> None:
-    """An adapter of PEFT's would be frozen in the midst of the model, or adapted itself."""
+def check_bare(model: nn.Module) -> None:
+    """Raises ValueError for a model that is adapted, or holds an adapter of PEFT's, which would be frozen in the midst
+    of the model, or adapted itself."""
+    if getattr(model, "adamix", None) is not None:
+        raise ValueError(f"model: got a {type(model).__name__} that is adapted already, expected a bare one")
     for path, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             where = f"{type(module).__name__} at {path!r}" if path else type(module).__name__

@@ -13,7 +13,7 @@ from ..modules.lora import merge_factors
 from ..ops._checks import check_flag
 from .factors import Factors
 from .quantised import plain_weight
-from .state import adamix_state, replace_module
+from .state import adamix_state, check_no_pack, replace_module
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def merge(model: nn.Module, keep: bool = True) -> nn.Module:
 
     Raises:
         TypeError: keep is no bool.
-        ValueError: `model` is not adapted, or is merged already; nothing is changed then.
+        ValueError: `model` is not adapted, is merged already, or is a pack; nothing is changed then.
 
     Source: AdaMix section 3.3 (merging weights); `expert_soup` of the reference project.
 
@@ -47,6 +47,7 @@ def merge(model: nn.Module, keep: bool = True) -> nn.Module:
         True
     """
     check_flag("keep", keep)
+    check_no_pack(model, "merge")
     state = adamix_state(model)
     if state.merged:
         raise ValueError("model: got a merged model, expected an unmerged one; call unmerge() first")
@@ -160,12 +161,13 @@ def learn_merging(model: nn.Module, enable: bool = True) -> nn.Module:
     While a layer's scores require grad, its training forward uses the merged experts, so the loss reaches
     the scores through softmax(score). Returns `model`.
 
-    Raises ValueError: `model` is not adapted, or is merged.
+    Raises ValueError: `model` is not adapted, is merged, or is a pack.
 
     Example:
         >>> learn_merging(adapt(model))  # doctest: +ELLIPSIS
         Bert...
     """
+    check_no_pack(model, "learn the merging of")
     state = adamix_state(model)
     if state.merged:
         raise ValueError("model: got a merged model, expected an unmerged one; call unmerge() first")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
@@ -12,7 +14,18 @@ from .config import AdaMixConfig
 from .factors import Factors
 
 if TYPE_CHECKING:
+    from .centroid import Centroid
     from .watch import PassWatch
+
+
+class Names(Protocol):
+    """What use_experts asks of a pack."""
+
+    def use(
+        self, model: nn.Module, chosen: str | Sequence[str], threshold: float | str | None
+    ) -> AbstractContextManager[None]: ...
+
+    def set_centroid(self, name: str | None, centroid: Centroid) -> None: ...
 
 
 @dataclass
@@ -29,6 +42,8 @@ class AdaMixState:
         checkpointable: the parts of the model that can recompute their activations.
         watch: looks for the second pass of a training, until it is sure; None then.
         told_of_dropout: whether a warning of dropout under a large consistency weight has been considered.
+        centroid: what the training texts look like to the frozen encoder; see store_centroid.
+        pack: the names that a pack serves, and how they are chosen; None for a model of one adaptation.
     """
 
     config: AdaMixConfig
@@ -42,6 +57,8 @@ class AdaMixState:
     checkpointable: list[nn.Module] = field(default_factory=list, repr=False)
     watch: PassWatch | None = field(default=None, repr=False)
     told_of_dropout: bool = field(default=False, repr=False)
+    centroid: Centroid | None = field(default=None, repr=False)
+    pack: Names | None = field(default=None, repr=False)
 
 
 def adamix_state(model: nn.Module) -> AdaMixState:
@@ -50,6 +67,15 @@ def adamix_state(model: nn.Module) -> AdaMixState:
     if not isinstance(state, AdaMixState):
         raise ValueError(f"model: got a {type(model).__name__} without AdaMix, expected one returned by adapt()")
     return state
+
+
+def check_no_pack(model: nn.Module, asked: str) -> None:
+    """Raises ValueError for a pack, whose names cannot be `asked` as one adaptation."""
+    if adamix_state(model).pack is not None:
+        raise ValueError(
+            f"model: got a pack, expected one adaptation to {asked}: unpack(model, name, folder) writes a name's own "
+            "checkpoint, which load_adamix reads, and save_pack(model, folder) writes them all"
+        )
 
 
 def check_model(model: object) -> None:

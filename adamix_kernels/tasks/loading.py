@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,12 @@ from torch import nn
 from .._extras import needed
 from ..models.checkpoint import load_adamix
 from ..models.header import CHECKPOINT_NAME, read_header
-from ..models.hub import resolve_folder, with_paths
+from ..models.hub import resolve_folder
 from ..models.pooling import MARK, set_pooling
-from ._pretrained import first_line, from_pretrained, tokenizer_of
-from .encoders import Encoder, load_classifier, resolve_model
-from .run_file import RUN_NAME, read_run
-
-logger = logging.getLogger(__name__)
-
-_TOKENIZER = "tokenizer_config.json"
+from ..packs.folder import PACK_NAME, load_pack
+from ._bases import bare_model, base_of, pack_header, tokenizer_for
+from ._pretrained import first_line, from_pretrained
+from .encoders import Encoder
 
 
 def load(
@@ -35,7 +31,8 @@ def load(
 
     Args:
         source: a folder of `adamix train`, `adamix merge`, save_pretrained, save_adamix or of a trainer (checkpoint-N
-            too), a plain Transformers folder that a merged LoRA was saved as; or "user/repo" on the Hub.
+            too), of save_pack or `adamix pack`, a plain Transformers folder that a merged LoRA was saved as; or
+            "user/repo" on the Hub.
         revision: branch, tag or commit of the repository.
         model: the base, a Hub id, a folder or "all-MiniLM-L6-v2", where the checkpoint does not lead to it.
         backend: as in adapt().
@@ -56,86 +53,21 @@ def load(
         raise TypeError(f"model: got {type(model).__name__}, expected the name of a base model, its folder, or None")
     folder = resolve_folder(source, revision)
     with needed("load"):
-        from transformers import GenerationConfig
+        import transformers  # noqa: F401
 
-    if not (folder / CHECKPOINT_NAME).is_file():
+    is_pack = (folder / PACK_NAME).is_file()
+    if not is_pack and not (folder / CHECKPOINT_NAME).is_file():
         return _plain(folder, source)
-    header = read_header(folder / CHECKPOINT_NAME)
-    base = _base(folder, header["base_model"], None if model is None else os.fspath(model), Path(source).is_dir())
-    facts = header["base_model"]
-    if facts.get("config") is None:
-        built, tokenizer = _older(folder, base)
-    else:
-        built = _built(base, header)
-        tokenizer = _tokenizer(folder, base, built.config)
-    if facts.get("generation") is not None:
-        built.generation_config = GenerationConfig.from_dict(dict(facts["generation"]))
+    header = pack_header(folder) if is_pack else read_header(folder / CHECKPOINT_NAME)
+    base = base_of(folder, header["base_model"], None if model is None else os.fspath(model), Path(source).is_dir())
+    built, tokenizer = bare_model(folder, base, header)
+    if is_pack:
+        return load_pack(built, folder, backend=backend).eval(), tokenizer
     try:
         load_adamix(built, folder, backend=backend)
     except ValueError as error:
         raise ValueError(f"{error}{_quantised(header)}") from error
     return built.eval(), tokenizer
-
-
-def _base(folder: Path, facts: dict[str, Any], given: str | None, local: bool) -> Encoder:
-    """The base model: as given, as the run names it, or as the checkpoint does."""
-    if given is not None:
-        return resolve_model(given)
-    name = facts.get("name_or_path")
-    if (folder / RUN_NAME).is_file():
-        name = read_run(folder).model
-    elif name is not None and facts.get("folder") is not None and local:
-        name = with_paths({"base": name, "base_path": facts["folder"]}, folder)["base"]
-    if name is None:
-        raise ValueError(
-            f"{folder / CHECKPOINT_NAME}: got no name of its base model, a {facts.get('class')} that was built, not "
-            'loaded: expected model="...", a Hub id or a folder; or call load_adamix(base, folder)'
-        )
-    return resolve_model(name)
-
-
-def _built(base: Encoder, header: dict[str, Any]) -> Any:
-    """The bare base model, by the class and the configuration that the checkpoint holds."""
-    import transformers
-
-    facts = header["base_model"]
-    kind = getattr(transformers, str(facts.get("class")), None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ValueError(
-            f"source: got a checkpoint of a {facts.get('class')}, which transformers {transformers.__version__} has "
-            "not, expected one of its models; build the base yourself and call load_adamix(base, folder)"
-        )
-    config_class: Any = kind.config_class
-    config = config_class.from_dict(dict(facts["config"]))
-    options: dict[str, Any] = {"config": config, "local_files_only": base.packaged}
-    if facts.get("dtype") is not None and "quantization_config" not in facts["config"]:
-        options["dtype"] = facts["dtype"]
-    try:
-        # A head that was trained comes with the checkpoint; any other is the base's.
-        head = bool(header["saved_modules"])
-        model = from_pretrained(kind, base.path, unread=_unread(facts), new_head=head, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f'model: cannot load the base model {base.name!r} ({first_line(error)}), expected model="...", a Hub id or '
-            "a folder that has it"
-        ) from error
-    model.config.name_or_path = base.name
-    return model
-
-
-def _unread(facts: dict[str, Any]) -> str | None:
-    return ".pooler." if facts.get("pooling") == "mean" else None
-
-
-def _older(folder: Path, base: Encoder) -> tuple[Any, Any]:
-    """For a checkpoint whose header does not tell how to build its base: its run does, for a classifier."""
-    if not (folder / RUN_NAME).is_file():
-        raise ValueError(
-            f"{folder / CHECKPOINT_NAME}: got a checkpoint of an older release, or of a model without a configuration, "
-            f"and no {RUN_NAME} beside it, expected load_adamix(base, folder), base being the model it was saved from"
-        )
-    run = read_run(folder)
-    return load_classifier(base, run.label_names, run.pooling, run.task)
 
 
 def _plain(folder: Path, source: object) -> tuple[Any, Any]:
@@ -160,18 +92,7 @@ def _plain(folder: Path, source: object) -> tuple[Any, Any]:
         raise ValueError(f"source: cannot load {str(source)!r}: {first_line(error)}") from error
     if values.get(MARK) == "mean":
         set_pooling(model, "mean")
-    return model.eval(), _tokenizer(folder, Encoder(str(source), str(folder), packaged=True), model.config)
-
-
-def _tokenizer(folder: Path, base: Encoder, config: Any) -> Any:
-    own = (folder / _TOKENIZER).is_file()
-    try:
-        return tokenizer_of(str(folder) if own else base.path, own or base.packaged, config=config)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if own:
-            raise ValueError(f"{folder / _TOKENIZER}: cannot load the tokenizer: {first_line(error)}") from error
-        logger.warning("No tokenizer in %s, nor with %s: %s", folder, base.name, first_line(error))
-        return None
+    return model.eval(), tokenizer_for(folder, Encoder(str(source), str(folder), packaged=True), model.config)
 
 
 def _quantised(header: dict[str, Any]) -> str:

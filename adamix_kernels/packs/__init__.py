@@ -1,0 +1,1 @@
+"""Packs: several adaptations, trained apart, in one model, addressed by name."""
