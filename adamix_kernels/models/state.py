@@ -29,6 +29,7 @@ class AdaMixState:
         checkpointable: the parts of the model that can recompute their activations.
         watch: looks for the second pass of a training, until it is sure; None then.
         told_of_dropout: whether a warning of dropout under a large consistency weight has been considered.
+        prefix_is_random: whether the layers below the first adapted one were seen to draw random numbers.
     """
 
     config: AdaMixConfig
@@ -42,6 +43,7 @@ class AdaMixState:
     checkpointable: list[nn.Module] = field(default_factory=list, repr=False)
     watch: PassWatch | None = field(default=None, repr=False)
     told_of_dropout: bool = field(default=False, repr=False)
+    prefix_is_random: bool = field(default=False, repr=False)
 
 
 def adamix_state(model: nn.Module) -> AdaMixState:
