@@ -1,9 +1,8 @@
 """What sharing the layers below the first adapted one saves of a training step: `python -m benchmarks.shared_prefix`.
 
-count     operations of a step's matrix products, forward and backward, with and without sharing, for every first adapted
-          layer of BERT-base, RoBERTa-large and GPT-2 medium (two sequences of 128 tokens, on no device)
---time    also seconds on this CPU, in interleaved rounds, at a few layers of --model
---write   benchmarks/results/shared_prefix.csv and docs/shared_prefix.png
+Counted: operations of a step's matrix products, forward and backward, with and without sharing, for every first adapted
+layer of BERT-base, RoBERTa-large and GPT-2 medium (two sequences of 128 tokens, on no device). --time adds seconds on
+this CPU, in interleaved rounds, at three layers of --model. --write: results/shared_prefix.csv, docs/shared_prefix.png.
 """
 
 from __future__ import annotations
