@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .models.merging import learn_merging as learn_merging
     from .models.merging import merge as merge
     from .models.merging import unmerge as unmerge
+    from .models.prefix import both_passes as both_passes
     from .models.summary import print_trainable_parameters as print_trainable_parameters
     from .models.summary import summary as summary
     from .models.trainer import AdaMixTrainer as AdaMixTrainer
@@ -86,6 +87,7 @@ _LAZY = {
     "nearest": "packs.route",
     "load": "tasks.loading",
     "double_batch": "models.doubling",
+    "both_passes": "models.prefix",
     "AdaMixTrainer": "models.trainer",
     "AdaMixTrainerMixin": "models.trainer",
     "load_official": "convert",

@@ -28,7 +28,7 @@ _ALIASES = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 # Very objects: a 32.0 that a caller gives is another one, so that a given value is told from the default.
 _ALPHA, _DROPOUT = float("32"), float("0")
 # Left out of the JSON at these values, so that an older release reads a file that does not need them.
-_SINCE_0_1 = {"use_rslora": False, "task_type": None}
+_SINCE_0_1 = {"use_rslora": False, "task_type": None, "shared_prefix": "auto"}
 
 
 @dataclass
@@ -59,6 +59,9 @@ class AdaMixConfig:
         task_type: PEFT's name of the task ("SEQ_CLS", "CAUSAL_LM", ...), which exports write; None: read from the
             model. With "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" the head is trained besides modules_to_save, as in
             PEFT.
+        shared_prefix: whether the layers below the first adapted one see a training batch once for both passes
+            (see both_passes). "auto": where they draw no random numbers, so that the results are the same; True: also
+            where they do, and both passes then drop the same units there; False: never.
         lora_alpha, lora_dropout: PEFT's names for alpha and dropout.
         bias: "none"; biases are not trained.
         version: of this format.
@@ -89,6 +92,7 @@ class AdaMixConfig:
     version: int = CONFIG_VERSION
     use_rslora: bool = False
     task_type: str | None = None
+    shared_prefix: bool | str = "auto"
     lora_alpha: InitVar[float | None] = None
     lora_dropout: InitVar[float | None] = None
     bias: InitVar[str] = "none"
@@ -130,6 +134,8 @@ class AdaMixConfig:
         layers: Any = self.layers_to_transform
         if layers is not None and not all(isinstance(n, int) for n in (layers if _several(layers) else [layers])):
             raise ValueError(f"layers_to_transform: got {layers!r}, expected ints, an int or None")
+        if self.shared_prefix != "auto" and not isinstance(self.shared_prefix, bool):
+            raise ValueError(f"shared_prefix: got {self.shared_prefix!r}, expected 'auto', True or False")
         _choice("activation", self.activation, ACTIVATIONS)
         _choice("share", self.share, SHARES)
         check_level("routing", self.routing)

@@ -44,6 +44,7 @@ class AdaMixState:
         told_of_dropout: whether a warning of dropout under a large consistency weight has been considered.
         centroid: what the training texts look like to the frozen encoder; see store_centroid.
         pack: the names that a pack serves, and how they are chosen; None for a model of one adaptation.
+        prefix_is_random: whether the layers below the first adapted one were seen to draw random numbers.
     """
 
     config: AdaMixConfig
@@ -59,6 +60,7 @@ class AdaMixState:
     told_of_dropout: bool = field(default=False, repr=False)
     centroid: Centroid | None = field(default=None, repr=False)
     pack: Names | None = field(default=None, repr=False)
+    prefix_is_random: bool = field(default=False, repr=False)
 
 
 def adamix_state(model: nn.Module) -> AdaMixState:

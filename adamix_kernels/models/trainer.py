@@ -17,6 +17,7 @@ from ..modules._finite import checking
 from .doubling import double_batch, find_batch_size, split_passes
 from .finite import check_gradients, check_loss
 from .objectives import Objective
+from .prefix import shared_prefix
 from .quantised import known_to_train
 from .state import adamix_state
 from .trainer_checkpoints import CheckpointMixin
@@ -125,19 +126,23 @@ class AdaMixTrainerMixin(CheckpointMixin):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The targets of all processes were counted, and the gradients will be averaged over them.
             processes = self.accelerator.num_processes // self.get_tp_size()
-        result, outputs = objective.loss(
-            model,
-            double_batch(inputs, batch) if doubled else inputs,
-            labels,
-            doubled=doubled,
-            weight=adamix_state(self.model).config.consistency_weight,
-            label_smoothing=self.args.label_smoothing_factor,
-            num_items=num_items_in_batch,
-            # Under FSDP the head's weight is whole only inside the model's forward.
-            fuse_head=not return_outputs and not self.is_fsdp_enabled,
-            expected_grad=self._expected_grad(processes),
-            autocast=self.accelerator.autocast,
-        )
+        # FSDP gathers a layer's weights inside a whole forward alone; a compiled model is not taken apart.
+        whole = self.is_fsdp_enabled or str(self.accelerator.state.dynamo_plugin.backend.value) != "NO"
+        shared = shared_prefix(self.model, inputs) if doubled and not whole else contextlib.nullcontext()
+        with shared:
+            result, outputs = objective.loss(
+                model,
+                double_batch(inputs, batch) if doubled else inputs,
+                labels,
+                doubled=doubled,
+                weight=adamix_state(self.model).config.consistency_weight,
+                label_smoothing=self.args.label_smoothing_factor,
+                num_items=num_items_in_batch,
+                # Under FSDP the head's weight is whole only inside the model's forward.
+                fuse_head=not return_outputs and not self.is_fsdp_enabled,
+                expected_grad=self._expected_grad(processes),
+                autocast=self.accelerator.autocast,
+            )
         if checking():
             check_loss(result)
         loss, components = result.loss, torch.stack([result.cross_entropy, result.consistency]).detach()
