@@ -1,6 +1,6 @@
 // LoRA factors of any dtype, or their means, folded into a weight: it is read once and written once, in one rounding.
 #include "common/piece.h"
-#include "merge/merge.h"
+#include "merge/lora_means.h"
 #include "merge/shares.h"
 
 namespace adamix {
@@ -40,60 +40,6 @@ ADAMIX_DEVICE int place_of(int col) {
   }
 }
 
-template <typename Wide>
-struct alignas(16) Four {
-  Wide values[4];
-};
-
-// Elements at .. at + 3 of every expert, summed; the first `valid`, then zeros.
-template <typename Wide, typename T>
-ADAMIX_DEVICE Four<Wide> sum_of_four(const LoraFactor& factor, int64_t at, int valid) {
-  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Together {
-    T values[4];
-  };
-  Four<Wide> sum{};
-  const T* from = static_cast<const T*>(factor.data) + at;
-  for (int m = 0; m < factor.experts; ++m, from += factor.stride) {
-    Together four;
-    if (factor.by_four && valid > 0) {
-      four = *reinterpret_cast<const Together*>(from);
-    } else {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) four.values[e] = e < valid ? from[e] : T{};
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      Wide value;
-      if constexpr (sizeof(T) == 8) {
-        value = four.values[e];
-      } else {
-        value = to_float(four.values[e]);
-      }
-      sum.values[e] = m == 0 ? value : sum.values[e] + value;
-    }
-  }
-  return sum;
-}
-
-template <typename Wide>
-ADAMIX_DEVICE Four<Wide> mean_of_four(const LoraFactor& factor, Kind kind, int64_t at, int valid) {
-  Four<Wide> mean;
-  if constexpr (sizeof(Wide) == 8) {
-    mean = sum_of_four<Wide, double>(factor, at, valid);
-  } else if (kind == Kind::kFloat) {
-    mean = sum_of_four<Wide, float>(factor, at, valid);
-  } else if (kind == Kind::kHalf) {
-    mean = sum_of_four<Wide, half>(factor, at, valid);
-  } else {
-    mean = sum_of_four<Wide, bfloat16>(factor, at, valid);
-  }
-  if (factor.experts > 1) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) mean.values[e] /= Wide(factor.experts);
-  }
-  return mean;
-}
-
 // tile[rank][place(line)] = mean(A_g)[rank0 + rank][line0 + line] for Lines inputs; 0 outside.
 template <int Lines, typename T, typename Wide, typename Place>
 ADAMIX_DEVICE void load_a(Wide* tile, int pitch, const MergeLora<T>& p, int group, int line0, int rank0, Place place) {
@@ -101,7 +47,7 @@ ADAMIX_DEVICE void load_a(Wide* tile, int pitch, const MergeLora<T>& p, int grou
     int rank = i / (Lines / 4), line = i % (Lines / 4) * 4;
     int64_t row = static_cast<int64_t>(p.first_group + group) * p.rank + rank0 + rank;
     int valid = rank0 + rank < p.rank ? p.features - line0 - line : 0;
-    Four<Wide> mean = mean_of_four<Wide>(p.a, p.kind, row * p.features + line0 + line, valid);
+    Four<Wide> mean = mean_of_four<Wide>(p.a, p.a.data[blockIdx.y], p.kind, row * p.features + line0 + line, valid);
 #pragma unroll
     for (int e = 0; e < 4; ++e) tile[rank * pitch + place(line) + e] = mean.values[e];
   }
@@ -116,7 +62,7 @@ ADAMIX_DEVICE void load_b(Wide* tile, int pitch, const MergeLora<T>& p, int grou
     int line = i % Lines, rank = i / Lines * 4, output = output0 + line;
     int64_t row = static_cast<int64_t>(p.first_group + group) * p.per_group + output;
     int valid = output >= 0 && output < p.per_group ? p.rank - rank0 - rank : 0;
-    Four<Wide> mean = mean_of_four<Wide>(p.b, p.kind, row * p.rank + rank0 + rank, valid);
+    Four<Wide> mean = mean_of_four<Wide>(p.b, p.b.data[blockIdx.y], p.kind, row * p.rank + rank0 + rank, valid);
 #pragma unroll
     for (int e = 0; e < 4; ++e) tile[(rank + e) * pitch + place(line)] = mean.values[e];
   }
@@ -131,6 +77,8 @@ __global__ void __launch_bounds__(kMergeThreads, 16 / sizeof(Wide) / 2) merge_lo
   int tiles = (p.width + kLoraCols - 1) / kLoraCols;
   int row0 = blockIdx.x / tiles * kLoraRows, col0 = blockIdx.x % tiles * kLoraCols;
   int thread_row = threadIdx.x / kThreadsAcross * kThreadRows, row = row0 + thread_row;
+  const T* weight = p.weight[blockIdx.y];
+  T* out = p.out[blockIdx.y];
   auto by_line = [](int line) { return line; };
   auto by_piece = [](int line) { return place_of<T>(line); };
 
@@ -141,7 +89,7 @@ __global__ void __launch_bounds__(kMergeThreads, 16 / sizeof(Wide) / 2) merge_lo
     for (int piece = 0; piece < kPieces; ++piece) {
       int col = col0 + first_col<T>(piece);
       if (row + i >= p.height || col >= p.width) continue;
-      values[i][piece] = load_piece(p.weight + static_cast<int64_t>(row + i) * p.width + col, p.width - col, p.aligned);
+      values[i][piece] = load_piece(weight + static_cast<int64_t>(row + i) * p.width + col, p.width - col, p.aligned);
     }
   }
   for (int group = 0; group < p.here; ++group) {
@@ -192,7 +140,7 @@ __global__ void __launch_bounds__(kMergeThreads, 16 / sizeof(Wide) / 2) merge_lo
     for (int piece = 0; piece < kPieces; ++piece) {
       int col = col0 + first_col<T>(piece);
       if (row + i >= p.height || col >= p.width) continue;
-      T* to = p.out + static_cast<int64_t>(row + i) * p.width + col;
+      T* to = out + static_cast<int64_t>(row + i) * p.width + col;
       store_piece(to, values[i][piece], p.width - col, p.aligned);
     }
   }
@@ -209,7 +157,7 @@ ADAMIX_INSTANTIATE(bfloat16)
 #if defined(ADAMIX_LAUNCHERS)
 template <typename T>
 void launch_merge_lora(const MergeLora<T>& params, bool wide, const Device& device) {
-  Shape shape{dim3(params.tiles()), kMergeThreads,
+  Shape shape{params.blocks(), kMergeThreads,
               wide ? shared_bytes<LoraTile<double>>() : shared_bytes<LoraTile<float>>()};
   launch("merge_lora", wide ? merge_lora_kernel<T, double> : merge_lora_kernel<T, float>, shape, device, params);
 }
