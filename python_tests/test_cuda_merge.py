@@ -193,28 +193,38 @@ WHOLE = dict(rows=136, features=72)  # every row fills pieces of 16 bytes
 @pytest.mark.parametrize("fan", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("groups", "experts", "r"), [(1, 1, 4), (2, 1, 20), (3, 1, 48), (2, 3, 8)])
-def test_matrix_units_take_weights_of_16_bits(groups, experts, r, dtype, fan, monkeypatch):
+def test_matrix_units_take_single_experts_of_16_bits(groups, experts, r, dtype, fan, monkeypatch):
     for capability in (90, 75, 70):
         monkeypatch.setenv("ADAMIX_HOST_CAPABILITY", str(capability))
         with launches() as names:
             check_lora(groups, experts, r, fan, dtype, **WHOLE)
-        units = capability >= (75 if dtype == torch.float16 and experts == 1 else 80)
+        units = experts == 1 and capability >= (75 if dtype == torch.float16 else 80)
         assert names == ["merge_lora_product_kernel" if units else "merge_lora_kernel"]
 
 
 @pytest.mark.parametrize("fan", [False, True])
-@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("r", [4, 20])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_other_factors_as_two_numbers_of_bfloat16(dtype, experts, fan):
+def test_factors_of_float32_as_two_numbers_of_bfloat16(dtype, r, fan):
     """The update keeps 16 digits: 2^-16 of its terms, three of them, before the one rounding."""
-    (weight, a, b, _), options = lora_case(randn, 2, experts, 20, fan, torch.float32, **WHOLE)
-    weight, b = weight.to(dtype), b.expand(experts, *b.shape).clone()
+    (weight, a, b, _), options = lora_case(randn, 2, 1, r, fan, torch.float32, **WHOLE)
+    weight = weight.to(dtype)
     out = merge_lora(weight, a, b, backend="cuda", **options)
     exact = merge_lora(weight.double(), a.double(), b.double(), backend="reference", **options)
-    terms = merge_lora(weight.double().abs(), a.double().mean(0).abs(), b.double().mean(0).abs(), **options)
+    terms = merge_lora(weight.double().abs(), a.double().abs(), b.double().abs(), backend="reference", **options)
     digit = torch.finfo(dtype).eps / 2
     assert ((out.double() - exact).abs() <= digit * exact.abs() + 3 * 2**-16 * terms + 2**-24).all()
     assert torch.equal(out, merge_lora(weight, a, b, backend="cuda", **options))
+
+
+@pytest.mark.skipif(not ON_HOST, reason="a GPU keeps no record of launches")
+@pytest.mark.parametrize(("capability", "units"), [(90, True), (75, False)])
+def test_what_takes_factors_of_float32(capability, units, monkeypatch):
+    monkeypatch.setenv("ADAMIX_HOST_CAPABILITY", str(capability))
+    for dtype in (torch.float16, torch.bfloat16):
+        with launches() as names:
+            merge_lora(randn(32, 16, dtype=dtype), randn(4, 16), randn(32, 4), scaling=1.0, backend="cuda")
+        assert names == ["merge_lora_product_kernel" if units else "merge_lora_kernel"]
 
 
 def test_infinities_of_other_factors_stay_where_they_are():

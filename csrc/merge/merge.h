@@ -100,8 +100,8 @@ void launch_merge_grad(const MergeGrad<T>& params, int blocks, bool wide, const 
 void launch_merge_scores_grad(const MergeScoresGrad& params, bool wide, const Device& device);
 template <typename T>
 void launch_merge_lora(const MergeLora<T>& params, bool wide, const Device& device);
-// Into a 16-bit weight, all of it aligned, on matrix units. split: any factors, each number as two of bfloat16; else
-// those of single experts in the weight's own dtype.
+// Single experts' factors into a 16-bit weight, all of it aligned, on matrix units. split: those of float32, each
+// number as two of bfloat16; else of the weight's own dtype.
 template <typename T>
 void launch_merge_lora_product(const MergeLora<T>& params, bool split, const Device& device);
 #endif

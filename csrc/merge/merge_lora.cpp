@@ -98,9 +98,9 @@ void merge_layers(const Layers& layers, Tensor& out, double scaling, int64_t gro
       bool units = false;
       if constexpr (sizeof(T) == 2) {
         constexpr bool is_half = std::is_same_v<T, half>;
-        bool split = !single || layers.kind != (is_half ? Kind::kHalf : Kind::kBFloat16);
+        bool split = layers.kind == Kind::kFloat, own = layers.kind == (is_half ? Kind::kHalf : Kind::kBFloat16);
         // From these GPUs on there are matrix units for 8 columns at a time.
-        units = whole && layers.kind != Kind::kDouble && device.capability >= (is_half && !split ? 75 : 80);
+        units = single && whole && (split || own) && device.capability >= (is_half && own ? 75 : 80);
         if (units) launch_merge_lora_product(params, split, device);
       }
       if (!units) launch_merge_lora(params, layers.kind == Kind::kDouble, device);

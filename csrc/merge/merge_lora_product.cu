@@ -1,7 +1,7 @@
 // LoRA factors folded into a weight of 16 bits by matrix units, without shared memory.
 #include "common/piece.h"
-#include "merge/lora_means.h"
 #include "merge/lora_quads.h"
+#include "merge/merge.h"
 #include "merge/shares.h"
 
 namespace adamix {
@@ -39,38 +39,41 @@ ADAMIX_DEVICE void add_product(const MergeLora<T>& p, float (&sums)[2][4][4], in
   }
 }
 
-// The same of factors of any dtype, or their means, in three products: what both small halves give is below the last
-// digit of a 16-bit sum.
+// The same of factors of float32, in three products: what both small halves give is below the last digit of a 16-bit
+// sum.
 template <typename T, bool FanInFanOut>
 ADAMIX_DEVICE void add_split_product(const MergeLora<T>& p, float (&sums)[2][4][4], int a_line, int b_line,
                                      int64_t before) {
   int rank = threadIdx.x % 4 * 4;
-  const void *of_a = p.a.data[blockIdx.y], *of_b = p.b.data[blockIdx.y];
+  const float* a = static_cast<const float*>(p.a.data[blockIdx.y]) + (before * p.rank + rank) * p.features + a_line;
+  const float* b = static_cast<const float*>(p.b.data[blockIdx.y]) + (before * p.per_group + b_line) * p.rank + rank;
+  bool a_inside = a_line < p.features, b_inside[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) b_inside[i] = static_cast<unsigned>(b_line + i) < static_cast<unsigned>(p.per_group);
   float small[2][4][4] = {};
 #pragma unroll 1
   for (int first = 0; first < p.rank; first += kQuadRanks, rank += kQuadRanks) {
-    SplitQuads a;
-    Four<float> ranks[4];
+    bool there = rank < p.rank;
+    float4 ranks[4], lines[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      int valid = rank + e < p.rank ? p.features - a_line : 0;
-      ranks[e] = mean_of_four<float>(p.a, of_a, p.kind, (before * p.rank + rank + e) * p.features + a_line, valid);
+      ranks[e] = lines[e] = float4{0.f, 0.f, 0.f, 0.f};
+      if (there && a_inside) ranks[e] = *reinterpret_cast<const float4*>(a + e * static_cast<int64_t>(p.features));
+      if (there && b_inside[e]) lines[e] = *reinterpret_cast<const float4*>(b + e * p.rank);
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      a.set(i, 0, ranks[0].values[i], ranks[1].values[i]), a.set(i, 1, ranks[2].values[i], ranks[3].values[i]);
-    }
+    SplitQuads of_a;
+    of_a.set(0, 0, ranks[0].x, ranks[1].x), of_a.set(0, 1, ranks[2].x, ranks[3].x);
+    of_a.set(1, 0, ranks[0].y, ranks[1].y), of_a.set(1, 1, ranks[2].y, ranks[3].y);
+    of_a.set(2, 0, ranks[0].z, ranks[1].z), of_a.set(2, 1, ranks[2].z, ranks[3].z);
+    of_a.set(3, 0, ranks[0].w, ranks[1].w), of_a.set(3, 1, ranks[2].w, ranks[3].w);
     // Two of B's lines at a time.
 #pragma unroll
     for (int both = 0; both < 2; ++both) {
-      SplitQuads b;
+      SplitQuads of_b;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        int line = b_line + 2 * both + i;
-        bool mine = static_cast<unsigned>(line) < static_cast<unsigned>(p.per_group);
-        int64_t at = (before * p.per_group + line) * p.rank + rank;
-        Four<float> four = mean_of_four<float>(p.b, of_b, p.kind, at, mine ? p.rank - rank : 0);
-        b.set(i, 0, four.values[0], four.values[1]), b.set(i, 1, four.values[2], four.values[3]);
+        float4 line = lines[2 * both + i];
+        of_b.set(i, 0, line.x, line.y), of_b.set(i, 1, line.z, line.w);
       }
       auto add = [both](float (&to)[2][4][4], const Quads& lines_a, const Quads& lines_b) {
 #pragma unroll
@@ -84,8 +87,9 @@ ADAMIX_DEVICE void add_split_product(const MergeLora<T>& p, float (&sums)[2][4][
           }
         }
       };
-      add(sums, a.large, b.large), add(small, a.small, b.large), add(small, a.large, b.small);
+      add(sums, of_a.large, of_b.large), add(small, of_a.small, of_b.large), add(small, of_a.large, of_b.small);
     }
+    a += kQuadRanks * static_cast<int64_t>(p.features), b += kQuadRanks;
   }
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
@@ -98,7 +102,8 @@ ADAMIX_DEVICE void add_split_product(const MergeLora<T>& p, float (&sums)[2][4][
   }
 }
 
-// weight, out, a and b start at multiples of 16 bytes; width is a multiple of 8, features and rank of 4.
+// weight, out, a and b start at multiples of 16 bytes; width is a multiple of 8, features and rank of 4. Split: of
+// factors of float32.
 template <typename T, bool FanInFanOut, bool Split>
 ADAMIX_DEVICE void merge_tile(const MergeLora<T>& p) {
   int tiles = (p.width + kLoraCols - 1) / kLoraCols;
@@ -138,10 +143,13 @@ ADAMIX_DEVICE void merge_tile(const MergeLora<T>& p) {
     } else {
       add_product<T, FanInFanOut>(p, sums, a_line, b_line, p.first_group + group);
     }
+    if constexpr (Split) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) load(i);
+    }
     float scaling = static_cast<float>(p.scaling);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if constexpr (Split) load(i);
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         float both[2];

@@ -2,8 +2,8 @@
 
 Launches: one for the mean of a bank, and for a list of up to 112 banks; for its gradient one, two where scores learn;
 one for LoRA, and for a list of up to 96 layers that are alike, banks of factors included: on matrix units where the
-weight is of 16 bits and all is aligned; other factors than single ones of its dtype as two bfloat16 numbers each, in
-three products. LoRA's gradients are PyTorch's matmuls.
+weight is of 16 bits, the factors are single ones of its dtype or of float32 (each number as two of bfloat16, in three
+products), and all is aligned. LoRA's gradients are PyTorch's matmuls.
 """
 
 from __future__ import annotations
