@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from adamix_kernels import merge_experts, merge_lora
-from adamix_kernels.ops.merge.api import merge_banks
+from adamix_kernels import merge_experts
+from adamix_kernels.ops.merge.api import LoraLayer, merge_banks, merge_loras
 
 from . import sizes
 from .op_cases import Case, Contender, Draw, Inputs, compiled, of, ours
@@ -139,8 +139,13 @@ def _scored_baddbmm(bank, scores):
 
 
 def _ours_lora(backend: str):
+    """As merge() of a model does: the banks' means first."""
+
     def call(*flat):
-        return [merge_lora(w, a, b, scaling=SCALING, backend=backend) for w, a, b in _triples(flat)]
+        weights, down, up = zip(*_triples(flat), strict=True)
+        means = merge_banks(down, [None] * len(down), backend=backend)
+        layers = [LoraLayer(w, a, b, SCALING) for w, a, b in zip(weights, means, up, strict=True)]
+        return merge_loras(layers, backend=backend)
 
     return call
 

@@ -69,7 +69,12 @@ def works(folder: str) -> Iterator[Work]:
 
 
 def _variants(folder: str, which: str, device: torch.device) -> Iterator[Case]:
-    """The loss with the gradient of its targets too; and, in float16, told the loss scale that its gradient has."""
+    """The loss with the gradient of its targets too; and, in float16, told the loss scale that its gradient has. LoRA
+    with factors of float32 into weights of 16 bits."""
+    if folder == "merge":
+        for case in bench_merge.cases(which, device):
+            if case.op == "merge_lora" and case.dtype.itemsize == 2:
+                yield replace(case, op="merge_lora_mixed", make=_factors_of_float32(case.make))
     if folder != "consistency":
         return
     for case in bench_consistency.cases(which, device):
@@ -93,6 +98,16 @@ def _ours(device: torch.device, **options) -> list[Contender]:
 
 def _scaled(make):
     return lambda draw: replace(make(draw), grad=torch.tensor(_SCALE))
+
+
+def _factors_of_float32(make):
+    """Of every three tensors of `make`'s, a weight and its factors, the two factors."""
+
+    def made(draw):
+        inputs = make(draw)
+        return replace(inputs, leaves=tuple(t.float() if n % 3 else t for n, t in enumerate(inputs.leaves)))
+
+    return made
 
 
 def bound(case: Case, backend: str, inputs: Inputs, gradient: bool) -> Bound:

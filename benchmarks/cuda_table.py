@@ -16,8 +16,9 @@ TABLE = Path(__file__).parent / "results" / "cuda_compile.csv"
 SHAPES = {70: "884", 75: "1688", 80: "16816", 90: "16816", 100: "16816", 120: "16816"}
 _DTYPES = {"half": "float16", "bfloat16": "bfloat16"}
 _STATIC_SHARED_LIMIT = 48 * 1024
-# Kernels that are launched from this target on alone; below it csrc/ takes another one.
-_FROM = {"merge_lora_product_kernel": 75}
+# Kernels, by the last of their template's arguments, that are launched from this target on alone; below it csrc/ takes
+# another one.
+_FROM = {("merge_lora_product_kernel", "false"): 75, ("merge_lora_product_kernel", "true"): 80}
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class Row:
         words = re.findall(r"\w+", self.kernel.partition("<")[2])
         return next((_DTYPES[word] for word in words if word in _DTYPES), "float32")
 
+    @property
+    def last(self) -> str:
+        """The last of the template's arguments."""
+        return re.findall(r"\w+", self.kernel)[-1]
+
     def __str__(self) -> str:
         return f"{self.kernel} on sm_{self.target}"
 
@@ -79,7 +85,7 @@ def problems(rows: Sequence[Row]) -> list[str]:
             found.append(f"{row}: {row.shared_bytes} B of static shared memory, {_STATIC_SHARED_LIMIT} at most")
         if row.name not in products or row.dtype == "float32":
             continue
-        if (row.dtype == "bfloat16" and row.target < 80) or row.target < _FROM.get(row.name, 0):
+        if (row.dtype == "bfloat16" and row.target < 80) or row.target < _FROM.get((row.name, row.last), 0):
             continue
         kinds = row.mma.split("+")
         if not all(kind.startswith(f"HMMA.{SHAPES[row.target]}.") for kind in kinds):

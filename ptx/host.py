@@ -93,8 +93,8 @@ class Host:
             return
         made, program, signature, bound = self.compiled(kernel, args, meta)
         spans, values = _arguments(signature, bound)
-        if "banks" in kernel.__name__:
-            # The other banks are found from distances to the first: the caller's own tensors.
+        if "banks" in kernel.__name__ or bound.get("places") is not None:
+            # The others are found from distances to the first: the caller's own tensors.
             spans += _callers_tensors()
         spans = _joined(spans)
         before = [bytes(memory(span)) for span in spans] if len(self.orders) > 1 else []

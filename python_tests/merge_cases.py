@@ -8,7 +8,7 @@ from poison import poisoned_memory
 import adamix_kernels as ak
 from adamix_kernels.functional import merge_experts, merge_lora
 from adamix_kernels.modules.adapter import merge_adapters
-from adamix_kernels.ops.merge.api import merge_banks
+from adamix_kernels.ops.merge.api import LoraLayer, merge_banks, merge_loras
 
 
 def experts_on(backend):
@@ -131,3 +131,60 @@ def check_results_are_apart(backend, randn):
         torch.testing.assert_close(out, bank.mean(0))
     owners = torch.ops.adamix_kernels.merge_banks(banks, scores, backend)
     assert len({out.untyped_storage().data_ptr() for out in owners if out.numel()}) == len(banks) - 1
+
+
+def lora_layers(randn, dtype=torch.float32, factors=torch.float32, shape=(24, 16)):
+    """Two layers that are alike, one of other groups, one the other way round, one of a bank; one more that is alike."""
+    rows, cols = shape
+
+    def layer(experts=(), groups=1, per_group=rows, offsets=(0,), fan=False, scaling=0.5):
+        a = randn(*experts, groups * 4, cols, dtype=factors)
+        b = randn(*experts, groups * per_group, 4, dtype=factors)
+        weight = randn(*((cols, rows) if fan else (rows, cols)), dtype=dtype)
+        return LoraLayer(weight, a, b, scaling, groups, offsets, fan)
+
+    return [
+        layer(), layer(), layer(groups=2, per_group=8, offsets=(0, 16)), layer(fan=True), layer(experts=(3,)), layer(),
+        layer(scaling=2.0),
+    ]  # fmt: skip
+
+
+def check_lora_lists(backend, randn, around=contextlib.nullcontext):
+    """merge_loras gives merge_lora's bits for every layer. Returns what the context around the first list gave."""
+    seen = None
+    for dtype, factors in ((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)):
+        layers = lora_layers(randn, dtype, factors)
+        # One at an odd address, one that is not contiguous.
+        odd = torch.cat([layers[1].weight.new_zeros(1), layers[1].weight.flatten()])[1:].view_as(layers[1].weight)
+        strided = layers[0].lora_b.t().contiguous().t()
+        for some in (layers, [layers[0], layers[1]._replace(weight=odd), layers[5]._replace(lora_b=strided)]):
+            with poisoned_memory(backend != "reference"), around() as names:
+                got = merge_loras(some, backend=backend)
+            seen = names if seen is None else seen
+            for out, layer in zip(got, some, strict=True):
+                assert torch.equal(out, merge_lora(**layer._asdict(), backend=backend))
+                assert out.is_contiguous()
+                assert not out.requires_grad
+        for n, out in enumerate(got):
+            out.fill_(n)
+        assert all(out.eq(n).all() for n, out in enumerate(got))
+    assert merge_loras([], backend=backend) == []
+    return seen
+
+
+def check_whole_lora_model(backend, device, around_merge=contextlib.nullcontext):
+    """The weights of a model's LoRA layers are merged_weight's, and unmerge brings back every bit."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(3)))
+    ak.adapt(model, ak.AdaMixConfig(method="lora", target_modules=["0", "1", "2"], r=4, share=None)).to(device)
+    for layer in model:
+        layer.backend = backend
+        for bank in (layer.lora_a, layer.lora_b):
+            torch.nn.init.normal_(bank)
+    before = [layer.weight.detach().clone() for layer in model]
+    want = [layer.merged_weight().detach().clone() for layer in model]
+    with around_merge() as seen:
+        ak.merge(model)
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(model, want, strict=True))
+    ak.unmerge(model)
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(model, before, strict=True))
+    return seen

@@ -14,10 +14,13 @@ needs_cuda()
 from cuda_probes import captured_graph
 from merge_cases import (
     check_lists_that_differ_in_one_thing,
+    check_lora_lists,
     check_results_are_apart,
+    check_whole_lora_model,
     check_whole_model,
     experts_on,
     lora_case,
+    lora_layers,
     lora_on,
 )
 from poison import poisoned_memory
@@ -25,7 +28,7 @@ from poison import poisoned_memory
 from adamix_kernels import BackendUnavailableError
 from adamix_kernels.functional import merge_experts, merge_lora
 from adamix_kernels.ops.merge import cuda_impl, reference
-from adamix_kernels.ops.merge.api import merge_banks
+from adamix_kernels.ops.merge.api import merge_banks, merge_loras
 from adamix_kernels.testing import assert_in_budget
 from reliability.fuzz_cuda import launches
 
@@ -199,6 +202,41 @@ def test_matrix_units_take_single_experts_of_16_bits(groups, experts, r, dtype, 
         assert names == ["merge_lora_product_kernel" if units else "merge_lora_kernel"]
 
 
+@pytest.mark.parametrize("fan", [False, True])
+@pytest.mark.parametrize("r", [4, 20])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_of_float32_as_two_numbers_of_bfloat16(dtype, r, fan):
+    """The update keeps 16 digits: 2^-16 of its terms, three of them, before the one rounding."""
+    (weight, a, b, _), options = lora_case(randn, 2, 1, r, fan, torch.float32, **WHOLE)
+    weight = weight.to(dtype)
+    out = merge_lora(weight, a, b, backend="cuda", **options)
+    exact = merge_lora(weight.double(), a.double(), b.double(), backend="reference", **options)
+    terms = merge_lora(weight.double().abs(), a.double().abs(), b.double().abs(), backend="reference", **options)
+    digit = torch.finfo(dtype).eps / 2
+    assert ((out.double() - exact).abs() <= digit * exact.abs() + 3 * 2**-16 * terms + 2**-24).all()
+    assert torch.equal(out, merge_lora(weight, a, b, backend="cuda", **options))
+
+
+@pytest.mark.skipif(not ON_HOST, reason="a GPU keeps no record of launches")
+@pytest.mark.parametrize(("capability", "units"), [(90, True), (75, False)])
+def test_what_takes_factors_of_float32(capability, units, monkeypatch):
+    monkeypatch.setenv("ADAMIX_HOST_CAPABILITY", str(capability))
+    for dtype in (torch.float16, torch.bfloat16):
+        with launches() as names:
+            merge_lora(randn(32, 16, dtype=dtype), randn(4, 16), randn(32, 4), scaling=1.0, backend="cuda")
+        assert names == ["merge_lora_product_kernel" if units else "merge_lora_kernel"]
+
+
+def test_infinities_of_other_factors_stay_where_they_are():
+    weight, a, b = randn(40, 16, dtype=torch.bfloat16), randn(4, 16), randn(40, 4)
+    a[0, 3], b[7, 1], b[:, 0] = float("inf"), float("nan"), 1.0
+    for name in ("cuda", "reference"):
+        out = merge_lora(weight, a, b, scaling=1.0, backend=name)
+        assert out[:, 3].isposinf().sum() == 39, name
+        assert out[7].isnan().all(), name
+        assert out[torch.arange(40) != 7][:, torch.arange(16) != 3].isfinite().all(), name
+
+
 def test_what_fills_no_pieces_is_merged_without_matrix_units():
     for rows, features, r in ((136, 70, 4), (130, 72, 4), (136, 72, 5)):
         for fan in (False, True):
@@ -315,6 +353,37 @@ def test_torch_compile_and_opcheck():
     torch.library.opcheck(torch.ops.adamix_kernels.merge_experts.default, (bank, scores, "cuda"))
 
 
+@pytest.mark.skipif(not ON_HOST, reason="a GPU keeps no record of launches")
+def test_lora_layers_that_are_alike_in_one_launch(monkeypatch):
+    """Five kinds in a list of seven."""
+    assert check_lora_lists("cuda", randn, launches) == ["merge_lora_kernel"] * 5
+    names = check_whole_lora_model("cuda", DEVICE, launches)
+    assert names == ["merge_banks_kernel", "merge_lora_kernel"]
+    with launches() as names:
+        merge_loras(lora_layers(randn, torch.bfloat16, torch.bfloat16)[:2], backend="cuda")
+    assert names == ["merge_lora_product_kernel"]
+
+
+@pytest.mark.sanitize
+def test_memory_of_more_layers_than_a_launch_holds():
+    one = lora_layers(randn, torch.bfloat16)[0]
+    layers = [one._replace(weight=randn(24, 16, dtype=torch.bfloat16)) for _ in range(100)]
+    got = merge_loras(layers, backend="cuda")
+    for out, layer in zip(got[::33], layers[::33], strict=True):
+        assert torch.equal(out, merge_lora(**layer._asdict(), backend="cuda"))
+
+
+@pytest.mark.skipif(ON_HOST, reason="CUDA graphs are the GPU's")
+def test_a_graph_replays_lora_layers():
+    layers = lora_layers(randn)
+    captured, graph = captured_graph(lambda: merge_loras(layers, backend="cuda"))
+    for layer in layers:
+        layer.weight.copy_(torch.randn_like(layer.weight))
+    graph.replay()
+    for got, layer in zip(captured, layers, strict=True):
+        assert torch.equal(got, merge_lora(**layer._asdict(), backend="cuda"))
+
+
 @pytest.mark.skipif(ON_HOST, reason="CUDA graphs are the GPU's")
 def test_a_graph_replays_it():
     bank, scores = randn(4, 500), randn(4)
@@ -338,6 +407,18 @@ OTHER = "cpu" if DEVICE == "cuda" else "meta"
 @pytest.mark.parametrize(
     ("message", "op", "arguments"),
     [
+        ("weight: got none of them", "merge_loras_forward", ([], [], [], 1.0, 2, [0, 2], False)),
+        ("lora_a: got 1 of them", "merge_loras_forward", ([WEIGHT] * 2, [LORA_A], [LORA_B] * 2, 1.0, 2, [0, 2], False)),
+        (
+            r"weight\[1\]: got shape",
+            "merge_loras_forward",
+            ([WEIGHT, WEIGHT.new_zeros(7, 5)], [LORA_A] * 2, [LORA_B] * 2, 1.0, 2, [0, 2], False),
+        ),
+        (
+            r"lora_a\[1\]: got Half",
+            "merge_loras_forward",
+            ([WEIGHT] * 2, [LORA_A, LORA_A.half()], [LORA_B, LORA_B.half()], 1.0, 2, [0, 2], False),
+        ),
         (r"banks\[1\]: got Double, expected", "merge_banks_forward", ([BANK, BANK.double()], [None, None], [0, 3], 6)),
         (
             r"banks\[1\]: got Half, expected Float",

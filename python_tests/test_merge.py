@@ -2,10 +2,16 @@
 
 import pytest
 import torch
-from merge_cases import check_lists_that_differ_in_one_thing, check_results_are_apart
+from merge_cases import (
+    check_lists_that_differ_in_one_thing,
+    check_lora_lists,
+    check_results_are_apart,
+    check_whole_lora_model,
+    lora_layers,
+)
 
 from adamix_kernels.functional import merge_experts, merge_lora, routed_lora
-from adamix_kernels.ops.merge.api import merge_banks
+from adamix_kernels.ops.merge.api import merge_banks, merge_loras
 
 LOW = (torch.float16, torch.bfloat16)
 DTYPES = (*LOW, torch.float32, torch.float64)
@@ -358,3 +364,14 @@ def test_bad_input_of_merge_lora_is_named(name, error, changes):
     arguments = {**dict(zip(("weight", "lora_a", "lora_b"), args, strict=True)), **options, **changes}
     with pytest.raises(error, match=f"^{name}: got "):
         merge_lora(**arguments)
+
+
+def test_lists_of_lora_layers():
+    check_lora_lists("reference", torch.randn)
+    check_whole_lora_model("reference", "cpu")
+    layers = lora_layers(torch.randn)
+    layers[3] = layers[3]._replace(lora_b=layers[3].lora_b[:, 1:])
+    with pytest.raises(ValueError, match=r"layers\[3\]\.lora_b: got shape"):
+        merge_loras(layers)
+    with pytest.raises(TypeError, match=r"layers\[0\]\.weight: got"):
+        merge_loras([layers[0]._replace(weight=3)])

@@ -13,7 +13,9 @@ needs_triton()
 
 from merge_cases import (
     check_lists_that_differ_in_one_thing,
+    check_lora_lists,
     check_results_are_apart,
+    check_whole_lora_model,
     check_whole_model,
     experts_on,
     lora_case,
@@ -138,6 +140,14 @@ def test_lora_into_a_weight(groups, experts, r, fan, dtype):
     with launches(triton_impl) as names:
         assert_in_budget(lora_on("triton", **options), lora_on("reference", **options), *tensors)
     assert names == ["merge_experts_kernel"] * (experts > 1) + ["merge_lora_kernel"]
+
+
+def test_lora_layers_that_are_alike_in_one_launch():
+    """Five kinds in a list of seven, one of them of two banks."""
+    names = check_lora_lists("triton", randn, lambda: launches(triton_impl))
+    assert sorted(names) == ["merge_experts_kernel"] * 2 + ["merge_lora_kernel"] * 5
+    whole = check_whole_lora_model("triton", DEVICE, lambda: launches(triton_impl))
+    assert whole == ["merge_banks_kernel", "merge_lora_kernel"]
 
 
 @pytest.mark.parametrize("fan", [False, True])

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..modules.adapter import merge_adapters
-from ..modules.lora import merge_factors
+from ..modules.lora import merge_factors, merge_weights
 from ..ops._checks import check_flag
 from .factors import Factors
 from .quantised import plain_weight
@@ -63,17 +63,20 @@ def merge(model: nn.Module, keep: bool = True) -> nn.Module:
     else:
         loras = {path: cast("RoutedLoRALinear", layer) for path, layer in layers.items()}
         factors = dict(zip(loras, merge_factors(list(loras.values())), strict=True))
-        weights = {p: lora.merged_weight(factors[p]) for p, lora in loras.items() if mergeable(lora)}
+        into = [path for path, lora in loras.items() if mergeable(lora)]
+        merged_weights = merge_weights([loras[path] for path in into], [factors[path] for path in into])
+        weights = dict(zip(into, merged_weights, strict=True))
         for path, lora in loras.items():
             in_weight = path in weights
             if keep:
                 state.stash[path] = (lora, lora.weight.detach().clone() if in_weight else None)
             if in_weight:
-                lora.weight.copy_(weights.pop(path))
                 state.factors[path] = Factors.of(lora, factors[path])
                 replace_module(model, path, lora.base)
             else:
                 replace_module(model, path, plain_lora(lora, factors[path]))
+        if weights:
+            torch._foreach_copy_([loras[path].weight for path in weights], list(weights.values()))
     state.merged, state.lost = True, "" if keep else "merge(model, keep=False) dropped them"
     return model
 

@@ -14,6 +14,7 @@ from torch.nn.modules import module
 from .._backends import check_request
 from ..functional import merge_lora, routed_lora
 from ..ops._checks import autocast_dtype, check_flag
+from ..ops.merge.api import LoraLayer, merge_loras
 from ..routing import Router
 from ._banks import (
     as_batch,
@@ -228,22 +229,17 @@ class RoutedLoRALinear(nn.Module):
 
         Raises ValueError when the base has no floating weight (a quantised layer) to add it to.
         """
+        return merge_lora(**self._with_weight(factors)._asdict(), backend=self.backend)
+
+    def _with_weight(self, factors: tuple[torch.Tensor, torch.Tensor] | None) -> LoraLayer:
         weight = getattr(self.base, "weight", None)
         if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
             raise ValueError(
                 f"base: got {type(self.base).__name__}, expected a layer with a floating weight to merge into"
             )
         lora_a, lora_b = self.merged_factors() if factors is None else factors
-        return merge_lora(
-            weight,
-            lora_a,
-            lora_b,
-            scaling=self.scaling,
-            groups=self.groups,
-            output_offsets=self.output_offsets,
-            fan_in_fan_out=self.fan_in_fan_out,
-            backend=self.backend,
-        )
+        options = self.scaling, self.groups, self.output_offsets, self.fan_in_fan_out
+        return LoraLayer(weight, lora_a, lora_b, *options)
 
     def extra_repr(self) -> str:
         return (
@@ -312,3 +308,19 @@ def _qkv_offsets(targets: Sequence[str], out_features: int) -> tuple[int, ...]:
     if out_features % len(QKV):
         raise ValueError(f"targets: got a layer of {out_features} columns, expected three equal parts q, k, v")
     return tuple(QKV.index(t) * (out_features // len(QKV)) for t in QKV if t in targets)
+
+
+@torch.no_grad()
+def merge_weights(
+    layers: Sequence[RoutedLoRALinear], factors: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> list[torch.Tensor]:
+    """[layer.merged_weight(its factors) for each], all that are alike together (one launch on a GPU).
+
+    The results may share one allocation, never an element.
+    """
+    merged: dict[int, torch.Tensor] = {}
+    for backend in sorted({layer.backend for layer in layers}):
+        mine = [n for n, layer in enumerate(layers) if layer.backend == backend]
+        weights = merge_loras([layers[n]._with_weight(factors[n]) for n in mine], backend=backend)
+        merged |= dict(zip(mine, weights, strict=True))
+    return [merged[n] for n in range(len(layers))]

@@ -5,6 +5,15 @@
 
 namespace adamix {
 
+// 16 bytes in one store to global memory: left to itself, the compiler takes some of them apart.
+ADAMIX_DEVICE void store_whole(void* target, uint4 value) {
+#if defined(ADAMIX_HOST)
+  *static_cast<uint4*>(target) = value;
+#else
+  __stwb(static_cast<uint4*>(target), value);
+#endif
+}
+
 // target[0..size) = piece, for the first `valid` elements.
 template <typename T>
 ADAMIX_DEVICE void store_piece(T* target, const Piece<T>& piece, int valid, bool aligned) {

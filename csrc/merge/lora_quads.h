@@ -77,6 +77,18 @@ ADAMIX_DEVICE Quads quads_along_lines(const uint16_t* at, int lines, bool inside
   return quads;
 }
 
+// Numbers as two of bfloat16 each, which hold 16 of their digits; small holds what large lacks.
+struct SplitQuads {
+  Quads large, small;
+
+  ADAMIX_DEVICE void set(int line, int pair, float low, float high) {
+    uint32_t both = rounded_pair(bfloat16{}, low, high);
+    large.pairs[line][pair] = both;
+    small.pairs[line][pair] =
+        rounded_pair(bfloat16{}, low - number_of(bfloat16{}, both, 0), high - number_of(bfloat16{}, both, 1));
+  }
+};
+
 // Without matrix units for T: the lanes pass each other what they hold.
 template <typename T>
 ADAMIX_DEVICE void add_quads_by_lanes(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {

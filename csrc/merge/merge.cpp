@@ -62,12 +62,6 @@ std::vector<int64_t> merged_sizes(const Tensor& bank) {
 
 void* address(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }
 
-// cols: elements of the factor's rows.
-LoraFactor factor(const char* name, const Tensor& bank, int64_t cols) {
-  bool by_four = is_aligned(bank.data_ptr(), {}, 1) && cols % 4 == 0;
-  return {bank.data_ptr(), check_int(name, bank.size(0)), bank.size(1) * bank.size(2), by_four};
-}
-
 int blocks_of(int64_t size, int chunk) { return static_cast<int>((size + chunk - 1) / chunk); }
 
 // Banks of one dtype, gathered into launches of as many as the parameters hold; flush() makes the last one.
@@ -206,76 +200,6 @@ std::tuple<Tensor, Tensor> merge_experts_backward(Tensor grad_out, Tensor bank, 
     }
   });
   return {bank_grad, scores_grad};
-}
-
-Tensor merge_lora_forward(Tensor weight, Tensor lora_a, Tensor lora_b, double scaling, int64_t groups,
-                          std::vector<int64_t> offsets, bool fan_in_fan_out) {
-  DType dtype = check_dtype("weight", weight);
-  check_sizes("weight", weight, fan_in_fan_out ? "[K, N]" : "[N, K]", {-1, -1});
-  int64_t outputs = weight.size(fan_in_fan_out ? 1 : 0), features = weight.size(fan_in_fan_out ? 0 : 1);
-  Kind kind = check_kind("lora_a", lora_a);
-  check_same_device("lora_a", lora_a, "weight", weight);
-  check_like("lora_b", lora_b, "lora_a", lora_a);
-  if (groups < 1) fail("groups", std::to_string(groups), "at least 1");
-  check_sizes("lora_a", lora_a, "[Ma, groups * r, K]", {-1, -1, features});
-  if (lora_a.size(0) == 0) fail("lora_a", shape_text(lora_a), "at least one expert");
-  if (lora_a.size(1) % groups != 0) fail("lora_a", shape_text(lora_a), "a multiple of groups rows");
-  int64_t rank = lora_a.size(1) / groups;
-  check_sizes("lora_b", lora_b, "[Mb, groups * Ng, r]", {-1, -1, rank});
-  if (lora_b.size(0) == 0) fail("lora_b", shape_text(lora_b), "at least one expert");
-  if (lora_b.size(1) % groups != 0) fail("lora_b", shape_text(lora_b), "a multiple of groups rows");
-  int64_t per_group = lora_b.size(1) / groups;
-  if (static_cast<int64_t>(offsets.size()) != groups) {
-    fail("offsets", std::to_string(offsets.size()) + " of them", "one for each of the " + std::to_string(groups));
-  }
-  for (int64_t offset : offsets) {
-    if (offset < 0 || offset + per_group > outputs) {
-      fail("offsets", std::to_string(offset), "0 <= offset, offset + Ng <= " + std::to_string(outputs));
-    }
-  }
-  Device device = check_device("weight", weight);
-
-  weight = as_contiguous(weight), lora_a = as_contiguous(lora_a), lora_b = as_contiguous(lora_b);
-  Tensor out = allocate(weight, {weight.size(0), weight.size(1)});
-  DeviceScope scope(device);
-  dispatch(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    MergeLora<T> params{};
-    params.weight = data<const T>(weight);
-    params.out = data<T>(out);
-    params.a = factor("lora_a", lora_a, features);
-    params.b = factor("lora_b", lora_b, rank);
-    params.scaling = scaling;
-    params.height = check_int("weight", weight.size(0));
-    params.width = check_int("weight", weight.size(1));
-    params.features = check_int("weight", features);
-    params.rank = check_int("lora_a", rank);
-    params.per_group = check_int("lora_b", per_group);
-    params.kind = kind;
-    params.fan_in_fan_out = fan_in_fan_out;
-    params.aligned = is_aligned(params.weight, {params.width}, sizeof(T)) && is_aligned(params.out, {}, 1);
-    bool whole = params.aligned && params.a.by_four && params.b.by_four;
-    bool single = params.a.experts == 1 && params.b.experts == 1;
-    int count = check_int("groups", groups);
-    for (int first = 0; first < count; first += kMergeGroups) {
-      params.first_group = first;
-      params.here = std::min(kMergeGroups, count - first);
-      for (int g = 0; g < params.here; ++g) params.offsets[g] = static_cast<int>(offsets[first + g]);
-      if constexpr (sizeof(T) == 2) {
-        constexpr bool is_half = std::is_same_v<T, half>;
-        // From these GPUs on the dtype has matrix units for 8 columns at a time.
-        if (single && whole && kind == (is_half ? Kind::kHalf : Kind::kBFloat16) &&
-            device.capability >= (is_half ? 75 : 80)) {
-          launch_merge_lora_product(params, device);
-          params.weight = params.out;
-          continue;
-        }
-      }
-      launch_merge_lora(params, kind == Kind::kDouble, device);
-      params.weight = params.out;
-    }
-  });
-  return out;
 }
 
 }  // namespace adamix

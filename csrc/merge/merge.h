@@ -49,29 +49,35 @@ struct MergeScoresGrad {
 constexpr int kMergeGroups = 64;
 constexpr int kLoraRows = 64, kLoraCols = 128;  // a block's tile of the weight
 
-// mean over the experts of A [experts, groups * r, K], or of B [experts, groups * Ng, r].
+// Layers of one launch: their places are the launch's parameters.
+constexpr int kMergeLayers = 96;
+
+// mean over the experts of A [experts, groups * r, K], or of B [experts, groups * Ng, r], of each layer.
 struct LoraFactor {
-  const void* data;
+  const void* data[kMergeLayers];
   int experts;
   int64_t stride;  // elements of an expert
-  bool by_four;    // data is a multiple of 16 bytes, its rows are multiples of 4 elements
+  bool by_four;    // data are multiples of 16 bytes, their rows are multiples of 4 elements
 };
 
+// Layers that are alike in all but where they lie; blockIdx.y is the layer.
 template <typename T>
 struct MergeLora {
-  const T* weight;  // [height, width]: [N, K], or [K, N] with fan_in_fan_out
-  T* out;           // the same; it may be weight
+  const T* weight[kMergeLayers];  // [height, width]: [N, K], or [K, N] with fan_in_fan_out
+  T* out[kMergeLayers];           // the same; it may be weight
   LoraFactor a, b;
   double scaling;
   int height, width, features, rank, per_group;  // K, r, Ng
   int first_group, here;                         // of this launch: the first one, and how many
   Kind kind;                                     // of both factors
   bool fan_in_fan_out;
-  bool aligned;               // rows of weight and out start at multiples of 16 bytes
+  bool aligned;               // rows of every weight and out start at multiples of 16 bytes
+  int layers;                 // of this launch
   int offsets[kMergeGroups];  // of this launch's groups
 
-  ADAMIX_BOTH unsigned tiles() const {
-    return static_cast<unsigned>((height + kLoraRows - 1) / kLoraRows) * ((width + kLoraCols - 1) / kLoraCols);
+  ADAMIX_BOTH dim3 blocks() const {
+    unsigned rows = (height + kLoraRows - 1) / kLoraRows, cols = (width + kLoraCols - 1) / kLoraCols;
+    return dim3(rows * cols, static_cast<unsigned>(layers));
   }
   // Whether a group has outputs in the tile at row0, col0.
   ADAMIX_DEVICE bool touches(int group, int row0, int col0) const {
@@ -94,9 +100,10 @@ void launch_merge_grad(const MergeGrad<T>& params, int blocks, bool wide, const 
 void launch_merge_scores_grad(const MergeScoresGrad& params, bool wide, const Device& device);
 template <typename T>
 void launch_merge_lora(const MergeLora<T>& params, bool wide, const Device& device);
-// Of single experts' factors of the weight's own 16-bit dtype, all of them aligned, on matrix units.
+// Single experts' factors into a 16-bit weight, all of it aligned, on matrix units. split: those of float32, each
+// number as two of bfloat16; else of the weight's own dtype.
 template <typename T>
-void launch_merge_lora_product(const MergeLora<T>& params, const Device& device);
+void launch_merge_lora_product(const MergeLora<T>& params, bool split, const Device& device);
 #endif
 
 }  // namespace adamix

@@ -45,14 +45,14 @@ struct alignas(16) Four {
   Wide values[4];
 };
 
-// Elements at .. at + 3 of every expert, summed; the first `valid`, then zeros.
+// Elements at .. at + 3 of every expert of the factor at `data`, summed; the first `valid`, then zeros.
 template <typename Wide, typename T>
-ADAMIX_DEVICE Four<Wide> sum_of_four(const LoraFactor& factor, int64_t at, int valid) {
+ADAMIX_DEVICE Four<Wide> sum_of_four(const LoraFactor& factor, const void* data, int64_t at, int valid) {
   struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Together {
     T values[4];
   };
   Four<Wide> sum{};
-  const T* from = static_cast<const T*>(factor.data) + at;
+  const T* from = static_cast<const T*>(data) + at;
   for (int m = 0; m < factor.experts; ++m, from += factor.stride) {
     Together four;
     if (factor.by_four && valid > 0) {
@@ -76,16 +76,16 @@ ADAMIX_DEVICE Four<Wide> sum_of_four(const LoraFactor& factor, int64_t at, int v
 }
 
 template <typename Wide>
-ADAMIX_DEVICE Four<Wide> mean_of_four(const LoraFactor& factor, Kind kind, int64_t at, int valid) {
+ADAMIX_DEVICE Four<Wide> mean_of_four(const LoraFactor& factor, const void* data, Kind kind, int64_t at, int valid) {
   Four<Wide> mean;
   if constexpr (sizeof(Wide) == 8) {
-    mean = sum_of_four<Wide, double>(factor, at, valid);
+    mean = sum_of_four<Wide, double>(factor, data, at, valid);
   } else if (kind == Kind::kFloat) {
-    mean = sum_of_four<Wide, float>(factor, at, valid);
+    mean = sum_of_four<Wide, float>(factor, data, at, valid);
   } else if (kind == Kind::kHalf) {
-    mean = sum_of_four<Wide, half>(factor, at, valid);
+    mean = sum_of_four<Wide, half>(factor, data, at, valid);
   } else {
-    mean = sum_of_four<Wide, bfloat16>(factor, at, valid);
+    mean = sum_of_four<Wide, bfloat16>(factor, data, at, valid);
   }
   if (factor.experts > 1) {
 #pragma unroll
@@ -101,7 +101,7 @@ ADAMIX_DEVICE void load_a(Wide* tile, int pitch, const MergeLora<T>& p, int grou
     int rank = i / (Lines / 4), line = i % (Lines / 4) * 4;
     int64_t row = static_cast<int64_t>(p.first_group + group) * p.rank + rank0 + rank;
     int valid = rank0 + rank < p.rank ? p.features - line0 - line : 0;
-    Four<Wide> mean = mean_of_four<Wide>(p.a, p.kind, row * p.features + line0 + line, valid);
+    Four<Wide> mean = mean_of_four<Wide>(p.a, p.a.data[blockIdx.y], p.kind, row * p.features + line0 + line, valid);
 #pragma unroll
     for (int e = 0; e < 4; ++e) tile[rank * pitch + place(line) + e] = mean.values[e];
   }
@@ -116,7 +116,7 @@ ADAMIX_DEVICE void load_b(Wide* tile, int pitch, const MergeLora<T>& p, int grou
     int line = i % Lines, rank = i / Lines * 4, output = output0 + line;
     int64_t row = static_cast<int64_t>(p.first_group + group) * p.per_group + output;
     int valid = output >= 0 && output < p.per_group ? p.rank - rank0 - rank : 0;
-    Four<Wide> mean = mean_of_four<Wide>(p.b, p.kind, row * p.rank + rank0 + rank, valid);
+    Four<Wide> mean = mean_of_four<Wide>(p.b, p.b.data[blockIdx.y], p.kind, row * p.rank + rank0 + rank, valid);
 #pragma unroll
     for (int e = 0; e < 4; ++e) tile[(rank + e) * pitch + place(line)] = mean.values[e];
   }
@@ -131,6 +131,8 @@ __global__ void __launch_bounds__(kMergeThreads, 16 / sizeof(Wide) / 2) merge_lo
   int tiles = (p.width + kLoraCols - 1) / kLoraCols;
   int row0 = blockIdx.x / tiles * kLoraRows, col0 = blockIdx.x % tiles * kLoraCols;
   int thread_row = threadIdx.x / kThreadsAcross * kThreadRows, row = row0 + thread_row;
+  const T* weight = p.weight[blockIdx.y];
+  T* out = p.out[blockIdx.y];
   auto by_line = [](int line) { return line; };
   auto by_piece = [](int line) { return place_of<T>(line); };
 
@@ -141,7 +143,7 @@ __global__ void __launch_bounds__(kMergeThreads, 16 / sizeof(Wide) / 2) merge_lo
     for (int piece = 0; piece < kPieces; ++piece) {
       int col = col0 + first_col<T>(piece);
       if (row + i >= p.height || col >= p.width) continue;
-      values[i][piece] = load_piece(p.weight + static_cast<int64_t>(row + i) * p.width + col, p.width - col, p.aligned);
+      values[i][piece] = load_piece(weight + static_cast<int64_t>(row + i) * p.width + col, p.width - col, p.aligned);
     }
   }
   for (int group = 0; group < p.here; ++group) {
@@ -192,7 +194,7 @@ __global__ void __launch_bounds__(kMergeThreads, 16 / sizeof(Wide) / 2) merge_lo
     for (int piece = 0; piece < kPieces; ++piece) {
       int col = col0 + first_col<T>(piece);
       if (row + i >= p.height || col >= p.width) continue;
-      T* to = p.out + static_cast<int64_t>(row + i) * p.width + col;
+      T* to = out + static_cast<int64_t>(row + i) * p.width + col;
       store_piece(to, values[i][piece], p.width - col, p.aligned);
     }
   }
@@ -209,7 +211,7 @@ ADAMIX_INSTANTIATE(bfloat16)
 #if defined(ADAMIX_LAUNCHERS)
 template <typename T>
 void launch_merge_lora(const MergeLora<T>& params, bool wide, const Device& device) {
-  Shape shape{dim3(params.tiles()), kMergeThreads,
+  Shape shape{params.blocks(), kMergeThreads,
               wide ? shared_bytes<LoraTile<double>>() : shared_bytes<LoraTile<float>>()};
   launch("merge_lora", wide ? merge_lora_kernel<T, double> : merge_lora_kernel<T, float>, shape, device, params);
 }

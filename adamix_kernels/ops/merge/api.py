@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,7 +11,7 @@ from ..._backends import check_request
 from .._checks import check_device, check_dims, check_flag, check_shape, check_tensor, fail
 from .._groups import check_groups, check_scaling
 from .autograd import merge_experts_op, merge_lora_op
-from .op import banks_directly, merge_banks_op
+from .op import banks_directly, merge_banks_op, merge_loras_op
 
 
 def merge_experts(
@@ -118,20 +119,68 @@ def merge_lora(
         tensor([[0.5000, 0.5000, 0.5000],
                 [1.0000, 1.0000, 1.0000]])
     """
-    check_tensor("weight", weight)
-    check_flag("fan_in_fan_out", fan_in_fan_out)
-    check_dims("weight", weight, "[K, N]" if fan_in_fan_out else "[N, K]")
-    rows, cols = (weight.shape[1], weight.shape[0]) if fan_in_fan_out else weight.shape
-    lora_a = _as_bank("lora_a", lora_a, weight, "[groups * r, K]")
-    lora_b = _as_bank("lora_b", lora_b, weight, "[groups * Ng, r]")
-    if lora_b.dtype != lora_a.dtype:
-        fail("lora_b", lora_b.dtype, f"{lora_a.dtype}, the dtype of lora_a", TypeError)
-    if lora_a.shape[2] != cols:
-        fail("lora_a", f"a last axis of {lora_a.shape[2]}", f"K = {cols}, weight's input features")
-    check_scaling(scaling)
-    offsets = check_groups(lora_a, lora_b, groups, output_offsets, rows)
+    layer = _checked(LoraLayer(weight, lora_a, lora_b, scaling, groups, output_offsets, fan_in_fan_out))
     check_request(backend)
-    return merge_lora_op(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out, backend)
+    return merge_lora_op(*layer, backend)
+
+
+class LoraLayer(NamedTuple):
+    """What `merge_lora` takes of one layer."""
+
+    weight: torch.Tensor
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: float
+    groups: int = 1
+    output_offsets: Sequence[int] = (0,)
+    fan_in_fan_out: bool = False
+
+
+def merge_loras(layers: Sequence[LoraLayer], *, backend: str = "auto") -> list[torch.Tensor]:
+    """[merge_lora(...) for each layer]; one launch for all that are alike but for where they lie, on a GPU.
+
+    For whole models, so internal and not differentiable. The results of layers that are alike (shapes, dtypes, device,
+    options) share one allocation, never an element.
+
+    Raises: as `merge_lora`, the arguments named as in "layers[3].lora_a"; nothing is merged then.
+    """
+    check_request(backend)
+    checked = [_checked(layer, f"layers[{n}].") for n, layer in enumerate(layers)]
+    alike: dict[Any, list[int]] = {}
+    for n, (weight, lora_a, lora_b, scaling, groups, offsets, fan) in enumerate(checked):
+        shapes = weight.shape, lora_a.shape, lora_b.shape
+        key = weight.device, weight.dtype, lora_a.dtype, shapes, scaling, groups, tuple(offsets), fan
+        alike.setdefault(key, []).append(n)
+    merged: list[torch.Tensor] = [torch.empty(0)] * len(checked)
+    with torch.no_grad():
+        for which in alike.values():
+            tensors = ([getattr(checked[n], name) for n in which] for name in ("weight", "lora_a", "lora_b"))
+            out = merge_loras_op(*tensors, *checked[which[0]][3:], backend)
+            for n, one in zip(which, out.unbind(), strict=True):
+                merged[n] = one
+    return merged
+
+
+def _checked(layer: LoraLayer, where: str = "") -> LoraLayer:
+    """The same with banks for factors, a float and a list; `where`: what a message puts before a name."""
+    weight, lora_a, lora_b, scaling, groups, output_offsets, fan_in_fan_out = layer
+    names = f"{where}weight", f"{where}lora_a", f"{where}lora_b"
+    check_tensor(names[0], weight)
+    check_flag(f"{where}fan_in_fan_out", fan_in_fan_out)
+    check_dims(names[0], weight, "[K, N]" if fan_in_fan_out else "[N, K]")
+    rows, cols = (weight.shape[1], weight.shape[0]) if fan_in_fan_out else weight.shape
+    lora_a = _as_bank(names[1], lora_a, weight, "[groups*r, K]")
+    lora_b = _as_bank(names[2], lora_b, weight, "[groups*Ng, r]")
+    if lora_b.dtype != lora_a.dtype:
+        fail(names[2], lora_b.dtype, f"{lora_a.dtype}, the dtype of lora_a", TypeError)
+    if lora_a.shape[2] != cols:
+        fail(names[1], f"a last axis of {lora_a.shape[2]}", f"K = {cols}, weight's input features")
+    try:
+        check_scaling(scaling)
+        offsets = check_groups(lora_a, lora_b, groups, output_offsets, rows)
+    except (TypeError, ValueError) as error:
+        raise (type(error)(f"{where}{error}") if where else error) from None
+    return LoraLayer(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out)
 
 
 def _check_bank(name: str, bank: torch.Tensor, scores_name: str, scores: torch.Tensor | None) -> None:

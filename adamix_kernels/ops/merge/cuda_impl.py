@@ -1,8 +1,9 @@
 """C++/CUDA backend of merging: csrc/merge.
 
 Launches: one for the mean of a bank, and for a list of up to 112 banks; for its gradient one, two where scores learn;
-one for LoRA, banks of factors included: on matrix units where factors and weight are of one 16-bit dtype and aligned.
-LoRA's gradients are PyTorch's matmuls.
+one for LoRA, and for a list of up to 96 layers that are alike, banks of factors included: on matrix units where the
+weight is of 16 bits, the factors are single ones of its dtype or of float32 (each number as two of bfloat16, in three
+products), and all is aligned. LoRA's gradients are PyTorch's matmuls.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from ..._extension import unsupported
 from ._results import Results
 from ._wide import lora_backward
 
-__all__ = ["banks_forward", "experts_backward", "experts_forward", "lora_backward", "lora_forward", "unsupported"]
+__all__ = [
+    "banks_forward",
+    "experts_backward",
+    "experts_forward",
+    "lora_backward",
+    "lora_forward",
+    "loras_forward",
+    "unsupported",
+]
 
 _ops = torch.ops.adamix_cuda
 
@@ -47,3 +56,15 @@ def lora_forward(
     fan_in_fan_out: bool,
 ) -> torch.Tensor:
     return _ops.merge_lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out)
+
+
+def loras_forward(
+    weights: list[torch.Tensor],
+    lora_a: list[torch.Tensor],
+    lora_b: list[torch.Tensor],
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    fan_in_fan_out: bool,
+) -> torch.Tensor:
+    return _ops.merge_loras_forward(weights, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out)

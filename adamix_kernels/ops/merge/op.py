@@ -130,6 +130,34 @@ def _lora_forward_fake(
     return weight.new_empty(weight.shape)
 
 
+def _loras_forward(
+    weights: list[torch.Tensor],
+    lora_a: list[torch.Tensor],
+    lora_b: list[torch.Tensor],
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    fan_in_fan_out: bool,
+    backend: str,
+) -> torch.Tensor:
+    module = _select(weights[0], backend)
+    return module.loras_forward(weights, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out)
+
+
+def _loras_forward_fake(
+    weights: list[torch.Tensor],
+    lora_a: list[torch.Tensor],
+    lora_b: list[torch.Tensor],
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    fan_in_fan_out: bool,
+    backend: str,
+) -> torch.Tensor:
+    _select(weights[0], backend)
+    return weights[0].new_empty((len(weights), *weights[0].shape))
+
+
 def _lora_backward(
     grad_out: torch.Tensor,
     lora_a: torch.Tensor,
@@ -187,6 +215,13 @@ merge_lora_op = define(
     "bool fan_in_fan_out, str backend) -> Tensor",
     _lora_forward,
     _lora_forward_fake,
+)
+# merge_lora of layers whose weights, and whose factors, are alike; [layers, ...]. No derivative.
+merge_loras_op = define(
+    "merge_loras(Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, float scaling, int groups, int[] offsets, "
+    "bool fan_in_fan_out, str backend) -> Tensor",
+    _loras_forward,
+    _loras_forward_fake,
 )
 # Returns (d lora_a, d lora_b); what is not needed is an empty tensor. The weight's gradient is grad_out itself.
 merge_lora_backward_op = define(

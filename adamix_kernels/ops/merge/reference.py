@@ -7,6 +7,8 @@ What a backend module holds; arguments are checked and on one device:
     banks_forward(banks, scores, results) -> [merged], one launch; banks of one dtype and device. results: the same
         object for the same shapes and dtypes, or None; a backend may put its results there, and remember plans
     lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out) -> merged weight
+    loras_forward(weights, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out) -> merged weights [layers, ...], of
+        lists of tensors that are alike in shapes, dtypes and device; one launch
     lora_backward(grad_out, lora_a, lora_b, need_a, need_b, scaling, groups, offsets, fan_in_fan_out)
         -> (d lora_a, d lora_b); `_wide.lora_backward` serves every device
 """
@@ -25,7 +27,7 @@ _AT_ONCE = 2**16
 # Bytes: that of torch's own memory on a CPU.
 _ALIGNMENT = 64
 
-__all__ = ["banks_forward", "experts_backward", "experts_forward", "lora_backward", "lora_forward"]
+__all__ = ["banks_forward", "experts_backward", "experts_forward", "lora_backward", "lora_forward", "loras_forward"]
 
 
 def experts_forward(bank: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
@@ -93,6 +95,21 @@ def lora_forward(
     for a_g, b_g, offset in factors:
         rows.narrow(0, offset, per_group).add_(torch.mm(b_g, a_g), alpha=scaling)
     return out.to(weight.dtype)
+
+
+def loras_forward(
+    weights: list[torch.Tensor],
+    lora_a: list[torch.Tensor],
+    lora_b: list[torch.Tensor],
+    scaling: float,
+    groups: int,
+    offsets: list[int],
+    fan_in_fan_out: bool,
+) -> torch.Tensor:
+    out = weights[0].new_empty((len(weights), *weights[0].shape))
+    for to, weight, a, b in zip(out, weights, lora_a, lora_b, strict=True):
+        to.copy_(lora_forward(weight, a, b, scaling, groups, offsets, fan_in_fan_out))
+    return out
 
 
 _Mean = tuple[torch.Tensor, tuple[int, int] | None, torch.Size]

@@ -1,7 +1,8 @@
 """Triton backend of merging.
 
 Launches: one for the mean of a bank or of a list of banks; for its gradient one, two where scores learn;
-one for LoRA, one more for each factor that is a bank. LoRA's gradients are PyTorch's matmuls.
+one for LoRA, and for a list of layers that are alike, one more for each factor that is a bank. LoRA's gradients are
+PyTorch's matmuls.
 """
 
 from __future__ import annotations
@@ -32,7 +33,15 @@ from .sizes import (
     unroll,
 )
 
-__all__ = ["banks_forward", "experts_backward", "experts_forward", "lora_backward", "lora_forward", "unsupported"]
+__all__ = [
+    "banks_forward",
+    "experts_backward",
+    "experts_forward",
+    "lora_backward",
+    "lora_forward",
+    "loras_forward",
+    "unsupported",
+]
 
 
 def experts_forward(bank, scores):
@@ -78,20 +87,53 @@ def experts_backward(grad_out, bank, scores, need_bank, need_scores):
 
 
 def lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out):
-    wide = wide_dtype(lora_a)
     weight, out = weight.contiguous(), weight.new_empty(weight.shape)
-    factors = [bank[0].contiguous() if bank.shape[0] == 1 else _mean(bank, None, wide) for bank in (lora_a, lora_b)]
-    # The mean of 16-bit factors has more digits than they.
-    dot = torch.promote_types(*(factor.dtype for factor in factors))
-    rows, cols = lora_tile(dot)
-    launch(
-        merge_lora_kernel, (-(-weight.shape[0] // rows) * -(-weight.shape[1] // cols),), weight.device,
-        weight, *factors, out, scaling, *weight.shape,
-        OFFSETS=tuple(offsets), PER_GROUP=lora_b.shape[1] // groups, R=lora_b.shape[2], FAN=fan_in_fan_out,
-        WIDE=triton_dtype(wide), DOT=tl.float64 if dot == torch.float64 else dot_dtype(dot),
-        RANKS=lora_ranks(lora_b.shape[2]), ROWS=rows, COLS=cols,
-    )  # fmt: skip
+    factors = [[_factor(bank, wide_dtype(lora_a))] for bank in (lora_a, lora_b)]
+    _merge_lora([weight], *factors, out, scaling, offsets, lora_b.shape[1] // groups, fan_in_fan_out)
     return out
+
+
+def loras_forward(weights, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out):
+    weights = [weight.contiguous() for weight in weights]
+    out = weights[0].new_empty((len(weights), *weights[0].shape))
+    factors = [[_factor(bank, wide_dtype(lora_a[0])) for bank in banks] for banks in (lora_a, lora_b)]
+    _merge_lora(weights, *factors, out, scaling, offsets, lora_b[0].shape[1] // groups, fan_in_fan_out)
+    return out
+
+
+def _factor(bank, wide):
+    return bank[0].contiguous() if bank.shape[0] == 1 else _mean(bank, None, wide)
+
+
+def _merge_lora(weights, lora_a, lora_b, out, scaling, offsets, per_group, fan_in_fan_out):
+    """Contiguous weights and factors of layers that are alike into out [layers, height, width], or of one alone."""
+    (weight, *_), (a, *_), (b, *_) = weights, lora_a, lora_b
+    # The mean of 16-bit factors has more digits than they.
+    dot = torch.promote_types(a.dtype, b.dtype)
+    rows, cols = lora_tile(dot)
+    places, units = (None, (1, 1, 1)) if len(weights) == 1 else _places(weights, lora_a, lora_b)
+    launch(
+        merge_lora_kernel, (-(-weight.shape[0] // rows) * -(-weight.shape[1] // cols), len(weights)), weight.device,
+        weight, a, b, out, places, scaling, *weight.shape,
+        OFFSETS=tuple(offsets), PER_GROUP=per_group, R=b.shape[1], FAN=fan_in_fan_out,
+        WIDE=triton_dtype(wide_dtype(a)), DOT=tl.float64 if dot == torch.float64 else dot_dtype(dot),
+        RANKS=lora_ranks(b.shape[1]), ROWS=rows, COLS=cols, UNITS=units,
+    )  # fmt: skip
+
+
+def _places(*lists):
+    """([layers, lists] on the device: how many units each tensor lies behind the first of its list, those units in
+    elements: 16 bytes where all distances are multiples, so that loads of 16 bytes may be)."""
+    apart = [[t.data_ptr() - tensors[0].data_ptr() for t in tensors] for tensors in lists]
+    aligned = all(distance % 16 == 0 for distances in apart for distance in distances)
+    units = tuple(16 // tensors[0].element_size() if aligned else 1 for tensors in lists)
+    steps = [unit * tensors[0].element_size() for unit, tensors in zip(units, lists, strict=True)]
+    rows = [tuple(distance // step for distance in distances) for distances, step in zip(apart, steps, strict=True)]
+    table = _table(list(zip(*rows, strict=True)), lists[0][0].device)
+    if _stream(table.device)[1]:
+        # The graph reads it at every replay.
+        _CAPTURED.append(table)
+    return table, units
 
 
 @dataclass

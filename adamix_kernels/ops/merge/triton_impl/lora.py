@@ -51,15 +51,25 @@ def _product(
 
 @triton.jit
 def merge_lora_kernel(
-    weight, lora_a, lora_b, out, scaling, height, width,
+    weight, lora_a, lora_b, out, places, scaling, height, width,
     OFFSETS: tl.constexpr, PER_GROUP: tl.constexpr, R: tl.constexpr, FAN: tl.constexpr,
     WIDE: tl.constexpr, DOT: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    UNITS: tl.constexpr,
 ):  # fmt: skip
     """out = weight + scaling * B_g A_g on the output features of each group g, a copy elsewhere.
 
     weight, out [height, width]: features of the output by those of the input, the other way round with FAN.
     Both factors' parts of a tile are read once, RANKS ranks at a time.
+    places: None, or int64 [3, layers], how many UNITS of elements behind the first one's the weight, A and B of each
+    layer lie; programs along the second axis are layers, out [layers, height, width].
     """
+    if places is not None:
+        layer = tl.program_id(1)
+        layers = tl.num_programs(1)
+        weight += tl.load(places + layer) * UNITS[0]
+        lora_a += tl.load(places + layers + layer) * UNITS[1]
+        lora_b += tl.load(places + 2 * layers + layer) * UNITS[2]
+        out += layer.to(tl.int64) * height * width
     across = tl.cdiv(width, COLS)
     first_row = tl.program_id(0) // across * ROWS
     first_col = tl.program_id(0) % across * COLS
