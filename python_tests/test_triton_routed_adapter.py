@@ -88,6 +88,10 @@ SHAPES = {
     "grouped by one side": (2, 33, 20, 40, 9, 1, "token", None),
     "grouped by both sides": (1, 37, 20, 129, 3, 2, "token", "token"),
     "grouped by one, masked other": (3, 11, 20, 33, 9, 2, "sample", "token"),
+    "rows stay": (2, 37, 192, 5, 3, 1, "sample", None),
+    "rows stay, tokens": (2, 19, 128, 6, 3, 2, "token", "token"),
+    "rows stay, wide": (1, 70, 64, 40, 2, 1, "sample", None),
+    "rows stay, grouped": (2, 33, 64, 40, 9, 1, "token", None),
 }
 
 
@@ -95,6 +99,16 @@ SHAPES = {
 @pytest.mark.parametrize("case", SHAPES)
 def test_every_shape(case, dtype):
     check(*draw(dtype, *SHAPES[case]))
+
+
+@pytest.mark.parametrize("case", [case for case in SHAPES if case.startswith("rows stay")])
+def test_rows_stay_on_the_chip_where_the_residual_is_x(case):
+    tensors, indices = draw(torch.bfloat16, *SHAPES[case])
+    for residual, stay in (("input", True), ("other", False)):
+        options = []
+        with spied_launches(options=options):
+            run_adapter("triton", tensors, indices, residual)(*tensors)
+        assert [one["KEEP"] for one in options[:2]] == [stay, stay]
 
 
 @pytest.mark.parametrize("case", ["per-token", "both-routed", "grouped by both sides", "few-tokens"])
@@ -169,13 +183,15 @@ def test_a_sample_with_infinities_does_not_reach_other_experts(tokens):
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [("few tokens", d) for d in DTYPES] + [(c, torch.float32) for c in ("samples", "tokens", "grouped")],
+    [("few tokens", d) for d in DTYPES]
+    + [(c, torch.float32) for c in ("samples", "tokens", "grouped")]
+    + [("rows stay", torch.bfloat16)],
 )
 def test_infinite_weights_of_one_expert_do_not_reach_rows_of_another(case, dtype):
     """Bit for bit what finite weights there give; the rows of the poisoned expert itself are not finite."""
     tokens, r = (3 if case == "few tokens" else 17), (70 if case == "grouped" else 4)
     kind = "sample" if case in ("samples", "few tokens") else "token"
-    tensors, (chosen, _) = draw(dtype, 6, tokens, 20, r, 4, 4, kind, kind)
+    tensors, (chosen, _) = draw(dtype, 6, tokens, 64 if case == "rows stay" else 20, r, 4, 4, kind, kind)
     number = torch.arange(chosen.numel(), device=DEVICE).view(chosen.shape)
     indices = [number % 3, number // 2 % 3]
     clean = run_adapter("triton", tensors, indices)(*tensors)
@@ -194,8 +210,9 @@ def test_infinite_weights_of_one_expert_do_not_reach_rows_of_another(case, dtype
 @pytest.mark.parametrize(
     "needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
 )
-def test_only_what_is_needed_is_computed_with_the_same_bits(needs):
-    (x, *banks, dy), indices = draw(torch.float32, 3, 60, 20, 4, 3, 1, "sample", None)
+@pytest.mark.parametrize(("hidden", "dtype"), [(20, torch.float32), (64, torch.bfloat16)])
+def test_only_what_is_needed_is_computed_with_the_same_bits(hidden, dtype, needs):
+    (x, *banks, dy), indices = draw(dtype, 3, 60, hidden, 4, 3, 1, "sample", None)
     _, pre = triton_impl.forward(x, *banks, *indices, None, True, "gelu")
     arguments = (dy, x, pre, banks[0], banks[2], *indices)
     want = triton_impl.backward(*arguments, True, True, True, True, "gelu")

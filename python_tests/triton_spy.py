@@ -25,13 +25,18 @@ def needs_triton():
 
 
 @contextlib.contextmanager
-def launches(*modules, run=True):
-    """Names of the kernels launched by those modules; run=False leaves the launching out."""
+def launches(*modules, run=True, options=None):
+    """Names of the kernels launched by those modules; run=False leaves the launching out.
+
+    options: a list that gets every launch's constants.
+    """
     names = []
 
     def spy(real):
         def launch(kernel, grid, device, *args, **meta):
             names.append(kernel.fn.__name__)
+            if options is not None:
+                options.append(meta)
             if run:
                 real(kernel, grid, device, *args, **meta)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._triton_utils import narrow
+
 
 @triton.jit
 def tile_rows(span, perm, tile_start, tile_stop, ROWS: tl.constexpr):
@@ -89,12 +91,12 @@ def keep_own(wide, expert, RP: tl.constexpr, MP: tl.constexpr, MASKED: tl.conste
 
 
 @triton.jit
-def spread(narrow, expert, RP: tl.constexpr, MP: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr):
+def spread(own, expert, RP: tl.constexpr, MP: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr):
     """[ROWS, RP] -> [ROWS, MP * RP]: every row's values in the columns of its own expert, zero elsewhere."""
     if MP == 1:
-        return narrow
+        return own
     else:
-        wide = tl.reshape(tl.broadcast_to(narrow[:, None, :], [ROWS, MP, RP]), [ROWS, MP * RP])
+        wide = tl.reshape(tl.broadcast_to(own[:, None, :], [ROWS, MP, RP]), [ROWS, MP * RP])
         m = (tl.arange(0, MP * RP) // RP)[None, :]
         if MASKED:
             return tl.where(m == expert[:, None], wide, 0.0)
@@ -125,6 +127,36 @@ def shrink(
 
 
 @triton.jit
+def all_tiles(z, rows, valid, C: tl.constexpr, COLS: tl.constexpr):
+    """The rows of z [., C] as a tuple of tiles [ROWS, COLS], all asked for at once; COLS divides C."""
+    rows = rows.to(tl.int64)[:, None] * C
+    tiles = ()
+    for start in tl.static_range(0, C, COLS):
+        c = start + tl.arange(0, COLS)
+        tiles = tiles + (tl.load(z + rows + c[None, :], mask=valid[:, None], other=0.0),)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def shrink_tiles(
+    tiles, columns, live, STRIDE,
+    C: tl.constexpr, DOT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """`shrink` of rows that are on the chip, as `all_tiles` loaded them; AHEAD: steps of the bank asked for ahead."""
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    c = tl.arange(0, COLS)[:, None]
+    w_tiles = ()
+    for start in tl.static_range(0, C + AHEAD * COLS, COLS):
+        if start < C:
+            w_tile = tl.load(columns[None, :] + (start + c) * STRIDE, mask=live[None, :], other=0.0)
+            w_tiles = w_tiles + (w_tile,)  # noqa: RUF005
+        if start >= AHEAD * COLS:
+            acc = tl.dot(tiles[start // COLS - AHEAD].to(DOT), w_tiles[start // COLS - AHEAD].to(DOT), acc)
+    return acc
+
+
+@triton.jit
 def bias_at(bias, expert, c, inside, valid, WIDTH, MASKED: tl.constexpr):
     """bias[expert, c] in float32: [1, len(c)], or [ROWS, len(c)] where rows differ."""
     if MASKED:
@@ -133,3 +165,79 @@ def bias_at(bias, expert, c, inside, valid, WIDTH, MASKED: tl.constexpr):
         ).to(tl.float32)
     else:
         return tl.load(bias + expert * WIDTH + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def expand(
+    t, expert, columns, live, STRIDE, bias, added, tiles, out, rows, valid,
+    C: tl.constexpr, M: tl.constexpr, RP: tl.constexpr, MP: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, AHEAD: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """out = t [ROWS, MP * RP] times the bank's columns [MP * RP, C] (+ bias[expert]) (+ added), stored.
+
+    bias and added may be None. AHEAD: steps loaded ahead. KEEP: added's rows are on the chip, in `tiles`.
+    """
+    offsets = rows.to(tl.int64)[:, None] * C
+    if KEEP:
+        spoilt = tl.zeros([ROWS, COLS], tl.int32)
+        w_tiles = ()
+        for start in tl.static_range(0, C + AHEAD * COLS, COLS):
+            if start < C:
+                c = start + tl.arange(0, COLS)
+                w_tile = tl.load(columns[:, None] + c[None, :] * STRIDE, mask=live[:, None], other=0.0)
+                w_tiles = w_tiles + (w_tile,)  # noqa: RUF005
+            if start >= AHEAD * COLS:
+                c = start - AHEAD * COLS + tl.arange(0, COLS)
+                y = tl.dot(t, w_tiles[start // COLS - AHEAD].to(t.dtype))
+                if MASKED and MP > 1:
+                    spoilt = tl.where(y == y, spoilt, 1)
+                if bias is not None:
+                    y += bias_at(bias, expert, c, c < C, valid, C, MASKED)
+                y += tiles[start // COLS - AHEAD].to(tl.float32)
+                tl.store(out + offsets + c[None, :], narrow(y, out.dtype.element_ty), mask=valid[:, None])
+    else:
+        spoilt = _expand(
+            t, expert, columns, live, STRIDE, bias, added, out, offsets, valid,
+            C, RP, MP, MASKED, PRECISION, ROWS, COLS, AHEAD + 1,
+        )  # fmt: skip
+    if MASKED and MP > 1:  # noqa: SIM102
+        if tl.max(tl.reshape(spoilt, [ROWS * COLS], can_reorder=True), 0) > 0:
+            # An infinity in another expert's weights reached a row, as 0 * inf: one product for each expert,
+            # 16 features a step, to keep the registers few.
+            m = tl.arange(0, MP * RP) // RP
+            for own in range(M):
+                _expand(
+                    t, expert, columns, live & (m == own), STRIDE, bias, added, out, offsets, valid & (expert == own),
+                    C, RP, MP, MASKED, PRECISION, ROWS, 16, 1,
+                )  # fmt: skip
+
+
+@triton.jit
+def _expand(
+    t, expert, columns, live, STRIDE, bias, added, out, offsets, valid,
+    C: tl.constexpr, RP: tl.constexpr, MP: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`expand` with `added` from memory; returns where products were NaN, folded into [ROWS, COLS]."""
+    spoilt = tl.zeros([ROWS, COLS], tl.int32)
+    # Without its own number of stages, only what feeds a dot is loaded ahead.
+    for start in tl.range(0, C, COLS, num_stages=STAGES):
+        c = start + tl.arange(0, COLS)
+        inside = c < C
+        mask = valid[:, None]
+        w_mask = live[:, None]
+        if C % COLS != 0:
+            mask = mask & inside[None, :]
+            w_mask = w_mask & inside[None, :]
+        w_tile = tl.load(columns[:, None] + c[None, :] * STRIDE, mask=w_mask, other=0.0).to(t.dtype)
+        # Three TF32 products hold both halves of the tile in registers: too many beyond 128 columns.
+        WIDE: tl.constexpr = "ieee" if PRECISION == "tf32x3" and MP * RP > 128 else PRECISION
+        y = tl.dot(t, w_tile, input_precision=WIDE)
+        if MASKED and MP > 1:
+            spoilt = tl.where(y == y, spoilt, 1)
+        if bias is not None:
+            y += bias_at(bias, expert, c, inside, valid, C, MASKED)
+        if added is not None:
+            y += tl.load(added + offsets + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + offsets + c[None, :], narrow(y, out.dtype.element_ty), mask=mask)
+    return spoilt

@@ -56,6 +56,11 @@ def measured(path: str | None) -> dict[str, dict[int, dict[tuple[int, int], Conf
     }
 
 
+def tuned(kernel: str, capability: int, itemsize: int, width: int) -> Config | None:
+    """What the table named by ADAMIX_TRITON_TABLE has for that architecture and class."""
+    return measured(triton_table()).get(kernel, {}).get(capability, {}).get((itemsize, width))
+
+
 def lookup(kernel: str, shipped: Table, capability: int, itemsize: int, width: int) -> Config:
     """The configuration of `kernel` for a narrow tile of `width` columns.
 
@@ -66,8 +71,7 @@ def lookup(kernel: str, shipped: Table, capability: int, itemsize: int, width: i
     key = kernel, id(shipped), capability, itemsize, width, path
     known = _KNOWN.get(key)
     if known is None:
-        tuned = measured(path).get(kernel, {}).get(capability, {})
-        chosen = tuned.get((itemsize, width)) or _shipped(shipped, capability, itemsize, width)
+        chosen = tuned(kernel, capability, itemsize, width) or _shipped(shipped, capability, itemsize, width)
         known = _KNOWN[key] = shipped, chosen
     return known[1]
 

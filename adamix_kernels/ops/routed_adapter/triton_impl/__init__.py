@@ -14,9 +14,10 @@ from ...._triton_utils import capability, dot_dtype, launch, memory, precision
 from ...._triton_utils import problem as unsupported
 from ..._routed_plan import Plan, group_rows, make_plan
 from ..._triton_plans import Planned
+from ..._triton_tables import Config
 from .forward import adapter_forward_kernel
 from .input_grad import adapter_input_grad_kernel
-from .tables import config, register_limit
+from .tables import row_tile, tile_options
 from .weights import weight_grads
 
 __all__ = ["backward", "direct", "forward", "unsupported"]
@@ -29,14 +30,16 @@ def forward(x, down_weight, down_bias, up_weight, up_bias, down_index, up_index,
     if batch * tokens == 0:
         return out, pre
     plan = make_plan(batch, tokens, r, down_index, up_index, md, mu)
-    chosen = config("adapter_forward_kernel", capability(x.device), x.element_size(), plan.width)
-    groups = group_rows(plan, chosen.rows)
+    tile, keep = row_tile(
+        "adapter_forward_kernel", capability(x.device), x.element_size(), plan.width, hidden, add_input
+    )
+    groups = group_rows(plan, tile.rows)
     launch(
         adapter_forward_kernel, (groups.tiles,), x.device,
         x, down_weight, _contiguous(down_bias), up_weight, _contiguous(up_bias), plan.down.index, plan.up.index,
         x if add_input else _contiguous(residual), out, pre, groups.perm, groups.start, groups.stop,
         plan.span, plan.down.div, plan.up.div,
-        **_tile_meta(plan, chosen, x.dtype), H=hidden, O=width, R=r, ACTIVATION=activation,
+        **_tile_meta(plan, tile, keep, x.dtype), H=hidden, O=width, R=r, ACTIVATION=activation,
     )  # fmt: skip
     return out, pre
 
@@ -59,28 +62,43 @@ def backward(
     down_weight, up_weight = down_weight.contiguous(), up_weight.contiguous()
     dx = memory(x, *x.shape) if need_input else None
     dpre = memory(x, *pre.shape) if need_down else None
+    h, rest = pre, activation
     if x.shape[0] * x.shape[1] and (need_input or need_down):
-        _input_grad(grad_out, pre, down_weight, up_weight, down_index, up_index, dpre, dx, add_input, activation)
+        h = memory(x, *pre.shape) if need_up else None
+        _input_grad(grad_out, pre, down_weight, up_weight, down_index, up_index, dpre, h, dx, add_input, activation)
+        rest = ""
     grads = weight_grads(
-        x, dpre, grad_out, pre, down_index, up_index, down_weight.shape, up_weight.shape, need_up, activation
+        x,
+        dpre,
+        grad_out,
+        pre if h is None else h,
+        down_index,
+        up_index,
+        down_weight.shape,
+        up_weight.shape,
+        need_up,
+        rest,
     )
     return memory(x, 0) if dx is None else dx, *grads
 
 
-def _input_grad(grad_out, pre, down_weight, up_weight, down_index, up_index, dpre, dx, add_input, activation):
+def _input_grad(grad_out, pre, down_weight, up_weight, down_index, up_index, dpre, h, dx, add_input, activation):
     (batch, tokens, width), (md, r, hidden), mu = grad_out.shape, down_weight.shape, up_weight.shape[0]
     plan = make_plan(batch, tokens, r, down_index, up_index, md, mu)
-    chosen = config("adapter_input_grad_kernel", capability(pre.device), pre.element_size(), plan.width)
-    groups = group_rows(plan, chosen.rows)
+    # Also where no dx is wanted: the same bits of all else.
+    tile, keep = row_tile(
+        "adapter_input_grad_kernel", capability(pre.device), pre.element_size(), plan.width, width, add_input
+    )
+    groups = group_rows(plan, tile.rows)
     launch(
         adapter_input_grad_kernel, (groups.tiles,), pre.device,
-        grad_out, pre, up_weight, down_weight, plan.up.index, plan.down.index, dpre, dx,
+        grad_out, pre, up_weight, down_weight, plan.up.index, plan.down.index, dpre, h, dx,
         groups.perm, groups.start, groups.stop, plan.span, plan.down.div, plan.up.div,
-        **_tile_meta(plan, chosen, pre.dtype), H=hidden, O=width, R=r, ACTIVATION=activation, ADD_GRAD=add_input,
+        **_tile_meta(plan, tile, keep, pre.dtype), H=hidden, O=width, R=r, ACTIVATION=activation, ADD_GRAD=add_input,
     )  # fmt: skip
 
 
-def _tile_meta(plan: Plan, chosen, dtype: torch.dtype) -> dict[str, Any]:
+def _tile_meta(plan: Plan, tile: Config, keep: bool, dtype: torch.dtype) -> dict[str, Any]:
     return dict(
         RP=plan.rp,
         MD=plan.down.experts,
@@ -91,11 +109,7 @@ def _tile_meta(plan: Plan, chosen, dtype: torch.dtype) -> dict[str, Any]:
         MASK_U=plan.up.masked,
         DOT=dot_dtype(dtype),
         PRECISION=precision(dtype),
-        ROWS=chosen.rows,
-        COLS=chosen.cols,
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
-        maxnreg=register_limit(dtype.itemsize, plan.width, plan.down.masked or plan.up.masked),
+        **tile_options(tile, keep, dtype.itemsize, plan.width, plan.down.masked or plan.up.masked),
     )
 
 

@@ -9,7 +9,7 @@ from ..._routed_plan import power_of_2
 from ..._triton_aot import POINTERS, AotCase, make_case
 from .forward import adapter_forward_kernel
 from .input_grad import adapter_input_grad_kernel
-from .tables import RESIDENT, RESIDENT_RANK, config, register_limit, sums_by_dot
+from .tables import RESIDENT, RESIDENT_RANK, config, row_tile, sums_by_dot, tile_options
 from .weight_grad import adapter_plane_sum_kernel, adapter_weight_grad_kernel
 from .weights import SUM_CHUNK, SUM_COLS
 
@@ -31,10 +31,8 @@ def aot_cases(capability: int = 90) -> Iterator[AotCase]:
         for routing, shapes in _SHAPES.items():
             for experts, r in shapes:
                 name = f"{routing}_m{experts}_r{r}"
-                counted_on = RESIDENT if dtype.itemsize == 2 and routing == "sample" and r <= RESIDENT_RANK else 1
-                cases = [*_tile_cases(name, dtype, pointer, routing, experts, r, capability)]
-                cases.append(_weight_case(name, dtype, pointer, routing, experts, r, capability))
-                yield from (case._replace(resident=counted_on) for case in cases)
+                yield from _tile_cases(name, dtype, pointer, routing, experts, r, capability)
+                yield _weight_case(name, dtype, pointer, routing, experts, r, capability)
         yield _sum_case(dtype, pointer)
 
 
@@ -50,14 +48,22 @@ def _tile_cases(name, dtype, pointer, routing, experts, r, capability):
         MU=experts if both else 1, MUP=padded if both else max(1, 16 // rp), MASK_U=both,
         ACTIVATION="gelu", DOT=DTYPES[dtype], PRECISION=precision(dtype),
     )  # fmt: skip
-    limit = register_limit(dtype.itemsize, rp * padded, masked)
-    tensors = ("x", "down_weight", "down_bias", "up_weight", "up_bias", "residual", "out", "pre")
-    chosen = config("adapter_forward_kernel", capability, dtype.itemsize, rp * padded)
-    yield _case(adapter_forward_kernel, name, dtype, chosen, common | dict.fromkeys(tensors, pointer), limit)
-    tensors = ("grad_out", "pre", "up_weight", "down_weight", "dpre", "dx")
-    chosen = config("adapter_input_grad_kernel", capability, dtype.itemsize, rp * padded)
-    arguments = common | dict.fromkeys(tensors, pointer) | dict(ADD_GRAD=True)
-    yield _case(adapter_input_grad_kernel, name, dtype, chosen, arguments, limit)
+    tensors = {
+        adapter_forward_kernel: ("x", "down_weight", "down_bias", "up_weight", "up_bias", "residual", "out", "pre"),
+        adapter_input_grad_kernel: ("grad_out", "pre", "up_weight", "down_weight", "dpre", "h", "dx"),
+    }
+    for fn, pointers in tensors.items():
+        for stays in (False, True):
+            width, size = rp * padded, dtype.itemsize
+            tile, keep = row_tile(fn.__name__, capability, size, width, _HIDDEN, stays)
+            if keep != stays:
+                continue
+            arguments = common | dict.fromkeys(pointers, pointer) | dict(ADD_GRAD=True)
+            arguments |= tile_options(tile, keep, size, width, masked)
+            options = dict(warps=arguments["num_warps"], stages=arguments["num_stages"], maxnreg=arguments["maxnreg"])
+            case = make_case(fn, f"{name}_kept" if keep else name, dtype, arguments, **options)
+            counted_on = RESIDENT if size == 2 and routing == "sample" and r <= RESIDENT_RANK else 1
+            yield case._replace(resident=min(2, counted_on) if keep else counted_on)
 
 
 def _weight_case(name, dtype, pointer, routing, experts, r, capability):
@@ -68,7 +74,7 @@ def _weight_case(name, dtype, pointer, routing, experts, r, capability):
         down_index=None if grouped else "*i64", down_perm=grouped, down_edges=grouped,
         up_index="*i64" if both else None, up_perm=None, up_edges=None, H=_HIDDEN, O=_HIDDEN, R=r, RP=rp,
         MD=experts, MASK_D=routing in ("token", "both"), MU=experts if both else 1, MASK_U=both,
-        ACTIVATION="gelu", ONES=sums_by_dot(capability, dtype.itemsize, rp), DOT=DTYPES[dtype],
+        ACTIVATION="", ONES=sums_by_dot(capability, dtype.itemsize, rp), DOT=DTYPES[dtype],
         PRECISION=precision(dtype),
     )  # fmt: skip
     arguments |= dict.fromkeys(("x", "dpre", "grad_out", "pre"), pointer)
@@ -76,7 +82,10 @@ def _weight_case(name, dtype, pointer, routing, experts, r, capability):
     sizes = ("down_batch", "down_span", "down_div", "up_batch", "up_span", "up_div", "splits")
     arguments |= dict.fromkeys(sizes, "i32")
     chosen = config("adapter_weight_grad_kernel", capability, dtype.itemsize, rp)
-    return _case(adapter_weight_grad_kernel, name, dtype, chosen, arguments)
+    arguments |= dict(ROWS=chosen.rows, COLS=chosen.cols)
+    options = dict(warps=chosen.num_warps, stages=chosen.num_stages)
+    case = make_case(adapter_weight_grad_kernel, name, dtype, arguments, **options)
+    return case._replace(resident=RESIDENT if routing == "sample" and r <= RESIDENT_RANK and dtype.itemsize == 2 else 1)
 
 
 def _sum_case(dtype, pointer):
@@ -86,12 +95,4 @@ def _sum_case(dtype, pointer):
     )  # fmt: skip
     for part in ("down", "down_bias", "up", "up_bias"):
         arguments |= {f"{part}_plane": "*fp32", f"{part}_grad": pointer}
-    return _case(adapter_plane_sum_kernel, "m4_r16", dtype, None, arguments)
-
-
-def _case(fn, name, dtype, chosen, arguments, maxnreg=None) -> AotCase:
-    if chosen is None:
-        return make_case(fn, name, dtype, arguments)
-    arguments = arguments | dict(ROWS=chosen.rows, COLS=chosen.cols)
-    options = dict(warps=chosen.num_warps, stages=chosen.num_stages, maxnreg=maxnreg)
-    return make_case(fn, name, dtype, arguments, **options)
+    return make_case(adapter_plane_sum_kernel, "m4_r16", dtype, arguments)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from ..._triton_tables import Config, lookup
+from typing import Any
+
+import triton
+
+from ..._triton_tables import Config, lookup, tuned
 
 # Programs on a multiprocessor that hide each other's latency: in 16 bits, of one expert a tile and r up to
 # RESIDENT_RANK. Wider tiles and float32 make do with one.
@@ -36,6 +40,10 @@ _WEIGHT_ASYNC = _WEIGHT | {(2, 16): Config(64, 128, 4, 3), (2, 32): Config(64, 1
 # Tensor memory takes its own registers to read.
 _TILE_100 = _TILE | {(2, 64): Config(64, 64, 8, 3)}
 _WEIGHT_100 = _WEIGHT_ASYNC | {(4, 128): Config(16, 64, 8, 2)}
+# Steps that the second loop over the features loads ahead, where the first one's are the table's stages.
+EXPAND_AHEAD = 2
+# Tuples of tiles: Triton 3.3.
+KEEPS = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 3)
 TABLES = {
     "adapter_forward_kernel": {80: _TILE, 100: _TILE_100, 120: _TILE},
     "adapter_input_grad_kernel": {80: _TILE, 100: _TILE_100, 120: _TILE},
@@ -46,6 +54,62 @@ TABLES = {
 def config(kernel: str, capability: int, itemsize: int, width: int) -> Config:
     """The block sizes of `kernel` (its function's name)."""
     return lookup(kernel, TABLES[kernel], capability, itemsize, width)
+
+
+def row_tile(kernel: str, capability: int, itemsize: int, width: int, hidden: int, stays: bool) -> tuple[Config, bool]:
+    """The block sizes of a kernel that reads rows of `hidden` features twice, and whether they stay on the chip.
+
+    stays: whether the second read is of the same rows as the first. A measured table goes first.
+    """
+    tile = tuned(kernel, capability, itemsize, width)
+    if tile is None and stays:
+        tile = kept_tile(capability, itemsize, width, hidden)
+    if tile is None:
+        tile = config(kernel, capability, itemsize, width)
+    return tile, stays and KEEPS and itemsize == 2 and hidden % tile.cols == 0 and _registers(tile, hidden) <= 128
+
+
+def kept_tile(capability: int, itemsize: int, width: int, hidden: int) -> Config | None:
+    """The block sizes with which the rows of a tile stay in registers, or None where they should not.
+
+    A thread holds at most 128 registers of them, half of what it has; four warps are two programs on a multiprocessor.
+    Tall tiles suit wide banks, as every program reads the whole bank through L2, and need much shared memory.
+    """
+    if itemsize != 2 or width > 64 or hidden % 64:
+        return None
+    much = 90 <= capability < 120
+    cols = next(c for c in (256 if much and width <= 32 else 128, 128, 64) if hidden % c == 0)
+    if much and width > 32:
+        sizes, stages = ((64, 4), (64, 8), (32, 8)), 3
+    else:
+        sizes, stages = ((64, 4), (32, 4), (16, 4), (16, 8)), 4 if much else 2 if width <= 32 else 1
+    # Two programs' share: of 99 KB (8.6, 8.9, 12.x), of 164, of 227.
+    shared = 48 << 10 if capability in (86, 89) or capability >= 120 else 80 << 10
+    for rows, warps in sizes:
+        tile = Config(rows, cols, warps, stages)
+        if 2 * rows < width:
+            continue
+        if _registers(tile, hidden) <= 128 and (much or 2 * (rows * hidden + stages * cols * width) <= shared):
+            return tile
+    return None
+
+
+def _registers(tile: Config, hidden: int) -> int:
+    """Of a thread, for the tile's rows in 16 bits."""
+    return -(-tile.rows * hidden // (64 * tile.num_warps))
+
+
+def tile_options(tile: Config, keep: bool, itemsize: int, width: int, masked: bool) -> dict[str, Any]:
+    """The constants and compile options of a kernel of row tiles."""
+    return dict(
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        AHEAD=tile.num_stages - 1 if keep else EXPAND_AHEAD,
+        KEEP=keep,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        maxnreg=register_limit(itemsize, width, masked),
+    )
 
 
 def sums_by_dot(capability: int, itemsize: int, width: int) -> bool:
