@@ -1,0 +1,42 @@
+// The routed adapter's backward in one pass: what one_pass.h describes, then the sum of its planes.
+#include "common/launch.h"
+#include "routed_adapter/one_pass.h"
+#include "routed_adapter/routed_adapter.h"
+
+namespace adamix {
+
+#define ADAMIX_INSTANTIATE(T)                                                         \
+  template __global__ void routed_adapter_one_pass_kernel<T>(RoutedAdapterOnePass<T>); \
+  template __global__ void routed_adapter_pass_sum_kernel<T>(RoutedAdapterPassSum<T>);
+ADAMIX_INSTANTIATE(half)
+ADAMIX_INSTANTIATE(bfloat16)
+#undef ADAMIX_INSTANTIATE
+
+#if defined(ADAMIX_LAUNCHERS)
+template <typename T>
+void launch_routed_adapter_one_pass(const RoutedAdapterOnePass<T>& params, int blocks, const Device& device) {
+  int warps = params.hidden / kPassCols;
+  launch("routed_adapter_one_pass", routed_adapter_one_pass_kernel<T>,
+         {dim3(blocks), warps * 32, shared_bytes<PassMemory<T>>(warps, params.slots)}, device, params);
+}
+
+template <typename T>
+void launch_routed_adapter_pass_sum(RoutedAdapterPassSum<T> params, int down_experts, int up_experts,
+                                    const Device& device) {
+  constexpr int kBlock = kPassSumThreads * Piece<float>::kSize;
+  params.chunks = ceil_div(static_cast<int>(params.planes_size), kBlock);
+  params.down_jobs = down_experts * params.chunks;
+  size_t bytes = static_cast<size_t>(params.blocks) * params.slots * sizeof(int) + kSharedAlignment;
+  launch("routed_adapter_pass_sum", routed_adapter_pass_sum_kernel<T>,
+         {dim3(params.down_jobs + up_experts * params.chunks), kPassSumThreads, bytes}, device, params);
+}
+
+#define ADAMIX_INSTANTIATE(T)                                                                          \
+  template void launch_routed_adapter_one_pass(const RoutedAdapterOnePass<T>&, int, const Device&);   \
+  template void launch_routed_adapter_pass_sum(RoutedAdapterPassSum<T>, int, int, const Device&);
+ADAMIX_INSTANTIATE(half)
+ADAMIX_INSTANTIATE(bfloat16)
+#undef ADAMIX_INSTANTIATE
+#endif
+
+}  // namespace adamix
