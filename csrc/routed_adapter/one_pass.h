@@ -13,6 +13,7 @@ namespace adamix {
 constexpr int kPassCols = 64;     // of a warp
 constexpr int kPassThreads = 512;  // at most, of a block
 constexpr int kPassSumThreads = 256;
+constexpr int kPassSumParts = 4;  // of the planes, summed side by side
 
 template <typename T>
 struct RoutedAdapterOnePass {
@@ -54,15 +55,19 @@ struct PassMemory {
   uint32_t* h;     // [16, 8]
   float* bias;     // [16, 16]
   int* slots;      // [side, slots]
+  int* experts;    // [tiles, side]
+  Words* weights;  // [warps, side, 4, lanes]: right operands, where the weights are kept
 
   template <typename Memory>
-  ADAMIX_BOTH PassMemory(Memory& memory, int warps, int slot_count)
+  ADAMIX_BOTH PassMemory(Memory& memory, int warps, int slot_count, int tiles, bool keeps)
       : stages(memory.template take<T>(warps * 4 * kTile)),
         sums(memory.template take<float>(warps * kFragmentRows * kFragmentRanks)),
         dpre(memory.template take<uint32_t>(kFragmentRows * 8)),
         h(memory.template take<uint32_t>(kFragmentRows * 8)),
         bias(memory.template take<float>(kFragmentRows * kFragmentRanks)),
-        slots(memory.template take<int>(2 * slot_count)) {}
+        slots(memory.template take<int>(2 * slot_count)),
+        experts(memory.template take<int>(2 * tiles)),
+        weights(memory.template take<Words>(keeps ? warps * 2 * 4 * 32 : 0)) {}
 };
 
 // Where 16 bytes of a row lie: neither 8 rows of a piece nor 2 rows of 4 pieces share banks.
@@ -131,12 +136,55 @@ struct PassSlots {
   }
 };
 
-template <typename T>
+// The weights of a warp's 64 columns as right operands of one side's product, in shared memory or read anew.
+template <typename T, bool Keeps, bool Ranks>
+struct PassWeights {
+  Words* kept;  // [4, lanes] of a warp
+
+  ADAMIX_DEVICE static void load(uint32_t (&w)[4][2], const ResidentBank<T>& bank, int c, int col0) {
+    if constexpr (Ranks) {
+      bank.load_cols(w, fragment_part() * 4, col0 - fragment_part() * 8 + c * kFragmentCols);
+    } else {
+      bank.load_rows(w, 0, col0 + c * kFragmentCols);
+    }
+    transpose_words(w);
+  }
+
+  // A lane reads what it has written alone.
+  ADAMIX_DEVICE void keep(const ResidentBank<T>& bank, int col0) const {
+    if constexpr (Keeps) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        uint32_t w[4][2];
+        load(w, bank, c, col0);
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          kept[(2 * c + u) * 32 + threadIdx.x % 32] = Words{{w[0][u], w[1][u], w[2][u], w[3][u]}};
+        }
+      }
+    }
+  }
+
+  ADAMIX_DEVICE void get(uint32_t (&w)[4][2], const ResidentBank<T>& bank, int c, int col0) const {
+    if constexpr (!Keeps) {
+      load(w, bank, c, col0);
+      return;
+    }
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      Words words = kept[(2 * c + u) * 32 + threadIdx.x % 32];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) w[k][u] = words.at[k];
+    }
+  }
+};
+
+template <typename T, bool Keeps>
 __global__ void __launch_bounds__(kPassThreads) routed_adapter_one_pass_kernel(RoutedAdapterOnePass<T> p) {
   if constexpr (kHasFragments<T>) {
     SharedMemory shared;
     int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    PassMemory<T> memory(shared, warps, p.slots);
+    PassMemory<T> memory(shared, warps, p.slots, p.tiles_a_block, Keeps);
     constexpr int kTile = PassMemory<T>::kTile;
     T* stages = memory.stages + warp * 4 * kTile;
     int64_t plane0 = static_cast<int64_t>(blockIdx.x) * 2 * p.slots;
@@ -221,8 +269,16 @@ __global__ void __launch_bounds__(kPassThreads) routed_adapter_one_pass_kernel(R
     };
 
     int64_t bank_size = static_cast<int64_t>(p.rank) * p.hidden;
+    int col0 = warp * kPassCols + fragment_part() * 8;
+    PassWeights<T, Keeps, true> up_weights{memory.weights + warp * 8 * 32};
+    PassWeights<T, Keeps, false> down_weights{memory.weights + warp * 8 * 32 + 4 * 32};
     if (begin < end) load(begin);
     copy_commit();
+    for (int i = threadIdx.x; i < end - begin; i += blockDim.x) {
+      int row = static_cast<int>(p.tiles_a_sample.quotient(begin + i)) * p.tokens;
+      memory.experts[2 * i] = p.down.expert(row);
+      memory.experts[2 * i + 1] = p.up.expert(row);
+    }
     __syncthreads();
     for (int tile = begin; tile < end; ++tile) {
       __syncwarp();
@@ -231,7 +287,7 @@ __global__ void __launch_bounds__(kPassThreads) routed_adapter_one_pass_kernel(R
       int sample, token, count;
       place(tile, sample, token, count);
       int first = sample * p.tokens + token;
-      int down = p.down.expert(sample * p.tokens), up = p.up.expert(sample * p.tokens);
+      int down = memory.experts[2 * (tile - begin)], up = memory.experts[2 * (tile - begin) + 1];
       if (down == kNoExpert || up == kNoExpert) {
         copy_wait<1>();
         if (p.dx == nullptr) continue;
@@ -242,8 +298,16 @@ __global__ void __launch_bounds__(kPassThreads) routed_adapter_one_pass_kernel(R
         }
         continue;
       }
-      if (down != down_now) flush_down();
-      if (up != up_now) flush_up();
+      ResidentBank<T> down_bank{p.down_weight + down * bank_size, p.hidden, p.rank};
+      ResidentBank<T> up_bank{p.up_weight + up * bank_size, p.hidden, p.rank};
+      if (down != down_now) {
+        flush_down();
+        down_weights.keep(down_bank, col0);
+      }
+      if (up != up_now) {
+        flush_up();
+        up_weights.keep(up_bank, col0);
+      }
       down_now = down, up_now = up;
 
       // Two ranks of a row for each of the first 128 threads.
@@ -254,26 +318,20 @@ __global__ void __launch_bounds__(kPassThreads) routed_adapter_one_pass_kernel(R
         pre = *reinterpret_cast<const uint32_t*>(p.pre + static_cast<int64_t>(first + own_row) * p.rank + own_rank);
       }
       const T* dy = stages + tile % 2 * 2 * kTile;
-      int col0 = warp * kPassCols + fragment_part() * 8;
       auto words_of = [&](int row, int c) {
         return *reinterpret_cast<const Words*>(dy + pass_place(row, c * 4 + fragment_part()));
       };
       float sums[2][4] = {};
-      uint32_t w[2][4][2];
-      ResidentBank<T> up_bank{p.up_weight + up * bank_size, p.hidden, p.rank};
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        up_bank.load_cols(w[c], fragment_part() * 4, col0 - fragment_part() * 8 + c * kFragmentCols);
-      }
+      uint32_t w[4][2];
       copy_wait<1>();
       __syncwarp();
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        transpose_words(w[c]);
+        up_weights.get(w, up_bank, c, col0);
         Words top = words_of(fragment_row(), c), bottom = words_of(fragment_row() + 8, c);
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
-          multiply_rows<T>(sums[u], top, bottom, w[c][0][u], w[c][1][u], w[c][2][u], w[c][3][u]);
+          multiply_rows<T>(sums[u], top, bottom, w[0][u], w[1][u], w[2][u], w[3][u]);
         }
       }
 #pragma unroll
@@ -306,14 +364,12 @@ __global__ void __launch_bounds__(kPassThreads) routed_adapter_one_pass_kernel(R
 
       auto narrow_place = [](int row, int piece) { return row * kFragmentRanks + piece * 8; };
       if (p.dx != nullptr) {
-        ResidentBank<T> down_bank{p.down_weight + down * bank_size, p.hidden, p.rank};
         const uint32_t* from = memory.dpre + fragment_row() * 8 + fragment_part() * 2;
         TwoWords a = *reinterpret_cast<const TwoWords*>(from), b = *reinterpret_cast<const TwoWords*>(from + 64);
         T* to = p.dx + static_cast<int64_t>(first + fragment_row()) * p.hidden + col0;
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          down_bank.load_rows(w[0], 0, col0 + c * kFragmentCols);
-          transpose_words(w[0]);
+          down_weights.get(w, down_bank, c, col0);
           Words top = words_of(fragment_row(), c), bottom = words_of(fragment_row() + 8, c);
           Words low, high;
 #pragma unroll
@@ -322,7 +378,7 @@ __global__ void __launch_bounds__(kPassThreads) routed_adapter_one_pass_kernel(R
                               high_of<T>(bottom.at[k])};
             up_bias[c][2 * k] += parts[0] + parts[2], up_bias[c][2 * k + 1] += parts[1] + parts[3];
             if (!p.add_input) parts[0] = parts[1] = parts[2] = parts[3] = 0.f;
-            multiply<T>(parts, a.at[0], b.at[0], a.at[1], b.at[1], w[0][k][0], w[0][k][1]);
+            multiply<T>(parts, a.at[0], b.at[0], a.at[1], b.at[1], w[k][0], w[k][1]);
             low.at[k] = word_of<T>(parts[0], parts[1]);
             high.at[k] = word_of<T>(parts[2], parts[3]);
           }
@@ -378,17 +434,30 @@ __global__ void __launch_bounds__(kPassSumThreads) routed_adapter_pass_sum_kerne
     if (threadIdx.x == 0) found[0] = count;
   }
   __syncthreads();
-  constexpr int kSize = Piece<float>::kSize;
-  int at = (job % p.chunks * kPassSumThreads + static_cast<int>(threadIdx.x)) * kSize;
+  // Each quarter of the threads adds up a quarter of the planes.
+  constexpr int kSize = Piece<float>::kSize, kPieces = kPassSumThreads / kPassSumParts;
+  int piece = threadIdx.x % kPieces, part = threadIdx.x / kPieces;
+  int at = (job % p.chunks * kPieces + piece) * kSize;
   int weights = p.rank * p.hidden, biases = up ? p.hidden : p.rank, count = found[0];
-  if (at >= weights + biases) return;
+  int a_part = ceil_div(count, kPassSumParts), last = count < (part + 1) * a_part ? count : (part + 1) * a_part;
   float sums[kSize] = {};
+  if (at < weights + biases) {
 #pragma unroll 8
-  for (int i = 1; i <= count; ++i) {
-    const float* from = p.planes + found[i] * p.planes_size + at;
-    Piece<float> piece = *reinterpret_cast<const Piece<float>*>(from);
+    for (int i = part * a_part; i < last; ++i) {
+      Piece<float> one = *reinterpret_cast<const Piece<float>*>(p.planes + found[1 + i] * p.planes_size + at);
 #pragma unroll
-    for (int e = 0; e < kSize; ++e) sums[e] += piece.values[e];
+      for (int e = 0; e < kSize; ++e) sums[e] += one.values[e];
+    }
+  }
+  float* all = memory.take<float>(kPassSumThreads * kSize);
+#pragma unroll
+  for (int e = 0; e < kSize; ++e) all[threadIdx.x * kSize + e] = sums[e];
+  __syncthreads();
+  if (part > 0 || at >= weights + biases) return;
+#pragma unroll
+  for (int other = 1; other < kPassSumParts; ++other) {
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) sums[e] += all[(other * kPieces + piece) * kSize + e];
   }
   T* weight = up ? p.up_weight : p.down_weight;
   T* bias = up ? p.up_bias : p.down_bias;

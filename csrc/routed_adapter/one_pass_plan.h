@@ -8,6 +8,7 @@ namespace adamix {
 // blocks 0: in two passes.
 struct PassPlan {
   int blocks, tiles, tiles_a_block, tiles_a_sample, slots;
+  bool keeps;  // the weights, in shared memory
   int64_t planes_size;
   // Floats of all planes, and of the numbers of their experts behind them.
   int64_t planes() const { return static_cast<int64_t>(blocks) * 2 * slots * planes_size; }
@@ -40,10 +41,14 @@ PassPlan pass_plan(int64_t batch, int64_t tokens, int64_t hidden, int64_t rank, 
   plan.blocks = static_cast<int>((tiles + a_block - 1) / a_block);
   plan.slots = static_cast<int>(samples < experts ? samples : experts);
   plan.planes_size = (rank * hidden + (rank > hidden ? rank : hidden) + 3) / 4 * 4;
-  size_t shared = shared_bytes<PassMemory<T>>(static_cast<int>(warps), plan.slots);
+  auto fits = [&](bool keeps) {
+    return shared_bytes<PassMemory<T>>(static_cast<int>(warps), plan.slots, plan.tiles_a_block, keeps) <=
+           static_cast<size_t>(device.shared_bytes);
+  };
+  plan.keeps = fits(true);
   // Planes that nobody would want: of many experts, small samples.
   bool large = plan.planes() > 2 * batch * tokens * hidden;
-  return shared > static_cast<size_t>(device.shared_bytes) || large ? PassPlan{} : plan;
+  return large || !(plan.keeps || fits(false)) ? PassPlan{} : plan;
 }
 
 }  // namespace adamix

@@ -6,7 +6,8 @@
 namespace adamix {
 
 #define ADAMIX_INSTANTIATE(T)                                                         \
-  template __global__ void routed_adapter_one_pass_kernel<T>(RoutedAdapterOnePass<T>); \
+  template __global__ void routed_adapter_one_pass_kernel<T, true>(RoutedAdapterOnePass<T>); \
+  template __global__ void routed_adapter_one_pass_kernel<T, false>(RoutedAdapterOnePass<T>); \
   template __global__ void routed_adapter_pass_sum_kernel<T>(RoutedAdapterPassSum<T>);
 ADAMIX_INSTANTIATE(half)
 ADAMIX_INSTANTIATE(bfloat16)
@@ -14,25 +15,30 @@ ADAMIX_INSTANTIATE(bfloat16)
 
 #if defined(ADAMIX_LAUNCHERS)
 template <typename T>
-void launch_routed_adapter_one_pass(const RoutedAdapterOnePass<T>& params, int blocks, const Device& device) {
+void launch_routed_adapter_one_pass(const RoutedAdapterOnePass<T>& params, int blocks, bool keeps,
+                                    const Device& device) {
   int warps = params.hidden / kPassCols;
-  launch("routed_adapter_one_pass", routed_adapter_one_pass_kernel<T>,
-         {dim3(blocks), warps * 32, shared_bytes<PassMemory<T>>(warps, params.slots)}, device, params);
+  auto kernel = keeps ? routed_adapter_one_pass_kernel<T, true> : routed_adapter_one_pass_kernel<T, false>;
+  launch("routed_adapter_one_pass", kernel,
+         {dim3(blocks), warps * 32, shared_bytes<PassMemory<T>>(warps, params.slots, params.tiles_a_block, keeps)},
+         device, params);
 }
 
 template <typename T>
 void launch_routed_adapter_pass_sum(RoutedAdapterPassSum<T> params, int down_experts, int up_experts,
                                     const Device& device) {
-  constexpr int kBlock = kPassSumThreads * Piece<float>::kSize;
+  constexpr int kBlock = kPassSumThreads / kPassSumParts * Piece<float>::kSize;
   params.chunks = ceil_div(static_cast<int>(params.planes_size), kBlock);
   params.down_jobs = down_experts * params.chunks;
-  size_t bytes = static_cast<size_t>(params.blocks) * params.slots * sizeof(int) + kSharedAlignment;
+  size_t planes = static_cast<size_t>(params.blocks) * params.slots + 1;
+  size_t bytes = (planes * sizeof(int) + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment +
+                 kPassSumThreads * sizeof(Piece<float>);
   launch("routed_adapter_pass_sum", routed_adapter_pass_sum_kernel<T>,
          {dim3(params.down_jobs + up_experts * params.chunks), kPassSumThreads, bytes}, device, params);
 }
 
 #define ADAMIX_INSTANTIATE(T)                                                                          \
-  template void launch_routed_adapter_one_pass(const RoutedAdapterOnePass<T>&, int, const Device&);   \
+  template void launch_routed_adapter_one_pass(const RoutedAdapterOnePass<T>&, int, bool, const Device&);   \
   template void launch_routed_adapter_pass_sum(RoutedAdapterPassSum<T>, int, int, const Device&);
 ADAMIX_INSTANTIATE(half)
 ADAMIX_INSTANTIATE(bfloat16)
