@@ -22,6 +22,9 @@ SHAPES = {
     "32 rows, tokens": (1, 140, 128, 8, 4, 3, "token", "token"),
     "64 rows": (2, 70, 192, 48, 2, 2, "sample", "sample"),
     "64 rows, tokens": (1, 100, 64, 20, 3, 2, "token", "sample"),
+    "one pass": (3, 40, 256, 8, 3, 1, "sample", None),
+    "one pass, many samples a block": (11, 17, 320, 16, 3, 2, "sample", "sample"),
+    "one pass, one expert": (1, 150, 256, 4, 1, 1, None, None),
     "64 rows, rank 64": (1, 130, 64, 64, 1, 1, None, None),
 }
 

@@ -49,6 +49,14 @@ ADAMIX_DEVICE int fragment_part() { return threadIdx.x % 4; }
 // Row i of an 8 x 8 tile stands for row 8 (i / 2) + i % 2 of the memory it comes from, or 4 (i / 2) + i % 2 of ranks.
 ADAMIX_DEVICE int spread_row(int step) { return step * (fragment_row() / 2) + fragment_row() % 2; }
 
+// The same words: what is made of them is made where this stands, not before a loop around it, in more registers.
+ADAMIX_DEVICE Words here(Words words) {
+#if ADAMIX_ARCH > 0
+  asm volatile("" : "+r"(words.at[0]), "+r"(words.at[1]), "+r"(words.at[2]), "+r"(words.at[3]));
+#endif
+  return words;
+}
+
 #if defined(ADAMIX_HOST)
 template <typename T>
 ADAMIX_DEVICE float low_of(uint32_t word) {
@@ -163,6 +171,28 @@ ADAMIX_DEVICE uint32_t transposed(uint32_t word) {
   return result;
 #else
   return word;
+#endif
+}
+
+// Four 8 x 8 tiles in shared memory, transposed: word w holds rows row0 + 8 of bit `RowBit` of w + 2 t, + 1, and of
+// columns col0 + 8 of the other bit, column i. at(row, piece): where 16 bytes of a row lie. All lanes call.
+template <int RowBit, typename T, typename At>
+ADAMIX_DEVICE void load_turned(uint32_t (&words)[4], const T* base, int row0, int col0, At at) {
+#if defined(ADAMIX_HOST)
+  int lane = threadIdx.x % 32, i = lane / 4, t = lane % 4;
+  for (int w = 0; w < 4; ++w) {
+    int row = row0 + 8 * (w >> RowBit & 1) + 2 * t, piece = col0 / 8 + (w >> (1 - RowBit) & 1);
+    words[w] = base[at(row, piece) + i].bits | static_cast<uint32_t>(base[at(row + 1, piece) + i].bits) << 16;
+  }
+#elif ADAMIX_ARCH >= 750
+  int w = threadIdx.x % 32 / 8;
+  const T* from = base + at(row0 + 8 * (w >> RowBit & 1) + static_cast<int>(threadIdx.x) % 8,
+                            col0 / 8 + (w >> (1 - RowBit) & 1));
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(from));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
 #endif
 }
 

@@ -4,6 +4,7 @@
 #include "common/checks.h"
 #include "common/row_shares.h"
 #include "registration.h"
+#include "routed_adapter/one_pass_plan.h"
 
 namespace adamix {
 namespace {
@@ -26,6 +27,66 @@ void check_bias(const char* name, const OptionalTensor& bias, const char* layout
 
 OptionalTensor contiguous_or_none(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt;
+}
+
+// The backward in one pass, where pass_plan has one and all lies at multiples of 16 bytes; whether it was launched.
+bool launch_in_one_pass(DType dtype, const Tensor& grad_out, const Tensor& x, const Tensor& pre,
+                        const Tensor& down_weight, const Tensor& up_weight, const Routing& down, const Routing& up,
+                        const Tensor& dx, const Tensor& ddown_weight, const Tensor& ddown_bias,
+                        const Tensor& dup_weight, const Tensor& dup_bias, bool need_input, bool need_down, bool need_up,
+                        bool add_input, Activation activation, const Device& device) {
+  bool launched = false;
+  if (x.size(2) != grad_out.size(2) || !(need_down || need_up)) return false;
+  dispatch(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (kFragmentsFrom<T> > 0) {
+      int64_t hidden = x.size(2), rank = pre.size(2);
+      RoutedAdapterOnePass<T> params{};
+      params.grad_out = rows_of<const T>(grad_out);
+      params.x = rows_of<const T>(x);
+      params.pre = data<const T>(pre);
+      params.down_weight = data<const T>(down_weight);
+      params.up_weight = data<const T>(up_weight);
+      params.dx = need_input ? data<T>(dx) : nullptr;
+      PassPlan plan = pass_plan<T>(x.size(0), x.size(1), hidden, rank, down, up, device);
+      if (plan.blocks == 0 || !params.grad_out.aligned || !params.x.aligned || !is_aligned(params.pre, {}, sizeof(T)) ||
+          !is_aligned(params.down_weight, {hidden}, sizeof(T)) || !is_aligned(params.up_weight, {}, sizeof(T)) ||
+          !is_aligned(params.dx, {hidden}, sizeof(T))) {
+        return;
+      }
+      Tensor planes = allocate(x, {plan.floats()}, ScalarType::Float);
+      params.planes = data<float>(planes);
+      params.experts = reinterpret_cast<int*>(params.planes + plan.planes());
+      params.planes_size = plan.planes_size;
+      params.down = down;
+      params.up = up;
+      params.slots = plan.slots;
+      params.tokens = static_cast<int>(x.size(1));
+      params.tiles = plan.tiles;
+      params.tiles_a_block = plan.tiles_a_block;
+      params.tiles_a_sample = divisor(plan.tiles_a_sample);
+      params.hidden = static_cast<int>(hidden);
+      params.rank = static_cast<int>(rank);
+      params.activation = activation;
+      params.add_input = add_input, params.need_down = need_down, params.need_up = need_up;
+      launch_routed_adapter_one_pass(params, plan.blocks, plan.keeps, device);
+
+      RoutedAdapterPassSum<T> sum{};
+      sum.planes = params.planes;
+      sum.experts = params.experts;
+      sum.planes_size = plan.planes_size;
+      sum.blocks = plan.blocks;
+      sum.slots = plan.slots;
+      sum.hidden = params.hidden;
+      sum.rank = params.rank;
+      sum.down_weight = data<T>(ddown_weight), sum.down_bias = data<T>(ddown_bias);
+      sum.up_weight = data<T>(dup_weight), sum.up_bias = data<T>(dup_bias);
+      launch_routed_adapter_pass_sum(sum, need_down ? static_cast<int>(down_weight.size(0)) : 0,
+                                     need_up ? static_cast<int>(up_weight.size(0)) : 0, device);
+      launched = true;
+    }
+  });
+  return launched;
 }
 
 }  // namespace
@@ -124,14 +185,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_adapter_backward(
   Tensor ddown_bias = gradient(need_down, {down_experts, rank});
   Tensor dup_weight = gradient(need_up, {up_experts, out_features, rank});
   Tensor dup_bias = gradient(need_up, {up_experts, out_features});
+  x = with_contiguous_rows(x), grad_out = with_contiguous_rows(grad_out), pre = as_contiguous(pre);
+  down_weight = as_contiguous(down_weight), up_weight = as_contiguous(up_weight);
+  DeviceScope scope(device);
+  if (launch_in_one_pass(dtype, grad_out, x, pre, down_weight, up_weight, down, up, dx, ddown_weight, ddown_bias,
+                         dup_weight, dup_bias, need_input, need_down, need_up, add_input, kind, device)) {
+    return {dx, ddown_weight, ddown_bias, dup_weight, dup_bias};
+  }
   // What the first launch leaves for the second: dpre for the down side, h for the up side.
   bool need_h = need_up && kind != Activation::kNone;
   int64_t narrow_size = (rows * rank + 7) / 8 * 8;
   OptionalTensor narrow, planes;
   if (need_down || need_h) narrow = allocate(x, {(need_down + need_h) * narrow_size});
-  x = with_contiguous_rows(x), grad_out = with_contiguous_rows(grad_out), pre = as_contiguous(pre);
-  down_weight = as_contiguous(down_weight), up_weight = as_contiguous(up_weight);
-  DeviceScope scope(device);
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     bool rank_aligned = is_aligned(nullptr, {rank}, sizeof(T));

@@ -5,6 +5,7 @@
 #include "common/grad_side.h"
 #include "common/launch.h"
 #include "common/rows.h"
+#include "routed_adapter/one_pass.h"
 
 namespace adamix {
 
@@ -58,6 +59,16 @@ void launch_routed_adapter_input_grad(const RoutedAdapterInputGrad<T>& params, c
 
 template <typename T>
 void launch_routed_adapter_weight_grad(const RoutedAdapterWeightGrad<T>& params, const Device& device);
+
+// half and bfloat16 alone.
+template <typename T>
+void launch_routed_adapter_one_pass(const RoutedAdapterOnePass<T>& params, int blocks, bool keeps,
+                                    const Device& device);
+
+// down_experts, up_experts: 0 where that side is not wanted.
+template <typename T>
+void launch_routed_adapter_pass_sum(RoutedAdapterPassSum<T> params, int down_experts, int up_experts,
+                                    const Device& device);
 #endif
 
 }  // namespace adamix

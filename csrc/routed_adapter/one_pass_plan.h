@@ -1,0 +1,54 @@
+// Whether a backward goes in one pass, and how its tiles are shared out.
+#pragma once
+
+#include "routed_adapter/one_pass.h"
+
+namespace adamix {
+
+// blocks 0: in two passes.
+struct PassPlan {
+  int blocks, tiles, tiles_a_block, tiles_a_sample, slots;
+  bool keeps;  // the weights, in shared memory
+  int64_t planes_size;
+  // Floats of all planes, and of the numbers of their experts behind them.
+  int64_t planes() const { return static_cast<int64_t>(blocks) * 2 * slots * planes_size; }
+  int64_t floats() const { return planes() + static_cast<int64_t>(blocks) * 2 * slots; }
+};
+
+// Every sample has one expert a side: ids of samples, or none. Blocks take as many tiles as fill the multiprocessors
+// once, so that few planes are written; where samples hold a multiple of that, a block sees one expert a side.
+template <typename T>
+PassPlan pass_plan(int64_t batch, int64_t tokens, int64_t hidden, int64_t rank, const Routing& down, const Routing& up,
+                   const Device& device) {
+  constexpr int kMostWarps = kPassThreads / 32;
+  auto of_samples = [&](const Routing& routing) {
+    return routing.ids == nullptr || static_cast<int64_t>(routing.rows_per_id.by) == tokens;
+  };
+  int64_t warps = hidden / kPassCols;
+  if (kFragmentsFrom<T> == 0 || device.capability < 80 || rank == 0 || rank > kFragmentRanks || rank % 4 != 0 ||
+      hidden % kPassCols != 0 || warps < 4 || warps > kMostWarps || batch == 0 || tokens < kFragmentRows / 2 ||
+      !of_samples(down) || !of_samples(up)) {
+    return {};
+  }
+  PassPlan plan{};
+  plan.tiles_a_sample = static_cast<int>((tokens + kFragmentRows - 1) / kFragmentRows);
+  int64_t tiles = batch * plan.tiles_a_sample;
+  int64_t a_block = (tiles + device.multiprocessors - 1) / device.multiprocessors;
+  int64_t samples = plan.tiles_a_sample % a_block == 0 ? 1 : (a_block + plan.tiles_a_sample - 2) / plan.tiles_a_sample + 1;
+  int64_t experts = down.experts > up.experts ? down.experts : up.experts;
+  plan.tiles = static_cast<int>(tiles);
+  plan.tiles_a_block = static_cast<int>(a_block);
+  plan.blocks = static_cast<int>((tiles + a_block - 1) / a_block);
+  plan.slots = static_cast<int>(samples < experts ? samples : experts);
+  plan.planes_size = (rank * hidden + (rank > hidden ? rank : hidden) + 3) / 4 * 4;
+  auto fits = [&](bool keeps) {
+    return shared_bytes<PassMemory<T>>(static_cast<int>(warps), plan.slots, plan.tiles_a_block, keeps) <=
+           static_cast<size_t>(device.shared_bytes);
+  };
+  plan.keeps = fits(true);
+  // Planes that nobody would want: of many experts, small samples.
+  bool large = plan.planes() > 2 * batch * tokens * hidden;
+  return large || !(plan.keeps || fits(false)) ? PassPlan{} : plan;
+}
+
+}  // namespace adamix
