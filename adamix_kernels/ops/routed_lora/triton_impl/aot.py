@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...._triton_utils import DTYPES, precision
+from ..._routed_plan import fits, power_of_2
 from ..._triton_aot import POINTERS, AotCase, make_case
 from .forward import lora_forward_kernel
 from .input_grad import lora_dx_kernel
-from .plan import MAX_WIDTH, RESIDENT, SUM_BLOCK, gaps, padded_rank, row_blocks
+from .plan import RESIDENT, SUM_BLOCK, gaps, padded_rank, row_blocks
 from .tables import config, register_limit
 from .weight_grad import lora_grads_kernel, lora_sum_kernel
 
@@ -45,8 +46,8 @@ def _cases(capability):
 
 def _common(dtype, experts, groups, r, seed):
     offsets = tuple(2 * g * _HIDDEN for g in range(groups))
-    scalars = dict.fromkeys(("num_rows", "split_tiles", "a_divisor", "b_divisor", "threshold"), "i32")
-    return scalars | dict(
+    scalars = ("span", "num_rows", "split_tiles", "a_divisor", "b_divisor", "threshold")
+    return dict.fromkeys(scalars, "i32") | dict(
         a_index_ptr="*i64", b_index_ptr=None, perm_ptr=None, seed_ptr="*i64" if seed else None,
         inv_keep="fp32", scaling="fp32", K=_HIDDEN, RANK=r, NG=_HIDDEN, WIDTH=(2 * groups - 1) * _HIDDEN,
         OFFSETS=offsets, A_EXPERTS=experts, B_EXPERTS=1, DOT=DTYPES[dtype], PRECISION=precision(dtype),
@@ -54,25 +55,27 @@ def _common(dtype, experts, groups, r, seed):
 
 
 def _tile_cases(name, dtype, capability, experts, groups, r, per_token, dropout):
-    block = padded_rank(groups * r)
-    padded = 1 << (experts - 1).bit_length()
-    wide = padded if per_token and padded * block <= MAX_WIDTH else 0
-    arguments = _common(dtype, experts, groups, r, dropout) | dict(BLOCK_R=block, CHUNKS=-(-groups * r // block))
-    arguments["perm_ptr"] = "*i64" if per_token and not wide else None
+    packed = groups * r
+    masked = per_token and fits(experts, packed)
+    rp = power_of_2(packed) if masked else padded_rank(packed)
+    padded = max(power_of_2(experts) if masked else 1, 16 // rp)
+    order = "*i64" if per_token and not masked else None
+    arguments = _common(dtype, experts, groups, r, dropout)
+    arguments |= dict(RP=rp, CHUNKS=-(-packed // rp), perm_ptr=order, start_ptr=order, stop_ptr=order)
     # Each kernel is compiled with the per-token side where it meets it first: A forward, B in the input gradient.
-    sides = ((lora_forward_kernel, "A_EXPERTS", "B_EXPERTS"), (lora_dx_kernel, "B_EXPERTS", "A_EXPERTS"))
-    for kernel, first, second in sides:
-        width = block * max(wide, 1)
+    for kernel, first, second in ((lora_forward_kernel, "A", "B"), (lora_dx_kernel, "B", "A")):
+        width = rp * padded
         chosen = config(kernel.__name__, capability, dtype.itemsize, width)
-        index = dict(a_index_ptr="*i64", b_index_ptr="*i64")
-        if not per_token:
-            index["b_index_ptr" if first == "A_EXPERTS" else "a_index_ptr"] = None
+        own = {}
+        for side, count, mask in ((first, experts, masked), (second, experts if masked else 1, masked)):
+            columns = padded if mask else max(1, 16 // rp)
+            own |= {f"{side}_EXPERTS": count, f"{side}_PADDED": columns, f"{side}_MASKED": mask}
+            own[f"{side.lower()}_index_ptr"] = "*i64" if count > 1 else None
+        own["GAPS"] = gaps(arguments["OFFSETS"], _HIDDEN, arguments["WIDTH"])
         tensors = ("x_ptr", "a_ptr", "b_ptr", "base_ptr", "out_ptr", "t_ptr", "grad_ptr", "dx_ptr", "dt_ptr")
+        own |= dict.fromkeys(tensors, POINTERS[dtype])
         for rows in row_blocks(chosen.rows):
-            own = dict(index, WIDE=wide, BLOCK_M=rows, BLOCK_C=chosen.cols)
-            own |= {first: experts, second: experts if per_token else 1}
-            own["GAPS"] = gaps(arguments["OFFSETS"], _HIDDEN, arguments["WIDTH"])
-            own |= dict.fromkeys(tensors, POINTERS[dtype])
+            own |= dict(BLOCK_M=rows, BLOCK_C=chosen.cols, STAGES=chosen.num_stages)
             limit = register_limit(dtype.itemsize, width)
             yield _case(kernel, f"{name}_rows{rows}", dtype, chosen, arguments | own, limit)
 

@@ -9,7 +9,18 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
-from .tiles import keep_tile, row_keys, tile_rows
+from .tiles import keep_tile, row_keys
+
+
+@triton.jit
+def tile_rows(pid, perm_ptr, num_rows, BLOCK_M: tl.constexpr):
+    """Row numbers [BLOCK_M] int32 of a tile, in the order of perm when there is one, and which of them exist."""
+    rows = pid * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = rows < num_rows
+    if perm_ptr is not None:
+        rows = tl.load(perm_ptr + rows, mask=exists, other=0).to(tl.int32)
+    return rows, exists
+
 
 
 @triton.jit
