@@ -14,8 +14,8 @@ from ..._triton_plans import Planned
 from .aot import aot_cases
 from .forward import lora_forward_kernel
 from .input_grad import lora_dx_kernel
-from .plan import SUM_BLOCK, gaps, make_call
-from .weight_grad import lora_grads_kernel, lora_sum_kernel
+from .plan import gaps, make_call
+from .weights import weight_grads
 
 __all__ = ["aot_cases", "backward", "direct", "forward", "unsupported"]
 
@@ -52,38 +52,21 @@ def backward(
     dx, da, db = (grad if wanted else None for grad, (_, wanted) in zip(grads, needed, strict=True))
     grad_out, x, t, lora_a, lora_b = (z.contiguous() for z in (grad_out, x, t, lora_a, lora_b))
     scalars = call.scalars(dropout_p, scaling)
-    dt = None
+    dt = keys = None
     if need_x or need_a:
         dt = memory(t, *t.shape)
+        if need_a and seed is not None:
+            # A row's keys of the mask, which each block of features would compute anew.
+            keys = memory(x, call.rows, 2, dtype=torch.int32)
         meta, grid, order = call.tiles("lora_dx_kernel", x.shape[2] if need_x else 1)
         launch(
             lora_dx_kernel, grid, x.device,
-            grad_out, lora_a, lora_b, call.plan.down.index, call.plan.up.index, seed, dx, dt, *order,
+            grad_out, lora_a, lora_b, call.plan.down.index, call.plan.up.index, seed, dx, dt, keys, *order,
             *scalars, **meta,
         )  # fmt: skip
     if need_a or need_b:
-        _weight_grads(x, grad_out, dt, t, seed, da, db, scalars, call)
+        weight_grads(x, grad_out, dt, t, keys, da, db, *scalars[3:], call)
     return tuple(grads)
-
-
-def _weight_grads(x, grad_out, dt, t, seed, da, db, scalars, call):
-    """Fills da and db; None for one that is not needed."""
-    meta, grid, split_tiles = call.grads(da is not None, db is not None)
-    splits = grid[1]
-    planes = da, db
-    if splits > 1:
-        planes = [None if d is None else memory(d, splits, *d.shape, dtype=torch.float32) for d in (da, db)]
-    launch(
-        lora_grads_kernel, grid, x.device,
-        x, grad_out, dt, t, call.plan.down.index, call.plan.up.index, seed, None, *planes, split_tiles, call.rows,
-        *scalars[1:], **meta,
-    )  # fmt: skip
-    if splits > 1:
-        sizes = [0 if d is None else d.numel() for d in (da, db)]
-        blocks = sum(-(-size // SUM_BLOCK) for size in sizes)
-        launch(
-            lora_sum_kernel, (blocks,), x.device, *planes, da, db, *sizes, splits, BLOCK=SUM_BLOCK, num_warps=4
-        )  # fmt: skip
 
 
 def _forward_in_place(*arguments):

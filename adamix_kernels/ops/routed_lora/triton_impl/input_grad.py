@@ -10,7 +10,8 @@ from .tiles import expand, group_columns, row_keys, shrink
 
 @triton.jit(do_not_specialize=["span", "a_divisor", "b_divisor", "threshold"])
 def lora_dx_kernel(
-    grad_ptr, a_ptr, b_ptr, a_index_ptr, b_index_ptr, seed_ptr, dx_ptr, dt_ptr, perm_ptr, start_ptr, stop_ptr,
+    grad_ptr, a_ptr, b_ptr, a_index_ptr, b_index_ptr, seed_ptr, dx_ptr, dt_ptr, keys_ptr,
+    perm_ptr, start_ptr, stop_ptr,
     span, a_divisor, b_divisor, threshold, inv_keep, scaling,
     K: tl.constexpr, RANK: tl.constexpr, NG: tl.constexpr, WIDTH: tl.constexpr,
     OFFSETS: tl.constexpr, RP: tl.constexpr, CHUNKS: tl.constexpr,
@@ -18,7 +19,10 @@ def lora_dx_kernel(
     B_EXPERTS: tl.constexpr, B_PADDED: tl.constexpr, B_MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """dt = scaling * dy B[j]; dx = keep / (1 - p) * (dt A[i]). Grid (row tiles, column splits); no dx_ptr, no dx."""
+    """dt = scaling * dy B[j]; dx = keep / (1 - p) * (dt A[i]); keys: row_keys [N, 2].
+
+    Grid (row tiles, column splits); no dx_ptr, no dx.
+    """
     GROUPS: tl.constexpr = len(OFFSETS)
     R: tl.constexpr = GROUPS * RANK
     DROPOUT: tl.constexpr = seed_ptr is not None
@@ -47,13 +51,16 @@ def lora_dx_kernel(
         # Every split writes the same bits.
         tl.store(dt_ptrs[:, None] + k[None, :], dt, mask=valid[:, None] & (k < R)[None, :])
 
+    key0 = 0
+    key1 = 0
+    if DROPOUT:
+        key0, key1 = row_keys(seed_ptr, rows)
+    if keys_ptr is not None:
+        tl.store(keys_ptr + long * 2, key0.to(tl.int32, bitcast=True), mask=valid)
+        tl.store(keys_ptr + long * 2 + 1, key1.to(tl.int32, bitcast=True), mask=valid)
     if dx_ptr is not None:
         if CHUNKS > 1:
             tl.debug_barrier()
-        key0 = 0
-        key1 = 0
-        if DROPOUT:
-            key0, key1 = row_keys(seed_ptr, rows)
         wrong = wrong | wrong_a
         dt = spread(poison(dt.to(DOT), wrong), i, RP, A_PADDED, A_MASKED, BLOCK_M)
         expand(

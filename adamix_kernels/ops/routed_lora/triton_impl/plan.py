@@ -20,10 +20,6 @@ MAX_RANK = 128
 MIN_PROGRAMS, WIDE = 256, 64
 # Where even the lowest tiles leave multiprocessors without a program, a tile's columns are split among programs.
 MULTIPROCESSORS = 132
-# Programs that fill a GPU a few times over, row tiles that make a split worth its plane, and most planes.
-PROGRAMS, MIN_TILES, MAX_SPLITS = 512, 4, 64
-# Elements that a program of the sum of the planes takes.
-SUM_BLOCK = 1024
 # Programs on a multiprocessor that this counts on in 16 bits; float32, and wide narrow tiles: one.
 RESIDENT, RESIDENT_WIDTH = 2, 128
 
@@ -52,6 +48,8 @@ class Call(NamedTuple):
     sizes: the constants of the model, the same for every batch.
     """
 
+    batch: int
+    tokens: int
     plan: Plan
     sizes: dict[str, Any]
     dtype: torch.dtype
@@ -59,7 +57,7 @@ class Call(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return self.plan.batch * self.plan.span
+        return self.batch * self.tokens
 
     @property
     def packed(self) -> int:
@@ -86,26 +84,6 @@ class Call(NamedTuple):
         )  # fmt: skip
         return meta, (groups.tiles, splits), groups[:3]
 
-    def grads(self, need_a: bool, need_b: bool) -> tuple[dict[str, Any], tuple[int, int, int], int]:
-        """Block sizes, grid (column blocks, splits of the rows, experts) and tiles of a split."""
-        groups, rank, per_group, k = (len(self.sizes["OFFSETS"]), *(self.sizes[s] for s in ("RANK", "NG", "K")))
-        packed = padded_rank(groups * rank)
-        chosen = config("lora_grads_kernel", self.capability, self.dtype.itemsize, packed)
-        own = padded_rank(rank)
-        blocks = (-(-k // chosen.cols) * -(-groups * rank // packed) if need_a else 0) + (
-            groups * -(-per_group // chosen.cols) * -(-rank // own) if need_b else 0
-        )
-        a, b = self.plan.down.experts, self.plan.up.experts
-        experts = max(a if need_a else 1, b if need_b else 1)
-        tiles = -(-self.rows // chosen.rows)
-        splits = max(1, min(PROGRAMS // max(blocks, 1), -(-tiles // MIN_TILES), MAX_SPLITS))
-        meta = self.sizes | self.block(chosen) | dict(
-            BLOCK_M=chosen.rows, BLOCK_RA=packed, BLOCK_RB=own, A_EXPERTS=a, B_EXPERTS=b,
-            maxnreg=register_limit(self.dtype.itemsize, packed),
-        )
-        del meta["STAGES"]
-        return meta, (blocks, splits, experts), -(-tiles // splits)
-
     def block(self, chosen) -> dict[str, Any]:
         return dict(
             BLOCK_C=chosen.cols, STAGES=chosen.num_stages, DOT=dot_dtype(self.dtype), PRECISION=precision(self.dtype),
@@ -124,7 +102,7 @@ def make_call(batch: int, tokens: int, lora_a, lora_b, a_index, b_index, offsets
     groups, (_, packed, k), (_, per_group, rank) = len(offsets), lora_a.shape, lora_b.shape
     plan = make_plan(batch, tokens, packed, a_index, b_index, lora_a.shape[0], lora_b.shape[0])
     sizes = dict(K=k, RANK=rank, NG=per_group // groups, OFFSETS=tuple(offsets), WIDTH=width)
-    return Call(plan, sizes, lora_a.dtype, capability(lora_a.device))
+    return Call(batch, tokens, plan, sizes, lora_a.dtype, capability(lora_a.device))
 
 
 def padded_rank(rank: int) -> int:

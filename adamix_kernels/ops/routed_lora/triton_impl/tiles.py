@@ -39,9 +39,10 @@ def keep_tile(key0, key1, cols, threshold):
 
     threshold: its signed bound, one or [BLOCK_M, 1].
     """
+    bound = threshold.to(tl.uint32, bitcast=True) ^ 0x80000000
     t = cols.to(tl.uint32) * 0x9E3779B9
     h = key0[:, None] * (t ^ (t * t | 1))[None, :] + key1[:, None]
-    return (h ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
+    return h >= bound
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def expand(
     """out [BLOCK_M, C] = base + scale * t @ the columns [C, W]^T, masked where DROPOUT: columns first : C : step.
 
     t: [BLOCK_M, MP * RP], NaN where a row is wrong; in CHUNKS it lies at t_ptrs, 0 there. Where MASKED, an infinity
-    among another expert's weights reaches a row as 0 * inf: such elements are written by a second pass.
+    among another expert's weights reaches a row as 0 * inf: such elements keep base, and a second pass writes them.
     """
     if DROPOUT:
         # A wrong row's NaN is kept everywhere.
@@ -118,7 +119,7 @@ def expand(
                     y = tl.dot(poison(part, wrong), w, y, input_precision=PRECISION)
         if MASKED:
             spoilt = tl.where(y == y, spoilt, 1)
-            mask = mask & (y == y)
+            y = tl.where(y == y, y, 0.0)
         y *= scale
         if DROPOUT:
             y = tl.where(keep_tile(key0, key1, c, threshold), y, 0.0)
@@ -139,7 +140,7 @@ def _expand_spoilt(
     FEATURE, C: tl.constexpr, DROPOUT: tl.constexpr, RP: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """The elements that `expand` left, where all experts' product is NaN: one product for each expert, its rows alone."""
+    """The elements that `expand` left, where the product of all experts is NaN: one for each expert, its rows alone."""
     m = tl.arange(0, MP * RP) // RP
     for start in range(first, C, step):
         # 16 features a step, to keep the registers few.
