@@ -20,11 +20,11 @@ from adamix_kernels import BackendUnavailableError, _backends
 from adamix_kernels.functional import routed_lora
 from adamix_kernels.ops._dropout import keep_mask
 from adamix_kernels.ops.routed_lora import triton_impl
-from adamix_kernels.ops.routed_lora.triton_impl import plan, tables
+from adamix_kernels.ops.routed_lora.triton_impl import plan, tables, weights
 from adamix_kernels.testing import assert_in_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-spied_launches = functools.partial(launches, triton_impl)
+spied_launches = functools.partial(launches, triton_impl, weights)
 
 
 draw = functools.partial(draw_lora, DEVICE)

@@ -14,8 +14,8 @@ from ..._triton_plans import Planned
 from .aot import aot_cases
 from .forward import lora_forward_kernel
 from .input_grad import lora_dx_kernel
-from .plan import SUM_BLOCK, gaps, make_plan
-from .weight_grad import lora_grads_kernel, lora_sum_kernel
+from .plan import gaps, make_call
+from .weights import weight_grads
 
 __all__ = ["aot_cases", "backward", "direct", "forward", "unsupported"]
 
@@ -29,13 +29,13 @@ def forward(x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, of
     t = memory(x, batch, tokens, lora_a.shape[1])
     if batch * tokens == 0:
         return out, t
-    plan = make_plan(*x.shape[:2], lora_a, lora_b, a_index, b_index, offsets, width)
-    meta, grid = plan.tiles("lora_forward_kernel", plan.a_wide, width)
+    call = make_call(*x.shape[:2], lora_a, lora_b, a_index, b_index, offsets, width)
+    meta, grid, order = call.tiles("lora_forward_kernel", per_group)
     launch(
         lora_forward_kernel, grid, x.device,
-        x.contiguous(), lora_a.contiguous(), lora_b.contiguous(), plan.a_index, plan.b_index,
-        None if base is None else base.contiguous(), seed, plan.perm, out, t,
-        *plan.scalars(dropout_p, scaling), GAPS=() if inplace else gaps(offsets, per_group, width), **meta,
+        x.contiguous(), lora_a.contiguous(), lora_b.contiguous(), call.plan.down.index, call.plan.up.index,
+        None if base is None else base.contiguous(), seed, out, t, *order, *call.scalars(dropout_p, scaling),
+        GAPS=() if inplace else gaps(offsets, per_group, width), **meta,
     )  # fmt: skip
     return out, t
 
@@ -48,40 +48,25 @@ def backward(
     grads = [memory(x, *(like.shape if wanted else (0,))) for like, wanted in needed]
     if x.shape[0] * x.shape[1] == 0:
         return tuple(grad.zero_() for grad in grads)
-    plan = make_plan(*x.shape[:2], lora_a, lora_b, a_index, b_index, offsets, grad_out.shape[2])
+    call = make_call(*x.shape[:2], lora_a, lora_b, a_index, b_index, offsets, grad_out.shape[2])
     dx, da, db = (grad if wanted else None for grad, (_, wanted) in zip(grads, needed, strict=True))
     grad_out, x, t, lora_a, lora_b = (z.contiguous() for z in (grad_out, x, t, lora_a, lora_b))
-    scalars = plan.scalars(dropout_p, scaling)
-    dt = None
+    scalars = call.scalars(dropout_p, scaling)
+    dt = keys = None
     if need_x or need_a:
         dt = memory(t, *t.shape)
-        meta, grid = plan.tiles("lora_dx_kernel", plan.b_wide, x.shape[2] if need_x else 1)
+        if need_a and seed is not None:
+            # A row's keys of the mask, which each block of features would compute anew.
+            keys = memory(x, call.rows, 2, dtype=torch.int32)
+        meta, grid, order = call.tiles("lora_dx_kernel", x.shape[2] if need_x else 1)
         launch(
             lora_dx_kernel, grid, x.device,
-            grad_out, lora_a, lora_b, plan.a_index, plan.b_index, seed, plan.perm, dx, dt, *scalars, **meta,
+            grad_out, lora_a, lora_b, call.plan.down.index, call.plan.up.index, seed, dx, dt, keys, *order,
+            *scalars, **meta,
         )  # fmt: skip
     if need_a or need_b:
-        _weight_grads(x, grad_out, dt, t, seed, da, db, scalars, plan)
+        weight_grads(x, grad_out, dt, t, keys, da, db, *scalars[3:], call)
     return tuple(grads)
-
-
-def _weight_grads(x, grad_out, dt, t, seed, da, db, scalars, plan):
-    """Fills da and db; None for one that is not needed."""
-    meta, grid, split_tiles = plan.grads(da is not None, db is not None)
-    splits = grid[1]
-    planes = da, db
-    if splits > 1:
-        planes = [None if d is None else memory(d, splits, *d.shape, dtype=torch.float32) for d in (da, db)]
-    launch(
-        lora_grads_kernel, grid, x.device,
-        x, grad_out, dt, t, plan.a_index, plan.b_index, seed, plan.perm, *planes, split_tiles, *scalars, **meta,
-    )  # fmt: skip
-    if splits > 1:
-        sizes = [0 if d is None else d.numel() for d in (da, db)]
-        blocks = sum(-(-size // SUM_BLOCK) for size in sizes)
-        launch(
-            lora_sum_kernel, (blocks,), x.device, *planes, da, db, *sizes, splits, BLOCK=SUM_BLOCK, num_warps=4
-        )  # fmt: skip
 
 
 def _forward_in_place(*arguments):

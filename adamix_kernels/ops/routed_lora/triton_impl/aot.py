@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...._triton_utils import DTYPES, precision
+from ..._routed_plan import fits, power_of_2
 from ..._triton_aot import POINTERS, AotCase, make_case
 from .forward import lora_forward_kernel
 from .input_grad import lora_dx_kernel
-from .plan import MAX_WIDTH, RESIDENT, SUM_BLOCK, gaps, padded_rank, row_blocks
+from .plan import RESIDENT, gaps, padded_rank, row_blocks
+from .plane_sum import lora_sum_kernel
 from .tables import config, register_limit
-from .weight_grad import lora_grads_kernel, lora_sum_kernel
+from .weight_grad import lora_grads_kernel
+from .weights import SUM_BLOCK
 
 # Features and columns of a group in the compiled cases: a multiple of every block, as in the models LoRA serves.
 _HIDDEN = 1024
@@ -40,13 +43,13 @@ def _cases(capability):
             yield from _tile_cases(name, dtype, capability, *shape)
             yield _grads_case(name, dtype, capability, *shape)
         yield from _inplace_cases("sample_m4_r4_qv", dtype, capability)
-        yield _sum_case(dtype)
+        yield from _sum_cases(dtype)
 
 
 def _common(dtype, experts, groups, r, seed):
     offsets = tuple(2 * g * _HIDDEN for g in range(groups))
-    scalars = dict.fromkeys(("num_rows", "split_tiles", "a_divisor", "b_divisor", "threshold"), "i32")
-    return scalars | dict(
+    scalars = ("span", "a_divisor", "b_divisor", "threshold")
+    return dict.fromkeys(scalars, "i32") | dict(
         a_index_ptr="*i64", b_index_ptr=None, perm_ptr=None, seed_ptr="*i64" if seed else None,
         inv_keep="fp32", scaling="fp32", K=_HIDDEN, RANK=r, NG=_HIDDEN, WIDTH=(2 * groups - 1) * _HIDDEN,
         OFFSETS=offsets, A_EXPERTS=experts, B_EXPERTS=1, DOT=DTYPES[dtype], PRECISION=precision(dtype),
@@ -54,25 +57,27 @@ def _common(dtype, experts, groups, r, seed):
 
 
 def _tile_cases(name, dtype, capability, experts, groups, r, per_token, dropout):
-    block = padded_rank(groups * r)
-    padded = 1 << (experts - 1).bit_length()
-    wide = padded if per_token and padded * block <= MAX_WIDTH else 0
-    arguments = _common(dtype, experts, groups, r, dropout) | dict(BLOCK_R=block, CHUNKS=-(-groups * r // block))
-    arguments["perm_ptr"] = "*i64" if per_token and not wide else None
+    packed = groups * r
+    masked = per_token and fits(experts, packed)
+    rp = power_of_2(packed) if masked else padded_rank(packed)
+    padded = max(power_of_2(experts) if masked else 1, 16 // rp)
+    order = "*i64" if per_token and not masked else None
+    arguments = _common(dtype, experts, groups, r, dropout)
+    arguments |= dict(RP=rp, CHUNKS=-(-packed // rp), perm_ptr=order, start_ptr=order, stop_ptr=order)
     # Each kernel is compiled with the per-token side where it meets it first: A forward, B in the input gradient.
-    sides = ((lora_forward_kernel, "A_EXPERTS", "B_EXPERTS"), (lora_dx_kernel, "B_EXPERTS", "A_EXPERTS"))
-    for kernel, first, second in sides:
-        width = block * max(wide, 1)
+    for kernel, first, second in ((lora_forward_kernel, "A", "B"), (lora_dx_kernel, "B", "A")):
+        width = rp * padded
         chosen = config(kernel.__name__, capability, dtype.itemsize, width)
-        index = dict(a_index_ptr="*i64", b_index_ptr="*i64")
-        if not per_token:
-            index["b_index_ptr" if first == "A_EXPERTS" else "a_index_ptr"] = None
+        own = {}
+        for side, count, mask in ((first, experts, masked), (second, experts if masked else 1, masked)):
+            columns = padded if mask else max(1, 16 // rp)
+            own |= {f"{side}_EXPERTS": count, f"{side}_PADDED": columns, f"{side}_MASKED": mask}
+            own[f"{side.lower()}_index_ptr"] = "*i64" if count > 1 else None
+        own["GAPS"] = gaps(arguments["OFFSETS"], _HIDDEN, arguments["WIDTH"])
         tensors = ("x_ptr", "a_ptr", "b_ptr", "base_ptr", "out_ptr", "t_ptr", "grad_ptr", "dx_ptr", "dt_ptr")
+        own |= dict.fromkeys(tensors, POINTERS[dtype]) | dict(keys_ptr="*i32" if dropout else None)
         for rows in row_blocks(chosen.rows):
-            own = dict(index, WIDE=wide, BLOCK_M=rows, BLOCK_C=chosen.cols)
-            own |= {first: experts, second: experts if per_token else 1}
-            own["GAPS"] = gaps(arguments["OFFSETS"], _HIDDEN, arguments["WIDTH"])
-            own |= dict.fromkeys(tensors, POINTERS[dtype])
+            own |= dict(BLOCK_M=rows, BLOCK_C=chosen.cols, STAGES=chosen.num_stages)
             limit = register_limit(dtype.itemsize, width)
             yield _case(kernel, f"{name}_rows{rows}", dtype, chosen, arguments | own, limit)
 
@@ -84,19 +89,39 @@ def _inplace_cases(name, dtype, capability):
 
 
 def _grads_case(name, dtype, capability, experts, groups, r, per_token, dropout):
-    block = padded_rank(groups * r)
-    chosen = config(lora_grads_kernel.__name__, capability, dtype.itemsize, block)
     arguments = _common(dtype, experts, groups, r, dropout)
+    # (experts, narrow columns, index); B is shared.
+    sides = {"A": (experts, groups * r, "*i64"), "B": (1, r, None)}
+    width = 0
+    for side, (count, columns, index) in sides.items():
+        mode, rp, padded = "all", padded_rank(columns), 1
+        if count > 1:
+            mode = "parts" if not per_token else "tokens" if fits(count, columns) else "sorted"
+        if mode == "tokens":
+            rp = power_of_2(columns)
+            padded = max(power_of_2(count), 16 // rp)
+        width = max(width, rp * padded)
+        arguments |= {f"{side}_MODE": mode, f"{side}_EXPERTS": count, f"{side}_PADDED": padded, f"{side}_RP": rp}
+        low, order = side.lower(), "*i64" if mode == "sorted" else None
+        arguments |= {f"{low}_perm_ptr": order, f"{low}_edges_ptr": order, f"{low}_plane_ptr": "*fp32"}
+        arguments[f"{low}_index_ptr"] = index if mode == "tokens" else None
+        arguments |= dict.fromkeys((f"{low}_share", f"{low}_splits"), "i32")
+    chosen = config(lora_grads_kernel.__name__, capability, dtype.itemsize, width)
     arguments |= dict.fromkeys(("x_ptr", "grad_ptr", "dt_ptr", "t_ptr"), POINTERS[dtype])
-    arguments |= dict(a_plane_ptr="*fp32", b_plane_ptr="*fp32", BLOCK_M=chosen.rows, BLOCK_C=chosen.cols)
-    arguments |= dict(BLOCK_RA=block, BLOCK_RB=padded_rank(r), perm_ptr="*i64" if "grouped" in name else None)
-    return _case(lora_grads_kernel, name, dtype, chosen, arguments, register_limit(dtype.itemsize, block))
+    arguments |= dict.fromkeys(("num_rows", "batch", "a_programs"), "i32")
+    arguments |= dict(BLOCK_M=chosen.rows, BLOCK_C=chosen.cols, STAGES=chosen.num_stages)
+    arguments["keys_ptr"] = "*i32" if dropout else None
+    return _case(lora_grads_kernel, name, dtype, chosen, arguments, register_limit(dtype.itemsize, width))
 
 
-def _sum_case(dtype):
-    arguments = dict(a_plane_ptr="*fp32", b_plane_ptr="*fp32", da_ptr=POINTERS[dtype], db_ptr=POINTERS[dtype])
-    arguments |= dict.fromkeys(("a_size", "b_size", "splits"), "i32") | dict(BLOCK=SUM_BLOCK)
-    return _case(lora_sum_kernel, "any", dtype, None, arguments)
+def _sum_cases(dtype):
+    arguments = dict.fromkeys(("a_plane_ptr", "b_plane_ptr"), "*fp32") | dict(b_index_ptr=None, BLOCK=SUM_BLOCK)
+    arguments |= dict.fromkeys(("da_ptr", "db_ptr"), POINTERS[dtype])
+    arguments |= dict.fromkeys(("batch", "a_share", "a_splits", "a_programs", "b_share", "b_splits"), "i32")
+    arguments |= dict(A_SIZE=16 * _HIDDEN, A_EXPERTS=4, B_SIZE=16 * _HIDDEN, B_MODE="all", B_EXPERTS=1)
+    for mode, index in (("parts", "*i64"), ("samples", "*i64"), ("tokens", None)):
+        own = dict(A_MODE=mode, a_index_ptr=index)
+        yield _case(lora_sum_kernel, mode, dtype, None, arguments | own)
 
 
 def _case(fn, name, dtype, chosen, arguments, maxnreg=255) -> AotCase:

@@ -8,10 +8,10 @@ from ..._triton_tables import Config, lookup
 # multiplied at once. Config(rows, cols, num_warps, num_stages); few rows in a call lower `rows`.
 _TILE = {
     80: {
-        (2, 16): Config(32, 128, 4, 3),
-        (2, 32): Config(32, 128, 4, 3),
-        (2, 64): Config(32, 64, 4, 3),
-        (2, 128): Config(32, 32, 4, 2),
+        (2, 16): Config(32, 256, 4, 3),
+        (2, 32): Config(32, 256, 4, 3),
+        (2, 64): Config(32, 128, 4, 3),
+        (2, 128): Config(32, 128, 4, 3),
         (2, 256): Config(32, 64, 8, 2),
         (4, 16): Config(32, 64, 4, 2),
         (4, 32): Config(32, 32, 4, 2),
@@ -22,14 +22,16 @@ _TILE = {
 }
 _GRADS = {
     80: {
-        (2, 16): Config(64, 64, 4, 3),
-        (2, 32): Config(64, 64, 4, 3),
+        (2, 16): Config(64, 128, 4, 3),
+        (2, 32): Config(64, 128, 4, 3),
         (2, 64): Config(64, 128, 4, 2),
         (2, 128): Config(64, 64, 4, 2),
+        (2, 256): Config(64, 64, 8, 2),
         (4, 16): Config(32, 128, 4, 2),
         (4, 32): Config(32, 128, 4, 2),
         (4, 64): Config(32, 64, 4, 2),
         (4, 128): Config(32, 64, 8, 2),
+        (4, 256): Config(32, 32, 8, 1),
     },
 }
 TABLES = {"lora_forward_kernel": _TILE, "lora_dx_kernel": _TILE, "lora_grads_kernel": _GRADS}

@@ -1,135 +1,191 @@
 """Second and third launch of the backward, without atomics.
 
-dA[m] = sum dt_n dropout(x)_n^T and dB[m] = scaling * sum dy_n t_n^T over the rows n routed to m. Each (block of
-features, split of the rows, expert) writes its own float32 plane, zero where the expert served no row; the planes
-are summed first to last. x is read once, dy once more than in the first launch.
+dA[m] = sum dt_n dropout(x)_n^T and dB[m] = scaling * sum dy_n t_n^T over the rows n routed to m. The rows are split;
+each program sums one block of features over one split into float32 planes, and the planes are summed first to last.
+x is read once, dy once more than in the first launch. How a side's rows find their expert (MODE; weights.py decides):
+
+    all      the bank has one expert; a plane for each split
+    parts    a split is part of a sample: of one expert, which only the sum needs to know; a plane for each split
+    samples  a split is some whole samples: planes [split, expert], of which those it has no sample for stay unwritten
+    tokens   rows differ in expert: one product with every row's narrow columns in its own expert's place
+    sorted   rows are grouped by expert; programs for each, planes [split, expert]
 """
 
 import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
-from .tiles import keep_tile, row_keys, tile_rows
+from .tiles import keep_tile
 
 
 @triton.jit
-def _mine(index_ptr, rows, exists, divisor, expert):
-    """Which rows [BLOCK_M] go through `expert`: those of a wrong id through none."""
-    return tl.load(index_ptr + rows // divisor, mask=exists, other=-1) == expert
-
-
-@triton.jit
-def _accumulate(
-    small_ptr, wide_ptr, index_ptr, seed_ptr, perm_ptr, out_ptrs, out_ok, k, k_ok, cols, cols_ok, expert,
-    row_lo, row_hi, num_rows, divisor, threshold, scale,
-    SMALL_STRIDE: tl.constexpr, WIDE_STRIDE: tl.constexpr, DROPOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr, DOT: tl.constexpr,
+def _products(
+    acc, begin, end, own, small_ptr, wide_ptr, index_ptr, perm_ptr, keys_ptr, divisor, threshold,
+    m, k, k_ok, cols,
+    SMALL_STRIDE: tl.constexpr, WIDE_STRIDE: tl.constexpr, C: tl.constexpr, EXPERTS: tl.constexpr,
+    CHECKED: tl.constexpr, SPREAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """out [BLOCK_R, BLOCK_C] = scale * small^T wide over the expert's rows among tiles row_lo : row_hi."""
-    first = row_lo
-    last = row_hi
-    if index_ptr is not None:
-        # Only the tiles from the expert's first row to its last; none leaves an exact zero.
-        first = row_hi
-        last = row_lo
-        for tile in range(row_lo, row_hi):
-            rows, exists = tile_rows(tile, perm_ptr, num_rows, BLOCK_M)
-            found = tl.max(_mine(index_ptr, rows, exists, divisor, expert).to(tl.int32), 0) > 0
-            first = tl.where(found, tl.minimum(first, tile), first)
-            last = tl.where(found, tile + 1, last)
-    acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for tile in range(first, last):
-        rows, mine = tile_rows(tile, perm_ptr, num_rows, BLOCK_M)
-        if index_ptr is not None:
-            mine = _mine(index_ptr, rows, mine, divisor, expert)
-        small = tl.load(
-            small_ptr + (rows.to(tl.int64) * SMALL_STRIDE)[None, :] + k[:, None],
-            mask=k_ok[:, None] & mine[None, :],
-            other=0.0,
-        )
-        wide = tl.load(
-            wide_ptr + (rows.to(tl.int64) * WIDE_STRIDE)[:, None] + cols[None, :],
-            mask=mine[:, None] & cols_ok[None, :],
-            other=0.0,
-        )
-        if DROPOUT:
-            key0, key1 = row_keys(seed_ptr, rows)
-            wide = tl.where(keep_tile(key0, key1, cols, threshold), wide.to(DOT), 0.0)
-        acc = tl.dot(small.to(DOT), wide.to(DOT), acc, input_precision=PRECISION)
-    tl.store(out_ptrs, narrow(acc * scale, out_ptrs.dtype.element_ty), mask=out_ok)
+    """acc [W, BLOCK_C] += small^T wide over rows begin : end; SPREAD: of every row the columns k of its expert m.
+
+    CHECKED: only rows whose id is `own`.
+    """
+    for start in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
+        rows = start + tl.arange(0, BLOCK_M)
+        valid = rows < end
+        if perm_ptr is not None:
+            rows = tl.load(perm_ptr + rows, mask=valid, other=0).to(tl.int32)
+        if CHECKED or SPREAD:
+            ids = tl.load(index_ptr + rows // divisor, mask=valid, other=-1)
+            if CHECKED:
+                valid = valid & (ids == own)
+            else:
+                valid = valid & (ids >= 0) & (ids < EXPERTS)
+        live = k_ok[:, None] & valid[None, :]
+        if SPREAD:
+            live = live & (m[:, None] == ids[None, :])
+        long = rows.to(tl.int64)
+        small = tl.load(small_ptr + (long * SMALL_STRIDE)[None, :] + k[:, None], mask=live, other=0.0).to(DOT)
+        inside = valid[:, None]
+        if C % BLOCK_C != 0:
+            inside = inside & (cols < C)[None, :]
+        wide = tl.load(wide_ptr + (long * WIDE_STRIDE)[:, None] + cols[None, :], mask=inside, other=0.0).to(DOT)
+        if keys_ptr is not None:
+            key0 = tl.load(keys_ptr + long * 2, mask=valid, other=0).to(tl.uint32, bitcast=True)
+            key1 = tl.load(keys_ptr + long * 2 + 1, mask=valid, other=0).to(tl.uint32, bitcast=True)
+            wide = tl.where(keep_tile(key0, key1, cols, threshold), wide, 0.0)
+        acc = tl.dot(small, wide, acc, input_precision=PRECISION)
+    return acc
 
 
-@triton.jit(do_not_specialize=["num_rows", "split_tiles", "a_divisor", "b_divisor", "threshold"])
+@triton.jit
+def _side(
+    program, small_ptr, wide_ptr, index_ptr, perm_ptr, edges_ptr, keys_ptr, plane_ptr, k0, cols,
+    num_rows, batch, span, divisor, share, splits, threshold, scale,
+    R: tl.constexpr, RP: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, K_STRIDE: tl.constexpr,
+    C_STRIDE: tl.constexpr, SMALL_STRIDE: tl.constexpr, WIDE_STRIDE: tl.constexpr,
+    MODE: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """One block of features, narrow columns k0 : k0 + RP of R, of split `program` (and expert, where sorted)."""
+    W: tl.constexpr = PADDED * RP
+    SPREAD: tl.constexpr = MODE == "tokens"
+    # The id of a bank of one says which rows are wrong.
+    CHECKED: tl.constexpr = MODE == "all" and index_ptr is not None
+    WIDE: tl.constexpr = "ieee" if PRECISION == "tf32x3" and W > 128 else PRECISION
+    column = tl.arange(0, W)
+    m = column // RP
+    k = k0 + column % RP
+    # Without a comparison that is always true, whose vectors would be narrower.
+    k_ok = m < EXPERTS
+    if R % RP != 0:
+        k_ok = k_ok & (k < R)
+    to = (k * K_STRIDE)[:, None] + (cols * C_STRIDE)[None, :]
+    mask = k_ok[:, None] & (cols < C)[None, :]
+    zeros = tl.zeros([W, BLOCK_C], tl.float32)
+    if MODE == "samples":
+        low = program * share
+        high = tl.minimum(low + share, batch)
+        for b in range(low, high):
+            own = tl.load(index_ptr + b)
+            fresh = (own >= 0) & (own < EXPERTS)
+            for e in range(low, b):
+                fresh = fresh & (tl.load(index_ptr + e) != own)
+            if fresh:
+                acc = zeros
+                for e in range(b, high):
+                    end = tl.where(tl.load(index_ptr + e) == own, (e + 1) * span, e * span)
+                    acc = _products(
+                        acc, e * span, end, own, small_ptr, wide_ptr, None, None, keys_ptr, divisor, threshold,
+                        m, k, k_ok, cols, SMALL_STRIDE, WIDE_STRIDE, C, EXPERTS, False, False,
+                        BLOCK_M, BLOCK_C, STAGES, WIDE, DOT,
+                    )  # fmt: skip
+                at = (program * EXPERTS + own).to(tl.int64) * SIZE
+                tl.store(plane_ptr + at + to, narrow(acc * scale, plane_ptr.dtype.element_ty), mask=mask)
+    else:
+        own = program * 0
+        plane = program
+        if MODE == "sorted":
+            own = program % EXPERTS
+            split = program // EXPERTS
+            begin = tl.load(edges_ptr + own).to(tl.int32)
+            end = tl.load(edges_ptr + own + 1).to(tl.int32)
+            count = tl.cdiv(tl.cdiv(end - begin, BLOCK_M), splits) * BLOCK_M
+            begin += split * count
+            end = tl.minimum(begin + count, end)
+        elif MODE == "parts":
+            parts = tl.cdiv(span, share)
+            sample = program // parts
+            begin = sample * span + (program % parts) * share
+            end = tl.minimum(begin + share, (sample + 1) * span)
+        else:
+            begin = program * share
+            end = tl.minimum(begin + share, num_rows)
+        acc = _products(
+            zeros, begin, end, own, small_ptr, wide_ptr, index_ptr, perm_ptr, keys_ptr, divisor, threshold,
+            m, k, k_ok, cols, SMALL_STRIDE, WIDE_STRIDE, C, EXPERTS, CHECKED, SPREAD,
+            BLOCK_M, BLOCK_C, STAGES, WIDE, DOT,
+        )  # fmt: skip
+        if SPREAD:
+            plane *= EXPERTS
+            to += (m * SIZE)[:, None]
+            if tl.max(tl.reshape((acc != acc).to(tl.int32), [W * BLOCK_C], can_reorder=True), 0) > 0:
+                # What is not finite in one expert's rows reached others as 0 * inf: one product for each expert.
+                for own in range(EXPERTS):
+                    only = _products(
+                        zeros, begin, end, own, small_ptr, wide_ptr, index_ptr, perm_ptr, keys_ptr, divisor, threshold,
+                        m, k, k_ok & (m == own), cols, SMALL_STRIDE, WIDE_STRIDE, C, EXPERTS, True, False,
+                        BLOCK_M, BLOCK_C, 1, WIDE, DOT,
+                    )  # fmt: skip
+                    acc = tl.where((m == own)[:, None], only, acc)
+        tl.store(plane_ptr + plane.to(tl.int64) * SIZE + to, narrow(acc * scale, plane_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_rows", "batch", "span", "threshold",
+        "a_divisor", "a_share", "a_splits", "a_programs", "b_divisor", "b_share", "b_splits",
+    ]
+)  # fmt: skip
 def lora_grads_kernel(
-    x_ptr, grad_ptr, dt_ptr, t_ptr, a_index_ptr, b_index_ptr, seed_ptr, perm_ptr, a_plane_ptr, b_plane_ptr,
-    split_tiles, num_rows, a_divisor, b_divisor, threshold, inv_keep, scaling,
+    x_ptr, grad_ptr, dt_ptr, t_ptr, a_index_ptr, a_perm_ptr, a_edges_ptr, b_index_ptr, b_perm_ptr, b_edges_ptr,
+    keys_ptr, a_plane_ptr, b_plane_ptr, num_rows, batch, span,
+    a_divisor, a_share, a_splits, a_programs, b_divisor, b_share, b_splits, threshold, inv_keep, scaling,
     K: tl.constexpr, RANK: tl.constexpr, NG: tl.constexpr, WIDTH: tl.constexpr, OFFSETS: tl.constexpr,
-    A_EXPERTS: tl.constexpr, B_EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_RA: tl.constexpr, BLOCK_RB: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    A_MODE: tl.constexpr, A_EXPERTS: tl.constexpr, A_PADDED: tl.constexpr, A_RP: tl.constexpr,
+    B_MODE: tl.constexpr, B_EXPERTS: tl.constexpr, B_PADDED: tl.constexpr, B_RP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of A then of B, splits of the rows, experts); a program always writes its block of its plane."""
+    """Grid (programs of A, then of B); the blocks of a split's features follow each other."""
     GROUPS: tl.constexpr = len(OFFSETS)
     R: tl.constexpr = GROUPS * RANK
-    A_COLUMNS: tl.constexpr = (K + BLOCK_C - 1) // BLOCK_C
-    A_BLOCKS: tl.constexpr = 0 if a_plane_ptr is None else A_COLUMNS * ((R + BLOCK_RA - 1) // BLOCK_RA)
-    block = tl.program_id(0)
-    split = tl.program_id(1)
-    expert = tl.program_id(2)
-    row_lo = split * split_tiles
-    row_hi = tl.minimum(row_lo + split_tiles, (num_rows + BLOCK_M - 1) // BLOCK_M)
-    if block < A_BLOCKS:
-        if a_plane_ptr is not None:  # noqa: SIM102
-            if expert < A_EXPERTS:
-                k = (block // A_COLUMNS) * BLOCK_RA + tl.arange(0, BLOCK_RA)
-                cols = (block % A_COLUMNS) * BLOCK_C + tl.arange(0, BLOCK_C)
-                plane = (split * A_EXPERTS + expert).to(tl.int64) * (R * K)
-                _accumulate(
-                    dt_ptr, x_ptr, a_index_ptr, seed_ptr, perm_ptr,
-                    a_plane_ptr + plane + k[:, None] * K + cols[None, :], (k < R)[:, None] & (cols < K)[None, :],
-                    k, k < R, cols, cols < K, expert, row_lo, row_hi, num_rows, a_divisor, threshold, inv_keep,
-                    R, K, seed_ptr is not None, BLOCK_M, BLOCK_C, BLOCK_RA, PRECISION, DOT,
-                )  # fmt: skip
-    else:
-        if b_plane_ptr is not None:  # noqa: SIM102
-            if expert < B_EXPERTS:
-                B_COLUMNS: tl.constexpr = (NG + BLOCK_C - 1) // BLOCK_C
-                CHUNKS: tl.constexpr = (RANK + BLOCK_RB - 1) // BLOCK_RB
-                block -= A_BLOCKS
-                group = block // (B_COLUMNS * CHUNKS)
-                offset = 0
-                for g in tl.static_range(GROUPS):
-                    offset = tl.where(group == g, OFFSETS[g], offset)
-                k = (block // B_COLUMNS % CHUNKS) * BLOCK_RB + tl.arange(0, BLOCK_RB)
-                cols = (block % B_COLUMNS) * BLOCK_C + tl.arange(0, BLOCK_C)
-                plane = ((split * B_EXPERTS + expert).to(tl.int64) * GROUPS + group) * (NG * RANK)
-                _accumulate(
-                    t_ptr + group * RANK, grad_ptr + offset, b_index_ptr, seed_ptr, perm_ptr,
-                    b_plane_ptr + plane + k[:, None] + cols[None, :] * RANK,
-                    (k < RANK)[:, None] & (cols < NG)[None, :],
-                    k, k < RANK, cols, cols < NG, expert, row_lo, row_hi, num_rows, b_divisor, 0, scaling,
-                    R, WIDTH, False, BLOCK_M, BLOCK_C, BLOCK_RB, PRECISION, DOT,
-                )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["splits"])
-def lora_sum_kernel(a_plane_ptr, b_plane_ptr, da_ptr, db_ptr, a_size, b_size, splits, BLOCK: tl.constexpr):
-    """out = sum of the planes, first to last; blocks of dA, then blocks of dB."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    a_end = (a_size + BLOCK - 1) // BLOCK * BLOCK
-    acc = tl.zeros([BLOCK], tl.float32)
-    if tl.program_id(0) * BLOCK < a_end:
-        if da_ptr is not None:
-            planes = a_plane_ptr + at
-            for _ in range(splits):
-                acc += tl.load(planes, mask=at < a_size, other=0.0)
-                planes += a_size
-            tl.store(da_ptr + at, narrow(acc, da_ptr.dtype.element_ty), mask=at < a_size)
-    else:
-        if db_ptr is not None:
-            at -= a_end
-            planes = b_plane_ptr + at
-            for _ in range(splits):
-                acc += tl.load(planes, mask=at < b_size, other=0.0)
-                planes += b_size
-            tl.store(db_ptr + at, narrow(acc, db_ptr.dtype.element_ty), mask=at < b_size)
+    program = tl.program_id(0)
+    if a_plane_ptr is not None:  # noqa: SIM102
+        if program < a_programs:
+            A_COLUMNS: tl.constexpr = (K + BLOCK_C - 1) // BLOCK_C
+            A_BLOCKS: tl.constexpr = A_COLUMNS * ((R + A_RP - 1) // A_RP)
+            block = program % A_BLOCKS
+            _side(
+                program // A_BLOCKS, dt_ptr, x_ptr, a_index_ptr, a_perm_ptr, a_edges_ptr, keys_ptr, a_plane_ptr,
+                (block // A_COLUMNS) * A_RP, (block % A_COLUMNS) * BLOCK_C + tl.arange(0, BLOCK_C),
+                num_rows, batch, span, a_divisor, a_share, a_splits, threshold, inv_keep,
+                R, A_RP, K, R * K, K, 1, R, K, A_MODE, A_EXPERTS, A_PADDED, BLOCK_M, BLOCK_C, STAGES, PRECISION, DOT,
+            )  # fmt: skip
+    if b_plane_ptr is not None:  # noqa: SIM102
+        if program >= a_programs:
+            B_COLUMNS: tl.constexpr = (NG + BLOCK_C - 1) // BLOCK_C
+            CHUNKS: tl.constexpr = (RANK + B_RP - 1) // B_RP
+            B_BLOCKS: tl.constexpr = GROUPS * B_COLUMNS * CHUNKS
+            block = (program - a_programs) % B_BLOCKS
+            group = block // (B_COLUMNS * CHUNKS)
+            offset = 0
+            for g in tl.static_range(GROUPS):
+                offset = tl.where(group == g, OFFSETS[g], offset)
+            _side(
+                (program - a_programs) // B_BLOCKS, t_ptr + group * RANK, grad_ptr + offset,
+                b_index_ptr, b_perm_ptr, b_edges_ptr, None, b_plane_ptr + group * (NG * RANK),
+                (block // B_COLUMNS % CHUNKS) * B_RP, (block % B_COLUMNS) * BLOCK_C + tl.arange(0, BLOCK_C),
+                num_rows, batch, span, b_divisor, b_share, b_splits, 0, scaling,
+                RANK, B_RP, NG, GROUPS * NG * RANK, 1, RANK, R, WIDTH, B_MODE, B_EXPERTS, B_PADDED,
+                BLOCK_M, BLOCK_C, STAGES, PRECISION, DOT,
+            )  # fmt: skip
