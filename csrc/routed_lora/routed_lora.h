@@ -65,6 +65,10 @@ struct RoutedLoraWeightGrad {
 };
 
 #if defined(ADAMIX_LAUNCHERS)
+// Launches nothing and returns false where rows are no 16-byte pieces, or the GPU has no such products in registers.
+template <typename T>
+bool launch_routed_lora_forward_mma(const RoutedLoraForward<T>& params, const Device& device);
+
 template <typename T>
 void launch_routed_lora_forward(const RoutedLoraForward<T>& params, const Device& device);
 
