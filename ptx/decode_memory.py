@@ -86,6 +86,13 @@ def _tiles(words: list[str], args: list[str], o: Operands) -> Decoded:
     return Decoded(words[0], values if load else [], [address, *([] if load else values)], imm)
 
 
+@decoder("movmatrix")
+def _turn(words: list[str], args: list[str], o: Operands) -> Decoded:
+    if not {"m8n8", "trans", "b16"} <= set(words):
+        raise UnknownPtxError("a tile of another kind")
+    return Decoded("movmatrix", [o.read(args[0], 4)], [o.read(args[1], 4)])
+
+
 @decoder("mma")
 def _mma(words: list[str], args: list[str], o: Operands) -> Decoded:
     shape = next(word for word in words if re.match(r"m\d+n\d+k\d+", word))

@@ -49,6 +49,14 @@ ADAMIX_DEVICE int fragment_part() { return threadIdx.x % 4; }
 // Row i of an 8 x 8 tile stands for row 8 (i / 2) + i % 2 of the memory it comes from, or 4 (i / 2) + i % 2 of ranks.
 ADAMIX_DEVICE int spread_row(int step) { return step * (fragment_row() / 2) + fragment_row() % 2; }
 
+// The same words: what is made of them is made where this stands, not before a loop around it, in more registers.
+ADAMIX_DEVICE Words here(Words words) {
+#if ADAMIX_ARCH > 0
+  asm volatile("" : "+r"(words.at[0]), "+r"(words.at[1]), "+r"(words.at[2]), "+r"(words.at[3]));
+#endif
+  return words;
+}
+
 #if defined(ADAMIX_HOST)
 template <typename T>
 ADAMIX_DEVICE float low_of(uint32_t word) {

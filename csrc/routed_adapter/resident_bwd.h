@@ -13,7 +13,8 @@ __global__ void __launch_bounds__(kResidentThreads)
     SharedMemory shared;
     ResidentMemory<T, Groups> memory(shared, blockDim.x / 32, p.rank);
     ResidentTile<T, Groups, Chunks> tile;
-    tile.load(p.grad_out, p.rows);
+    tile.place(p.rows);
+    tile.load(p.grad_out);
     ResidentExperts experts;
     experts.find(memory, tile.kRows, static_cast<int>(tile.first), tile.count, p.up, p.down);
     int64_t bank_size = static_cast<int64_t>(p.rank) * p.hidden;
@@ -45,19 +46,12 @@ __global__ void __launch_bounds__(kResidentThreads)
     }
     if (p.dx == nullptr) return;
 
-#pragma unroll
-    for (int c = 0; c < Chunks; ++c) {
-      for (int expert = experts.next(experts.wide, experts.first_wide, tile.kRows, -1); expert != kNoExpert;
-           expert = experts.next(experts.wide, experts.first_wide, tile.kRows, expert)) {
-        ResidentBank<T> bank{p.down_weight + expert * bank_size, p.hidden, p.rank};
-        tile.template wide<false, Steps>(
-            memory, c, bank, static_cast<const T*>(nullptr),
-            [&](int m, int chunk, Words& top, Words& bottom) {
-              top = bottom = Words{};
-              if (p.add_input) top = tile.rows[m][0][chunk], bottom = tile.rows[m][1][chunk];
-            },
-            p.dx, [&](int row) { return row < tile.count && (!experts.mixed || experts.wide[row] == expert); });
-      }
+    if (!p.add_input) tile.load({nullptr, 0, 0, p.grad_out.tokens, false});
+    for (int expert = experts.next(experts.wide, experts.first_wide, tile.kRows, -1); expert != kNoExpert;
+         expert = experts.next(experts.wide, experts.first_wide, tile.kRows, expert)) {
+      ResidentBank<T> bank{p.down_weight + expert * bank_size, p.hidden, p.rank};
+      tile.template wide<false, Steps>(memory, bank, static_cast<const T*>(nullptr), p.dx,
+                                       experts.template rows_of_wide<tile.kRows>(expert, tile.count));
     }
     tile.poison(experts, p.dx, p.hidden);
   }

@@ -13,7 +13,8 @@ __global__ void __launch_bounds__(kResidentThreads)
     SharedMemory shared;
     ResidentMemory<T, Groups> memory(shared, blockDim.x / 32, p.rank);
     ResidentTile<T, Groups, Chunks> tile;
-    tile.load(p.x, p.rows);
+    tile.place(p.rows);
+    tile.load(p.x);
     ResidentExperts experts;
     experts.find(memory, tile.kRows, static_cast<int>(tile.first), tile.count, p.down, p.up);
     int64_t bank_size = static_cast<int64_t>(p.rank) * p.hidden;
@@ -40,26 +41,13 @@ __global__ void __launch_bounds__(kResidentThreads)
       }
     }
 
-    bool own = p.residual.data == p.x.data;
-#pragma unroll
-    for (int c = 0; c < Chunks; ++c) {
-      for (int expert = experts.next(experts.wide, experts.first_wide, tile.kRows, -1); expert != kNoExpert;
-           expert = experts.next(experts.wide, experts.first_wide, tile.kRows, expert)) {
-        ResidentBank<T> bank{p.up_weight + expert * bank_size, p.hidden, p.rank};
-        const T* bias = p.up_bias == nullptr ? nullptr : p.up_bias + static_cast<int64_t>(expert) * p.hidden;
-        tile.template wide<true, Steps>(
-            memory, c, bank, bias,
-            [&](int m, int chunk, Words& top, Words& bottom) {
-              if (own) {
-                top = tile.rows[m][0][chunk], bottom = tile.rows[m][1][chunk];
-              } else {
-                top = tile.load_words(p.residual, m * 16 + fragment_row(), chunk);
-                bottom = tile.load_words(p.residual, m * 16 + 8 + fragment_row(), chunk);
-              }
-            },
-            p.out,
-            [&](int row) { return row < tile.count && (!experts.mixed || experts.wide[row] == expert); });
-      }
+    if (p.residual.data != p.x.data) tile.load(p.residual);
+    for (int expert = experts.next(experts.wide, experts.first_wide, tile.kRows, -1); expert != kNoExpert;
+         expert = experts.next(experts.wide, experts.first_wide, tile.kRows, expert)) {
+      ResidentBank<T> bank{p.up_weight + expert * bank_size, p.hidden, p.rank};
+      const T* bias = p.up_bias == nullptr ? nullptr : p.up_bias + static_cast<int64_t>(expert) * p.hidden;
+      tile.template wide<true, Steps>(memory, bank, bias, p.out,
+                                      experts.template rows_of_wide<tile.kRows>(expert, tile.count));
     }
     tile.poison(experts, p.pre, p.rank);
     tile.poison(experts, p.out, p.hidden);

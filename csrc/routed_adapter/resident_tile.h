@@ -24,7 +24,7 @@ struct ResidentBank {
     for (int u = 0; u < 2; ++u) {
       int rank = rank0 + spread_row(4) + 2 * u;
       Words words{};
-      if (rank < ranks) words = *reinterpret_cast<const Words*>(data + static_cast<int64_t>(rank) * cols + col);
+      if (rank < ranks) words = *reinterpret_cast<const Words*>(data + (rank * cols + col));
 #pragma unroll
       for (int k = 0; k < 4; ++k) w[k][u] = words.at[k];
     }
@@ -32,11 +32,11 @@ struct ResidentBank {
 
   // From [cols, ranks]: columns col + spread_row(8) + 2 k, ranks rank + 2 u, + 1.
   ADAMIX_DEVICE void load_cols(uint32_t (&w)[4][2], int rank, int col) const {
-    const T* from = data + static_cast<int64_t>(col + spread_row(8)) * ranks + rank;
+    int at = (col + spread_row(8)) * ranks + rank;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       TwoWords words{};
-      if (rank < ranks) words = *reinterpret_cast<const TwoWords*>(from + static_cast<int64_t>(2 * k) * ranks);
+      if (rank < ranks) words = *reinterpret_cast<const TwoWords*>(data + (at + 2 * k * ranks));
       w[k][0] = words.at[0], w[k][1] = words.at[1];
     }
   }
@@ -92,6 +92,18 @@ struct ResidentExperts {
     mixed = __syncthreads_or(differs) != 0;
   }
 
+  // Bit i: row 8 i + fragment_row() of `count` is this expert's.
+  template <int Rows>
+  ADAMIX_DEVICE uint32_t rows_of_wide(int expert, int count) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < Rows / 8; ++i) {
+      int row = 8 * i + fragment_row();
+      if (row < count && (!mixed || wide[row] == expert)) bits |= 1u << i;
+    }
+    return bits;
+  }
+
   // The smallest expert above `previous`; start with -1. All lanes call.
   ADAMIX_DEVICE int next(const int* experts, int first, int rows, int previous) const {
     if (!mixed) return previous < first ? first : kNoExpert;
@@ -112,32 +124,26 @@ struct ResidentTile {
   int64_t first;
   int count, col0;  // col0: of the lane's first words
 
-  // All threads call.
-  ADAMIX_DEVICE void load(const Rows<const T>& from, int64_t total) {
+  ADAMIX_DEVICE void place(int64_t total) {
     first = static_cast<int64_t>(blockIdx.x) * kRows;
     count = total - first < kRows ? static_cast<int>(total - first) : kRows;
     col0 = (static_cast<int>(threadIdx.x) / 32 * Chunks) * kFragmentCols + fragment_part() * 8;
+  }
+
+  // The tile's rows of a tensor; zero where it has none, or no data.
+  ADAMIX_DEVICE void load(const Rows<const T>& from) {
 #pragma unroll
     for (int i = 0; i < 2 * Groups; ++i) {
       int row = i * 8 + fragment_row();
-      const T* at = from.data + from.offset(static_cast<int>(first) + (row < count ? row : 0)) + col0;
+      bool there = row < count && from.data != nullptr;
+      const T* at = from.data + from.offset(static_cast<int>(first) + (there ? row : 0)) + col0;
 #pragma unroll
       for (int c = 0; c < Chunks; ++c) {
         Words words{};
-        if (row < count) words = *reinterpret_cast<const Words*>(at + c * kFragmentCols);
+        if (there) words = *reinterpret_cast<const Words*>(at + c * kFragmentCols);
         rows[i / 2][i % 2][c] = words;
       }
     }
-  }
-
-  // The lane's words of a chunk of another tensor's row: zero where it has none, or no such row.
-  ADAMIX_DEVICE Words load_words(const Rows<const T>& from, int row, int c) const {
-    Words words{};
-    if (from.data != nullptr && row < count) {
-      const T* at = from.data + from.offset(static_cast<int>(first) + row) + col0;
-      words = *reinterpret_cast<const Words*>(at + c * kFragmentCols);
-    }
-    return words;
   }
 
   // memory.sums[warp] = this warp's part of ranks [rank0, rank0 + 16) of tile A^T. Features: A is [ranks, cols].
@@ -189,57 +195,56 @@ struct ResidentTile {
     }
   }
 
-  // out rows = added + narrow B + bias for an expert's rows: keep(row), of at most Steps * 16 ranks. Ranks: B is
-  // [cols, ranks]. added(m, c, top, bottom): the words of 16 rows.
-  template <bool Ranks, int Steps, typename Memory, typename Added, typename Keep>
-  ADAMIX_DEVICE void wide(const Memory& memory, int c, const ResidentBank<T>& bank, const T* bias, Added added, T* out,
-                          Keep keep) const {
-    int col = col0 + c * kFragmentCols, cols = bank.cols;
-    uint32_t w[Steps][4][2];
+  // out rows = tile + narrow B + bias, of at most Steps * 16 ranks, for the rows of the bits of `keep`. Ranks: B is
+  // [cols, ranks].
+  template <bool Ranks, int Steps, typename Memory>
+  ADAMIX_DEVICE void wide(const Memory& memory, const ResidentBank<T>& bank, const T* bias, T* out,
+                          uint32_t keep) const {
+    T* to = out + (first + fragment_row()) * bank.cols + col0;
+    const uint32_t* narrow = memory.narrow + fragment_row() * 8 + fragment_part() * 2;
 #pragma unroll
-    for (int s = 0; s < Steps; ++s) {
-      if constexpr (Ranks) {
-        bank.load_cols(w[s], s * kFragmentRanks + fragment_part() * 4, col - fragment_part() * 8);
-      } else {
-        bank.load_rows(w[s], s * kFragmentRanks, col);
-        transpose_words(w[s]);
-      }
-    }
-    Words shift{};
-    if (bias != nullptr) shift = *reinterpret_cast<const Words*>(bias + col);
-#pragma unroll
-    for (int m = 0; m < Groups; ++m) {
-      float sums[4][4];
-      Words top, bottom;
-      added(m, c, top, bottom);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        sums[k][0] = low_of<T>(top.at[k]), sums[k][1] = high_of<T>(top.at[k]);
-        sums[k][2] = low_of<T>(bottom.at[k]), sums[k][3] = high_of<T>(bottom.at[k]);
-        if (bias != nullptr) {
-          float low = low_of<T>(shift.at[k]), high = high_of<T>(shift.at[k]);
-          sums[k][0] += low, sums[k][1] += high, sums[k][2] += low, sums[k][3] += high;
-        }
-      }
-      const uint32_t* from = memory.narrow + (m * 16 + fragment_row()) * 8 + fragment_part() * 2;
+    for (int c = 0; c < Chunks; ++c) {
+      int col = col0 + c * kFragmentCols;
+      uint32_t w[Steps][4][2];
 #pragma unroll
       for (int s = 0; s < Steps; ++s) {
-        if (s > 0 && s * kFragmentRanks >= bank.ranks) break;
-        TwoWords a = *reinterpret_cast<const TwoWords*>(from), b = *reinterpret_cast<const TwoWords*>(from + 64);
-        from += kRows * 8;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) multiply<T>(sums[k], a.at[0], b.at[0], a.at[1], b.at[1], w[s][k][0], w[s][k][1]);
+        if constexpr (Ranks) {
+          bank.load_cols(w[s], s * kFragmentRanks + fragment_part() * 4, col - fragment_part() * 8);
+        } else {
+          bank.load_rows(w[s], s * kFragmentRanks, col);
+          transpose_words(w[s]);
+        }
       }
-      Words high, low;
+      Words shift{};
+      if (bias != nullptr) shift = *reinterpret_cast<const Words*>(bias + col);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        low.at[k] = word_of<T>(sums[k][0], sums[k][1]);
-        high.at[k] = word_of<T>(sums[k][2], sums[k][3]);
+      for (int m = 0; m < Groups; ++m) {
+        Words top = here(rows[m][0][c]), bottom = here(rows[m][1][c]);
+        float sums[4][4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          float low = low_of<T>(shift.at[k]), high = high_of<T>(shift.at[k]);
+          sums[k][0] = low_of<T>(top.at[k]) + low, sums[k][1] = high_of<T>(top.at[k]) + high;
+          sums[k][2] = low_of<T>(bottom.at[k]) + low, sums[k][3] = high_of<T>(bottom.at[k]) + high;
+        }
+#pragma unroll
+        for (int s = 0; s < Steps; ++s) {
+          if (s > 0 && s * kFragmentRanks >= bank.ranks) break;
+          const uint32_t* at = narrow + (s * kRows + m * 16) * 8;
+          TwoWords a = *reinterpret_cast<const TwoWords*>(at), b = *reinterpret_cast<const TwoWords*>(at + 64);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) multiply<T>(sums[k], a.at[0], b.at[0], a.at[1], b.at[1], w[s][k][0], w[s][k][1]);
+        }
+        Words high, low;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          low.at[k] = word_of<T>(sums[k][0], sums[k][1]);
+          high.at[k] = word_of<T>(sums[k][2], sums[k][3]);
+        }
+        T* row = to + static_cast<int64_t>(m * 16) * bank.cols + c * kFragmentCols;
+        if (keep >> (2 * m) & 1) *reinterpret_cast<Words*>(row) = low;
+        if (keep >> (2 * m + 1) & 1) *reinterpret_cast<Words*>(row + static_cast<int64_t>(8) * bank.cols) = high;
       }
-      int row = m * 16 + fragment_row();
-      T* to = out + (first + row) * cols + col;
-      if (keep(row)) *reinterpret_cast<Words*>(to) = low;
-      if (keep(row + 8)) *reinterpret_cast<Words*>(to + static_cast<int64_t>(8) * cols) = high;
     }
   }
 

@@ -120,6 +120,28 @@ void load_tiles(Warp& w, Instruction& i, Mask m) {
   }
 }
 
+// An 8x8 tile's registers, transposed.
+void turn_tile(Warp& w, Instruction& i, Mask m) {
+  need_whole_warp(w, i, m);
+  u16 values[8][8];
+  bool bad[8][8];
+  for (int l = 0; l < kLanes; l++)
+    for_places(false, l, [&](int r, int c, int half) {
+      values[r][c] = static_cast<u16>(lanes<u32>(w, i.in[0])[l] >> 16 * half);
+      bad[r][c] = undefined(w, i.in[0]) >> l & 1;
+    });
+  Mask all = 0;
+  for (int l = 0; l < kLanes; l++) {
+    u32 v = 0;
+    for_places(true, l, [&](int r, int c, int half) {
+      v |= static_cast<u32>(values[r][c]) << 16 * half;
+      if (bad[r][c]) all |= 1u << l;
+    });
+    lanes<u32>(w, i.out[0])[l] = v;
+  }
+  set_undefined(w, i.out[0], kAll, all);
+}
+
 // in[1] and on: the tiles.
 void store_tiles(Warp& w, Instruction& i, Mask m) {
   u32 at[kLanes];
@@ -149,6 +171,7 @@ void add_matrices() {
   add_own("mma.tf32", multiply_tf32, Kind::collective);
   add_own("ldmatrix", load_tiles, Kind::collective);
   add_own("stmatrix", store_tiles, Kind::collective);
+  add_own("movmatrix", turn_tile, Kind::collective);
 }
 
 }  // namespace ptx
