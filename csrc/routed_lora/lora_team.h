@@ -30,6 +30,8 @@ struct LaneRows {
     count = rows - first < kTeamRows ? static_cast<int>(rows - first) : kTeamRows;
     warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   }
+  // Of a tile of 8 x 8 that is turned: what its row g stands for, a step of pieces away from the next pair of rows.
+  ADAMIX_DEVICE int spread(int step) const { return g / 2 * step + g % 2; }
   // Row i of the lane's four, in the team.
   ADAMIX_DEVICE int row(int i) const { return 8 * i + g; }
   // The same of all rows; the last row for one behind it.
@@ -87,5 +89,12 @@ struct NarrowRows {
     upper = load_words<uint2>(from), lower = load_words<uint2>(from + 8 * pitch);
   }
 };
+
+// sums += 16 rows times 8 columns over a step: the upper rows' and the lower rows' pieces, and the columns'.
+template <typename T>
+ADAMIX_DEVICE void multiply_step(float (&sums)[4], const uint4& upper, const uint4& lower, const uint4& cols) {
+  multiply<T>(sums, upper.x, lower.x, upper.y, lower.y, cols.x, cols.y);
+  multiply<T>(sums, upper.z, lower.z, upper.w, lower.w, cols.z, cols.w);
+}
 
 }  // namespace adamix

@@ -29,13 +29,6 @@ struct LoraTeam {
         wide_expert(memory.template take<int>(kTeamRows)) {}
 };
 
-// sums += 16 rows times 8 columns over a step: the upper rows' and the lower rows' pieces, and the columns'.
-template <typename T>
-ADAMIX_DEVICE void multiply_step(float (&sums)[4], const uint4& upper, const uint4& lower, const uint4& cols) {
-  multiply<T>(sums, upper.x, lower.x, upper.y, lower.y, cols.x, cols.y);
-  multiply<T>(sums, upper.z, lower.z, upper.w, lower.w, cols.z, cols.w);
-}
-
 // The warp's part of dropout(x) A^T into its place in team.sums; complete after a barrier. Warps that load the same
 // weights are neighbours.
 template <typename T, int Tiles>
