@@ -24,17 +24,44 @@ class DropoutMask {
 
   ADAMIX_DEVICE bool drops() const { return drops_; }
 
+  // What all elements of a row share, and eight neighbours of a column.
+  struct RowKeys {
+    uint32_t factor, offset;
+  };
+  struct EightColumns {
+    uint32_t at[8];
+    ADAMIX_DEVICE explicit EightColumns(int first) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) at[e] = of_column(first + e);
+    }
+  };
+  ADAMIX_DEVICE RowKeys of_row(int64_t row) const {
+    uint32_t low = static_cast<uint32_t>(row), high = static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
+    return {mix(mix(a_ ^ low) ^ high) | 1u, mix(mix(b_ + low) + high)};
+  }
+
+  // Eight 16-bit elements of a row, zero in the place of each that is dropped; not scaled.
+  ADAMIX_DEVICE uint4 kept(uint4 piece, const RowKeys& row, const EightColumns& columns) const {
+    uint32_t* const words[4] = {&piece.x, &piece.y, &piece.z, &piece.w};
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      if (row.factor * columns.at[e] + row.offset < threshold_) *words[e / 2] &= e % 2 == 0 ? 0xffff0000u : 0xffffu;
+    }
+    return piece;
+  }
+
   // value / (1 - p) where the element is kept, 0 where it is dropped, whatever the value.
   ADAMIX_DEVICE float apply(float value, int64_t row, int col) const {
-    uint32_t low = static_cast<uint32_t>(row), high = static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
-    uint32_t key0 = mix(mix(a_ ^ low) ^ high);
-    uint32_t key1 = mix(mix(b_ + low) + high);
-    uint32_t t = static_cast<uint32_t>(col) * 0x9E3779B9u;
-    uint32_t h = (key0 | 1u) * (t ^ (t * t | 1u)) + key1;
-    return h >= threshold_ ? value * scale_ : 0.f;
+    RowKeys keys = of_row(row);
+    return keys.factor * of_column(col) + keys.offset >= threshold_ ? value * scale_ : 0.f;
   }
 
  private:
+  static ADAMIX_DEVICE uint32_t of_column(int col) {
+    uint32_t t = static_cast<uint32_t>(col) * 0x9E3779B9u;
+    return t ^ (t * t | 1u);
+  }
+
   // The finaliser of MurmurHash3 (Austin Appleby, public domain).
   static ADAMIX_DEVICE uint32_t mix(uint32_t h) {
     h ^= h >> 16;

@@ -14,15 +14,18 @@ __global__ void __launch_bounds__(kSumThreads) plane_sum_kernel(PlaneSum<T> p) {
     int64_t left = grad.size - (at - grad.begin);
     if (g >= p.grads || at < grad.begin || left <= 0) continue;
     float sums[kSize] = {};
-    for (int share = 0; share < p.shares; ++share) {
-      const float* from = p.planes + share * p.plane_size + at;
-      if (left >= kSize) {
-        Piece<float> piece = *reinterpret_cast<const Piece<float>*>(from);
+    const float* from = p.planes + at;
+    if (left >= kSize) {
+#pragma unroll 8
+      for (int share = 0; share < p.shares; ++share) {
+        Piece<float> piece = *reinterpret_cast<const Piece<float>*>(from + share * p.plane_size);
 #pragma unroll
         for (int e = 0; e < kSize; ++e) sums[e] += piece.values[e];
-      } else {
+      }
+    } else {
+      for (int share = 0; share < p.shares; ++share) {
 #pragma unroll
-        for (int e = 0; e < kSize; ++e) sums[e] += e < left ? from[e] : 0.f;
+        for (int e = 0; e < kSize; ++e) sums[e] += e < left ? from[share * p.plane_size + e] : 0.f;
       }
     }
 #pragma unroll

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "common/checks.h"
+#include "common/fragments.h"
 #include "common/row_shares.h"
 #include "registration.h"
 
@@ -132,6 +133,37 @@ void fill(Params& params, const Call& call, const Tensor& lora_a, const Tensor& 
   params.b_aligned = is_aligned(params.lora_b, {call.rank}, sizeof(T));
 }
 
+// RoutedLoraWeightGrad::tiles, for a backward whose sides are complete.
+template <typename T>
+int count_tiles_of_ranks(const RoutedLoraWeightGrad<T>& weights, const Device& device) {
+  if constexpr (sizeof(T) != 2) return 0;
+  int tiles = 0;
+  for (const GradSide<T>* side : {&weights.a, &weights.b}) {
+    if (side->experts == 0) continue;
+    bool pieces = side->wide.aligned && side->cols % 8 == 0 && side->ranks % 4 == 0 &&
+                  reinterpret_cast<uintptr_t>(side->narrow) % 8 == 0;
+    if (!pieces) return 0;
+    tiles = std::max(tiles, ceil_div(side->ranks, 16));
+  }
+  for (int group = 0; group < weights.ranges.groups && weights.b.experts > 0; ++group) {
+    if (weights.ranges.start[group] % 8 != 0) return 0;
+  }
+  return device.capability >= kFragmentsFrom<T> && tiles <= 4 ? tiles : 0;
+}
+
+// Shares that fill the device once where each block takes half a multiprocessor's registers; planes cost at most a
+// quarter of what they sum, as in count_shares.
+template <typename T>
+int count_lora_shares(const RoutedLoraWeightGrad<T>& weights, int64_t rows, int64_t plane_size, const Device& device) {
+  int64_t jobs = lora_grad_jobs(weights.a, weights.tiles) + lora_grad_jobs(weights.b, weights.tiles), row_bytes = 0;
+  if (jobs == 0 || plane_size == 0) return 1;
+  for (const GradSide<T>* side : {&weights.a, &weights.b}) {
+    if (side->experts > 0) row_bytes += static_cast<int64_t>(side->groups) * side->cols * sizeof(T);
+  }
+  int64_t most = std::min(rows / 128, rows * row_bytes / (32 * plane_size));
+  return static_cast<int>(std::max<int64_t>(1, std::min(2 * device.multiprocessors / jobs, most)));
+}
+
 // Writes out [B, S, N] and returns t; out may be base itself.
 Tensor run_forward(Call& call, const Device& device, Tensor x, Tensor lora_a, Tensor lora_b, OptionalTensor base,
                    const Tensor& out) {
@@ -229,7 +261,11 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora_backward(Tensor grad_out, Tensor 
       of_b.weight = sum.add(data<T>(db), db.numel());
       of_b.experts = call.experts_b;
     }
-    weights.shares = share_rows(of_a, of_b, narrow_of<T>(call.ranks), call.rows, sum, x, device, planes);
+    weights.tiles = count_tiles_of_ranks(weights, device);
+    weights.shares =
+        weights.tiles > 0
+            ? cut_rows(count_lora_shares(weights, call.rows, sum.plane_size, device), 128, call.rows, sum, x, planes)
+            : share_rows(of_a, of_b, narrow_of<T>(call.ranks), call.rows, sum, x, device, planes);
 
     if (need_x || need_a) {
       RoutedLoraInputGrad<T> params{};

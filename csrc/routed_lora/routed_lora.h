@@ -62,14 +62,32 @@ struct RoutedLoraWeightGrad {
   Dropout dropout;
   RowShares shares;
   float scaling;
+  int tiles;  // of 16 ranks of a group, 1 to 4, where rows are 16-byte pieces; 0: they are not
 };
 
+// Columns that a block has where rows are 16-byte pieces, and one side's blocks for a share of the rows.
+ADAMIX_BOTH constexpr int lora_grad_cols(int tiles) { return tiles == 1 ? 64 : 32; }
+template <typename T>
+ADAMIX_BOTH int lora_grad_jobs(const GradSide<T>& side, int tiles) {
+  return side.experts == 0 ? 0 : side.groups * ceil_div(side.cols, lora_grad_cols(tiles));
+}
+
 #if defined(ADAMIX_LAUNCHERS)
+// Launches nothing and returns false where rows are no 16-byte pieces, or the GPU has no such products in registers.
+template <typename T>
+bool launch_routed_lora_forward_mma(const RoutedLoraForward<T>& params, const Device& device);
+
 template <typename T>
 void launch_routed_lora_forward(const RoutedLoraForward<T>& params, const Device& device);
 
 template <typename T>
+bool launch_routed_lora_input_grad_mma(const RoutedLoraInputGrad<T>& params, const Device& device);
+
+template <typename T>
 void launch_routed_lora_input_grad(const RoutedLoraInputGrad<T>& params, const Device& device);
+
+template <typename T>
+void launch_routed_lora_weight_grad_mma(const RoutedLoraWeightGrad<T>& params, const Device& device);
 
 template <typename T>
 void launch_routed_lora_weight_grad(const RoutedLoraWeightGrad<T>& params, const Device& device);

@@ -108,6 +108,9 @@ ADAMIX_INSTANTIATE(bfloat16)
 #if defined(ADAMIX_LAUNCHERS)
 template <typename T>
 void launch_routed_lora_input_grad(const RoutedLoraInputGrad<T>& params, const Device& device) {
+  if constexpr (sizeof(T) == 2) {
+    if (launch_routed_lora_input_grad_mma(params, device)) return;
+  }
   int ranks = params.ranges.groups * params.rank;
   dispatch_narrow<T>(ranks, [&](auto narrow) {
     constexpr int kNarrow = decltype(narrow)::value;
@@ -118,6 +121,9 @@ void launch_routed_lora_input_grad(const RoutedLoraInputGrad<T>& params, const D
 
 template <typename T>
 void launch_routed_lora_weight_grad(const RoutedLoraWeightGrad<T>& params, const Device& device) {
+  if constexpr (sizeof(T) == 2) {
+    if (params.tiles > 0) return launch_routed_lora_weight_grad_mma(params, device);
+  }
   dispatch_narrow<T>(params.a.ranks, [&](auto narrow) {
     constexpr int kNarrow = decltype(narrow)::value;
     launch_weight_grad<T, kNarrow>("routed_lora_weight_grad", routed_lora_weight_grad_kernel<T, kNarrow>, params.a,

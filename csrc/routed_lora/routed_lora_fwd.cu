@@ -113,6 +113,9 @@ ADAMIX_INSTANTIATE(bfloat16)
 #if defined(ADAMIX_LAUNCHERS)
 template <typename T>
 void launch_routed_lora_forward(const RoutedLoraForward<T>& params, const Device& device) {
+  if constexpr (sizeof(T) == 2) {
+    if (launch_routed_lora_forward_mma(params, device)) return;
+  }
   dispatch_narrow<T>(params.ranges.groups * params.rank, [&](auto narrow) {
     constexpr int kNarrow = decltype(narrow)::value;
     launch_tiles<T, kNarrow>("routed_lora_forward", routed_lora_forward_kernel<T, kNarrow>, narrow_cols(params), device,

@@ -1,0 +1,100 @@
+// Eight warps and the 32 rows they serve, where each row is 16-byte pieces and 16-bit numbers are multiplied in
+// registers (common/fragments.h). Which expert serves row i is known to lane i of every warp.
+#pragma once
+
+#include "common/rows.h"
+#include "common/shared_memory.h"
+#include "common/tile_sizes.h"
+#include "common/warp.h"
+#include "common/words.h"
+
+namespace adamix {
+
+constexpr int kTeamRows = 32;
+constexpr int kTeamWarps = 8;
+constexpr int kTeamThreads = 32 * kTeamWarps;
+constexpr int kStep = 32;  // columns that a warp takes at a time, eight of them a lane
+
+struct alignas(8) FloatPair {
+  float low, high;
+};
+
+// What a lane of a product holds: rows g, g + 8, g + 16, g + 24 of the team, and of each step eight columns from 8 q.
+struct LaneRows {
+  int64_t first;  // row of the team
+  int count;      // of them, 1 to kTeamRows
+  int warp, lane, g, q;
+
+  ADAMIX_DEVICE explicit LaneRows(int64_t rows) {
+    first = static_cast<int64_t>(blockIdx.x) * kTeamRows;
+    count = rows - first < kTeamRows ? static_cast<int>(rows - first) : kTeamRows;
+    warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  }
+  // Of a tile of 8 x 8 that is turned: what its row g stands for, a step of pieces away from the next pair of rows.
+  ADAMIX_DEVICE int spread(int step) const { return g / 2 * step + g % 2; }
+  // Row i of the lane's four, in the team.
+  ADAMIX_DEVICE int row(int i) const { return 8 * i + g; }
+  // The same of all rows; the last row for one behind it.
+  ADAMIX_DEVICE int number(int i) const { return static_cast<int>(first) + (row(i) < count ? row(i) : count - 1); }
+};
+
+// One side's experts of the team's rows; each lane knows that of its own row, kNoExpert where there is none.
+struct TeamExperts {
+  int mine, lowest;
+  bool one;  // all rows have the lowest
+
+  // own: of row `lane`, kNoExpert behind the last. All lanes call.
+  ADAMIX_DEVICE TeamExperts(int own, const LaneRows& at) : mine(own), lowest(warp_reduce(own, Min{})) {
+    one = __ballot_sync(0xffffffffu, at.lane < at.count && own != lowest) == 0;
+  }
+  // The smallest above `previous`, or kNoExpert. All lanes call.
+  ADAMIX_DEVICE int after(int previous) const {
+    return one ? kNoExpert : warp_reduce(mine > previous ? mine : kNoExpert, Min{});
+  }
+  ADAMIX_DEVICE int of_row(int row) const { return __shfl_sync(0xffffffffu, mine, row); }
+};
+
+// What serves row `lane`, on both sides; a row that one of its ids puts into no bank has none on either.
+struct LaneRouting {
+  int narrow, wide;
+
+  ADAMIX_DEVICE LaneRouting(const LaneRows& at, const Routing& of_narrow, const Routing& of_wide) {
+    int number = static_cast<int>(at.first) + at.lane;
+    bool inside = at.lane < at.count;
+    narrow = inside ? of_narrow.expert(number) : kNoExpert, wide = inside ? of_wide.expert(number) : kNoExpert;
+    if (narrow == kNoExpert || wide == kNoExpert) narrow = wide = kNoExpert;
+  }
+};
+
+// The narrow results of the team's rows, as the second product takes them: a group's columns begin at a multiple of 16.
+template <typename T>
+struct NarrowRows {
+  T* data;
+  int group_pitch, pitch;
+
+  // An odd number of 32 bytes a row: eight lanes' 8 bytes from four rows are in 32 banks.
+  template <typename Memory>
+  ADAMIX_BOTH NarrowRows(Memory& memory, int groups, int rank)
+      : group_pitch(round_up(rank, 16)), pitch(16 * (groups * ceil_div(rank, 16) | 1)) {
+    data = memory.template take<T>(kTeamRows * pitch);
+  }
+  // All threads call; complete after a barrier.
+  ADAMIX_DEVICE void clear() const {
+    for (int i = threadIdx.x; i < kTeamRows * pitch / 8; i += kTeamThreads) store_words(data + 8 * i, uint4{0, 0, 0, 0});
+  }
+  // Words of 16 rows from 16 `half` on, of 16 inner columns from `col` on four a lane, from 4 q: those of row g and of
+  // row g + 8.
+  ADAMIX_DEVICE void load(const LaneRows& at, int half, int col, uint2& upper, uint2& lower) const {
+    const T* from = data + (16 * half + at.g) * pitch + col + 4 * at.q;
+    upper = load_words<uint2>(from), lower = load_words<uint2>(from + 8 * pitch);
+  }
+};
+
+// sums += 16 rows times 8 columns over a step: the upper rows' and the lower rows' pieces, and the columns'.
+template <typename T>
+ADAMIX_DEVICE void multiply_step(float (&sums)[4], const uint4& upper, const uint4& lower, const uint4& cols) {
+  multiply<T>(sums, upper.x, lower.x, upper.y, lower.y, cols.x, cols.y);
+  multiply<T>(sums, upper.z, lower.z, upper.w, lower.w, cols.z, cols.w);
+}
+
+}  // namespace adamix

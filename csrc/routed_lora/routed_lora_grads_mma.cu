@@ -1,0 +1,239 @@
+// Routed LoRA's weight gradients where rows are 16-byte pieces: x and grad_out are read once for all their experts and
+// ranks, straight into registers, where 8 x 8 elements at a time are turned.
+//
+// A block has some columns of one side's wide operand and one share of the rows. Its warps share out the rows, 16 at a
+// time, an expert after the other, and load those that the expert serves; their sums are added in the warps' order.
+#include "common/launch.h"
+#include "common/weight_grad.h"
+#include "routed_lora/lora_team.h"
+#include "routed_lora/routed_lora.h"
+
+namespace adamix {
+
+constexpr int kSumSlots = kTeamWarps / 2;
+
+// Tiles: of 16 ranks of a group.
+template <typename T, int Tiles>
+struct LoraGradSums {
+  static constexpr int kCols = lora_grad_cols(Tiles);
+  static constexpr int kParts = kCols / kStep;  // pieces that a lane has of a row
+  static constexpr int kPitch = kCols + 8;
+  static constexpr int kSlot = 16 * Tiles * kPitch;
+  static constexpr int kDepth = Tiles > 3 ? 1 : 2;  // of 16 rows under way at a time
+
+  float* sums;  // [kSumSlots, 16 * Tiles, kPitch]
+
+  template <typename Memory>
+  ADAMIX_BOTH explicit LoraGradSums(Memory& memory) : sums(memory.template take<float>(kSumSlots * kSlot)) {}
+};
+
+// The warp's sums of narrow^T wide over the share's rows that an expert serves: sums[tile][part][word], ranks
+// 16 tile + spread(4) and two behind it, columns 32 part + 8 q + 2 word and the next. Returns whether there are such rows.
+template <typename T, int Tiles>
+ADAMIX_DEVICE bool add_rows(const GradSide<T>& side, const GradJob& job, const RowShares& shares,
+                                 const DropoutMask& mask, int expert,
+                                 float (&sums)[Tiles][LoraGradSums<T, Tiles>::kParts][4][4]) {
+  using Sums = LoraGradSums<T, Tiles>;
+  constexpr int kParts = Sums::kParts, kDepth = Sums::kDepth;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  int64_t share_first = blockIdx.y * shares.rows_a_share;
+  int64_t share_rows = shares.rows - share_first < shares.rows_a_share ? shares.rows - share_first : shares.rows_a_share;
+  int end = static_cast<int>(share_first + share_rows);
+  int narrow_cols = side.groups * side.ranks;
+  const T* narrow = side.narrow + job.group * side.ranks + 4 * q;
+  bool any = false;
+  for (int first = static_cast<int>(share_first) + 16 * warp; first < end; first += 16 * kTeamWarps * kDepth) {
+    uint4 wide[kDepth][kParts][2];
+    uint2 ranks[kDepth][Tiles][2];
+    uint32_t served[kDepth];
+    uint32_t any_here = 0;
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      int own = first + 16 * kTeamWarps * d + lane % 16;
+      bool mine = own < end && side.routing.expert(own) == expert && side.other.expert(own) != kNoExpert;
+      served[d] = __ballot_sync(0xffffffffu, mine);
+      any_here |= served[d];
+    }
+    if (any_here == 0) continue;
+    any = true;
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+      for (int below = 0; below < 2; ++below) {
+        int row = first + 16 * kTeamWarps * d + 8 * below + g;
+        bool kept = served[d] >> (8 * below + g) & 1;
+        const T* from = side.wide.data + (kept ? side.wide.offset(row) : 0) + job.col0 + 8 * q;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          bool inside = kept && job.col0 + part * kStep + 8 * q < side.cols;
+          wide[d][part][below] = inside ? load_words<uint4>(from + part * kStep) : uint4{0, 0, 0, 0};
+        }
+        const T* of = narrow + (kept ? static_cast<int64_t>(row) * narrow_cols : 0);
+#pragma unroll
+        for (int tile = 0; tile < Tiles; ++tile) {
+          bool ranked = kept && 16 * tile + 4 * q < side.ranks;
+          ranks[d][tile][below] = ranked ? load_words<uint2>(of + 16 * tile) : uint2{0, 0};
+        }
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      if (served[d] == 0) continue;
+      if (mask.drops()) {
+        DropoutMask::RowKeys own = mask.of_row(first + 16 * kTeamWarps * d + lane % 16);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          DropoutMask::EightColumns columns(job.col0 + part * kStep + 8 * q);
+#pragma unroll
+          for (int below = 0; below < 2; ++below) {
+            DropoutMask::RowKeys keys{shuffle_from(own.factor, 8 * below + g), shuffle_from(own.offset, 8 * below + g)};
+            wide[d][part][below] = mask.kept(wide[d][part][below], keys, columns);
+          }
+        }
+      }
+      uint32_t a[Tiles][4];
+#pragma unroll
+      for (int tile = 0; tile < Tiles; ++tile) {
+#pragma unroll
+        for (int below = 0; below < 2; ++below) {
+          a[tile][2 * below] = transposed(ranks[d][tile][below].x);
+          a[tile][2 * below + 1] = transposed(ranks[d][tile][below].y);
+        }
+      }
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const uint4 &upper = wide[d][part][0], &lower = wide[d][part][1];
+        auto add = [&](int word, uint32_t of_upper, uint32_t of_lower) {
+          uint32_t b0 = transposed(of_upper), b1 = transposed(of_lower);
+#pragma unroll
+          for (int tile = 0; tile < Tiles; ++tile) {
+            multiply<T>(sums[tile][part][word], a[tile][0], a[tile][1], a[tile][2], a[tile][3], b0, b1);
+          }
+        };
+        add(0, upper.x, lower.x);
+        add(1, upper.y, lower.y);
+        add(2, upper.z, lower.z);
+        add(3, upper.w, lower.w);
+      }
+    }
+  }
+  return any;
+}
+
+// The block's sums, of the warps in their order, to an expert's gradient or its plane, times `scale`; zeros where no row
+// is its own.
+template <typename T, int Tiles>
+ADAMIX_DEVICE void store_sums(const LoraGradSums<T, Tiles>& team, const GradSide<T>& side, const GradJob& job,
+                              const RowShares& shares, float scale, int expert, bool any,
+                              const float (&sums)[Tiles][LoraGradSums<T, Tiles>::kParts][4][4]) {
+  using Sums = LoraGradSums<T, Tiles>;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  any = __syncthreads_or(any) != 0;
+  if (any) {
+    auto each = [&](auto visit) {
+      float* slot = team.sums + warp % kSumSlots * Sums::kSlot + (g / 2 * 4 + g % 2) * Sums::kPitch + 8 * q;
+#pragma unroll
+      for (int tile = 0; tile < Tiles; ++tile) {
+#pragma unroll
+        for (int part = 0; part < Sums::kParts; ++part) {
+#pragma unroll
+          for (int word = 0; word < 4; ++word) {
+            const float* own = sums[tile][part][word];
+            float* to = slot + 16 * tile * Sums::kPitch + part * kStep + 2 * word;
+            visit(to, FloatPair{own[0], own[1]});
+            visit(to + 2 * Sums::kPitch, FloatPair{own[2], own[3]});
+          }
+        }
+      }
+    };
+    if (warp >= kSumSlots) each([](float* to, FloatPair own) { store_words(to, own); });
+    __syncthreads();
+    if (warp < kSumSlots) {
+      each([](float* to, FloatPair own) {
+        FloatPair other = load_words<FloatPair>(to);
+        store_words(to, FloatPair{own.low + other.low, own.high + other.high});
+      });
+    }
+    __syncthreads();
+  }
+  float* plane = shares.planes == nullptr ? nullptr : shares.planes + blockIdx.y * shares.plane_size;
+  int64_t range = static_cast<int64_t>(expert) * side.groups + job.group;
+  for (int i = threadIdx.x; i < Sums::kCols * 16 * Tiles; i += kTeamThreads) {
+    // Neighbouring threads write neighbouring elements.
+    int c = side.ranks_first ? i % Sums::kCols : i / (16 * Tiles);
+    int rank = side.ranks_first ? i / Sums::kCols : i % (16 * Tiles);
+    int col = job.col0 + c;
+    if (col >= side.cols || rank >= side.ranks) continue;
+    float sum = 0.f;
+    if (any) {
+#pragma unroll
+      for (int slot = 0; slot < kSumSlots; ++slot) sum += team.sums[slot * Sums::kSlot + rank * Sums::kPitch + c];
+    }
+    int64_t at = side.ranks_first ? (range * side.ranks + rank) * side.cols + col
+                                  : (range * side.cols + col) * side.ranks + rank;
+    store_grad(side.weight, plane, at, scale * sum);
+  }
+}
+
+template <typename T, int Tiles>
+__global__ void __launch_bounds__(kTeamThreads, 2) routed_lora_weight_grad_mma_kernel(RoutedLoraWeightGrad<T> p) {
+  if constexpr (kHasFragments<T>) {
+    using Sums = LoraGradSums<T, Tiles>;
+    SharedMemory memory;
+    Sums team(memory);
+    int number = blockIdx.x, of_a = lora_grad_jobs(p.a, Tiles);
+    bool is_b = number >= of_a;
+    GradSide<T> side = is_b ? p.b : p.a;
+    if (is_b) number -= of_a;
+    int chunks = ceil_div(side.cols, Sums::kCols);
+    GradJob job{0, number / chunks, number % chunks * Sums::kCols, 0};
+    Dropout dropout = p.dropout;
+    if (is_b) {
+      side.wide.data += p.ranges.start[job.group];
+      dropout.seed = nullptr;
+    }
+    DropoutMask mask(dropout);
+    float scale = is_b ? p.scaling : mask.drops() ? dropout.scale : 1.f;
+    for (int expert = 0; expert < side.experts; ++expert) {
+      float sums[Tiles][Sums::kParts][4][4] = {};
+      bool any = add_rows<T, Tiles>(side, job, p.shares, mask, expert, sums);
+      store_sums<T, Tiles>(team, side, job, p.shares, scale, expert, any, sums);
+    }
+  }
+}
+
+#define ADAMIX_INSTANTIATE(T)                                                                 \
+  template __global__ void routed_lora_weight_grad_mma_kernel<T, 1>(RoutedLoraWeightGrad<T>); \
+  template __global__ void routed_lora_weight_grad_mma_kernel<T, 2>(RoutedLoraWeightGrad<T>); \
+  template __global__ void routed_lora_weight_grad_mma_kernel<T, 3>(RoutedLoraWeightGrad<T>); \
+  template __global__ void routed_lora_weight_grad_mma_kernel<T, 4>(RoutedLoraWeightGrad<T>);
+ADAMIX_INSTANTIATE(half)
+ADAMIX_INSTANTIATE(bfloat16)
+#undef ADAMIX_INSTANTIATE
+
+#if defined(ADAMIX_LAUNCHERS)
+template <typename T>
+void launch_routed_lora_weight_grad_mma(const RoutedLoraWeightGrad<T>& params, const Device& device) {
+  auto run = [&](auto tiles) {
+    constexpr int kTiles = decltype(tiles)::value;
+    dim3 grid(lora_grad_jobs(params.a, kTiles) + lora_grad_jobs(params.b, kTiles), params.shares.count);
+    launch("routed_lora_weight_grad_mma", routed_lora_weight_grad_mma_kernel<T, kTiles>,
+           {grid, kTeamThreads, shared_bytes<LoraGradSums<T, kTiles>>()}, device, params);
+  };
+  switch (params.tiles) {
+    case 1:
+      return run(std::integral_constant<int, 1>{});
+    case 2:
+      return run(std::integral_constant<int, 2>{});
+    case 3:
+      return run(std::integral_constant<int, 3>{});
+    default:
+      return run(std::integral_constant<int, 4>{});
+  }
+}
+
+template void launch_routed_lora_weight_grad_mma(const RoutedLoraWeightGrad<half>&, const Device&);
+template void launch_routed_lora_weight_grad_mma(const RoutedLoraWeightGrad<bfloat16>&, const Device&);
+#endif
+
+}  // namespace adamix
