@@ -17,7 +17,8 @@ class Adapter:
         "batch": (1, 2, 3), "tokens": (15, 16, 33, 256), "hidden": (16, 40, 64), "rank": (4, 16, 20), "width": (0, 48),
         "experts": (1, 3, 4, 40), "dtype": DTYPES, "down_bias": (True, False), "up_bias": (True, False),
         "down_index": (None, 1, 2), "up_index": (None, 1, 2), "index_dtype": (torch.int64, torch.int32),
-        "one_index": (False, True), "residual": (None, "x", "other"), "contiguous": (True, False), "offset": (0, 1, 8), "needs": ("xdu", "x", "d", "u", "du", "xu", ""),
+        "one_index": (False, True), "residual": (None, "x", "other"),
+        "contiguous": (True, False), "offset": (0, 1, 8), "needs": ("xdu", "x", "d", "u", "du", "xu", ""),
         "tf32": (False, True), "gradient": ("contiguous", "expanded"), "autocast": (False, True),
         "activation": ("gelu", "relu", "silu", "gelu_tanh", None), "wrong": (None, "index", "residual"),
     }  # fmt: skip
@@ -63,8 +64,8 @@ class Lora:
         "per_group": (16, 24), "gap": (0, 16), "experts": (1, 3, 4, 40), "dtype": DTYPES, "a_index": (None, 1, 2),
         "b_index": (None, 1, 2), "one_index": (False, True), "index_dtype": (torch.int64, torch.int32),
         "base": (True, False), "scaling": (1, 1.0, 2.0, 0.0, -0.0), "dropout_p": (0, 0.0, 0.1, 0.5), 
-        "seed": (1, 2, "tensor"), "contiguous": (True, False), "offset": (0, 1, 8), "needs": ("xab", "x", "a", "b", "ab", ""),
-        "tf32": (False, True), "inplace": (False, True), "gradient": ("contiguous", "expanded"),
+        "seed": (1, 2, "tensor"), "contiguous": (True, False), "offset": (0, 1, 8),
+        "needs": ("xab", "x", "a", "b", "ab", ""), "tf32": (False, True), "inplace": (False, True), "gradient": ("contiguous", "expanded"),
         "owner": ("base", "flat", "turned"), "autocast": (False, True), "wrong": (None, "index", "lora_b"),
     }  # fmt: skip
 
