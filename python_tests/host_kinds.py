@@ -65,8 +65,8 @@ class Lora:
         "b_index": (None, 1, 2), "one_index": (False, True), "index_dtype": (torch.int64, torch.int32),
         "base": (True, False), "scaling": (1, 1.0, 2.0, 0.0, -0.0), "dropout_p": (0, 0.0, 0.1, 0.5), 
         "seed": (1, 2, "tensor"), "contiguous": (True, False), "offset": (0, 1, 8),
-        "needs": ("xab", "x", "a", "b", "ab", ""), "tf32": (False, True), "inplace": (False, True), "gradient": ("contiguous", "expanded"),
-        "owner": ("base", "flat", "turned"), "autocast": (False, True), "wrong": (None, "index", "lora_b"),
+        "needs": ("xab", "x", "a", "b", "ab", ""), "tf32": (False, True), "inplace": (False, True),
+        "gradient": ("contiguous", "expanded"), "owner": ("base", "flat", "turned"), "autocast": (False, True), "wrong": (None, "index", "lora_b"),
     }  # fmt: skip
 
     def arguments(self, p):
@@ -117,7 +117,7 @@ class AdaMix:
         "ignore_index": (-100, 0), "label_smoothing": (0.0, 0, 0.1), "detach_target": (True, False),
         "expected_grad": (None, 1.0, 2, 0.5), "inplace": (False, True), "contiguous": (True, False),
         "offset": (0, 1, 8), "needs": ("x", ""), "tf32": (False, True), "gradient": ("contiguous", "expanded"),
-        "autocast": (False, True), "wrong": (None, "labels", "mask"),
+        "autocast": (False, True), "wrong": (None, "labels", "mask"), "shifted": (False, True),
     }  # fmt: skip
 
     def arguments(self, p):
@@ -129,7 +129,11 @@ class AdaMix:
         of_labels, of_mask = ((p["batch"] + (p["wrong"] == name), *p["inner"]) for name in ("labels", "mask"))
         mask = None if p["mask"] is None else torch.zeros(of_mask, dtype=p["mask"])
         options = ("weight", "ignore_index", "label_smoothing", "detach_target", "expected_grad", "inplace")
-        return [logits.requires_grad_("x" in p["needs"]), torch.zeros(of_labels, dtype=p["label_dtype"])], {
+        labels = torch.zeros(of_labels, dtype=p["label_dtype"])
+        if p["shifted"] and len(rows) > 1 and p["wrong"] is None:
+            # A causal model's: parts of larger tensors.
+            logits, labels, mask = logits[:, :-1], labels[:, 1:], None if mask is None else mask[:, 1:]
+        return [logits.detach().requires_grad_("x" in p["needs"]), labels], {
             "mask": mask, "num_items": num_items, **{name: p[name] for name in options},
         }  # fmt: skip
 
