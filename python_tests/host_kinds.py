@@ -63,10 +63,11 @@ class Lora:
         "batch": (1, 2, 3), "tokens": (15, 16, 33, 256), "hidden": (16, 40, 64), "rank": (4, 16), "groups": (1, 2),
         "per_group": (16, 24), "gap": (0, 16), "experts": (1, 3, 4, 40), "dtype": DTYPES, "a_index": (None, 1, 2),
         "b_index": (None, 1, 2), "one_index": (False, True), "index_dtype": (torch.int64, torch.int32),
-        "base": (True, False), "scaling": (1, 1.0, 2.0, 0.0, -0.0), "dropout_p": (0, 0.0, 0.1, 0.5), 
+        "base": (True, False), "scaling": (1, 1.0, 2.0, 0.0, -0.0), "dropout_p": (0, 0.0, 0.1, 0.5),
         "seed": (1, 2, "tensor"), "contiguous": (True, False), "offset": (0, 1, 8),
         "needs": ("xab", "x", "a", "b", "ab", ""), "tf32": (False, True), "inplace": (False, True),
-        "gradient": ("contiguous", "expanded"), "owner": ("base", "flat", "turned"), "autocast": (False, True), "wrong": (None, "index", "lora_b"),
+        "gradient": ("contiguous", "expanded"),
+        "owner": ("base", "flat", "turned"), "autocast": (False, True), "wrong": (None, "index", "lora_b"),
     }  # fmt: skip
 
     def arguments(self, p):

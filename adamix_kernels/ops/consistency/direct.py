@@ -62,6 +62,7 @@ def adamix(
             _check_labels(labels, mask, ignore_index, logits.shape[-1])
         needed = logits.requires_grad and torch.is_grad_enabled()
         ahead = needed and direct.writes_gradient(logits.device.type, logits.dtype, expected)
+        expected = None if expected is None else float(expected)
         options = float(weight), ignore_index, float(label_smoothing), detach_target, _or_one(expected, needed)
         arguments = (*tensors, ahead, *options)
         plan = direct.adamix.find(*arguments)
@@ -108,6 +109,7 @@ def consistency(
         need_a, need_b = grads and logits_a.requires_grad, grads and logits_b.requires_grad
         needed = need_a or need_b
         ahead = needed and direct.writes_gradient(logits_a.device.type, logits_a.dtype, expected)
+        expected = None if expected is None else float(expected)
         arguments = (*tensors, ahead and need_a, ahead and need_b, detach_target, reduction, _or_one(expected, needed))
         plan = direct.consistency.find(*arguments)
         if plan is None and checked:
@@ -136,7 +138,7 @@ def _plain_expected(expected: float | None) -> bool:
 
 
 def _or_one(expected: float | None, needed: bool) -> float:
-    return 1.0 if expected is None or not needed else float(expected)
+    return 1.0 if expected is None or not needed else expected
 
 
 def _selects(mask: torch.Tensor | None) -> bool:
