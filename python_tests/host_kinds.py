@@ -17,7 +17,8 @@ class Adapter:
         "batch": (1, 2, 3), "tokens": (15, 16, 33, 256), "hidden": (16, 40, 64), "rank": (4, 16, 20), "width": (0, 48),
         "experts": (1, 3, 4, 40), "dtype": DTYPES, "down_bias": (True, False), "up_bias": (True, False),
         "down_index": (None, 1, 2), "up_index": (None, 1, 2), "index_dtype": (torch.int64, torch.int32),
-        "one_index": (False, True), "residual": (None, "x", "other"), "contiguous": (True, False), "offset": (0, 1, 8), "needs": ("xdu", "x", "d", "u", "du", "xu", ""),
+        "one_index": (False, True), "residual": (None, "x", "other"),
+        "contiguous": (True, False), "offset": (0, 1, 8), "needs": ("xdu", "x", "d", "u", "du", "xu", ""),
         "tf32": (False, True), "gradient": ("contiguous", "expanded"), "autocast": (False, True),
         "activation": ("gelu", "relu", "silu", "gelu_tanh", None), "wrong": (None, "index", "residual"),
     }  # fmt: skip
@@ -62,9 +63,10 @@ class Lora:
         "batch": (1, 2, 3), "tokens": (15, 16, 33, 256), "hidden": (16, 40, 64), "rank": (4, 16), "groups": (1, 2),
         "per_group": (16, 24), "gap": (0, 16), "experts": (1, 3, 4, 40), "dtype": DTYPES, "a_index": (None, 1, 2),
         "b_index": (None, 1, 2), "one_index": (False, True), "index_dtype": (torch.int64, torch.int32),
-        "base": (True, False), "scaling": (1, 1.0, 2.0, 0.0, -0.0), "dropout_p": (0, 0.0, 0.1, 0.5), 
-        "seed": (1, 2, "tensor"), "contiguous": (True, False), "offset": (0, 1, 8), "needs": ("xab", "x", "a", "b", "ab", ""),
-        "tf32": (False, True), "inplace": (False, True), "gradient": ("contiguous", "expanded"),
+        "base": (True, False), "scaling": (1, 1.0, 2.0, 0.0, -0.0), "dropout_p": (0, 0.0, 0.1, 0.5),
+        "seed": (1, 2, "tensor"), "contiguous": (True, False), "offset": (0, 1, 8),
+        "needs": ("xab", "x", "a", "b", "ab", ""), "tf32": (False, True), "inplace": (False, True),
+        "gradient": ("contiguous", "expanded"),
         "owner": ("base", "flat", "turned"), "autocast": (False, True), "wrong": (None, "index", "lora_b"),
     }  # fmt: skip
 
@@ -116,7 +118,7 @@ class AdaMix:
         "ignore_index": (-100, 0), "label_smoothing": (0.0, 0, 0.1), "detach_target": (True, False),
         "expected_grad": (None, 1.0, 2, 0.5), "inplace": (False, True), "contiguous": (True, False),
         "offset": (0, 1, 8), "needs": ("x", ""), "tf32": (False, True), "gradient": ("contiguous", "expanded"),
-        "autocast": (False, True), "wrong": (None, "labels", "mask"),
+        "autocast": (False, True), "wrong": (None, "labels", "mask"), "shifted": (False, True),
     }  # fmt: skip
 
     def arguments(self, p):
@@ -128,7 +130,11 @@ class AdaMix:
         of_labels, of_mask = ((p["batch"] + (p["wrong"] == name), *p["inner"]) for name in ("labels", "mask"))
         mask = None if p["mask"] is None else torch.zeros(of_mask, dtype=p["mask"])
         options = ("weight", "ignore_index", "label_smoothing", "detach_target", "expected_grad", "inplace")
-        return [logits.requires_grad_("x" in p["needs"]), torch.zeros(of_labels, dtype=p["label_dtype"])], {
+        labels = torch.zeros(of_labels, dtype=p["label_dtype"])
+        if p["shifted"] and len(rows) > 1 and p["wrong"] is None:
+            # A causal model's: parts of larger tensors.
+            logits, labels, mask = logits[:, :-1], labels[:, 1:], None if mask is None else mask[:, 1:]
+        return [logits.detach().requires_grad_("x" in p["needs"]), labels], {
             "mask": mask, "num_items": num_items, **{name: p[name] for name in options},
         }  # fmt: skip
 

@@ -2,8 +2,8 @@
 
 Triton's JIT looks at every argument of a launch to find the kernel that was compiled for its like, which costs more
 than all the rest of a call. Calls of equal keys launch the same compiled kernels with the same constants; only the
-addresses differ, and those of all tensors are multiples of 16, or the call is not planned. A plan knows a launch's
-tensors by their memory, so that it may take parts of what it was given, and is made on tensors that share none.
+addresses differ, and those of all tensors are multiples of 16, or equally far from one. A plan knows a launch's tensors
+by their memory, so that it may take parts of what it was given, and is made on tensors that share none.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ class Planned:
 
     run launches kernels by `launch` on its tensors and on `memory` alone, and does nothing else to a tensor's values;
     what it returns is memory, one tensor or more. Whether that holds is looked at when a call is planned, so a run
-    that needs more for some arguments leaves those calls unplanned.
+    that needs more for some arguments leaves those calls unplanned. anywhere: of tensors with any strides at any
+    address, by plans of their own; else of contiguous ones at multiples of 16 alone, which are quicker to look up.
     """
 
-    def __init__(self, run: Callable[..., Sequence[torch.Tensor]], count: int):
-        self._run, self._count = run, count
+    def __init__(self, run: Callable[..., Sequence[torch.Tensor]], count: int, anywhere: bool = False):
+        self._run, self._count, self._anywhere = run, count, anywhere
         self._plans: Kept[Plan | None] = Kept()
 
     def find(self, *arguments: Any) -> Plan | None:
@@ -43,14 +44,15 @@ class Planned:
             return self._plans[key]
         tensors = arguments[: self._count]
         given = [t for t in tensors if t is not None]
-        if not _triton_utils.LAUNCHER_IS_KNOWN or not all(t.is_contiguous() and not t.is_neg() for t in given):
+        fit = not any(t.is_neg() or not (self._anywhere or t.is_contiguous()) for t in given)
+        if not (_triton_utils.LAUNCHER_IS_KNOWN and fit):
             return self._plans.keep(key, None)
-        if any(t.data_ptr() % 16 for t in given):
+        if not self._anywhere and any(t.data_ptr() % 16 for t in given):
             return None
         apart = _apart(tensors)
         with Recording() as recording:
             results = self._run(*apart, *arguments[self._count :])
-        return self._plans.keep(key, _plan(recording, apart, tuple(results)))
+        return self._plans.keep(key, _plan(recording, apart, tuple(results), self._anywhere))
 
     def __call__(self, *arguments: Any) -> tuple[torch.Tensor, ...] | None:
         """run's result by a plan, new or old; None where there is none, or where it does not fit the addresses."""
@@ -63,13 +65,17 @@ class Planned:
         """Everything that decides which kernels run, with which constants."""
         tensors, options = arguments[: self._count], arguments[self._count :]
         precision = tensors[0].dtype is torch.float32 and tf32()
-        return options, triton_table(), precision, *map(traits, tensors)
+        return options, triton_table(), precision, *map(_whereabouts if self._anywhere else traits, tensors)
+
+
+def _whereabouts(t: torch.Tensor | None) -> object:
+    return t if t is None else (t.shape, t.dtype, t.device, t.stride(), t.data_ptr() % 16, t.is_neg())
 
 
 class Plan:
     """plan(*tensors): the recorded launches on these tensors and on new memory, which it returns as `run` does."""
 
-    __slots__ = ("_constants", "_device", "_launches", "_offsets", "_parts", "_results", "_scratch")
+    __slots__ = ("_anywhere", "_constants", "_device", "_launches", "_offsets", "_parts", "_results", "_scratch")
 
     def __init__(
         self,
@@ -80,12 +86,13 @@ class Plan:
         parts: list[tuple[int, int]],
         constants: list[int | float],
         launches: list[tuple[Ready, Any]],
+        anywhere: bool,
     ):
         """results: number of a tensor of the same shape and dtype or -1, shape, dtype. scratch: elements of the first
         tensor's dtype, `offsets` into them in bytes. parts: (number of a tensor or result, bytes into it).
         """
         self._device, self._results, self._scratch, self._offsets = device, results, scratch, offsets
-        self._parts, self._constants, self._launches = parts, constants, launches
+        self._parts, self._constants, self._launches, self._anywhere = parts, constants, launches, anywhere
 
     def __call__(self, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
         stream = current_stream(self._device)
@@ -103,7 +110,7 @@ class Plan:
             start = like.new_empty(self._scratch).data_ptr()
             values += [start + offset for offset in self._offsets]
         union = 0
-        for address in values:
+        for address in values[len(tensors) :] if self._anywhere else values:
             union |= address
         if union & 15:
             return None
@@ -120,8 +127,15 @@ def _apart(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
     apart: list[torch.Tensor | None] = []
     for t in tensors:
         shared = t is not None and any(_overlap(t, other) for other in apart)
-        apart.append(torch.empty_like(t) if shared and t is not None else t)
+        apart.append(_another(t) if shared and t is not None else t)
     return apart
+
+
+def _another(t: torch.Tensor) -> torch.Tensor:
+    """New memory with t's shape and strides, equally far from a multiple of 16."""
+    skipped = t.data_ptr() % 16 // t.element_size()
+    memory = t.new_empty(skipped + (_end(t) - t.data_ptr()) // t.element_size())
+    return memory.as_strided(t.shape, t.stride(), skipped)
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor | None) -> bool:
@@ -129,7 +143,8 @@ def _overlap(one: torch.Tensor, other: torch.Tensor | None) -> bool:
 
 
 def _end(t: torch.Tensor) -> int:
-    return t.data_ptr() + t.numel() * t.element_size()
+    last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr() + (last + 1) * t.element_size() if t.numel() else t.data_ptr()
 
 
 def _place(value: torch.Tensor, known: Sequence[torch.Tensor | None]) -> tuple[int, int] | None:
@@ -144,7 +159,7 @@ def _place(value: torch.Tensor, known: Sequence[torch.Tensor | None]) -> tuple[i
 
 
 def _plan(
-    recording: Recording, tensors: Sequence[torch.Tensor | None], results: tuple[torch.Tensor, ...]
+    recording: Recording, tensors: Sequence[torch.Tensor | None], results: tuple[torch.Tensor, ...], anywhere: bool
 ) -> Plan | None:
     """None where a launch takes anything but the tensors and memory, or a kernel cannot be launched without the JIT."""
     made = recording.made
@@ -188,6 +203,7 @@ def _plan(
         parts,
         constants,
         launches,
+        anywhere,
     )
 
 
@@ -206,5 +222,8 @@ def _parts(recording: Recording, known: Sequence[torch.Tensor | None]) -> list[t
 
 
 def _alike(result: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> int:
-    same = (n for n, t in enumerate(tensors) if t is not None and (t.shape, t.dtype) == (result.shape, result.dtype))
-    return next(same, -1)
+    """The number of a contiguous tensor of its shape and dtype, -1 where there is none."""
+    for n, t in enumerate(tensors):
+        if t is not None and (t.shape, t.dtype) == (result.shape, result.dtype) and t.is_contiguous():
+            return n
+    return -1

@@ -143,12 +143,14 @@ class AheadConsistencyFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.options = options
         plan, ahead = planned or (None, True)
-        ctx.ahead = out = _places(ctx, logits_a, logits_b) if ahead else None
-        made = None if plan is None else plan(logits_a, logits_b, mask, *(out or (None, None)))
+        made = None if plan is None else plan(logits_a, logits_b, mask)
         if made is None:
+            out = _places(ctx, logits_a, logits_b) if ahead else (None, None)
             module, rest = _module(options[0], logits_a), options[1:]
-            made = consistency_grad(module, logits_a, logits_b, mask, *rest, *(out or (None, None)))
-        loss, stats, scale = made
+            args: tuple[Any, ...] = (module, logits_a, logits_b, mask, *rest, *out)
+            made = (*consistency_grad(*args), *(g for g in out if g is not None))
+        loss, stats, scale, *grads = made
+        ctx.ahead = tuple([grads.pop(0) if need else None for need in ctx.needs_input_grad[:2]]) if ahead else None
         ctx.save_for_backward(logits_a, logits_b, mask, stats, scale)
         return loss
 
@@ -185,13 +187,14 @@ class AheadAdaMixFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         backend, num_items, *rest = ctx.options = options
         plan, ahead = planned or (None, True)
-        ctx.ahead = out = torch.empty_like(logits, memory_format=_DENSE) if ahead else None
-        made = None if plan is None else plan(logits, labels, mask, num_items, out)
+        made = None if plan is None else plan(logits, labels, mask, num_items)
         if made is None:
+            out = torch.empty_like(logits, memory_format=_DENSE) if ahead else None
             args: tuple[Any, ...] = (_module(backend, logits), logits, labels, mask, num_items, *rest, out)
-            made = adamix_grad(*args)
-        loss, *found, stats, scales = made
-        parts += found
+            made = (*adamix_grad(*args), out)
+        loss, cross_entropy, consistency, stats, scales, *grads = made
+        ctx.ahead = grads[0] if ahead else None
+        parts += cross_entropy, consistency
         ctx.save_for_backward(logits, labels, mask, stats, scales)
         return loss
 

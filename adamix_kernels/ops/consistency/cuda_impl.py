@@ -163,9 +163,16 @@ class _AdaMix:
     """Every call: the library checks what it is given."""
 
     def find(self, *arguments: Any) -> Plan:
-        options = arguments[5:]
+        write, options = arguments[4], arguments[5:]
         run = _ops.adamix_forward.default
-        return lambda logits, labels, mask, num_items, out: run(logits, labels, mask, num_items, *options, out)
+
+        def plan(logits: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+            if not write:
+                return run(logits, *tensors, *options, None)
+            out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            return *run(logits, *tensors, *options, out), out
+
+        return plan
 
     make = find
 
@@ -174,11 +181,20 @@ class _Consistency:
     """As _AdaMix."""
 
     def find(self, *arguments: Any) -> Plan:
-        options = arguments[5:]
+        write_a, write_b, *options = arguments[3:]
         run = _ops.consistency_forward.default
-        return lambda logits_a, logits_b, mask, da, db: run(logits_a, logits_b, mask, *options, da, db)
+
+        def plan(logits_a: torch.Tensor, logits_b: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+            da, db = _new(logits_a, write_a), _new(logits_b, write_b)
+            return *run(logits_a, logits_b, mask, *options, da, db), *(g for g in (da, db) if g is not None)
+
+        return plan
 
     make = find
+
+
+def _new(like: torch.Tensor, wanted: bool) -> torch.Tensor | None:
+    return torch.empty_like(like, memory_format=torch.contiguous_format) if wanted else None
 
 
 class _Direct:

@@ -5,10 +5,10 @@ A backend that serves them has an object `direct` in its module, whose `adamix` 
     find(*arguments)   a plan for a forward, of a call that `make` was given before, or None
     make(*arguments)   the same for arguments that api.py has checked; None where the call cannot be planned
 
-adamix: logits, labels, mask, num_items, d_logits, then weight to expected. consistency: logits_a, logits_b, mask, da,
-db, then detach_target, reduction (not "none") and expected. A gradient that is wanted is asked for by a tensor of the
-logits' shape. A plan takes the tensors, the gradients' own among them, writes those for an incoming `expected`, and
-gives what the module's function of that name gives, or None: not for these addresses.
+adamix: logits, labels, mask, num_items, whether the gradient is wanted, then weight to expected. consistency: logits_a,
+logits_b, mask, which gradients are wanted, then detach_target, reduction (not "none") and expected. A plan takes the
+tensors and gives what the module's forward of that name gives, and behind it, in new dense memory, the gradients that
+are wanted, for an incoming `expected`; or None: not for these addresses.
 
     adamix_backward(grad, logits, labels, mask, stats, scales, d_logits, weight to detach_target, expected)
     consistency_backward(grad, logits_a, logits_b, mask, stats, scale, da, db, detach_target, expected)
@@ -62,15 +62,16 @@ def adamix(
             _check_labels(labels, mask, ignore_index, logits.shape[-1])
         needed = logits.requires_grad and torch.is_grad_enabled()
         ahead = needed and direct.writes_gradient(logits.device.type, logits.dtype, expected)
+        expected = None if expected is None else float(expected)
         options = float(weight), ignore_index, float(label_smoothing), detach_target, _or_one(expected, needed)
-        arguments = (*tensors, logits if ahead else None, *options)
+        arguments = (*tensors, ahead, *options)
         plan = direct.adamix.find(*arguments)
         if plan is None and checked:
             plan = direct.adamix.make(*arguments)
         if plan is None:
             return None
         if not needed:
-            made: tuple[torch.Tensor, ...] | None = plan(*tensors, None)
+            made: tuple[torch.Tensor, ...] | None = plan(*tensors)
             return None if made is None else made[:3]
         if below_autograd():
             return None
@@ -108,15 +109,15 @@ def consistency(
         need_a, need_b = grads and logits_a.requires_grad, grads and logits_b.requires_grad
         needed = need_a or need_b
         ahead = needed and direct.writes_gradient(logits_a.device.type, logits_a.dtype, expected)
-        like = logits_a if ahead and need_a else None, logits_b if ahead and need_b else None
-        arguments = (*tensors, *like, detach_target, reduction, _or_one(expected, needed))
+        expected = None if expected is None else float(expected)
+        arguments = (*tensors, ahead and need_a, ahead and need_b, detach_target, reduction, _or_one(expected, needed))
         plan = direct.consistency.find(*arguments)
         if plan is None and checked:
             plan = direct.consistency.make(*arguments)
         if plan is None:
             return None
         if not needed:
-            made: tuple[torch.Tensor, ...] | None = plan(*tensors, None, None)
+            made: tuple[torch.Tensor, ...] | None = plan(*tensors)
             return None if made is None else made[0]
         if below_autograd():
             return None
@@ -137,7 +138,7 @@ def _plain_expected(expected: float | None) -> bool:
 
 
 def _or_one(expected: float | None, needed: bool) -> float:
-    return 1.0 if expected is None or not needed else float(expected)
+    return 1.0 if expected is None or not needed else expected
 
 
 def _selects(mask: torch.Tensor | None) -> bool:

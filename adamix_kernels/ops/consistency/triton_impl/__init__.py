@@ -265,16 +265,21 @@ class _Direct:
     writes_gradient = staticmethod(writes_gradient)
 
     def __init__(self) -> None:
-        self.adamix, self.consistency = Planned(_plan_adamix, 5), Planned(_plan_consistency, 5)
-        self.adamix_backward, self.consistency_backward = Planned(_plan_adamix_grad, 7), Planned(_plan_pair_grad, 8)
+        self.adamix, self.consistency = Planned(_plan_adamix, 4, True), Planned(_plan_consistency, 3, True)
+        self.adamix_backward = Planned(_plan_adamix_grad, 7, True)
+        self.consistency_backward = Planned(_plan_pair_grad, 8, True)
 
 
-def _plan_adamix(logits, labels, mask, num_items, d_logits, *options):
-    return _adamix(logits, labels, mask, num_items, Options(*options[:4]), options[4], d_logits)
+def _plan_adamix(logits, labels, mask, num_items, write, *options):
+    out = memory(logits, *logits.shape) if write else None
+    made = _adamix(logits, labels, mask, num_items, Options(*options[:4]), options[4], out)
+    return made if out is None else (*made, out)
 
 
-def _plan_consistency(logits_a, logits_b, mask, da, db, *options):
-    return _consistency(logits_a, logits_b, mask, *options, da, db)
+def _plan_consistency(logits_a, logits_b, mask, write_a, write_b, *options):
+    places = (memory(t, *t.shape) if write else None for t, write in ((logits_a, write_a), (logits_b, write_b)))
+    da, db = places
+    return *_consistency(logits_a, logits_b, mask, *options, da, db), *(g for g in (da, db) if g is not None)
 
 
 def _plan_adamix_grad(grad, logits, labels, mask, stats, scales, out, *options):
