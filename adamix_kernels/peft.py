@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +19,6 @@ from .modules.lora import may_overwrite
 
 logger = logging.getLogger(__name__)
 
-_BASE = "__base__"  # PEFT's word for a sample without adapter
 _KEPT = 32  # indices of batches, of one layer's banks
 _HOOKS = "_enable_peft_forward_hooks"
 
@@ -149,6 +148,16 @@ class MixedHooks:
             yield
 
 
+class _Adapter(NamedTuple):
+    """One adapter of a layer. drops: its probability of dropping now; 0 in evaluation."""
+
+    name: str
+    lora_a: torch.Tensor  # [r, K]
+    lora_b: torch.Tensor  # [N, r]
+    scaling: float
+    drops: float
+
+
 class LoraForward:
     """The forward of one lora.Linear."""
 
@@ -160,55 +169,49 @@ class LoraForward:
         module = self.module
         module._check_forward_args(x, *args, **kwargs)
         names: Sequence[str] | None = kwargs.get("adapter_names")
-        used = self._used(names)
-        if used is None or x.dim() < 2 or not x.is_floating_point() or kwargs.get("alora_offsets") is not None:
+        used = None
+        if x.dim() > 1 and x.is_floating_point() and kwargs.get("alora_offsets") is None:
+            used = self._used(names)
+        if used is None:
             own: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
             return own
         rest = {key: value for key, value in kwargs.items() if key not in ("adapter_names", "alora_offsets")}
         result: torch.Tensor = module.base_layer(x, *args, **rest)
         return self._added(x, result, used, names) if used else result
 
-    def _used(self, names: Sequence[str] | None) -> list[str] | None:
+    def _used(self, names: Sequence[str] | None) -> list[_Adapter] | None:
         """The adapters that serve here; None where PEFT's own forward must."""
         module = self.module
         if module.disable_adapters or module.merged:
             return None
-        wanted = list(dict.fromkeys(names)) if names is not None else list(module.active_adapters)
-        used = [name for name in wanted if name in module.lora_A]
-        weights = [module.lora_A[name].weight for name in used]
-        odd = any(
-            name in module.lora_variant
-            or getattr(module.lora_B[name], "bias", None) is not None
-            or type(module.lora_A[name]) is not nn.Linear
-            or type(module.lora_B[name]) is not nn.Linear
-            for name in used
-        )
-        if odd or len({(weight.dtype, weight.device) for weight in weights}) > 1:
+        # Looked up once: nn.Module's attribute access would take longer than the products of few tokens.
+        downs, ups, dropouts = module.lora_A._modules, module.lora_B._modules, module.lora_dropout._modules
+        variants, scaling = module.lora_variant, module.scaling
+        used: list[_Adapter] = []
+        for name in dict.fromkeys(names if names is not None else module.active_adapters):
+            if name not in downs:
+                continue
+            down, up, dropout = downs[name], ups[name], dropouts[name]
+            if name in variants or type(down) is not nn.Linear or type(up) is not nn.Linear or up.bias is not None:
+                return None
+            drops = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+            used.append(_Adapter(name, down.weight, up.weight, float(scaling[name]), drops))
+        if len({(one.lora_a.dtype, one.lora_a.device) for one in used}) > 1:
             return None
-        if names is None and len(used) > 1 and self._drops(used):
-            return None
-        return used
-
-    def _drops(self, used: Sequence[str]) -> bool:
-        return any(self._rate(name) > 0 for name in used)
-
-    def _rate(self, name: str) -> float:
-        dropout = self.module.lora_dropout[name]
-        return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        several = names is None and len(used) > 1
+        return None if several and any(one.drops for one in used) else used
 
     def _added(
-        self, x: torch.Tensor, result: torch.Tensor, used: list[str], names: Sequence[str] | None
+        self, x: torch.Tensor, result: torch.Tensor, used: list[_Adapter], names: Sequence[str] | None
     ) -> torch.Tensor:  # fmt: skip
         module = self.module
-        dtype = module.lora_A[used[0]].weight.dtype
+        dtype = used[0].lora_a.dtype
         x = module._cast_input_dtype(x, dtype) if names is None else x.to(dtype)
-        if self._drops(used):
+        if any(one.drops for one in used):
             x = self._dropped(x, used, names)
-        lora_a, lora_b = self._stacked(used, names)
         index = None if names is None else self._index(used, names, x.device)
+        lora_a, lora_b, scaling = _stacked(used, names)
         rows, added = as_batch(x), as_batch(result)
-        if names is not None and lora_a.shape[0] == 1:
-            index = None
         same = rows.dtype == added.dtype
         out = routed_lora(
             rows,
@@ -217,52 +220,64 @@ class LoraForward:
             index,
             index,
             base=added if same else None,
+            scaling=scaling,
             inplace=same and may_overwrite(module.base_layer, rows, added),
             backend=self.backend,
         )
         out = out if same else (added + out).to(result.dtype)
         return out.view(result.shape)
 
-    def _dropped(self, x: torch.Tensor, used: list[str], names: Sequence[str] | None) -> torch.Tensor:
-        """PEFT's own draw where one adapter serves; else one mask, each sample with its adapter's probability."""
-        rates = {self._rate(name) for name in used}
-        if len(used) == 1 or len(rates) == 1:
-            dropped: torch.Tensor = self.module.lora_dropout[used[0]](x)
+    def _dropped(self, x: torch.Tensor, used: list[_Adapter], names: Sequence[str] | None) -> torch.Tensor:
+        """PEFT's own draw where one probability serves; else one mask, each sample with its adapter's."""
+        rates = {one.name: one.drops for one in used}
+        if len(set(rates.values())) == 1:
+            dropped: torch.Tensor = self.module.lora_dropout[used[0].name](x)
             return dropped
         assert names is not None  # several active adapters with dropout are PEFT's
-        kept = [1.0 - (self._rate(name) if name in used else 0.0) for name in names]
+        kept = [1.0 - rates.get(name, 0.0) for name in names]
         keep = torch.tensor(kept, device=x.device, dtype=x.dtype).view(-1, *[1] * (x.dim() - 1))
         return x * (torch.rand_like(x) < keep) / keep
 
-    def _index(self, used: list[str], names: Sequence[str], device: torch.device) -> torch.Tensor:
+    def _index(self, used: list[_Adapter], names: Sequence[str], device: torch.device) -> torch.Tensor | None:
         """[B] into the bank of `used` and, for samples without an adapter here, its last row of zeros."""
-        key = (tuple(names), tuple(used), device)
+        place = {one.name: number for number, one in enumerate(used)}
+        if len(place) == 1 and all(name in place for name in names):
+            return None
+        key = (tuple(names), tuple(place), device)
         found = self._indices.get(key)
         if found is None:
-            place = {name: number for number, name in enumerate(used)}
-            found = torch.tensor([place.get(name, len(used)) for name in names], device=device)
+            found = torch.tensor([place.get(name, len(place)) for name in names], device=device)
             if not torch.compiler.is_compiling():
                 if len(self._indices) >= _KEPT:
                     self._indices.clear()
                 self._indices[key] = found
         return found
 
-    def _stacked(self, used: list[str], names: Sequence[str] | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(A [M, r, K], B [M, N, r] with the scaling in it); of several active adapters, one of all their ranks.
 
-        Made anew at each call: what writes to a weight through .data leaves no trace to keep them by.
-        """
-        module = self.module
-        scaled = [(module.lora_A[n].weight, module.lora_B[n].weight * module.scaling[n]) for n in used]
-        if names is None:
-            return torch.cat([a for a, _ in scaled]).unsqueeze(0), torch.cat([b for _, b in scaled], 1).unsqueeze(0)
-        rank = max(a.shape[0] for a, _ in scaled)
-        lora_a = [F.pad(a, (0, 0, 0, rank - a.shape[0])) for a, _ in scaled]
-        lora_b = [F.pad(b, (0, rank - b.shape[1])) for _, b in scaled]
-        if any(name not in used for name in names):
-            lora_a.append(lora_a[0].new_zeros(lora_a[0].shape))
-            lora_b.append(lora_b[0].new_zeros(lora_b[0].shape))
-        return torch.stack(lora_a), torch.stack(lora_b)
+def _stacked(used: list[_Adapter], names: Sequence[str] | None) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(A [M, r, K], B [M, N, r], scaling), B with what the adapters' scalings differ by; of several active adapters one
+    of all their ranks.
+
+    Made anew at each call: what writes to a weight through .data leaves no trace to keep them by.
+    """
+    downs, ups = [one.lora_a for one in used], [one.lora_b for one in used]
+    scalings = [one.scaling for one in used]
+    common = scalings[0] if len(set(scalings)) == 1 else 1.0
+    if names is None:
+        ups = [b if s == common else b * s for b, s in zip(ups, scalings, strict=True)]
+        return torch.cat(downs).unsqueeze(0), torch.cat(ups, 1).unsqueeze(0), common
+    rank = max(a.shape[0] for a in downs)
+    downs = [a if a.shape[0] == rank else F.pad(a, (0, 0, 0, rank - a.shape[0])) for a in downs]
+    ups = [b if b.shape[1] == rank else F.pad(b, (0, rank - b.shape[1])) for b in ups]
+    here = {one.name for one in used}
+    if any(name not in here for name in names):
+        downs.append(downs[0].new_zeros(downs[0].shape))
+        ups.append(ups[0].new_zeros(ups[0].shape))
+        scalings.append(1.0)
+    lora_b = torch.stack(ups)
+    if any(s != common for s in scalings[: len(used)]):
+        lora_b = lora_b * torch.tensor(scalings, dtype=lora_b.dtype, device=lora_b.device).view(-1, 1, 1)
+    return torch.stack(downs), lora_b, common
 
 
 __all__ = ["Accelerated", "accelerate", "restore"]

@@ -187,7 +187,7 @@ def test_dropout_of_one_adapter_is_pefts_draw_and_of_several_its_rate():
         layer = model.get_submodule("base_model.model.bert.encoder.layer.0.attention.self.query")
         layer.lora_dropout["b"].p = 0.0  # two rates in one batch
         x = torch.ones(4, 500, tiny.HIDDEN)
-        dropped = layer.forward._dropped(x, ["a", "b"], NAMES)
+        dropped = layer.forward._dropped(x, layer.forward._used(NAMES), NAMES)
         assert torch.equal(dropped[1], x[1])
         assert torch.equal(dropped[3], x[3])
         share = (dropped[[0, 2]] == 0).float().mean().item()
