@@ -18,6 +18,7 @@ COMMANDS = {
     "predict": "labels and probabilities, numbers or generated texts for new texts",
     "eval": "the scores of a saved run",
     "merge": "average a run's experts and save the result",
+    "pack": "put runs, trained apart, into one model that serves them by name",
     "export": "write a run in PEFT's or AdapterHub's format",
     "recipe": "the paper's experiments, their baselines and ablations, tables and plots",
     "bench": "run the benchmarks of the source tree",

@@ -14,7 +14,7 @@ OPS = ("routed_adapter", "routed_lora", "merge", "consistency")
 FLOORS = {
     "_environment": -1, "_version": 0, "_extras": 0, "_build": 0, "_extension": 0, "_triton_utils": 0,
     "testing": 0, "_backends": 0.5,
-    "ops": 1, "functional": 2, "routing": 2, "modules": 3, "models": 4, "packs": 4.7,
+    "ops": 1, "functional": 2, "routing": 2, "modules": 3, "models": 4, "packs": 4.7, "peft": 5,
     "_official_keys": 4.5, "convert": 5, "compat": 5, "tasks": 5, "reports": 5, "recipes": 5.5,
     "commands": 6, "demo": 6, "_hub": 6, "cli": 7, "__main__": 7.5, "__init__": 8,
 }  # fmt: skip

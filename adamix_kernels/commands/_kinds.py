@@ -95,13 +95,15 @@ class LabelKind:
     def predictions(self, model: nn.Module, texts: list[str], pairs: list[str] | None) -> list[dict[str, Any]]:
         """{"label", "probabilities"} of each text, or its {"score"}."""
         logits = predict(model, self.encode_inputs(texts, pairs), self.collate, self.batch_size)
+        return [self.answer(row) for row in logits]
+
+    def answer(self, logits: torch.Tensor) -> dict[str, Any]:
+        """{"label", "probabilities"} or {"score"} of one text's logits [classes or 1]; in a pack there may be more."""
         if self.kind == "regression":
-            return [{"score": value} for value in logits[:, 0].tolist()]
-        found = []
-        for row in logits.softmax(-1):
-            by_name = {name: round(p, 6) for name, p in zip(self.names, row.tolist(), strict=True)}
-            found.append({"label": self.names[int(row.argmax())], "probabilities": by_name})
-        return found
+            return {"score": logits[0].item()}
+        row = logits[: len(self.names)].softmax(-1)
+        by_name = {name: round(p, 6) for name, p in zip(self.names, row.tolist(), strict=True)}
+        return {"label": self.names[int(row.argmax())], "probabilities": by_name}
 
 
 @dataclass

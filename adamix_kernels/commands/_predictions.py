@@ -172,7 +172,7 @@ class Printed:
         if self._json:
             for row, prediction in zip(rows, predictions, strict=True):
                 self._file.write(json.dumps(record(row, prediction), ensure_ascii=False) + "\n")
-        elif not (self._file.isatty() and _table(self._file, rows, predictions)):
+        elif "adapter" in predictions[0] or not (self._file.isatty() and _table(self._file, rows, predictions)):
             for row, prediction in zip(rows, predictions, strict=True):
                 self._file.write("\t".join((*_words(prediction), _text(row))) + "\n")
         self._file.flush()
@@ -182,12 +182,15 @@ class Printed:
 
 
 def _words(prediction: dict[str, Any]) -> tuple[str, ...]:
+    named = () if "adapter" not in prediction else (prediction["adapter"] or "-",)
     if "generated" in prediction:
-        return (prediction["generated"],)
+        return (*named, prediction["generated"])
     if "score" in prediction:
-        return (f"{prediction['score']:.4f}",)
+        return (*named, f"{prediction['score']:.4f}")
     label = prediction["label"]
-    return label, f"{prediction['probabilities'][label]:.4f}"
+    if label is None:  # refused by a pack's threshold
+        return (*named, "-", "-")
+    return *named, label, f"{prediction['probabilities'][label]:.4f}"
 
 
 def _text(row: InputRow) -> str:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..tasks import InputRow, Run, read_inputs
 from ._kinds import Kind, make_kind
 from ._options import OutputOptions, at_least, same_file, shows_bars, start
+from ._packs import open_pack
 from ._parser import OptionParser
 from ._predictions import Lines, Printed, Sink, chunks
 from ._runs import RunOptions, open_run
 
+Answer = Callable[[Sequence[InputRow]], list[dict[str, Any]]]
+Work = tuple[Iterator[InputRow], Answer, int]  # what is read, what answers, rows of a chunk
 BATCHES = 16  # of a chunk: sorted by length together, written together
 
 
@@ -40,6 +43,15 @@ class PredictOptions:
         default=None, metadata={"help": "texts of a batch; 64, or 8 where texts are generated"}
     )
     max_new_tokens: int | None = field(default=None, metadata={"help": "of a generated text, if not as in training"})
+    pack: str | None = field(default=None, metadata={"help": "folder of adamix pack, in the place of --run"})
+    adapter: str | None = field(default=None, metadata={"help": "pack: the name for all texts"})
+    adapter_column: str | None = field(default=None, metadata={"help": "pack: the column of --file with each name"})
+    route: Literal["nearest"] | None = field(
+        default=None, metadata={"help": "pack: nearest: each text's name by the training texts it is most like"}
+    )
+    threshold: str | None = field(
+        default=None, metadata={"help": "pack: with --route, the least cosine, or auto; texts below it get no label"}
+    )
     beams: int | None = field(default=None, metadata={"help": "of the beam search, if not as in training"})
 
 
@@ -53,32 +65,67 @@ def main(argv: Sequence[str]) -> int:
     )
     parsed = parser.parse(argv)
     place, options, output = parsed.parts
-    if not place.run:
-        raise ValueError("run: got nothing, expected --run and the folder of a run, or user/repo on the hub")
+    _check_pack(options, place)
     _check(options, parsed.words)
     start(output)
     if options.file:
         read_inputs(options.file)  # a missing file is answered before the model is loaded
     lines = Lines(options.out, options.overwrite, options.resume) if options.out else None
-    opened = open_run(place)
-    kind = _kind(opened.run, opened.tokenizer, options)
-    model = opened.model.cuda() if torch.cuda.is_available() else opened.model
-    rows = _rows(options, parsed.words, opened.run)
-    size = kind.batch_size * BATCHES
+    rows, answer, size = _pack(options, parsed.words, place) if options.pack else _single(options, parsed.words, place)
     if lines is None:
         bar = shows_bars(output) and bool(options.file) and not sys.stdout.isatty()
-        _run(model, kind, rows, Printed(sys.stdout, options.json), size, bar)
+        _run(answer, rows, Printed(sys.stdout, options.json), size, bar)
         return 0
     with lines:
-        _run(model, kind, rows, lines, size, shows_bars(output))
+        _run(answer, rows, lines, size, shows_bars(output))
         lines.complete()
     print(f"{lines.count} rows: {options.out}")
     return 0
 
 
-def _kind(run: Run, tokenizer: Any, options: PredictOptions) -> Kind:
+def _single(options: PredictOptions, words: Sequence[str], place: RunOptions) -> Work:
+    opened = open_run(place)
+    kind = _kind(opened.run, opened.tokenizer, options)
+    model = opened.model.cuda() if torch.cuda.is_available() else opened.model
+
+    def answer(chunk: Sequence[InputRow]) -> list[dict[str, Any]]:
+        pairs = [row.pair for row in chunk if row.pair is not None]
+        return kind.predictions(model, [row.text for row in chunk], pairs or None)
+
+    return _rows(options, words, opened.run), answer, kind.batch_size * BATCHES
+
+
+def _pack(options: PredictOptions, words: Sequence[str], place: RunOptions) -> Work:
+    settings = _settings(options)
+    opened = open_pack(
+        str(options.pack), place.model, options.adapter, options.threshold, options.batch_size, settings
+    )  # fmt: skip
+    if torch.cuda.is_available():
+        opened.model.cuda()
+    if options.file:
+        rows = read_inputs(
+            options.file,
+            text_column=options.text_column,
+            text_pair_column=options.text_pair_column,
+            name_column=options.adapter_column,
+        )
+    else:
+        rows = _words(options, words)
+    return (opened.check(row) for row in rows), opened.answers, opened.batch_size * BATCHES
+
+
+def _settings(options: PredictOptions) -> dict[str, Any]:
     changes = {"max_new_tokens": options.max_new_tokens, "beams": options.beams}
-    settings = {**run.generation, **{name: value for name, value in changes.items() if value is not None}}
+    return {name: value for name, value in changes.items() if value is not None}
+
+
+def _words(options: PredictOptions, words: Sequence[str]) -> Iterator[InputRow]:
+    seconds: Sequence[str | None] = options.pair or [None] * len(words)
+    return iter([InputRow(w, p, f"text {i}") for i, (w, p) in enumerate(zip(words, seconds, strict=True), 1)])
+
+
+def _kind(run: Run, tokenizer: Any, options: PredictOptions) -> Kind:
+    settings = {**run.generation, **_settings(options)}
     return make_kind(run.task, run.label_names, tokenizer, run.max_tokens, (), settings, options.batch_size)
 
 
@@ -88,8 +135,7 @@ def _rows(options: PredictOptions, words: Sequence[str], run: Run) -> Iterator[I
     Raises ValueError, at the row, for a second text that is missing, or that the run knows nothing of.
     """
     if not options.file:
-        seconds: Sequence[str | None] = options.pair or [None] * len(words)
-        rows = iter([InputRow(w, p, f"text {i}") for i, (w, p) in enumerate(zip(words, seconds, strict=True), 1)])
+        rows = _words(options, words)
     elif options.text_column or options.text_pair_column or not run.text_column:
         rows = read_inputs(options.file, text_column=options.text_column, text_pair_column=options.text_pair_column)
     else:
@@ -116,7 +162,7 @@ def _checked(row: InputRow, run: Run) -> InputRow:
     return row
 
 
-def _run(model: Any, kind: Kind, rows: Iterator[InputRow], sink: Sink, size: int, progress: bool) -> None:
+def _run(answer: Answer, rows: Iterator[InputRow], sink: Sink, size: int, progress: bool) -> None:
     """Predicts chunk by chunk and hands each to `sink`, in the rows' order.
 
     An unreadable row ends it with ValueError, which says how far it came; what stands before it is written first.
@@ -129,14 +175,34 @@ def _run(model: Any, kind: Kind, rows: Iterator[InputRow], sink: Sink, size: int
             for chunk, wrong in chunks(rows, size):
                 error = wrong
                 if chunk and sink.wants(chunk):
-                    texts, pairs = [row.text for row in chunk], [row.pair for row in chunk if row.pair is not None]
-                    sink.write(chunk, kind.predictions(model, texts, pairs or None))
+                    sink.write(chunk, answer(chunk))
                 bar.update(len(chunk))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(sink.told()) from None
     if error is not None:
         told = sink.told()
         raise ValueError(f"{error}" + (f"; {told}" if told else "")) from error
+
+
+def _check_pack(options: PredictOptions, place: RunOptions) -> None:
+    ways = {"adapter": options.adapter, "adapter_column": options.adapter_column, "route": options.route}
+    given = [name for name, value in ways.items() if value is not None]
+    if not options.pack:
+        if given or options.threshold is not None:
+            name = [*given, "threshold"][0]
+            raise ValueError(f"{name}: got it without --pack, expected a folder of adamix pack")
+        if not place.run:
+            raise ValueError("run: got nothing, expected --run and the folder of a run, or user/repo on the hub")
+        return
+    if place.run:
+        raise ValueError("pack: got --run too, expected one of them")
+    if len(given) != 1:
+        got = " and ".join(f"--{name}" for name in given) or "nothing"
+        raise ValueError(f"pack: got {got}, expected one of --adapter NAME, --adapter_column COLUMN, --route nearest")
+    if options.adapter_column and not options.file:
+        raise ValueError("adapter_column: got it for TEXT, expected --file, or --adapter NAME")
+    if options.threshold is not None and not options.route:
+        raise ValueError("threshold: got it without --route nearest, expected both")
 
 
 def _check(options: PredictOptions, words: Sequence[str]) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from ..models.centroid import Centroid, sentence_vectors
 from ..models.inject import adapt
+from ..models.state import adamix_state
 from ..recipes.processes import is_main
 from ..tasks import Run, TextTask, load_causal, load_classifier, load_task, resolve_model
 from . import _defaults
@@ -35,6 +37,7 @@ DEFAULTS = {
     "logging_steps": 20,
     "report_to": "none",
 }
+CENTROID_TEXTS = 512  # of the training: enough for their mean
 LOGS = 4  # lines of training loss in a run shorter than logging_steps
 
 
@@ -124,7 +127,9 @@ def main(argv: Sequence[str]) -> int:
     baselines = _baselines(options, model, kind, rows, dev_rows, steps)
     if task.kind == "regression":
         start_at(model, sum(row["labels"] for row in rows) / len(rows))
+    centroid = _centroid(options, model, kind, rows)
     adapt(model, config)
+    adamix_state(model).centroid = centroid
     trained = run_training(model, kind, rows, dev_rows, options, checkpoint, run)
     if is_main():
         scores = trained.scores
@@ -133,6 +138,22 @@ def main(argv: Sequence[str]) -> int:
                 scores = kind.evaluate(model, dev, not arguments.disable_tqdm).values
         tell(Outcome(model, kind, run, scores, trained.losses, baselines, notes, len(dev_rows)), arguments.output_dir)
     return 0
+
+
+def _centroid(options: Options, model: Any, kind: Kind, rows: list[dict[str, Any]]) -> Centroid | None:
+    """What the training texts look like to the bare encoder, by which a pack finds a text's run; None where it gives no
+    state per token, and on the processes that do not save."""
+    if not is_main() or options.arguments.fsdp:
+        return None
+    model.to(options.arguments.device)
+    some = rows[:: max(1, len(rows) // CENTROID_TEXTS)][:CENTROID_TEXTS]
+    some = [{name: value for name, value in row.items() if not isinstance(value, str)} for row in some]
+    size = int(options.arguments.per_device_eval_batch_size)
+    try:
+        batches = (kind.collate(some[start : start + size]) for start in range(0, len(some), size))
+        return Centroid.of(sentence_vectors(model, batches))
+    except (ValueError, TypeError, RuntimeError, AttributeError):  # a model that wants more than text
+        return None
 
 
 def _task(options: Options) -> TextTask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -85,13 +86,13 @@ def sentence_vectors(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> 
     """encode() of every batch by the frozen encoder, in evaluation mode: [texts, H], float32 on the CPU.
 
     Args:
-        model: returned by adapt(), unmerged or with its experts kept. batches: of a DataLoader or a collator.
+        model: bare, or returned by adapt(), unmerged or with its experts kept. batches: of a DataLoader or a collator.
     """
     device = next(model.parameters()).device
     training, found = model.training, []
     model.eval()
     try:
-        with disable(model):
+        with contextlib.nullcontext() if getattr(model, "adamix", None) is None else disable(model):
             for batch in batches:
                 tensors = {name: v.to(device) for name, v in batch.items() if isinstance(v, torch.Tensor)}
                 found.append(encode(model, tensors).cpu())

@@ -208,7 +208,7 @@ class RoutedLoRALinear(nn.Module):
             groups=self.groups,
             output_offsets=self.output_offsets,
             dropout_p=self.dropout if self.training else 0.0,
-            inplace=not looking and _may_overwrite(self.base, rows, added),
+            inplace=not looking and may_overwrite(self.base, rows, added),
             backend=self.backend,
         )
         if looking:
@@ -273,7 +273,7 @@ def linear_sizes(layer: nn.Module) -> tuple[int, int, bool]:
     raise ValueError(f"layer: got {type(layer).__name__}, expected nn.Linear, Conv1D or in_features and out_features")
 
 
-def _may_overwrite(layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> bool:
+def may_overwrite(layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether nobody will look again at what `layer` gave, so that the update of x may be added to it in place.
 
     Sure of the plain linear layers alone: their output is new memory and no backward needs it. A hook or a

@@ -28,7 +28,8 @@ from ..models.inject import check_bare
 from ..models.state import adamix_state, check_model
 from ..modules.lora import QKV, linear_sizes
 from . import heads, slots
-from .pack import Folder, assemble, called, check_source
+from .pack import assemble
+from .reading import Folder, called, check_source
 from .slots import Shape
 from .sources import AdapterPart, LoraPart, Part, read_adamix
 from .state import Entry, check_name, pack_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -12,19 +11,16 @@ from torch import nn
 from .._backends import check_request
 from ..models.config import AdaMixConfig
 from ..models.guards import install_guards
-from ..models.header import CHECKPOINT_NAME, check_base, check_pooling
-from ..models.hub import resolve_folder
 from ..models.inject import check_bare
 from ..models.pooling import pooling_of, set_pooling
 from ..models.state import AdaMixState, adamix_state, check_model, replace_module
 from . import heads, slots
-from .peft_folder import CONFIG_NAME, read_peft
+from .reading import Folder, called, read_source
 from .slots import RoutedLayer, Shape
-from .sources import Source, read_adamix
+from .sources import Source
 from .state import Entry, Pack, PackRouter, check_name, pack_of
 
 MOST = 256
-Folder = str | os.PathLike[str]
 
 
 def pack(
@@ -173,54 +169,6 @@ def remove_expert(model: nn.Module, name: str) -> nn.Module:
         _commit(pairs)
         del state.entries[name]
     return model
-
-
-def read_source(model: nn.Module, name: str, folder: Folder) -> Source:
-    """What is in `folder`, checked against `model`. Raises ValueError that begins with the name."""
-    with called(name):
-        place = resolve_folder(folder, name="folder")
-        if (place / CHECKPOINT_NAME).is_file():
-            source = read_adamix(name, place)
-        elif (place / CONFIG_NAME).is_file():
-            source = read_peft(name, place, model)
-        else:
-            raise ValueError(
-                f"folder: got {str(folder)!r}, which holds neither {CHECKPOINT_NAME} nor {CONFIG_NAME}, expected a "
-                "folder of save_adamix, of adamix train or of a PEFT LoRA"
-            )
-        check_source(model, source)
-    return source
-
-
-def check_source(model: nn.Module, source: Source) -> None:
-    """Raises ValueError where `model` is another base than the source's, or lacks a layer of it."""
-    if source.header is not None:
-        check_base(model, source.header)
-        if getattr(model, "adamix", None) is None:
-            check_pooling(model, source.header)
-    slots.check_layers(model, source)
-    for path in source.heads:
-        try:
-            model.get_submodule(path)
-        except AttributeError as error:
-            kind = (source.header or {}).get("base_model", {}).get("class")
-            raise ValueError(
-                f"{path}: got a {type(model).__name__} without such a module, expected "
-                f"{kind or 'the model with the head'} that the folder was trained with"
-            ) from error
-
-
-class called:
-    """Errors about a folder begin with its name in the pack."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, ValueError):
-            raise ValueError(f"{self.name}: {error}") from error
 
 
 def _pooling(model: nn.Module, sources: Sequence[Source]) -> str | None:

@@ -126,8 +126,8 @@ def choose_nearest(model: nn.Module, pack: Pack, threshold: float | str | None) 
 
 def _goes_on(kwargs: Mapping[str, Any]) -> bool:
     """Whether this is a later token of generate(), which keeps the names of the first."""
-    cache = kwargs.get("past_key_values")
-    return cache is not None and hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0
+    caches = [value for value in kwargs.values() if hasattr(value, "get_seq_length")]  # past_key_values, or cache
+    return any(int(cache.get_seq_length()) > 0 for cache in caches)
 
 
 def _device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device:

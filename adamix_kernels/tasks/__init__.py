@@ -1,6 +1,7 @@
 """Real tasks for the demo and the command line: text data, encoders, and what a run was about."""
 
 from ..models.pooling import mean_pool
+from ._bases import load_base
 from ._sources import EMBEDDED
 from .batches import accuracy, collator, predict, tokenize
 from .encoders import DEFAULT_MODEL, Encoder, load_causal, load_classifier, resolve_model
@@ -22,6 +23,7 @@ __all__ = [
     "accuracy",
     "collator",
     "load",
+    "load_base",
     "load_causal",
     "load_classifier",
     "load_split",

@@ -17,15 +17,21 @@ STDIN = "-"
 
 @dataclass(frozen=True)
 class InputRow:
-    """text, the second text of a pair or None, and where they stand: "in.csv, line 3"."""
+    """text, the second text of a pair or None, and where they stand: "in.csv, line 3". name: of the adapter in a pack,
+    where a column tells it."""
 
     text: str
     pair: str | None
     place: str
+    name: str | None = None
 
 
 def read_inputs(
-    path: str | Path, *, text_column: str | None = None, text_pair_column: str | None = None
+    path: str | Path,
+    *,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    name_column: str | None = None,
 ) -> Iterator[InputRow]:
     """Reads a file row by row; a file of millions needs no more memory than one of ten (but for .json, read whole).
 
@@ -34,12 +40,15 @@ def read_inputs(
             line begins no other); .csv, .tsv, .jsonl, .json and .parquet as load_task reads them, where a line of
             JSONL may also be a text alone; "-" is standard input, read as .txt.
         text_column, text_pair_column: by the columns' names where None, as in load_task; a .txt file has none.
+        name_column: of the adapter's name; only a table has one.
 
     Raises:
         FileNotFoundError: no such file; at the call.
         ValueError: another kind of file, at the call; and when the row is reached that cannot be read, after those
             before it were given: the message has the file, the line and what was expected.
     """
+    if name_column is not None and (str(path) == STDIN or str(path).lower().endswith(".txt")):
+        raise ValueError(f"name_column: got {name_column!r} for {path}, expected a file with columns")
     if str(path) == STDIN:
         return _lines(sys.stdin.buffer, "standard input")
     file = Path(path).expanduser()
@@ -50,7 +59,7 @@ def read_inputs(
         raise FileNotFoundError(f"{path}: no such file")
     if suffix == ".txt":
         return _text_file(file)
-    return _table_file(file, text_column, text_pair_column)
+    return _table_file(file, text_column, text_pair_column, name_column)
 
 
 def _text_file(path: Path) -> Iterator[InputRow]:
@@ -63,20 +72,23 @@ def _lines(file: Iterable[bytes], name: str) -> Iterator[InputRow]:
         yield InputRow(cut_end(line), None, f"{name}, line {number}")
 
 
-def _table_file(path: Path, text: str | None, pair: str | None) -> Iterator[InputRow]:
+def _table_file(path: Path, text: str | None, pair: str | None, name: str | None) -> Iterator[InputRow]:
     with open_rows(path) as found:
         chosen: tuple[str, str | None] | None = None
         for number, row in found.rows:
             place = found.place(number)
-            if PLAIN in row:
+            if PLAIN in row and name is None:
                 yield InputRow(checked_text(row[PLAIN], lambda place=place: place), None, place)
                 continue
             if chosen is None:
                 names = list(row) if found.columns == [PLAIN] else found.columns
-                chosen = text_columns(found.name, names, text, pair)
+                chosen = text_columns(found.name, [n for n in names if n != name or n == text], text, pair)
             first, second = chosen
             yield InputRow(
-                _cell(row, first, found, number), None if second is None else _cell(row, second, found, number), place
+                _cell(row, first, found, number),
+                None if second is None else _cell(row, second, found, number),
+                place,
+                None if name is None else _cell(row, name, found, number),
             )
 
 

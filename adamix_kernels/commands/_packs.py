@@ -1,0 +1,171 @@
+"""What adamix predict does with a pack: names of rows, and answers of each name's own task and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.contexts import use_experts
+from ..models.hub import resolve_folder
+from ..models.pooling import pooling_of
+from ..packs.folder import PACK_NAME
+from ..packs.route import AUTO, Nearest, nearest
+from ..packs.state import Pack, pack_of
+from ..tasks import InputRow, Run, load, read_run
+from ..tasks.run_file import RUN_NAME
+from ._kinds import GenerationKind, Kind, LabelKind, longest_text, make_kind
+from ._options import quiet
+from ._runs import MAX_TOKENS
+from .pack import RUNS
+
+NEAREST = "nearest"
+
+
+@dataclass
+class PackRun:
+    """A pack with its tokenizer. kinds: of each name. adapter: for all rows, or None. threshold: of the routing."""
+
+    model: nn.Module
+    tokenizer: Any
+    kinds: dict[str, Kind]
+    adapter: str | None
+    threshold: float | str | None
+
+    @property
+    def batch_size(self) -> int:
+        return next(iter(self.kinds.values())).batch_size
+
+    def check(self, row: InputRow) -> InputRow:
+        """Raises ValueError, naming the place, for a row whose name is none of the pack."""
+        if row.name is not None and row.name not in self.kinds:
+            raise ValueError(f"{row.place}: got the adapter {row.name!r}, expected one of {', '.join(self.kinds)}")
+        return row
+
+    def answers(self, rows: Sequence[InputRow]) -> list[dict[str, Any]]:
+        """One forward a batch, whatever its names; each prediction with its adapter, and, routed, its similarity."""
+        encoded = [self._encoded(row) for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]["input_ids"]))
+        found: list[dict[str, Any]] = [{} for _ in rows]
+        self.model.eval()
+        for start in range(0, len(order), self.batch_size):
+            some = order[start : start + self.batch_size]
+            for i, answer in zip(some, self._batch([rows[i] for i in some], [encoded[i] for i in some]), strict=True):
+                found[i] = answer
+        return found
+
+    def _encoded(self, row: InputRow) -> dict[str, Any]:
+        name = row.name or self.adapter
+        kinds = list(self.kinds.values()) if name is None else [self.kinds[name]]
+        more = [] if row.pair is None else [row.pair]
+        encoded = self.tokenizer(
+            row.text, *more, truncation=True, max_length=min(kind.max_tokens for kind in kinds)
+        )  # fmt: skip
+        return dict(encoded)
+
+    @torch.inference_mode()
+    def _batch(self, rows: list[InputRow], encoded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        device = next(self.model.parameters()).device
+        padded = self.tokenizer.pad(encoded, return_tensors="pt")
+        inputs = {name: value.to(device) for name, value in padded.items()}
+        routed: Nearest | None = None
+        if self.adapter is None and rows[0].name is None:
+            routed = nearest(self.model, threshold=self.threshold, **inputs)
+            names, kept = routed.nearest, [i for i, name in enumerate(routed.names) if name is not None]
+        else:
+            names, kept = [row.name or str(self.adapter) for row in rows], list(range(len(rows)))
+        answers: list[dict[str, Any]] = [{"label": None, "probabilities": {}} for _ in rows]
+        if kept:
+            chosen = [names[i] for i in kept]
+            made = self._labels(chosen, {name: value[kept] for name, value in inputs.items()}, [rows[i] for i in kept])
+            for i, answer in zip(kept, made, strict=True):
+                answers[i] = answer
+        for i, answer in enumerate(answers):
+            answer["adapter"] = names[i] if i in kept else None
+            if routed is not None:
+                answer["similarity"] = round(routed.similarity[i], 6)
+        return answers
+
+    def _labels(
+        self, names: list[str], inputs: dict[str, torch.Tensor], rows: list[InputRow]
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        kinds = [self.kinds[name] for name in names]
+        with use_experts(self.model, names):
+            if isinstance(kinds[0], GenerationKind):
+                texts, pairs = [row.text for row in rows], [row.pair for row in rows if row.pair is not None]
+                one = in_one_batch(kinds[0], len(rows))
+                return one.predictions(self.model, texts, pairs or None)
+            model: Any = self.model
+            logits = model(**inputs).logits.float().cpu()
+        found = []
+        for kind, row in zip(kinds, logits, strict=True):
+            assert isinstance(kind, LabelKind)
+            found.append(kind.answer(row))
+        return found
+
+
+def in_one_batch(kind: GenerationKind, rows: int) -> GenerationKind:
+    """The same, with all rows in one batch, as use_experts expects them."""
+    return GenerationKind(kind.tokenizer, kind.max_tokens, kind.settings, kind.metrics, rows)
+
+
+def open_pack(
+    folder: str,
+    model: str | None,
+    adapter: str | None,
+    threshold: str | None,
+    batch_size: int | None,
+    settings: dict[str, Any],
+) -> PackRun:
+    """Raises ValueError for what is no pack, an adapter that it has not, or names that do not go together."""
+    place = resolve_folder(folder, name="pack")
+    if not (place / PACK_NAME).is_file():
+        raise ValueError(f"pack: got {folder!r}, which holds no {PACK_NAME}, expected a folder of adamix pack")
+    with quiet():
+        packed, tokenizer = load(place, model=model)
+    if tokenizer is None:
+        raise ValueError(f"{folder}: got no tokenizer in it, nor beside its base model, expected one")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    state = pack_of(packed)
+    if adapter is not None and adapter not in state.entries:
+        raise ValueError(f"adapter: got {adapter!r}, expected one of {', '.join(state.entries)}")
+    kinds = {name: _kind(name, packed, tokenizer, state, place, batch_size, settings) for name in state.entries}
+    if len({isinstance(kind, GenerationKind) for kind in kinds.values()}) > 1:
+        raise ValueError(f"pack: got {folder!r}, whose names write texts and label them, expected one of them")
+    return PackRun(packed, tokenizer, kinds, adapter, _threshold(threshold))
+
+
+def _threshold(given: str | None) -> float | str | None:
+    if given is None or given == AUTO:
+        return given
+    try:
+        return float(given)
+    except ValueError:
+        raise ValueError(f"threshold: got {given!r}, expected a cosine from -1 to 1, or {AUTO}") from None
+
+
+def _kind(
+    name: str, model: Any, tokenizer: Any, state: Pack, folder: Path, size: int | None, settings: dict[str, Any]
+) -> Kind:
+    place = folder / RUNS / name
+    run = read_run(place) if (place / RUN_NAME).is_file() else _described(name, model, tokenizer, state)
+    return make_kind(run.task, run.label_names, tokenizer, run.max_tokens, (), {**run.generation, **settings}, size)
+
+
+def _described(name: str, model: Any, tokenizer: Any, state: Pack) -> Run:
+    """A run out of what the pack tells of a name that came without its run file."""
+    entry = state.entries[name]
+    if "SequenceClassification" not in type(model).__name__:
+        task, names = "generation", []
+    elif entry.problem == "regression" or (entry.labels is not None and len(entry.labels) == 1):
+        task, names = "regression", ["score"]
+    else:
+        count = model.config.num_labels
+        task, names = "classification", entry.labels or [f"LABEL_{number}" for number in range(count)]
+    most = min(longest_text(model, tokenizer), MAX_TOKENS)
+    return Run(str(getattr(model.config, "_name_or_path", "")), "", names, most, pooling_of(model) or "model", task)

@@ -1,0 +1,92 @@
+"""adamix pack: several runs, trained apart, as one folder that serves them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..models.header import CHECKPOINT_NAME
+from ..models.hub import resolve_folder
+from ..models.state import adamix_state
+from ..packs.folder import save_pack
+from ..packs.pack import pack
+from ..packs.reading import called
+from ..packs.state import Pack, check_name
+from ..tasks import Run, load_base, read_run, write_run
+from ._options import OutputOptions, needs_out, quiet, start
+from ._parser import OptionParser
+from ._runs import run_folder
+
+RUNS = "runs"  # of a pack: a folder a name, with the name's run file
+
+
+@dataclass
+class PackOptions:
+    _argument_group_name = "pack"
+
+    out: str = field(default="", metadata={"help": "folder for the pack"})
+    model: str | None = field(
+        default=None, metadata={"help": "hub id or folder of the encoder, where the first folder does not lead to it"}
+    )
+    capacity: int | None = field(default=None, metadata={"help": "slots, to add names later; as many as names"})
+    max_rank: int = field(default=1, metadata={"help": "ranks that later names may have, if more than these"})
+    max_labels: int = field(default=1, metadata={"help": "labels that later names may have, if more than these"})
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = OptionParser(
+        "pack",
+        (PackOptions, OutputOptions),
+        "Put runs of one encoder, or PEFT LoRA folders, into one folder, each under a name.",
+        words="NAME=FOLDER ...",
+    )
+    parsed = parser.parse(argv)
+    options, output = parsed.parts
+    folders = named_folders(parsed.words)
+    needs_out(options.out)
+    if (Path(options.out) / CHECKPOINT_NAME).is_file():
+        raise ValueError(f"out: {options.out} holds a run, expected another folder")
+    start(output)
+    runs = {name: _run_of(name, folder) for name, folder in folders.items()}  # damaged files are answered at once
+    first = next(iter(folders))
+    with called(first), quiet():
+        model, tokenizer = load_base(folders[first], model=options.model)
+    pack(
+        model, folders, capacity=options.capacity, max_rank=options.max_rank, max_labels=options.max_labels
+    )  # fmt: skip
+    out = save_pack(model, options.out)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    for name, run in runs.items():
+        if run is not None:
+            (out / RUNS / name).mkdir(parents=True, exist_ok=True)
+            write_run(out / RUNS / name, run)
+    state = adamix_state(model).pack
+    assert isinstance(state, Pack)
+    without = [name for name, entry in state.entries.items() if entry.centroid is None]
+    if without:
+        print(f"note: --route nearest cannot choose: {', '.join(without)} came without the centroid of their texts")
+    print(f"pack of {len(folders)} names: {out}")
+    return 0
+
+
+def named_folders(words: Sequence[str]) -> dict[str, str]:
+    """NAME=FOLDER of each. Raises ValueError for another word, a name given twice, or none."""
+    if not words:
+        raise ValueError("got no folder, expected adamix pack NAME=FOLDER NAME=FOLDER ... --out FOLDER")
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not equals or not folder:
+            raise ValueError(f"got {word!r}, expected NAME=FOLDER")
+        if check_name(name) in found:
+            raise ValueError(f"name: got {name!r} twice, expected different names")
+        found[name] = folder
+    return found
+
+
+def _run_of(name: str, folder: str) -> Run | None:
+    with called(name):
+        place = run_folder(resolve_folder(folder, name="folder"))
+        return None if place is None else read_run(place)

@@ -1,0 +1,157 @@
+"""adamix pack, and adamix predict --pack: by name, by column, by content."""
+
+import json
+
+import pytest
+import tiny_text
+
+from adamix_kernels import cli, load_pack
+from adamix_kernels.tasks import load, load_base
+
+FLAGS = ["--use_cpu", "--disable_tqdm", "--max_steps", "6", "--learning_rate", "1e-2", "--no_baselines"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two runs of one encoder: labels up/down of films, and three labels of meals."""
+    folder = tmp_path_factory.mktemp("packs")
+    encoder = tiny_text.write_encoder(folder / "encoder")
+    films = tiny_text.write_data(folder / "films")
+    meals = folder / "meals"
+    meals.mkdir()
+    for name, rows in (("train", 12), ("dev", 6)):
+        words = ("good", "poor", "fine")
+        lines = [f"{words[i % 3]} meal was not very {words[i % 3]}\tm{i % 3}" for i in range(rows)]
+        (meals / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+    for name, data, method in (("films", films, "adapter"), ("meals", meals, "lora")):
+        flags = ["--model", str(encoder), "--data", str(data), "--out", str(folder / f"run_{name}"), "--method", method]
+        assert cli.main(["train", *flags, *FLAGS]) == 0
+    words = [f"{name}={folder / f'run_{name}'}" for name in ("films", "meals")]
+    assert cli.main(["pack", *words, "--out", str(folder / "pack"), "--capacity", "3"]) == 0
+    return folder
+
+
+def lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+TEXTS = ["good film was a story", "poor meal was not very poor", "bad the film", "fine meal was not very fine"]
+NAMES = ["films", "meals", "films", "meals"]
+
+
+def own(folder, capsys):
+    """What each run says of its own texts."""
+    found = []
+    for text, name in zip(TEXTS, NAMES, strict=True):
+        assert cli.main(["predict", "--run", str(folder / f"run_{name}"), text, "--json"]) == 0
+        found += lines(capsys.readouterr().out)
+    return found
+
+
+def same(got, want, names):
+    for mine, theirs, name in zip(got, want, names, strict=True):
+        assert mine["adapter"] == name
+        assert (mine["text"], mine["label"]) == (theirs["text"], theirs["label"])
+        assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=2e-6)
+
+
+def test_a_mixed_file_by_its_column_of_names(folder, capsys, tmp_path):
+    want = own(folder, capsys)
+    file = tmp_path / "mixed.csv"
+    file.write_text("text,domain\n" + "".join(f"{t},{n}\n" for t, n in zip(TEXTS, NAMES, strict=True)))
+    call = ["predict", "--pack", str(folder / "pack"), "--file", str(file), "--adapter-column", "domain"]
+    assert cli.main([*call, "--json"]) == 0
+    same(lines(capsys.readouterr().out), want, NAMES)
+    out = tmp_path / "out.jsonl"
+    assert cli.main([*call, "--out", str(out), "--batch_size", "2"]) == 0
+    same(lines(out.read_text()), want, NAMES)
+    capsys.readouterr()
+    assert cli.main(["predict", "--pack", str(folder / "pack"), "--adapter", "meals", TEXTS[1]]) == 0
+    words = capsys.readouterr().out.rstrip("\n").split("\t")
+    assert words == ["meals", want[1]["label"], f"{want[1]['probabilities'][want[1]['label']]:.4f}", TEXTS[1]]
+    file.write_text("text,domain\ngood film,films\nbad film,plays\n")
+    assert cli.main([*call, "--json"]) == 2
+    printed = capsys.readouterr()
+    assert len(lines(printed.out)) == 1
+    assert "mixed.csv, line 3: got the adapter 'plays', expected one of films, meals" in printed.err
+
+
+def test_a_mixed_stream_by_content(folder, capsys):
+    want = own(folder, capsys)
+    call = ["predict", "--pack", str(folder / "pack"), "--route", "nearest", "--json", *TEXTS]
+    assert cli.main(call) == 0
+    got = lines(capsys.readouterr().out)
+    same(got, want, NAMES)
+    assert all(-1 <= row["similarity"] <= 1 for row in got)
+    bound = sorted(row["similarity"] for row in got)[2]
+    assert cli.main([*call, "--threshold", str(bound - 1e-4)]) == 0
+    kept = lines(capsys.readouterr().out)
+    assert sum(row["adapter"] is None and row["label"] is None for row in kept) == 2
+    assert [row["label"] for row in kept if row["adapter"]] == [
+        row["label"] for row in got if row["similarity"] > bound - 1e-4
+    ]
+
+
+def test_the_folder_is_whole(folder):
+    model, tokenizer = load(folder / "pack")
+    assert tokenizer is not None
+    assert model.adamix.pack.capacity == 3
+    assert [entry.labels for entry in model.adamix.pack.entries.values()] == [["down", "up"], ["m0", "m1", "m2"]]
+    assert all(entry.centroid.texts == 12 for entry in model.adamix.pack.entries.values())
+    bare, _ = load_base(folder / "run_films")
+    assert list(load_pack(bare, folder / "pack").adamix.pack.entries) == ["films", "meals"]
+
+
+def test_peft_folders_are_packed_too(folder, capsys, tmp_path):
+    pytest.importorskip("peft")
+    assert cli.main(["export", str(folder / "run_meals"), "--out", str(tmp_path / "peft"), "--no_head"]) == 0
+    words = [f"films={folder / 'run_films'}", f"lora={tmp_path / 'peft'}"]
+    capsys.readouterr()
+    assert cli.main(["pack", *words, "--out", str(tmp_path / "pack")]) == 0
+    assert "note: --route nearest cannot choose: lora came without the centroid" in capsys.readouterr().out
+    assert cli.main(["predict", "--pack", str(tmp_path / "pack"), "--adapter", "lora", "a film", "--json"]) == 0
+    assert lines(capsys.readouterr().out)[0]["adapter"] == "lora"
+    assert cli.main(["predict", "--pack", str(tmp_path / "pack"), "--route", "nearest", "a film"]) == 2
+    assert "got 'lora' without a centroid" in capsys.readouterr().err
+
+
+WRONG = {
+    "got no folder, expected adamix pack NAME=FOLDER": ["pack", "--out", "x"],
+    "got 'films', expected NAME=FOLDER": ["pack", "films", "--out", "x"],
+    "name: got 'a' twice": ["pack", "a=RUN", "a=RUN", "--out", "x"],
+    "out: got nothing": ["pack", "a=RUN"],
+    "a: folder: got 'nowhere', no such folder": ["pack", "a=nowhere", "--out", "x"],
+    "capacity: got 1 for 2": ["pack", "a=RUN", "b=RUN", "--capacity", "1", "--out", "x"],
+    "holds a run, expected another folder": ["pack", "a=RUN", "--out", "RUN"],
+    "pack: got nothing, expected one of --adapter": ["predict", "--pack", "PACK", "text"],
+    "pack: got --adapter and --route": ["predict", "--pack", "PACK", "--adapter", "films", "--route", "nearest", "t"],
+    "pack: got --run too": ["predict", "--pack", "PACK", "--run", "RUN", "--adapter", "films", "text"],
+    "which holds no adamix_pack.json": ["predict", "--pack", "RUN", "--adapter", "films", "text"],
+    "adapter: got 'x', expected one of films, meals": ["predict", "--pack", "PACK", "--adapter", "x", "text"],
+    "adapter: got it without --pack": ["predict", "--run", "RUN", "--adapter", "films", "text"],
+    "adapter_column: got it for TEXT": ["predict", "--pack", "PACK", "--adapter_column", "domain", "text"],
+    "threshold: got it without --route": ["predict", "--pack", "PACK", "--adapter", "films", "--threshold", "0", "t"],
+    "threshold: got 'x', expected a cosine": [
+        "predict",
+        "--pack",
+        "PACK",
+        "--route",
+        "nearest",
+        "--threshold",
+        "x",
+        "t",
+    ],
+    "run: got nothing, expected --run": ["predict", "text"],
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_usage_is_one_line(message, folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"RUN": str(folder / "run_films"), "PACK": str(folder / "pack")}
+    words = [word.replace("RUN", places["RUN"]).replace("PACK", places["PACK"]) for word in WRONG[message]]
+    assert cli.main(words) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1
+    assert message in err[0]
+    assert not (tmp_path / "x").exists()
