@@ -1,5 +1,6 @@
 """The examples in the docstrings of the public names run as they are printed."""
 
+import copy
 import doctest
 import inspect
 
@@ -13,7 +14,7 @@ NAMES = sorted(set(adamix_kernels.__all__) - {"__version__"})
 
 @pytest.fixture
 def namespace(tmp_path, monkeypatch):
-    """What docs/reference.md says an example may use: torch, the public names, a small `model` and a `batch`."""
+    """What an example may use, as docs/reference.md says."""
     pytest.importorskip("transformers")
     from tiny import tiny_bert
 
@@ -21,7 +22,12 @@ def namespace(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = tiny_bert()
     batch = {"input_ids": torch.randint(3, 50, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
-    return {"torch": torch, "model": model, "batch": batch, **{name: getattr(adamix_kernels, name) for name in NAMES}}
+    names = {"torch": torch, "model": model, "batch": batch, **{name: getattr(adamix_kernels, name) for name in NAMES}}
+    for number, folder in enumerate(("leases", "patents")):
+        torch.manual_seed(number)
+        trained = adamix_kernels.adapt(copy.deepcopy(model), adamix_kernels.AdaMixConfig(bottleneck=4))
+        names[folder] = adamix_kernels.save_adamix(trained, tmp_path / folder)
+    return names
 
 
 @pytest.mark.parametrize("name", NAMES)

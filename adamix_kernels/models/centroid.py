@@ -119,6 +119,9 @@ def store_centroid(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, na
         TypeError: `model` is no module.
         ValueError: it is not adapted, or `name` is none of a pack's; it is merged for good; it has no state per token;
             or there is no text.
+
+    Example:
+        >>> folder = save_adamix(store_centroid(adapt(model), [batch]), "leases_2")  # [batch, ...]: the training texts
     """
     check_model(model)
     state = adamix_state(model)

@@ -49,6 +49,11 @@ def unpack(model: nn.Module, name: str, directory: str | os.PathLike[str]) -> Pa
     Raises:
         ValueError: `model` is no pack or has no such name, or `directory` is a file or holds a pack.
         OSError: a file could not be written; a previous checkpoint stays.
+
+    Example:
+        >>> folder = unpack(pack(model, {"leases": leases, "patents": patents}), "leases", "leases_again")
+        >>> (folder / "adamix_checkpoint.json").is_file()
+        True
     """
     state = pack_of(model)
     with state.lock:
@@ -74,6 +79,11 @@ def save_pack(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: `model` is no pack, it is empty, or `directory` is a file or holds another checkpoint.
         OSError: a file could not be written; the previous pack stays.
+
+    Example:
+        >>> folder = save_pack(pack(model, {"leases": leases, "patents": patents}), "law")
+        >>> (folder / "adamix_pack.json").is_file()
+        True
     """
     state = pack_of(model)
     with state.lock:
@@ -116,6 +126,13 @@ def load_pack(
         backend: as in adapt(). adamix_kernels.load(directory) finds the base model, too.
 
     Raises ValueError: a file is missing or damaged, or `model` is another base; nothing is changed then.
+
+    Example:
+        >>> import copy
+        >>> bare = copy.deepcopy(model)
+        >>> folder = save_pack(pack(model, {"leases": leases, "patents": patents}), "law")
+        >>> list(load_pack(bare, folder).adamix.pack.entries)
+        ['leases', 'patents']
     """
     check_model(model)
     check_request(backend)

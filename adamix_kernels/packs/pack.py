@@ -130,6 +130,13 @@ def add_expert(model: nn.Module, name: str, folder: Folder) -> nn.Module:
 
     Raises ValueError: `model` is no pack, the name is taken or is none, no slot is free, or the folder does not fit;
         the message says what to change, and nothing is changed.
+
+    Example:
+        >>> model = pack(model, {"leases": leases}, capacity=2)
+        >>> model = add_expert(model, "patents", patents)
+        >>> with use_experts(model, ["patents", "leases"]):
+        ...     model(**batch).logits.shape
+        torch.Size([2, 2])
     """
     state = pack_of(model)
     check_name(name)
@@ -151,6 +158,10 @@ def replace_expert(model: nn.Module, name: str, folder: Folder) -> nn.Module:
     """Puts another adaptation in the place of a name's, which it must fit; see add_expert. Returns `model`.
 
     Raises ValueError: `model` is no pack or has no such name, or the folder does not fit; nothing is changed.
+
+    Example:
+        >>> model = pack(model, {"leases": leases})
+        >>> model = replace_expert(model, "leases", patents)  # trained anew, say
     """
     state = pack_of(model)
     with state.lock:
@@ -159,7 +170,13 @@ def replace_expert(model: nn.Module, name: str, folder: Folder) -> nn.Module:
 
 
 def remove_expert(model: nn.Module, name: str) -> nn.Module:
-    """Empties a name's slot, for another one. Returns `model`. Raises ValueError: no pack, or no such name."""
+    """Empties a name's slot, for another one. Returns `model`. Raises ValueError: no pack, or no such name.
+
+    Example:
+        >>> model = remove_expert(pack(model, {"leases": leases, "patents": patents}), "leases")
+        >>> list(model.adamix.pack.entries)
+        ['patents']
+    """
     state = pack_of(model)
     with state.lock:
         slot = _entry(state, name).slot
