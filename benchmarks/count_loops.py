@@ -20,7 +20,8 @@ class Loop:
 
 def loops(count: int, jumps: Mapping[int, Jump]) -> list[Loop]:
     """The natural loops among `count` instructions, by their first instructions; jumps: those of jumps, exits too."""
-    blocks = _blocks(count, jumps)
+    runs = reachable(count, jumps)
+    blocks = {first: last for first, last in _blocks(count, jumps).items() if first in runs}
     after = {first: _after(last, count, jumps) for first, last in blocks.items()}
     before: dict[int, list[int]] = {first: [] for first in blocks}
     for first, nexts in after.items():
@@ -39,6 +40,17 @@ def loops(count: int, jumps: Mapping[int, Jump]) -> list[Loop]:
         inside = set().union(*(b for h, b in bodies.items() if h != head and h in body and b < body))
         made.append(Loop(head, _instructions(body, blocks), _instructions(body - inside, blocks)))
     return made
+
+
+def reachable(count: int, jumps: Mapping[int, Jump]) -> set[int]:
+    """The instructions that may run, from the first one on."""
+    blocks, seen, todo = _blocks(count, jumps), set(), [0][:count]
+    while todo:
+        first = todo.pop()
+        if first not in seen:
+            seen.add(first)
+            todo += _after(blocks[first], count, jumps)
+    return {n for first in seen for n in range(first, blocks[first] + 1)}
 
 
 def _blocks(count: int, jumps: Mapping[int, Jump]) -> dict[int, int]:

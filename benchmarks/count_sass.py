@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .count_loops import Loop, loops
+from .count_loops import Jump, Loop, loops, reachable
 
 # What the assembler neither adds nor leaves out, as a rule: PTX -> machine code, by the first word or two.
 ANCHORS = {
@@ -96,16 +96,23 @@ def _target(instruction: Instruction) -> str:
     return named[0] if named else ""
 
 
-def sass_loops(code: Code) -> list[Loop]:
-    """The loops of the machine code."""
-    jumps = {}
+def _jumps(code: Code) -> dict[int, Jump]:
+    """Those of the machine code. BRA.DIV leads to what a shuffle of a diverged warp does, which no kernel here has."""
+    jumps: dict[int, Jump] = {}
     for at, one in enumerate(code.instructions):
+        if one.name.startswith("BRA.DIV"):
+            continue
         if one.opcode in ("BRA", "BRX") and _target(one) in code.labels:
             # "BRA P0, `(.L_x_1)" asks as "@P0 BRA `(.L_x_1)" does.
             jumps[at] = [code.labels[_target(one)]], one.guarded or not one.words.lstrip().startswith("`")
         elif one.opcode in ("EXIT", "RET", "BRX"):
             jumps[at] = [], one.guarded
-    return loops(len(code.instructions), jumps)
+    return jumps
+
+
+def sass_loops(code: Code) -> list[Loop]:
+    """The loops of the machine code."""
+    return loops(len(code.instructions), _jumps(code))
 
 
 @dataclass(frozen=True)
@@ -147,10 +154,13 @@ def parts(
         _Looks(_counted(opcodes, loop), len(loop.body), {code.instructions[n].source for n in loop.body})
         for loop in theirs
     ]
-    pairs = _aligned([[_alike(a, b) for b in made] for a in ours])
+    score = [[_alike(a, b) for b in made] for a in ours]
+    pairs = _aligned(score) + _apart(score, _aligned(score))
     taken_ptx = {n for p, _ in pairs for n in ptx_loops[p].own}
     # A loop of the machine code without a partner is what is left of an unrolled one: it runs a few times at most.
     taken_sass = {n for loop in theirs for n in loop.own}
+    # Behind no jump lie functions, the assembler's own slow ways of division among them, and what diverged warps do.
+    taken_sass |= set(range(len(opcodes))) - reachable(len(opcodes), _jumps(code))
     called = [
         Part(tuple(range(*own)), tuple(range(*code.functions[name])), 1)
         for name, own in (functions or {}).items()
@@ -216,6 +226,13 @@ def _aligned(score: Sequence[Sequence[float]], least: float = 0.45) -> list[tupl
         else:
             j += 1
     return found
+
+
+def _apart(score: Sequence[Sequence[float]], pairs: Sequence[tuple[int, int]], least: float = 0.6) -> list[tuple[int, int]]:
+    """A pair for each row without one: the assembler may have moved or joined loops, so with the most alike column."""
+    left = [row for row in range(len(score)) if row not in {r for r, _ in pairs} and score[row]]
+    best = {row: max(range(len(score[row])), key=lambda column: score[row][column]) for row in left}
+    return [(row, column) for row, column in best.items() if score[row][column] >= least]
 
 
 def in_flight(code: Code, numbers: Sequence[int]) -> float:

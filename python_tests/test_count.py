@@ -174,8 +174,21 @@ def test_a_function_is_a_part_of_its_own():
     code = count_sass.parsed(CALLED, 40)
     assert code.functions["helper"] == (2, 4)
     outside, helper = count_sass.parts(["call", "ret", "add.f32", "back"], [""] * 4, [], code, {"helper": (2, 4)})
-    assert (outside.ptx, outside.sass) == ((0, 1), (0, 1, 4, 5))
+    # What divides slowly runs seldom.
+    assert (outside.ptx, outside.sass) == ((0, 1), (0, 1))
     assert (helper.ptx, helper.sass, helper.ratio) == ((2, 3), (2, 3), 1.0)
+
+
+def test_what_only_a_diverged_warp_does_is_left_out():
+    text = SASS.replace("/*0060*/                   BAR", "/*0055*/  BRA.DIV UR4, `(.L_x_3) ;\n/*0060*/ BAR")
+    text = text.replace("        /*0090*/", "        /*0090*/").replace(
+        ".L_x_2:", ".L_x_3:\n /*0082*/ WARPSYNC.COLLECTIVE R2 ;\n /*0084*/ BRA `(.L_x_1) ;\n.L_x_2:"
+    )
+    code = count_sass.parsed(text, 40)
+    (loop,) = count_sass.sass_loops(code)
+    assert all(code.instructions[n].opcode != "WARPSYNC" for n in loop.own)
+    outside, *_ = count_sass.parts(["ret"], [""], [], code)
+    assert all(code.instructions[n].opcode != "WARPSYNC" for n in outside.sass)
 
 
 def test_growth_needs_a_reason_that_is_new(tmp_path):

@@ -23,13 +23,19 @@ struct PairSpan {
   int low, high, end;
 };
 
-// whole(i) for the whole pieces of a span that are `lane`'s, then edge(i) for its others. Those of both spans alone
-// are whole, and of the larger one none is left out.
-template <typename Whole, typename Edge>
-ADAMIX_DEVICE void walk(PairSpan span, int lane, int threads, Whole whole, Edge edge) {
+// whole(i) for the whole pieces of a span that are `lane`'s, between(), then edge(i) for its others. Those of both spans
+// alone are whole, and of the larger one none is left out.
+template <typename Whole, typename Between, typename Edge>
+ADAMIX_DEVICE void walk(PairSpan span, int lane, int threads, Whole whole, Between between, Edge edge) {
   int at = lane < span.low ? lane + threads : lane;
   for (; at < span.high; at += threads) whole(at);
+  between();
   for (int i = lane < span.low ? lane : at; i < span.end; i = i < span.low ? at : i + threads) edge(i);
+}
+
+template <typename Whole, typename Edge>
+ADAMIX_DEVICE void walk(PairSpan span, int lane, int threads, Whole whole, Edge edge) {
+  walk(span, lane, threads, whole, [] {}, edge);
 }
 
 ADAMIX_DEVICE PairSpan both_of(PairSpan first, PairSpan second) {

@@ -124,17 +124,40 @@ struct PairShare {
       for (int at = lane; at < span.end; at += threads) edge(a[at], b[at], first + at);
       for (int at = lane; at < behind.end; at += threads) tail_edge(at);
     } else {
+      constexpr bool kLifted = sizeof(T) == 2 && !Full;
+      const Lifted of_a(s.top_a), of_b(s.top_b);
+      auto add = [&](const Piece<T>& x, const Piece<T>& y) {
+        if constexpr (kLifted) {
+          s.add_lifted(of_a, of_b, x, y, totals);
+        } else {
+          s.template add<Full, false>(x, y, totals);
+        }
+      };
+      auto lift = [&] {
+        if constexpr (kLifted) s.lift(of_a, of_b);
+      };
+      auto back = [&] {
+        if constexpr (kLifted) s.back(of_a, of_b);
+      };
+      lift();
       walk(
-          span, lane, threads, [&](int at) { s.template add<Full, false>(a[at], b[at], totals); },
-          [&](int at) { edge(a[at], b[at], first + at); });
+          span, lane, threads,
+          [&](int at) {
+            // In two loads.
+            Piece<T> x = a[at], y = b[at];
+            add(x, y);
+          },
+          back, [&](int at) { edge(a[at], b[at], first + at); });
+      if (!tails) return;
+      lift();
       walk(
           behind, lane, threads,
           [&](int at) {
             Piece<T> x, y;
             row.read_whole(x, y, held + at);
-            s.template add<Full, false>(x, y, totals);
+            add(x, y);
           },
-          tail_edge);
+          back, tail_edge);
     }
   }
 
@@ -150,7 +173,16 @@ struct PairShare {
       if (da != nullptr) row.write_elements(da, x, piece);
       if (db != nullptr) row.write_elements(db, y, piece);
     };
-    if (row.fits(da) && row.fits(db) && next.same && !careful) {
+    constexpr bool kLifted = sizeof(T) == 2 && !Full;
+    const LiftedSlopes lifted(slopes);
+    auto slope = [&](Piece<T>& x, Piece<T>& y) {
+      if constexpr (kLifted) {
+        lifted.piece(x, y);
+      } else {
+        slopes.template piece<Full, false>(x, y);
+      }
+    };
+    if (row.fits(da) && row.fits(db) && next.same && !careful && (!kLifted || (may_be_lifted(slopes.top_a) && may_be_lifted(slopes.top_b)))) {
       int column = row.column(first), next_column = more ? next.column(first) : 0;
       Piece<T>* to_a = da == nullptr ? nullptr : reinterpret_cast<Piece<T>*>(da + column);
       Piece<T>* to_b = db == nullptr ? nullptr : reinterpret_cast<Piece<T>*>(db + column);
@@ -162,7 +194,7 @@ struct PairShare {
             Piece<T> x = a[at], y = b[at];
             CopyAhead<T> next_a, next_b;
             if (more) next_a.start(from_a + at), next_b.start(from_b + at);
-            slopes.template piece<Full, false>(x, y);
+            slope(x, y);
             if (da != nullptr) to_a[at] = x;
             if (db != nullptr) to_b[at] = y;
             if (more) next_a.finish(a + at), next_b.finish(b + at);
@@ -176,7 +208,7 @@ struct PairShare {
           [&](int at) {
             Piece<T> x, y;
             row.read_whole(x, y, held + at);
-            slopes.template piece<Full, false>(x, y);
+            slope(x, y);
             if (da != nullptr) to_a[held + at] = x;
             if (db != nullptr) to_b[held + at] = y;
           },
