@@ -77,9 +77,9 @@ def _weight_case(name, dtype, pointer, routing, experts, r, capability):
         ACTIVATION="", ONES=sums_by_dot(capability, dtype.itemsize, rp), DOT=DTYPES[dtype],
         PRECISION=precision(dtype),
     )  # fmt: skip
-    arguments |= dict.fromkeys(("x", "dpre", "grad_out", "pre"), pointer)
+    arguments |= dict.fromkeys(("x", "dpre", "grad_out", "h"), pointer)
     arguments |= dict.fromkeys(("down_plane", "down_bias_plane", "up_plane", "up_bias_plane"), "*fp32")
-    sizes = ("down_batch", "down_span", "down_div", "up_batch", "up_span", "up_div", "splits")
+    sizes = ("down_batch", "down_span", "down_div", "up_batch", "up_span", "up_div", "down_splits", "up_splits")
     arguments |= dict.fromkeys(sizes, "i32")
     chosen = config("adapter_weight_grad_kernel", capability, dtype.itemsize, rp)
     arguments |= dict(ROWS=chosen.rows, COLS=chosen.cols)
@@ -90,7 +90,7 @@ def _weight_case(name, dtype, pointer, routing, experts, r, capability):
 
 def _sum_case(dtype, pointer):
     arguments = dict(
-        splits="i32", DOWN=4 * 16 * _HIDDEN, DOWN_BIAS=4 * 16, UP=16 * _HIDDEN, UP_BIAS=_HIDDEN,
+        down_splits="i32", up_splits="i32", DOWN=4 * 16 * _HIDDEN, DOWN_BIAS=4 * 16, UP=16 * _HIDDEN, UP_BIAS=_HIDDEN,
         CHUNK=SUM_CHUNK, COLS=SUM_COLS,
     )  # fmt: skip
     for part in ("down", "down_bias", "up", "up_bias"):

@@ -1,8 +1,8 @@
 """Second and third launch of the backward: gradients of both banks and both biases.
 
-Tokens are split; each (expert, split, block of features) writes its own float32 plane, zero where the
-expert served no token of the split, and the planes are summed in a fixed order. No atomics: the same
-bits every time. Traffic: x and dy once, dpre and pre [N, r] once for every block of features.
+An expert's tokens are split into equal parts; each (expert, split, block of features) writes its own float32 plane,
+zero where there is no token, and the planes are summed in a fixed order. No atomics: the same bits every time.
+Traffic: x and dy once, dpre and h [N, r] once for every block of features.
 """
 
 from __future__ import annotations
@@ -48,14 +48,38 @@ def _accumulate(
 
 
 @triton.jit
+def _own_samples(index, m, batch, span, div, tiles, split, splits, CHUNK: tl.constexpr):
+    """The split's share of expert m's tiles [begin, end), and of its samples: the first, the end, the first's number.
+
+    Tiles and samples of the expert are numbered in their order; so all splits have the same work, whoever is chosen.
+    """
+    count = 0
+    for start in range(0, batch, CHUNK):
+        b = start + tl.arange(0, CHUNK)
+        count += tl.sum((tl.load(index + b * span // div, mask=b < batch, other=-1) == m).to(tl.int32), axis=0)
+    share = tl.cdiv(count * tiles, splits)
+    begin = tl.minimum(split * share, count * tiles)
+    end = tl.minimum(begin + share, count * tiles)
+    number = begin // tiles
+    first, stop, before = 0, 0, 0
+    for start in range(0, batch, CHUNK):
+        b = start + tl.arange(0, CHUNK)
+        mine = (tl.load(index + b * span // div, mask=b < batch, other=-1) == m).to(tl.int32)
+        upto = before + tl.cumsum(mine, axis=0)
+        first += tl.sum(((upto <= number) & (b < batch)).to(tl.int32), axis=0)
+        stop += tl.sum(((upto * tiles < end) & (b < batch)).to(tl.int32), axis=0)
+        before += tl.sum(mine, axis=0)
+    return begin, end, first, tl.minimum(stop + 1, batch), number
+
+
+@triton.jit
 def _plane(
-    g, z, index, perm, edges, plane, bias_plane, batch, span, div, splits, m, block,
+    g, z, index, perm, edges, plane, bias_plane, batch, span, div, split, splits, m, block,
     C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, M: tl.constexpr, MASKED: tl.constexpr,
     ACTIVATION: tl.constexpr, PART: tl.constexpr, ONES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Expert m's gradient from one split of the tokens, features block * COLS : + COLS, or its bias's alone."""
-    split = tl.program_id(1)
     c = block * COLS + tl.arange(0, COLS)
     k = tl.arange(0, RP)
     acc = tl.zeros([COLS, RP], tl.float32)
@@ -79,17 +103,23 @@ def _plane(
             )
     else:
         tiles = tl.cdiv(span, ROWS)
-        share = tl.cdiv(batch * tiles, splits)
-        begin = split * share
-        end = tl.minimum(begin + share, batch * tiles)
-        for b in range(begin // tiles, tl.cdiv(end, tiles)):
-            low = tl.maximum(begin, b * tiles)
-            high = tl.minimum(end, (b + 1) * tiles)
+        if index is None or MASKED:
+            # One span: all rows.
+            share = tl.cdiv(tiles, splits)
+            begin = split * share
+            end = tl.minimum(begin + share, tiles)
+            first, stop, number = 0, 1, 0
+        else:
+            begin, end, first, stop, number = _own_samples(index, m, batch, span, div, tiles, split, splits, 128)
+        for b in range(first, stop):
+            low = tl.maximum(begin - number * tiles, 0)
+            high = tl.minimum(end - number * tiles, tiles)
             if index is not None and not MASKED:
                 mine = tl.load(index + (b * span) // div) == m
                 high = tl.where(mine, high, low)
+                number += mine.to(tl.int32)
             for tile in range(low, high):
-                offset = (tile - b * tiles) * ROWS + tl.arange(0, ROWS)
+                offset = tile * ROWS + tl.arange(0, ROWS)
                 rows = b * span + offset
                 valid = offset < span
                 if MASKED:
@@ -113,44 +143,61 @@ def _plane(
         tl.store(to, narrow(acc, plane.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["down_batch", "down_span", "down_div", "up_batch", "up_span", "up_div", "splits"])
+@triton.jit(
+    do_not_specialize=[
+        "down_batch",
+        "down_span",
+        "down_div",
+        "up_batch",
+        "up_span",
+        "up_div",
+        "down_splits",
+        "up_splits",
+    ]
+)
 def adapter_weight_grad_kernel(
-    x, dpre, grad_out, pre, down_index, down_perm, down_edges, up_index, up_perm, up_edges,
+    x, dpre, grad_out, h, down_index, down_perm, down_edges, up_index, up_perm, up_edges,
     down_plane, down_bias_plane, up_plane, up_bias_plane,
-    down_batch, down_span, down_div, up_batch, up_span, up_div, splits,
+    down_batch, down_span, down_div, up_batch, up_span, up_div, down_splits, up_splits,
     H: tl.constexpr, O: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,  # noqa: E741
     MD: tl.constexpr, MASK_D: tl.constexpr, MU: tl.constexpr, MASK_U: tl.constexpr,
     ACTIVATION: tl.constexpr, ONES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Planes of dWd = dpre^T x, dbd = sum dpre, dWu = dy^T act(pre), dbu = sum dy, each over an expert's tokens."""
+    """Planes of dWd = dpre^T x, dbd = sum dpre, dWu = dy^T act(h), dbu = sum dy, each over an expert's tokens.
+
+    h is act(pre), and ACTIVATION "", where an earlier launch has made it; else pre.
+    """
     program = tl.program_id(0)
     # Of the down side one program more, for the bias.
     down_blocks: tl.constexpr = (H + COLS - 1) // COLS + 1
     up_blocks: tl.constexpr = (O + COLS - 1) // COLS if O > 0 else 1
-    down_programs: tl.constexpr = 0 if down_plane is None else MD * down_blocks
-    if down_plane is not None:  # noqa: SIM102
+    down_programs = 0
+    if down_plane is not None:
+        down_programs = MD * down_blocks * down_splits
         if program < down_programs:
-            m = program // down_blocks
+            split = program // (MD * down_blocks)
+            m = program // down_blocks % MD
             block = program % down_blocks
             if block < down_blocks - 1:
                 _plane(
                     dpre, x, down_index, down_perm, down_edges, down_plane, down_bias_plane,
-                    down_batch, down_span, down_div, splits, m, block,
+                    down_batch, down_span, down_div, split, down_splits, m, block,
                     H, R, RP, MD, MASK_D, "", "down", ONES, DOT, PRECISION, ROWS, COLS,
                 )  # fmt: skip
             else:
                 _plane(
                     dpre, x, down_index, down_perm, down_edges, down_plane, down_bias_plane,
-                    down_batch, down_span, down_div, splits, m, 0,
+                    down_batch, down_span, down_div, split, down_splits, m, 0,
                     H, R, RP, MD, MASK_D, "", "bias", ONES, DOT, PRECISION, ROWS, COLS,
                 )  # fmt: skip
     if up_plane is not None:  # noqa: SIM102
         if program >= down_programs:
             program -= down_programs
             _plane(
-                pre, grad_out, up_index, up_perm, up_edges, up_plane, up_bias_plane,
-                up_batch, up_span, up_div, splits, program // up_blocks, program % up_blocks,
+                h, grad_out, up_index, up_perm, up_edges, up_plane, up_bias_plane,
+                up_batch, up_span, up_div, program // (MU * up_blocks), up_splits,
+                program // up_blocks % MU, program % up_blocks,
                 O, R, RP, MU, MASK_U, ACTIVATION, "up", ONES, DOT, PRECISION, ROWS, COLS,
             )  # fmt: skip
 
@@ -166,9 +213,10 @@ def _sum_planes(planes, out, splits, block, SIZE: tl.constexpr, CHUNK: tl.conste
     tl.store(out + at, narrow(acc, out.dtype.element_ty), mask=at < SIZE)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["down_splits", "up_splits"])
 def adapter_plane_sum_kernel(
-    down_plane, down_bias_plane, up_plane, up_bias_plane, down_grad, down_bias_grad, up_grad, up_bias_grad, splits,
+    down_plane, down_bias_plane, up_plane, up_bias_plane, down_grad, down_bias_grad, up_grad, up_bias_grad,
+    down_splits, up_splits,
     DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr,
     CHUNK: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -179,14 +227,14 @@ def adapter_plane_sum_kernel(
     c: tl.constexpr = b + (UP + COLS - 1) // COLS
     if DOWN > 0:  # noqa: SIM102
         if block < a:
-            _sum_planes(down_plane, down_grad, splits, block, DOWN, CHUNK, COLS)
+            _sum_planes(down_plane, down_grad, down_splits, block, DOWN, CHUNK, COLS)
     # Of a side of no features the bias alone is there.
     if DOWN_BIAS > 0:  # noqa: SIM102
         if block >= a and block < b:
-            _sum_planes(down_bias_plane, down_bias_grad, splits, block - a, DOWN_BIAS, CHUNK, COLS)
+            _sum_planes(down_bias_plane, down_bias_grad, down_splits, block - a, DOWN_BIAS, CHUNK, COLS)
     if UP > 0:  # noqa: SIM102
         if block >= b and block < c:
-            _sum_planes(up_plane, up_grad, splits, block - b, UP, CHUNK, COLS)
+            _sum_planes(up_plane, up_grad, up_splits, block - b, UP, CHUNK, COLS)
     if UP_BIAS > 0:  # noqa: SIM102
         if block >= c:
-            _sum_planes(up_bias_plane, up_bias_grad, splits, block - c, UP_BIAS, CHUNK, COLS)
+            _sum_planes(up_bias_plane, up_bias_grad, up_splits, block - c, UP_BIAS, CHUNK, COLS)

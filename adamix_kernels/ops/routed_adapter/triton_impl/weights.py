@@ -13,7 +13,7 @@ from .weight_grad import adapter_plane_sum_kernel, adapter_weight_grad_kernel
 
 # Programs that fill a GPU (tables.RESIDENT on each of 132 multiprocessors, and somewhat more), tiles that make a split
 # worth its plane, and most planes.
-PROGRAMS, MIN_TILES, MAX_SPLITS = 512, 4, 64
+PROGRAMS, MIN_TILES, MAX_SPLITS = 1024, 4, 64
 SUM_CHUNK, SUM_COLS = 8, 256
 
 
@@ -29,9 +29,12 @@ class _Tokens(NamedTuple):
     div: int
 
 
-def weight_grads(x, dpre, grad_out, pre, down_index, up_index, down_shape, up_shape, need_up, activation):
-    """(dWd, dbd, dWu, dbu): a side's pair is empty tensors where dpre is None, or not need_up."""
-    batch, tokens, r = pre.shape
+def weight_grads(x, dpre, grad_out, h, down_index, up_index, down_shape, up_shape, need_up, activation):
+    """(dWd, dbd, dWu, dbu): a side's pair is empty tensors where dpre is None, or not need_up.
+
+    activation: of h, "" where it is applied.
+    """
+    batch, tokens, r = h.shape
     down = _outputs(x, down_shape if dpre is not None else None)
     up = _outputs(x, up_shape if need_up else None)
     outputs = (*down, *up)
@@ -46,39 +49,40 @@ def weight_grads(x, dpre, grad_out, pre, down_index, up_index, down_shape, up_sh
     # A side of no features still has its bias.
     blocks = [max(1, -(-n // chosen.cols)) for n in (down_shape[2], up_shape[1])]
     need = (dpre is not None, need_up)
-    columns = sum(m * r for m, wanted in zip((down_shape[0], up_shape[0]), need) if wanted)
+    ways = _ways(down_tokens, down_shape[0]), _ways(up_tokens, up_shape[0])
+    planes_of = sum(m // way * r for m, way, wanted in zip((down_shape[0], up_shape[0]), ways, need) if wanted)
     features = sum(b for b, wanted in zip(blocks, need) if wanted)
-    splits = count_splits(batch * tokens, features, chosen.rows, columns, sum(need) * x.element_size())
-    if splits == 1:
-        planes = outputs
-    else:
-        planes = [memory(x, splits, *t.shape, dtype=torch.float32) for t in outputs]
+    splits = count_splits(batch * tokens, features, chosen.rows, planes_of, sum(need) * x.element_size())
+    down_splits, up_splits = (max(1, splits // way) for way in ways)
+    planes = [*_planes(x, down, down_splits), *_planes(x, up, up_splits)]
     # Of the down side one program more, for the bias.
-    programs = need[0] * down_shape[0] * (-(-down_shape[2] // chosen.cols) + 1) + need[1] * up_shape[0] * blocks[1]
+    programs = need[0] * down_shape[0] * (-(-down_shape[2] // chosen.cols) + 1) * down_splits
+    programs += need[1] * up_shape[0] * blocks[1] * up_splits
     absent = [None, None]
     launch(
-        adapter_weight_grad_kernel, (programs, splits), x.device,
-        x, dpre, grad_out, pre, *down_tokens[:3], *up_tokens[:3],
+        adapter_weight_grad_kernel, (programs,), x.device,
+        x, dpre, grad_out, h, *down_tokens[:3], *up_tokens[:3],
         *(planes[:2] if need[0] else absent), *(planes[2:] if need[1] else absent),
-        *down_tokens[4:], *up_tokens[4:], splits,
+        *down_tokens[4:], *up_tokens[4:], down_splits, up_splits,
         H=down_shape[2], O=up_shape[1], R=r, RP=rp, MD=down_shape[0], MASK_D=down_tokens.masked,
         MU=up_shape[0], MASK_U=up_tokens.masked, ACTIVATION=activation,
         ONES=sums_by_dot(capability(x.device), x.element_size(), rp),
         DOT=dot_dtype(x.dtype), PRECISION=precision(x.dtype), ROWS=chosen.rows, COLS=chosen.cols,
         num_warps=chosen.num_warps, num_stages=chosen.num_stages,
     )  # fmt: skip
-    if splits > 1:
-        sizes = [t.numel() for t in outputs]
+    # What one split has written is the gradient.
+    sizes = [0 if plane is out else out.numel() for plane, out in zip(planes, outputs)]
+    if any(sizes):
         launch(
             adapter_plane_sum_kernel, (sum(-(-n // SUM_COLS) for n in sizes),), x.device,
-            *planes, *outputs, splits, DOWN=sizes[0], DOWN_BIAS=sizes[1], UP=sizes[2], UP_BIAS=sizes[3],
-            CHUNK=SUM_CHUNK, COLS=SUM_COLS,
+            *planes, *outputs, down_splits, up_splits,
+            DOWN=sizes[0], DOWN_BIAS=sizes[1], UP=sizes[2], UP_BIAS=sizes[3], CHUNK=SUM_CHUNK, COLS=SUM_COLS,
         )  # fmt: skip
     return outputs
 
 
 def count_splits(rows: int, blocks: int, tile: int, columns: int, row_bytes: int) -> int:
-    """How many parts the tokens are split into, from sizes and the tile alone.
+    """How many parts all tokens are split into, from sizes and the tile alone; those of one of M experts have 1/M.
 
     The tile is that of the GPU's architecture: there the same inputs give the same bits, on another one perhaps not.
 
@@ -87,6 +91,17 @@ def count_splits(rows: int, blocks: int, tile: int, columns: int, row_bytes: int
     """
     affordable = rows * row_bytes // max(1, 4 * 4 * columns)
     return max(1, min(PROGRAMS // blocks, -(-rows // (tile * MIN_TILES)), affordable, MAX_SPLITS))
+
+
+def _ways(tokens: _Tokens, experts: int) -> int:
+    """Among how many experts a side's tokens are shared out; 1 where every program walks all of them."""
+    alone = tokens.perm is not None or (tokens.index is not None and not tokens.masked)
+    return experts if alone else 1
+
+
+def _planes(x: torch.Tensor, outputs: tuple[torch.Tensor, torch.Tensor], splits: int) -> list[torch.Tensor]:
+    """What a side's splits write: the outputs themselves where there is but one."""
+    return [t if splits == 1 else memory(x, splits, *t.shape, dtype=torch.float32) for t in outputs]
 
 
 def _tokens(batch: int, tokens: int, r: int, index: torch.Tensor | None, experts: int) -> _Tokens:
