@@ -74,7 +74,7 @@ def _spelled(line: str) -> str:
         return line[: found.start()] + "; ".join(_singly(*found.groups())) + line[found.end() :]
     line = re.sub(r"\bcvta(\.to)?\.(global|shared)\.u64\b", "mov.u64", line)
     line = re.sub(r"\bmapa\.u64(\s+\S+,\s*[^,;]+),[^;]*;", r"mov.u64\1;", line)
-    line = re.sub(r"\bld\.(f32|u32|b32)\b", r"ld.shared.\1", line)
+    line = re.sub(r"\bld\.((?:v\d\.)?(?:f32|u32|b32))\b", r"ld.shared.\1", line)
     line = re.sub(r"\bbarrier\.cluster\.arrive[\w.]*;", "fence.acq_rel.gpu;", line)
     line = re.sub(r"\bbarrier\.cluster\.wait[\w.]*;", "bar.sync 0;", line)
     return re.sub(r"\bbar\.red\.\w+\.pred\s+(\S+),\s*0,\s*(\S+);", r"bar.sync 0; mov.pred \1, \2;", line)
