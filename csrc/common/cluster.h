@@ -62,4 +62,19 @@ ADAMIX_DEVICE void cluster_store(float* at, int rank, float value) {
 #endif
 }
 
+// Where the cluster's block `rank` has what this block has at `at`, in shared memory. A barrier stands before it is read.
+template <typename Value>
+ADAMIX_DEVICE Value* cluster_at(Value* at, int rank) {
+#if defined(ADAMIX_HOST)
+  return static_cast<Value*>(host::cluster_peer(at, rank));
+#elif ADAMIX_ARCH >= 900
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(at), "r"(rank));
+  return reinterpret_cast<Value*>(address);
+#else
+  (void)rank;
+  return at;
+#endif
+}
+
 }  // namespace adamix

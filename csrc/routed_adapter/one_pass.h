@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/activation.h"
+#include "common/cluster.h"
 #include "common/copy.h"
 #include "routed_adapter/resident_tile.h"
 
@@ -56,6 +57,7 @@ struct PassMemory {
   float* bias;     // [16, 16]
   int* slots;      // [side, slots]
   int* experts;    // [tiles, side]
+  int* held;       // [side, 2]: the expert of the sums held at the end, and its slot
   Words* weights;  // [warps, side, 4, lanes]: right operands, where the weights are kept
 
   template <typename Memory>
@@ -67,6 +69,7 @@ struct PassMemory {
         bias(memory.template take<float>(kFragmentRows * kFragmentRanks)),
         slots(memory.template take<int>(2 * slot_count)),
         experts(memory.template take<int>(2 * tiles)),
+        held(memory.template take<int>(4)),
         weights(memory.template take<Words>(keeps ? warps * 2 * 4 * 32 : 0)) {}
 };
 
@@ -101,18 +104,23 @@ struct PassSums {
 
   // plane[rank][col] = the sums, or += them.
   ADAMIX_DEVICE void leave(float* plane, int ranks, int cols, bool fresh) const {
-    int col0 = static_cast<int>(threadIdx.x) / 32 * kPassCols + fragment_part() * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      leave_tile(plane, ranks, cols, fresh, n, Piece<float>{{at[n][0], at[n][1], at[n][2], at[n][3]}});
+    }
+  }
+
+  // Tile n, 16 ranks by 8 columns, of them.
+  static ADAMIX_DEVICE void leave_tile(float* plane, int ranks, int cols, bool fresh, int n, Piece<float> tile) {
+    int col = static_cast<int>(threadIdx.x) / 32 * kPassCols + fragment_part() * 2 + 8 * n;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int rank = fragment_row() + 8 * half;
       if (rank >= ranks) continue;
-      float* to = plane + static_cast<int64_t>(rank) * cols + col0;
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        float low = at[n][2 * half], high = at[n][2 * half + 1];
-        if (!fresh) low += to[8 * n], high += to[8 * n + 1];
-        to[8 * n] = low, to[8 * n + 1] = high;
-      }
+      float* to = plane + static_cast<int64_t>(rank) * cols + col;
+      float low = tile.values[2 * half], high = tile.values[2 * half + 1];
+      if (!fresh) low += to[0], high += to[1];
+      to[0] = low, to[1] = high;
     }
   }
 };
@@ -123,11 +131,17 @@ struct PassSlots {
   float* planes;
   int64_t size;
 
+  // The expert's own slot, or the first free one.
+  ADAMIX_DEVICE int find(int expert) const {
+    int slot = 0;
+    while (experts[slot] != expert && experts[slot] != kNoExpert) ++slot;
+    return slot;
+  }
+
   // Calls leave(plane, fresh) with the plane of an expert. All threads call.
   template <typename Leave>
   ADAMIX_DEVICE void flush(int expert, Leave leave) const {
-    int slot = 0;
-    while (experts[slot] != expert && experts[slot] != kNoExpert) ++slot;
+    int slot = find(expert);
     bool fresh = experts[slot] == kNoExpert;
     leave(planes + slot * size, fresh);
     __syncthreads();
@@ -193,7 +207,7 @@ __global__ void __launch_bounds__(kPassThreads) routed_adapter_one_pass_kernel(R
     for (int i = threadIdx.x; i < 2 * p.slots; i += blockDim.x) memory.slots[i] = kNoExpert;
 
     int begin = static_cast<int>(blockIdx.x) * p.tiles_a_block;
-    int end = p.tiles - begin < p.tiles_a_block ? p.tiles : begin + p.tiles_a_block;
+    int end = p.tiles - begin < p.tiles_a_block ? max_of(begin, p.tiles) : begin + p.tiles_a_block;
     auto place = [&](int tile, int& sample, int& token, int& count) {
       sample = static_cast<int>(p.tiles_a_sample.quotient(tile));
       token = (tile - sample * static_cast<int>(p.tiles_a_sample.by)) * kFragmentRows;
@@ -227,43 +241,62 @@ __global__ void __launch_bounds__(kPassThreads) routed_adapter_one_pass_kernel(R
     float up_bias[2][8] = {}, down_bias[2] = {0.f, 0.f};
     int down_now = kNoExpert, up_now = kNoExpert;
 
-    auto flush_down = [&] {
-      if (down_now == kNoExpert || !p.need_down) return;
-      int row = threadIdx.x / 8, pair = threadIdx.x % 8;
+    // The biases' sums of the block, in memory.sums; complete after a barrier.
+    auto join_down_bias = [&] {
+      __syncthreads();
       if (threadIdx.x < 128) {
-        memory.bias[row * kFragmentRanks + 2 * pair] = down_bias[0];
-        memory.bias[row * kFragmentRanks + 2 * pair + 1] = down_bias[1];
+        memory.bias[threadIdx.x * 2] = down_bias[0];
+        memory.bias[threadIdx.x * 2 + 1] = down_bias[1];
       }
       down_bias[0] = down_bias[1] = 0.f;
       __syncthreads();
+      if (threadIdx.x >= kFragmentRanks) return;
+      float sum = 0.f;
+      for (int i = 0; i < kFragmentRows; ++i) sum += memory.bias[i * kFragmentRanks + threadIdx.x];
+      memory.sums[threadIdx.x] = sum;
+    };
+    auto join_up_bias = [&] {
+      __syncthreads();
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          float sum = up_bias[c][e];
+#pragma unroll
+          for (int distance = 4; distance < 32; distance *= 2) sum += shuffle_xor(sum, distance);
+          int col = warp * kPassCols + c * kFragmentCols + fragment_part() * 8 + e;
+          if (fragment_row() == 0) memory.sums[col] = sum;
+          up_bias[c][e] = 0.f;
+        }
+      }
+    };
+    auto leave_bias = [&](float* plane, bool fresh, int count, int blocks) {
+      float* bias = plane + static_cast<int64_t>(p.rank) * p.hidden;
+      for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        float sum = fresh ? 0.f : bias[i];
+        for (int other = 0; other < blocks; ++other) {
+          sum += blocks > 1 ? *cluster_at(memory.sums + i, other) : memory.sums[i];
+        }
+        bias[i] = sum;
+      }
+    };
+    auto flush_down = [&] {
+      if (down_now == kNoExpert || !p.need_down) return;
+      join_down_bias();
+      __syncthreads();
       down_slots.flush(down_now, [&](float* plane, bool fresh) {
         of_down.leave(plane, p.rank, p.hidden, fresh);
-        float* bias = plane + static_cast<int64_t>(p.rank) * p.hidden;
-        int rank = threadIdx.x;
-        if (rank >= p.rank) return;
-        float sum = fresh ? 0.f : bias[rank];
-        for (int i = 0; i < kFragmentRows; ++i) sum += memory.bias[i * kFragmentRanks + rank];
-        bias[rank] = sum;
+        leave_bias(plane, fresh, p.rank, 1);
       });
       of_down.clear();
     };
     auto flush_up = [&] {
       if (up_now == kNoExpert || !p.need_up) return;
+      join_up_bias();
+      __syncthreads();
       up_slots.flush(up_now, [&](float* plane, bool fresh) {
         of_up.leave(plane, p.rank, p.hidden, fresh);
-        float* bias = plane + static_cast<int64_t>(p.rank) * p.hidden;
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-#pragma unroll
-          for (int e = 0; e < 8; ++e) {
-            float sum = up_bias[c][e];
-#pragma unroll
-            for (int distance = 4; distance < 32; distance *= 2) sum += shuffle_xor(sum, distance);
-            int col = warp * kPassCols + c * kFragmentCols + fragment_part() * 8 + e;
-            if (fragment_row() == 0) bias[col] = fresh ? sum : bias[col] + sum;
-            up_bias[c][e] = 0.f;
-          }
-        }
+        leave_bias(plane, fresh, p.hidden, 1);
       });
       of_up.clear();
     };
@@ -407,8 +440,61 @@ __global__ void __launch_bounds__(kPassThreads) routed_adapter_one_pass_kernel(R
         of_down.add(turned, dy + kTile);
       }
     }
-    flush_down();
-    flush_up();
+
+    int blocks = cluster_size(), number = cluster_rank();
+    if (blocks == 1) {
+      flush_down();
+      flush_up();
+    } else {
+      // What the cluster's blocks hold of one expert goes into one plane, that of its first block.
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        memory.held[0] = p.need_down ? down_now : kNoExpert;
+        memory.held[1] = memory.held[0] == kNoExpert ? 0 : down_slots.find(down_now);
+        memory.held[2] = p.need_up ? up_now : kNoExpert;
+        memory.held[3] = memory.held[2] == kNoExpert ? 0 : up_slots.find(up_now);
+      }
+      cluster_arrive(), cluster_wait();
+      float* all = reinterpret_cast<float*>(memory.stages);
+      auto join = [&](int side, const PassSums& sums, auto join_bias, int biases, auto flush) {
+        int expert = *cluster_at(memory.held + 2 * side, 0), slot = *cluster_at(memory.held + 2 * side + 1, 0);
+        bool alike = expert != kNoExpert;
+        for (int other = 1; other < blocks; ++other) {
+          int theirs = *cluster_at(memory.held + 2 * side, other);
+          alike = alike && (theirs == expert || theirs == kNoExpert);
+        }
+        if (!alike) {
+          flush();
+          return;
+        }
+        join_bias();
+        auto place_of = [&](int n) { return all + (n * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * 4; };
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          *reinterpret_cast<Piece<float>*>(place_of(n)) =
+              Piece<float>{{sums.at[n][0], sums.at[n][1], sums.at[n][2], sums.at[n][3]}};
+        }
+        cluster_arrive(), cluster_wait();
+        int* slots = memory.slots + side * p.slots;
+        bool fresh = *cluster_at(slots + slot, 0) == kNoExpert;
+        float* plane = p.planes + (plane0 - static_cast<int64_t>(number) * 2 * p.slots + side * p.slots + slot) * p.planes_size;
+        for (int n = number; n < 8; n += blocks) {
+          Piece<float> sum{{0.f, 0.f, 0.f, 0.f}};
+          for (int other = 0; other < blocks; ++other) {
+            Piece<float> one = *reinterpret_cast<const Piece<float>*>(cluster_at(place_of(n), other));
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum.values[e] += one.values[e];
+          }
+          PassSums::leave_tile(plane, p.rank, p.hidden, fresh, n, sum);
+        }
+        if (number == 0) leave_bias(plane, fresh, biases, blocks);
+        cluster_arrive(), cluster_wait();
+        if (number == 0 && threadIdx.x == 0) slots[slot] = expert;
+      };
+      join(0, of_down, join_down_bias, p.rank, flush_down);
+      join(1, of_up, join_up_bias, p.hidden, flush_up);
+      cluster_arrive(), cluster_wait();  // others may still read what this block holds
+    }
     for (int i = threadIdx.x; i < 2 * p.slots; i += blockDim.x) p.experts[plane0 + i] = memory.slots[i];
   }
 }

@@ -8,6 +8,7 @@ namespace adamix {
 // blocks 0: in two passes.
 struct PassPlan {
   int blocks, tiles, tiles_a_block, tiles_a_sample, slots;
+  int cluster;  // blocks that join their sums, where a device can
   bool keeps;  // the weights, in shared memory
   int64_t planes_size;
   // Floats of all planes, and of the numbers of their experts behind them.
@@ -39,6 +40,10 @@ PassPlan pass_plan(int64_t batch, int64_t tokens, int64_t hidden, int64_t rank, 
   plan.tiles = static_cast<int>(tiles);
   plan.tiles_a_block = static_cast<int>(a_block);
   plan.blocks = static_cast<int>((tiles + a_block - 1) / a_block);
+  // Blocks without tiles may fill up the last cluster.
+  plan.cluster = device.capability < 90 ? 1 : 4;
+  while (round_up(plan.blocks, plan.cluster) > device.multiprocessors) plan.cluster /= 2;
+  plan.blocks = round_up(plan.blocks, plan.cluster);
   plan.slots = static_cast<int>(samples < experts ? samples : experts);
   plan.planes_size = (rank * hidden + (rank > hidden ? rank : hidden) + 3) / 4 * 4;
   auto fits = [&](bool keeps) {

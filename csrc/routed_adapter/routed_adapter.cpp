@@ -69,7 +69,7 @@ bool launch_in_one_pass(DType dtype, const Tensor& grad_out, const Tensor& x, co
       params.rank = static_cast<int>(rank);
       params.activation = activation;
       params.add_input = add_input, params.need_down = need_down, params.need_up = need_up;
-      launch_routed_adapter_one_pass(params, plan.blocks, plan.keeps, device);
+      launch_routed_adapter_one_pass(params, plan.blocks, plan.cluster, plan.keeps, device);
 
       RoutedAdapterPassSum<T> sum{};
       sum.planes = params.planes;

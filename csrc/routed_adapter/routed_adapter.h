@@ -62,7 +62,7 @@ void launch_routed_adapter_weight_grad(const RoutedAdapterWeightGrad<T>& params,
 
 // half and bfloat16 alone.
 template <typename T>
-void launch_routed_adapter_one_pass(const RoutedAdapterOnePass<T>& params, int blocks, bool keeps,
+void launch_routed_adapter_one_pass(const RoutedAdapterOnePass<T>& params, int blocks, int cluster, bool keeps,
                                     const Device& device);
 
 // down_experts, up_experts: 0 where that side is not wanted.

@@ -15,13 +15,25 @@ ADAMIX_INSTANTIATE(bfloat16)
 
 #if defined(ADAMIX_LAUNCHERS)
 template <typename T>
-void launch_routed_adapter_one_pass(const RoutedAdapterOnePass<T>& params, int blocks, bool keeps,
+void launch_routed_adapter_one_pass(const RoutedAdapterOnePass<T>& params, int blocks, int cluster, bool keeps,
                                     const Device& device) {
   int warps = params.hidden / kPassCols;
   auto kernel = keeps ? routed_adapter_one_pass_kernel<T, true> : routed_adapter_one_pass_kernel<T, false>;
-  launch("routed_adapter_one_pass", kernel,
-         {dim3(blocks), warps * 32, shared_bytes<PassMemory<T>>(warps, params.slots, params.tiles_a_block, keeps)},
-         device, params);
+  Shape shape{dim3(blocks), warps * 32,
+              shared_bytes<PassMemory<T>>(warps, params.slots, params.tiles_a_block, keeps)};
+  const void* any = reinterpret_cast<const void*>(kernel);
+  shape.cluster = cluster;
+  if (cluster > 1) {
+    int largest = largest_cluster("routed_adapter_one_pass", any, shape.threads, device);
+    while (shape.cluster > largest) shape.cluster /= 2;
+  }
+  try {
+    launch("routed_adapter_one_pass", kernel, shape, device, params);
+  } catch (const ClusterError&) {
+    rule_out_cluster(any, device, shape.cluster);
+    shape.cluster = 1;
+    launch("routed_adapter_one_pass", kernel, shape, device, params);
+  }
 }
 
 template <typename T>
@@ -38,7 +50,7 @@ void launch_routed_adapter_pass_sum(RoutedAdapterPassSum<T> params, int down_exp
 }
 
 #define ADAMIX_INSTANTIATE(T)                                                                          \
-  template void launch_routed_adapter_one_pass(const RoutedAdapterOnePass<T>&, int, bool, const Device&);   \
+  template void launch_routed_adapter_one_pass(const RoutedAdapterOnePass<T>&, int, int, bool, const Device&);   \
   template void launch_routed_adapter_pass_sum(RoutedAdapterPassSum<T>, int, int, const Device&);
 ADAMIX_INSTANTIATE(half)
 ADAMIX_INSTANTIATE(bfloat16)
