@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...._triton_utils import DTYPES, precision
-from ..._routed_plan import fits, power_of_2
+from ..._routed_plan import MAX_WIDTH, fits, power_of_2
 from ..._triton_aot import POINTERS, AotCase, make_case
 from .forward import lora_forward_kernel
 from .input_grad import lora_dx_kernel
-from .plan import RESIDENT, gaps, padded_rank, row_blocks
+from .plan import RESIDENT, RESIDENT_WIDTH, gaps, padded_rank, row_blocks
 from .plane_sum import lora_sum_kernel
-from .tables import config, register_limit
+from .tables import MAX_REGISTERS, config
 from .weight_grad import lora_grads_kernel
 from .weights import SUM_BLOCK
 
@@ -32,12 +32,6 @@ _SHAPES = {
 
 def aot_cases(capability: int = 90) -> Iterator[AotCase]:
     """Every case with the block sizes shipped for a capability (10 * major + minor)."""
-    for case in _cases(capability):
-        alone = case.dtype == "float32" or "token_m16_r16" in case.name
-        yield case._replace(resident=1 if alone else RESIDENT)
-
-
-def _cases(capability):
     for dtype in POINTERS:
         for name, shape in _SHAPES.items():
             yield from _tile_cases(name, dtype, capability, *shape)
@@ -66,7 +60,7 @@ def _tile_cases(name, dtype, capability, experts, groups, r, per_token, dropout)
     arguments |= dict(RP=rp, CHUNKS=-(-packed // rp), perm_ptr=order, start_ptr=order, stop_ptr=order)
     # Each kernel is compiled with the per-token side where it meets it first: A forward, B in the input gradient.
     for kernel, first, second in ((lora_forward_kernel, "A", "B"), (lora_dx_kernel, "B", "A")):
-        width = rp * padded
+        width = min(power_of_2(max(16, packed)) * padded, MAX_WIDTH)
         chosen = config(kernel.__name__, capability, dtype.itemsize, width)
         own = {}
         for side, count, mask in ((first, experts, masked), (second, experts if masked else 1, masked)):
@@ -78,8 +72,7 @@ def _tile_cases(name, dtype, capability, experts, groups, r, per_token, dropout)
         own |= dict.fromkeys(tensors, POINTERS[dtype]) | dict(keys_ptr="*i32" if dropout else None)
         for rows in row_blocks(chosen.rows):
             own |= dict(BLOCK_M=rows, BLOCK_C=chosen.cols, STAGES=chosen.num_stages)
-            limit = register_limit(dtype.itemsize, width)
-            yield _case(kernel, f"{name}_rows{rows}", dtype, chosen, arguments | own, limit)
+            yield _case(kernel, f"{name}_rows{rows}", dtype, chosen, arguments | own, width)
 
 
 def _inplace_cases(name, dtype, capability):
@@ -111,7 +104,7 @@ def _grads_case(name, dtype, capability, experts, groups, r, per_token, dropout)
     arguments |= dict.fromkeys(("num_rows", "batch", "a_programs"), "i32")
     arguments |= dict(BLOCK_M=chosen.rows, BLOCK_C=chosen.cols, STAGES=chosen.num_stages)
     arguments["keys_ptr"] = "*i32" if dropout else None
-    return _case(lora_grads_kernel, name, dtype, chosen, arguments, register_limit(dtype.itemsize, width))
+    return _case(lora_grads_kernel, name, dtype, chosen, arguments, width)
 
 
 def _sum_cases(dtype):
@@ -124,6 +117,7 @@ def _sum_cases(dtype):
         yield _case(lora_sum_kernel, mode, dtype, None, arguments | own)
 
 
-def _case(fn, name, dtype, chosen, arguments, maxnreg=255) -> AotCase:
+def _case(fn, name, dtype, chosen, arguments, width=16) -> AotCase:
     warps, stages = (chosen.num_warps, chosen.num_stages) if chosen is not None else (4, 2)
-    return make_case(fn, name, dtype, arguments, warps=warps, stages=stages, maxnreg=maxnreg)
+    case = make_case(fn, name, dtype, arguments, warps=warps, stages=stages, maxnreg=MAX_REGISTERS)
+    return case._replace(resident=RESIDENT if dtype.itemsize == 2 and width <= RESIDENT_WIDTH else 1)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ...._triton_utils import INTERPRETING, capability, dot_dtype, precision
-from ..._routed_plan import Plan, group_rows, make_plan, power_of_2
-from .tables import config, register_limit
+from ..._routed_plan import MAX_WIDTH, Plan, group_rows, make_plan, power_of_2
+from .tables import MAX_REGISTERS, config
 
 # Row numbers are 32-bit with a tile to spare, addresses 64-bit.
 MAX_ROWS = 2**31 - 256
@@ -20,14 +20,15 @@ MAX_RANK = 128
 MIN_PROGRAMS, WIDE = 256, 64
 # Where even the lowest tiles leave multiprocessors without a program, a tile's columns are split among programs.
 MULTIPROCESSORS = 132
-# Programs on a multiprocessor that this counts on in 16 bits; float32, and wide narrow tiles: one.
-RESIDENT, RESIDENT_WIDTH = 2, 128
+# Programs on a multiprocessor that this counts on in 16 bits, narrow tiles up to this width; wider and float32: one.
+RESIDENT, RESIDENT_WIDTH = 2, 64
 
 
 def narrow_columns(plan: Plan) -> tuple[int, int]:
-    """(columns of one expert that a program holds at once, columns of all it holds)."""
+    """(columns of one expert that a program holds at once, the class of its narrow tile in the tables)."""
     rp = min(plan.rp, MAX_RANK)
-    return rp, rp * max(plan.down.padded, plan.up.padded)
+    # What goes in chunks needs as much shared memory as all experts of a tile.
+    return rp, min(plan.rp * max(plan.down.padded, plan.up.padded), MAX_WIDTH)
 
 
 def row_blocks(rows: int) -> list[int]:
@@ -80,14 +81,14 @@ class Call(NamedTuple):
             RP=rp, CHUNKS=-(-self.packed // rp),
             A_EXPERTS=a.experts, A_PADDED=a.padded, A_MASKED=a.masked,
             B_EXPERTS=b.experts, B_PADDED=b.padded, B_MASKED=b.masked,
-            BLOCK_M=rows, **self.block(chosen), maxnreg=register_limit(self.dtype.itemsize, width),
+            BLOCK_M=rows, **self.block(chosen),
         )  # fmt: skip
         return meta, (groups.tiles, splits), groups[:3]
 
     def block(self, chosen) -> dict[str, Any]:
         return dict(
             BLOCK_C=chosen.cols, STAGES=chosen.num_stages, DOT=dot_dtype(self.dtype), PRECISION=precision(self.dtype),
-            num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+            num_warps=chosen.num_warps, num_stages=chosen.num_stages, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
 
     def scalars(self, dropout_p: float, scaling: float) -> tuple[int | float, ...]:

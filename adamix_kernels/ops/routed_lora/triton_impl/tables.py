@@ -34,14 +34,11 @@ _GRADS = {
         (4, 256): Config(32, 32, 8, 1),
     },
 }
+# maxnreg: without a limit of its own ptxas spills a few registers to reach its next step of occupancy.
+MAX_REGISTERS = 255
 TABLES = {"lora_forward_kernel": _TILE, "lora_dx_kernel": _TILE, "lora_grads_kernel": _GRADS}
 
 
 def config(kernel: str, capability: int, itemsize: int, width: int) -> Config:
     """The block sizes of `kernel` (its function's name)."""
     return lookup(kernel, TABLES[kernel], capability, itemsize, width)
-
-
-def register_limit(itemsize: int, width: int) -> int:
-    """maxnreg: without a limit of its own ptxas spills a few registers to reach its next step of occupancy."""
-    return 168 if itemsize == 2 and width <= 32 else 255

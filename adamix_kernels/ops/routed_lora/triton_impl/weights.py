@@ -11,7 +11,7 @@ from ...._triton_utils import launch, memory
 from ..._routed_plan import MIN_SPAN, Side, fits, per_row, power_of_2, sort_rows
 from .plan import MIN_PROGRAMS, Call, padded_rank
 from .plane_sum import lora_sum_kernel
-from .tables import config, register_limit
+from .tables import config
 from .weight_grad import lora_grads_kernel
 
 # Fewest rows of a split in tiles, rows of a split whose plane costs little beside them (for narrow columns), and most
@@ -75,7 +75,7 @@ def weight_grads(x, grad_out, dt, t, keys, da, db, threshold: int, inv_keep: flo
         plan.down.div, a.share, a.splits, programs["A"], plan.up.div, b.share, b.splits, threshold, inv_keep, scaling,
         **sizes, A_MODE=a.mode, A_EXPERTS=plan.down.experts, A_PADDED=a.padded, A_RP=a.rp,
         B_MODE=b.mode, B_EXPERTS=plan.up.experts, B_PADDED=b.padded, B_RP=b.rp,
-        BLOCK_M=chosen.rows, **call.block(chosen), maxnreg=register_limit(call.dtype.itemsize, width),
+        BLOCK_M=chosen.rows, **call.block(chosen),
     )  # fmt: skip
     _sum(x, sides, planes, {"A": da, "B": db}, call)
 
