@@ -40,9 +40,10 @@ struct LaneRows {
 
 // One side's experts of the team's rows; each lane knows that of its own row, kNoExpert where there is none.
 struct TeamExperts {
-  int mine, lowest;
-  bool one;  // all rows have the lowest
+  int mine = kNoExpert, lowest = kNoExpert;
+  bool one = true;  // all rows have the lowest
 
+  TeamExperts() = default;
   // own: of row `lane`, kNoExpert behind the last. All lanes call.
   ADAMIX_DEVICE TeamExperts(int own, const LaneRows& at) : mine(own), lowest(warp_reduce(own, Min{})) {
     one = __ballot_sync(0xffffffffu, at.lane < at.count && own != lowest) == 0;

@@ -29,11 +29,10 @@ struct LoraTeam {
         wide_expert(memory.template take<int>(kTeamRows)) {}
 };
 
-// The warp's part of dropout(x) A^T into its place in team.sums; complete after a barrier. Warps that load the same
-// weights are neighbours.
+// The warp's part of dropout(x) A^T into its place in team.sums, and the rows' wide experts; complete after a barrier.
+// Warps that load the same weights are neighbours. x is asked for before the ids are known.
 template <typename T, int Tiles>
-ADAMIX_DEVICE void multiply_share(const RoutedLoraForward<T>& p, const LoraTeam<T, Tiles>& team, const LaneRows& at,
-                                  const TeamExperts& experts) {
+ADAMIX_DEVICE void multiply_share(const RoutedLoraForward<T>& p, const LoraTeam<T, Tiles>& team, const LaneRows& at) {
   using Team = LoraTeam<T, Tiles>;
   constexpr int kDepth = Team::kDepth, kHalves = Team::kHalves, kShares = Team::kShares;
   int ranks = p.ranges.groups * p.rank, steps = ceil_div(p.features, kStep);
@@ -45,6 +44,7 @@ ADAMIX_DEVICE void multiply_share(const RoutedLoraForward<T>& p, const LoraTeam<
   DropoutMask mask(p.dropout);
   DropoutMask::RowKeys own{};  // of row `lane`
   if (mask.drops()) own = mask.of_row(at.first + at.lane);
+  TeamExperts experts;
   for (int step = share; step < steps; step += kDepth * kShares) {
     uint4 rows[kDepth][2 * kHalves];
 #pragma unroll
@@ -53,6 +53,11 @@ ADAMIX_DEVICE void multiply_share(const RoutedLoraForward<T>& p, const LoraTeam<
       bool inside = col + 8 * at.q < p.features;
 #pragma unroll
       for (int i = 0; i < 2 * kHalves; ++i) rows[d][i] = inside ? load_words<uint4>(x[i] + col) : uint4{0, 0, 0, 0};
+    }
+    if (step == share) {
+      LaneRouting routing(at, p.a, p.b);
+      experts = TeamExperts(routing.narrow, at);
+      if (at.warp == 0) team.wide_expert[at.lane] = routing.wide;
     }
     if (mask.drops()) {
       DropoutMask::RowKeys keys[2 * kHalves];
@@ -175,12 +180,8 @@ __global__ void __launch_bounds__(kTeamThreads, 2) routed_lora_forward_mma_kerne
     SharedMemory memory;
     LoraTeam<T, Tiles> team(memory, p.ranges.groups, p.rank);
     LaneRows at(p.rows);
-    LaneRouting own(at, p.a, p.b);
-    TeamExperts narrow(own.narrow, at);
-    if (at.warp == 0) team.wide_expert[at.lane] = own.wide;
     team.narrow.clear();
-
-    multiply_share(p, team, at, narrow);
+    multiply_share(p, team, at);
 
     int cols = p.ranges.cols;
     const T* base[4];
@@ -288,7 +289,7 @@ ADAMIX_INSTANTIATE(bfloat16)
 template <typename T>
 bool launch_routed_lora_forward_mma(const RoutedLoraForward<T>& params, const Device& device) {
   int ranks = params.ranges.groups * params.rank;
-  bool pieces = params.x.aligned && params.a_aligned && params.out_aligned && params.ranges.cols % 8 == 0;
+  bool pieces = params.x.aligned && params.a_aligned && params.out_aligned && params.ranges.cols % 8 == 0 && params.features > 0;
   pieces = pieces && (params.base.data == nullptr || params.base.aligned);
   for (int group = 0; group < params.ranges.groups; ++group) pieces = pieces && params.ranges.start[group] % 8 == 0;
   bool quads = params.rank % 4 == 0 && reinterpret_cast<uintptr_t>(params.lora_b) % 8 == 0;
