@@ -17,7 +17,12 @@ SHAPES = {70: "884", 75: "1688", 80: "16816", 90: "16816", 100: "16816", 120: "1
 _DTYPES = {"half": "float16", "bfloat16": "bfloat16"}
 _STATIC_SHARED_LIMIT = 48 * 1024
 # Kernels that are launched from this target on alone; below it csrc/ takes another one.
-_FROM = {"merge_lora_product_kernel": 75}
+_FROM = {
+    "merge_lora_product_kernel": 75,
+    "routed_lora_forward_mma_kernel": 75,
+    "routed_lora_input_grad_mma_kernel": 75,
+    "routed_lora_weight_grad_mma_kernel": 75,
+}
 
 
 @dataclass(frozen=True)

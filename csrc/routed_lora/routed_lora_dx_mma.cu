@@ -1,5 +1,5 @@
-// The input's gradient of routed LoRA where rows are 16-byte pieces; see routed_lora_fwd_mma.cu. Both factors lie across
-// the products' inner dimensions here, and are turned in registers, 8 x 8 elements at a time.
+// The input's gradient of routed LoRA where rows are 16-byte pieces; see routed_lora_fwd_mma.cu. Both factors lie
+// across the products' inner dimensions here, and are turned in registers, 8 x 8 elements at a time.
 #include "common/launch.h"
 #include "routed_lora/lora_team.h"
 #include "routed_lora/routed_lora.h"
@@ -14,9 +14,9 @@ struct LoraGradTeam {
   static constexpr int kDepth = 2;                          // steps under way at a time
 
   int group_pitch, pitch;
-  float* sums;         // [kShares, kTeamRows, pitch], a group's columns at multiples of 16
+  float* sums;           // [kShares, kTeamRows, pitch], a group's columns at multiples of 16
   NarrowRows<T> narrow;  // dt
-  int* wide_expert;    // [kTeamRows]
+  int* wide_expert;      // [kTeamRows]
 
   template <typename Memory>
   ADAMIX_BOTH LoraGradTeam(Memory& memory, int groups, int rank)
@@ -84,7 +84,7 @@ ADAMIX_DEVICE void multiply_share(const RoutedLoraInputGrad<T>& p, const LoraGra
 #pragma unroll
       for (int tile = 0; tile < Tiles; ++tile) {
         if (16 * tile >= p.rank) break;
-        multiply(experts.lowest, tile, [&](int half, int u) -> float(&)[4] { return sums[half][tile][u]; });
+        multiply(experts.lowest, tile, [&](int half, int u) -> float (&)[4] { return sums[half][tile][u]; });
       }
       continue;
     }
@@ -96,7 +96,7 @@ ADAMIX_DEVICE void multiply_share(const RoutedLoraInputGrad<T>& p, const LoraGra
       for (int tile = 0; tile < Tiles; ++tile) {
         if (16 * tile >= p.rank) break;
         float own[kHalves][2][4] = {};
-        multiply(expert, tile, [&](int half, int u) -> float(&)[4] { return own[half][u]; });
+        multiply(expert, tile, [&](int half, int u) -> float (&)[4] { return own[half][u]; });
 #pragma unroll
         for (int e = 0; e < 8 * kHalves; ++e) {
           int half = e / 8, u = e / 4 % 2;

@@ -14,7 +14,7 @@ template <typename T, int Tiles>
 struct LoraTeam {
   static constexpr int kHalves = Tiles > 2 ? 1 : 2;         // of 16 rows, that a warp has in the first product
   static constexpr int kShares = kTeamWarps / 2 * kHalves;  // of x's columns
-  static constexpr int kDepth = Tiles > 6 ? 1 : 2;           // steps under way at a time
+  static constexpr int kDepth = Tiles > 6 ? 1 : 2;          // steps under way at a time
   static constexpr int kPitch = 8 * (Tiles | 1);            // an odd number of 32 bytes: no bank twice
   static constexpr int kInnerTiles = (Tiles + 1) / 2;       // of 16 columns of t, a group's
 
@@ -93,7 +93,7 @@ ADAMIX_DEVICE void multiply_share(const RoutedLoraForward<T>& p, const LoraTeam<
       if (experts.lowest == kNoExpert) continue;
 #pragma unroll
       for (int tile = 0; tile < Tiles; ++tile) {
-        multiply(experts.lowest, tile, [&](int half) -> float(&)[4] { return sums[half][tile]; });
+        multiply(experts.lowest, tile, [&](int half) -> float (&)[4] { return sums[half][tile]; });
       }
       continue;
     }
@@ -104,7 +104,7 @@ ADAMIX_DEVICE void multiply_share(const RoutedLoraForward<T>& p, const LoraTeam<
 #pragma unroll
       for (int tile = 0; tile < Tiles; ++tile) {
         float own[kHalves][4] = {};
-        multiply(expert, tile, [&](int half) -> float(&)[4] { return own[half]; });
+        multiply(expert, tile, [&](int half) -> float (&)[4] { return own[half]; });
 #pragma unroll
         for (int e = 0; e < 4 * kHalves; ++e) {
           if (mine[e / 2]) sums[e / 4][tile][e % 4] += own[e / 4][e % 4];
@@ -147,31 +147,6 @@ ADAMIX_DEVICE void add_shares(const RoutedLoraForward<T>& p, const LoraTeam<T, T
     store_words(team.narrow.data + row * team.narrow.pitch + group * team.narrow.group_pitch + col - group * p.rank, t);
   }
 }
-
-// `cols` columns of out from `start` on = those of base, or zeros, for the team's rows; both are multiples of 8.
-template <typename T>
-ADAMIX_DEVICE void copy_gap(const RoutedLoraForward<T>& p, const LaneRows& at, int start, int cols) {
-  for (int row = at.warp; row < at.count; row += kTeamWarps) {
-    int number = static_cast<int>(at.first) + row;
-    const T* from = p.base.data == nullptr ? nullptr : p.base.data + p.base.offset(number) + start;
-    T* to = p.out + static_cast<int64_t>(number) * p.width + start;
-#pragma unroll 4
-    for (int col = 8 * at.lane; col < cols; col += 8 * 32) {
-      store_piece_at(to + col, 0, from == nullptr ? uint4{0, 0, 0, 0} : load_words<uint4>(from + col));
-    }
-  }
-}
-
-// The columns a warp has at a time in the second product: kStep of a group.
-struct OutColumns {
-  int group, col;  // in the group, of the warp
-
-  // `columns` after the ones held; a group ends with the warps' last whole or partial steps.
-  ADAMIX_DEVICE void advance(int columns, int cols) {
-    int all = round_up(cols, kStep);
-    for (col += columns; col >= all; col -= all) ++group;
-  }
-};
 
 template <typename T, int Tiles>
 __global__ void __launch_bounds__(kTeamThreads, 2) routed_lora_forward_mma_kernel(RoutedLoraForward<T> p) {
@@ -270,7 +245,7 @@ __global__ void __launch_bounds__(kTeamThreads, 2) routed_lora_forward_mma_kerne
     }
 
     for (int gap = 0; gap < p.ranges.gaps; ++gap) {
-      copy_gap(p, at, p.ranges.gap_start[gap], p.ranges.gap_cols[gap]);
+      copy_gap(at, p.base, p.out, p.width, p.ranges.gap_start[gap], p.ranges.gap_cols[gap]);
     }
   }
 }
@@ -289,7 +264,8 @@ ADAMIX_INSTANTIATE(bfloat16)
 template <typename T>
 bool launch_routed_lora_forward_mma(const RoutedLoraForward<T>& params, const Device& device) {
   int ranks = params.ranges.groups * params.rank;
-  bool pieces = params.x.aligned && params.a_aligned && params.out_aligned && params.ranges.cols % 8 == 0 && params.features > 0;
+  bool pieces =
+      params.x.aligned && params.a_aligned && params.out_aligned && params.ranges.cols % 8 == 0 && params.features > 0;
   pieces = pieces && (params.base.data == nullptr || params.base.aligned);
   for (int group = 0; group < params.ranges.groups; ++group) pieces = pieces && params.ranges.start[group] % 8 == 0;
   bool quads = params.rank % 4 == 0 && reinterpret_cast<uintptr_t>(params.lora_b) % 8 == 0;

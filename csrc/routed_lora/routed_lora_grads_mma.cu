@@ -10,23 +10,22 @@
 
 namespace adamix {
 
-constexpr int kSumSlots = kTeamWarps / 2;
-
 // Tiles: of 16 ranks of a group.
 template <typename T, int Tiles>
 struct LoraGradSums {
   static constexpr int kCols = lora_grad_cols(Tiles);
   static constexpr int kParts = kCols / kStep;  // pieces that a lane has of a row
   static constexpr int kPitch = kCols + 8;
+  static constexpr int kSlots = kTeamWarps / 2;
   static constexpr int kSlot = 16 * Tiles * kPitch;
   static constexpr int kDepth = Tiles > 3 ? 1 : 2;  // of 16 rows under way at a time, at most 2
 
-  float* sums;     // [kSumSlots, 16 * Tiles, kPitch]
+  float* sums;     // [kSlots, 16 * Tiles, kPitch]
   uint32_t* seen;  // [kTeamWarps]
 
   template <typename Memory>
   ADAMIX_BOTH explicit LoraGradSums(Memory& memory)
-      : sums(memory.template take<float>(kSumSlots * kSlot)), seen(memory.template take<uint32_t>(kTeamWarps)) {}
+      : sums(memory.template take<float>(kSlots * kSlot)), seen(memory.template take<uint32_t>(kTeamWarps)) {}
 };
 
 // The rows of the block's share; fewer than one in a share behind the last row.
@@ -147,8 +146,8 @@ ADAMIX_DEVICE void add_rows(const GradSide<T>& side, const GradJob& job, const S
   }
 }
 
-// The block's sums, of the warps in their order, to an expert's gradient or its plane, times `scale`; zeros where no row
-// is its own.
+// The block's sums, of the warps in their order, to an expert's gradient or its plane, times `scale`; zeros where no
+// row is its own.
 template <typename T, int Tiles>
 ADAMIX_DEVICE void store_sums(const LoraGradSums<T, Tiles>& team, const GradSide<T>& side, const GradJob& job,
                               const RowShares& shares, float scale, int expert, bool seen,
@@ -157,7 +156,7 @@ ADAMIX_DEVICE void store_sums(const LoraGradSums<T, Tiles>& team, const GradSide
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   if (seen) {
     auto each = [&](auto visit) {
-      float* slot = team.sums + warp % kSumSlots * Sums::kSlot + (g / 2 * 4 + g % 2) * Sums::kPitch + 8 * q;
+      float* slot = team.sums + warp % Sums::kSlots * Sums::kSlot + (g / 2 * 4 + g % 2) * Sums::kPitch + 8 * q;
 #pragma unroll
       for (int tile = 0; tile < Tiles; ++tile) {
 #pragma unroll
@@ -172,9 +171,9 @@ ADAMIX_DEVICE void store_sums(const LoraGradSums<T, Tiles>& team, const GradSide
         }
       }
     };
-    if (warp >= kSumSlots) each([](float* to, FloatPair own) { store_words(to, own); });
+    if (warp >= Sums::kSlots) each([](float* to, FloatPair own) { store_words(to, own); });
     __syncthreads();
-    if (warp < kSumSlots) {
+    if (warp < Sums::kSlots) {
       each([](float* to, FloatPair own) {
         FloatPair other = load_words<FloatPair>(to);
         store_words(to, FloatPair{own.low + other.low, own.high + other.high});
@@ -193,7 +192,7 @@ ADAMIX_DEVICE void store_sums(const LoraGradSums<T, Tiles>& team, const GradSide
     float sum = 0.f;
     if (seen) {
 #pragma unroll
-      for (int slot = 0; slot < kSumSlots; ++slot) sum += team.sums[slot * Sums::kSlot + rank * Sums::kPitch + c];
+      for (int slot = 0; slot < Sums::kSlots; ++slot) sum += team.sums[slot * Sums::kSlot + rank * Sums::kPitch + c];
     }
     int64_t at = side.ranks_first ? (range * side.ranks + rank) * side.cols + col
                                   : (range * side.cols + col) * side.ranks + rank;
