@@ -16,9 +16,15 @@ TABLE = Path(__file__).parent / "results" / "cuda_compile.csv"
 SHAPES = {70: "884", 75: "1688", 80: "16816", 90: "16816", 100: "16816", 120: "16816"}
 _DTYPES = {"half": "float16", "bfloat16": "bfloat16"}
 _STATIC_SHARED_LIMIT = 48 * 1024
-# Kernels, by the last of their template's arguments, that are launched from this target on alone; below it csrc/ takes
-# another one.
-_FROM = {("merge_lora_product_kernel", "false"): 75, ("merge_lora_product_kernel", "true"): 80}
+# Kernels, or those whose template's last argument is named, that are launched from this target on alone; below it csrc/
+# takes another one.
+_FROM = {
+    "merge_lora_product_kernel/false": 75,
+    "merge_lora_product_kernel/true": 80,
+    "routed_lora_forward_mma_kernel": 75,
+    "routed_lora_input_grad_mma_kernel": 75,
+    "routed_lora_weight_grad_mma_kernel": 75,
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ def problems(rows: Sequence[Row]) -> list[str]:
             found.append(f"{row}: {row.shared_bytes} B of static shared memory, {_STATIC_SHARED_LIMIT} at most")
         if row.name not in products or row.dtype == "float32":
             continue
-        if (row.dtype == "bfloat16" and row.target < 80) or row.target < _FROM.get((row.name, row.last), 0):
+        first = _FROM.get(f"{row.name}/{row.last}", _FROM.get(row.name, 0))
+        if (row.dtype == "bfloat16" and row.target < 80) or row.target < first:
             continue
         kinds = row.mma.split("+")
         if not all(kind.startswith(f"HMMA.{SHAPES[row.target]}.") for kind in kinds):

@@ -27,6 +27,9 @@ KERNELS = {
     "routed_lora_forward": "routed_lora_forward_kernel",
     "routed_lora_input_grad": "routed_lora_input_grad_kernel",
     "routed_lora_weight_grad": "routed_lora_weight_grad_kernel",
+    "routed_lora_forward_mma": "routed_lora_forward_mma_kernel",
+    "routed_lora_input_grad_mma": "routed_lora_input_grad_mma_kernel",
+    "routed_lora_weight_grad_mma": "routed_lora_weight_grad_mma_kernel",
     "routed_lora_plane_sum": "plane_sum_kernel",
     "merge_banks": "merge_banks_kernel",
     "merge_grad": "merge_grad_kernel",
@@ -80,9 +83,12 @@ def groups() -> list[Group]:
     shared_out = Sizes(batch=2, tokens=4, features=9, rank=1, more_rows=300)
     adapter = "routed_adapter_forward_kernel", "routed_adapter_input_grad_kernel", "routed_adapter_weight_grad_kernel"
     lora = "routed_lora_forward_kernel", "routed_lora_input_grad_kernel", "routed_lora_weight_grad_kernel"
+    lora_pieces = tuple(name.replace("_kernel", "_mma_kernel") for name in lora)
+    pieces = Sizes(features=9, rank=6)
     return [
         Group("routed_adapter", adapters.routed_adapter_cases(dtypes, sizes), adapter),
         Group("routed_lora", loras.routed_lora_cases(dtypes, sizes), lora),
+        Group("routed_lora, pieces", loras.routed_lora_cases(dtypes[1:], pieces, whole=True), lora_pieces),
         Group(
             "routed_adapter, rows shared out", adapters.routed_adapter_cases(dtypes, shared_out), ("plane_sum_kernel",),
         ),

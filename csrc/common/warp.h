@@ -20,6 +20,10 @@ struct Max {
   }
 };
 
+struct Or {
+  ADAMIX_DEVICE uint32_t operator()(uint32_t a, uint32_t b) const { return a | b; }
+};
+
 struct Min {
   ADAMIX_DEVICE int operator()(int a, int b) const { return a < b ? a : b; }
 };

@@ -40,9 +40,10 @@ struct LaneRows {
 
 // One side's experts of the team's rows; each lane knows that of its own row, kNoExpert where there is none.
 struct TeamExperts {
-  int mine, lowest;
-  bool one;  // all rows have the lowest
+  int mine = kNoExpert, lowest = kNoExpert;
+  bool one = true;  // all rows have the lowest
 
+  TeamExperts() = default;
   // own: of row `lane`, kNoExpert behind the last. All lanes call.
   ADAMIX_DEVICE TeamExperts(int own, const LaneRows& at) : mine(own), lowest(warp_reduce(own, Min{})) {
     one = __ballot_sync(0xffffffffu, at.lane < at.count && own != lowest) == 0;
@@ -80,7 +81,8 @@ struct NarrowRows {
   }
   // All threads call; complete after a barrier.
   ADAMIX_DEVICE void clear() const {
-    for (int i = threadIdx.x; i < kTeamRows * pitch / 8; i += kTeamThreads) store_words(data + 8 * i, uint4{0, 0, 0, 0});
+    for (int i = threadIdx.x; i < kTeamRows * pitch / 8; i += kTeamThreads)
+      store_words(data + 8 * i, uint4{0, 0, 0, 0});
   }
   // Words of 16 rows from 16 `half` on, of 16 inner columns from `col` on four a lane, from 4 q: those of row g and of
   // row g + 8.
@@ -96,5 +98,30 @@ ADAMIX_DEVICE void multiply_step(float (&sums)[4], const uint4& upper, const uin
   multiply<T>(sums, upper.x, lower.x, upper.y, lower.y, cols.x, cols.y);
   multiply<T>(sums, upper.z, lower.z, upper.w, lower.w, cols.z, cols.w);
 }
+
+// `cols` columns of out from `start` on = those of base, or zeros, for the team's rows; both are multiples of 8.
+template <typename T>
+ADAMIX_DEVICE void copy_gap(const LaneRows& at, const Rows<const T>& base, T* out, int64_t width, int start, int cols) {
+  for (int row = at.warp; row < at.count; row += kTeamWarps) {
+    int number = static_cast<int>(at.first) + row;
+    const T* from = base.data == nullptr ? nullptr : base.data + base.offset(number) + start;
+    T* to = out + number * width + start;
+#pragma unroll 4
+    for (int col = 8 * at.lane; col < cols; col += 8 * 32) {
+      store_piece_at(to + col, 0, from == nullptr ? uint4{0, 0, 0, 0} : load_words<uint4>(from + col));
+    }
+  }
+}
+
+// The columns a warp has at a time in the second product: kStep of a group.
+struct OutColumns {
+  int group, col;  // in the group, of the warp
+
+  // `columns` after the ones held; a group ends with the warps' last whole or partial steps.
+  ADAMIX_DEVICE void advance(int columns, int cols) {
+    int all = round_up(cols, kStep);
+    for (col += columns; col >= all; col -= all) ++group;
+  }
+};
 
 }  // namespace adamix

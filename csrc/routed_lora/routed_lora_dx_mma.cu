@@ -1,5 +1,5 @@
-// The input's gradient of routed LoRA where rows are 16-byte pieces; see routed_lora_fwd_mma.cu. Both factors lie across
-// the products' inner dimensions here, and are turned in registers, 8 x 8 elements at a time.
+// The input's gradient of routed LoRA where rows are 16-byte pieces; see routed_lora_fwd_mma.cu. Both factors lie
+// across the products' inner dimensions here, and are turned in registers, 8 x 8 elements at a time.
 #include "common/launch.h"
 #include "routed_lora/lora_team.h"
 #include "routed_lora/routed_lora.h"
@@ -14,9 +14,9 @@ struct LoraGradTeam {
   static constexpr int kDepth = 2;                          // steps under way at a time
 
   int group_pitch, pitch;
-  float* sums;         // [kShares, kTeamRows, pitch], a group's columns at multiples of 16
+  float* sums;           // [kShares, kTeamRows, pitch], a group's columns at multiples of 16
   NarrowRows<T> narrow;  // dt
-  int* wide_expert;    // [kTeamRows]
+  int* wide_expert;      // [kTeamRows]
 
   template <typename Memory>
   ADAMIX_BOTH LoraGradTeam(Memory& memory, int groups, int rank)
@@ -27,10 +27,11 @@ struct LoraGradTeam {
         wide_expert(memory.template take<int>(kTeamRows)) {}
 };
 
-// The warp's part of a group's grad_out B into its place in team.sums; complete after a barrier.
+// The warp's part of a group's grad_out B into its place in team.sums, and the rows' wide experts; complete after a
+// barrier. grad_out is asked for before the ids are known.
 template <typename T, int Tiles>
 ADAMIX_DEVICE void multiply_share(const RoutedLoraInputGrad<T>& p, const LoraGradTeam<T, Tiles>& team,
-                                  const LaneRows& at, const TeamExperts& experts, int group) {
+                                  const LaneRows& at, TeamExperts& experts, int group) {
   using Team = LoraGradTeam<T, Tiles>;
   constexpr int kDepth = Team::kDepth, kHalves = Team::kHalves, kShares = Team::kShares;
   int cols = p.ranges.cols, steps = ceil_div(cols, kStep);
@@ -49,6 +50,11 @@ ADAMIX_DEVICE void multiply_share(const RoutedLoraInputGrad<T>& p, const LoraGra
       bool inside = col + 8 * at.q < cols;
 #pragma unroll
       for (int i = 0; i < 2 * kHalves; ++i) rows[d][i] = inside ? load_words<uint4>(grad[i] + col) : uint4{0, 0, 0, 0};
+    }
+    if (group == 0 && step == share) {
+      LaneRouting routing(at, p.b, p.a);
+      experts = TeamExperts(routing.narrow, at);
+      if (at.warp == 0) team.wide_expert[at.lane] = routing.wide;
     }
     // Columns of the products' second operands: ranks 4 q to 4 q + 3 are a lane's sums.
     auto multiply = [&](int expert, int tile, auto sums_of) {
@@ -78,7 +84,7 @@ ADAMIX_DEVICE void multiply_share(const RoutedLoraInputGrad<T>& p, const LoraGra
 #pragma unroll
       for (int tile = 0; tile < Tiles; ++tile) {
         if (16 * tile >= p.rank) break;
-        multiply(experts.lowest, tile, [&](int half, int u) -> float(&)[4] { return sums[half][tile][u]; });
+        multiply(experts.lowest, tile, [&](int half, int u) -> float (&)[4] { return sums[half][tile][u]; });
       }
       continue;
     }
@@ -90,7 +96,7 @@ ADAMIX_DEVICE void multiply_share(const RoutedLoraInputGrad<T>& p, const LoraGra
       for (int tile = 0; tile < Tiles; ++tile) {
         if (16 * tile >= p.rank) break;
         float own[kHalves][2][4] = {};
-        multiply(expert, tile, [&](int half, int u) -> float(&)[4] { return own[half][u]; });
+        multiply(expert, tile, [&](int half, int u) -> float (&)[4] { return own[half][u]; });
 #pragma unroll
         for (int e = 0; e < 8 * kHalves; ++e) {
           int half = e / 8, u = e / 4 % 2;
@@ -139,9 +145,7 @@ __global__ void __launch_bounds__(kTeamThreads, 2) routed_lora_input_grad_mma_ke
     SharedMemory memory;
     LoraGradTeam<T, Tiles> team(memory, p.ranges.groups, p.rank);
     LaneRows at(p.rows);
-    LaneRouting own(at, p.b, p.a);
-    TeamExperts narrow(own.narrow, at);
-    if (at.warp == 0) team.wide_expert[at.lane] = own.wide;
+    TeamExperts narrow;
     team.narrow.clear();
     for (int group = 0; group < p.ranges.groups; ++group) multiply_share(p, team, at, narrow, group);
     __syncthreads();
@@ -239,7 +243,7 @@ bool launch_routed_lora_input_grad_mma(const RoutedLoraInputGrad<T>& params, con
   bool pieces = params.grad_out.aligned && params.a_aligned && params.dx_aligned && params.ranges.cols % 8 == 0;
   for (int group = 0; group < params.ranges.groups; ++group) pieces = pieces && params.ranges.start[group] % 8 == 0;
   bool quads = params.rank % 4 == 0 && reinterpret_cast<uintptr_t>(params.lora_b) % 8 == 0;
-  bool fits = ranks > 0 && params.ranges.groups * round_up(params.rank, 16) <= 64;
+  bool fits = ranks > 0 && params.ranges.cols > 0 && params.ranges.groups * round_up(params.rank, 16) <= 64;
   if (device.capability < kFragmentsFrom<T> || !pieces || !quads || !fits) return false;
   auto run = [&](auto tiles) {
     constexpr int kTiles = decltype(tiles)::value;

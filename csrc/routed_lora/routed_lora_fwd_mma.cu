@@ -14,7 +14,7 @@ template <typename T, int Tiles>
 struct LoraTeam {
   static constexpr int kHalves = Tiles > 2 ? 1 : 2;         // of 16 rows, that a warp has in the first product
   static constexpr int kShares = kTeamWarps / 2 * kHalves;  // of x's columns
-  static constexpr int kDepth = Tiles > 6 ? 1 : 2;           // steps under way at a time
+  static constexpr int kDepth = Tiles > 6 ? 1 : 2;          // steps under way at a time
   static constexpr int kPitch = 8 * (Tiles | 1);            // an odd number of 32 bytes: no bank twice
   static constexpr int kInnerTiles = (Tiles + 1) / 2;       // of 16 columns of t, a group's
 
@@ -29,11 +29,10 @@ struct LoraTeam {
         wide_expert(memory.template take<int>(kTeamRows)) {}
 };
 
-// The warp's part of dropout(x) A^T into its place in team.sums; complete after a barrier. Warps that load the same
-// weights are neighbours.
+// The warp's part of dropout(x) A^T into its place in team.sums, and the rows' wide experts; complete after a barrier.
+// Warps that load the same weights are neighbours. x is asked for before the ids are known.
 template <typename T, int Tiles>
-ADAMIX_DEVICE void multiply_share(const RoutedLoraForward<T>& p, const LoraTeam<T, Tiles>& team, const LaneRows& at,
-                                  const TeamExperts& experts) {
+ADAMIX_DEVICE void multiply_share(const RoutedLoraForward<T>& p, const LoraTeam<T, Tiles>& team, const LaneRows& at) {
   using Team = LoraTeam<T, Tiles>;
   constexpr int kDepth = Team::kDepth, kHalves = Team::kHalves, kShares = Team::kShares;
   int ranks = p.ranges.groups * p.rank, steps = ceil_div(p.features, kStep);
@@ -45,6 +44,7 @@ ADAMIX_DEVICE void multiply_share(const RoutedLoraForward<T>& p, const LoraTeam<
   DropoutMask mask(p.dropout);
   DropoutMask::RowKeys own{};  // of row `lane`
   if (mask.drops()) own = mask.of_row(at.first + at.lane);
+  TeamExperts experts;
   for (int step = share; step < steps; step += kDepth * kShares) {
     uint4 rows[kDepth][2 * kHalves];
 #pragma unroll
@@ -53,6 +53,11 @@ ADAMIX_DEVICE void multiply_share(const RoutedLoraForward<T>& p, const LoraTeam<
       bool inside = col + 8 * at.q < p.features;
 #pragma unroll
       for (int i = 0; i < 2 * kHalves; ++i) rows[d][i] = inside ? load_words<uint4>(x[i] + col) : uint4{0, 0, 0, 0};
+    }
+    if (step == share) {
+      LaneRouting routing(at, p.a, p.b);
+      experts = TeamExperts(routing.narrow, at);
+      if (at.warp == 0) team.wide_expert[at.lane] = routing.wide;
     }
     if (mask.drops()) {
       DropoutMask::RowKeys keys[2 * kHalves];
@@ -88,7 +93,7 @@ ADAMIX_DEVICE void multiply_share(const RoutedLoraForward<T>& p, const LoraTeam<
       if (experts.lowest == kNoExpert) continue;
 #pragma unroll
       for (int tile = 0; tile < Tiles; ++tile) {
-        multiply(experts.lowest, tile, [&](int half) -> float(&)[4] { return sums[half][tile]; });
+        multiply(experts.lowest, tile, [&](int half) -> float (&)[4] { return sums[half][tile]; });
       }
       continue;
     }
@@ -99,7 +104,7 @@ ADAMIX_DEVICE void multiply_share(const RoutedLoraForward<T>& p, const LoraTeam<
 #pragma unroll
       for (int tile = 0; tile < Tiles; ++tile) {
         float own[kHalves][4] = {};
-        multiply(expert, tile, [&](int half) -> float(&)[4] { return own[half]; });
+        multiply(expert, tile, [&](int half) -> float (&)[4] { return own[half]; });
 #pragma unroll
         for (int e = 0; e < 4 * kHalves; ++e) {
           if (mine[e / 2]) sums[e / 4][tile][e % 4] += own[e / 4][e % 4];
@@ -143,31 +148,6 @@ ADAMIX_DEVICE void add_shares(const RoutedLoraForward<T>& p, const LoraTeam<T, T
   }
 }
 
-// `cols` columns of out from `start` on = those of base, or zeros, for the team's rows; both are multiples of 8.
-template <typename T>
-ADAMIX_DEVICE void copy_gap(const RoutedLoraForward<T>& p, const LaneRows& at, int start, int cols) {
-  for (int row = at.warp; row < at.count; row += kTeamWarps) {
-    int number = static_cast<int>(at.first) + row;
-    const T* from = p.base.data == nullptr ? nullptr : p.base.data + p.base.offset(number) + start;
-    T* to = p.out + static_cast<int64_t>(number) * p.width + start;
-#pragma unroll 4
-    for (int col = 8 * at.lane; col < cols; col += 8 * 32) {
-      store_piece_at(to + col, 0, from == nullptr ? uint4{0, 0, 0, 0} : load_words<uint4>(from + col));
-    }
-  }
-}
-
-// The columns a warp has at a time in the second product: kStep of a group.
-struct OutColumns {
-  int group, col;  // in the group, of the warp
-
-  // `columns` after the ones held; a group ends with the warps' last whole or partial steps.
-  ADAMIX_DEVICE void advance(int columns, int cols) {
-    int all = round_up(cols, kStep);
-    for (col += columns; col >= all; col -= all) ++group;
-  }
-};
-
 template <typename T, int Tiles>
 __global__ void __launch_bounds__(kTeamThreads, 2) routed_lora_forward_mma_kernel(RoutedLoraForward<T> p) {
   if constexpr (kHasFragments<T>) {
@@ -175,12 +155,8 @@ __global__ void __launch_bounds__(kTeamThreads, 2) routed_lora_forward_mma_kerne
     SharedMemory memory;
     LoraTeam<T, Tiles> team(memory, p.ranges.groups, p.rank);
     LaneRows at(p.rows);
-    LaneRouting own(at, p.a, p.b);
-    TeamExperts narrow(own.narrow, at);
-    if (at.warp == 0) team.wide_expert[at.lane] = own.wide;
     team.narrow.clear();
-
-    multiply_share(p, team, at, narrow);
+    multiply_share(p, team, at);
 
     int cols = p.ranges.cols;
     const T* base[4];
@@ -269,7 +245,7 @@ __global__ void __launch_bounds__(kTeamThreads, 2) routed_lora_forward_mma_kerne
     }
 
     for (int gap = 0; gap < p.ranges.gaps; ++gap) {
-      copy_gap(p, at, p.ranges.gap_start[gap], p.ranges.gap_cols[gap]);
+      copy_gap(at, p.base, p.out, p.width, p.ranges.gap_start[gap], p.ranges.gap_cols[gap]);
     }
   }
 }
@@ -288,7 +264,8 @@ ADAMIX_INSTANTIATE(bfloat16)
 template <typename T>
 bool launch_routed_lora_forward_mma(const RoutedLoraForward<T>& params, const Device& device) {
   int ranks = params.ranges.groups * params.rank;
-  bool pieces = params.x.aligned && params.a_aligned && params.out_aligned && params.ranges.cols % 8 == 0;
+  bool pieces =
+      params.x.aligned && params.a_aligned && params.out_aligned && params.ranges.cols % 8 == 0 && params.features > 0;
   pieces = pieces && (params.base.data == nullptr || params.base.aligned);
   for (int group = 0; group < params.ranges.groups; ++group) pieces = pieces && params.ranges.start[group] % 8 == 0;
   bool quads = params.rank % 4 == 0 && reinterpret_cast<uintptr_t>(params.lora_b) % 8 == 0;

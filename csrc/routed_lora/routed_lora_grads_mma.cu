@@ -10,65 +10,92 @@
 
 namespace adamix {
 
-constexpr int kSumSlots = kTeamWarps / 2;
-
 // Tiles: of 16 ranks of a group.
 template <typename T, int Tiles>
 struct LoraGradSums {
   static constexpr int kCols = lora_grad_cols(Tiles);
   static constexpr int kParts = kCols / kStep;  // pieces that a lane has of a row
   static constexpr int kPitch = kCols + 8;
+  static constexpr int kSlots = kTeamWarps / 2;
   static constexpr int kSlot = 16 * Tiles * kPitch;
-  static constexpr int kDepth = Tiles > 3 ? 1 : 2;  // of 16 rows under way at a time
+  static constexpr int kDepth = Tiles > 3 ? 1 : 2;  // of 16 rows under way at a time, at most 2
 
-  float* sums;  // [kSumSlots, 16 * Tiles, kPitch]
+  float* sums;     // [kSlots, 16 * Tiles, kPitch]
+  uint32_t* seen;  // [kTeamWarps]
 
   template <typename Memory>
-  ADAMIX_BOTH explicit LoraGradSums(Memory& memory) : sums(memory.template take<float>(kSumSlots * kSlot)) {}
+  ADAMIX_BOTH explicit LoraGradSums(Memory& memory)
+      : sums(memory.template take<float>(kSlots * kSlot)), seen(memory.template take<uint32_t>(kTeamWarps)) {}
 };
 
+// The rows of the block's share; fewer than one in a share behind the last row.
+struct ShareRows {
+  int first, end;
+
+  ADAMIX_DEVICE explicit ShareRows(const RowShares& shares) {
+    int64_t from = blockIdx.y * shares.rows_a_share;
+    int64_t left = shares.rows - from < shares.rows_a_share ? shares.rows - from : shares.rows_a_share;
+    first = static_cast<int>(from), end = static_cast<int>(from + left);
+  }
+};
+
+// The expert whose gradient a row is part of, or kNoExpert.
+template <typename T>
+ADAMIX_DEVICE int expert_of(const GradSide<T>& side, int row) {
+  int expert = side.routing.expert(row);
+  return side.other.expert(row) == kNoExpert ? kNoExpert : expert;
+}
+
+// Bit e: expert first + e serves rows of the share. All threads call.
+template <typename T>
+ADAMIX_DEVICE uint32_t experts_seen(uint32_t* seen, const GradSide<T>& side, const ShareRows& rows, int first) {
+  uint32_t own = 0;
+  for (int row = rows.first + static_cast<int>(threadIdx.x); row < rows.end; row += kTeamThreads) {
+    uint32_t at = static_cast<uint32_t>(expert_of(side, row) - first);
+    if (at < 32) own |= 1u << at;
+  }
+  own = warp_reduce(own, Or{});
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) seen[threadIdx.x / 32] = own;
+  __syncthreads();
+  own = 0;
+#pragma unroll
+  for (int warp = 0; warp < kTeamWarps; ++warp) own |= seen[warp];
+  return own;
+}
+
 // The warp's sums of narrow^T wide over the share's rows that an expert serves: sums[tile][part][word], ranks
-// 16 tile + spread(4) and two behind it, columns 32 part + 8 q + 2 word and the next. Returns whether there are such rows.
+// 16 tile + spread(4) and two behind it, columns 32 part + 8 q + 2 word and the next.
 template <typename T, int Tiles>
-ADAMIX_DEVICE bool add_rows(const GradSide<T>& side, const GradJob& job, const RowShares& shares,
-                                 const DropoutMask& mask, int expert,
-                                 float (&sums)[Tiles][LoraGradSums<T, Tiles>::kParts][4][4]) {
+ADAMIX_DEVICE void add_rows(const GradSide<T>& side, const GradJob& job, const ShareRows& rows, const DropoutMask& mask,
+                            int expert, float (&sums)[Tiles][LoraGradSums<T, Tiles>::kParts][4][4]) {
   using Sums = LoraGradSums<T, Tiles>;
   constexpr int kParts = Sums::kParts, kDepth = Sums::kDepth;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  int64_t share_first = blockIdx.y * shares.rows_a_share;
-  int64_t share_rows = shares.rows - share_first < shares.rows_a_share ? shares.rows - share_first : shares.rows_a_share;
-  int end = static_cast<int>(share_first + share_rows);
   int narrow_cols = side.groups * side.ranks;
   const T* narrow = side.narrow + job.group * side.ranks + 4 * q;
-  bool any = false;
-  for (int first = static_cast<int>(share_first) + 16 * warp; first < end; first += 16 * kTeamWarps * kDepth) {
+  const T* from_wide = side.wide.data + job.col0 + 8 * q;
+  for (int first = rows.first + 16 * warp; first < rows.end; first += 16 * kTeamWarps * kDepth) {
     uint4 wide[kDepth][kParts][2];
     uint2 ranks[kDepth][Tiles][2];
-    uint32_t served[kDepth];
-    uint32_t any_here = 0;
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      int own = first + 16 * kTeamWarps * d + lane % 16;
-      bool mine = own < end && side.routing.expert(own) == expert && side.other.expert(own) != kNoExpert;
-      served[d] = __ballot_sync(0xffffffffu, mine);
-      any_here |= served[d];
-    }
-    if (any_here == 0) continue;
-    any = true;
+    // Lane 16 d + i looks at row i of step d.
+    int own = first + 16 * kTeamWarps * (lane / 16) + lane % 16;
+    bool looks = lane < 16 * kDepth && own < rows.end;
+    uint32_t served = __ballot_sync(0xffffffffu, looks && expert_of(side, own) == expert);
+    if (served == 0) continue;
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
 #pragma unroll
       for (int below = 0; below < 2; ++below) {
         int row = first + 16 * kTeamWarps * d + 8 * below + g;
-        bool kept = served[d] >> (8 * below + g) & 1;
-        const T* from = side.wide.data + (kept ? side.wide.offset(row) : 0) + job.col0 + 8 * q;
+        bool kept = served >> (16 * d + 8 * below + g) & 1;
+        const T* from = from_wide + side.wide.offset(row);
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
           bool inside = kept && job.col0 + part * kStep + 8 * q < side.cols;
           wide[d][part][below] = inside ? load_words<uint4>(from + part * kStep) : uint4{0, 0, 0, 0};
         }
-        const T* of = narrow + (kept ? static_cast<int64_t>(row) * narrow_cols : 0);
+        const T* of = narrow + static_cast<int64_t>(row) * narrow_cols;
 #pragma unroll
         for (int tile = 0; tile < Tiles; ++tile) {
           bool ranked = kept && 16 * tile + 4 * q < side.ranks;
@@ -78,7 +105,7 @@ ADAMIX_DEVICE bool add_rows(const GradSide<T>& side, const GradJob& job, const R
     }
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
-      if (served[d] == 0) continue;
+      if ((served >> (16 * d) & 0xffffu) == 0) continue;
       if (mask.drops()) {
         DropoutMask::RowKeys own = mask.of_row(first + 16 * kTeamWarps * d + lane % 16);
 #pragma unroll
@@ -117,21 +144,19 @@ ADAMIX_DEVICE bool add_rows(const GradSide<T>& side, const GradJob& job, const R
       }
     }
   }
-  return any;
 }
 
-// The block's sums, of the warps in their order, to an expert's gradient or its plane, times `scale`; zeros where no row
-// is its own.
+// The block's sums, of the warps in their order, to an expert's gradient or its plane, times `scale`; zeros where no
+// row is its own.
 template <typename T, int Tiles>
 ADAMIX_DEVICE void store_sums(const LoraGradSums<T, Tiles>& team, const GradSide<T>& side, const GradJob& job,
-                              const RowShares& shares, float scale, int expert, bool any,
+                              const RowShares& shares, float scale, int expert, bool seen,
                               const float (&sums)[Tiles][LoraGradSums<T, Tiles>::kParts][4][4]) {
   using Sums = LoraGradSums<T, Tiles>;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  any = __syncthreads_or(any) != 0;
-  if (any) {
+  if (seen) {
     auto each = [&](auto visit) {
-      float* slot = team.sums + warp % kSumSlots * Sums::kSlot + (g / 2 * 4 + g % 2) * Sums::kPitch + 8 * q;
+      float* slot = team.sums + warp % Sums::kSlots * Sums::kSlot + (g / 2 * 4 + g % 2) * Sums::kPitch + 8 * q;
 #pragma unroll
       for (int tile = 0; tile < Tiles; ++tile) {
 #pragma unroll
@@ -146,9 +171,9 @@ ADAMIX_DEVICE void store_sums(const LoraGradSums<T, Tiles>& team, const GradSide
         }
       }
     };
-    if (warp >= kSumSlots) each([](float* to, FloatPair own) { store_words(to, own); });
+    if (warp >= Sums::kSlots) each([](float* to, FloatPair own) { store_words(to, own); });
     __syncthreads();
-    if (warp < kSumSlots) {
+    if (warp < Sums::kSlots) {
       each([](float* to, FloatPair own) {
         FloatPair other = load_words<FloatPair>(to);
         store_words(to, FloatPair{own.low + other.low, own.high + other.high});
@@ -165,9 +190,9 @@ ADAMIX_DEVICE void store_sums(const LoraGradSums<T, Tiles>& team, const GradSide
     int col = job.col0 + c;
     if (col >= side.cols || rank >= side.ranks) continue;
     float sum = 0.f;
-    if (any) {
+    if (seen) {
 #pragma unroll
-      for (int slot = 0; slot < kSumSlots; ++slot) sum += team.sums[slot * Sums::kSlot + rank * Sums::kPitch + c];
+      for (int slot = 0; slot < Sums::kSlots; ++slot) sum += team.sums[slot * Sums::kSlot + rank * Sums::kPitch + c];
     }
     int64_t at = side.ranks_first ? (range * side.ranks + rank) * side.cols + col
                                   : (range * side.cols + col) * side.ranks + rank;
@@ -194,10 +219,15 @@ __global__ void __launch_bounds__(kTeamThreads, 2) routed_lora_weight_grad_mma_k
     }
     DropoutMask mask(dropout);
     float scale = is_b ? p.scaling : mask.drops() ? dropout.scale : 1.f;
+    ShareRows rows(p.shares);
+    uint32_t seen = 0;
     for (int expert = 0; expert < side.experts; ++expert) {
+      if (expert % 32 == 0) seen = experts_seen(team.seen, side, rows, expert);
+      bool found = seen >> expert % 32 & 1;
       float sums[Tiles][Sums::kParts][4][4] = {};
-      bool any = add_rows<T, Tiles>(side, job, p.shares, mask, expert, sums);
-      store_sums<T, Tiles>(team, side, job, p.shares, scale, expert, any, sums);
+      if (found) add_rows<T, Tiles>(side, job, rows, mask, expert, sums);
+      store_sums<T, Tiles>(team, side, job, p.shares, scale, expert, found, sums);
+      if (found) __syncthreads();  // the next expert's sums take this one's place
     }
   }
 }

@@ -17,7 +17,8 @@ SCALINGS = (1, 1.7, -0.25, 0, 0.0, 1e-6, 32)
 
 
 @st.composite
-def routed_lora_cases(draw, dtypes, sizes: Sizes) -> Case:
+def routed_lora_cases(draw, dtypes, sizes: Sizes, whole: bool = False) -> Case:
+    """whole: features, columns and ranks that fill pieces of 16 bytes."""
     d = Draw(draw, dtypes)
     batch, tokens = d.size(sizes.batch), d.size(sizes.tokens) + sizes.more_rows
     features, r = d.size(sizes.features), d.size(sizes.rank)
@@ -25,6 +26,9 @@ def routed_lora_cases(draw, dtypes, sizes: Sizes) -> Case:
     ma, mb = (d.integer(1, 4) for _ in range(2))
     groups, per_group = d.choose((1, 1, 2, 3)), d.size(sizes.features)
     offsets, width = offsets_of(d, groups, per_group)
+    if whole:
+        features, r, per_group, width = 8 * features, 4 * r, 8 * per_group, 8 * width
+        offsets = tuple(8 * offset for offset in offsets)
     with_base, dropout_p = d.flag(), d.choose((0, 0.0, 0.3, 0.99))
     seed, scaling = d.choose((0, -1, 2**63 - 1, 11)), d.choose(SCALINGS)
     if d.dtype == torch.float16:
