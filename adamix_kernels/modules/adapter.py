@@ -94,19 +94,19 @@ class RoutedAdapter(nn.Module):
         rows = as_batch(x)
         down_index = up_index = None
         merged = self.router.uses_merged(self.training, self.down_score.requires_grad or self.up_score.requires_grad)
+        passes = 0
         if merged:
-            banks = self.merged_banks()
-            passes = 0
+            down_weight, down_bias, up_weight, up_bias = self.merged_banks()
         else:
-            banks = self.banks()
+            down_weight, down_bias, up_weight, up_bias = self.banks()
             batch, tokens, _ = rows.shape
             passes = self.router.passes_in(batch, self.training)
             if passes:
                 batch, tokens = passes, batch // passes * tokens
-            down_index = self.router.draw(self.down_weight.shape[0], batch, tokens, x.device, self.training)
-            up_index = self.router.draw(self.up_weight.shape[0], batch, tokens, x.device, self.training)
+            down_index = self.router.draw(down_weight.shape[0], batch, tokens, x.device, self.training)
+            up_index = self.router.draw(up_weight.shape[0], batch, tokens, x.device, self.training)
         added = rows if residual is None else as_batch(residual)
-        down_weight, down_bias, up_weight, up_bias = cast_like(rows, *banks)
+        down_weight, down_bias, up_weight, up_bias = cast_like(rows, down_weight, down_bias, up_weight, up_bias)
         out = routed_by_pass(
             rows, down_weight, down_bias, up_weight, up_bias, down_index, up_index, passes, added, self.activation,
             self.backend,
