@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 LEVELS = ("batch", "sample", "token")
+_DISTRIBUTED = dist.is_available()
 
 
 class Router:
@@ -84,8 +85,8 @@ class Router:
         if level == "sample":
             return self._randint(num_experts, (batch,), device)
         passes = self.passes_in(batch, training)
-        one_per_pass = self._randint(num_experts, (passes, 1), device)
-        return one_per_pass.expand(passes, batch // passes).reshape(batch)
+        index = self._randint(num_experts, (passes,), device)
+        return index if passes == batch else index.repeat_interleave(batch // passes, output_size=batch)
 
     def _randint(self, num_experts: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         index = torch.randint(num_experts, shape, device=device)
@@ -127,4 +128,4 @@ def check_level(name: str, level: str, *more: str) -> None:
 
 def process_rank() -> int:
     """This process's rank in torch.distributed, 0 without it."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if _DISTRIBUTED and dist.is_initialized() else 0

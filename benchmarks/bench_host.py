@@ -2,7 +2,8 @@
 
 The tensors lie on the CPU and nothing is launched (host_driver.py). What a GPU's own calls cost beside that is not in
 it: the allocator, cudaGetDevice, the driver's launch. Time is this thread's on a processor: nothing waits for anything,
-and what else the machine does is not the op's.
+and what else the machine does is not the op's, but that it has the caches. A whole step (host_steps.py) is measured
+with our calls and without: the difference, over the rest.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import functools
 import gc
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 
 import torch
 
-from . import host_cases
-from .harness import Check, RedCheckError, Spread, time_paired
+from . import host_cases, host_steps, record
+from .harness import Check, RedCheckError, Spread, spread, time_paired
 
 # Calls of one sample, as the layers of a model follow each other: of an op, and of an add.
 OP_CALLS, ADD_CALLS = 5, 20
@@ -38,13 +39,16 @@ def add_parser(commands) -> None:
     parser = commands.add_parser("host", help="host time of each op, with a driver that launches nothing")
     parser.add_argument("--rounds", type=int, default=400, help=f"samples of every call, {OP_CALLS} calls each")
     parser.add_argument("--backends", nargs="+", default=list(host_cases.BACKENDS), choices=host_cases.BACKENDS)
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="calls and steps whose name holds this")
+    parser.add_argument("--steps", type=int, default=60, help="samples of every whole step, 0 for none")
+    parser.add_argument("--out", help="CSV to write, such as benchmarks/results/host_cpu.csv")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Exit status 0; 1 when a call did not launch what it should and so nothing was timed."""
     torch.set_num_threads(1)
+    made: list[record.Row] = []
     for backend in options.backends:
         problem = host_cases.prepare(backend)
         if problem is not None:
@@ -55,7 +59,15 @@ def run(options: argparse.Namespace) -> int:
         except RedCheckError as error:
             print(f"host: {error}", file=sys.stderr)
             return 1
-        _print(rows)
+        if rows:
+            _print(rows)
+        shares = measure_steps(backend, options.steps, options.only) if options.steps else []
+        _print_steps(shares)
+        note = f"thread time, calls rounds={options.rounds} steps rounds={options.steps}"
+        made += [*_records(rows, note), *_step_records(shares, note)]
+    if options.out:
+        record.write(options.out, made)
+        print(f"wrote {len(made)} rows to {options.out}")
     return 0
 
 
@@ -86,6 +98,43 @@ def measure(backend: str, rounds: int, only: str = "") -> list[Row]:
     ]
 
 
+@dataclass(frozen=True)
+class StepRow:
+    """Host time of a whole step's rest, in adds, and that of our calls in it: in adds, and over the rest."""
+
+    backend: str
+    name: str
+    rest: Spread
+    ours: Spread
+    share: Spread
+
+
+def measure_steps(backend: str, rounds: int, only: str = "") -> list[StepRow]:
+    """Host time of every step of a backend that `host_cases.prepare` got ready."""
+    a, b, rows = torch.ones(8, 8), torch.ones(8, 8), []
+    # What no kernel wrote holds anything: numbers too small for a processor to be quick at, for one.
+    torch.set_flush_denormal(True)
+    gc.collect()
+    gc.disable()
+    try:
+        for step in host_steps.steps(backend, only):
+            calls = {
+                "ours": functools.partial(_repeat, step.adapted, 1),
+                "rest": functools.partial(_repeat, step.rest, 1),
+                "add": functools.partial(_repeat, lambda: torch.add(a, b), ADD_CALLS),
+            }
+            taken = time_paired(calls, [], rounds=rounds, warmup=3, clock=time.thread_time).seconds
+            found = [
+                (ADD_CALLS * rest / add, ADD_CALLS * (whole - rest) / add, (whole - rest) / rest)
+                for whole, rest, add in zip(*(taken[name] for name in calls), strict=True)
+            ]
+            rows.append(StepRow(backend, step.name, *map(spread, zip(*found, strict=True))))
+    finally:
+        gc.enable()
+        torch.set_flush_denormal(False)
+    return rows
+
+
 def _add(case: host_cases.HostCase) -> str:
     return f"torch.add beside {case.name}"
 
@@ -105,3 +154,31 @@ def _print(rows: list[Row]) -> None:
     for row in rows:
         adds = "  ".join(f"{value:6.1f}" for value in (row.adds.p50, row.adds.p20, row.adds.p80))
         print(f"{row.backend:10}{row.name:{width}}  {adds}  {row.microseconds.p50:7.1f}")
+
+
+def _print_steps(rows: list[StepRow]) -> None:
+    for row in rows:
+        share = " to ".join(f"{value:.0%}" for value in (row.share.p20, row.share.p80))
+        print(
+            f"{row.backend:10}a step of {row.name}: our calls {row.ours.p50:.0f} adds, the rest {row.rest.p50:.0f}: "
+            f"{row.share.p50:.0%} ({share})"
+        )
+
+
+def _records(rows: list[Row], note: str) -> Iterator[record.Row]:
+    for row in rows:
+        for unit, values in (("torch.add", row.adds), ("us", row.microseconds)):
+            for percentile, value in asdict(values).items():
+                yield record.row(
+                    f"host/{row.name}", row.backend, "", "bfloat16", f"host_{percentile}", unit, value, note
+                )
+
+
+def _step_records(rows: list[StepRow], note: str) -> Iterator[record.Row]:
+    for row in rows:
+        for name, unit, values in (
+            ("rest", "torch.add", row.rest), ("ours", "torch.add", row.ours), ("ours over rest", "x", row.share),
+        ):  # fmt: skip
+            for percentile, value in asdict(values).items():
+                op, metric = f"host/step of {row.name}", f"{name}_{percentile}"
+                yield record.row(op, row.backend, "", "float32", metric, unit, value, note)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from adamix_kernels import adamix_loss, merge_experts, routed_adapter, routed_lora
+from adamix_kernels import adamix_loss, consistency_loss, merge_experts, routed_adapter, routed_lora
 from adamix_kernels.ops.merge.api import merge_banks
 
 from . import host_driver
@@ -126,6 +126,11 @@ def _loss(backend: str) -> Iterator[Call]:
         return adamix_loss(logits, labels, backend=backend).loss
 
     yield from _modes("adamix_loss 64x2", call, (logits,), backward=1)
+
+    def pair(logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
+        return consistency_loss(logits_a, logits_b, backend=backend)
+
+    yield from _modes("consistency_loss 32x2", pair, logits.chunk(2), backward=1)
 
 
 def _merge(backend: str) -> Iterator[Call]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+# Of a batch before it is doubled.
 BATCH, TOKENS, HIDDEN, HEADS, RANK, CLASSES = 2, 8, 32, 2, 8, 3
 # name -> how many adapted layers it has.
 STEPS = {"BERT-base, 12 adapters": 12, "GPT-2 medium, 24 LoRA of q and v": 24}
@@ -29,9 +30,11 @@ class Step:
     rest: Callable[[], object]
 
 
-def steps(backend: str) -> Iterator[Step]:
-    """Every step, on `backend`, which host_cases.prepare got ready."""
+def steps(backend: str, only: str = "") -> Iterator[Step]:
+    """Every step whose name holds `only`, on `backend`, which host_cases.prepare got ready."""
     for name, layers in STEPS.items():
+        if only not in name:
+            continue
         build = _bert if name.startswith("BERT") else _gpt2
         yield Step(name, layers, _adapted(build, layers, backend), _rest(build, layers))
 
@@ -51,7 +54,8 @@ def _gpt2(layers: int) -> nn.Module:
 
     sizes = dict(n_embd=HIDDEN, n_head=HEADS, n_layer=layers, n_positions=TOKENS, vocab_size=64)
     # As recommended for its consistency weight: without dropout.
-    model: nn.Module = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model: nn.Module = GPT2LMHeadModel(GPT2Config(**sizes, **dropout, bos_token_id=0, eos_token_id=0))
     return model
 
 

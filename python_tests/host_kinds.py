@@ -6,6 +6,8 @@ import torch
 
 from adamix_kernels import adamix_loss, consistency_loss, routed_adapter, routed_lora
 from adamix_kernels.ops.merge.api import merge_banks
+from adamix_kernels.ops.routed_adapter.api import routed_by_pass as adapter_by_pass
+from adamix_kernels.ops.routed_lora.api import routed_by_pass as lora_by_pass
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -21,6 +23,7 @@ class Adapter:
         "contiguous": (True, False), "offset": (0, 1, 8), "needs": ("xdu", "x", "d", "u", "du", "xu", ""),
         "tf32": (False, True), "gradient": ("contiguous", "expanded"), "autocast": (False, True),
         "activation": ("gelu", "relu", "silu", "gelu_tanh", None), "wrong": (None, "index", "residual"),
+        "passes": (0, 1, 2),
     }  # fmt: skip
 
     def arguments(self, p):
@@ -28,9 +31,11 @@ class Adapter:
         width = p["width"] or p["hidden"]
         down, up = (experts if p[side] else 1 for side in ("down_index", "up_index"))
 
+        passes = passes_of(p)
+
         def index(dim):
-            shape = p["batch"] + (p["wrong"] == "index"), p["tokens"]
-            return None if dim is None else torch.zeros(shape[:dim], dtype=p["index_dtype"])
+            shape = (passes or p["batch"]) + (p["wrong"] == "index"), p["tokens"]
+            return None if dim is None else torch.zeros(shape[: 1 if passes else dim], dtype=p["index_dtype"])
 
         x = made((p["batch"], p["tokens"], p["hidden"]), p["dtype"], p["offset"], p["contiguous"])
         banks = (
@@ -51,11 +56,14 @@ class Adapter:
         if p["one_index"] and None not in chosen:
             chosen[1] = chosen[0]
         return [x, *banks, *chosen], {
-            "residual": residual, "activation": p["activation"],
+            "residual": residual, "activation": p["activation"], "passes": passes,
         }  # fmt: skip
 
     def run(self, arguments, options):
-        return routed_adapter(*arguments, **options, backend="triton")
+        passes, rest = options["passes"], (options["residual"], options["activation"])
+        if passes:
+            return adapter_by_pass(*arguments, passes, *rest, "triton")
+        return routed_adapter(*arguments, residual=rest[0], activation=rest[1], backend="triton")
 
 
 class Lora:
@@ -68,6 +76,7 @@ class Lora:
         "needs": ("xab", "x", "a", "b", "ab", ""), "tf32": (False, True), "inplace": (False, True),
         "gradient": ("contiguous", "expanded"),
         "owner": ("base", "flat", "turned"), "autocast": (False, True), "wrong": (None, "index", "lora_b"),
+        "passes": (0, 1, 2),
     }  # fmt: skip
 
     def arguments(self, p):
@@ -76,9 +85,11 @@ class Lora:
         width = offsets[-1] + per_group + p["gap"]
         a, b = (p["experts"] if p[side] else 1 for side in ("a_index", "b_index"))
 
+        passes = passes_of(p)
+
         def index(dim):
-            shape = p["batch"] + (p["wrong"] == "index"), p["tokens"]
-            return None if dim is None else torch.zeros(shape[:dim], dtype=p["index_dtype"])
+            shape = (passes or p["batch"]) + (p["wrong"] == "index"), p["tokens"]
+            return None if dim is None else torch.zeros(shape[: 1 if passes else dim], dtype=p["index_dtype"])
 
         x = made((p["batch"], p["tokens"], p["hidden"]), p["dtype"], p["offset"], p["contiguous"])
         lora_a = made((a, groups * p["rank"], p["hidden"]), p["dtype"])
@@ -94,12 +105,12 @@ class Lora:
         return [x, lora_a, lora_b, *chosen], {
             "base": made((p["batch"], p["tokens"], width), p["dtype"]) if with_base else None,
             "scaling": p["scaling"], "groups": groups, "output_offsets": offsets, "dropout_p": p["dropout_p"],
-            "seed": seed, "inplace": p["inplace"], "owner": p["owner"],
+            "seed": seed, "inplace": p["inplace"], "owner": p["owner"], "passes": passes,
         }  # fmt: skip
 
     def run(self, arguments, options):
         options = dict(options)
-        owner = options.pop("owner")
+        owner, passes = options.pop("owner"), options.pop("passes")
         if options["inplace"]:
             # What base is a view of, as a layer's output is.
             batch, tokens, width = options["base"].shape
@@ -107,6 +118,9 @@ class Lora:
                 options["base"].view(*{"base": (batch,), "flat": (), "turned": (tokens,)}[owner], -1, width).detach()
             )
             options["base"] = whole if owner == "base" else whole.view(batch, tokens, width)
+        if passes:
+            names = "base", "scaling", "groups", "output_offsets", "dropout_p", "seed", "inplace"
+            return lora_by_pass(*arguments, passes, *(options[name] for name in names), "triton")
         return routed_lora(*arguments, **options, backend="triton")
 
 
@@ -196,6 +210,11 @@ class Merge:
 
 
 KINDS = Adapter, Lora, AdaMix, Consistency, Merge
+
+
+def passes_of(p):
+    """0 unless they divide the batch."""
+    return p["passes"] if p["passes"] and p["batch"] % p["passes"] == 0 else 0
 
 
 def made(shape, dtype, offset=0, contiguous=True):

@@ -104,14 +104,6 @@ def as_batch(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
 
-def fold_passes(rows: torch.Tensor, passes: int) -> torch.Tensor:
-    """[B, S, H] -> [passes, B/passes * S, H], where every sample of a pass goes to the same expert; 0: as it is."""
-    if passes == 0:
-        return rows
-    batch, tokens, hidden = rows.shape
-    return rows.reshape(passes, batch // passes * tokens, hidden)
-
-
 @overload
 def cast_like(x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]: ...
 @overload

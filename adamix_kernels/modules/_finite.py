@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import nn
+
+from .._environment import checks_values
 
 
 def checking() -> bool:
     """False under torch.compile, whose graph holds no such look at the values."""
-    return not torch.compiler.is_compiling() and os.environ.get("ADAMIX_CHECK") == "1"
+    return not torch.compiler.is_compiling() and checks_values()
 
 
 @torch.no_grad()

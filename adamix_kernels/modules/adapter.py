@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from .._backends import check_request
-from ..functional import routed_adapter
 from ..ops._checks import check_choice
-from ..ops.routed_adapter.api import ACTIVATIONS
+from ..ops.routed_adapter.api import ACTIVATIONS, routed_by_pass
 from ..routing import Router
 from ._banks import (
     as_batch,
@@ -20,7 +19,6 @@ from ._banks import (
     check_input,
     check_positive,
     check_router,
-    fold_passes,
     merge_score,
     merged_bank,
     merged_banks,
@@ -98,37 +96,30 @@ class RoutedAdapter(nn.Module):
         check_input(x, self.hidden_size)
         if not self.router.enabled:
             return x if residual is None else residual
-        rows = inputs = as_batch(x)
+        rows = as_batch(x)
         down_index = up_index = None
         merged = self.router.uses_merged(self.training, self.down_score.requires_grad or self.up_score.requires_grad)
+        passes = 0
         if merged:
-            banks = self.merged_banks()
-            passes = 0
+            down_weight, down_bias, up_weight, up_bias = self.merged_banks()
         else:
-            banks = self.banks()
-            passes = self.router.passes_in(rows.shape[0], self.training)
-            rows = fold_passes(rows, passes)
+            down_weight, down_bias, up_weight, up_bias = self.banks()
             batch, tokens, _ = rows.shape
-            down_index = self.router.draw(self.down_weight.shape[0], batch, tokens, x.device, self.training)
-            up_index = self.router.draw(self.up_weight.shape[0], batch, tokens, x.device, self.training)
-        added = rows if residual is None else fold_passes(as_batch(residual), passes)
-        down_weight, down_bias, up_weight, up_bias = cast_like(rows, *banks)
-        out = routed_adapter(
-            rows,
-            down_weight,
-            down_bias,
-            up_weight,
-            up_bias,
-            down_index,
-            up_index,
-            residual=added,
-            activation=self.activation,
-            backend=self.backend,
-        )
+            passes = self.router.passes_in(batch, self.training)
+            if passes:
+                batch, tokens = passes, batch // passes * tokens
+            down_index = self.router.draw(down_weight.shape[0], batch, tokens, x.device, self.training)
+            up_index = self.router.draw(up_weight.shape[0], batch, tokens, x.device, self.training)
+        added = rows if residual is None else as_batch(residual)
+        down_weight, down_bias, up_weight, up_bias = cast_like(rows, down_weight, down_bias, up_weight, up_bias)
+        out = routed_by_pass(
+            rows, down_weight, down_bias, up_weight, up_bias, down_index, up_index, passes, added, self.activation,
+            self.backend,
+        )  # fmt: skip
         if checking():
-            other = None if residual is None else as_batch(residual)
-            check_output(self, out.view(inputs.shape), inputs, other, {"down": down_index, "up": up_index}, merged)
-        return out.view(x.shape)
+            other = None if residual is None else added
+            check_output(self, out, rows, other, {"down": down_index, "up": up_index}, merged)
+        return out if x.dim() == 3 else out.view(x.shape)
 
     def merged_banks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(down_weight, down_bias, up_weight, up_bias), each a bank of one; each side averaged by itself."""

@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.modules import module
 
 from .._backends import check_request
-from ..functional import merge_lora, routed_lora
+from ..functional import merge_lora
 from ..ops._checks import autocast_dtype, check_flag
 from ..ops.merge.api import LoraLayer, merge_loras
+from ..ops.routed_lora.api import routed_by_pass
 from ..routing import Router
 from ._banks import (
     as_batch,
@@ -25,7 +26,6 @@ from ._banks import (
     check_input,
     check_positive,
     check_router,
-    fold_passes,
     lora_scaling,
     merge_score,
     merged_bank,
@@ -184,37 +184,41 @@ class RoutedLoRALinear(nn.Module):
         if autocast_dtype(x.device.type) is None:
             rows = rows.to(added.dtype)
         a_index = b_index = None
+        passes = 0
         merged = self.router.uses_merged(self.training, self.a_score.requires_grad or self.b_score.requires_grad)
         if merged:
             lora_a = merged_bank(self.lora_a, self.a_score, self.backend)
             lora_b = merged_bank(self.lora_b, self.b_score, self.backend)
         else:
             lora_a, lora_b = self.lora_a, self.lora_b
-            passes = self.router.passes_in(rows.shape[0], self.training)
-            rows, added = fold_passes(rows, passes), fold_passes(added, passes)
             batch, tokens, _ = rows.shape
+            passes = self.router.passes_in(batch, self.training)
+            if passes:
+                batch, tokens = passes, batch // passes * tokens
             a_index = self.router.draw(lora_a.shape[0], batch, tokens, x.device, self.training)
             b_index = self.router.draw(lora_b.shape[0], batch, tokens, x.device, self.training)
         looking = checking()
         lora_a, lora_b = cast_like(rows, lora_a, lora_b)
-        out = routed_lora(
+        out = routed_by_pass(
             rows,
             lora_a,
             lora_b,
             a_index,
             b_index,
-            base=added,
-            scaling=self.scaling,
-            groups=self.groups,
-            output_offsets=self.output_offsets,
-            dropout_p=self.dropout if self.training else 0.0,
-            inplace=not looking and may_overwrite(self.base, rows, added),
-            backend=self.backend,
+            passes,
+            added,
+            self.scaling,
+            self.groups,
+            self.output_offsets,
+            self.dropout if self.training else 0.0,
+            None,
+            not looking and may_overwrite(self.base, rows, added),
+            self.backend,
         )
         if looking:
             result = as_batch(out.view(base.shape))
             check_output(self, result, as_batch(x), as_batch(base), {"a": a_index, "b": b_index}, merged)
-        return out.view(base.shape)
+        return out if out.shape == base.shape else out.view(base.shape)
 
     def merged_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(A [groups * r, K], B [groups * Ng, r]): each side averaged by itself, never the product."""

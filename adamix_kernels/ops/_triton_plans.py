@@ -163,9 +163,9 @@ def _plan(
 ) -> Plan | None:
     """None where a launch takes anything but the tensors and memory, or a kernel cannot be launched without the JIT."""
     made = recording.made
-    if not recording.launches or not all(any(r is m for m in made) for r in results):
+    if not recording.launches or not all(any(_same(r, m) for m in made) for r in results):
         return None
-    scratch = [m for m in made if not any(m is r for r in results)]
+    scratch = [m for m in made if not any(_same(r, m) for r in results)]
     known = [*tensors, *results, *scratch]
     offsets, size = [], 0
     for t in scratch:
@@ -204,6 +204,15 @@ def _plan(
         constants,
         launches,
         anywhere,
+    )
+
+
+def _same(result: torch.Tensor, made: torch.Tensor) -> bool:
+    """Whether a result is this memory, in whatever shape."""
+    return result is made or (
+        result.data_ptr() == made.data_ptr() != 0
+        and (result.numel(), result.dtype) == (made.numel(), made.dtype)
+        and result.is_contiguous()
     )
 
 

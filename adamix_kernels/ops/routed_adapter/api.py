@@ -7,6 +7,7 @@ import torch
 from ..._backends import check_request
 from .._checks import autocast, check_bank, check_choice, check_dims, check_index, check_shape, check_tensor
 from .._direct import autocasts, may_be_direct
+from .._passes import fold_passes
 from .autograd import routed_adapter_op
 from .direct import call
 
@@ -75,6 +76,28 @@ def routed_adapter(
         >>> torch.allclose(out[0], first, atol=1e-5)
         True
     """
+    return routed_by_pass(
+        x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, 0, residual, activation, backend
+    )  # fmt: skip
+
+
+def routed_by_pass(
+    x: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_index: torch.Tensor | None,
+    up_index: torch.Tensor | None,
+    passes: int,
+    residual: torch.Tensor | None,
+    activation: str | None,
+    backend: str,
+) -> torch.Tensor:
+    """routed_adapter; with passes > 0 the indices are [passes], one expert for B / passes samples after another.
+
+    For the modules, which know that passes divides B: autograd sees one operation, no views around it.
+    """
     add_input = residual is x
     added = None if add_input else residual
     direct = may_be_direct()
@@ -86,28 +109,33 @@ def routed_adapter(
     for checked in (False, True):
         if checked:
             check_tensor("x", x)
-            _check(x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, added, add_input, activation)
+            with torch.no_grad():
+                folded, other = fold_passes(x, passes), None if added is None else fold_passes(added, passes)
+            _check(
+                folded, down_weight, down_bias, up_weight, up_bias, down_index, up_index, other, add_input, activation
+            )  # fmt: skip
             check_request(backend)
         if direct:
             out = call(
                 x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, added, add_input, activation,
-                backend, checked,
+                backend, passes, checked,
             )  # fmt: skip
             if out is not None:
                 return out
-    return routed_adapter_op(
-        x,
+    out, _ = routed_adapter_op(
+        fold_passes(x, passes),
         down_weight,
         down_bias,
         up_weight,
         up_bias,
         down_index,
         up_index,
-        added,
+        None if added is None else fold_passes(added, passes),
         add_input,
         activation or "",
         backend,
-    )[0]
+    )
+    return out.view(*x.shape[:2], out.shape[2]) if passes else out
 
 
 def _check(

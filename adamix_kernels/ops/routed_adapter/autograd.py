@@ -61,7 +61,8 @@ def gradients(
 ) -> tuple[torch.Tensor | None, ...]:
     """Of x, down_weight, down_bias, up_weight and up_bias, those in `needs`.
 
-    options: add_input, activation, backend. direct: a backend's backward, asked first; None from it: ask the op.
+    options: add_input, activation, backend. direct: a backend's backward of all arguments but the backend, asked first;
+    None, or None from it: ask the op.
     """
     need_x, need_wd, need_bd, need_wu, need_bu = needs
     need_down, need_up = need_wd or need_bd, need_wu or need_bu

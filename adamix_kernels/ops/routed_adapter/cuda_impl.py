@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..._extension import unsupported
+from .._passes import by_pass
 
 __all__ = ["backward", "direct", "forward", "unsupported"]
 
@@ -55,13 +56,21 @@ class _Direct:
 
     def find(self, *arguments: Any) -> Any:
         options = arguments[8:]
+        if options[-1]:
+            return lambda *tensors: _forward_by_pass(*tensors, *options)
+        options = options[:-1]
         return lambda *tensors: _ops.routed_adapter_forward.default(*tensors, *options)
 
     make = find
 
     def backward(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        grads: tuple[torch.Tensor, ...] = _ops.routed_adapter_backward.default(*arguments)
+        if arguments[-1]:
+            return _backward_by_pass(*arguments)
+        grads: tuple[torch.Tensor, ...] = _ops.routed_adapter_backward.default(*arguments[:-1])
         return grads
+
+
+_forward_by_pass, _backward_by_pass = by_pass(forward, 0, 7), by_pass(backward, 0, 1, 2)
 
 
 direct = _Direct()

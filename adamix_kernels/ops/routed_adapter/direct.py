@@ -6,11 +6,14 @@ A backend that serves them has an object `direct` in its module:
     make(*arguments)       the same for arguments that api.py has checked; None where the call cannot be planned
     backward(*arguments)   the backward op's result for the backward op's arguments, or None
 
-A plan takes the tensors among the arguments, x to residual, and gives (out, pre), or None: not for these addresses.
+Instead of the backend the last argument is `passes`: 0, or the number of runs of whole samples that the indices
+[passes] are of (ops/_passes.py); all results but what is saved are as without. A plan takes the tensors among the
+arguments, x to residual, and gives (out, pre), or None: not for these addresses.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,8 +21,9 @@ import torch
 from .. import _checks
 from .._direct import applied, below_autograd, differentiable_once, may_be_direct, served
 from .._library import below_autograd as dispatched
+from .._passes import by_pass
 from .autograd import gradients
-from .op import routed_adapter_op
+from .op import routed_adapter_backward_op, routed_adapter_op
 
 
 def call(
@@ -34,6 +38,7 @@ def call(
     add_input: bool,
     activation: str | None,
     backend: str,
+    passes: int,
     checked: bool,
 ) -> torch.Tensor | None:
     """What the op returns first; None: the call must go through api.py's checks and the dispatcher.
@@ -51,9 +56,9 @@ def call(
                 return None
             _checks.check_index_values("down_index", down_index, down_weight.shape[0])
             _checks.check_index_values("up_index", up_index, up_weight.shape[0])
-        plan = direct.find(*tensors, add_input, kind)
+        plan = direct.find(*tensors, add_input, kind, passes)
         if plan is None and checked:
-            plan = direct.make(*tensors, add_input, kind)
+            plan = direct.make(*tensors, add_input, kind, passes)
         if plan is None:
             return None
         if torch.is_grad_enabled() and (
@@ -64,7 +69,7 @@ def call(
         ):
             if below_autograd():
                 return None
-            out: torch.Tensor = _apply(plan, (direct, add_input, kind, backend), *tensors)
+            out: torch.Tensor = _apply(plan, (direct, passes, add_input, kind, backend), *tensors)
             return out
         made = plan(*tensors)
         return None if made is None else made[0]
@@ -76,7 +81,7 @@ def call(
 
 
 class DirectRoutedAdapter(torch.autograd.Function):
-    """RoutedAdapterFunction on a plan; it saves the same tensors. how: (direct, add_input, activation, backend)."""
+    """RoutedAdapterFunction on a plan; it saves the same. how: direct, passes, add_input, activation, backend."""
 
     @staticmethod
     def forward(
@@ -95,7 +100,7 @@ class DirectRoutedAdapter(torch.autograd.Function):
         tensors = x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual
         made = plan(*tensors)
         if made is None:
-            made = dispatched(routed_adapter_op, *tensors, *how[1:])
+            made = _op_by_pass(*tensors, *how[2:], how[1])
         out: torch.Tensor = made[0]
         ctx.save_for_backward(x, made[1], down_weight, up_weight, down_index, up_index)
         ctx.how = how
@@ -108,12 +113,18 @@ class DirectRoutedAdapter(torch.autograd.Function):
         if grad_out is None:
             return (None,) * 10
         _, _, need_x, need_wd, need_bd, need_wu, need_bu, _, _, need_residual = ctx.needs_input_grad
-        direct, add_input, activation, backend = ctx.how
-        grads = gradients(
-            grad_out, ctx.saved_tensors, (need_x, need_wd, need_bd, need_wu, need_bu), (add_input, activation, backend),
-            direct.backward if may_be_direct() else None,
-        )  # fmt: skip
+        direct, passes, *options = ctx.how
+        backward = functools.partial(_backward, direct.backward if may_be_direct() else None, passes, options[-1])
+        needs = need_x, need_wd, need_bd, need_wu, need_bu
+        grads = gradients(grad_out, ctx.saved_tensors, needs, tuple(options), backward)
         return None, None, *grads, None, None, grad_out if need_residual else None
 
 
+def _backward(direct: Any, passes: int, backend: str, *arguments: Any) -> tuple[torch.Tensor, ...] | None:
+    made: tuple[torch.Tensor, ...] | None = None if direct is None else direct(*arguments, passes)
+    return _backward_op_by_pass(*arguments, backend, passes) if made is None and passes else made
+
+
+_op_by_pass = by_pass(functools.partial(dispatched, routed_adapter_op), 0, 7)
+_backward_op_by_pass = by_pass(routed_adapter_backward_op, 0, 1, 2)
 _apply = applied(DirectRoutedAdapter)

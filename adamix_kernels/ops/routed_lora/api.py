@@ -22,6 +22,7 @@ from .._checks import (
 )
 from .._direct import autocasts, may_be_direct
 from .._groups import check_groups, check_number, check_scaling
+from .._passes import fold_passes
 from .autograd import routed_lora_inplace, routed_lora_op
 from .direct import call
 
@@ -98,6 +99,31 @@ def routed_lora(
         >>> torch.allclose(out[0], base[0] + 2 * x[0] @ a[1].mT @ b[0].mT, atol=1e-4)
         True
     """
+    return routed_by_pass(
+        x, lora_a, lora_b, a_index, b_index, 0, base, scaling, groups, output_offsets, dropout_p, seed, inplace, backend
+    )  # fmt: skip
+
+
+def routed_by_pass(
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    a_index: torch.Tensor | None,
+    b_index: torch.Tensor | None,
+    passes: int,
+    base: torch.Tensor | None,
+    scaling: float,
+    groups: int,
+    output_offsets: Sequence[int],
+    dropout_p: float,
+    seed: int | torch.Tensor | None,
+    inplace: bool,
+    backend: str,
+) -> torch.Tensor:
+    """routed_lora; with passes > 0 the indices are [passes], one expert for B / passes samples after another.
+
+    For the modules, which know that passes divides B: autograd sees one operation, no views around it.
+    """
     given = base
     direct = may_be_direct()
     if not direct or autocasts():
@@ -108,27 +134,35 @@ def routed_lora(
     for checked in (False, True):
         if checked:
             check_tensor("x", x)
-            offsets = _check(x, lora_a, lora_b, a_index, b_index, base, scaling, groups, output_offsets)
+            with torch.no_grad():
+                folded, other = fold_passes(x, passes), None if base is None else fold_passes(base, passes)
+            offsets = _check(folded, lora_a, lora_b, a_index, b_index, other, scaling, groups, output_offsets)
             check_request(backend)
             check_number("dropout_p", dropout_p, 0, 1, "a Python number, 0 <= dropout_p < 1")
             check_flag("inplace", inplace)
         if direct:
             out = call(
                 x, lora_a, lora_b, a_index, b_index, base, scaling, groups, offsets, dropout_p, backend, inplace,
-                checked, drawn, functools.partial(_check_inplace, given, x, lora_a, lora_b),
+                passes, checked, drawn, functools.partial(_check_inplace, given, x, lora_a, lora_b),
             )  # fmt: skip
             if out is not None:
                 return out if base is None or out.shape == base.shape else out.view(base.shape)
     target = _check_inplace(given, x, lora_a, lora_b) if inplace else base
     key = drawn() if dropout_p > 0 else None
-    arguments = (x, lora_a, lora_b, a_index, b_index, target, key, scaling, groups, offsets, dropout_p, backend)
+    rows = fold_passes(x, passes)
     if not inplace:
-        return routed_lora_op(*arguments)[0]
+        target = target if target is None else fold_passes(target, passes)
+    arguments = (rows, lora_a, lora_b, a_index, b_index, target, key, scaling, groups, offsets, dropout_p, backend)
+    if not inplace:
+        out = routed_lora_op(*arguments)[0]
+        return out.view(*x.shape[:2], out.shape[2]) if passes else out
     assert base is not None  # _check_inplace
     assert target is not None
     if torch.compiler.is_compiling():
         # The compiler decides itself what may share memory.
-        return target.copy_(routed_lora_op(*arguments)[0])
+        return target.copy_(
+            routed_lora_op(*arguments[:5], fold_passes(target, passes), *arguments[6:])[0].view_as(target)
+        )
     return routed_lora_inplace(*arguments).view(base.shape)
 
 

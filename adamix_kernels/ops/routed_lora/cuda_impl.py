@@ -8,6 +8,7 @@ import torch
 
 from ..._extension import unsupported
 from .._direct import Kept, traits
+from .._passes import by_pass, fold_passes
 
 __all__ = ["backward", "direct", "forward", "unsupported"]
 
@@ -67,12 +68,20 @@ class _Direct:
         self._inplace: Kept[bool] = Kept()
 
     def find(self, inplace: bool, *arguments: Any) -> Any:
-        options = arguments[7:]
+        *options, passes = arguments[7:]
         if not inplace:
+            if passes:
+                return lambda *tensors: _forward_by_pass(*tensors, *options, passes)
             return lambda *tensors: _ops.routed_lora_forward.default(*tensors, *options)
         if not self._inplace.get(_key(arguments)):
             return None
-        return lambda *tensors: (_ops.routed_lora_forward_.default(*tensors, *options),)
+
+        def over(*tensors: Any) -> tuple[torch.Tensor]:
+            x, a, b, a_index, b_index, base, seed = tensors
+            rows, target = fold_passes(x, passes), fold_passes(base, passes)
+            return (_ops.routed_lora_forward_.default(rows, a, b, a_index, b_index, target, seed, *options),)
+
+        return over
 
     def make(self, inplace: bool, *arguments: Any) -> Any:
         if inplace:
@@ -80,7 +89,9 @@ class _Direct:
         return self.find(inplace, *arguments)
 
     def backward(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        grads: tuple[torch.Tensor, ...] = _ops.routed_lora_backward.default(*arguments)
+        if arguments[-1]:
+            return _backward_by_pass(*arguments)
+        grads: tuple[torch.Tensor, ...] = _ops.routed_lora_backward.default(*arguments[:-1])
         return grads
 
 
@@ -88,4 +99,5 @@ def _key(arguments: tuple[Any, ...]) -> Any:
     return arguments[7:], *map(traits, arguments[:7])
 
 
+_forward_by_pass, _backward_by_pass = by_pass(forward, 0, 5), by_pass(backward, 0, 1, 2)
 direct = _Direct()

@@ -6,8 +6,10 @@ A backend that serves them has an object `direct` in its module:
     make(inplace, *arguments)   the same for arguments that api.py has checked; None where the call cannot be planned
     backward(*arguments)        the backward op's result for the backward op's arguments, or None
 
-A plan takes the tensors among the arguments, x to seed, and gives (out, t), in place (t,); or None: not for these
-addresses. Which seed is drawn decides nothing: one that is looked up with stands for all.
+Instead of the backend the last argument is `passes`: 0, or the number of runs of whole samples that the indices
+[passes] are of (ops/_passes.py); all results but what is saved are as without. A plan takes the tensors among the
+arguments, x to seed, and gives (out, t), in place (t,); or None: not for these addresses. Which seed is drawn decides
+nothing: one that is looked up with stands for all.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ import torch
 from .. import _checks
 from .._direct import applied, below_autograd, differentiable_once, may_be_direct, served
 from .._library import below_autograd as dispatched
+from .._passes import by_pass, fold_passes
 from .autograd import gradients
-from .op import routed_lora_inplace_op, routed_lora_op
+from .op import routed_lora_backward_op, routed_lora_inplace_op, routed_lora_op
 
 _NUMBERS = (int, float)
 
@@ -41,6 +44,7 @@ def call(
     dropout_p: float,
     backend: str,
     inplace: bool,
+    passes: int,
     checked: bool,
     seed: Callable[[], torch.Tensor],
     target: Callable[[], torch.Tensor],
@@ -67,9 +71,9 @@ def call(
             _checks.check_index_values("a_index", a_index, lora_a.shape[0])
             _checks.check_index_values("b_index", b_index, lora_b.shape[0])
         options = float(scaling), groups, tuple(offsets), float(dropout_p)
-        plan = direct.find(inplace, *tensors, *options)
+        plan = direct.find(inplace, *tensors, *options, passes)
         if plan is None and checked:
-            plan = direct.make(inplace, *tensors, *options)
+            plan = direct.make(inplace, *tensors, *options, passes)
         if plan is None:
             return None
         written = target() if inplace else base
@@ -83,10 +87,11 @@ def call(
             if below_autograd():
                 return None
             out: torch.Tensor = _apply(
-                plan, (direct, inplace, *options, backend), x, lora_a, lora_b, a_index, b_index, written, drawn
+                plan, (direct, inplace, passes, *options, backend), x, lora_a, lora_b, a_index, b_index, written, drawn
             )
             return out
-        return _run(plan, inplace, (x, lora_a, lora_b, a_index, b_index, written, drawn), (*options, backend))[0]
+        tensors = x, lora_a, lora_b, a_index, b_index, written, drawn
+        return _run(plan, inplace, passes, tensors, (*options, backend))[0]
     except (AttributeError, TypeError, RuntimeError):
         # Not a tensor, or sizes that a plan with checks of its own refuses: api.py has the words for it.
         if checked:
@@ -99,16 +104,18 @@ def _any_seed(device: torch.device) -> torch.Tensor:
     return torch.empty((), dtype=torch.int64, device=device)
 
 
-def _run(plan: Any, inplace: bool, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+def _run(
+    plan: Any, inplace: bool, passes: int, tensors: tuple[Any, ...], options: tuple[Any, ...]
+) -> tuple[torch.Tensor, ...]:
     """(out, t) by the plan or, where it does not fit the addresses, by the op."""
     if not inplace:
         made: tuple[torch.Tensor, ...] | None = plan(*tensors)
-        return dispatched(routed_lora_op, *tensors, *options) if made is None else made
+        return _op_by_pass(*tensors, *options, passes) if made is None else made
     x, base = tensors[0], tensors[5]
     rows = base if base.shape[:-1] == x.shape[:-1] else base.view(*x.shape[:2], base.shape[-1])
     made = plan(*tensors[:5], rows, tensors[6])
     if made is None:
-        return base, dispatched(routed_lora_inplace_op, *tensors, *options)
+        return base, dispatched(routed_lora_inplace_op, fold_passes(x, passes), *tensors[1:], *options)
     if not base.is_inference():
         # A kernel's write is not seen by autograd: whoever saved base's old value must find out.
         torch.autograd.graph.increment_version(base)
@@ -118,7 +125,7 @@ def _run(plan: Any, inplace: bool, tensors: tuple[Any, ...], options: tuple[Any,
 class DirectRoutedLoRA(torch.autograd.Function):
     """RoutedLoRAFunction on a plan or, if inplace, RoutedLoRAInPlaceFunction; it saves the same tensors.
 
-    how: (direct, inplace, scaling, groups, offsets, dropout_p, backend).
+    how: direct, inplace, passes, scaling, groups, offsets, dropout_p, backend.
     """
 
     @staticmethod
@@ -134,7 +141,7 @@ class DirectRoutedLoRA(torch.autograd.Function):
         base: torch.Tensor | None,
         seed: torch.Tensor | None,
     ) -> torch.Tensor:
-        out, t = _run(plan, how[1], (x, lora_a, lora_b, a_index, b_index, base, seed), how[2:])
+        out, t = _run(plan, how[1], how[2], (x, lora_a, lora_b, a_index, b_index, base, seed), how[3:])
         if how[1]:
             ctx.mark_dirty(base)
         ctx.save_for_backward(x, t, lora_a, lora_b, a_index, b_index, seed)
@@ -148,9 +155,17 @@ class DirectRoutedLoRA(torch.autograd.Function):
         if grad_out is None:
             return (None,) * 9
         _, _, need_x, need_a, need_b, _, _, need_base, _ = ctx.needs_input_grad
-        direct = ctx.how[0].backward if may_be_direct() else None
-        grads = gradients(grad_out, ctx.saved_tensors, (need_x, need_a, need_b), ctx.how[2:], direct)
+        direct, _, passes, *options = ctx.how
+        backward = functools.partial(_backward, direct.backward if may_be_direct() else None, passes, options[-1])
+        grads = gradients(grad_out, ctx.saved_tensors, (need_x, need_a, need_b), tuple(options), backward)
         return None, None, *grads, None, None, grad_out if need_base else None, None
 
 
+def _backward(direct: Any, passes: int, backend: str, *arguments: Any) -> tuple[torch.Tensor, ...] | None:
+    made: tuple[torch.Tensor, ...] | None = None if direct is None else direct(*arguments, passes)
+    return _backward_op_by_pass(*arguments, backend, passes) if made is None and passes else made
+
+
+_op_by_pass = by_pass(functools.partial(dispatched, routed_lora_op), 0, 5)
+_backward_op_by_pass = by_pass(routed_lora_backward_op, 0, 1, 2)
 _apply = applied(DirectRoutedLoRA)

@@ -12,6 +12,7 @@ import torch
 
 from ...._triton_utils import capability, dot_dtype, launch, memory, precision
 from ...._triton_utils import problem as unsupported
+from ..._passes import by_pass
 from ..._routed_plan import Plan, group_rows, make_plan
 from ..._triton_plans import Planned
 from ..._triton_tables import Config
@@ -121,9 +122,9 @@ class _Direct:
     """Calls without a device-side sort, past the dispatcher and Triton's JIT."""
 
     def __init__(self) -> None:
-        planned = Planned(forward, 8)
+        planned = Planned(by_pass(forward, 0, 7), 8)
         self.find, self.make = planned.find, planned.make
-        self.backward = Planned(backward, 7)
+        self.backward = Planned(by_pass(backward, 0, 1, 2), 7)
 
 
 direct = _Direct()

@@ -10,6 +10,7 @@ import torch
 
 from ...._triton_utils import launch, memory
 from ...._triton_utils import problem as unsupported
+from ..._passes import by_pass
 from ..._triton_plans import Planned
 from .aot import aot_cases
 from .forward import lora_forward_kernel
@@ -77,8 +78,9 @@ class _Direct:
     """Calls without a device-side sort, past the dispatcher and Triton's JIT."""
 
     def __init__(self) -> None:
-        self._forward, self._in_place = Planned(forward, 7), Planned(_forward_in_place, 7)
-        self.backward = Planned(backward, 8)
+        self._forward = Planned(by_pass(forward, 0, 5), 7)
+        self._in_place = Planned(by_pass(_forward_in_place, 0, 5), 7)
+        self.backward = Planned(by_pass(backward, 0, 1, 2), 8)
 
     def find(self, inplace, *arguments):
         return (self._in_place if inplace else self._forward).find(*arguments)
