@@ -63,7 +63,7 @@ def printed():
 
 
 def test_these_are_the_examples():
-    assert NAMES == ["e2e_from_scratch", "fewshot", "glue", "nlg", "serve_mixed_domains"]
+    assert NAMES == ["e2e_from_scratch", "fewshot", "glue", "nlg", "serve_mixed_domains", "serve_pack"]
 
 
 def test_glue():
@@ -104,6 +104,17 @@ def test_serve_mixed_domains(printed):
     assert [name for name, *_ in rows] == ["plain", "ironic"]
     # What is good in one domain is bad in the other: experts that saw both could not be right in both.
     assert all(float(right) > 0.65 and same == served == "48" for _, right, same, served in rows)
+
+
+def test_serve_pack(printed):
+    out = printed["serve_pack"]
+    assert "Traceback" not in out, out
+    rows = re.findall(r"^(\w+): (\d+) texts, accuracy (\S+) by name, (\S+) by content; (\d+) routed right$", out, re.M)
+    assert [name for name, *_ in rows] == ["films", "hotels", "songs"]
+    # What is good among songs is bad elsewhere, and each name has its own words.
+    assert all(float(name) > 0.65 and float(content) > 0.65 and int(right) > 40 for _, _, name, content, right in rows)
+    assert "(400, {'error': \"name: got 'none', expected one of films, hotels, songs, or none\"})" in out
+    assert re.search(r"^load: 144 requests by 16 clients, 144 answered, \d+ a second, median", out, re.M)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -209,16 +209,19 @@ def _heads(
     """(the packed heads, the model's own ones as tensors), by path."""
     packed, own = {}, {}
     given_paths = {path for source in sources for path in source.heads}
-    for path in [path for path, _ in model.named_modules() if path in given_paths]:
+    paths = [path for path, _ in model.named_modules() if path in given_paths]
+    linears = [m for path in paths for m in model.get_submodule(path).modules() if isinstance(m, nn.Linear)]
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    for path in paths:
         head = model.get_submodule(path)
         rows = dict(stored.get(path, {}))
-        labels = getattr(getattr(model, "config", None), "num_labels", None)
         for name, module in head.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
             key = f"{name}.weight" if name else "weight"
             given = [source.heads[path][key] for source in sources if key in source.heads.get(path, {})]
-            room = max_labels if module.out_features == labels else 1
+            gives_labels = module is linears[-1] and labels in (None, module.out_features)
+            room = max_labels if gives_labels else 1
             rows[name] = max(rows.get(name, 1), room, *(len(value) if value.dim() else 0 for value in given), 1)
         packed[path] = heads.packed_head(path, head, capacity, rows, router)
         own[path] = {name: value.detach().clone() for name, value in head.state_dict().items()}
