@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._backends import BackendState, BackendUnavailableError, backends
+from ._backends import BackendState, BackendUnavailableError
 from ._extras import installed, needed
 from ._version import __version__
 from .functional import (
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from .modules import RoutedLoRALinear as RoutedLoRALinear
     from .routing import Router as Router
     from .tasks.loading import load as load
+    from .verifying import backends as backends
+    from .verifying import verify as verify
 
 _LAZY = {
     "AdaMixLoss": "modules",
@@ -67,6 +69,8 @@ _LAZY = {
     "save_adamix": "models.checkpoint",
     "load_adamix": "models.checkpoint",
     "load": "tasks.loading",
+    "backends": "verifying",
+    "verify": "verifying",
     "double_batch": "models.doubling",
     "AdaMixTrainer": "models.trainer",
     "AdaMixTrainerMixin": "models.trainer",
@@ -83,7 +87,6 @@ __all__ = [
     "BackendState",
     "BackendUnavailableError",
     "adamix_loss",
-    "backends",
     "consistency_loss",
     "linear_adamix_loss",
     "merge_experts",
