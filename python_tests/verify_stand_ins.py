@@ -42,6 +42,38 @@ def ptx():
     host.orders = host.orders[:1]
 
 
+def interpreted():
+    """backend="triton" is interpreted: TRITON_INTERPRET=1 has been set for both processes."""
+    launches = []
+
+    def spied(kernel, grid, device, *args, **meta):
+        launches.append(kernel.fn.__name__)
+        launch(kernel, grid, device, *args, **meta)
+
+    from adamix_kernels import _triton_utils
+    from adamix_kernels.ops.merge.triton_impl import experts
+
+    launch, experts.launch = _triton_utils.launch, spied
+    interpreted.launches = launches
+
+
+def csrc():
+    """backend="cuda" is csrc/ on the CPU: ADAMIX_CUDA_HOST has been set for both processes."""
+
+
+def launched(kind):
+    """What this process has launched, if anything."""
+    if kind == "interpreted":
+        return interpreted.launches
+    if kind == "ptx":
+        import ptx.host
+
+        return sorted(ptx.host._current[-1].reached)
+    import cuda_host
+
+    return [call for call in cuda_host.runtime_calls() if call.startswith("cudaLaunchKernelEx")]
+
+
 def disguised(op, backend, faults, calls=None):
     """The reference's module of an op, whose calls are noted, with faults."""
     import importlib

@@ -108,7 +108,7 @@ class Store:
         path = self.path(key)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
             self._not_ours(path, f"it cannot be read ({error})")
