@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 import verify_stand_ins
-from verify_cases import apart, faults, no_child, store
+from verify_cases import apart, faults, no_child, right, store
 from verify_stand_ins import PLAIN
 
 import adamix_kernels
@@ -13,6 +13,7 @@ from adamix_kernels import _auto, _backends, verifying
 from adamix_kernels.ops import _direct
 from adamix_kernels.verifying import prover, table
 from adamix_kernels.verifying.machine import Job, jobs
+from adamix_kernels.verifying.verdicts import Store
 
 __all__ = ["apart", "faults", "no_child", "store"]
 

@@ -220,7 +220,7 @@ def test_a_child_that_cannot_start_is_no_verdict(store):
 
 
 @pytest.mark.parametrize("how", ["off", "table"])
-def test_modes_that_start_no_process(store, monkeypatch, no_child, calls, how):
+def test_modes_that_start_no_process(store, monkeypatch, no_child, how):
     monkeypatch.setenv("ADAMIX_AUTO", how)
     store.write(right(ADAPTER._replace(backend="cuda")), PLAIN)
     report = verifying.settle([(PLAIN, jobs(("routed_adapter",), ("float32",)))], seconds=9, store=store)

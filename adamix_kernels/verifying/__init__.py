@@ -7,6 +7,7 @@ processes agree, timing.py what ADAMIX_AUTO=time does. Only this file changes wh
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -104,7 +105,7 @@ def verify(
         raise RuntimeError(f"verify: {reason}")
     machines = _machines()
     if not machines:
-        why = 'torch sees no GPU'
+        why = "torch sees no GPU"
         return Report((), {}, why)
     wanted = jobs(tuple(ops), names, tuple(backends))
     return settle([(machine, wanted) for machine in machines], seconds=seconds, again=again, progress=progress)
@@ -172,15 +173,18 @@ def settle(
         asked = table.jobs_of(machine, asked) if preferred_only else asked
         prove = _Proof(machine, store or Store(), seconds, one_case, again, progress)
         found = prove(asked) if together is None else together.verdicts(machine, asked, seconds, prove)
+        keys = dict.fromkeys((job.op, job.dtype, job.shape) for job in given)
+        mine: ranks.Choices = {key: table.REFERENCE for key in keys}
         if found is None:
             assert together is not None
             together.give_up()
             _tell('"auto" stays the reference: other processes of this job have not come to verify, or not answered')
             found = [unknown(job, machine, "the processes of this job did not agree") for job in asked]
-        made = table.choices(machine, found, prove.faster(found) if together is None else {})
-        keys = dict.fromkeys((job.op, job.dtype, job.shape) for job in given)
-        mine: ranks.Choices = {key: made.get(key, table.REFERENCE) for key in keys}
-        mine = mine if together is None else together.agree(mine, seconds)
+        else:
+            made = table.choices(machine, found, prove.faster(found) if together is None else {})
+            mine = {key: made.get(key, table.REFERENCE) for key in keys}
+            mine = mine if together is None else together.agree(mine, seconds)
+            _tell_of(machine, found)
         _auto.freeze(
             {
                 (op, device, getattr(torch, dtype), shape): backend
@@ -190,7 +194,6 @@ def settle(
         )
         chosen |= {(machine.name, *key): backend for key, backend in mine.items()}
         verdicts += found
-        _tell_of(machine, found)
     return Report(tuple(verdicts), chosen, None, time.monotonic() - began)
 
 
@@ -277,8 +280,10 @@ def _machines() -> list[Machine]:
     """One for each kind of GPU that this process sees."""
     kinds: dict[str, Machine] = {}
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        machine = Machine.of(number)
-        kinds.setdefault(machine.name, machine)
+        # A GPU that does not answer is for `adamix env` to tell of.
+        with contextlib.suppress(RuntimeError, AssertionError):
+            machine = Machine.of(number)
+            kinds.setdefault(machine.name, machine)
     return list(kinds.values())
 
 
