@@ -24,6 +24,8 @@ from . import count_table, record
 from .proof_report import write_text
 
 RESULTS = count_table.TABLE.parent
+PAGE = Path(__file__).parent.parent / "docs" / "auto.md"
+COMMAND = "python -m benchmarks.prefer --write"
 # 10 * compute capability, and the GPU of each that is predicted.
 GPUS = {70: "V100", 80: "A100", 90: "H100", 100: "B200"}
 OPS = {
@@ -104,17 +106,27 @@ def _row(counts: Speeds, times: Speeds, op: str, dtype: str, shape: str, capabil
     others = [d for d in DTYPES if d != dtype and (d == "float32") == (dtype == "float32")]
     others += [d for d in DTYPES if d not in (dtype, *others)]
     nearest = [(d, s) for s in (shape, *(s for s in SHAPES[op] if s != shape)) for d in (dtype, *others)]
-    for kind, speeds in (("measured", times), ("counted", counts)):
-        for d, s in nearest:
-            found = speeds.get((op, d, s, capability))
-            if found is None or (kind == "measured" and REFERENCE not in found):
-                continue
+    for key in nearest:
+        found = times.get((op, *key, capability), {})
+        if REFERENCE in found:
             ranked = order(found)
-            ranked = ranked[: ranked.index(REFERENCE)] if REFERENCE in ranked else ranked
-            as_ = "" if (d, s) == (dtype, shape) else f", {d} of the class {s!r} standing for it"
-            how = "times on" if kind == "measured" else "what counts of compiled code predict for"
-            return {"order": [*ranked, REFERENCE], "source": f"{how} the {GPUS[capability]}{as_}"}
-    return {"order": [REFERENCE], "source": f"no kernel has a count or a time for the {GPUS[capability]}"}
+            return _as_row(ranked[: ranked.index(REFERENCE)], "times on", key, (dtype, shape), capability)
+    ranked, first = [], None
+    for key in nearest:
+        found = counts.get((op, *key, capability), {})
+        if found:
+            ranked += [name for name in order(found) if name not in ranked]
+            first = first or key
+    if first is None:
+        return {"order": [REFERENCE], "source": f"no kernel has a count or a time for the {GPUS[capability]}"}
+    return _as_row(ranked, "what counts of compiled code predict for", first, (dtype, shape), capability)
+
+
+def _as_row(
+    ranked: Sequence[str], how: str, key: tuple[str, str], wanted: tuple[str, str], capability: int
+) -> dict[str, Any]:
+    as_ = "" if key == wanted else f", {key[0]} of the class {key[1]!r} standing for it"
+    return {"order": [*ranked, REFERENCE], "source": f"{how} the {GPUS[capability]}{as_}"}
 
 
 def text() -> str:
@@ -122,7 +134,32 @@ def text() -> str:
     files = [path for path in sorted(RESULTS.glob("*.csv")) if record.has_schema(path)]
     rows = table(counted(count_table.committed()), measured(row for path in files for row in record.read(path)))
     lines = ",\n".join(json.dumps(row) for row in rows)
-    return f'{{"written by": "python -m benchmarks.prefer --write", "rows": [\n{lines}\n]}}\n'
+    return f'{{"written by": "{COMMAND}", "rows": [\n{lines}\n]}}\n'
+
+
+def page_table() -> str:
+    """The preferences as a Markdown table: a line for each op, class and source, the dtypes with one order together."""
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for row in json.loads(text())["rows"]:
+        key = row["op"], row["shape"], f"{row['capability'] / 10:.1f}", ", ".join(row["order"])
+        lines.setdefault(key, []).append(row["dtype"])
+    head = ["| op | shapes | compute capability from | dtypes | order |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *(f"| {o} | {s} | {c} | {', '.join(d)} | {w} |" for (o, s, c, w), d in lines.items())])
+
+
+def between(text: str, name: str, command: str, made: str) -> str:
+    """A page with `made` between the markers of a command; ValueError where they are missing."""
+    begin, end = f"<!-- {name}, written by `{command}`: begin -->", f"<!-- {name}: end -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"got no markers, expected {begin!r} and then {end!r}")
+    return f"{before}{begin}\n{made}\n{end}{after}"
+
+
+def page() -> str:
+    """docs/auto.md with the table in it."""
+    return between(PAGE.read_text(encoding="utf-8"), "preferences", COMMAND, page_table())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,11 +168,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"write {FILE.name}; else it is compared")
     made = text()
     if parser.parse_args(arguments).write:
-        write_text(Path(FILE), made)
+        write_text(FILE, made)
+        write_text(PAGE, page())
         return 0
-    if FILE.read_text(encoding="utf-8") != made:
-        print(f"{FILE}: not what benchmarks/results gives: python -m benchmarks.prefer --write", file=sys.stderr)
-        return 1
+    for path, wanted in ((FILE, made), (PAGE, page())):
+        if path.read_text(encoding="utf-8") != wanted:
+            print(f"{path}: not what benchmarks/results gives: {COMMAND}", file=sys.stderr)
+            return 1
     return 0
 
 
