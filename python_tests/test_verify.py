@@ -141,6 +141,21 @@ def test_an_explicit_request_asks_no_table(calls, request_):
     assert calls == ([] if request_ == "reference" else [("merge", request_)])
 
 
+def test_every_op_and_class_of_shapes_has_cases_and_a_preference():
+    from adamix_kernels.verifying.cases import cases
+
+    assert set(_auto.SHAPES) == set(_backends.OPS)
+    for op, shapes in _auto.SHAPES.items():
+        for shape in shapes:
+            made = cases(op, shape)
+            words = " ".join(f"{case.name} {case.placed}" for case in made)
+            assert "misaligned" in words
+            assert "strided" in words
+            assert len({case.name for case in made}) == len(made)
+            for capability in (70, 75, 80, 86, 90, 100, 120):
+                assert table.preferred(capability, op, "float16", shape).source
+
+
 def test_the_classes_of_shapes_are_those_of_the_sizes():
     assert [_auto.shape_class("routed_lora", n) for n in (1, 256, 257)] == ["narrow", "narrow", "wide"]
     assert [_auto.shape_class("consistency", n) for n in (2, 4096, 4097)] == ["few", "few", "many"]

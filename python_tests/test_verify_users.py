@@ -1,5 +1,6 @@
 """Who asks for a verification: verify() on made-up GPUs, adapt(), a trainer, the command line, env, backends()."""
 
+import contextlib
 import json
 import warnings
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from adamix_kernels import _auto, _backends, cli, verifying
 from adamix_kernels.commands import env
 from adamix_kernels.commands import verify as command
 from adamix_kernels.models import proving
-from adamix_kernels.verifying import guards, prover, verdicts
+from adamix_kernels.verifying import checks, guards, prover, verdicts
 from adamix_kernels.verifying.machine import Job, Machine
 
 __all__ = ["apart", "no_child", "store"]
@@ -179,3 +180,39 @@ def test_guards_are_around_what_kernels_allocate():
         for t in (base, base.new_empty(2), torch.empty(2), torch.zeros(2), base.new_zeros(1)):
             assert t.storage_offset() * t.itemsize == guards.BAND
         assert torch.empty(0, 3).numel() == 0
+
+
+def test_a_trainer_asks_before_it_trains_for_what_its_autocast_computes_in(monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    from tiny import tiny_bert
+    from tiny_training import adapted, trainer_for
+
+    from adamix_kernels.models import trainer
+
+    class Stop(Exception):
+        pass
+
+    def stop(model, dtypes):
+        raise Stop(list(dtypes))
+
+    monkeypatch.setattr(trainer, "settle_backends", stop)
+    with pytest.raises(Stop) as stopped:
+        trainer_for(adapted(tiny_bert()), tmp_path, bf16=True).train()
+    assert stopped.value.args == ([torch.bfloat16],)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_what_a_graph_does_not_write_again_shows(monkeypatch, captured):
+    """With a made-up graph: its replay writes what the capture wrote, or nothing."""
+    grad, made = torch.ones(3), torch.arange(3.0)
+    graph = SimpleNamespace(replay=lambda: made.copy_(torch.arange(3.0)) if captured else None)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda which: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    results = checks.replay(lambda: [made, grad], [grad])
+    assert results[0].tolist() == ([0, 1, 2] if captured else [0, 0, 0])
+    assert results[1].tolist() == [1, 1, 1]  # an input, handed through

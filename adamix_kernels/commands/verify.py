@@ -17,7 +17,7 @@ from .. import verifying
 from .._auto import SHAPES
 from ..verifying import Report
 from ..verifying.machine import DTYPES, KERNELS
-from ..verifying.verdicts import CRASHED, UNKNOWN, WRONG, cache_folder
+from ..verifying.verdicts import CRASHED, UNKNOWN, WRONG, Store, cache_folder
 from . import env
 
 # Beside those of every command.
@@ -77,7 +77,8 @@ def in_words(report: Report) -> str:
         return "\n".join(textwrap.fill(line, max(80, _width()), subsequent_indent="    ") for line in lines)
     parts = []
     for gpu in dict.fromkeys(verdict.gpu for verdict in report.verdicts):
-        parts.append(f"{gpu}, in {report.seconds:.0f} s; kept in {cache_folder()}\n\n{_table(report, gpu)}")
+        kept = f"kept in {cache_folder()}" if any(Store().folder.glob("*.json")) else "not kept"
+        parts.append(f"{gpu}, in {report.seconds:.0f} s; {kept}\n\n{_table(report, gpu)}")
     bad = [verdict for verdict in report.verdicts if verdict.state in (WRONG, CRASHED)]
     parts += [f"{verdict.job}: {verdict.state}: {verdict.why}" for verdict in bad]
     late = report.of(UNKNOWN)

@@ -116,7 +116,11 @@ def verify_for(device: torch.device, needs: Iterable[tuple[str, torch.dtype, int
 
     Never an error and never a hang: where something is in the way, "auto" stays the reference, with one warning.
     """
-    if mode() == "off" or device.type != "cuda" or _not_now() is not None:
+    if mode() == "off" or device.type != "cuda":
+        return None
+    reason = _not_now()
+    if reason is not None:
+        _tell(f'"auto" stays as it was: {reason}')
         return None
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
