@@ -201,7 +201,7 @@ def test_killed_while_verifying_keeps_what_was_done_frees_the_lock_and_leaves_no
 
 
 def _children(pid):
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [child for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
 
 
 # What stops it
@@ -273,3 +273,31 @@ def test_nothing_is_verified_while_something_traces_or_in_a_forked_process(no_ch
 def test_no_gpu_is_said(no_child):
     assert verifying.verify().problem == "torch sees no GPU"
     assert verifying.verify_for(torch.device("cpu"), [("merge", torch.float32, 0)]) is None
+
+
+def test_several_processes_share_the_work_and_a_crash_stops_only_its_own(store, faults):
+    wanted = [Job("merge", backend, dtype, "any") for backend in ("triton", "cuda") for dtype in ("float32", "float16")]
+    faults({"merge triton float32 any": "segfaults"})
+    done = []
+    found = prover.prove(
+        wanted, PLAIN, store, 120, one_case=30, processes=2, progress=lambda n, total, words: done.append((n, total))
+    )
+    assert [verdict.state for verdict in found.values()] == ["crashed", "right", "right", "right"]
+    assert done[-1] == (4, 4)
+    assert done == sorted(done)
+
+
+def test_an_interrupt_ends_every_process_at_once_and_keeps_no_crash(store, faults):
+    wanted = [Job("merge", "triton", "float32", "any"), Job("routed_lora", "triton", "float32", "wide")]
+    faults({"routed_lora triton float32 wide": "hangs"})
+
+    def interrupted(done, total, words):
+        if done:
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        prover.prove(wanted, PLAIN, store, 300, one_case=300, processes=2, progress=interrupted)
+    assert time.monotonic() - began < 100
+    assert store.read(wanted[1], PLAIN) is None
+    assert not _children(os.getpid())

@@ -25,7 +25,7 @@ __all__ = ["apart", "no_child", "store"]
 def gpus(monkeypatch):
     """Two H100 and an A100, on which every kernel can run, and which a made-up process verifies: right, but for one."""
     names = ["NVIDIA H100", "NVIDIA H100", "NVIDIA A100"]
-    facts = [SimpleNamespace(name=n, major=9 - ("A" in n), minor=0, multi_processor_count=132) for n in names]
+    facts = [SimpleNamespace(name=n, major=9 - ("A100" in n), minor=0, multi_processor_count=132) for n in names]
     for name in facts:
         name.total_memory = 80 << 30
     proved = []
@@ -71,13 +71,20 @@ def test_a_model_asks_for_what_the_table_would_take_and_once(gpus):
     needs = [("routed_lora", torch.bfloat16, 64), ("consistency", torch.bfloat16, 3), ("merge", torch.float64, 0)]
     report = verifying.verify_for(device, needs)
     assert {tuple(v.job) for v in report.verdicts} == {
-        ("routed_lora", "triton", "bfloat16", "narrow"), ("routed_lora", "cuda", "bfloat16", "narrow"),
+        ("routed_lora", "triton", "bfloat16", "narrow"),
         ("consistency", "triton", "bfloat16", "few"),
-    }  # fmt: skip
+    }
     assert verifying.verify_for(device, needs) is None
     assert len(gpus) == 1
     assert auto("routed_lora", 1, torch.bfloat16, 64) != "reference"
     assert auto("routed_lora", 2, torch.bfloat16, 64) == "reference"  # the other kind
+
+
+def test_the_second_choice_is_verified_where_the_first_is_not_right(gpus):
+    with pytest.warns(RuntimeWarning, match="merge triton float32 any is wrong"):
+        report = verifying.verify_for(torch.device("cuda", 0), [("merge", torch.float32, 0)])
+    assert [(v.backend, v.state) for v in report.verdicts] == [("triton", "wrong"), ("cuda", "right")]
+    assert auto("merge", 1) == "cuda"
 
 
 def test_a_model_is_never_stopped_by_it(gpus, monkeypatch):

@@ -162,8 +162,8 @@ def settle(
 ) -> Report:
     """Verifies jobs on machines, as ADAMIX_AUTO says, and freezes what "auto" takes there.
 
-    preferred_only: leave out what the table would not take. group: the processes that choose alike; None: those of
-    torch.distributed.
+    preferred_only: only what the table would take, and its second choice only where the first is not right. group: the
+    processes that choose alike; None: those of torch.distributed.
     """
     began, verdicts = time.monotonic(), list[Verdict]()
     chosen: dict[tuple[str, str, str, str], str] = {}
@@ -175,7 +175,7 @@ def settle(
             return Report(tuple(verdicts), chosen, str(error), time.monotonic() - began)
         asked = [job for job in given if _problem(job, machine) is None]
         asked = table.jobs_of(machine, asked) if preferred_only else asked
-        prove = _Proof(machine, store or Store(), seconds, one_case, again, progress)
+        prove = _Proof(machine, store or Store(), seconds, one_case, again, preferred_only, progress)
         found = prove(asked) if together is None else together.verdicts(machine, asked, seconds, prove)
         keys = dict.fromkeys((job.op, job.dtype, job.shape) for job in given)
         mine: ranks.Choices = {key: table.REFERENCE for key in keys}
@@ -210,14 +210,29 @@ class _Proof:
     seconds: float
     one_case: float
     again: bool
+    one_is_enough: bool
     progress: prover.Progress
 
     def __call__(self, wanted: Sequence[Job]) -> list[Verdict]:
+        deadline = time.monotonic() + self.seconds
+        left = sorted(wanted, key=lambda job: table.place(self.machine, job))
+        found: list[Verdict] = []
+        while left:
+            now = (
+                list({(job.op, job.dtype, job.shape): job for job in reversed(left)}.values())
+                if self.one_is_enough
+                else left
+            )
+            made = self._verdicts(now, max(0.0, deadline - time.monotonic()))
+            found += made
+            settled = {verdict.job[:1] + verdict.job[2:] for verdict in made if verdict.state == RIGHT}
+            left = [job for job in left if job not in now and job[:1] + job[2:] not in settled]
+        return found
+
+    def _verdicts(self, wanted: Sequence[Job], seconds: float) -> list[Verdict]:
         how = mode()
         if how in ("verify", "time"):
-            found = prover.prove(
-                wanted, self.machine, self.store, self.seconds, self.one_case, self.again, self.progress
-            )
+            found = prover.prove(wanted, self.machine, self.store, seconds, self.one_case, self.again, self.progress)
             return list(found.values())
         old = known(self.store, list(wanted), self.machine) if how == "table" else {}
         return [old.get(job) or unknown(job, self.machine, f"{VARIABLE}={how}") for job in wanted]

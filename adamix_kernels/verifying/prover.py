@@ -13,16 +13,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from .. import _build
 from .machine import Job, Machine
 from .timing import Time
 from .verdicts import CRASHED, Store, Verdict, known, unknown, verdict
 
 # Seconds: for everything, and for what one model needs; for a process to start; for one case, compilation included.
 EVERYTHING, ONE_MODEL, START, ONE_CASE = 90.0, 20.0, 60.0, 15.0
+MOST_PROCESSES = 4
 _NAME, _ROOT = __package__.partition(".")[0], Path(__file__).parent.parent.parent
 # This very copy of the package, whatever else the process finds; none of its neighbours, where it finds it by itself.
 _START = f"""
@@ -46,11 +49,13 @@ def prove(
     one_case: float = ONE_CASE,
     again: bool = False,
     progress: Progress = lambda done, total, words: None,
+    processes: int | None = None,
 ) -> dict[Job, Verdict]:
     """The verdict of each job: from the store, else reached now and kept there.
 
-    seconds: after which what is left stays unknown. one_case: after which a silent process is ended. again: verify what
-    is known, too.
+    seconds: after which what is left stays unknown; the next call goes on there. one_case: after which a silent process
+    is ended. again: verify what is known, too. processes: at a time, since compiling takes most of the time; None: one
+    for two processors, MOST_PROCESSES at most.
     """
     deadline = time.monotonic() + seconds
     wanted = list(dict.fromkeys(jobs))
@@ -65,11 +70,50 @@ def prove(
         if not mine:
             why = f"another process has been verifying for {seconds:.0f} s"
             found |= {job: unknown(job, machine, why) for job in left}
-        while left and mine:
-            reached = _one_process(left, machine, store, deadline, one_case, len(wanted), progress)
-            found |= reached
-            left = [job for job in left if job not in reached]
+        elif left:
+            bar = _Bar(progress, len(found), len(wanted))
+            count = min(len(left), processes or max(1, min(MOST_PROCESSES, _build.processors() // 2)))
+            with ThreadPoolExecutor(count) as pool:
+                parts = (left[n::count] for n in range(count))
+                try:
+                    for part in pool.map(lambda part: _in_turn(part, machine, store, deadline, one_case, bar), parts):
+                        found |= part
+                except BaseException:  # Ctrl-C, too: the threads end with their processes
+                    bar.stop()
+                    raise
     return {job: found[job] for job in wanted}
+
+
+class _Bar:
+    """Counts what is done, for all processes together, and ends them."""
+
+    def __init__(self, progress: Progress, done: int, total: int):
+        self._progress, self._done, self._total = progress, done, total
+        self._one_at_a_time = threading.Lock()
+        self.children: list[Child] = []
+        self.stopped = False
+
+    def stop(self) -> None:
+        """Ends every process; what they have not found out stays unknown."""
+        self.stopped = True
+        for child in self.children:
+            child.kill()
+
+    def __call__(self, words: str, done: int = 0) -> None:
+        with self._one_at_a_time:
+            self._done += done
+            self._progress(self._done, self._total, words)
+
+
+def _in_turn(
+    jobs: Sequence[Job], machine: Machine, store: Store, deadline: float, one_case: float, bar: _Bar
+) -> dict[Job, Verdict]:
+    """The verdicts of all, one process after a crash."""
+    found: dict[Job, Verdict] = {}
+    while len(found) < len(jobs) and not bar.stopped:
+        left = [job for job in jobs if job not in found]
+        found |= _one_process(left, machine, store, deadline, one_case, bar)
+    return found
 
 
 def _one_process(
@@ -78,20 +122,22 @@ def _one_process(
     store: Store,
     deadline: float,
     one_case: float,
-    total: int,
-    progress: Progress,
+    bar: _Bar,
 ) -> dict[Job, Verdict]:
     """The verdicts up to the first crash, at least one."""
     found: dict[Job, Verdict] = {}
     with Child(jobs, machine) as child:
+        bar.children.append(child)
         case, began, limit = "starting", time.monotonic(), START
         while len(found) < len(jobs):
             job, now = jobs[len(found)], time.monotonic()
             waits = min(limit, deadline - now)
             answer = child.answer(waits) if waits > 0 else None
+            if bar.stopped:
+                return found
             if answer is not None and "case" in answer:
                 case, limit = answer["case"], one_case
-                progress(total - len(jobs) + len(found), total, f"{job}: {case}")
+                bar(f"{job}: {case}")
                 continue
             if answer is not None and "ready" in answer:
                 began, limit = time.monotonic(), one_case
@@ -109,7 +155,7 @@ def _one_process(
             began, case = time.monotonic(), "next"
             found[job] = made
             store.write(made, machine)
-            progress(total - len(jobs) + len(found), total, f"{job}: {made.state}")
+            bar(f"{job}: {made.state}", 1)
             if made.state == CRASHED and (answer is None or "end" in answer or not child.alive()):
                 break
     return found
@@ -154,6 +200,10 @@ class Child:
             return self._answers.get(timeout=seconds)
         except queue.Empty:
             return None
+
+    def kill(self) -> None:
+        """Ends it now."""
+        self._process.kill()
 
     def alive(self) -> bool:
         """Whether it goes on: not a moment after the device broke for it."""

@@ -63,11 +63,17 @@ def choices(
     return made
 
 
+def place(machine: Machine, job: Job) -> int:
+    """Where a job's backend stands in the table's order, 0 for its first choice."""
+    order = preferred(machine.capability, job.op, job.dtype, job.shape).order
+    return order.index(job.backend) if job.backend in order else len(order)
+
+
 def jobs_of(machine: Machine, jobs: Iterable[Job]) -> list[Job]:
     """Those of a backend that the table would take here: verifying others changes nothing that "auto" does."""
-    kept = []
-    for job in jobs:
+
+    def taken(job: Job) -> bool:
         order = preferred(machine.capability, job.op, job.dtype, job.shape).order
-        if job.backend in order[: order.index(REFERENCE)]:
-            kept.append(job)
-    return kept
+        return place(machine, job) < order.index(REFERENCE)
+
+    return [job for job in jobs if taken(job)]
