@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._backends import BackendState, BackendUnavailableError, backends
+from ._backends import BackendState, BackendUnavailableError
 from ._extras import installed, needed
 from ._version import __version__
 from .functional import (
@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from .packs.route import nearest as nearest
     from .routing import Router as Router
     from .tasks.loading import load as load
+    from .verifying import backends as backends
+    from .verifying import verify as verify
 
 _LAZY = {
     "AdaMixLoss": "modules",
@@ -86,6 +88,8 @@ _LAZY = {
     "load_pack": "packs.folder",
     "nearest": "packs.route",
     "load": "tasks.loading",
+    "backends": "verifying",
+    "verify": "verifying",
     "double_batch": "models.doubling",
     "both_passes": "models.prefix",
     "AdaMixTrainer": "models.trainer",
@@ -103,7 +107,6 @@ __all__ = [
     "BackendState",
     "BackendUnavailableError",
     "adamix_loss",
-    "backends",
     "consistency_loss",
     "linear_adamix_loss",
     "merge_experts",

@@ -1,7 +1,7 @@
 """Which backend serves which op, and why.
 
-Selection is a pure function of (op, request, device, dtype): no tensor value is read, so it is
-the same while tracing, under CUDA-graph capture and in eager mode.
+Selection is a pure function of (op, request, device, dtype, class of shapes) and of the table that "auto" looks into
+(_auto.py): no tensor value is read, so it is the same while tracing, under CUDA-graph capture and in eager mode.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
+from . import _auto
+
 OPS = ("routed_adapter", "routed_lora", "merge", "consistency")
 REQUESTS = ("auto", "reference", "triton", "cuda")
-# "auto" takes the first of these that can serve the call. A kernel backend joins once its tests have passed on a
-# GPU and a committed measurement says that it wins; until then it serves explicit requests.
-_PREFERENCE = ("reference",)
 _MODULES = {"reference": "reference", "triton": "triton_impl", "cuda": "cuda_impl"}
 
 
@@ -42,6 +42,7 @@ class BackendState:
     usable: whether at least one op can run on it here.
     ops: the ops it implements in this build.
     reason: why it is usable or not, in words.
+    verdicts: what `verify` found out about it on this machine's GPUs (adamix_kernels.verifying.Verdict), if anything.
 
     Example:
         >>> state = backends()["reference"]
@@ -53,6 +54,7 @@ class BackendState:
     usable: bool
     ops: tuple[str, ...]
     reason: str
+    verdicts: tuple[Any, ...] = ()
 
 
 def _implements(op: str, backend: str) -> bool:
@@ -109,23 +111,40 @@ def _load(op: str, backend: str) -> ModuleType:
     return importlib.import_module(f".ops.{op}.{_MODULES[backend]}", __package__)
 
 
-@functools.cache
-def select(op: str, request: str, device: torch.device | str, dtype: torch.dtype) -> ModuleType:
-    """The module that serves `op` on this device: an explicit request is met or refused, "auto" falls back.
+def select(op: str, request: str, device: torch.device | str, dtype: torch.dtype, size: int = 0) -> ModuleType:
+    """The module that serves `op` on this device: an explicit request is met or refused, "auto" looks it up.
 
-    A device without a number, such as "cuda", stands for all of its type. Raises ValueError for an unknown request and
-    BackendUnavailableError, with the reason, for an explicit request that cannot be met.
+    size: what the class of shapes goes by (_auto.SHAPES); "auto" alone asks for it. A device without a number, such as
+    "cuda", stands for all of its type. Raises ValueError for an unknown request and BackendUnavailableError, with the
+    reason, for an explicit request that cannot be met.
     """
+    return (
+        _selected(op, request, device, dtype, size, _auto.table)
+        if request == "auto"
+        else _asked(op, request, device, dtype)
+    )
+
+
+@functools.cache
+def _asked(op: str, request: str, device: torch.device | str, dtype: torch.dtype) -> ModuleType:
     check_request(request)
     device = torch.device(device)
-    if request != "auto":
-        problem = _problem(op, request, device, dtype)
-        if problem is not None:
-            raise BackendUnavailableError(
-                f"backend={request!r} cannot serve {op} on device {str(device)!r} with {dtype}: {problem}"
-            )
-        return _load(op, request)
-    chosen = next(b for b in _PREFERENCE if _problem(op, b, device, dtype) is None)
+    problem = _problem(op, request, device, dtype)
+    if problem is not None:
+        raise BackendUnavailableError(
+            f"backend={request!r} cannot serve {op} on device {str(device)!r} with {dtype}: {problem}"
+        )
+    return _load(op, request)
+
+
+@functools.lru_cache(4096)
+def _selected(
+    op: str, request: str, device: torch.device | str, dtype: torch.dtype, size: int, table: _auto.Table
+) -> ModuleType:
+    device = torch.device(device)
+    chosen = table.backend(op, device, dtype, size)
+    if chosen != "reference" and _problem(op, chosen, device, dtype) is not None:
+        chosen = "reference"
     return _load(op, chosen)
 
 
@@ -135,8 +154,13 @@ def check_request(request: str) -> None:
         raise ValueError(f"backend: got {request!r}, expected one of {', '.join(map(repr, REQUESTS))}")
 
 
+def problem(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot serve `op` on this device and dtype, or None."""
+    return _problem(op, backend, device, dtype)
+
+
 def backends() -> dict[str, BackendState]:
-    """The state of every backend: name -> BackendState(usable, ops, reason).
+    """The state of every backend: name -> BackendState(usable, ops, reason), without verdicts (see verifying).
 
     Nothing is launched and no optional package is imported that is not installed.
 

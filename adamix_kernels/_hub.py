@@ -14,7 +14,15 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
 NAME = "adamix_kernels"
-FILES = ("functional.py", "_backends.py", "_environment.py", "_extension.py", "_triton_utils.py", "_version.py")
+FILES = (
+    "functional.py",
+    "_auto.py",
+    "_backends.py",
+    "_environment.py",
+    "_extension.py",
+    "_triton_utils.py",
+    "_version.py",
+)
 _BUILD = "build.toml"
 _INIT = '''"""AdaMix's ops: routed adapters, routed LoRA, merging, and the consistency loss."""
 

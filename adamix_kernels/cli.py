@@ -23,11 +23,13 @@ COMMANDS = {
     "recipe": "the paper's experiments, their baselines and ablations, tables and plots",
     "bench": "run the benchmarks of the source tree",
     "env": "versions, device, and which backend can run here and why",
+    "verify": 'prove every kernel on this machine\'s GPUs, so that backend="auto" uses those that are right',
 }
 STATUSES = {
     0: "the work is done",
-    1: "a defect, or the benchmarks' own status: the traceback is on stderr",
+    1: "a defect, whose traceback is on stderr; the benchmarks' own status; verify: a kernel is wrong",
     2: "wrong usage or input: one line on stderr says what was wrong (--traceback shows where)",
+    3: "verify: nothing, or not everything, could be verified here",
     130: "interrupted (Ctrl-C)",
 }
 _MODULES = {name: f"adamix_kernels.commands.{'evaluate' if name == 'eval' else name}" for name in COMMANDS}
@@ -37,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; without any, prints the help.
 
     Returns 0 when it did its work; 2 after one line on stderr for wrong usage or wrong input (arguments,
-    files, data, models); 130 when it was interrupted; bench passes on the benchmarks' own status. Any other
-    error is a defect, which Python shows in full, with status 1.
+    files, data, models); 130 when it was interrupted; bench passes on the benchmarks' own status, and verify has 1
+    and 3 for what it found out. Any other error is a defect, which Python shows in full, with status 1.
     """
     parser = _parser()
     args = parser.parse_args(argv)
@@ -78,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
         + "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
-        + "\n\nadamix COMMAND --help shows a command's options. All but bench and env also take them from a JSON or"
-        "\nYAML file: adamix COMMAND FILE, or --config FILE beside other options, which override it."
+        + "\n\nadamix COMMAND --help shows a command's options. Most also take them from a JSON or YAML file:"
+        "\nadamix COMMAND FILE, or --config FILE beside other options, which override it (not bench, env, verify)."
         + "\n\nexit status:\n"
         + "\n".join(f"  {status:<8}{text}" for status, text in STATUSES.items()),
     )

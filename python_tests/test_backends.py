@@ -42,7 +42,7 @@ def test_auto_on_the_cpu_is_the_reference():
 
 
 @pytest.mark.parametrize("op", _backends.OPS)
-def test_auto_takes_no_kernel_that_has_not_run_on_a_gpu(op):
+def test_auto_takes_no_kernel_that_was_not_verified_here(op):
     module = _backends.select(op, "auto", "cuda", torch.float16)
     assert module.__name__ == f"adamix_kernels.ops.{op}.reference"
 

@@ -10,12 +10,18 @@ import torch
 from cuda_host import run_script
 
 import adamix_kernels
-from adamix_kernels import _backends, _extension
+from adamix_kernels import _auto, _backends, _extension
 
 CACHES = (
     _extension.on_host, _extension.load_problem, _extension.problem, _extension.device_problem,
-    _backends._environment_problem, _backends._problem, _backends.select,
+    _backends._environment_problem, _backends._problem, _backends._asked, _backends._selected,
 )  # fmt: skip
+
+
+# As though the kernels had been verified on every GPU.
+PREFERS_CUDA = _auto.Table(
+    {("routed_adapter", torch.device("cuda", n), torch.float16, "narrow"): "cuda" for n in range(3)}
+)
 
 
 def forget():
@@ -70,7 +76,7 @@ def test_an_old_card_beside_a_new_one_disables_itself_alone(machine, monkeypatch
     assert state.usable
     assert state.reason.startswith("ready on GPU 0; ")
     assert "GPU 1 is of 6.1" in state.reason
-    monkeypatch.setattr(_backends, "_PREFERENCE", ("cuda", "reference"))
+    monkeypatch.setattr(_auto, "table", PREFERS_CUDA)
     assert chosen("auto", "cuda:0") == "cuda_impl"
     assert chosen("auto", "cuda:1") == "reference"
 
@@ -94,13 +100,13 @@ def test_a_driver_that_is_too_old_is_told_before_any_call(machine, monkeypatch):
     machine((9, 0), driver="the driver is of CUDA 12.2, the library was compiled with CUDA 13.0: ...")
     assert "the driver is of CUDA 12.2" in _extension.problem()
     assert not adamix_kernels.backends()["cuda"].usable
-    monkeypatch.setattr(_backends, "_PREFERENCE", ("cuda", "reference"))
+    monkeypatch.setattr(_auto, "table", PREFERS_CUDA)
     assert chosen("auto", "cuda:0") == "reference"
 
 
 def test_code_that_does_not_load_is_told_and_auto_falls_back(machine, monkeypatch):
     asked = machine((9, 0), (8, 0), does_not_load=(1,))
-    monkeypatch.setattr(_backends, "_PREFERENCE", ("cuda", "reference"))
+    monkeypatch.setattr(_auto, "table", PREFERS_CUDA)
     assert [chosen("auto", f"cuda:{n}") for n in (0, 1, 1)] == ["cuda_impl", "reference", "reference"]
     with pytest.raises(adamix_kernels.BackendUnavailableError, match="GPU 1: its kernels do not load"):
         chosen("cuda", "cuda:1")

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from .. import _build, _extension
-from .._backends import backends
+from ..verifying import backends, mode
+from ..verifying.verdicts import cache_folder
 
 PACKAGES = (
     *("adamix_kernels", "torch", "triton", "numpy", "transformers", "tokenizers", "huggingface_hub", "accelerate"),
@@ -25,7 +26,8 @@ PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-    """Versions (None where not installed), the machine, the C++/CUDA library, and the state of each backend.
+    """Versions (None where not installed), the machine, the C++/CUDA library, what "auto" goes by, and the state of
+    each backend with its verdicts.
 
     memory_gib: of the machine. threads: that torch computes with. cuda: the versions that torch is built with and that
     the driver runs, None where there is none.
@@ -41,6 +43,7 @@ def describe() -> dict[str, Any]:
         "cuda": {"torch": torch.version.cuda, "driver": _build.driver_cuda()},
         "versions": {name: _version(name) for name in PACKAGES},
         "cuda_library": library(),
+        "auto": {"mode": mode(), "cache": _short(cache_folder())},
         "backends": {name: dataclasses.asdict(state) for name, state in backends().items()},
     }
 
@@ -73,12 +76,14 @@ def in_words(facts: dict[str, Any]) -> str:
         "CUDA": f"torch's {cuda['torch'] or 'none'}, driver's {cuda['driver'] or 'none'}",
         **{name: version for name, version in facts["versions"].items() if version},
         "not installed": ", ".join(missing) or "-",
+        "auto": f"ADAMIX_AUTO={facts['auto']['mode']}, verdicts in {facts['auto']['cache']}",
         "C++/CUDA library": _library_in_words(facts["cuda_library"]),
     }
     lines = [f"{name + ':':18}{words}" for name, words in rows.items()]
     for name, state in facts["backends"].items():
         ops = ", ".join(state["ops"]) or "no ops"
         lines.append(f"backend {name:10}{'usable' if state['usable'] else 'not usable'}: {state['reason']} ({ops})")
+        lines += _verdicts_in_words(state["verdicts"])
     return "\n".join(["```text", *lines, "```"])
 
 
@@ -89,6 +94,26 @@ def main(argv: Sequence[str]) -> int:
     facts = describe()
     print(json.dumps(facts, indent=2) if args.json else in_words(facts))
     return 0
+
+
+def _verdicts_in_words(verdicts: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each GPU and state, and what is wrong in full."""
+    counted: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for verdict in verdicts:
+        counted.setdefault((verdict["gpu"], verdict["state"]), []).append(verdict)
+    lines = []
+    for (gpu, state), those in counted.items():
+        since = min(filter(None, (v["when"] for v in those)), default="")
+        lines.append(f"  {gpu}: {len(those)} kernels {state}" + (f" since {since}" if since else ": adamix verify"))
+        if state in ("wrong", "crashed"):
+            words = ("op", "dtype", "shape")
+            lines += [f"    {' '.join(v[w] for w in words)}: {v['why']} ({v['when']})" for v in those]
+    return lines
+
+
+def _short(path: Path) -> str:
+    """Without the user's name."""
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
 
 
 def _library_in_words(facts: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from ..modules.lora import linear_sizes
 from ..routing import Router
 from .config import AdaMixConfig
 from .guards import install_guards
+from .proving import settle_backends
 from .quantised import dynamic_linear, let_gradients_through, plain_weight
 from .state import AdaMixState, check_model, replace_module
 from .targets import model_type, saved_modules, target_layers
@@ -31,7 +32,8 @@ def adapt(model: nn.Module, config: AdaMixConfig | None = None, *, backend: str 
         model: a Hugging Face model, or any nn.Module when config.target_modules is given. Quantised layers of
             bitsandbytes and torch.ao (dynamic) are taken like any other linear layer.
         config: what to adapt; AdaMixConfig() when None.
-        backend: "auto", "reference", "triton" or "cuda", for every layer.
+        backend: "auto", "reference", "triton" or "cuda", for every layer. Where it is "auto" and the model is on a GPU,
+            the kernels that it needs are verified there, once on each machine (adamix_kernels.verify).
 
     Raises:
         TypeError, ValueError: the model is adapted already, or holds an adapter of PEFT's; an argument is no such
@@ -71,6 +73,7 @@ def adapt(model: nn.Module, config: AdaMixConfig | None = None, *, backend: str 
     owner: Any = model
     owner.adamix = AdaMixState(config, router, list(routed), [path for path, _ in saved])
     install_guards(model)
+    settle_backends(model)
     return model
 
 

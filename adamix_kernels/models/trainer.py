@@ -18,6 +18,7 @@ from .doubling import double_batch, find_batch_size, split_passes
 from .finite import check_gradients, check_loss
 from .objectives import Objective
 from .prefix import shared_prefix
+from .proving import settle_backends
 from .quantised import known_to_train
 from .state import adamix_state
 from .trainer_checkpoints import CheckpointMixin
@@ -98,6 +99,8 @@ class AdaMixTrainerMixin(CheckpointMixin):
             )
         self._component_sums = None
         warn_of_dropout(self.model, adamix_state(self.model))
+        halves = {torch.bfloat16: self.args.bf16, torch.float16: self.args.fp16}
+        settle_backends(self.model, [dtype for dtype, on in halves.items() if on])
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch.autograd.function import once_differentiable
 
-from .. import _environment
+from .. import _auto, _environment
 from .._backends import select
 
 # Other classes are their own business: a DTensor, a FakeTensor, a quantised weight.
@@ -87,14 +87,19 @@ def may_be_direct() -> bool:
 def served(op: str, backend: str, tensors: tuple[Any, ...], checked: bool) -> Any:
     """What serves direct calls of an op with these arguments, the first of which decides, or None.
 
-    It is the attribute `direct` of the backend's module. checked: whether api.py has checked the arguments, `backend`
-    too; what no checked call asked for is not looked up. Raises AttributeError for what is no tensor.
+    It is the attribute `direct` of the backend's module. The second tensor is the first bank. checked: whether api.py
+    has checked the arguments, `backend` too; what no checked call asked for is not looked up. Raises AttributeError for
+    what is no tensor.
     """
     x: Any = tensors[0]
-    key = op, backend, x.device, x.dtype
+    key: Any = op, backend, x.device, x.dtype
+    narrow = 0
+    if backend == "auto":
+        narrow = tensors[1].shape[0] * tensors[1].shape[1]
+        key = *key, narrow, _auto.table
     found = _SERVED.get(key)
     if found is None and checked and key not in _SERVED:
-        found = _SERVED.keep(key, getattr(select(op, backend, x.device, x.dtype), "direct", None))
+        found = _SERVED.keep(key, getattr(select(op, backend, x.device, x.dtype, narrow), "direct", None))
     return found if PLAIN.issuperset(map(type, tensors)) else None
 
 

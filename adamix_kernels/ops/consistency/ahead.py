@@ -25,7 +25,7 @@ def writer_of(backend: str, expected: float | None, *logits: torch.Tensor) -> Mo
     for t in logits:
         if type(t) not in _PLAIN:
             return None
-    module = select("consistency", backend, t.device, t.dtype)
+    module = select("consistency", backend, t.device, t.dtype, t.shape[-1])
     return module if module.writes_gradient(t.device.type, t.dtype, expected) else None
 
 

@@ -117,7 +117,7 @@ def _spend(ctx: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _module(saved: tuple[torch.Tensor, ...], backend: str) -> ModuleType:
-    return select("consistency", backend, saved[0].device, saved[0].dtype)
+    return select("consistency", backend, saved[0].device, saved[0].dtype, saved[0].shape[-1])
 
 
 def _right(ctx: Any, grad: torch.Tensor, out: _Tensors, module: ModuleType) -> _Tensors:

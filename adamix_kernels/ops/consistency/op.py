@@ -36,7 +36,7 @@ def _consistency(
     reduction: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    module = select("consistency", backend, logits_a.device, logits_a.dtype)
+    module = select("consistency", backend, logits_a.device, logits_a.dtype, logits_a.shape[-1])
     return checked_consistency(module, logits_a, logits_b, mask, detach_target, reduction)
 
 
@@ -81,7 +81,7 @@ def _consistency_backward(
     detach_target: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return select("consistency", backend, logits_a.device, logits_a.dtype).backward(
+    return select("consistency", backend, logits_a.device, logits_a.dtype, logits_a.shape[-1]).backward(
         grad, logits_a, logits_b, mask, stats, scale, detach_target
     )
 
@@ -111,7 +111,7 @@ def _adamix(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     _check_labels(labels, mask, ignore_index, logits.shape[-1])
-    module = select("consistency", backend, logits.device, logits.dtype)
+    module = select("consistency", backend, logits.device, logits.dtype, logits.shape[-1])
     return checked_adamix(
         module, logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target
     )  # fmt: skip
@@ -171,7 +171,7 @@ def _adamix_backward(
     detach_target: bool,
     backend: str,
 ) -> torch.Tensor:
-    return select("consistency", backend, logits.device, logits.dtype).adamix_backward(
+    return select("consistency", backend, logits.device, logits.dtype, logits.shape[-1]).adamix_backward(
         grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, detach_target
     )
 
@@ -210,7 +210,7 @@ def _linear(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     _check_labels(labels, mask, ignore_index, lm_head_weight.shape[0])
-    out = select("consistency", backend, hidden.device, hidden.dtype).linear_forward(
+    out = select("consistency", backend, hidden.device, hidden.dtype, lm_head_weight.shape[0]).linear_forward(
         hidden,
         lm_head_weight,
         bias,

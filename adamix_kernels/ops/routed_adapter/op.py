@@ -24,7 +24,8 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_index_values("down_index", down_index, down_weight.shape[0])
     check_index_values("up_index", up_index, up_weight.shape[0])
-    return select("routed_adapter", backend, x.device, x.dtype).forward(
+    narrow = down_weight.shape[0] * down_weight.shape[1]
+    return select("routed_adapter", backend, x.device, x.dtype, narrow).forward(
         x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual, add_input, activation
     )
 
@@ -62,7 +63,8 @@ def _backward(
     activation: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return select("routed_adapter", backend, x.device, x.dtype).backward(
+    narrow = down_weight.shape[0] * down_weight.shape[1]
+    return select("routed_adapter", backend, x.device, x.dtype, narrow).backward(
         grad_out,
         x,
         pre,

@@ -25,7 +25,8 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_index_values("a_index", a_index, lora_a.shape[0])
     check_index_values("b_index", b_index, lora_b.shape[0])
-    return select("routed_lora", backend, x.device, x.dtype).forward(
+    narrow = lora_a.shape[0] * lora_a.shape[1]
+    return select("routed_lora", backend, x.device, x.dtype, narrow).forward(
         x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, offsets, dropout_p
     )
 
@@ -67,7 +68,8 @@ def _inplace(
     check_index_values("a_index", a_index, lora_a.shape[0])
     check_index_values("b_index", b_index, lora_b.shape[0])
     rows = base.view(*x.shape[:2], base.shape[-1])
-    _, t = select("routed_lora", backend, x.device, x.dtype).forward(
+    narrow = lora_a.shape[0] * lora_a.shape[1]
+    _, t = select("routed_lora", backend, x.device, x.dtype, narrow).forward(
         x, lora_a, lora_b, a_index, b_index, rows, seed, scaling, groups, offsets, dropout_p, inplace=True
     )
     if not base.is_inference():
@@ -112,7 +114,8 @@ def _backward(
     dropout_p: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return select("routed_lora", backend, x.device, x.dtype).backward(
+    narrow = lora_a.shape[0] * lora_a.shape[1]
+    return select("routed_lora", backend, x.device, x.dtype, narrow).backward(
         grad_out, x, t, lora_a, lora_b, a_index, b_index, seed,
         need_x, need_a, need_b, scaling, groups, offsets, dropout_p,
     )  # fmt: skip
