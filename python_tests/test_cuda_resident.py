@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from cuda_host import DEVICE, ON_HOST, needs_cuda
+from cuda_host import DEVICE, needs_cuda
 
 needs_cuda()
 
