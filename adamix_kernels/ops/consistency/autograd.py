@@ -215,7 +215,7 @@ class AheadAdaMixFunction(torch.autograd.Function):
 
 
 def _module(backend: str, logits: torch.Tensor) -> ModuleType:
-    return select("consistency", backend, logits.device, logits.dtype)
+    return select("consistency", backend, logits.device, logits.dtype, logits.shape[-1])
 
 
 def _places(ctx: Any, *logits: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
