@@ -62,9 +62,12 @@ def adapted(name: str, first: int, device: str) -> nn.Module:
 
 
 def inputs(name: str, batch: int, tokens: int, device: str) -> dict[str, Any]:
-    """Without a mask, whose values transformers would look at: a tensor on no device has none."""
+    """Without a mask whose values transformers would look at: a tensor on no device has none."""
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
-    return {"input_ids": ids, **({"use_cache": False} if name.startswith("gpt2") else {})}
+    if not name.startswith("gpt2"):
+        return {"input_ids": ids}
+    mask = torch.full((tokens, tokens), -torch.inf, device=device).triu(1).expand(batch, 1, tokens, tokens)
+    return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
 
 
 def step(model: nn.Module, batch: dict[str, Any], shared: bool) -> None:
