@@ -228,7 +228,9 @@ def _aligned(score: Sequence[Sequence[float]], least: float = 0.45) -> list[tupl
     return found
 
 
-def _apart(score: Sequence[Sequence[float]], pairs: Sequence[tuple[int, int]], least: float = 0.6) -> list[tuple[int, int]]:
+def _apart(
+    score: Sequence[Sequence[float]], pairs: Sequence[tuple[int, int]], least: float = 0.6
+) -> list[tuple[int, int]]:
     """A pair for each row without one: the assembler may have moved or joined loops, so with the most alike column."""
     left = [row for row in range(len(score)) if row not in {r for r, _ in pairs} and score[row]]
     best = {row: max(range(len(score[row])), key=lambda column: score[row][column]) for row in left}
