@@ -134,7 +134,7 @@ def check_results_are_apart(backend, randn):
 
 
 def lora_layers(randn, dtype=torch.float32, factors=torch.float32, shape=(24, 16)):
-    """Two layers that are alike, one of other groups, one the other way round, one of a bank; one more that is alike."""
+    """Three layers that are alike, and one each of other groups, the other way round, of a bank, of another scaling."""
     rows, cols = shape
 
     def layer(experts=(), groups=1, per_group=rows, offsets=(0,), fan=False, scaling=0.5):

@@ -105,3 +105,12 @@ def test_the_count_beside_the_goal():
                 assert now.outside < then.outside
     lines = list(linear_share.table(8192, 50257))
     assert len(lines) == 2 + 4 * len(linear_share.GPUS)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_from_which_width_on_the_loss_takes_little(trained):
+    gpu = linear_share.GPUS[2]
+    width = round(linear_share.least_width(gpu, trained))
+    found = linear_share.share(gpu, 8192, 50257, width, trained)
+    loss = found.loss * linear_share.LOSS_SHARE
+    assert loss / (loss + found.products) == pytest.approx(0.15, rel=0.01)

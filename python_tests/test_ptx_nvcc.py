@@ -252,7 +252,7 @@ def test_how_far_apart_a_block_reads_again():
     assert load[6] == 2048 + 2047 - 1024
 
 
-# out[n] = twice(n) where n is odd, else thrice(n, {n, 2n}): functions with a result, a struct and a branch.
+# out[n] = twice(n) where n is odd, else thrice(n, {n, 2n}): functions with a result, with a struct and a branch.
 CALLS = """
 .func  (.param .b32 func_retval0) twice
 (

@@ -32,7 +32,8 @@ ADAMIX_DEVICE float exp_of(float u) {
   return result == 0.f ? result : fmaf(result, rest * kLn2, result);
 }
 
-// e^(x - top) of 16-bit logits by one product: 2^(x log2 e - lift) times rest(), which is 1 but for the lift's rounding.
+// e^(x - top) of 16-bit logits by one product: 2^(x log2 e - lift) times rest(), which is 1 but for the lift's
+// rounding.
 struct Lifted {
   float lift, slip;
 
@@ -106,11 +107,15 @@ struct PairStatistics {
   template <typename T>
   ADAMIX_DEVICE void add_lifted(const Lifted& a, const Lifted& b, const Piece<T>& xs, const Piece<T>& ys, bool totals) {
 #pragma unroll
-    for (int e = 0; e < Piece<T>::kSize; ++e) {
-      float u = a.power(to_float(xs.values[e])), v = b.power(to_float(ys.values[e]));
-      float p = power_of_2(u), q = power_of_2(v), c = u - v;
-      sum_a += p, sum_b += q;
-      gap_a = fmaf(p, c, gap_a), gap_b = fmaf(q, c, gap_b);
+    for (int e = 0; e < Piece<T>::kSize; e += 2) {
+      float x[2], y[2];
+      get_two(xs, e, x[0], x[1]), get_two(ys, e, y[0], y[1]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float u = a.power(x[i]), v = b.power(y[i]), p = power_of_2(u), q = power_of_2(v), c = u - v;
+        sum_a += p, sum_b += q;
+        gap_a = fmaf(p, c, gap_a), gap_b = fmaf(q, c, gap_b);
+      }
     }
     if (!totals) return;
 #pragma unroll
@@ -127,6 +132,15 @@ struct PairStatistics {
 
   // d - c; each part of a row has its own, and the whole row the true one.
   ADAMIX_DEVICE float center_of_sums() const { return sum_a > 0.f && sum_b > 0.f ? logf(sum_a) - logf(sum_b) : 0.f; }
+
+  // About so, for what is counted from anew: the row's own center comes after.
+  ADAMIX_DEVICE float rough_center() const {
+#if defined(ADAMIX_HOST)
+    return center_of_sums();
+#else
+    return sum_a > 0.f && sum_b > 0.f ? kLn2 * (__log2f(sum_a) - __log2f(sum_b)) : 0.f;
+#endif
+  }
 
   ADAMIX_DEVICE bool finite() const { return fabsf(gap_a) + fabsf(gap_b) < -negative_infinity(); }
 };
@@ -271,10 +285,11 @@ struct LiftedSlopes {
   ADAMIX_DEVICE void piece(Piece<T>& xs, Piece<T>& ys) const {
 #pragma unroll
     for (int e = 0; e < Piece<T>::kSize; e += 2) {
-      float da[2], db[2];
+      float x[2], y[2], da[2], db[2];
+      get_two(xs, e, x[0], x[1]), get_two(ys, e, y[0], y[1]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float p = power_of_2(a.power(to_float(xs.values[e + i]))), q = power_of_2(b.power(to_float(ys.values[e + i])));
+        float p = power_of_2(a.power(x[i])), q = power_of_2(b.power(y[i]));
         da[i] = fmaf(all_p, p, -fmaf(half_q, q, rest)), db[i] = fmaf(-half_p, p, half_q * q);
       }
       set_two(xs, e, da[0], da[1]), set_two(ys, e, db[0], db[1]);

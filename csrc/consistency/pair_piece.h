@@ -45,6 +45,18 @@ ADAMIX_DEVICE void set_two(Piece<bfloat16>& piece, int e, float x, float y) {
 }
 #endif
 
+// Elements e and e + 1, e even: those of bfloat16 in one instruction each.
+template <typename T>
+ADAMIX_DEVICE void get_two(const Piece<T>& piece, int e, float& x, float& y) {
+  x = to_float(piece.values[e]), y = to_float(piece.values[e + 1]);
+}
+#if !defined(ADAMIX_HOST)
+ADAMIX_DEVICE void get_two(const Piece<bfloat16>& piece, int e, float& x, float& y) {
+  uint32_t both = *reinterpret_cast<const uint32_t*>(piece.values + e);
+  x = float_of_bits(both << 16), y = float_of_bits(both & 0xffff0000u);
+}
+#endif
+
 // The largest element of all pieces added; NaN is passed over, the sums of exp find it.
 template <typename T>
 struct PieceTop {

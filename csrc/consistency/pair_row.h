@@ -23,8 +23,8 @@ struct PairSpan {
   int low, high, end;
 };
 
-// whole(i) for the whole pieces of a span that are `lane`'s, between(), then edge(i) for its others. Those of both spans
-// alone are whole, and of the larger one none is left out.
+// whole(i) for the whole pieces of a span that are `lane`'s, between(), then edge(i) for its others. Those of both
+// spans alone are whole, and of the larger one none is left out.
 template <typename Whole, typename Between, typename Edge>
 ADAMIX_DEVICE void walk(PairSpan span, int lane, int threads, Whole whole, Between between, Edge edge) {
   int at = lane < span.low ? lane + threads : lane;

@@ -182,27 +182,43 @@ struct PairShare {
         slopes.template piece<Full, false>(x, y);
       }
     };
-    if (row.fits(da) && row.fits(db) && next.same && !careful && (!kLifted || (may_be_lifted(slopes.top_a) && may_be_lifted(slopes.top_b)))) {
+    if (row.fits(da) && row.fits(db) && next.same && !careful &&
+        (!kLifted || (may_be_lifted(slopes.top_a) && may_be_lifted(slopes.top_b)))) {
       int column = row.column(first), next_column = more ? next.column(first) : 0;
       Piece<T>* to_a = da == nullptr ? nullptr : reinterpret_cast<Piece<T>*>(da + column);
       Piece<T>* to_b = db == nullptr ? nullptr : reinterpret_cast<Piece<T>*>(db + column);
       const Piece<T>* from_a = reinterpret_cast<const Piece<T>*>(next.a + next_column);
       const Piece<T>* from_b = reinterpret_cast<const Piece<T>*>(next.b + next_column);
-      walk(
-          both_of(span, ahead), lane, threads,
-          [&](int at) {
-            Piece<T> x = a[at], y = b[at];
-            CopyAhead<T> next_a, next_b;
-            if (more) next_a.start(from_a + at), next_b.start(from_b + at);
-            slope(x, y);
-            if (da != nullptr) to_a[at] = x;
-            if (db != nullptr) to_b[at] = y;
-            if (more) next_a.finish(a + at), next_b.finish(b + at);
-          },
-          [&](int at) {
-            if (at < span.end) edge(a[at], b[at], first + at);
-            if (more && at < ahead.end) next.copy(a + at, b + at, first + at);
-          });
+      auto rest = [&](int at) {
+        if (at < span.end) edge(a[at], b[at], first + at);
+        if (more && at < ahead.end) next.copy(a + at, b + at, first + at);
+      };
+      if (da != nullptr && db != nullptr && more) {
+        walk(
+            both_of(span, ahead), lane, threads,
+            [&](int at) {
+              Piece<T> x = a[at], y = b[at];
+              CopyAhead<T> next_a, next_b;
+              next_a.start(from_a + at), next_b.start(from_b + at);
+              slope(x, y);
+              to_a[at] = x, to_b[at] = y;
+              next_a.finish(a + at), next_b.finish(b + at);
+            },
+            rest);
+      } else {
+        walk(
+            both_of(span, ahead), lane, threads,
+            [&](int at) {
+              Piece<T> x = a[at], y = b[at];
+              CopyAhead<T> next_a, next_b;
+              if (more) next_a.start(from_a + at), next_b.start(from_b + at);
+              slope(x, y);
+              if (da != nullptr) to_a[at] = x;
+              if (db != nullptr) to_b[at] = y;
+              if (more) next_a.finish(a + at), next_b.finish(b + at);
+            },
+            rest);
+      }
       walk(
           tail, lane, threads,
           [&](int at) {

@@ -72,8 +72,8 @@ ADAMIX_DEVICE void sum_warp(float (&values)[4]) {
   for (int i = 0; i < 4; ++i) values[i] = shuffle_from(sum, 8 * i);
 }
 
-// A row's statistics from those of its lanes, at most a warp; every one of them gets them.
-template <int Lanes>
+// A row's statistics from those of its lanes, at most a warp; every one of them gets them. Whole: they have all of it.
+template <int Lanes, bool Whole = true>
 ADAMIX_DEVICE void join_lanes(PairStatistics& s) {
   auto sum = [](float (&values)[4]) {
     if constexpr (Lanes == 32) {
@@ -86,7 +86,7 @@ ADAMIX_DEVICE void join_lanes(PairStatistics& s) {
   float sums[4] = {s.sum_a, s.sum_b, s.total, s.label}, own_a = s.sum_a, own_b = s.sum_b;
   sum(sums);
   s.sum_a = sums[0], s.sum_b = sums[1], s.total = sums[2], s.label = sums[3];
-  s.center = s.center_of_sums();
+  s.center = Whole ? s.center_of_sums() : s.rough_center();
   float gaps[4] = {fmaf(-s.center, own_a, s.gap_a), fmaf(-s.center, own_b, s.gap_b), s.lean, 0.f};
   sum(gaps);
   s.gap_a = gaps[0], s.gap_b = gaps[1], s.lean = gaps[2];
@@ -94,7 +94,7 @@ ADAMIX_DEVICE void join_lanes(PairStatistics& s) {
 
 // A warp's share of a row, for join_warps after a barrier. A barrier must lie behind that too.
 ADAMIX_DEVICE void leave_share(PairStatistics s, const PairScratch& scratch) {
-  join_lanes<32>(s);
+  join_lanes<32, false>(s);
   if (threadIdx.x % 32 != 0) return;
   float* to = scratch.warps + threadIdx.x / 32 * kPairSums;
   to[0] = s.sum_a, to[1] = s.sum_b, to[2] = s.gap_a, to[3] = s.gap_b;
