@@ -175,11 +175,12 @@ def expand(
 ):  # fmt: skip
     """out = t [ROWS, MP * RP] times the bank's columns [MP * RP, C] (+ bias[expert]) (+ added), stored.
 
-    bias and added may be None. AHEAD: steps loaded ahead. KEEP: added's rows are on the chip, in `tiles`.
+    bias and added may be None. AHEAD: steps loaded ahead. KEEP: added's rows are on the chip, in `tiles`, and all rows
+    have one expert, for the registers' sake.
     """
     offsets = rows.to(tl.int64)[:, None] * C
     if KEEP:
-        spoilt = tl.zeros([ROWS, COLS], tl.int32)
+        tl.static_assert(not MASKED, "the second product of rows that stay is of one expert")
         w_tiles = ()
         for start in tl.static_range(0, C + AHEAD * COLS, COLS):
             if start < C:
@@ -189,8 +190,6 @@ def expand(
             if start >= AHEAD * COLS:
                 c = start - AHEAD * COLS + tl.arange(0, COLS)
                 y = tl.dot(t, w_tiles[start // COLS - AHEAD].to(t.dtype))
-                if MASKED and MP > 1:
-                    spoilt = tl.where(y == y, spoilt, 1)
                 if bias is not None:
                     y += bias_at(bias, expert, c, c < C, valid, C, MASKED)
                 y += tiles[start // COLS - AHEAD].to(tl.float32)
@@ -200,16 +199,16 @@ def expand(
             t, expert, columns, live, STRIDE, bias, added, out, offsets, valid,
             C, RP, MP, MASKED, PRECISION, ROWS, COLS, AHEAD + 1,
         )  # fmt: skip
-    if MASKED and MP > 1:  # noqa: SIM102
-        if tl.max(tl.reshape(spoilt, [ROWS * COLS], can_reorder=True), 0) > 0:
-            # An infinity in another expert's weights reached a row, as 0 * inf: one product for each expert,
-            # 16 features a step, to keep the registers few.
-            m = tl.arange(0, MP * RP) // RP
-            for own in range(M):
-                _expand(
-                    t, expert, columns, live & (m == own), STRIDE, bias, added, out, offsets, valid & (expert == own),
-                    C, RP, MP, MASKED, PRECISION, ROWS, 16, 1,
-                )  # fmt: skip
+        if MASKED and MP > 1:  # noqa: SIM102
+            if tl.max(tl.reshape(spoilt, [ROWS * COLS], can_reorder=True), 0) > 0:
+                # An infinity in another expert's weights reached a row, as 0 * inf: one product for each expert,
+                # 16 features a step, to keep the registers few.
+                m = tl.arange(0, MP * RP) // RP
+                for own in range(M):
+                    _expand(
+                        t, expert, columns, live & (m == own), STRIDE, bias, added, out, offsets,
+                        valid & (expert == own), C, RP, MP, MASKED, PRECISION, ROWS, 16, 1,
+                    )  # fmt: skip
 
 
 @triton.jit

@@ -31,9 +31,7 @@ def forward(x, down_weight, down_bias, up_weight, up_bias, down_index, up_index,
     if batch * tokens == 0:
         return out, pre
     plan = make_plan(batch, tokens, r, down_index, up_index, md, mu)
-    tile, keep = row_tile(
-        "adapter_forward_kernel", capability(x.device), x.element_size(), plan.width, hidden, add_input
-    )
+    tile, keep = _row_tile("adapter_forward_kernel", plan, x, hidden, add_input and not plan.up.masked)
     groups = group_rows(plan, tile.rows)
     launch(
         adapter_forward_kernel, (groups.tiles,), x.device,
@@ -87,9 +85,7 @@ def _input_grad(grad_out, pre, down_weight, up_weight, down_index, up_index, dpr
     (batch, tokens, width), (md, r, hidden), mu = grad_out.shape, down_weight.shape, up_weight.shape[0]
     plan = make_plan(batch, tokens, r, down_index, up_index, md, mu)
     # Also where no dx is wanted: the same bits of all else.
-    tile, keep = row_tile(
-        "adapter_input_grad_kernel", capability(pre.device), pre.element_size(), plan.width, width, add_input
-    )
+    tile, keep = _row_tile("adapter_input_grad_kernel", plan, pre, width, add_input and not plan.down.masked)
     groups = group_rows(plan, tile.rows)
     launch(
         adapter_input_grad_kernel, (groups.tiles,), pre.device,
@@ -97,6 +93,10 @@ def _input_grad(grad_out, pre, down_weight, up_weight, down_index, up_index, dpr
         groups.perm, groups.start, groups.stop, plan.span, plan.down.div, plan.up.div,
         **_tile_meta(plan, tile, keep, pre.dtype), H=hidden, O=width, R=r, ACTIVATION=activation, ADD_GRAD=add_input,
     )  # fmt: skip
+
+
+def _row_tile(kernel: str, plan: Plan, like: torch.Tensor, hidden: int, stays: bool) -> tuple[Config, bool]:
+    return row_tile(kernel, capability(like.device), like.element_size(), plan.width, hidden, stays)
 
 
 def _tile_meta(plan: Plan, tile: Config, keep: bool, dtype: torch.dtype) -> dict[str, Any]:

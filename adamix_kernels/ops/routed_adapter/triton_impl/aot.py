@@ -53,7 +53,8 @@ def _tile_cases(name, dtype, pointer, routing, experts, r, capability):
         adapter_input_grad_kernel: ("grad_out", "pre", "up_weight", "down_weight", "dpre", "h", "dx"),
     }
     for fn, pointers in tensors.items():
-        for stays in (False, True):
+        second = both if fn is adapter_forward_kernel else masked
+        for stays in (False,) if second else (False, True):
             width, size = rp * padded, dtype.itemsize
             tile, keep = row_tile(fn.__name__, capability, size, width, _HIDDEN, stays)
             if keep != stays:

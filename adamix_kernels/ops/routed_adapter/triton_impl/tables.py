@@ -61,12 +61,13 @@ def row_tile(kernel: str, capability: int, itemsize: int, width: int, hidden: in
 
     stays: whether the second read is of the same rows as the first. A measured table goes first.
     """
+    stays = stays and KEEPS
     tile = tuned(kernel, capability, itemsize, width)
-    if tile is None and stays:
-        tile = kept_tile(capability, itemsize, width, hidden)
-    if tile is None:
-        tile = config(kernel, capability, itemsize, width)
-    return tile, stays and KEEPS and itemsize == 2 and hidden % tile.cols == 0 and _registers(tile, hidden) <= 128
+    if tile is not None:
+        fits = itemsize == 2 and width <= 64 and hidden % tile.cols == 0 and _registers(tile, hidden) <= 128
+        return tile, stays and fits
+    kept = kept_tile(capability, itemsize, width, hidden) if stays else None
+    return (config(kernel, capability, itemsize, width), False) if kept is None else (kept, True)
 
 
 def kept_tile(capability: int, itemsize: int, width: int, hidden: int) -> Config | None:
