@@ -18,6 +18,21 @@ ADAMIX_DEVICE void copy_async(void* shared, const void* global) {
 #endif
 }
 
+// The same where `keep`; else 16 zero bytes, and global is not read.
+ADAMIX_DEVICE void copy_async_or_zero(void* shared, const void* global, bool keep) {
+#if !defined(ADAMIX_HOST) && ADAMIX_ARCH >= 800
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(keep ? 16 : 0)
+               : "memory");
+#else
+  if (keep) {
+    copy_async(shared, global);
+  } else {
+    *static_cast<uint4*>(shared) = uint4{0, 0, 0, 0};
+  }
+#endif
+}
+
 // Closes the group of copies started since the last call.
 ADAMIX_DEVICE void copy_commit() {
 #if defined(ADAMIX_HOST)

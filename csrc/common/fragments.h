@@ -44,6 +44,12 @@ struct alignas(8) TwoWords {
   uint32_t at[2];
 };
 
+// One store of 16 bytes.
+template <typename T>
+ADAMIX_DEVICE void store_words(T* to, const Words& words) {
+  *reinterpret_cast<uint4*>(to) = uint4{words.at[0], words.at[1], words.at[2], words.at[3]};
+}
+
 ADAMIX_DEVICE int fragment_row() { return threadIdx.x % 32 / 4; }
 ADAMIX_DEVICE int fragment_part() { return threadIdx.x % 4; }
 // Row i of an 8 x 8 tile stands for row 8 (i / 2) + i % 2 of the memory it comes from, or 4 (i / 2) + i % 2 of ranks.

@@ -242,8 +242,8 @@ struct ResidentTile {
           high.at[k] = word_of<T>(sums[k][2], sums[k][3]);
         }
         T* row = to + static_cast<int64_t>(m * 16) * bank.cols + c * kFragmentCols;
-        if (keep >> (2 * m) & 1) *reinterpret_cast<Words*>(row) = low;
-        if (keep >> (2 * m + 1) & 1) *reinterpret_cast<Words*>(row + static_cast<int64_t>(8) * bank.cols) = high;
+        if (keep >> (2 * m) & 1) store_words(row, low);
+        if (keep >> (2 * m + 1) & 1) store_words(row + static_cast<int64_t>(8) * bank.cols, high);
       }
     }
   }

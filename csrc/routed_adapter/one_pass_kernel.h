@@ -1,0 +1,174 @@
+// The kernel of one_pass.h: a block walks its tiles, leaves its sums where an expert changes, and joins the last ones
+// with those of its cluster's other blocks.
+#pragma once
+
+#include "routed_adapter/one_pass_block.h"
+
+namespace adamix {
+
+// Where a block's sums go.
+template <typename T, bool Keeps>
+struct PassPlanes {
+  PassBlock<T, Keeps>& block;
+  int64_t plane0;  // of the block
+  PassSlots down, up;
+
+  ADAMIX_DEVICE explicit PassPlanes(PassBlock<T, Keeps>& of)
+      : block(of), plane0(static_cast<int64_t>(blockIdx.x) * 2 * of.p.slots) {
+    const RoutedAdapterOnePass<T>& p = of.p;
+    down = {of.memory.slots, p.planes + plane0 * p.planes_size, p.planes_size};
+    up = {of.memory.slots + p.slots, p.planes + (plane0 + p.slots) * p.planes_size, p.planes_size};
+  }
+
+  // The biases' sums of `blocks` blocks of the cluster, behind the weights' in a plane.
+  ADAMIX_DEVICE void leave_bias(float* plane, bool fresh, int count, int blocks) const {
+    float* bias = plane + static_cast<int64_t>(block.p.rank) * block.p.hidden;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      float sum = fresh ? 0.f : bias[i];
+      for (int other = 0; other < blocks; ++other) {
+        sum += blocks > 1 ? *cluster_at(block.memory.sums + i, other) : block.memory.sums[i];
+      }
+      bias[i] = sum;
+    }
+  }
+
+  ADAMIX_DEVICE void flush_down() const {
+    if (block.down_now == kNoExpert || !block.p.need_down) return;
+    block.join_down_bias();
+    __syncthreads();
+    down.flush(block.down_now, [&](float* plane, bool fresh) {
+      block.of_down.leave(plane, block.p.rank, block.p.hidden, fresh);
+      leave_bias(plane, fresh, block.p.rank, 1);
+    });
+    block.of_down.clear();
+  }
+
+  ADAMIX_DEVICE void flush_up() const {
+    if (block.up_now == kNoExpert || !block.p.need_up) return;
+    block.join_up_bias();
+    __syncthreads();
+    up.flush(block.up_now, [&](float* plane, bool fresh) {
+      block.of_up.leave(plane, block.p.rank, block.p.hidden, fresh);
+      leave_bias(plane, fresh, block.p.hidden, 1);
+    });
+    block.of_up.clear();
+  }
+
+  // The same for what is held at the end: one plane, that of the cluster's first block, where its blocks hold sums of
+  // one expert. Every block of the cluster calls.
+  ADAMIX_DEVICE void finish() const {
+    if (cluster_size() == 1) {
+      flush_down();
+      flush_up();
+      return;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      int* held = block.memory.held;
+      held[0] = block.p.need_down ? block.down_now : kNoExpert;
+      held[1] = held[0] == kNoExpert ? 0 : down.find(held[0]);
+      held[2] = block.p.need_up ? block.up_now : kNoExpert;
+      held[3] = held[2] == kNoExpert ? 0 : up.find(held[2]);
+    }
+    cluster_arrive(), cluster_wait();
+    join(0, block.of_down, [&] { block.join_down_bias(); }, block.p.rank, [&] { flush_down(); });
+    join(1, block.of_up, [&] { block.join_up_bias(); }, block.p.hidden, [&] { flush_up(); });
+    cluster_arrive(), cluster_wait();  // others may still read what this block holds
+  }
+
+ private:
+  template <typename JoinBias, typename Flush>
+  ADAMIX_DEVICE void join(int side, const PassSums& sums, JoinBias join_bias, int biases, Flush flush) const {
+    const RoutedAdapterOnePass<T>& p = block.p;
+    int blocks = cluster_size(), number = cluster_rank(), *held = block.memory.held + 2 * side;
+    int expert = *cluster_at(held, 0), slot = *cluster_at(held + 1, 0);
+    bool alike = expert != kNoExpert;
+    for (int other = 1; other < blocks; ++other) {
+      int theirs = *cluster_at(held, other);
+      alike = alike && (theirs == expert || theirs == kNoExpert);
+    }
+    if (!alike) {
+      flush();
+      return;
+    }
+    join_bias();
+    // The sums lie where the tiles were: every warp has done with them.
+    auto place = [&](int n) {
+      return reinterpret_cast<Piece<float>*>(block.memory.stages) + n * static_cast<int>(blockDim.x) + threadIdx.x;
+    };
+#pragma unroll
+    for (int n = 0; n < 8; ++n) *place(n) = Piece<float>{{sums.at[n][0], sums.at[n][1], sums.at[n][2], sums.at[n][3]}};
+    cluster_arrive(), cluster_wait();
+    int* slots = block.memory.slots + side * p.slots;
+    bool fresh = *cluster_at(slots + slot, 0) == kNoExpert;
+    float* plane = p.planes + (plane0 + (side - 2 * number) * p.slots + slot) * p.planes_size;
+    for (int n = number; n < 8; n += blocks) {
+      Piece<float> sum{{0.f, 0.f, 0.f, 0.f}};
+      for (int other = 0; other < blocks; ++other) {
+        Piece<float> one = *cluster_at(place(n), other);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum.values[e] += one.values[e];
+      }
+      PassSums::leave_tile(plane, p.rank, p.hidden, fresh, n, sum);
+    }
+    if (number == 0) leave_bias(plane, fresh, biases, blocks);
+    cluster_arrive(), cluster_wait();
+    if (number == 0 && threadIdx.x == 0) slots[slot] = expert;
+  }
+};
+
+template <typename T, bool Keeps>
+__global__ void __launch_bounds__(kPassThreads) routed_adapter_one_pass_kernel(RoutedAdapterOnePass<T> p) {
+  if constexpr (kHasFragments<T>) {
+    SharedMemory shared;
+    PassMemory<T> memory(shared, blockDim.x / 32, p.slots, p.tiles_a_block, Keeps);
+    PassBlock<T, Keeps> block(p, memory);
+    PassPlanes<T, Keeps> planes(block);
+    PassWeights<T, Keeps, true> up_weights{memory.weights + block.warp * 8 * 32};
+    PassWeights<T, Keeps, false> down_weights{memory.weights + block.warp * 8 * 32 + 4 * 32};
+    int begin = static_cast<int>(blockIdx.x) * p.tiles_a_block;
+    int end = p.tiles - begin < p.tiles_a_block ? max_of(begin, p.tiles) : begin + p.tiles_a_block;
+    if (begin < end) block.load(begin);
+    copy_commit();
+    for (int i = threadIdx.x; i < 2 * p.slots; i += blockDim.x) memory.slots[i] = kNoExpert;
+    for (int i = threadIdx.x; i < end - begin; i += blockDim.x) {
+      int row = block.place(begin + i).sample * p.tokens;
+      memory.experts[2 * i] = p.down.expert(row);
+      memory.experts[2 * i + 1] = p.up.expert(row);
+    }
+    __syncthreads();
+
+    int64_t bank_size = static_cast<int64_t>(p.rank) * p.hidden;
+    for (int tile = begin; tile < end; ++tile) {
+      __syncwarp();
+      if (tile + 1 < end) block.load(tile + 1);
+      copy_commit();
+      PassTile at = block.place(tile);
+      int down = memory.experts[2 * (tile - begin)], up = memory.experts[2 * (tile - begin) + 1];
+      if (down == kNoExpert || up == kNoExpert) {
+        copy_wait<1>();
+        block.poison(at);
+        continue;
+      }
+      ResidentBank<T> down_bank{p.down_weight + down * bank_size, p.hidden, p.rank};
+      ResidentBank<T> up_bank{p.up_weight + up * bank_size, p.hidden, p.rank};
+      if (down != block.down_now) {
+        planes.flush_down();
+        down_weights.keep(down_bank, block.col0);
+      }
+      if (up != block.up_now) {
+        planes.flush_up();
+        up_weights.keep(up_bank, block.col0);
+      }
+      block.down_now = down, block.up_now = up;
+      const T* dy = block.stage(tile);
+      block.narrow(dy, at, up_weights, up_bank);
+      block.wide(dy, at, down_weights, down_bank);
+      block.add(dy);
+    }
+    planes.finish();
+    for (int i = threadIdx.x; i < 2 * p.slots; i += blockDim.x) p.experts[planes.plane0 + i] = memory.slots[i];
+  }
+}
+
+}  // namespace adamix
