@@ -63,6 +63,7 @@ SHAPES = {
     "tail tiles of primes": dict(batch=2, tokens=37, features=131, rank=5, per_group=41),
     "three groups": dict(groups=3, batch=2, tokens=19, features=23, rank=3, per_group=17),
     "several splits, samples": dict(b_kind="sample", batch=5, tokens=31, features=37, per_group=11),
+    "parts of samples": dict(b_kind="sample", batch=2, tokens=150, features=20, per_group=11),
     "several splits, tokens": dict(a_kind="token", batch=2, tokens=137, features=20, per_group=11),
     "one sample": dict(batch=1, tokens=23, features=20),
     "one token": dict(b_kind="token", batch=1, tokens=1, features=29, groups=2),
@@ -79,7 +80,11 @@ SHAPES = {
 
 @pytest.mark.parametrize("case", SHAPES)
 def test_every_shape(case):
-    dtype = torch.float32 if case in ("several splits, samples", "one token", "rank 1") else torch.bfloat16
+    dtype = (
+        torch.float32
+        if case in ("several splits, samples", "parts of samples", "one token", "rank 1")
+        else torch.bfloat16
+    )
     check(*draw(**SHAPES[case], dtype=dtype), 0.3)
 
 
@@ -93,19 +98,27 @@ def test_it_is_the_formula():
     torch.testing.assert_close(routed_lora(*arguments, **options, backend="triton").cpu(), expected)
 
 
-@pytest.mark.parametrize(("seed", "p"), [(0, 0.1), (-1, 0.5), (2**63 - 1, 0.9), (0x0123456789ABCDEF, 0.3)])
-def test_the_mask_is_keep_mask_bit_for_bit(p, seed):
+@pytest.mark.parametrize(
+    ("seed", "p", "dtype"),
+    [
+        (0, 0.1, torch.float32),
+        (-1, 0.5, torch.float16),
+        (2**63 - 1, 0.9, torch.float32),
+        (0x0123456789ABCDEF, 0.3, torch.bfloat16),
+    ],
+)
+def test_the_mask_is_keep_mask_bit_for_bit(p, seed, dtype):
     """Identity factors show the mask itself: in the output, in dx and, one row a rank, in dA."""
     rows, cols = 37, 61
     keep = keep_mask(torch.tensor(seed), rows, cols, p)
-    eye = torch.eye(cols, device=DEVICE).unsqueeze(0).requires_grad_()
-    x = torch.ones(1, rows, cols, device=DEVICE, requires_grad=True)
+    eye = torch.eye(cols, device=DEVICE, dtype=dtype).unsqueeze(0).requires_grad_()
+    x = torch.ones(1, rows, cols, device=DEVICE, dtype=dtype, requires_grad=True)
     out = routed_lora(x, eye, eye.detach(), None, None, dropout_p=p, seed=seed, backend="triton")
-    scale = torch.tensor(1 / (1 - p))
+    scale = torch.tensor(1 / (1 - p), dtype=dtype)
     assert torch.equal(out[0].cpu(), torch.where(keep, scale, 0))
     dx, da = torch.autograd.grad(out, (x, eye), torch.ones_like(out))
     assert torch.equal(dx[0].cpu(), torch.where(keep, scale, 0))
-    one_hot = torch.eye(rows, cols, device=DEVICE).unsqueeze(0)
+    one_hot = torch.eye(rows, cols, device=DEVICE, dtype=dtype).unsqueeze(0)
     (da,) = torch.autograd.grad(
         routed_lora(x, eye, eye.detach(), None, None, dropout_p=p, seed=seed, backend="triton"), eye, one_hot
     )
@@ -179,6 +192,30 @@ def test_infinities_of_one_expert_do_not_reach_another(tokens, kind):
         assert t.isfinite().all()
     for grad in (da, db):
         assert grad[2:].eq(0).all()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_infinite_weights_of_one_expert_leave_the_tokens_of_another(inplace):
+    """Bit for bit what finite weights there give, whether base is kept or overwritten."""
+    tensors, options = draw("none", "token", 2, batch=2, tokens=17, features=20, per_group=19, dtype=torch.float32)
+    x, a, b, base, _ = tensors
+    offsets = options["output_offsets"]
+
+    def run():
+        given = base.clone()
+        out = routed_lora(x, a, b, None, options["b_index"], base=given, groups=2, output_offsets=offsets,
+                          inplace=inplace, backend="triton")  # fmt: skip
+        assert (out.data_ptr() == given.data_ptr()) == inplace
+        return out
+
+    clean = run()
+    b[1, 3:30] = float("inf")
+    others = options["b_index"] != 1
+    out = run()
+    assert others.any()
+    assert not others.all()
+    assert torch.equal(out[others], clean[others])
+    assert not out[~others][..., 3:19].isfinite().any()
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])

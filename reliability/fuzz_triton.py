@@ -123,10 +123,10 @@ def _adapter_planes():
 
 def _lora_planes():
     """Tiles of 16 rows, and a split for each."""
-    plan = _plan("routed_lora")
-    real = plan.config
+    weights = _plan("routed_lora", "weights")
+    real = weights.config
     config = lambda *args: real(*args)._replace(rows=16)  # noqa: E731
-    return all_of(mock.patch.object(plan, "config", config), mock.patch.object(plan, "MIN_TILES", 1))
+    return all_of(mock.patch.object(weights, "config", config), mock.patch.object(weights, "MIN_TILES", 1))
 
 
 def _wide():

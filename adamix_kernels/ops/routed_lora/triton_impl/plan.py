@@ -78,7 +78,7 @@ class Call(NamedTuple):
         splits = max(1, min(-(-columns // chosen.cols), MULTIPROCESSORS // groups.tiles, 8))
         a, b = plan.down, plan.up
         meta = self.sizes | dict(
-            RP=rp, CHUNKS=-(-self.packed // rp),
+            RP=rp, CHUNKS=max(1, -(-self.packed // rp)),
             A_EXPERTS=a.experts, A_PADDED=a.padded, A_MASKED=a.masked,
             B_EXPERTS=b.experts, B_PADDED=b.padded, B_MASKED=b.masked,
             BLOCK_M=rows, **self.block(chosen),

@@ -8,8 +8,19 @@ them, or MAX_RANK at a time.
 import triton
 import triton.language as tl
 
-from ...._triton_utils import narrow
+from ...._triton_utils import INTERPRETING, narrow
 from ..._routed_tiles import bank_columns, poison
+
+_INTERPRETING = tl.constexpr(INTERPRETING)
+# Of two 16-bit elements in a register, those whose hash is below the bound become zero.
+_DROP_PAIR = tl.constexpr("""{
+    .reg .pred low, high;
+    setp.lt.u32 low, $2, $4;
+    setp.lt.u32 high, $3, $5;
+    mov.b32 $0, $1;
+    @low and.b32 $0, $0, 0xffff0000;
+    @high and.b32 $0, $0, 0x0000ffff;
+}""")
 
 
 @triton.jit
@@ -34,15 +45,30 @@ def row_keys(seed_ptr, rows):
 
 
 @triton.jit
+def _hash(key0, key1, cols):
+    """h of ops/_dropout.py for rows' keys and columns: uint32 [BLOCK_M, BLOCK_C]."""
+    t = cols.to(tl.uint32) * 0x9E3779B9
+    return key0[:, None] * (t ^ (t * t | 1))[None, :] + key1[:, None]
+
+
+@triton.jit
 def keep_tile(key0, key1, cols, threshold):
-    """keep_mask of ops/_dropout.py for rows' keys and columns: bool [BLOCK_M, BLOCK_C].
+    """keep_mask of ops/_dropout.py: bool [BLOCK_M, BLOCK_C].
 
     threshold: its signed bound, one or [BLOCK_M, 1].
     """
-    bound = threshold.to(tl.uint32, bitcast=True) ^ 0x80000000
-    t = cols.to(tl.uint32) * 0x9E3779B9
-    h = key0[:, None] * (t ^ (t * t | 1))[None, :] + key1[:, None]
-    return h >= bound
+    return _hash(key0, key1, cols) >= (threshold.to(tl.uint32, bitcast=True) ^ 0x80000000)
+
+
+@triton.jit
+def drop_tile(z, key0, key1, cols, threshold):
+    """z [BLOCK_M, BLOCK_C], zero where the mask drops; not scaled."""
+    if _INTERPRETING or z.dtype == tl.float32:
+        return tl.where(keep_tile(key0, key1, cols, threshold), z, 0.0).to(z.dtype)
+    else:
+        h = _hash(key0, key1, cols)
+        bound = tl.full(h.shape, 0, tl.uint32) + (threshold.to(tl.uint32, bitcast=True) ^ 0x80000000)
+        return tl.inline_asm_elementwise(_DROP_PAIR, "=r,r,r,r,r,r", [z, h, bound], dtype=z.dtype, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -71,7 +97,7 @@ def shrink(
         z = tl.load(z_ptrs[:, None] + c[None, :], mask=z_mask, other=0.0).to(DOT)
         w = tl.load(columns[None, :] + c[:, None] * STRIDE, mask=w_mask, other=0.0).to(DOT)
         if DROPOUT:
-            z = tl.where(keep_tile(key0, key1, c, threshold), z, 0.0)
+            z = drop_tile(z, key0, key1, c, threshold)
         acc = tl.dot(z, w, acc, input_precision=PRECISION)
     return acc
 
@@ -83,7 +109,7 @@ def expand(
     RP: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, MASKED: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """out [BLOCK_M, C] = base + scale * t @ the columns [C, W]^T, masked where DROPOUT: columns first : C : step.
+    """out [BLOCK_M, C] = base + scale * t @ the columns [C, W]^T, or its mask where DROPOUT: columns first : C : step.
 
     t: [BLOCK_M, MP * RP], NaN where a row is wrong; in CHUNKS it lies at t_ptrs, 0 there. Where MASKED, an infinity
     among another expert's weights reaches a row as 0 * inf: such elements keep base, and a second pass writes them.
@@ -121,11 +147,12 @@ def expand(
             spoilt = tl.where(y == y, spoilt, 1)
             y = tl.where(y == y, y, 0.0)
         y *= scale
-        if DROPOUT:
-            y = tl.where(keep_tile(key0, key1, c, threshold), y, 0.0)
         if base_ptrs is not None:
             y += base.to(tl.float32)
-        tl.store(out_ptrs[:, None] + c[None, :], narrow(y, out_ptrs.dtype.element_ty), mask=mask)
+        y = narrow(y, out_ptrs.dtype.element_ty)
+        if DROPOUT:
+            y = drop_tile(y, key0, key1, c, threshold)
+        tl.store(out_ptrs[:, None] + c[None, :], y, mask=mask)
     if MASKED:  # noqa: SIM102
         if tl.max(tl.reshape(spoilt, [BLOCK_M * BLOCK_C], can_reorder=True), 0) > 0:
             _expand_spoilt(
@@ -156,8 +183,8 @@ def _expand_spoilt(
                 ).to(DOT)
                 y = tl.where((expert == own)[:, None], tl.dot(t, w, input_precision=PRECISION), y)
             y *= scale
-            if DROPOUT:
-                y = tl.where(keep_tile(key0, key1, c, threshold), y, 0.0)
             if base_ptrs is not None:
                 y += tl.load(base_ptrs[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            if DROPOUT:
+                y = tl.where(keep_tile(key0, key1, c, threshold), y, 0.0)
             tl.store(out_ptrs[:, None] + c[None, :], narrow(y, out_ptrs.dtype.element_ty), mask=mask)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
-from .tiles import keep_tile
+from .tiles import drop_tile
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def _products(
         if keys_ptr is not None:
             key0 = tl.load(keys_ptr + long * 2, mask=valid, other=0).to(tl.uint32, bitcast=True)
             key1 = tl.load(keys_ptr + long * 2 + 1, mask=valid, other=0).to(tl.uint32, bitcast=True)
-            wide = tl.where(keep_tile(key0, key1, cols, threshold), wide, 0.0)
+            wide = drop_tile(wide, key0, key1, cols, threshold)
         acc = tl.dot(small, wide, acc, input_precision=PRECISION)
     return acc
 

@@ -63,9 +63,8 @@ def weight_grads(x, grad_out, dt, t, keys, da, db, threshold: int, inv_keep: flo
     sides, planes, programs = {}, {}, {}
     for name, (side, columns, blocks, grad) in wanted.items():
         rows = sides[name] = split_rows(call, side, columns, chosen.rows, features)
-        planes[name], programs[name] = None, 0
-        if grad is not None:
-            programs[name] = blocks * -(-columns // rows.rp) * rows.programs
+        planes[name], programs[name] = None, blocks * -(-columns // rows.rp) * rows.programs if grad is not None else 0
+        if programs[name]:
             shape = rows.splits, rows.slots, *grad.shape[1:]
             planes[name] = grad if rows.direct else memory(grad, *shape, dtype=torch.float32)
     a, b = sides["A"], sides["B"]
@@ -85,7 +84,7 @@ def _sum(x, sides: dict[str, Rows], planes, grads, call: Call) -> None:
     constants: dict[str, Any] = {}
     programs = {}
     for name, grad in grads.items():
-        rows, left = sides[name], grad is not None and not sides[name].direct
+        rows, left = sides[name], planes[name] is not None and not sides[name].direct
         size, experts = (grad[0].numel(), grad.shape[0]) if left else (0, 1)
         programs[name] = experts * -(-size // SUM_BLOCK)
         # Splits of a sample, or samples of a split.
@@ -123,7 +122,7 @@ def split_rows(call: Call, side: Side, columns: int, tile: int, features: int) -
     experts, rows = side.experts, call.rows
     written = columns * (experts if mode == "tokens" else 1)
     # Enough programs, and planes that are small beside the rows they sum.
-    few = rows // -(-MIN_PROGRAMS // features)
+    few = rows // -(-MIN_PROGRAMS // max(features, 1))
     share = max(-(-rows // MAX_SPLITS), min(max(ROWS, COLUMN_ROWS * written), max(MIN_TILES * tile, few)))
     share = -(-share // tile) * tile
     if mode == "samples":
