@@ -50,6 +50,16 @@ def test_every_shape(case, dtype, dropout_p):
     check(*draw(dtype, **SHAPES[case]), dropout_p)
 
 
+@pytest.mark.skipif(not ON_HOST, reason="a GPU has more multiprocessors")
+@pytest.mark.parametrize("case", ["rank 8, samples of both", "rank 48, tokens", "rank 64"])
+def test_blocks_of_64_rows(case, monkeypatch):
+    """The same bits as of blocks of 32 rows, which a GPU of many multiprocessors is given for so few rows."""
+    tensors, options = draw(torch.bfloat16, **SHAPES[case])
+    want = run_lora("cuda", tensors, options, 0.3)(*tensors)
+    monkeypatch.setenv("ADAMIX_HOST_MULTIPROCESSORS", "1")
+    assert all(torch.equal(a, b) for a, b in zip(run_lora("cuda", tensors, options, 0.3)(*tensors), want))
+
+
 @pytest.mark.skipif(not ON_HOST, reason="a GPU keeps no record of launches")
 @pytest.mark.parametrize("dtype", HALVES)
 def test_pieces_go_to_the_registers_where_the_gpu_multiplies_there(dtype, monkeypatch):

@@ -2,6 +2,7 @@
 // registers (common/fragments.h). Which expert serves row i is known to lane i of every warp.
 #pragma once
 
+#include "common/launch.h"
 #include "common/rows.h"
 #include "common/shared_memory.h"
 #include "common/tile_sizes.h"
@@ -20,22 +21,31 @@ struct alignas(8) FloatPair {
 };
 
 // What a lane of a product holds: rows g, g + 8, g + 16, g + 24 of the team, and of each step eight columns from 8 q.
+//
+// A block is one team or two. Two share the factors in L1: warps that load the same of them are neighbours.
 struct LaneRows {
+  int teams, team;
   int64_t first;  // row of the team
-  int count;      // of them, 1 to kTeamRows
+  int count;      // of them, kTeamRows at most; below 1 for a team behind the last row
+  int last;       // row of all
   int warp, lane, g, q;
 
   ADAMIX_DEVICE explicit LaneRows(int64_t rows) {
-    first = static_cast<int64_t>(blockIdx.x) * kTeamRows;
+    int two = blockDim.x > kTeamThreads ? 1 : 0, number = threadIdx.x / 32;
+    teams = 1 + two, team = number & two, warp = number >> two;
+    first = (static_cast<int64_t>(blockIdx.x) * teams + team) * kTeamRows;
     count = rows - first < kTeamRows ? static_cast<int>(rows - first) : kTeamRows;
-    warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    last = static_cast<int>(rows) - 1;
+    lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   }
+  // Of kTeamThreads.
+  ADAMIX_DEVICE int thread() const { return 32 * warp + lane; }
   // Of a tile of 8 x 8 that is turned: what its row g stands for, a step of pieces away from the next pair of rows.
   ADAMIX_DEVICE int spread(int step) const { return g / 2 * step + g % 2; }
   // Row i of the lane's four, in the team.
   ADAMIX_DEVICE int row(int i) const { return 8 * i + g; }
   // The same of all rows; the last row for one behind it.
-  ADAMIX_DEVICE int number(int i) const { return static_cast<int>(first) + (row(i) < count ? row(i) : count - 1); }
+  ADAMIX_DEVICE int number(int i) const { return row(i) < count ? static_cast<int>(first) + row(i) : last; }
 };
 
 // One side's experts of the team's rows; each lane knows that of its own row, kNoExpert where there is none.
@@ -75,13 +85,13 @@ struct NarrowRows {
 
   // An odd number of 32 bytes a row: eight lanes' 8 bytes from four rows are in 32 banks.
   template <typename Memory>
-  ADAMIX_BOTH NarrowRows(Memory& memory, int groups, int rank)
+  ADAMIX_BOTH NarrowRows(Memory& memory, int groups, int rank, int teams, int team)
       : group_pitch(round_up(rank, 16)), pitch(16 * (groups * ceil_div(rank, 16) | 1)) {
-    data = memory.template take<T>(kTeamRows * pitch);
+    data = memory.template take<T>(teams * kTeamRows * pitch) + team * kTeamRows * pitch;
   }
   // All threads call; complete after a barrier.
-  ADAMIX_DEVICE void clear() const {
-    for (int i = threadIdx.x; i < kTeamRows * pitch / 8; i += kTeamThreads)
+  ADAMIX_DEVICE void clear(const LaneRows& at) const {
+    for (int i = at.thread(); i < kTeamRows * pitch / 8; i += kTeamThreads)
       store_words(data + 8 * i, uint4{0, 0, 0, 0});
   }
   // Words of 16 rows from 16 `half` on, of 16 inner columns from `col` on four a lane, from 4 q: those of row g and of
@@ -123,5 +133,22 @@ struct OutColumns {
     for (col += columns; col >= all; col -= all) ++group;
   }
 };
+
+#if defined(ADAMIX_LAUNCHERS)
+// The blocks for `rows`: of two teams where no multiprocessor gets more rows to serve so. Team: what a block keeps in
+// shared memory.
+template <typename Team>
+Shape shape_of_teams(int64_t rows, int groups, int rank, const Device& device) {
+  auto most = [&](int64_t teams) {  // of one multiprocessor
+    int64_t blocks = (rows + teams * kTeamRows - 1) / (teams * kTeamRows);
+    return (blocks + device.multiprocessors - 1) / device.multiprocessors * teams;
+  };
+  size_t bytes = shared_bytes<Team>(groups, rank, 2, 0);
+  int teams = most(2) <= most(1) && bytes <= static_cast<size_t>(device.shared_bytes) ? 2 : 1;
+  if (teams == 1) bytes = shared_bytes<Team>(groups, rank, 1, 0);
+  return {dim3(static_cast<unsigned>((rows + teams * kTeamRows - 1) / (teams * kTeamRows))), teams * kTeamThreads,
+          bytes};
+}
+#endif
 
 }  // namespace adamix

@@ -1,4 +1,5 @@
-// Routed LoRA's backward: the input's gradient in one launch, both sides' weight gradients in another.
+// Routed LoRA's backward for any rows: the input's gradient in one launch, both sides' weight gradients in another.
+// Rows of 16-byte pieces have kernels of their own, routed_lora_dx_mma.cu and routed_lora_grads_mma.cu.
 #include "common/routed_launch.h"
 #include "routed_lora/routed_lora.h"
 

@@ -19,12 +19,12 @@ struct LoraGradTeam {
   int* wide_expert;      // [kTeamRows]
 
   template <typename Memory>
-  ADAMIX_BOTH LoraGradTeam(Memory& memory, int groups, int rank)
+  ADAMIX_BOTH LoraGradTeam(Memory& memory, int groups, int rank, int teams, int team)
       : group_pitch(round_up(rank, 16)),
         pitch(16 * (groups * ceil_div(rank, 16) | 1)),  // an odd number of 64 bytes: no bank twice
-        sums(memory.template take<float>(kShares * kTeamRows * pitch)),
-        narrow(memory, 1, groups * rank),
-        wide_expert(memory.template take<int>(kTeamRows)) {}
+        sums(memory.template take<float>(teams * kShares * kTeamRows * pitch) + team * kShares * kTeamRows * pitch),
+        narrow(memory, 1, groups * rank, teams, team),
+        wide_expert(memory.template take<int>(teams * kTeamRows) + team * kTeamRows) {}
 };
 
 // The warp's part of a group's grad_out B into its place in team.sums, and the rows' wide experts; complete after a
@@ -122,7 +122,7 @@ ADAMIX_DEVICE void multiply_share(const RoutedLoraInputGrad<T>& p, const LoraGra
 template <typename T, int Tiles>
 ADAMIX_DEVICE void add_shares(const RoutedLoraInputGrad<T>& p, const LoraGradTeam<T, Tiles>& team, const LaneRows& at) {
   int ranks = p.ranges.groups * p.rank;
-  for (int pair = threadIdx.x; pair < kTeamRows * ranks / 2; pair += kTeamThreads) {
+  for (int pair = at.thread(); pair < kTeamRows * ranks / 2; pair += kTeamThreads) {
     int row = pair / (ranks / 2), col = pair % (ranks / 2) * 2;
     if (row >= at.count) continue;
     int group = col / p.rank;
@@ -140,13 +140,13 @@ ADAMIX_DEVICE void add_shares(const RoutedLoraInputGrad<T>& p, const LoraGradTea
 }
 
 template <typename T, int Tiles>
-__global__ void __launch_bounds__(kTeamThreads, 2) routed_lora_input_grad_mma_kernel(RoutedLoraInputGrad<T> p) {
+__global__ void __launch_bounds__(2 * kTeamThreads, 1) routed_lora_input_grad_mma_kernel(RoutedLoraInputGrad<T> p) {
   if constexpr (kHasFragments<T>) {
     SharedMemory memory;
-    LoraGradTeam<T, Tiles> team(memory, p.ranges.groups, p.rank);
     LaneRows at(p.rows);
+    LoraGradTeam<T, Tiles> team(memory, p.ranges.groups, p.rank, at.teams, at.team);
     TeamExperts narrow;
-    team.narrow.clear();
+    team.narrow.clear(at);
     for (int group = 0; group < p.ranges.groups; ++group) multiply_share(p, team, at, narrow, group);
     __syncthreads();
     add_shares(p, team, at);
@@ -247,8 +247,7 @@ bool launch_routed_lora_input_grad_mma(const RoutedLoraInputGrad<T>& params, con
   if (device.capability < kFragmentsFrom<T> || !pieces || !quads || !fits) return false;
   auto run = [&](auto tiles) {
     constexpr int kTiles = decltype(tiles)::value;
-    Shape shape{dim3(static_cast<unsigned>((params.rows + kTeamRows - 1) / kTeamRows)), kTeamThreads,
-                shared_bytes<LoraGradTeam<T, kTiles>>(params.ranges.groups, params.rank)};
+    Shape shape = shape_of_teams<LoraGradTeam<T, kTiles>>(params.rows, params.ranges.groups, params.rank, device);
     launch("routed_lora_input_grad_mma", routed_lora_input_grad_mma_kernel<T, kTiles>, shape, device, params);
   };
   if (ranks <= 16) {

@@ -1,4 +1,5 @@
-// Routed LoRA's forward for all groups: one launch, [tile, groups * r] never leaves the block.
+// Routed LoRA's forward for all groups and any rows: one launch, [tile, groups * r] never leaves the block. Rows of
+// 16-byte pieces have a kernel of their own, routed_lora_fwd_mma.cu, where 16-bit matrices are multiplied in registers.
 #include "common/routed_launch.h"
 #include "routed_lora/routed_lora.h"
 

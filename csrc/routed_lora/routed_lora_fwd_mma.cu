@@ -14,7 +14,7 @@ template <typename T, int Tiles>
 struct LoraTeam {
   static constexpr int kHalves = Tiles > 2 ? 1 : 2;         // of 16 rows, that a warp has in the first product
   static constexpr int kShares = kTeamWarps / 2 * kHalves;  // of x's columns
-  static constexpr int kDepth = Tiles > 6 ? 1 : 2;          // steps under way at a time
+  static constexpr int kDepth = Tiles > 4 ? 1 : 2;          // steps under way at a time
   static constexpr int kPitch = 8 * (Tiles | 1);            // an odd number of 32 bytes: no bank twice
   static constexpr int kInnerTiles = (Tiles + 1) / 2;       // of 16 columns of t, a group's
 
@@ -23,10 +23,10 @@ struct LoraTeam {
   int* wide_expert;  // [kTeamRows]
 
   template <typename Memory>
-  ADAMIX_BOTH LoraTeam(Memory& memory, int groups, int rank)
-      : sums(memory.template take<float>(kShares * kTeamRows * kPitch)),
-        narrow(memory, groups, rank),
-        wide_expert(memory.template take<int>(kTeamRows)) {}
+  ADAMIX_BOTH LoraTeam(Memory& memory, int groups, int rank, int teams, int team)
+      : sums(memory.template take<float>(teams * kShares * kTeamRows * kPitch) + team * kShares * kTeamRows * kPitch),
+        narrow(memory, groups, rank, teams, team),
+        wide_expert(memory.template take<int>(teams * kTeamRows) + team * kTeamRows) {}
 };
 
 // The warp's part of dropout(x) A^T into its place in team.sums, and the rows' wide experts; complete after a barrier.
@@ -130,7 +130,7 @@ ADAMIX_DEVICE void add_shares(const RoutedLoraForward<T>& p, const LoraTeam<T, T
   int ranks = p.ranges.groups * p.rank;
   float scale = p.dropout.seed == nullptr ? 1.f : p.dropout.scale;
 #pragma unroll
-  for (int pair = threadIdx.x; pair < kTeamRows * 4 * Tiles; pair += kTeamThreads) {
+  for (int pair = at.thread(); pair < kTeamRows * 4 * Tiles; pair += kTeamThreads) {
     int row = pair / (4 * Tiles), col = pair % (4 * Tiles) * 2;
     if (row >= at.count || col >= ranks) continue;
     const float* from = team.sums + row * kPitch + col;
@@ -149,13 +149,13 @@ ADAMIX_DEVICE void add_shares(const RoutedLoraForward<T>& p, const LoraTeam<T, T
 }
 
 template <typename T, int Tiles>
-__global__ void __launch_bounds__(kTeamThreads, 2) routed_lora_forward_mma_kernel(RoutedLoraForward<T> p) {
+__global__ void __launch_bounds__(2 * kTeamThreads, 1) routed_lora_forward_mma_kernel(RoutedLoraForward<T> p) {
   if constexpr (kHasFragments<T>) {
     constexpr int kInnerTiles = LoraTeam<T, Tiles>::kInnerTiles;
     SharedMemory memory;
-    LoraTeam<T, Tiles> team(memory, p.ranges.groups, p.rank);
     LaneRows at(p.rows);
-    team.narrow.clear();
+    LoraTeam<T, Tiles> team(memory, p.ranges.groups, p.rank, at.teams, at.team);
+    team.narrow.clear(at);
     multiply_share(p, team, at);
 
     int cols = p.ranges.cols;
@@ -174,8 +174,9 @@ __global__ void __launch_bounds__(kTeamThreads, 2) routed_lora_forward_mma_kerne
     };
     OutColumns of{0, 0};
     of.advance(at.warp * kStep, cols);
+    constexpr bool kAhead = Tiles <= 4;  // registers for the next pieces of base
     uint4 next[4];
-    load_base(of, next);
+    if (kAhead) load_base(of, next);
     __syncthreads();
     add_shares(p, team, at);
     TeamExperts wide_experts(team.wide_expert[at.lane], at);
@@ -186,11 +187,12 @@ __global__ void __launch_bounds__(kTeamThreads, 2) routed_lora_forward_mma_kerne
 
     while (of.group < p.ranges.groups) {
       OutColumns now = of;
+      if (!kAhead) load_base(now, next);
       uint4 old[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) old[i] = next[i];
       of.advance(kTeamWarps * kStep, cols);
-      load_base(of, next);
+      if (kAhead) load_base(of, next);
       bool inside = now.col + 8 * at.q < cols;
       T* to = out + p.ranges.start[now.group] + now.col;
       auto store = [&](int i, uint4 piece) {
@@ -272,8 +274,7 @@ bool launch_routed_lora_forward_mma(const RoutedLoraForward<T>& params, const De
   if (device.capability < kFragmentsFrom<T> || ranks < 1 || ranks > 64 || !pieces || !quads) return false;
   auto run = [&](auto tiles) {
     constexpr int kTiles = decltype(tiles)::value;
-    Shape shape{dim3(static_cast<unsigned>((params.rows + kTeamRows - 1) / kTeamRows)), kTeamThreads,
-                shared_bytes<LoraTeam<T, kTiles>>(params.ranges.groups, params.rank)};
+    Shape shape = shape_of_teams<LoraTeam<T, kTiles>>(params.rows, params.ranges.groups, params.rank, device);
     launch("routed_lora_forward_mma", routed_lora_forward_mma_kernel<T, kTiles>, shape, device, params);
   };
   if (ranks <= 8) {
