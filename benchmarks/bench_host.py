@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
             _print(rows)
         shares = measure_steps(backend, options.steps, options.only) if options.steps else []
         _print_steps(shares)
-        note = f"thread time, calls rounds={options.rounds} steps rounds={options.steps}"
+        note = f"thread time, rounds={options.rounds} of calls, {options.steps} of steps, load_after={os.getloadavg()[0]:.1f}"
         made += [*_records(rows, note), *_step_records(shares, note)]
     if options.out:
         record.write(options.out, made)

@@ -150,8 +150,12 @@ def blinded(trait):
     if trait == "apart":
         _triton_plans._apart = list
         return
-    real = _triton_plans.traits
-    _triton_plans.traits = lambda t: t if t is None else tuple(v for n, v in enumerate(real(t)) if n != trait)
+    for name in ("traits", "_whereabouts"):
+        setattr(_triton_plans, name, without(trait, getattr(_triton_plans, name)))
+
+
+def without(trait, real):
+    return lambda t: t if t is None else tuple(v for n, v in enumerate(real(t)) if n != trait)
 
 
 def main(seed, count, changed=None, blind=None):

@@ -17,11 +17,17 @@ MOST = {
     ("triton", "routed_adapter, forward + backward"): 170,
     ("triton", "routed_lora, forward"): 36,
     ("triton", "routed_lora, forward + backward"): 170,
+    ("triton", "adamix_loss 64x2, forward"): 70,
+    ("triton", "adamix_loss 64x2, forward + backward"): 150,
+    ("triton", "consistency_loss 32x2, forward + backward"): 150,
     ("cuda", "routed_adapter, forward"): 27,
     ("cuda", "routed_adapter, forward with grad"): 48,
     ("cuda", "routed_adapter, forward + backward"): 150,
     ("cuda", "routed_lora, forward"): 32,
     ("cuda", "routed_lora, forward + backward"): 150,
+    ("cuda", "adamix_loss 64x2, forward"): 70,
+    ("cuda", "adamix_loss 64x2, forward + backward"): 150,
+    ("cuda", "consistency_loss 32x2, forward + backward"): 150,
 }
 
 
@@ -30,12 +36,19 @@ def measured(backend, **environment):
     given = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ADAMIX_CUDA_HOST")} | environment
     paths = os.pathsep.join([str(ROOT), *filter(None, [given.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.run", "host", "--rounds", "41", "--backends", backend, "--only", "routed"],
+        [sys.executable, "-m", "benchmarks.run", "host", "--rounds", "41", "--steps", "3", "--backends", backend],
         env={**given, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True,
         timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = re.findall(rf"^{backend} +(\S.*?)  +([\d.]+)", done.stdout, re.MULTILINE)
+    steps = re.findall(
+        rf"^{backend} +a step of (.+): our calls (\d+) adds, the rest (\d+): ", done.stdout, re.MULTILINE
+    )
+    for name, ours, rest in steps:
+        # A few rounds on a busy machine tell the size alone.
+        assert 0 < int(ours) < 3 * int(rest), name
+    assert len(steps) in (0, 2)
     return {name: float(adds) for name, adds in lines}, done.stderr
 
 

@@ -29,9 +29,10 @@ def test_two_calls_that_differ_in_one_property_launch_what_they_launch_unplanned
 
 
 @pytest.mark.parametrize(
-    ("changed", "trait"), [("hidden", 0), ("classes", 0), ("dtype", 1), ("contiguous", 3), ("one_index", "apart")]
+    ("changed", "trait"),
+    [("hidden", 0), ("batch", 0), ("dtype", 1), ("contiguous", 3), ("offset", 4), ("one_index", "apart")],
 )
 def test_a_plan_that_does_not_see_a_trait_is_caught(changed, trait):
-    status, said = run(1, 200, changed, trait)
+    status, said = run(2, 200, changed, trait)
     assert status == 1, said
     assert f": {changed}: " in said or "RuntimeError" in said
