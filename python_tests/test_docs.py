@@ -11,7 +11,7 @@ import pytest
 import adamix_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("adamix_kernels", "adamix_kernels.compat", "adamix_kernels.tasks")
+MODULES = ("adamix_kernels", "adamix_kernels.compat", "adamix_kernels.peft", "adamix_kernels.tasks")
 
 
 @pytest.fixture(scope="module")
