@@ -134,7 +134,7 @@ count: $(VENV)/.test $(VENV)/.triton
 
 docs: $(VENV)/.docs
 	$(BIN)/python -W error::UserWarning -m pdoc --docformat google -o docs_out \
-		adamix_kernels adamix_kernels.compat adamix_kernels.tasks
+		adamix_kernels adamix_kernels.compat adamix_kernels.peft adamix_kernels.tasks
 
 lint: $(VENV)/.test $(VENV)/.clang-format
 	$(BIN)/ruff check .
