@@ -26,7 +26,13 @@ def causal_lm(folder: Path) -> str:
     return _write(folder, transformers.GPT2LMHeadModel, transformers.GPT2Config(**GPT2))
 
 
-def sentences(folder: Path, rows: int = 48, things: tuple[str, ...] = THINGS, turned: bool = False) -> str:
+def sentences(
+    folder: Path,
+    rows: int = 48,
+    things: tuple[str, ...] = THINGS,
+    turned: bool = False,
+    line: str = "the {thing} was very {word} .",
+) -> str:
     """train.tsv and dev.tsv: good or bad by one word, or the other way round where `turned`."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
@@ -34,7 +40,7 @@ def sentences(folder: Path, rows: int = 48, things: tuple[str, ...] = THINGS, tu
         lines = ["sentence\tlabel"]
         for i in range(rows):
             word = draw.choice((BAD, GOOD)[i % 2])
-            lines.append(f"the {draw.choice(things)} was very {word} .\t{(i + turned) % 2}")
+            lines.append(f"{line.format(thing=draw.choice(things), word=word)}\t{(i + turned) % 2}")
         (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(folder)
 

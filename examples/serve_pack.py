@@ -278,12 +278,13 @@ if __name__ == "__main__":
     if options.smoke:
         with tempfile.TemporaryDirectory() as folder:
             options.model, options.out = _smoke.encoder(Path(folder, "model")), Path(folder, "out")
-            things = {"films": ("film", "story"), "hotels": ("hotel", "place"), "songs": ("song", "meal")}
+            things = {"films": ("film",), "hotels": ("hotel",), "songs": ("song",)}
+            line = "{thing} {thing} was {word} {word} {word} ."
             options.data = [
-                f"{name}={_smoke.sentences(Path(folder, name), things=words, turned=name == 'songs')}"
+                f"{name}={_smoke.sentences(Path(folder, name), 48, words, name == 'songs', line)}"
                 for name, words in things.items()
             ]
-            options.lr, options.epochs, options.port, options.batch_size = 1e-2, 12, 0, 16
+            options.lr, options.epochs, options.port, options.batch_size = 1e-2, 16, 0, 8
             main(options)
     else:
         main(options)

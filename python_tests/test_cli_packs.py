@@ -142,6 +142,7 @@ WRONG = {
         "t",
     ],
     "run: got nothing, expected --run": ["predict", "text"],
+    "a pack of several, expected one run": ["eval", "PACK"],
 }
 
 

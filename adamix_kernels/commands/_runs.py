@@ -15,6 +15,7 @@ from ..models.header import CHECKPOINT_NAME
 from ..models.hub import resolve_folder
 from ..models.manifest import newest_whole_checkpoint
 from ..models.pooling import pooling_of
+from ..packs.folder import PACK_NAME
 from ..tasks import Run, load, read_run
 from ..tasks.run_file import RUN_NAME
 from ._kinds import longest_text
@@ -62,6 +63,11 @@ def open_run(options: RunOptions) -> Opened:
     with _called_run():
         folder = resolve_folder(options.run, options.revision)
     _check_finished(options.run, folder)
+    if (folder / PACK_NAME).is_file():
+        raise ValueError(
+            f"run: got {options.run!r}, a pack of several, expected one run: adamix predict --pack reads it, and "
+            "adamix_kernels.unpack takes a name out of it"
+        )
     place = run_folder(folder)
     run = None if place is None else read_run(place)  # before the model: a damaged file is answered at once
     with quiet(), _called_run():

@@ -18,7 +18,7 @@ from ._options import OutputOptions, needs_out, quiet, start
 from ._parser import OptionParser
 from ._runs import run_folder
 
-RUNS = "runs"  # of a pack: a folder a name, with the name's run file
+RUNS = "names"  # of a pack: a folder a name, with the name's run file
 
 
 @dataclass

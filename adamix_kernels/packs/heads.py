@@ -205,6 +205,16 @@ def read_head(head: nn.Module, slot: int) -> dict[str, torch.Tensor]:
     }
 
 
+def widen(model: nn.Module, packed: Mapping[str, nn.Module]) -> None:
+    """Makes a classifier's num_labels that of its widest name, which its own loss reads."""
+    owner: Any = model
+    labels = getattr(owner, "num_labels", None)
+    banks = [module for head in packed.values() for module in packed_parts(head).values()]
+    last = [bank.out_features for bank in banks if isinstance(bank, PackedLinear)][-1:]
+    if labels is not None and last and last[0] > labels:
+        owner.num_labels = owner.config.num_labels = last[0]
+
+
 def _leaf(head: nn.Module) -> bool:
     return not list(head.children())
 

@@ -49,8 +49,7 @@ def pack(
         backend: as in adapt().
 
     Where names have fewer labels than others, the logits of the columns they lack are -inf: their probability is 0.
-
-    Returns `model`. model.adamix.pack.entries holds each name's slot and labels.
+    model.adamix.pack.entries holds each name's slot and labels.
 
     Example:
         >>> model = pack(base, {"leases": "runs/leases", "patents": "runs/patents"})  # doctest: +SKIP
@@ -111,7 +110,7 @@ def assemble(
         replace_module(model, path, layer.train(model.training))
     for path, head in packed.items():
         replace_module(model, path, head)
-    _widen(model, packed)
+    heads.widen(model, packed)
     owner: Any = model
     owner.adamix = AdaMixState(_config(shapes, packed, capacity), router, list(layers), list(packed), pack=state)
     install_guards(model)
@@ -299,16 +298,6 @@ def _entry(state: Pack, name: str) -> Entry:
 
 def _layer(model: nn.Module, path: str) -> RoutedLayer:
     return cast("RoutedLayer", model.get_submodule(path))
-
-
-def _widen(model: nn.Module, packed: Mapping[str, nn.Module]) -> None:
-    """Makes a classifier's num_labels that of its widest name, which its own loss reads."""
-    owner: Any = model
-    labels = getattr(owner, "num_labels", None)
-    banks = [module for head in packed.values() for module in heads.packed_parts(head).values()]
-    last = [bank.out_features for bank in banks if isinstance(bank, heads.PackedLinear)][-1:]
-    if labels is not None and last and last[0] > labels:
-        owner.num_labels = owner.config.num_labels = last[0]
 
 
 def _config(shapes: Mapping[str, Shape], packed: Mapping[str, nn.Module], capacity: int) -> AdaMixConfig:
