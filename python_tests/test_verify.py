@@ -1,6 +1,8 @@
 """backend="auto" proves kernels before it uses them: the whole path on stand-ins for a GPU, and every kind of fault."""
 
+import ast
 import contextlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +134,26 @@ def test_direct_calls_ask_the_table_too(calls, monkeypatch):
         _auto.freeze({("routed_adapter", torch.device("cpu"), torch.float32, "narrow"): backend})
         adapter()
         assert served[-1] == backend
+
+
+def test_what_has_too_few_dimensions_is_still_named(calls):
+    with pytest.raises(ValueError, match="x: got"):
+        adamix_kernels.routed_adapter(torch.tensor(1.0), torch.ones(3), None, torch.ones(3), None, None, None)
+
+
+def test_every_op_says_what_its_class_of_shapes_goes_by():
+    """A call of select whose module is used passes the size; fakes only ask whether a request can be met."""
+    root = Path(_backends.__file__).parent / "ops"
+    missing = []
+    for path in root.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        asides = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "select" and id(node) not in asides:
+                op = getattr(node.args[0], "value", None)
+                if op != "merge" and len(node.args) < 5:
+                    missing.append(f"{path.relative_to(root)}:{node.lineno}")
+    assert not missing
 
 
 @pytest.mark.parametrize("request_", ["reference", "triton", "cuda"])

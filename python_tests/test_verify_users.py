@@ -184,9 +184,11 @@ def test_guard_bands_see_one_number_on_either_side(where):
 def test_guards_are_around_what_kernels_allocate():
     with guards.Guards("cpu"):
         base = torch.ones(3)
-        for t in (base, base.new_empty(2), torch.empty(2), torch.zeros(2), base.new_zeros(1)):
+        for t in (base, base.new_empty(2), torch.empty(2), torch.zeros(2), base.new_zeros(1), torch.empty_like(base)):
             assert t.storage_offset() * t.itemsize == guards.BAND
         assert torch.empty(0, 3).numel() == 0
+        turned = torch.empty(3, 2).t()
+        assert torch.empty_like(turned, dtype=torch.float16).stride() == turned.stride()
 
 
 def test_a_trainer_asks_before_it_trains_for_what_its_autocast_computes_in(monkeypatch, tmp_path):

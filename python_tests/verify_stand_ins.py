@@ -13,8 +13,10 @@ from types import ModuleType
 
 import torch
 
-from adamix_kernels import _backends
+import adamix_kernels
+from adamix_kernels import _backends, verifying
 from adamix_kernels.verifying import Machine
+from adamix_kernels.verifying.machine import Job
 
 # "op backend dtype shape" -> the name of a fault below.
 FAULTS = "VERIFY_TEST_FAULTS"
@@ -34,48 +36,34 @@ def plain():
     return load, problem
 
 
+def nothing():
+    """The environment says it all: TRITON_INTERPRET=1 or ADAMIX_CUDA_HOST."""
+
+
 def ptx():
     """backend="triton" is what Triton compiles for an A100, run on the CPU."""
     import ptx.host
 
     host = ptx.host.install(80)
     host.orders = host.orders[:1]
+    return host
 
 
-def interpreted():
-    """backend="triton" is interpreted: TRITON_INTERPRET=1 has been set for both processes."""
-    launches = []
+def check_the_whole_path(machine, backend, store):
+    """Verifies merging in float32 and looks that it is right and kept; gives the function that must now launch it."""
+    job = Job("merge", backend, "float32", "any")
+    report = verifying.settle([(machine, [job])], seconds=300, one_case=150, store=store)
+    (verdict,) = report.verdicts
+    assert (verdict.state, verdict.why, verdict.cases) == ("right", "", 7)
+    assert report.chosen == {(machine.name, "merge", "float32", "any"): backend}
+    assert store.read(job, machine) == verdict
 
-    def spied(kernel, grid, device, *args, **meta):
-        launches.append(kernel.fn.__name__)
-        launch(kernel, grid, device, *args, **meta)
+    def run(bank):
+        got = adamix_kernels.merge_experts(bank)
+        want = adamix_kernels.merge_experts(bank, backend="reference")
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
-    import sys
-
-    from adamix_kernels import _triton_utils
-
-    _backends._load("merge", "triton")
-    launch, interpreted.launches = _triton_utils.launch, launches
-    for name, module in list(sys.modules.items()):
-        if name.startswith("adamix_kernels.ops.merge.triton_impl") and hasattr(module, "launch"):
-            module.launch = spied
-
-
-def csrc():
-    """backend="cuda" is csrc/ on the CPU: ADAMIX_CUDA_HOST has been set for both processes."""
-
-
-def launched(kind):
-    """What this process has launched, if anything."""
-    if kind == "interpreted":
-        return interpreted.launches
-    if kind == "ptx":
-        import ptx.host
-
-        return sorted(ptx.host._current[-1].reached)
-    import cuda_host
-
-    return [call for call in cuda_host.runtime_calls() if call.startswith("cudaLaunchKernelEx")]
+    return run
 
 
 def disguised(op, backend, faults, calls=None):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
@@ -88,15 +87,16 @@ def may_be_direct() -> bool:
 def served(op: str, backend: str, tensors: tuple[Any, ...], checked: bool) -> Any:
     """What serves direct calls of an op with these arguments, the first of which decides, or None.
 
-    It is the attribute `direct` of the backend's module. Of the routed ops the second tensor is the first bank. checked: whether api.py
-    has checked the arguments, `backend` too; what no checked call asked for is not looked up. Raises AttributeError for
-    what is no tensor.
+    It is the attribute `direct` of the backend's module. What the class of shapes goes by is the last axis of a loss's
+    logits, and of routed ops the first bank, the second tensor. checked: whether api.py has checked the arguments,
+    `backend` too; what no checked call asked for is not looked up. Raises AttributeError for what is no tensor.
     """
     x: Any = tensors[0]
     key: Any = op, backend, x.device, x.dtype
     size = 0
     if backend == "auto":
-        size = math.prod(x.shape[-1:] if op == "consistency" else tensors[1].shape[:2])
+        # Slices: what has too few dimensions is for api.py to name.
+        size = (x.shape[-1:] if op == "consistency" else tensors[1].shape[:2]).numel()
         key = *key, size, _auto.table
     found = _SERVED.get(key)
     if found is None and checked and key not in _SERVED:

@@ -1,7 +1,8 @@
 """Guard bands around everything that is allocated, NaN inside: what is written beside a tensor, or not at all, shows.
 
-PyTorch's own allocation, `aten::empty`, is replaced while `Guards` is entered: what Python code and the C++ library
-allocate through the dispatcher alike gets a band on either side. For the child process of a verification, and tests.
+PyTorch's own allocations, `aten::empty` and `aten::empty_like`, are replaced while `Guards` is entered: what Python code
+and the C++ library allocate through the dispatcher alike gets a band on either side. For the child process of a
+verification, and tests.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Guards:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of every kernel that is replaced
             self._library.impl("empty.memory_format", self._empty, self._key)
+            self._library.impl("empty_like", self._empty_like, self._key)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,6 +69,23 @@ class Guards:
     def forget(self) -> None:
         """What was allocated so far is not looked at any more, and may be freed."""
         self._held.clear()
+
+    def _empty_like(
+        self,
+        like: torch.Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        layout: torch.layout | None = None,
+        device: torch.device | None = None,
+        pin_memory: bool | None = None,
+        memory_format: Any = None,
+    ) -> torch.Tensor:
+        dtype, device = dtype or like.dtype, device or like.device
+        if like.is_contiguous() and memory_format in (None, torch.preserve_format, torch.contiguous_format):
+            return self._empty(like.shape, dtype=dtype, layout=layout, device=device, pin_memory=pin_memory)
+        model = torch.empty_strided(like.shape, like.stride(), dtype=dtype, device="meta")
+        strides = torch.empty_like(model, memory_format=memory_format or torch.preserve_format).stride()
+        return torch.empty_strided(like.shape, strides, dtype=dtype, device=device)
 
     def _empty(
         self,
