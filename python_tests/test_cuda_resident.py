@@ -150,9 +150,7 @@ def test_ids_outside_the_banks_are_rows_of_nan_alone(case):
     good = cuda_impl.forward(x, *banks, *indices, None, True, "gelu")[0]
     assert out[lost].isnan().all()
     assert torch.equal(out[~lost], good[~lost])
-    dx, *grads = cuda_impl.backward(
-        dy, x, pre, banks[0], banks[2], bad, indices[1], True, True, True, True, "gelu"
-    )
+    dx, *grads = cuda_impl.backward(dy, x, pre, banks[0], banks[2], bad, indices[1], True, True, True, True, "gelu")
     assert dx[lost].isnan().all()
     assert dx[~lost].isfinite().all()
     assert all(grad.isfinite().all() for grad in grads)
