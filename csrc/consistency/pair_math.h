@@ -36,7 +36,6 @@ ADAMIX_DEVICE float exp_of(float u) {
 // rounding.
 struct Lifted {
   float lift, slip;
-
   ADAMIX_DEVICE explicit Lifted(float top) : lift(top * kLog2E), slip(fmaf(top, kLog2E, -lift)) {}
   ADAMIX_DEVICE float power(float x) const { return fmaf(x, kLog2E, -lift); }
   ADAMIX_DEVICE float rest() const { return power_of_2(-slip); }
