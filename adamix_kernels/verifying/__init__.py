@@ -90,6 +90,10 @@ def verify(
     Raises:
         ValueError: an argument, or ADAMIX_AUTO, is another word.
         RuntimeError: it is called while a CUDA graph is captured, a compiler traces, or in a forked process.
+
+    Example:
+        >>> verify(dtypes=[torch.float32], seconds=20).of("wrong")  # none; all of it: verify()
+        []
     """
     for name, given, allowed in (("ops", ops, tuple(_auto.SHAPES)), ("backends", backends, KERNELS)):
         for word in given:
