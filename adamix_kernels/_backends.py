@@ -163,10 +163,6 @@ def backends() -> dict[str, BackendState]:
     """The state of every backend: name -> BackendState(usable, ops, reason), without verdicts (see verifying).
 
     Nothing is launched and no optional package is imported that is not installed.
-
-    Example:
-        >>> list(backends())
-        ['reference', 'triton', 'cuda']
     """
     states = {}
     for name in _MODULES:
