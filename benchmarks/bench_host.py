@@ -64,8 +64,8 @@ def run(options: argparse.Namespace) -> int:
             _print(rows)
         shares = measure_steps(backend, options.steps, options.only) if options.steps else []
         _print_steps(shares)
-        note = f"thread time, rounds={options.rounds} of calls, {options.steps} of steps, "
-        note += f"load_after={os.getloadavg()[0]:.1f}"
+        load = os.getloadavg()[0]
+        note = f"thread time, rounds={options.rounds} of calls, {options.steps} of steps, load_after={load:.1f}"
         made += [*_records(rows, note), *_step_records(shares, note)]
     if options.out:
         record.write(options.out, made)
