@@ -118,7 +118,7 @@ def _plan(op: str, module: str = "plan"):
 
 
 def _adapter_planes():
-    return mock.patch.object(_plan("routed_adapter", "weights"), "count_splits", return_value=3)
+    return mock.patch.object(_plan("routed_adapter", "weights"), "count_splits", return_value=12)
 
 
 def _lora_planes():

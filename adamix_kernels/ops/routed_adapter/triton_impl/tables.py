@@ -59,15 +59,17 @@ def config(kernel: str, capability: int, itemsize: int, width: int) -> Config:
 def row_tile(kernel: str, capability: int, itemsize: int, width: int, hidden: int, stays: bool) -> tuple[Config, bool]:
     """The block sizes of a kernel that reads rows of `hidden` features twice, and whether they stay on the chip.
 
-    stays: whether the second read is of the same rows as the first. A measured table goes first.
+    stays: whether the second read is of the same rows as the first. A measured table goes first: with a tile whose rows
+    fit in registers where they stay, with any other where they do not.
     """
-    stays = stays and KEEPS
-    tile = tuned(kernel, capability, itemsize, width)
-    if tile is not None:
-        fits = itemsize == 2 and width <= 64 and hidden % tile.cols == 0 and _registers(tile, hidden) <= 128
-        return tile, stays and fits
-    kept = kept_tile(capability, itemsize, width, hidden) if stays else None
-    return (config(kernel, capability, itemsize, width), False) if kept is None else (kept, True)
+    if stays and KEEPS:
+        tile = tuned(kernel, capability, itemsize, width)
+        fits = itemsize == 2 and width <= 64 and hidden > 0
+        if tile is None or hidden % tile.cols or _registers(tile, hidden) > 128 or not fits:
+            tile = kept_tile(capability, itemsize, width, hidden)
+        if tile is not None:
+            return tile, True
+    return config(kernel, capability, itemsize, width), False
 
 
 def kept_tile(capability: int, itemsize: int, width: int, hidden: int) -> Config | None:
@@ -76,7 +78,7 @@ def kept_tile(capability: int, itemsize: int, width: int, hidden: int) -> Config
     A thread holds at most 128 registers of them, half of what it has; four warps are two programs on a multiprocessor.
     Tall tiles suit wide banks, as every program reads the whole bank through L2, and need much shared memory.
     """
-    if itemsize != 2 or width > 64 or hidden % 64:
+    if itemsize != 2 or width > 64 or hidden % 64 or not hidden:
         return None
     much = 90 <= capability < 120
     cols = next(c for c in (256 if much and width <= 32 else 128, 128, 64) if hidden % c == 0)
