@@ -174,14 +174,16 @@ def _expand_spoilt(
         for inner in range(0, BLOCK_C, 16):
             c = start + inner + tl.arange(0, 16)
             inside = (c < C)[None, :]
-            w = tl.load(columns[:, None] + c[None, :] * FEATURE, mask=live[:, None] & inside, other=0.0).to(DOT)
-            y = tl.dot(t, w, input_precision=PRECISION)
-            mask = valid[:, None] & inside & (y != y)
+            y = tl.zeros([BLOCK_M, 16], tl.float32)
+            spoilt = y != y
             for own in range(M):
                 w = tl.load(
                     columns[:, None] + c[None, :] * FEATURE, mask=(live & (m == own))[:, None] & inside, other=0.0
                 ).to(DOT)
-                y = tl.where((expert == own)[:, None], tl.dot(t, w, input_precision=PRECISION), y)
+                part = tl.dot(t, w, input_precision=PRECISION)
+                spoilt = spoilt | (part != part)
+                y = tl.where((expert == own)[:, None], part, y)
+            mask = valid[:, None] & inside & spoilt
             y *= scale
             if base_ptrs is not None:
                 y += tl.load(base_ptrs[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
