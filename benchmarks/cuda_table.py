@@ -23,8 +23,8 @@ _FROM = {
     "routed_lora_input_grad_mma_kernel": 75,
     "routed_lora_weight_grad_mma_kernel": 75,
 }
-# Bytes of spill stores that a kernel may show from sm_100 on: it keeps to 128 registers a thread, so that 16 warps run on
-# a multiprocessor. Up to sm_90 these spill nothing.
+# Bytes of spill stores that a kernel may show from sm_100 on: it keeps to 128 registers a thread, so that 16 warps run
+# on a multiprocessor. Up to sm_90 these spill nothing.
 _MAY_SPILL = {"routed_lora_forward_mma_kernel": 80, "routed_lora_input_grad_mma_kernel": 60}
 
 
