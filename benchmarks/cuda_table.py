@@ -25,6 +25,9 @@ _FROM = {
     "routed_lora_input_grad_mma_kernel": 75,
     "routed_lora_weight_grad_mma_kernel": 75,
 }
+# Bytes of spill stores that a kernel may show from sm_100 on: it keeps to 128 registers a thread, so that 16 warps run
+# on a multiprocessor. Up to sm_90 these spill nothing.
+_MAY_SPILL = {"routed_lora_forward_mma_kernel": 80, "routed_lora_input_grad_mma_kernel": 60}
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ def problems(rows: Sequence[Row]) -> list[str]:
     found = []
     products = {row.name for row in rows if row.mma}
     for row in rows:
-        if row.spill_stores or row.spill_loads:
+        most = _MAY_SPILL.get(row.name, 0) if row.target >= 100 else 0
+        if row.spill_stores > most or (row.spill_loads and not most):
             found.append(f"{row}: {row.spill_stores} B of spill stores, {row.spill_loads} B of spill loads")
         if row.shared_bytes > _STATIC_SHARED_LIMIT:
             found.append(f"{row}: {row.shared_bytes} B of static shared memory, {_STATIC_SHARED_LIMIT} at most")

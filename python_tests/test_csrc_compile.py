@@ -184,6 +184,14 @@ def test_a_broken_limit_is_named(change, words):
     assert "a_kernel<half 16> on sm_" in found
 
 
+def test_what_keeps_to_128_registers_may_spill_a_little_on_new_gpus():
+    row = replace(GOOD, kernel="routed_lora_forward_mma_kernel<half 2>", target=100, spill_stores=80, spill_loads=96)
+    assert problems([row]) == []
+    assert "84 B of spill stores" in problems([replace(row, spill_stores=84)])[0]
+    assert "80 B of spill stores" in problems([replace(row, target=90)])[0]
+    assert "80 B of spill stores" in problems([replace(row, kernel="a_kernel<half 2>")])[0]
+
+
 def test_a_row_too_many_too_few_or_stale_is_named():
     other = replace(GOOD, target=80)
     assert differences([GOOD, other], [other, GOOD]) == []
