@@ -184,6 +184,13 @@ def test_a_broken_limit_is_named(change, words):
     assert "a_kernel<half 16> on sm_" in found
 
 
+def test_some_kernels_may_spill_a_little():
+    kernel = "routed_adapter_one_pass_kernel<half true>"
+    assert problems([replace(GOOD, kernel=kernel, spill_stores=100, spill_loads=512)]) == []
+    (found,) = problems([replace(GOOD, kernel=kernel, spill_loads=513)])
+    assert "513 B of spill loads" in found
+
+
 def test_a_row_too_many_too_few_or_stale_is_named():
     other = replace(GOOD, target=80)
     assert differences([GOOD, other], [other, GOOD]) == []
