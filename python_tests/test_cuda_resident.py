@@ -40,10 +40,10 @@ def check(tensors, indices, residual="input", activation="gelu"):
     assert_in_budget(*runs, *(t for t in tensors if t is not None), multiple=2.0)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("case", TILES | ONE_PASS)
-def test_every_tile(case, dtype):
-    check(*draw_adapter(DEVICE, dtype, *(TILES | ONE_PASS)[case]))
+@pytest.mark.parametrize("number", range(len(TILES | ONE_PASS)), ids=list(TILES | ONE_PASS))
+def test_every_tile(number):
+    case = list((TILES | ONE_PASS).values())[number]
+    check(*draw_adapter(DEVICE, HALVES[number % 2], *case))
 
 
 @pytest.mark.parametrize("residual", ["none", "other"])
@@ -85,9 +85,7 @@ def test_only_what_is_needed_is_computed_with_the_same_bits(needs):
 
 
 @pytest.mark.skipif(not ON_HOST, reason="a GPU orders its threads itself, and has the clusters it has")
-@pytest.mark.parametrize(
-    "setting", [("ADAMIX_HOST_ORDER", "reverse"), ("ADAMIX_HOST_ORDER", "2"), ("ADAMIX_HOST_MULTIPROCESSORS", "4")]
-)
+@pytest.mark.parametrize("setting", [("ADAMIX_HOST_ORDER", "reverse"), ("ADAMIX_HOST_ORDER", "2")])
 def test_the_same_bits_in_any_order(setting, monkeypatch):
     (x, *banks, dy), indices = draw_adapter(DEVICE, torch.bfloat16, *ONE_PASS["many samples a block"])
     want = backward(x, banks, dy, indices)

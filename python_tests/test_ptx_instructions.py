@@ -218,6 +218,22 @@ def test_mma_is_the_product():
     assert torch.equal(out, 1 + given[4 * (2 * t) + q // 2])
 
 
+def test_movmatrix_turns_a_tile():
+    """Lane 4 i + t has columns 2 t and 2 t + 1 of row i, then rows 2 t and 2 t + 1 of column i."""
+    given = torch.arange(32, dtype=torch.int32)
+    body = """
+	shl.b32 	%r10, %r2, 17;
+	shl.b32 	%r11, %r2, 1;
+	or.b32 	%r10, %r10, %r11;
+	or.b32 	%r10, %r10, 65536;
+	movmatrix.sync.aligned.m8n8.trans.b16 	%r3, %r10;
+"""
+    out, outcome = run(body, given)
+    tile = torch.arange(64, dtype=torch.int32).view(8, 8).T.reshape(32, 2)
+    assert outcome.reports == []
+    assert torch.equal(out, tile[:, 0] | tile[:, 1] << 16)
+
+
 def test_half_a_number_rounds_once():
     """A double halfway between two bfloat16 by its float32 alone."""
     given = torch.zeros(32)

@@ -62,7 +62,8 @@ ADAMIX_DEVICE void cluster_store(float* at, int rank, float value) {
 #endif
 }
 
-// Where the cluster's block `rank` has what this block has at `at`, in shared memory. A barrier stands before it is read.
+// Where the cluster's block `rank` has what this block has at `at`, in shared memory. A barrier stands before it is
+// read.
 template <typename Value>
 ADAMIX_DEVICE Value* cluster_at(Value* at, int rank) {
 #if defined(ADAMIX_HOST)

@@ -192,8 +192,8 @@ ADAMIX_DEVICE void load_turned(uint32_t (&words)[4], const T* base, int row0, in
   }
 #elif ADAMIX_ARCH >= 750
   int w = threadIdx.x % 32 / 8;
-  const T* from = base + at(row0 + 8 * (w >> RowBit & 1) + static_cast<int>(threadIdx.x) % 8,
-                            col0 / 8 + (w >> (1 - RowBit) & 1));
+  const T* from =
+      base + at(row0 + 8 * (w >> RowBit & 1) + static_cast<int>(threadIdx.x) % 8, col0 / 8 + (w >> (1 - RowBit) & 1));
   uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(from));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])

@@ -9,7 +9,7 @@
 
 namespace adamix {
 
-constexpr int kPassCols = 64;     // of a warp
+constexpr int kPassCols = 64;      // of a warp
 constexpr int kPassThreads = 512;  // at most, of a block
 constexpr int kPassSumThreads = 256;
 constexpr int kPassSumParts = 4;  // of the planes, summed side by side
@@ -38,7 +38,7 @@ struct RoutedAdapterPassSum {
   const float* planes;
   const int* experts;
   int64_t planes_size;
-  int blocks, slots;      // of the first launch
+  int blocks, slots;  // of the first launch
   int hidden, rank;
   int down_jobs, chunks;  // blocks of this launch for the down side, and for an expert
   T *down_weight, *down_bias, *up_weight, *up_bias;

@@ -19,8 +19,8 @@ struct PassBlock {
   T* stages;  // the warp's
   int warp, lane, warps, col0;
   PassSums of_down, of_up;
-  float up_bias[2][8];  // of the lane's columns
-  float down_bias[2];   // of the lane's two ranks, in the first 128 threads
+  float up_bias[2][8];   // of the lane's columns
+  float down_bias[2];    // of the lane's two ranks, in the first 128 threads
   int down_now, up_now;  // whose sums are held
 
   ADAMIX_DEVICE PassBlock(const RoutedAdapterOnePass<T>& params, const PassMemory<T>& shared)
@@ -124,8 +124,8 @@ struct PassBlock {
       uint32_t dpre = 0, h = 0;  // rows and ranks that are not there: whatever the sums
       if (own) {
         float pre_low = low_of<T>(pre), pre_high = high_of<T>(pre);
-        dpre = word_of<T>(low * activation_slope(p.activation, pre_low),
-                          high * activation_slope(p.activation, pre_high));
+        dpre =
+            word_of<T>(low * activation_slope(p.activation, pre_low), high * activation_slope(p.activation, pre_high));
         h = word_of<T>(activate(p.activation, pre_low), activate(p.activation, pre_high));
         down_bias[0] += low_of<T>(dpre), down_bias[1] += high_of<T>(dpre);
       }

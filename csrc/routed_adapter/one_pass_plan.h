@@ -9,7 +9,7 @@ namespace adamix {
 struct PassPlan {
   int blocks, tiles, tiles_a_block, tiles_a_sample, slots;
   int cluster;  // blocks that join their sums, where a device can
-  bool keeps;  // the weights, in shared memory
+  bool keeps;   // the weights, in shared memory
   int64_t planes_size;
   // Floats of all planes, and of the numbers of their experts behind them.
   int64_t planes() const { return static_cast<int64_t>(blocks) * 2 * slots * planes_size; }
@@ -35,7 +35,8 @@ PassPlan pass_plan(int64_t batch, int64_t tokens, int64_t hidden, int64_t rank, 
   plan.tiles_a_sample = static_cast<int>((tokens + kFragmentRows - 1) / kFragmentRows);
   int64_t tiles = batch * plan.tiles_a_sample;
   int64_t a_block = (tiles + device.multiprocessors - 1) / device.multiprocessors;
-  int64_t samples = plan.tiles_a_sample % a_block == 0 ? 1 : (a_block + plan.tiles_a_sample - 2) / plan.tiles_a_sample + 1;
+  int64_t samples =
+      plan.tiles_a_sample % a_block == 0 ? 1 : (a_block + plan.tiles_a_sample - 2) / plan.tiles_a_sample + 1;
   int64_t experts = down.experts > up.experts ? down.experts : up.experts;
   plan.tiles = static_cast<int>(tiles);
   plan.tiles_a_block = static_cast<int>(a_block);

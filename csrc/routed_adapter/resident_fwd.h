@@ -7,8 +7,7 @@
 namespace adamix {
 
 template <typename T, int Groups, int Chunks, int Steps>
-__global__ void __launch_bounds__(kResidentThreads)
-    routed_adapter_resident_forward_kernel(RoutedAdapterForward<T> p) {
+__global__ void __launch_bounds__(kResidentThreads) routed_adapter_resident_forward_kernel(RoutedAdapterForward<T> p) {
   if constexpr (kHasFragments<T>) {
     SharedMemory shared;
     ResidentMemory<T, Groups> memory(shared, blockDim.x / 32, p.rank);

@@ -26,7 +26,8 @@ ResidentShape resident_shape(int64_t rows, int cols, int ranks, const Device& de
   auto fits = [&](ResidentShape shape) {
     int part = shape.chunks * kFragmentCols;
     return cols > 0 && cols % part == 0 && cols / part <= kMost &&
-           static_cast<size_t>(shape.warps(cols) * shape.groups) * 1024 + 16384 <= static_cast<size_t>(device.shared_bytes);
+           static_cast<size_t>(shape.warps(cols) * shape.groups) * 1024 + 16384 <=
+               static_cast<size_t>(device.shared_bytes);
   };
   ResidentShape few{1, 8, one_step ? 1 : 4}, usual{2, 4, 1}, many{4, 2, 4};
   int64_t a_multiprocessor = rows / device.multiprocessors;

@@ -1,8 +1,9 @@
 // Both products of a tile of rows that stays in registers: it is read once, and what is made of it written once.
 //
 // A warp has the same columns of every row of the tile. narrow = tile A^T is summed over the warps through shared
-// memory; out = tile + narrow' B then needs no other columns of the tile than the warp's own. A tile that several experts
-// serve is multiplied by each of them, and every row keeps its own expert's result: a mask, where a gate could stand.
+// memory; out = tile + narrow' B then needs no other columns of the tile than the warp's own. A tile that several
+// experts serve is multiplied by each of them, and every row keeps its own expert's result: a mask, where a gate could
+// stand.
 #pragma once
 
 #include "common/fragments.h"

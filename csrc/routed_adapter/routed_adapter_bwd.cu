@@ -99,7 +99,7 @@ ADAMIX_INSTANTIATE(half)
 ADAMIX_INSTANTIATE(bfloat16)
 #undef ADAMIX_INSTANTIATE
 
-#define ADAMIX_INSTANTIATE(T, Groups, Chunks, Steps)                                               \
+#define ADAMIX_INSTANTIATE(T, Groups, Chunks, Steps)                                            \
   template __global__ void routed_adapter_resident_input_grad_kernel<T, Groups, Chunks, Steps>( \
       RoutedAdapterInputGrad<T>);
 ADAMIX_RESIDENT_SHAPES(ADAMIX_INSTANTIATE, half)

@@ -89,8 +89,8 @@ template <typename T>
 bool launch_resident_forward(const RoutedAdapterForward<T>& params, const Device& device) {
   if constexpr (kFragmentsFrom<T> > 0) {
     bool aligned = params.x.aligned && params.down_aligned && params.out_aligned &&
-                   (params.residual.data == nullptr || params.residual.aligned) &&
-                   is_multiple(params.up_weight, 8) && (params.up_bias == nullptr || is_multiple(params.up_bias, 16));
+                   (params.residual.data == nullptr || params.residual.aligned) && is_multiple(params.up_weight, 8) &&
+                   (params.up_bias == nullptr || is_multiple(params.up_bias, 16));
     if (!aligned || params.hidden != params.out_features) return false;
     ResidentShape shape = resident_shape<T>(params.rows, params.hidden, params.rank, device);
     if (shape.groups == 0) return false;

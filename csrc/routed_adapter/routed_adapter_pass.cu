@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(kPassSumThreads) routed_adapter_pass_sum_kerne
   }
 }
 
-#define ADAMIX_INSTANTIATE(T)                                                         \
-  template __global__ void routed_adapter_one_pass_kernel<T, true>(RoutedAdapterOnePass<T>); \
+#define ADAMIX_INSTANTIATE(T)                                                                 \
+  template __global__ void routed_adapter_one_pass_kernel<T, true>(RoutedAdapterOnePass<T>);  \
   template __global__ void routed_adapter_one_pass_kernel<T, false>(RoutedAdapterOnePass<T>); \
   template __global__ void routed_adapter_pass_sum_kernel<T>(RoutedAdapterPassSum<T>);
 ADAMIX_INSTANTIATE(half)
@@ -82,8 +82,7 @@ void launch_routed_adapter_one_pass(const RoutedAdapterOnePass<T>& params, int b
                                     const Device& device) {
   int warps = params.hidden / kPassCols;
   auto kernel = keeps ? routed_adapter_one_pass_kernel<T, true> : routed_adapter_one_pass_kernel<T, false>;
-  Shape shape{dim3(blocks), warps * 32,
-              shared_bytes<PassMemory<T>>(warps, params.slots, params.tiles_a_block, keeps)};
+  Shape shape{dim3(blocks), warps * 32, shared_bytes<PassMemory<T>>(warps, params.slots, params.tiles_a_block, keeps)};
   const void* any = reinterpret_cast<const void*>(kernel);
   shape.cluster = cluster;
   if (cluster > 1) {
@@ -112,8 +111,8 @@ void launch_routed_adapter_pass_sum(RoutedAdapterPassSum<T> params, int down_exp
          {dim3(params.down_jobs + up_experts * params.chunks), kPassSumThreads, bytes}, device, params);
 }
 
-#define ADAMIX_INSTANTIATE(T)                                                                          \
-  template void launch_routed_adapter_one_pass(const RoutedAdapterOnePass<T>&, int, int, bool, const Device&);   \
+#define ADAMIX_INSTANTIATE(T)                                                                                  \
+  template void launch_routed_adapter_one_pass(const RoutedAdapterOnePass<T>&, int, int, bool, const Device&); \
   template void launch_routed_adapter_pass_sum(RoutedAdapterPassSum<T>, int, int, const Device&);
 ADAMIX_INSTANTIATE(half)
 ADAMIX_INSTANTIATE(bfloat16)

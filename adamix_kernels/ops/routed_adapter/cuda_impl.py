@@ -1,4 +1,7 @@
-"""C++/CUDA backend of the routed adapter: csrc/routed_adapter. One launch forward, at most three backward."""
+"""C++/CUDA backend of the routed adapter: csrc/routed_adapter. One launch forward, two or three backward.
+
+16-bit rows that begin at multiples of 16 bytes may be added up in another order than the same rows elsewhere.
+"""
 
 from __future__ import annotations
 
