@@ -44,10 +44,17 @@ struct alignas(8) TwoWords {
   uint32_t at[2];
 };
 
-// One store of 16 bytes.
+// One store of 16 bytes to global memory.
 template <typename T>
 ADAMIX_DEVICE void store_words(T* to, const Words& words) {
-  *reinterpret_cast<uint4*>(to) = uint4{words.at[0], words.at[1], words.at[2], words.at[3]};
+#if ADAMIX_ARCH > 0
+  // Left to itself, the compiler takes some of them apart.
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.at[0]),
+               "r"(words.at[1]), "r"(words.at[2]), "r"(words.at[3])
+               : "memory");
+#else
+  *reinterpret_cast<Words*>(to) = words;
+#endif
 }
 
 ADAMIX_DEVICE int fragment_row() { return threadIdx.x % 32 / 4; }
