@@ -1,7 +1,7 @@
 """Guard bands around everything that is allocated, NaN inside: what is written beside a tensor, or not at all, shows.
 
-PyTorch's own allocations, `aten::empty` and `aten::empty_like`, are replaced while `Guards` is entered: what Python code
-and the C++ library allocate through the dispatcher alike gets a band on either side. For the child process of a
+PyTorch's own allocations, `aten::empty` and `aten::empty_like`, are replaced while `Guards` is entered: what Python
+code and the C++ library allocate through the dispatcher alike gets a band on either side. For the child process of a
 verification, and tests.
 """
 
