@@ -2,7 +2,8 @@
 
 machine.py says what a verdict is about, cases.py what is run, checks.py and guards.py what must hold, child.py where it
 runs, prover.py with what limits, verdicts.py where verdicts are kept, table.py what is preferred, ranks.py how
-processes agree, timing.py what ADAMIX_AUTO=time does. Only this file changes what "auto" takes.
+processes agree, proof.py what ADAMIX_AUTO asks for, timing.py what ADAMIX_AUTO=time does. Only this file changes what
+"auto" takes.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ from .._backends import BackendState
 from ..ops._direct import traced
 from . import prover, ranks, table
 from .machine import DTYPES, KERNELS, Job, Machine, jobs
-from .timing import fastest
-from .verdicts import CRASHED, RIGHT, UNKNOWN, WRONG, Store, Verdict, known, unknown
+from .proof import VARIABLE, Proof
+from .proof import mode as mode
+from .verdicts import CRASHED, UNKNOWN, WRONG, Store, Verdict, unknown
 
 __all__ = ["Report", "Verdict", "backends", "verify"]
 
-MODES = ("off", "table", "verify", "time")
-VARIABLE = "ADAMIX_AUTO"
 # Python that was forked has half of its parent's CUDA, and verifies nothing.
 _forked = False
 _told: set[str] = set()
@@ -179,7 +179,7 @@ def settle(
             return Report(tuple(verdicts), chosen, str(error), time.monotonic() - began)
         asked = [job for job in given if _problem(job, machine) is None]
         asked = table.jobs_of(machine, asked) if preferred_only else asked
-        prove = _Proof(machine, store or Store(), seconds, one_case, again, preferred_only, progress)
+        prove = Proof(machine, store or Store(), seconds, one_case, again, preferred_only, progress)
         found = prove(asked) if together is None else together.verdicts(machine, asked, seconds, prove)
         keys = dict.fromkeys((job.op, job.dtype, job.shape) for job in given)
         mine: ranks.Choices = {key: table.REFERENCE for key in keys}
@@ -205,64 +205,6 @@ def settle(
     return Report(tuple(verdicts), chosen, None, time.monotonic() - began)
 
 
-@dataclass(frozen=True)
-class _Proof:
-    """Jobs -> their verdicts, as ADAMIX_AUTO says."""
-
-    machine: Machine
-    store: Store
-    seconds: float
-    one_case: float
-    again: bool
-    one_is_enough: bool
-    progress: prover.Progress
-
-    def __call__(self, wanted: Sequence[Job]) -> list[Verdict]:
-        deadline = time.monotonic() + self.seconds
-        left = sorted(wanted, key=lambda job: table.place(self.machine, job))
-        found: list[Verdict] = []
-        while left:
-            now = (
-                list({(job.op, job.dtype, job.shape): job for job in reversed(left)}.values())
-                if self.one_is_enough
-                else left
-            )
-            made = self._verdicts(now, max(0.0, deadline - time.monotonic()))
-            found += made
-            settled = {verdict.job[:1] + verdict.job[2:] for verdict in made if verdict.state == RIGHT}
-            left = [job for job in left if job not in now and job[:1] + job[2:] not in settled]
-        return found
-
-    def _verdicts(self, wanted: Sequence[Job], seconds: float) -> list[Verdict]:
-        how = mode()
-        if how in ("verify", "time"):
-            found = prover.prove(wanted, self.machine, self.store, seconds, self.one_case, self.again, self.progress)
-            return list(found.values())
-        old = known(self.store, list(wanted), self.machine) if how == "table" else {}
-        return [old.get(job) or unknown(job, self.machine, f"{VARIABLE}={how}") for job in wanted]
-
-    def faster(self, found: Sequence[Verdict]) -> dict[tuple[str, str, str], str]:
-        """ADAMIX_AUTO=time: (op, dtype, shape class) -> the faster of what is right and the reference, which may be the
-        table's choice. Processes that choose together do not time: each would find something else."""
-        if mode() != "time":
-            return {}
-        right: dict[tuple[str, str, str], list[str]] = {}
-        for verdict in found:
-            if verdict.state == RIGHT:
-                right.setdefault((verdict.op, verdict.dtype, verdict.shape), []).append(verdict.backend)
-        firsts = table.choices(self.machine, found)
-        contests = [
-            Job(op, "+".join((*sorted(names), table.REFERENCE)), dtype, shape)
-            for (op, dtype, shape), names in right.items()
-        ]
-        times = prover.times(contests, self.machine, self.store, self.seconds, self.again)
-        made = {}
-        for job, by_backend in times.items():
-            key = job.op, job.dtype, job.shape
-            made[key] = fastest(firsts[key], by_backend)
-        return made
-
-
 def backends() -> dict[str, BackendState]:
     """The state of every backend: name -> BackendState(usable, ops, reason, verdicts).
 
@@ -284,14 +226,6 @@ def backends() -> dict[str, BackendState]:
             )
             made[name] = dataclasses.replace(made[name], verdicts=found)
     return made
-
-
-def mode() -> str:
-    """ADAMIX_AUTO; ValueError for a word that it has not."""
-    found = os.environ.get(VARIABLE) or "verify"
-    if found not in MODES:
-        raise ValueError(f"{VARIABLE}: got {found!r}, expected one of {', '.join(MODES)}")
-    return found
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -76,8 +76,10 @@ def prove(
             with ThreadPoolExecutor(count) as pool:
                 parts = (left[n::count] for n in range(count))
                 try:
-                    for part in pool.map(lambda part: _in_turn(part, machine, store, deadline, one_case, bar), parts):
-                        found |= part
+                    # As they end: an error of one must not wait for the others.
+                    running = [pool.submit(_in_turn, p, machine, store, deadline, one_case, bar) for p in parts]
+                    for ended in as_completed(running):
+                        found |= ended.result()
                 except BaseException:  # Ctrl-C, too: the threads end with their processes
                     bar.stop()
                     raise
