@@ -16,9 +16,9 @@ TABLE = Path(__file__).parent / "results" / "aot.csv"
 SHARED_LIMITS = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 # 32-bit registers of a multiprocessor, which a block can have all of.
 REGISTERS = 65_536
-# Registers of a thread that may be spilled (96 bytes, which stay in L1): a few cost less than the blocks on a
+# Registers of a thread that may be spilled (160 bytes, which stay in L1): a few cost less than the blocks on a
 # multiprocessor that a smaller tile or a higher limit of registers would.
-SPILLS = 24
+SPILLS = 40
 
 
 class Multiprocessor(NamedTuple):

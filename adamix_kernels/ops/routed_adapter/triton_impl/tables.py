@@ -40,8 +40,9 @@ _WEIGHT_ASYNC = _WEIGHT | {(2, 16): Config(64, 128, 4, 3), (2, 32): Config(64, 1
 # Tensor memory takes its own registers to read.
 _TILE_100 = _TILE | {(2, 64): Config(64, 64, 8, 3)}
 _WEIGHT_100 = _WEIGHT_ASYNC | {(4, 128): Config(16, 64, 8, 2)}
-# Steps that the second loop over the features loads ahead, where the first one's are the table's stages.
-EXPAND_AHEAD = 2
+# Steps that the second loop over the features loads ahead, where the first one's are the table's stages; the widest
+# banks have neither registers nor shared memory for one.
+EXPAND_AHEAD, EXPAND_WIDTH = 2, 128
 # Tuples of tiles: Triton 3.3.
 KEEPS = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 3)
 TABLES = {
@@ -107,7 +108,7 @@ def tile_options(tile: Config, keep: bool, itemsize: int, width: int, masked: bo
     return dict(
         ROWS=tile.rows,
         COLS=tile.cols,
-        AHEAD=tile.num_stages - 1 if keep else EXPAND_AHEAD,
+        AHEAD=tile.num_stages - 1 if keep else EXPAND_AHEAD if width <= EXPAND_WIDTH else 1,
         KEEP=keep,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
