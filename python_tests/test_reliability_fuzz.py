@@ -100,12 +100,12 @@ def test_a_module_off_its_definition_is_found(monkeypatch):
 
 
 def test_an_expert_other_than_the_drawn_one_is_found(monkeypatch):
-    real = adapter_module.routed_adapter
+    real = adapter_module.routed_by_pass
 
-    def wrong(x, wd, bd, wu, bu, down_index, up_index, **options):
-        return real(x, wd, bd, wu, bu, None if down_index is None else down_index * 0, up_index, **options)
+    def wrong(x, wd, bd, wu, bu, down_index, *rest):
+        return real(x, wd, bd, wu, bu, None if down_index is None else down_index * 0, *rest)
 
-    monkeypatch.setattr(adapter_module, "routed_adapter", wrong)
+    monkeypatch.setattr(adapter_module, "routed_by_pass", wrong)
     assert "RoutedAdapter" in _found_in(modules.layers, modules.check_layer)
 
 

@@ -68,7 +68,7 @@ def unexpected(wheel: Path, checkout: Path) -> list[str]:
     package = checkout / "adamix_kernels"
     data = {
         path
-        for pattern in ("*.py", "py.typed", "tasks/data/*.tsv", "recipes/configs/*.json")
+        for pattern in ("*.py", "py.typed", "tasks/data/*.tsv", "recipes/configs/*.json", "verifying/preferences.json")
         for path in package.rglob(pattern)
     }
     wanted = {path.relative_to(checkout).as_posix() for path in data}
