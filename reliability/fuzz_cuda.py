@@ -24,6 +24,8 @@ KERNELS = {
     "routed_adapter_input_grad": "routed_adapter_input_grad_kernel",
     "routed_adapter_weight_grad": "routed_adapter_weight_grad_kernel",
     "routed_adapter_plane_sum": "plane_sum_kernel",
+    "routed_adapter_one_pass": "routed_adapter_one_pass_kernel",
+    "routed_adapter_pass_sum": "routed_adapter_pass_sum_kernel",
     "routed_lora_forward": "routed_lora_forward_kernel",
     "routed_lora_input_grad": "routed_lora_input_grad_kernel",
     "routed_lora_weight_grad": "routed_lora_weight_grad_kernel",
@@ -87,6 +89,11 @@ def groups() -> list[Group]:
     pieces = Sizes(features=9, rank=6)
     return [
         Group("routed_adapter", adapters.routed_adapter_cases(dtypes, sizes), adapter),
+        Group(
+            "routed_adapter, rows on the chip",
+            adapters.routed_adapter_cases(dtypes[1:], Sizes(batch=2, tokens=9), whole=True),
+            ("routed_adapter_one_pass_kernel", "routed_adapter_pass_sum_kernel"),
+        ),
         Group("routed_lora", loras.routed_lora_cases(dtypes, sizes), lora),
         Group("routed_lora, pieces", loras.routed_lora_cases(dtypes[1:], pieces, whole=True), lora_pieces),
         Group(

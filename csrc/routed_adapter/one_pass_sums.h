@@ -116,13 +116,13 @@ struct PassWeights {
   ADAMIX_DEVICE void get(uint32_t (&w)[4][2], const ResidentBank<T>& bank, int c, int col0) const {
     if constexpr (!Keeps) {
       load(w, bank, c, col0);
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      Words words = kept[(2 * c + u) * 32 + threadIdx.x % 32];
+      for (int u = 0; u < 2; ++u) {
+        Words words = kept[(2 * c + u) * 32 + threadIdx.x % 32];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) w[k][u] = words.at[k];
+        for (int k = 0; k < 4; ++k) w[k][u] = words.at[k];
+      }
     }
   }
 };
