@@ -31,7 +31,6 @@ class DropoutMask {
   struct EightColumns {
     uint32_t at[8];
     ADAMIX_DEVICE explicit EightColumns(int first) {
-#pragma unroll
       for (int e = 0; e < 8; ++e) at[e] = of_column(first + e);
     }
   };
@@ -43,7 +42,6 @@ class DropoutMask {
   // Eight 16-bit elements of a row, zero in the place of each that is dropped; not scaled.
   ADAMIX_DEVICE uint4 kept(uint4 piece, const RowKeys& row, const EightColumns& columns) const {
     uint32_t* const words[4] = {&piece.x, &piece.y, &piece.z, &piece.w};
-#pragma unroll
     for (int e = 0; e < 8; ++e) {
       if (row.factor * columns.at[e] + row.offset < threshold_) *words[e / 2] &= e % 2 == 0 ? 0xffff0000u : 0xffffu;
     }

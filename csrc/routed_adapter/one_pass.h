@@ -5,7 +5,11 @@
 #pragma once
 
 #include "common/activation.h"
-#include "routed_adapter/resident_tile.h"
+#include "common/divisor.h"
+#include "common/fragment_shape.h"
+#include "common/launch.h"
+#include "common/rows.h"
+#include "common/shared_memory.h"
 
 namespace adamix {
 

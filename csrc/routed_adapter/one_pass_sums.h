@@ -4,6 +4,7 @@
 #include "common/cluster.h"
 #include "common/copy.h"
 #include "routed_adapter/one_pass.h"
+#include "routed_adapter/resident_tile.h"
 
 namespace adamix {
 

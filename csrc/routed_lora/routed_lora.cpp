@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "common/checks.h"
-#include "common/fragments.h"
+#include "common/fragment_shape.h"
 #include "common/row_shares.h"
 #include "registration.h"
 
