@@ -32,7 +32,7 @@ _FROM = {
 # and how many bytes of spill stores and of spill loads they may show.
 _MAY_SPILL = {
     "routed_adapter_resident_forward_kernel": (70, 1024, 1024),
-    "routed_adapter_resident_input_grad_kernel": (70, 512, 512),
+    "routed_adapter_resident_input_grad_kernel": (70, 640, 640),
     "routed_adapter_one_pass_kernel": (70, 512, 512),
     "routed_lora_forward_mma_kernel": (100, 80, 256),
     "routed_lora_input_grad_mma_kernel": (100, 60, 256),
