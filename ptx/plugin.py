@@ -29,6 +29,7 @@ triton_spy.specialised = HOST.specialised
 # Tests of another subject than what a kernel does: part of a name -> who looks after it.
 OTHER_SUBJECTS = {
     "test_triton_fuzz.py": "python -m ptx.fuzz draws such cases",
+    "test_triton_verify.py": "of the interpreter; test_ptx_verify.py is its twin",
     "any_shape": "python -m ptx.fuzz draws such cases",
     "any_size": "python -m ptx.fuzz draws such cases",
     "no_tensor_value_reaches_python": "nothing is launched",

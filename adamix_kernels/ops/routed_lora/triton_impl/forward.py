@@ -53,7 +53,7 @@ def lora_forward_kernel(
         tl.debug_barrier()
 
     wrong = wrong | wrong_b
-    t = spread(poison(t.to(DOT), wrong), j, RP, B_PADDED, B_MASKED, BLOCK_M)
+    t = poison(spread(t.to(DOT), j, RP, B_PADDED, B_MASKED, BLOCK_M), wrong)
     for g in tl.static_range(GROUPS):
         base_ptrs = None
         if base_ptr is not None:

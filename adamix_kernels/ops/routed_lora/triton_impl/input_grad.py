@@ -62,7 +62,7 @@ def lora_dx_kernel(
         if CHUNKS > 1:
             tl.debug_barrier()
         wrong = wrong | wrong_a
-        dt = spread(poison(dt.to(DOT), wrong), i, RP, A_PADDED, A_MASKED, BLOCK_M)
+        dt = poison(spread(dt.to(DOT), i, RP, A_PADDED, A_MASKED, BLOCK_M), wrong)
         expand(
             dt, dt_ptrs, valid, wrong, i, a_ptr, None, dx_ptr + long * K, key0, key1, threshold, inv_keep,
             tl.program_id(1) * BLOCK_C, tl.num_programs(1) * BLOCK_C, R * K, 0, R, K, 1, K, DROPOUT,
