@@ -8,12 +8,10 @@ goes the usual way, through api.py's checks and the dispatcher. So do all calls 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .. import _auto, _environment
 from .._backends import select
@@ -122,14 +120,3 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """function.apply without the look for transforms, which `may_be_direct` has taken."""
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return apply
-
-
-def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """once_differentiable, which costs nothing where no second derivative is asked for."""
-    guarded = once_differentiable(backward)
-
-    @functools.wraps(backward)
-    def run(ctx: Any, *grads: Any) -> Any:
-        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
-
-    return run

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from .. import _checks
-from .._direct import applied, below_autograd, differentiable_once, may_be_direct, served
+from .._direct import applied, below_autograd, may_be_direct, served
 from .._library import below_autograd as dispatched
+from .._library import once_differentiable
 from .._passes import by_pass
 from .autograd import gradients
 from .op import routed_adapter_backward_op, routed_adapter_op
@@ -108,7 +109,7 @@ class DirectRoutedAdapter(torch.autograd.Function):
         return out
 
     @staticmethod
-    @differentiable_once
+    @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
         if grad_out is None:
             return (None,) * 10
