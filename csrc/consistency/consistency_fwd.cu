@@ -11,12 +11,12 @@ namespace adamix {
 
 template <typename T>
 struct PairTile {
-  Piece<T>* pieces;  // [teams, 2, slots]
-  PairScratch scratch;
+  PairScratch scratch;  // before what is as large as the launch says: its places are constants
+  Piece<T>* pieces;     // [teams, 2, slots]
 
   template <typename Memory>
   ADAMIX_BOTH PairTile(Memory& memory, int teams, int slots)
-      : pieces(memory.template take<Piece<T>>(teams * 2 * slots)), scratch(memory) {}
+      : scratch(memory), pieces(memory.template take<Piece<T>>(teams * 2 * slots)) {}
 };
 
 // A thread's sums, and whether they had to be taken with care. fresh: the tail's are not among them yet.

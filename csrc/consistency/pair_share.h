@@ -61,7 +61,8 @@ struct PairShare {
   ADAMIX_DEVICE bool find(const PairRow<T>& row, int column, float& x, float& y) const {
     int piece = (row.head + column) / kSize, at = piece - first;
     bool own = at >= 0 && at < span.end, behind = tail.end > 0 && at >= held;
-    if (behind ? (at - held) % threads != lane : !own || at % threads != lane) return false;
+    if (!own && !behind) return false;
+    if (((behind ? at - held : at) & (threads - 1)) != lane) return false;  // threads: a power of two
     int e = (row.head + column) % kSize;
     x = to_float(behind ? row.a[column] : a[at].values[e]), y = to_float(behind ? row.b[column] : b[at].values[e]);
     return true;
@@ -70,6 +71,7 @@ struct PairShare {
   // Maxima; those of the tail too where `tails`.
   ADAMIX_DEVICE void tops(const PairRow<T>& row, bool tails, float& top_a, float& top_b) const {
     PieceTop<T> most_a, most_b;
+#pragma unroll 4
     for (int at = lane; at < span.end; at += threads) most_a.add(a[at]), most_b.add(b[at]);
     for (int at = lane; tails && at < tail.end; at += threads) {
       Piece<T> x, y;
@@ -94,7 +96,8 @@ struct PairShare {
           Piece<T> x, y;
           row.read_whole(x, y, held + at);
           rise(x, y);
-          s.template add<false, false>(x, y, totals);
+          s.template add<false, false>(x, y);
+          if (totals) s.add_total(x);
           columns += kSize;
         },
         [&](int at) {
@@ -128,9 +131,9 @@ struct PairShare {
       const Lifted of_a(s.top_a), of_b(s.top_b);
       auto add = [&](const Piece<T>& x, const Piece<T>& y) {
         if constexpr (kLifted) {
-          s.add_lifted(of_a, of_b, x, y, totals);
+          s.add_lifted(of_a, of_b, x, y);
         } else {
-          s.template add<Full, false>(x, y, totals);
+          s.template add<Full, false>(x, y);
         }
       };
       auto lift = [&] {
@@ -139,6 +142,7 @@ struct PairShare {
       auto back = [&] {
         if constexpr (kLifted) s.back(of_a, of_b);
       };
+      auto nothing = [](int) {};
       lift();
       walk(
           span, lane, threads,
@@ -148,6 +152,9 @@ struct PairShare {
             add(x, y);
           },
           back, [&](int at) { edge(a[at], b[at], first + at); });
+      if (totals) {
+        walk(span, lane, threads, [&](int at) { s.add_total(a[at]); }, nothing);
+      }
       if (!tails) return;
       lift();
       walk(
@@ -158,6 +165,16 @@ struct PairShare {
             add(x, y);
           },
           back, tail_edge);
+      if (totals) {
+        walk(
+            behind, lane, threads,
+            [&](int at) {
+              Piece<T> x, y;
+              row.read_whole(x, y, held + at);
+              s.add_total(x);
+            },
+            nothing);
+      }
     }
   }
 
@@ -177,7 +194,7 @@ struct PairShare {
     const LiftedSlopes lifted(slopes);
     auto slope = [&](Piece<T>& x, Piece<T>& y) {
       if constexpr (kLifted) {
-        lifted.piece(x, y);
+        lifted.template piece<true>(x, y);
       } else {
         slopes.template piece<Full, false>(x, y);
       }
@@ -193,14 +210,18 @@ struct PairShare {
         if (at < span.end) edge(a[at], b[at], first + at);
         if (more && at < ahead.end) next.copy(a + at, b + at, first + at);
       };
-      if (da != nullptr && db != nullptr && more) {
+      if (da != nullptr && db != nullptr && more && (!kLifted || lifted.rest == 0.f)) {
         walk(
             both_of(span, ahead), lane, threads,
             [&](int at) {
               Piece<T> x = a[at], y = b[at];
               CopyAhead<T> next_a, next_b;
               next_a.start(from_a + at), next_b.start(from_b + at);
-              slope(x, y);
+              if constexpr (kLifted) {
+                lifted.template piece<false>(x, y);
+              } else {
+                slope(x, y);
+              }
               to_a[at] = x, to_b[at] = y;
               next_a.finish(a + at), next_b.finish(b + at);
             },
