@@ -26,7 +26,7 @@ from benchmarks.aot_table import (
     write,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 IMPLEMENTED = sorted((ROOT / "adamix_kernels" / "ops").glob("*/triton_impl"))
 OPS = [folder.parent.name for folder in IMPLEMENTED]
 TABLE = read(aot_table.TABLE)

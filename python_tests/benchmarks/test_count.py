@@ -15,7 +15,7 @@ from benchmarks import count_beside, count_loops, count_model, count_sass, count
 from benchmarks.count_model import GPUS, Launch
 from benchmarks.count_table import Row
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 H100 = next(gpu for gpu in GPUS if gpu.name == "H100")
 
 

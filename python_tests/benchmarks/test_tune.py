@@ -19,7 +19,7 @@ from adamix_kernels.ops._triton_tables import Config
 from benchmarks import tune
 from benchmarks.tune import ShapeClass, Trial, fastest, installed, table, trials, tune_class, write
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 A, B, C, D = Config(16, 32, 4, 2), Config(32, 64, 4, 3), Config(64, 64, 8, 2), Config(128, 128, 8, 3)
 SHAPE = ShapeClass("adapter_forward_kernel", 2, 16)
 SHIPPED = {80: {(2, 16): A, (2, 32): B}}

@@ -16,7 +16,7 @@ from adamix_kernels import _build
 from benchmarks import cuda_compile, volta_compiler
 from benchmarks.cuda_table import SHAPES, TABLE, Row, differences, problems, read, write
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 SOURCES = [path for path in _build.sources(CSRC) if path.suffix == ".cu"]
 ROWS = read(TABLE)

@@ -19,7 +19,7 @@ from adamix_kernels import __version__, cli, commands, load_adamix, tasks
 from adamix_kernels.commands import _options, bench
 from adamix_kernels.commands import env as commands_env
 
-SCRIPT = Path(__file__).resolve().parent / "launched_cli.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "support" / "launched_cli.py"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 
 from adamix_kernels import AdaMixConfig, adapt, export_adapterhub, merge
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # Folders, joined as in PYTHONPATH, that hold transformers 4.57 and `adapters`.
 FOLDERS = os.environ.get("ADAMIX_ADAPTERS_PATH", str(ROOT / ".venv" / "transformers-4.57")).split(os.pathsep)
 CASES = {
@@ -60,7 +60,7 @@ def logits(tmp_path_factory):
     (folder / "cases.json").write_text(json.dumps(kinds))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(FOLDERS), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("load_with_adapters.py")), str(folder)],
+        [sys.executable, str(ROOT / "python_tests" / "support" / "load_with_adapters.py"), str(folder)],
         capture_output=True, text=True, env=environment, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

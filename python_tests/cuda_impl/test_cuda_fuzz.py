@@ -20,7 +20,7 @@ from reliability.fuzz.case import check
 from reliability.fuzz.run import run_cases
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-_CSRC = Path(__file__).parent.parent / "csrc"
+_CSRC = Path(__file__).parents[2] / "csrc"
 
 
 def test_every_kernel_is_reached_and_holds():

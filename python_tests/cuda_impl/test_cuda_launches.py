@@ -22,7 +22,7 @@ from cuda_losses import gradients, pretend, randn
 from adamix_kernels.functional import adamix_loss, consistency_loss
 from reliability.fuzz_cuda import launch_names
 
-_CSRC = Path(__file__).parent.parent / "csrc"
+_CSRC = Path(__file__).parents[2] / "csrc"
 SHARED, CARVEOUT = 8, 9  # of cudaFuncAttribute
 # Every other call of the CUDA runtime in csrc/: once for a device, a kernel or a failure.
 ONCE = {

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 needs_cuda()
 
-from adapter_cases import SIDES, draw_adapter, run_adapter
+from adapter_cases import ACTIVATIONS, SIDES, by_loop, draw_adapter, index, inputs, run_adapter
 from cuda_probes import captured_graph, count_allocations, far_apart
-from test_routed_adapter import ACTIVATIONS, by_loop, index, inputs
 
 from adamix_kernels import BackendUnavailableError
 from adamix_kernels.functional import routed_adapter

@@ -9,8 +9,8 @@ from cuda_host import DEVICE, needs_cuda
 needs_cuda()
 
 from adapter_cases import draw_adapter, run_adapter
+from cuda_probes import spread
 from plain_lora import draw_lora
-from test_cuda_routed_lora import spread
 
 from adamix_kernels.functional import routed_lora
 

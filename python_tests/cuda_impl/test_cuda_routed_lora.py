@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 needs_cuda()
 
-from cuda_probes import captured_graph, count_allocations, far_apart
+from cuda_probes import captured_graph, count_allocations, far_apart, spread
 from plain_lora import INDEX_KINDS, draw_lora, per_token_lora, run_lora
 
 from adamix_kernels import BackendUnavailableError
@@ -273,11 +273,6 @@ def test_rows_are_shared_out_where_they_are_many():
             raw(tensors, options)
         counts.append(made())
     assert counts == [6, 7]
-
-
-def spread(t):
-    """The same values, no axis contiguous."""
-    return t.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def inside(t):

@@ -3,10 +3,10 @@
 import copy
 
 import pytest
-import test_families as families
 import tiny
+import tiny_families as families
 import torch
-from tiny_training import trainer_for
+from tiny_training import rows_of, trainer_for
 
 from adamix_kernels import AdaMixConfig, adamix_loss, adapt, both_passes, double_batch
 from adamix_kernels.models.prefix import shared_prefix
@@ -74,7 +74,7 @@ def test_the_trainer_shares_by_itself_and_the_run_is_the_same(dropout, tmp_path)
     for share in (False, "auto"):
         model = tiny.tiny_bert(dropout=dropout)
         adapt(model, AdaMixConfig(bottleneck=4, num_experts=3, layers_to_transform=[1], shared_prefix=share))
-        rows = families.rows_of(tiny.batch_for(model, 8))
+        rows = rows_of(tiny.batch_for(model, 8))
         trainer = trainer_for(model, tmp_path / str(share), rows, seed=3, max_steps=3)
         _, seen = rows_seen(model, trainer.train)
         runs.append(([log["loss"] for log in trainer.state.log_history if "cross_entropy" in log], seen))

@@ -13,7 +13,8 @@ from tiny_training import parameters
 from adamix_kernels import load_adamix
 
 TIMEOUT = 300
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
+SUPPORT = ROOT / "python_tests" / "support"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
 COMMANDS = {
     "single": [sys.executable],
@@ -28,14 +29,14 @@ SPLIT += [("fsdp", n) for n in ("bert", "gpt2", "gpt2 checkpointed")]
 def folder(tmp_path_factory):
     """Where every run wrote its results: single0.pt, ddp0.pt, ddp1.pt, fsdp0.pt, fsdp1.pt."""
     folder = tmp_path_factory.mktemp("launch")
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(HERE.parent), str(HERE)]))
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT), str(SUPPORT)]))
     env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     running = {}
     try:
         for mode, command in COMMANDS.items():
             with (folder / f"{mode}.log").open("w") as log:
                 running[mode] = subprocess.Popen(
-                    [*command, str(HERE / "launched.py"), mode, str(folder)], env=env, stdout=log, stderr=log
+                    [*command, str(SUPPORT / "launched.py"), mode, str(folder)], env=env, stdout=log, stderr=log
                 )
         for mode, process in running.items():
             assert process.wait(TIMEOUT) == 0, (folder / f"{mode}.log").read_text()[-4000:]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments):
@@ -16,7 +16,7 @@ def run(*arguments):
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ADAMIX_CUDA_HOST")}
     paths = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, str(ROOT / "python_tests" / "host_calls.py"), *map(str, arguments)],
+        [sys.executable, str(ROOT / "python_tests" / "support" / "host_calls.py"), *map(str, arguments)],
         env={**environment, "PYTHONPATH": paths}, cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr

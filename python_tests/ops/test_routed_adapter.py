@@ -1,11 +1,10 @@
 """routed_adapter on the reference backend, against a loop over samples written here."""
 
-import itertools
-
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from adapter_cases import ACTIVATIONS, by_loop, index, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,43 +12,6 @@ from adamix_kernels.functional import routed_adapter
 from adamix_kernels.testing import assert_in_budget
 
 OP = torch.ops.adamix_kernels.routed_adapter.default
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    None: lambda z: z,
-}
-
-
-def by_loop(x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual=None, activation="gelu"):
-    """Every token by itself, in plain indexing."""
-    batch, tokens, _ = x.shape
-    rows = []
-    for b, s in itertools.product(range(batch), range(tokens)):
-        i, j = (0 if t is None else int(t[b] if t.dim() == 1 else t[b, s]) for t in (down_index, up_index))
-        h = down_weight[i] @ x[b, s] + (0 if down_bias is None else down_bias[i])
-        y = up_weight[j] @ ACTIVATIONS[activation](h) + (0 if up_bias is None else up_bias[j])
-        rows.append(y if residual is None else y + residual[b, s])
-    if not rows:
-        return x.sum() * x.new_zeros(batch, tokens, up_weight.shape[1])
-    return torch.stack(rows).view(batch, tokens, -1)
-
-
-def inputs(batch=4, tokens=3, hidden=5, r=2, down=3, up=1, out=None, bias=True, dtype=torch.double, requires_grad=True):
-    out = out or hidden
-    make = lambda *shape: torch.randn(*shape, dtype=dtype, requires_grad=requires_grad)  # noqa: E731
-    banks = [make(down, r, hidden), make(down, r) if bias else None, make(up, out, r), make(up, out) if bias else None]
-    return make(batch, tokens, hidden), *banks
-
-
-def index(kind, experts, batch=4, tokens=3, dtype=torch.long):
-    if kind is None:
-        return None
-    shape = (batch,) if kind == "sample" else (batch, tokens)
-    return torch.randint(experts, shape, dtype=dtype)
-
-
 CASES = [
     pytest.param(dict(down=3, up=1), "sample", None, id="shared-up"),
     pytest.param(dict(down=1, up=3), None, "sample", id="shared-down"),

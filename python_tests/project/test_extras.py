@@ -19,7 +19,7 @@ from adamix_kernels import _extras
 from adamix_kernels.recipes import libraries
 from adamix_kernels.reports import figures
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # Runs pieces of code where packages are absent, each as if alone, and prints how each ended.
 APART = """
 import contextlib, importlib.abc, importlib.util, io, json, sys

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "adamix_kernels"
+PACKAGE = Path(__file__).parents[2] / "adamix_kernels"
 FILES = sorted(PACKAGE.rglob("*.py"))
 OPS = ("routed_adapter", "routed_lora", "merge", "consistency")
 # A room may import rooms of a lower floor, and its own.

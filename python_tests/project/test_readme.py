@@ -13,7 +13,7 @@ import torch
 
 from adamix_kernels import cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README, CLASSIFICATION, PYTHON = "README.md", "docs/tutorials/classification.md", "docs/tutorials/python.md"
 
 

@@ -4,8 +4,7 @@
 
 import pytest
 import torch
-from ptx_programs import kinds, needs_ptx, run, text
-from test_ptx_instructions import COPY, SWAP
+from ptx_programs import COPY, SWAP, kinds, needs_ptx, run, text
 
 needs_ptx()
 

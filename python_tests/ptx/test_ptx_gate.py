@@ -25,7 +25,7 @@ from ptx.host import Host
 from ptx.program import How
 from ptx.traffic import traffic
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GOOD = {"run": 3, "failed": 0, "variants": 2, "kernels": ["a_kernel"], "left_out": {"for a reason": 4}}
 
 

@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from ptx_programs import needs_ptx, run, text
+from ptx_programs import COPY, SWAP, needs_ptx, run, text
 
 needs_ptx()
 
@@ -158,26 +158,6 @@ def test_lanes_together(case):
     out, outcome = run(body, INTS, torch.zeros(33, dtype=torch.int32))
     assert outcome.reports == []
     assert torch.equal(out[:32], want.int())
-
-
-SWAP = """
-	shl.b32 	%r4, %r1, 2;
-	mov.b32 	%r5, global_smem;
-	add.s32 	%r4, %r4, %r5;
-	st.shared.b32 	[ %r4 + 0 ], %r2;
-	bar.sync 	0;
-	xor.b32 	%r6, %r4, 252;
-	ld.shared.b32 	%r3, [ %r6 + 0 ];
-"""
-COPY = """
-	shl.b32 	%r4, %r1, 2;
-	cp.async.ca.shared.global 	[ %r4 + 0 ], [ %rd4 + 0 ], 0x4;
-	cp.async.commit_group;
-	cp.async.wait_group 	0;
-	bar.sync 	0;
-	xor.b32 	%r6, %r4, 252;
-	ld.shared.b32 	%r3, [ %r6 + 0 ];
-"""
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -9,7 +9,7 @@ from ptx_programs import needs_ptx
 
 needs_ptx()
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import torch, verify_stand_ins
 from adamix_kernels.verifying import Machine
@@ -27,9 +27,10 @@ print("ran", len(host.launches))
 
 def test_compiled_kernels_are_verified_chosen_and_run(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ADAMIX_CUDA_HOST")}
-    environment |= {"ADAMIX_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    places = os.pathsep.join([str(ROOT / "python_tests" / "support"), str(ROOT)])
+    environment |= {"ADAMIX_CACHE": str(tmp_path), "PYTHONPATH": places}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=500, cwd=HERE.parent
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=500, cwd=ROOT
     )
     assert done.stdout.endswith("ran 1\n"), done.stdout + done.stderr
     assert list(tmp_path.glob("verdicts/*.json"))

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "recipe_settings.md"
 CONFIGS = ROOT / "adamix_kernels" / "recipes" / "configs"
 CLAIM = re.compile(r"([\w.-]+), ((?:[\w-]+\.json:\d+(?:, )?)+)")

@@ -22,7 +22,7 @@ from adamix_kernels.recipes.methods import ablations, learning_rate
 from adamix_kernels.recipes.metrics import TOKENS, _caption, label_scores, text_scores
 from adamix_kernels.recipes.summary import group_rows, markdown, write_summary
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GLUE = ("mnli", "qnli", "sst2", "qqp", "mrpc", "cola", "rte", "stsb")
 
 

@@ -15,7 +15,7 @@ from adamix_kernels.recipes.runner import run_identity
 
 pytest.importorskip("sklearn")
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 LAUNCH += ["-m", "adamix_kernels"]
 
@@ -36,7 +36,7 @@ def test_each_row_once_and_one_table(tmp_path, monkeypatch):
     assert (alone["key"], alone["processes"], alone["steps"]) == (next(iter(single.values())), 1, 2)
     old = {**alone, "key": finished, "processes": 2}
     append_row(results, old)
-    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [*LAUNCH, "recipe", "run", str(file), "--results", str(results), "--methods", "head", "adamix", "full"]
     with (tmp_path / "out").open("w") as out, (tmp_path / "log").open("w") as log:

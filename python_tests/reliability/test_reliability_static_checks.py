@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,8 +72,9 @@ def test_an_import_upward_fails_the_imports_test(tmp_path):
     shutil.copytree(
         static_checks.ROOT / "adamix_kernels", tmp_path / "adamix_kernels", ignore=shutil.ignore_patterns("*.so")
     )
-    (tmp_path / "python_tests").mkdir()
-    shutil.copy(static_checks.ROOT / "python_tests" / "test_imports.py", tmp_path / "python_tests")
+    room = Path("python_tests", "project")
+    (tmp_path / room).mkdir(parents=True)
+    shutil.copy(static_checks.ROOT / room / "test_imports.py", tmp_path / room)
     with open(tmp_path / "adamix_kernels" / "routing.py", "a") as file:
         file.write("from .models import config\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "downward and routing.py"]

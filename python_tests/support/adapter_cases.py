@@ -1,8 +1,10 @@
-"""The cases that every backend of routed_adapter is compared on."""
+"""The cases that every backend of routed_adapter is compared on, and the loop that they are held against."""
+
+import itertools
 
 import torch
+import torch.nn.functional as F
 from poison import poisoned_memory
-from test_routed_adapter import index, inputs
 
 from adamix_kernels.functional import routed_adapter
 
@@ -18,6 +20,42 @@ SIDES = {
     "other-width": (2, 18, 19, 16, 2, 2, "sample", "token", 41),
     "few-tokens": (7, 3, 20, 5, 3, 2, "sample", "token"),
 }
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    None: lambda z: z,
+}
+
+
+def by_loop(x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual=None, activation="gelu"):
+    """Every token by itself, in plain indexing."""
+    batch, tokens, _ = x.shape
+    rows = []
+    for b, s in itertools.product(range(batch), range(tokens)):
+        i, j = (0 if t is None else int(t[b] if t.dim() == 1 else t[b, s]) for t in (down_index, up_index))
+        h = down_weight[i] @ x[b, s] + (0 if down_bias is None else down_bias[i])
+        y = up_weight[j] @ ACTIVATIONS[activation](h) + (0 if up_bias is None else up_bias[j])
+        rows.append(y if residual is None else y + residual[b, s])
+    if not rows:
+        return x.sum() * x.new_zeros(batch, tokens, up_weight.shape[1])
+    return torch.stack(rows).view(batch, tokens, -1)
+
+
+def inputs(batch=4, tokens=3, hidden=5, r=2, down=3, up=1, out=None, bias=True, dtype=torch.double, requires_grad=True):
+    out = out or hidden
+    make = lambda *shape: torch.randn(*shape, dtype=dtype, requires_grad=requires_grad)  # noqa: E731
+    banks = [make(down, r, hidden), make(down, r) if bias else None, make(up, out, r), make(up, out) if bias else None]
+    return make(batch, tokens, hidden), *banks
+
+
+def index(kind, experts, batch=4, tokens=3, dtype=torch.long):
+    if kind is None:
+        return None
+    shape = (batch,) if kind == "sample" else (batch, tokens)
+    return torch.randint(experts, shape, dtype=dtype)
 
 
 def draw_adapter(device, dtype, batch, tokens, hidden, r, down, up, down_kind, up_kind, out=None, bias=True):

@@ -22,7 +22,7 @@ DEVICE = "cpu" if ON_HOST else "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # What every launch asks of the CUDA runtime, all of it legal while a graph is captured.
 EACH_LAUNCH = {"cudaGetDevice", "cudaSetDevice", "cudaLaunchKernelEx", "cudaPeekAtLastError"}
-_ROOT = Path(__file__).parent.parent
+_ROOT = Path(__file__).parents[2]
 _SANITISERS = {"plain": (), "asan": ("libasan.so", "libstdc++.so.6"), "tsan": ("libtsan.so", "libstdc++.so.6")}
 
 

@@ -37,3 +37,8 @@ def captured_graph(run):
     with torch.cuda.graph(graph):
         captured = run()
     return captured, graph
+
+
+def spread(t):
+    """The same values, no axis contiguous."""
+    return t.transpose(0, -1).contiguous().transpose(0, -1)

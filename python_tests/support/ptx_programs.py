@@ -37,6 +37,25 @@ _TAIL = """
 	ret;
 }
 """
+# Two warps exchange 64 numbers, through shared memory written by st.shared or cp.async.
+SWAP = """
+	shl.b32 	%r4, %r1, 2;
+	mov.b32 	%r5, global_smem;
+	add.s32 	%r4, %r4, %r5;
+	st.shared.b32 	[ %r4 + 0 ], %r2;
+	bar.sync 	0;
+	xor.b32 	%r6, %r4, 252;
+	ld.shared.b32 	%r3, [ %r6 + 0 ];
+"""
+COPY = """
+	shl.b32 	%r4, %r1, 2;
+	cp.async.ca.shared.global 	[ %r4 + 0 ], [ %rd4 + 0 ], 0x4;
+	cp.async.commit_group;
+	cp.async.wait_group 	0;
+	bar.sync 	0;
+	xor.b32 	%r6, %r4, 252;
+	ld.shared.b32 	%r3, [ %r6 + 0 ];
+"""
 
 
 def needs_ptx():

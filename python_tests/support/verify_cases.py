@@ -22,7 +22,7 @@ def apart(tmp_path, monkeypatch):
     """A cache folder, a table and warnings of the test's own; the child finds the stand-ins."""
     monkeypatch.setenv("ADAMIX_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("ADAMIX_AUTO", raising=False)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent)]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parents[1])]))
     monkeypatch.setattr(verifying, "_told", set())
     monkeypatch.setattr(verdicts, "_warned", set())
     before = _auto.freeze({})

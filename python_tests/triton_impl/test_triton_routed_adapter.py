@@ -14,9 +14,8 @@ from triton_spy import DEVICE, DTYPES, GPU, launches, needs_triton
 
 needs_triton()
 
-from adapter_cases import SIDES, draw_adapter, run_adapter
+from adapter_cases import ACTIVATIONS, SIDES, by_loop, draw_adapter, index, inputs, run_adapter
 from poison import poisoned_memory
-from test_routed_adapter import ACTIVATIONS, by_loop, index, inputs
 
 from adamix_kernels import BackendUnavailableError, _backends
 from adamix_kernels._triton_utils import INTERPRETING
