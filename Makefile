@@ -64,13 +64,14 @@ UNDER = LD_PRELOAD="$$(g++ -print-file-name=lib$(1).so) $$(g++ -print-file-name=
 REPORT := $(abspath build/csrc/report)
 SANITIZED = $(PYTEST) -m sanitize $(CUDA_TESTS) || { cat $(REPORT).*; exit 1; }
 
-.PHONY: help install demo test oldest pythons ptx ptx-nightly aot cuda count docs lint lock bench clean
+.PHONY: help install demo test nightly oldest pythons ptx ptx-nightly aot cuda count docs lint lock bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make install   $(VENV) with torch and the package, editable'
 	@echo 'make demo      trains, merges and compares on real text: a table, demo_out/ (DEMO_FLAGS="--seeds 1")'
 	@echo 'make test      every test: the Triton kernels interpreted, the Trainer also on transformers 4.57'
+	@echo 'make nightly   what repeats, at more sizes and for every GPU: the tests, compiled PTX, the compilers (hours)'
 	@echo 'make ptx       a part of the Triton tests and drawn calls through compiled PTX on the CPU (minutes; ptx/README.md)'
 	@echo 'make ptx-nightly  all of them (an hour or so)'
 	@echo 'make aot       every Triton kernel compiled for four GPUs, without one, against benchmarks/results/aot.csv (minutes)'
@@ -103,6 +104,9 @@ test: $(VENV)/.test $(VENV)/.triton $(VENV)/.nvrtc $(OLD)/.ready $(HUB)/.ready
 	PYTHONPATH=$(abspath $(OLD)) $(PYTEST) --ignore-glob='*_launch.py' \
 		$(foreach name,trainer* checkpointing recipes_methods recipes_unipelt,$(call tests,$(name)))
 	PYTHONPATH=$(abspath $(HUB)) $(PYTEST) $(call tests,hub_layout)
+
+nightly:
+	ADAMIX_NIGHTLY=1 $(MAKE) test ptx-nightly aot cuda count
 
 oldest: $(OLDEST)/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(TESTING) -k "not compile and not opcheck" $(OLDEST_TESTS)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from suite_size import NIGHTLY
 
 from benchmarks import aot, aot_table
 from benchmarks.aot_table import (
@@ -51,7 +52,7 @@ def listed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recompiled(tmp_path_factory):
-    return _run(tmp_path_factory, "--hardest")
+    return _run(tmp_path_factory, "--hardest", *([] if NIGHTLY else ["--target", "90"]))
 
 
 def test_the_table_breaks_no_limit():
@@ -119,14 +120,16 @@ def test_every_kernel_of_the_package_is_compiled(op):
 
 @needs_triton
 def test_the_hardest_cases_compile_to_the_committed_figures(recompiled):
+    """For sm_90; of the other GPUs the night compiles them."""
     rows, done = recompiled
+    wanted = [row for row in hardest(TABLE) if NIGHTLY or row.target == 90]
     assert done.returncode == 0, done.stdout
     assert problems(rows) == []
-    assert {row.key for row in rows} == {row.key for row in hardest(TABLE)}
+    assert {row.key for row in rows} == {row.key for row in wanted}
     assert all(row.registers > 0 for row in rows)
     if {row.triton for row in rows} != {row.triton for row in TABLE}:
         pytest.skip(f"limits hold; figures are those of triton {TABLE[0].triton}, here is {rows[0].triton}")
-    assert rows == hardest(TABLE)
+    assert rows == wanted
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from adamix_kernels.commands import bench
 from adamix_kernels.ops import _triton_tables
 from adamix_kernels.ops._triton_tables import Config
 from benchmarks import tune
-from benchmarks.tune import ShapeClass, Trial, fastest, installed, table, trials, tune_class, write
+from benchmarks.tune import Trial, fastest, trials, tune_class
+from benchmarks.tune_table import VARIABLE, ShapeClass, installed, table, write
 
 ROOT = Path(__file__).parents[2]
 A, B, C, D = Config(16, 32, 4, 2), Config(32, 64, 4, 3), Config(64, 64, 8, 2), Config(128, 128, 8, 3)
@@ -27,7 +28,7 @@ SHIPPED = {80: {(2, 16): A, (2, 32): B}}
 
 @pytest.fixture(autouse=True)
 def _no_table(monkeypatch):
-    monkeypatch.delenv(tune.VARIABLE, raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
 
 
 def _made(seconds, wrong=()):
@@ -84,7 +85,7 @@ def test_the_written_file_is_read_back_and_used(tmp_path, monkeypatch):
     assert raw["about"] == {"gpu_name": "a GPU", "commit": "abc"}
     assert raw["adapter_forward_kernel"] == {"90": {"2x16": list(C), "4x256": list(D)}}
     assert _triton_tables.lookup(SHAPE.kernel, SHIPPED, 90, 2, 16) == A
-    monkeypatch.setenv(tune.VARIABLE, str(path))
+    monkeypatch.setenv(VARIABLE, str(path))
     assert _triton_tables.lookup(SHAPE.kernel, SHIPPED, 90, 2, 16) == C
     assert _triton_tables.lookup("lora_dx_kernel", SHIPPED, 90, 2, 16) == B
     # Another class, another architecture, another kernel: as shipped.
@@ -96,7 +97,7 @@ def test_the_written_file_is_read_back_and_used(tmp_path, monkeypatch):
 def test_a_table_is_read_once(tmp_path, monkeypatch):
     path, opened = tmp_path / "table.json", []
     write(path, {SHAPE: C}, 90, {})
-    monkeypatch.setenv(tune.VARIABLE, str(path))
+    monkeypatch.setenv(VARIABLE, str(path))
     monkeypatch.setattr(_triton_tables.json, "load", lambda file, load=json.load: opened.append(file) or load(file))
     other = {80: {(2, 16): D}}
     for _ in range(3):
@@ -126,7 +127,7 @@ def test_the_table_is_in_a_fixed_order():
 def test_a_candidate_is_installed_for_its_call_alone(monkeypatch, tmp_path):
     mine = tmp_path / "mine.json"
     write(mine, {SHAPE: B}, 90, {})
-    monkeypatch.setenv(tune.VARIABLE, str(mine))
+    monkeypatch.setenv(VARIABLE, str(mine))
 
     def looked_up():
         return _triton_tables.lookup(SHAPE.kernel, SHIPPED, 90, 2, 16)
@@ -182,11 +183,11 @@ def fake_gpu(monkeypatch):
         capability=lambda device: 90,
         shape_classes=lambda kernels: [shape for shape in times if shape.kernel in kernels],
         make=make,
-        gpu_seconds=lambda workload, repeats: workload.now(),
     )
     facts = dict.fromkeys(("gpu_name", "torch", "triton", "driver", "commit", "date", "cpu_name"), "x")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune.record, "environment", lambda: facts)
+    monkeypatch.setattr(tune, "gpu_seconds", lambda workload, repeats: workload.now())
     monkeypatch.setitem(sys.modules, "benchmarks.tune_workloads", fake)
     monkeypatch.setattr("benchmarks.tune_workloads", fake, raising=False)
     return SimpleNamespace(times=times, wide=wide, work=fake)
@@ -209,6 +210,17 @@ def test_a_class_without_a_correct_candidate_is_left_out_and_told(fake_gpu, tmp_
     assert tune.main(["--out", str(out)]) == 1
     assert set(json.loads(out.read_text())) == {"about", SHAPE.kernel}
     assert "lora_dx_kernel 4x32: nothing correct; 2 of 2 refused, first: wrong" in capsys.readouterr().out
+
+
+def test_seconds_are_the_median_of_so_many_replays_of_all_inputs(monkeypatch):
+    workload = SimpleNamespace(call=len, inputs=[(), (), ()])
+
+    def replayed(call, sets, effort):
+        assert (call, sets, effort.samples(1e-6), effort.samples(1.0)) == (len, 3, 7, 7)
+        return [3.0, 1.0, 2.0]
+
+    monkeypatch.setattr(tune.clock, "graph_seconds", replayed)
+    assert tune.gpu_seconds(workload, 7) == 2.0
 
 
 @pytest.mark.parametrize("reason", ["--kernel: got no_kernel", "no tensor cores"])

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from suite_size import NIGHTLY
 
 from adamix_kernels import _build
 from benchmarks import cuda_compile, volta_compiler
@@ -78,11 +79,14 @@ def test_routed_kernels_multiply_on_matrix_units_with_asynchronous_copies():
 
 @needs_compilers
 def test_compiling_gives_the_table_and_a_library_that_loads_here():
-    rows = cuda_compile.compiled()
+    """For sm_70 and sm_90; the table's fingerprints say that all were compiled from these sources, as the night does."""
+    architectures = cuda_compile.ARCHITECTURES if NIGHTLY else ("90",)
+    rows = cuda_compile.compiled(architectures=architectures)
     assert problems(rows) == []
-    assert differences(ROWS, rows) == []
+    assert {row.target for row in rows} == (set(SHAPES) if NIGHTLY else {70, 90})
+    assert differences([row for row in ROWS if NIGHTLY or row.target in (70, 90)], rows) == []
     record = json.loads((cuda_compile.LIBRARY.parent / _build.RECORD).read_text())
-    assert record["architectures"] == list(cuda_compile.ARCHITECTURES)
+    assert record["architectures"] == list(architectures)
     code = (
         f"import torch; torch.ops.load_library({str(cuda_compile.LIBRARY)!r});"
         "print(torch.ops.adamix_cuda.build_info());"
