@@ -79,7 +79,7 @@ def test_routed_kernels_multiply_on_matrix_units_with_asynchronous_copies():
 
 @needs_compilers
 def test_compiling_gives_the_table_and_a_library_that_loads_here():
-    """For sm_70 and sm_90; the table's fingerprints say that all were compiled from these sources, as the night does."""
+    """For sm_70 and sm_90. The table's fingerprints say that the rest was compiled from these sources, as at night."""
     architectures = cuda_compile.ARCHITECTURES if NIGHTLY else ("90",)
     rows = cuda_compile.compiled(architectures=architectures)
     assert problems(rows) == []

@@ -1,12 +1,19 @@
 """A child of test_direct_calls.py: calls that differ in one property, planned before and not, by what they launch.
 
-`python host_calls.py SEED COUNT [PROPERTY TRAIT]`: pairs that differ in that property alone, with plans made not to see
-a trait of tensors, which must show. The driver launches nothing (benchmarks/host_driver.py), so results are compared by
-their launches: kernel, grid, stream and every argument, addresses by the tensor that they belong to.
+`python host_calls.py FOLDER '[[SEED, COUNT], [SEED, COUNT, PROPERTY, TRAIT]]'`: pairs that differ in that property
+alone, with plans made not to see a trait of tensors, which must show. Each list runs in a fork, so that all is imported
+once, and leaves what it printed in FOLDER/<its number>.<exit status>. The driver launches nothing
+(benchmarks/host_driver.py), so results are compared by their launches: kernel, grid, stream and every argument,
+addresses by the tensor that they belong to.
 """
 
+import contextlib
+import json
+import os
 import random
 import sys
+import traceback
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -183,6 +190,20 @@ def main(seed, count, changed=None, blind=None):
     return 0 if hits > count // 8 and (changed or merge_op._KNOWN) else 2
 
 
+def forked(arguments, path):
+    child = os.fork()
+    if not child:
+        status = 1
+        with open(path.with_suffix(".part"), "w") as file, contextlib.redirect_stdout(file):
+            try:
+                status = main(*arguments)
+            except BaseException:
+                traceback.print_exc(file=file)
+        path.with_suffix(".part").rename(path.with_suffix(f".{status}"))
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
 if __name__ == "__main__":
-    numbers = [int(word) if word.isdigit() else word for word in sys.argv[1:]]
-    sys.exit(main(*numbers))
+    for number, arguments in enumerate(json.loads(sys.argv[2])):
+        forked(arguments, Path(sys.argv[1]) / str(number))
