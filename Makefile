@@ -34,8 +34,12 @@ PACKAGE_FROM := pyproject.toml setup.py $(if $(filter 1,$(ADAMIX_CUDA))$(GPU),$(
 # checks the sources are left out.
 OLDEST := $(VENV)/oldest
 OLDEST_PYTHON ?= $(PYTHON)
-OLDEST_TESTS := $(addprefix python_tests/test_,consistency.py adamix_loss.py merge.py routed_adapter.py routed_lora.py \
-	modules.py routing.py config.py inject.py checkpoint.py checkpoint_damage.py convert_peft.py trainer.py reports.py)
+# Test files by name, whichever room they are in.
+tests = $(sort $(shell find python_tests -name 'test_$(1).py'))
+OLDEST_TESTS := $(foreach name,consistency adamix_loss merge routed_adapter routed_lora modules routing config inject checkpoint \
+	checkpoint_damage convert_peft trainer reports,$(call tests,$(name)))
+TRITON_TESTS := $(call tests,triton_*)
+CUDA_TESTS := $(call tests,cuda_*)
 # The lowest torch that the C++/CUDA library loads into; all else works on the one of requirements/oldest.txt.
 LIBRARY_TORCH := torch==2.11.0
 LIBRARY := build/csrc/strict/_C.abi3.so
@@ -58,15 +62,16 @@ PYTEST := $(BIN)/python $(TESTING)
 ON_HOST = OMP_NUM_THREADS=1 ADAMIX_CUDA_HOST=$(abspath build/csrc/adamix_host_$(1).so)
 UNDER = LD_PRELOAD="$$(g++ -print-file-name=lib$(1).so) $$(g++ -print-file-name=libstdc++.so.6)"
 REPORT := $(abspath build/csrc/report)
-SANITIZED = $(PYTEST) -m sanitize python_tests/test_cuda_*.py || { cat $(REPORT).*; exit 1; }
+SANITIZED = $(PYTEST) -m sanitize $(CUDA_TESTS) || { cat $(REPORT).*; exit 1; }
 
-.PHONY: help install demo test oldest pythons ptx ptx-nightly aot cuda count docs lint lock bench clean
+.PHONY: help install demo test nightly oldest pythons ptx ptx-nightly aot cuda count docs lint lock bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make install   $(VENV) with torch and the package, editable'
 	@echo 'make demo      trains, merges and compares on real text: a table, demo_out/ (DEMO_FLAGS="--seeds 1")'
 	@echo 'make test      every test: the Triton kernels interpreted, the Trainer also on transformers 4.57'
+	@echo 'make nightly   what repeats, at more sizes and for every GPU: the tests, compiled PTX, the compilers (hours)'
 	@echo 'make ptx       a part of the Triton tests and drawn calls through compiled PTX on the CPU (minutes; ptx/README.md)'
 	@echo 'make ptx-nightly  all of them (an hour or so)'
 	@echo 'make aot       every Triton kernel compiled for four GPUs, without one, against benchmarks/results/aot.csv (minutes)'
@@ -90,15 +95,18 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test $(VENV)/.triton $(VENV)/.nvrtc $(OLD)/.ready $(HUB)/.ready
 	ADAMIX_ADAPTERS_PATH=$(abspath $(OLD)) $(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) python_tests/test_triton_*.py
+	TRITON_INTERPRET=1 $(PYTEST) $(TRITON_TESTS)
 	for variant in plain asan tsan; do $(BIN)/python -m adamix_kernels._build --host $$variant || exit 1; done
 	rm -f $(REPORT).*
-	$(call ON_HOST,plain) $(PYTEST) python_tests/test_cuda_*.py
+	$(call ON_HOST,plain) $(PYTEST) $(CUDA_TESTS)
 	$(call ON_HOST,asan) $(call UNDER,asan) ASAN_OPTIONS=detect_leaks=0:log_path=$(REPORT) $(SANITIZED)
 	$(call ON_HOST,tsan) $(call UNDER,tsan) TSAN_OPTIONS=halt_on_error=1:log_path=$(REPORT) $(SANITIZED)
-	PYTHONPATH=$(abspath $(OLD)) $(PYTEST) --ignore-glob='*_launch.py' python_tests/test_trainer*.py python_tests/test_checkpointing.py \
-		python_tests/test_recipes_methods.py python_tests/test_recipes_unipelt.py
-	PYTHONPATH=$(abspath $(HUB)) $(PYTEST) python_tests/test_hub_layout.py
+	PYTHONPATH=$(abspath $(OLD)) $(PYTEST) --ignore-glob='*_launch.py' \
+		$(foreach name,trainer* checkpointing recipes_methods recipes_unipelt,$(call tests,$(name)))
+	PYTHONPATH=$(abspath $(HUB)) $(PYTEST) $(call tests,hub_layout)
+
+nightly:
+	ADAMIX_NIGHTLY=1 $(MAKE) test ptx-nightly aot cuda count
 
 oldest: $(OLDEST)/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(TESTING) -k "not compile and not opcheck" $(OLDEST_TESTS)
@@ -111,7 +119,7 @@ oldest: $(OLDEST)/.ready
 pythons: $(foreach each,$(PYTHONS),$(VENV)/$(notdir $(each))/.ready)
 	@[ -n '$(PYTHONS)' ] || { echo 'no python3.10, 3.12 or 3.13 in PATH; PYTHONS="..." names them'; exit 1; }
 	for each in $(notdir $(PYTHONS)); do OMP_NUM_THREADS=1 $(VENV)/$$each/bin/python $(TESTING) \
-		$(OLDEST_TESTS) python_tests/test_cli.py python_tests/test_imports.py || exit 1; done
+		$(OLDEST_TESTS) $(call tests,cli) $(call tests,imports) || exit 1; done
 
 ptx: $(VENV)/.test $(VENV)/.triton
 	$(BIN)/python -m adamix_kernels._build --host plain

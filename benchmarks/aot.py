@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from .aot_table import (
+    SHARED_LIMITS,
     TABLE,
     Row,
     crowded,
@@ -76,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mode.add_argument("--check", action="store_true", help=f"compile everything and compare with {TABLE.name}")
     mode.add_argument("--hardest", action="store_true", help="compile the hardest cases: two a kernel and target")
     mode.add_argument("--list", action="store_true", help="compile nothing: the cases alone")
+    parser.add_argument("--target", type=int, choices=SHARED_LIMITS, help="--hardest for this GPU alone")
     parser.add_argument("--out", type=Path, help="CSV of what was compiled or listed")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--cache", type=Path, help="Triton cache to reuse (default: an empty one, all is compiled)")
@@ -83,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("aot: TRITON_INTERPRET is set; interpreted kernels cannot be compiled", file=sys.stderr)
         return 2
+    if options.target and not options.hardest:
+        parser.error(f"--target: got {options.target} without --hardest, which alone takes it")
     if options.jobs < 1:
         parser.error(f"--jobs: got {options.jobs}, expected at least 1")
     try:
@@ -102,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kept = [committed[row.key] for row in want if unchanged(row, committed.get(row.key))]
             chosen = [row for row in want if not unchanged(row, committed.get(row.key))]
         elif options.hardest:
-            chosen = hardest(committed.get(row.key, row) for row in want)
+            rows = (committed.get(row.key, row) for row in want)
+            chosen = hardest(row for row in rows if options.target in (None, row.target))
         rows = list(kept)
         for made, failed in compiled([row.key for row in chosen], options.jobs, options.cache):
             rows = sorted(rows + made, key=lambda row: row.key)

@@ -1,4 +1,7 @@
-"""Seconds, launches and bytes of one call, on the CPU and on a CUDA GPU, in eager mode and replayed from a graph."""
+"""Seconds, launches and bytes of one call, on the CPU and on a CUDA GPU, in eager mode and replayed from a graph.
+
+triton.testing's timers call one set of inputs, which stays in the cache (or flush all of it), and time no CPU.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from . import count_model as model
 from . import plot
 from .count_table import Row
-from .proof_report import write_text
+from .record import write_text
 
 PAGE = Path(__file__).parent.parent / "docs" / "counts.md"
 PICTURE = PAGE.with_suffix(".png")

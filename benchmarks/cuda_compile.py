@@ -33,8 +33,8 @@ ARCHITECTURES = ("75", "80", "90", "100", "120+PTX")
 WHEELS = Path(sys.prefix) / "nvrtc-12.9"
 
 
-def compiled(jobs: int | None = None, wheels: Path = WHEELS) -> list[Row]:
-    """A row of every kernel and target; LIBRARY is linked on the way. Raises BuildError.
+def compiled(jobs: int | None = None, wheels: Path = WHEELS, architectures: Sequence[str] = ARCHITECTURES) -> list[Row]:
+    """A row of every kernel for sm_70 and each of the architectures; LIBRARY is linked on the way. Raises BuildError.
 
     wheels: folder of NVRTC's. What was compiled from the same contents before is taken from build/csrc.
     """
@@ -43,7 +43,7 @@ def compiled(jobs: int | None = None, wheels: Path = WHEELS) -> list[Row]:
     nvcc, nvrtc = f"nvcc {find_nvcc().version}", f"nvrtc {nvrtc_version(wheels)}"
     # The quicker compiler first.
     found = [(each, nvrtc) for each in compile_nvrtc(csrc, wheels, jobs)]
-    objects = _build.build_cuda(LIBRARY, strict=True, architectures=ARCHITECTURES, jobs=jobs)
+    objects = _build.build_cuda(LIBRARY, strict=True, architectures=architectures, jobs=jobs)
     found += [(each, nvcc) for each in objects if each.source.suffix == ".cu"]
     with ThreadPoolExecutor(jobs) as pool:
         parts = list(pool.map(lambda one: rows_of(one[0], csrc, one[1]), found))

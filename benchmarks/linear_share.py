@@ -5,7 +5,7 @@ Nothing is measured here. For a chunk of C row pairs (R = 2 C rows) of V classes
     loss: reads R V logits once and writes R V gradients: 4 R V bytes, at LOSS_SHARE of the copy bandwidth
     trained head: hidden's rows into a matrix, 4 R D bytes; the product onto the sum, 2 + 4 + 4 bytes an element of V D
     launches beside the products, at LAUNCH seconds each: PER_CHUNK, and PER_CALL once
-`python_tests/test_linear_chunks.py` counts the launches of a call and holds them against these numbers.
+`python_tests/ops/test_linear_chunks.py` counts the launches of a call and holds them against these numbers.
 """
 
 from __future__ import annotations

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, zip_longest
 from pathlib import Path
+
+from adamix_kernels.models._files import replace_file
 
 from . import goals, record
 from .contender_names import ADAMIX, TITLES
@@ -202,14 +202,9 @@ def pyplot():
 
 def save(figure, path: Path, rows: Sequence) -> Path:
     """Writes a picture that keeps the digest of its rows, whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(descriptor)
     try:
-        figure.savefig(temporary, format="png", dpi=110, metadata={KEY: digest(rows)})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110, metadata={KEY: digest(rows)}))
     finally:
-        Path(temporary).unlink(missing_ok=True)
         pyplot().close(figure)
     return path
 

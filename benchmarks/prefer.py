@@ -21,7 +21,7 @@ from adamix_kernels.verifying.machine import DTYPES, KERNELS
 from adamix_kernels.verifying.table import FILE, REFERENCE
 
 from . import count_table, record
-from .proof_report import write_text
+from .record import write_text
 
 RESULTS = count_table.TABLE.parent
 PAGE = Path(__file__).parent.parent / "docs" / "auto.md"

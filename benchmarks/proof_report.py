@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +11,7 @@ from . import count_beside, count_table, goals, record
 from .goals import Verdict
 from .ledger import OUTCOMES
 from .proof_run import FAILED, TIMED_OUT, Result
-from .record import Row
+from .record import Row, write_text
 
 
 def collect(folder: Path) -> list[Row]:
@@ -94,19 +92,6 @@ def append_log(out: Path, result: Result, limit: int = 20_000) -> None:
     with open(out / "log.txt", "a", encoding="utf-8") as log:
         log.write(f"== {result.name}: {result.outcome}, {result.seconds:.0f} s; {result.note}\n")
         log.write(result.output[-limit:].rstrip() + "\n\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _cell(text: str) -> str:

@@ -19,8 +19,6 @@ from .run_ops import OPS
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "python_tests"
-# Stands in for hypothesis where it is missing: its tests are skipped, the rest of their files runs.
-STAND_INS = Path(__file__).parent / "stand_ins"
 # Seconds of the timed benchmarks on a GPU.
 _OP_SECONDS = {"routed_adapter": 45, "routed_lora": 40, "consistency": 75, "merge": 25}
 _MODEL_SECONDS = {"bert-base": 45, "roberta-large": 60, "gpt2-medium": 45}
@@ -68,7 +66,7 @@ def _tests(family: str, smoke: bool) -> list[Stage]:
     """The test files that run kernels of "triton" or "cuda", by name or by what they import; one alone for smoke."""
     helper = {"triton": "triton_spy", "cuda": "cuda_host"}[family]
     files = [
-        path for path in sorted(TESTS.glob("test_*.py"))
+        path for path in sorted(TESTS.rglob("test_*.py"))
         if path.name.startswith(f"test_{family}") or f"from {helper} import" in path.read_text(encoding="utf-8")
     ]  # fmt: skip
     if smoke:
@@ -78,29 +76,21 @@ def _tests(family: str, smoke: bool) -> list[Stage]:
 
 
 def stage_of_tests(path: Path, seconds: float) -> Stage:
-    """One file of tests; what it imports and is not installed is told, hypothesis is stood in for."""
+    """One file of tests; what it imports and is not installed is told."""
     name, missing = f"tests/{path.stem.removeprefix('test_')}", missing_imports(path)
-    environment, note = {"TRITON_INTERPRET": ""}, ""
-    if "hypothesis" in missing:
-        missing.remove("hypothesis")
-        note = "; hypothesis is not installed, its tests were skipped"
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(STAND_INS), os.environ.get("PYTHONPATH", "")]))
-    if importlib.util.find_spec("pytest") is None:
-        missing.insert(0, "pytest")
+    # What conftest.py needs.
+    missing += [p for p in ("pytest", "hypothesis") if importlib.util.find_spec(p) is None and p not in missing]
     if missing:
         return Stage(name, absent=f"not installed: {', '.join(missing)}")
     command = _python("-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", str(path))
     if importlib.util.find_spec("xdist") is not None and (os.cpu_count() or 1) >= 8:
         command += ["-n", "2"]
     # 5: the whole file was skipped.
-    return Stage(
-        name, command, seconds, environment=environment, skips=(5,),
-        read=lambda status, output: _read_tests(status, output, note),
-    )  # fmt: skip
+    return Stage(name, command, seconds, environment={"TRITON_INTERPRET": ""}, skips=(5,), read=_read_tests)
 
 
 def missing_imports(path: Path, seen: set[Path] | None = None) -> list[str]:
-    """Packages that a test file, or what it imports from its own folder, imports at its top and are not installed."""
+    """What a test file, or what it imports from its folder or support/, imports at its top and is not installed."""
     seen = set() if seen is None else seen
     seen.add(path)
     missing: list[str] = []
@@ -111,8 +101,9 @@ def missing_imports(path: Path, seen: set[Path] | None = None) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names = [node.module]
         for name in {n.partition(".")[0] for n in names}:
-            local = path.parent / f"{name}.py"
-            if local.exists():
+            places = (folder / f"{name}.py" for folder in (path.parent, TESTS / "support"))
+            local = next((place for place in places if place.exists()), None)
+            if local is not None:
                 if local not in seen:
                     missing += missing_imports(local, seen)
             elif not (ROOT / name).is_dir() and importlib.util.find_spec(name) is None:
@@ -125,11 +116,11 @@ _OUTCOME = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
 _TEST_LINE = re.compile(rf"::\S.* {_OUTCOME}\s.*\[\s*\d+%\]|\[\s*\d+%\] {_OUTCOME} ")
 
 
-def _read_tests(status: int, output: str, note: str) -> tuple[bool, str]:
+def _read_tests(status: int, output: str) -> tuple[bool, str]:
     counts = count_tests(output)
     words = ", ".join(f"{number} {what.lower()}" for what, number in counts.items()) or "no test ran"
     bad = [line.partition(" ")[2] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    return status == 0, words + note + (f"; first: {bad[0][:160]}" if bad else "")
+    return status == 0, words + (f"; first: {bad[0][:160]}" if bad else "")
 
 
 def count_tests(output: str) -> dict[str, int]:

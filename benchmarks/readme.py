@@ -15,8 +15,7 @@ from pathlib import Path
 from . import goals, plot, readme_ops, record
 from .contender_names import ADAMIX, TITLES
 from .goals import CPU_LIMITS, RESULTS, Verdict
-from .proof_report import write_text
-from .record import Row
+from .record import Row, write_text
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -7,15 +7,17 @@ import datetime
 import functools
 import importlib.metadata
 import importlib.util
+import io
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+
+from adamix_kernels.models._files import replace_file
 
 
 @dataclass(frozen=True)
@@ -91,19 +93,18 @@ def write(path: str | os.PathLike, rows: list[Row]) -> None:
 
 def write_csv(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[dict]) -> None:
     """Writes a table as CSV with a header, whole or not at all; an older file is replaced."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file, whole or not at all; an older file is replaced, a missing folder made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace_file(path, lambda part: part.write_bytes(text.encode("utf-8")))
 
 
 def has_schema(path: str | os.PathLike) -> bool:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
-import json
-import os
+import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +15,11 @@ import torch
 
 from adamix_kernels.ops._triton_tables import Config
 
-from . import record
+from . import clock, record
+from .tune_table import VARIABLE, Chosen, ShapeClass, installed, write
 
 # Candidates within this share of the fastest count as equally fast.
 TIE = 0.01
-VARIABLE = "ADAMIX_TRITON_TABLE"
 
 
 class Trial(NamedTuple):
@@ -31,21 +28,6 @@ class Trial(NamedTuple):
     config: Config
     seconds: float | None
     refused: str | None
-
-
-class ShapeClass(NamedTuple):
-    """What a table's row is for: a kernel, bytes of an element, columns of the narrow tile."""
-
-    kernel: str
-    itemsize: int
-    width: int
-
-    def __str__(self) -> str:
-        return f"{self.kernel} {self.itemsize}x{self.width}"
-
-
-# {(class): chosen block sizes} of one GPU.
-Chosen = dict[ShapeClass, Config]
 
 
 def trials(
@@ -74,48 +56,6 @@ def fastest(made: Sequence[Trial], tie: float = TIE) -> Trial | None:
         return None
     limit = min(trial.seconds for trial in timed) * (1 + tie)
     return next(trial for trial in timed if trial.seconds <= limit)
-
-
-def table(chosen: Chosen, capability: int) -> dict[str, dict[str, dict[str, list[int]]]]:
-    """What ops/_triton_tables.py reads: {kernel: {"90": {"2x16": [rows, cols, num_warps, num_stages]}}}."""
-    made: dict = {}
-    for (kernel, itemsize, width), config in sorted(chosen.items()):
-        made.setdefault(kernel, {}).setdefault(str(capability), {})[f"{itemsize}x{width}"] = list(config)
-    return made
-
-
-def write(path: str | os.PathLike, chosen: Chosen, capability: int, about: dict[str, str]) -> None:
-    """Writes the table and, under "about", where it comes from; whole or not at all, an older file is replaced."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump({"about": about, **table(chosen, capability)}, file, indent=1)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def installed(shape: ShapeClass, config: Config, capability: int) -> Iterator[None]:
-    """Meanwhile the kernel takes `config` for that class, by the door a user's table comes in."""
-    before = os.environ.get(VARIABLE)
-    with tempfile.TemporaryDirectory(prefix="adamix-tune-") as folder:
-        # The tables are cached by their path: every candidate needs another.
-        path = os.path.join(folder, "table.json")
-        write(path, {shape: config}, capability, {})
-        os.environ[VARIABLE] = path
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ[VARIABLE]
-            else:
-                os.environ[VARIABLE] = before
 
 
 def tune_class(
@@ -177,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{len(shapes) - done} of {len(shapes)} classes left out: the time was used up", flush=True)
             break
         workload = work.make(shape, torch.device("cuda"))
-        made = tune_class(workload, shape, capability, lambda w: work.gpu_seconds(w, options.repeats), ends)
+        made = tune_class(workload, shape, capability, lambda w: gpu_seconds(w, options.repeats), ends)
         best = fastest(made)
         print(report(shape, made, best), flush=True)
         if best is None:
@@ -188,6 +128,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write(options.out, chosen, capability, about)
     print(f"wrote {len(chosen)} classes to {Path(options.out).resolve()}")
     return 1 if failed else 0
+
+
+def gpu_seconds(workload, repeats: int) -> float:
+    """Median seconds a call, from replays of a CUDA graph that goes once through all inputs."""
+    effort = clock.Effort(seconds=0.0, least=repeats, most=repeats, warmup=2)
+    return statistics.median(clock.graph_seconds(workload.call, len(workload.inputs), effort))
 
 
 def report(shape: ShapeClass, made: Sequence[Trial], best: Trial | None) -> str:

@@ -1,9 +1,8 @@
-"""What the tuner runs: every kernel in the call that launches it, its candidates, its check and its clock."""
+"""What the tuner runs: every kernel in the call that launches it, its candidates and its check."""
 
 from __future__ import annotations
 
 import importlib
-import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -17,9 +16,9 @@ from adamix_kernels._triton_utils import capability
 from adamix_kernels.ops._triton_tables import Config
 from adamix_kernels.testing import error_in_budget
 
-from .tune import ShapeClass
+from .tune_table import ShapeClass
 
-__all__ = ["KERNELS", "Workload", "candidates", "capability", "gpu_seconds", "make", "problem", "shape_classes"]
+__all__ = ["KERNELS", "Workload", "candidates", "capability", "make", "problem", "shape_classes"]
 
 # A table's name starts with the family of its kernels; a family lives in an op's backend.
 _OPS = {"adapter": "routed_adapter", "lora": "routed_lora"}
@@ -178,28 +177,3 @@ def _lora(kernel, draw, reference, *, batch, tokens, hidden, experts, rank, per_
     grad, t = base, reference.forward(*forward)[1]
     weights = kernel == "lora_grads_kernel"
     return "backward", (grad, x, t, a, b, *index, None, True, weights, weights, scaling, groups, offsets, dropout_p)
-
-
-def gpu_seconds(workload: Workload, repeats: int) -> float:
-    """Median seconds a call, from replays of a CUDA graph that goes once through all inputs."""
-    calls = len(workload.inputs)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        workload.call(0)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for k in range(calls):
-            workload.call(k)
-    for _ in range(2):
-        graph.replay()
-    taken = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        taken.append(start.elapsed_time(stop) * 1e-3 / calls)
-    return statistics.median(taken)

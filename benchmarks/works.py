@@ -28,7 +28,7 @@ from adamix_kernels.verifying.verdicts import Store
 from . import record
 from .count_table import TABLE
 from .prefer import between
-from .proof_report import write_text
+from .record import write_text
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

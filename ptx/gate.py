@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ptx.gate", description=__doc__)
     parser.add_argument("--size", choices=tuple(CASES), default=os.environ.get("PTX_SIZE", "small"))
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
-    parser.add_argument("--tests", nargs="*", help="files of tests (default: python_tests/test_triton_*.py)")
+    parser.add_argument("--tests", nargs="*", help="files of tests (default: every python_tests/**/test_triton_*.py)")
     options = parser.parse_args(arguments)
     reason = build.problem()
     if reason is not None:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     build.engine()
     began = time.perf_counter()
-    tests = options.tests or sorted(str(path) for path in (_ROOT / "python_tests").glob("test_triton_*.py"))
+    tests = options.tests or sorted(str(path) for path in (_ROOT / "python_tests").rglob("test_triton_*.py"))
     with tempfile.TemporaryDirectory(prefix="ptx-gate-") as folder, ThreadPoolExecutor(2) as pool:
         work = [pool.submit(_architecture, arch, options.size, tests, Path(folder)) for arch in options.arch]
         parts = [part for done in work for part in done.result()]

@@ -19,7 +19,7 @@ from .host import summary
 ARCH = int(os.environ.get("PTX_ARCH", "80"))
 HOST = hosts.install(ARCH)
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "python_tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "python_tests" / "support"))
 import triton_spy  # noqa: E402
 
 triton_spy.needs_triton = lambda: None

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from suite_size import NIGHTLY
 
 from adamix_kernels.ops import _direct, _passes
 
@@ -19,6 +20,12 @@ torch.set_num_threads(1)
 # A run on a busy machine is no other test; new cases are reliability's part to draw.
 settings.register_profile("fixed", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fixed")
+
+
+def pytest_collection_modifyitems(config, items):
+    dropped = [] if NIGHTLY else [item for item in items if item.get_closest_marker("nightly")]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,8 @@ def run(size: str) -> Iterator[Figure]:
         yield _mypy()
         yield _tool("ruff check", "All checks passed!", "ruff", "check", ".")
         yield _tool("ruff format --check", "already formatted", "ruff", "format", "--check", ".")
-        yield _tool("imports run downward (test_imports.py)", " passed", "pytest", "-q", "python_tests/test_imports.py")
+        imports = "python_tests/project/test_imports.py"
+        yield _tool("imports run downward (test_imports.py)", " passed", "pytest", "-q", imports)
     files = sources(ROOT)
     long = too_long(ROOT, files)
     about = f"files above {LONGEST} lines without a reason at their top"

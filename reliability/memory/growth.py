@@ -7,7 +7,7 @@ import ctypes
 import functools
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,15 +35,19 @@ class Held:
     resident: int
 
 
-def held() -> Held:
+def held(caches: Sequence[Callable] = ()) -> Held:
+    """caches: of the package, that the collector does not look through (gc.freeze)."""
     gc.collect()
     objects = gc.get_objects()
     tensors = [o for o in objects if issubclass(type(o), torch.Tensor)]
     storages = dict(filter(None, map(_memory, tensors)))
-    caches = [o for o in objects if type(o) is functools._lru_cache_wrapper]
-    mine = [c for c in caches if (getattr(c, "__module__", None) or "").startswith("adamix_kernels")]
-    entries = sum(cache.cache_info().currsize for cache in mine)
+    entries = sum(cache.cache_info().currsize for cache in [*caches, *_caches(objects)])
     return Held(len(objects), len(tensors), sum(storages.values()), entries, _resident())
+
+
+def _caches(objects: Iterable[object]) -> list[Callable]:
+    found = (o for o in objects if type(o) is functools._lru_cache_wrapper)
+    return [c for c in found if (getattr(c, "__module__", None) or "").startswith("adamix_kernels")]
 
 
 def _memory(tensor: torch.Tensor) -> tuple[int, int] | None:
@@ -63,23 +67,29 @@ def growth(step: Callable[[int], None], steps: int, warm_up: int) -> Held:
 
     step(n): one step, whose sizes repeat after CYCLE.
     """
-    for n in range(warm_up):
-        step(n)
-    added = _round(step, steps)
-    for _ in range(2):
-        if not any(grown(added)):
-            break
-        again = _round(step, steps)
-        added = Held(*(min(getattr(added, name), getattr(again, name)) for name in Held.__dataclass_fields__))
-    return added
+    gc.collect()
+    caches = _caches(gc.get_objects())
+    gc.freeze()  # what was there before is not looked through at every snapshot: it is most of a large process
+    try:
+        for n in range(warm_up):
+            step(n)
+        added = _round(step, steps, caches)
+        for _ in range(2):
+            if not any(grown(added)):
+                break
+            again = _round(step, steps, caches)
+            added = Held(*(min(getattr(added, name), getattr(again, name)) for name in Held.__dataclass_fields__))
+        return added
+    finally:
+        gc.unfreeze()
 
 
-def _round(step: Callable[[int], None], steps: int) -> Held:
-    before = held()
-    before = held()  # with what the first snapshot leaves, itself included: the last one sees as much
+def _round(step: Callable[[int], None], steps: int, caches: Sequence[Callable]) -> Held:
+    before = held(caches)
+    before = held(caches)  # with what the first snapshot leaves, itself included: the last one sees as much
     for n in range(steps):
         step(n)
-    after = held()
+    after = held(caches)
     return Held(*(getattr(after, name) - getattr(before, name) for name in Held.__dataclass_fields__))
 
 

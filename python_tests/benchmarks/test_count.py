@@ -1,0 +1,289 @@
+"""Counts: the model, the table and its rules, loops of machine code; and a few rows counted again."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import count_beside, count_loops, count_model, count_sass, count_table, proof_report, record
+from benchmarks.count_model import GPUS, Launch
+from benchmarks.count_table import Row
+
+ROOT = Path(__file__).resolve().parents[2]
+H100 = next(gpu for gpu in GPUS if gpu.name == "H100")
+
+
+def launch(**changed) -> Launch:
+    """One that reads and writes 2 GB once, with plenty in flight."""
+    usual = dict(
+        kernel="copy", blocks=132 * 64, warps=8, resident=8, instructions=1e6, special=0.0, distinct=2e9, again=[],
+        loaded=1e9, missed=1e9, stored=1e9, bank_waves=0.0, waits=[(1e9 / 64e3, 1.0)], barriers=0.0, in_flight=64e3,
+    )  # fmt: skip
+    return Launch(**usual | changed)
+
+
+def row(**changed) -> Row:
+    usual = dict(
+        op="adamix_loss/both", backend="triton", shape="2x8x5", dtype="bfloat16", target=90, kernels="pair_rows",
+        launches=2, floor=2_000_000, instructions=1_000_000, a_byte=0.5, ptx=900_000, sass_ratio=1.1, loaded=1.0,
+        distinct=1.0, device=1.1,
+        in_flight=20_000, registers=64, shared_bytes=0, blocks_an_sm=2, warps_an_sm=16, waves=1.0, barriers=2.0,
+        bank_waves=1.0, limit="issue", v100=None, a100=None, h100=0.5, h200=0.4, b200=0.3, sampled=4, source="abc",
+    )  # fmt: skip
+    return Row(**usual | changed)
+
+
+def test_a_copy_reaches_its_bandwidth():
+    assert count_model.share([launch()], H100, 2e9) > 0.97
+    assert count_model.time(launch(), H100).limit == "memory"
+
+
+@pytest.mark.parametrize(
+    ("changed", "limit"),
+    [
+        # 0.5 warp instructions a byte: 0.5 * 22.3 GB/s a multiprocessor / 1.755 GHz = 6.4 a cycle, 2.5 are issued.
+        ({"instructions": 1e9}, "issue"),
+        ({"waits": [(1e9 / 500, 1.0)], "in_flight": 500.0}, "latency"),
+        ({"barriers": 1e8}, "latency"),
+        ({"missed": 2e10}, "l2"),
+        ({"special": 2e8}, "special"),
+        ({"bank_waves": 1e9}, "shared"),
+        ({"again": [(4e9, 1e9)]}, "memory"),
+    ],
+)
+def test_what_binds(changed, limit):
+    slow = launch(**changed)
+    assert count_model.time(slow, H100).limit == limit
+    assert count_model.share([slow], H100, 2e9) < 0.75 * count_model.share([launch()], H100, 2e9)
+
+
+def test_the_issue_limit_by_hand():
+    slow = launch(instructions=1e9)
+    expected = 1e9 / (132 * 1.755e9 * 2.5)
+    assert count_model.time(slow, H100).limits["issue"] == pytest.approx(expected)
+    few = replace(slow, resident=1, warps=4)
+    assert count_model.time(few, H100).limits["issue"] == pytest.approx(2 * expected)
+
+
+def test_more_blocks_than_multiprocessors_by_one_take_twice_as_long():
+    one, more = launch(blocks=132, resident=1, instructions=132e6), launch(blocks=133, resident=1, instructions=133e6)
+    assert count_model.time(more, H100).limits["issue"] == pytest.approx(
+        2 * count_model.time(one, H100).limits["issue"]
+    )
+
+
+def test_l2_keeps_what_comes_soon_again_and_what_an_earlier_launch_left():
+    near, far = ([(1e9, since)] for since in (1e3, 1e6))
+    assert count_model.device_bytes(launch(again=near), H100) < 2.1e9
+    # 132 * 8 blocks bring in a megabyte each before one comes back: 1.06 GB against 50 MB.
+    assert count_model.device_bytes(launch(again=far), H100) == pytest.approx(3e9)
+    small = launch(distinct=1e6, ranges={7: 1e6})
+    assert count_model.device_bytes(small, H100, [small]) < 0.05e6
+    assert count_model.device_bytes(small, H100, [replace(small, ranges={8: 1e6})]) == 1e6
+    assert count_model.device_bytes(small, H100, [small, launch()]) == pytest.approx(1e6)
+
+
+def test_tiny_work_is_all_launch():
+    tiny = launch(blocks=1, distinct=1e3, loaded=1e3, missed=1e3, stored=0.0, waits=[(1.0, 1.0)], instructions=1e3)
+    assert count_model.time(tiny, H100).limit == "launch"
+    assert count_model.share([tiny, tiny], H100, 1e3) < 1e-3
+
+
+def test_every_gpu_can_fill_its_memory():
+    for gpu in GPUS:
+        assert gpu.latency(1.0) * gpu.copy / gpu.multiprocessors == pytest.approx(gpu.needed)
+        assert gpu.idle < gpu.latency(0.5) < gpu.latency(1.0) < 1.5e-6
+        assert count_model.share([launch()], gpu, 2e9) > 0.9, gpu.name
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_1:
+	//## File "/x/a.py", line 3
+        /*0010*/              @P1 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.128 R8, desc[UR4][R2.64+0x10] ;
+	//## File "/x/a.py", line 4
+        /*0030*/                   FADD R4, R4, R8 ;
+        /*0040*/                   MUFU.EX2 R5, R5 ;
+        /*0050*/                   MUFU.EX2 R6, R6 ;
+        /*0060*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0070*/               @P0 BRA `(.L_x_1) ;
+        /*0080*/                   EXIT ;
+.L_x_2:
+        /*0090*/                   BRA `(.L_x_2);
+        /*00a0*/                   NOP;
+"""
+
+
+def test_machine_code_is_read():
+    code = count_sass.parsed(SASS, 40)
+    assert [one.opcode for one in code.instructions][-2:] == ["BRA", "EXIT"]
+    assert code.instructions[1].source == "a.py:3"
+    (loop,) = count_sass.sass_loops(code)
+    assert (loop.first, loop.body, loop.own) == (1, tuple(range(1, 8)), tuple(range(1, 8)))
+    # Both loads are under way when the first is used: 2 * 16 bytes of 32 lanes.
+    assert count_sass.in_flight(code, loop.own) == 1024
+    serial = count_sass.parsed(SASS.replace("LDG.E.128 R8", "FMUL R4, R4, R4 ;\n/*0021*/ LDG.E.128 R8"), 40)
+    assert count_sass.in_flight(serial, count_sass.sass_loops(serial)[0].own) == 512
+
+
+def test_loops_within_loops():
+    outer, inner = count_loops.loops(10, {8: ([1], True), 5: ([3], True), 9: ([], False)})
+    assert (outer.first, outer.own) == (1, (1, 2, 6, 7, 8))
+    assert (inner.body, inner.own) == ((3, 4, 5), (3, 4, 5))
+
+
+def test_a_loop_whose_parts_lie_apart():
+    """1 2 3 -> 8 9 -> 1; what lies between runs once, after 3."""
+    jumps = {3: ([8], True), 7: ([], False), 9: ([1], False)}
+    (loop,) = count_loops.loops(10, jumps)
+    assert loop.own == (1, 2, 3, 8, 9)
+
+
+def test_an_unrolled_loop_is_told_by_what_it_loads():
+    """The machine code's loop has two loads and two exponentials, the PTX's one: two iterations in one."""
+    code = count_sass.parsed(SASS, 40)
+    names = ["mov.b32", "ld.global", "add.f32", "ex2.approx.f32", "bar", "bra", "ret"]
+    sources = ["", "a.py:3", "a.py:4", "a.py:4", "a.py:4", "a.py:4", ""]
+    outside, inside = count_sass.parts(names, sources, count_loops.loops(7, {5: ([1], True), 6: ([], False)}), code)
+    assert inside.unrolled == 2
+    assert inside.ratio == pytest.approx(7 / 2 / 5)
+    assert (outside.ptx, len(outside.sass)) == ((0, 6), 2)
+
+
+CALLED = """
+        /*0000*/                   CALL.REL.NOINC `($kernel$helper) ;
+        /*0010*/                   EXIT ;
+$kernel$helper:
+	//## File "/x/a.py", line 9
+        /*0020*/                   FADD R4, R4, R8 ;
+        /*0030*/                   RET.REL.NODEC R20 `(kernel) ;
+$__internal_0_$__cuda_sm20_rcp_rn_f32_slowpath:
+        /*0040*/                   MUFU.RCP R5, R5 ;
+        /*0050*/                   RET.REL.NODEC R20 `(kernel) ;
+"""
+
+
+def test_a_function_is_a_part_of_its_own():
+    code = count_sass.parsed(CALLED, 40)
+    assert code.functions["helper"] == (2, 4)
+    outside, helper = count_sass.parts(["call", "ret", "add.f32", "back"], [""] * 4, [], code, {"helper": (2, 4)})
+    # What divides slowly runs seldom.
+    assert (outside.ptx, outside.sass) == ((0, 1), (0, 1))
+    assert (helper.ptx, helper.sass, helper.ratio) == ((2, 3), (2, 3), 1.0)
+
+
+def test_what_only_a_diverged_warp_does_is_left_out():
+    text = SASS.replace("/*0060*/                   BAR", "/*0055*/  BRA.DIV UR4, `(.L_x_3) ;\n/*0060*/ BAR")
+    text = text.replace("        /*0090*/", "        /*0090*/").replace(
+        ".L_x_2:", ".L_x_3:\n /*0082*/ WARPSYNC.COLLECTIVE R2 ;\n /*0084*/ BRA `(.L_x_1) ;\n.L_x_2:"
+    )
+    code = count_sass.parsed(text, 40)
+    (loop,) = count_sass.sass_loops(code)
+    assert all(code.instructions[n].opcode != "WARPSYNC" for n in loop.own)
+    outside, *_ = count_sass.parts(["ret"], [""], [], code)
+    assert all(code.instructions[n].opcode != "WARPSYNC" for n in outside.sass)
+
+
+def test_growth_needs_a_reason_that_is_new(tmp_path):
+    old, slower = row(reason="slower, but right"), row(instructions=1_060_000)
+    assert count_table.growth(old, row(instructions=1_040_000)) == []
+    assert "instructions" in count_table.growth(old, slower)[0]
+    assert "launches" in count_table.growth(old, row(launches=3))[0]
+    for reason in ("", "slower, but right"):
+        kept, wrong = count_table.accepted(old, slower, reason)
+        assert kept == old
+        assert "--reason" in wrong
+    kept, wrong = count_table.accepted(old, slower, "rows are checked for NaN")
+    assert (kept.instructions, kept.reason, wrong) == (1_060_000, "rows are checked for NaN", "")
+    assert count_table.accepted(old, row(), "")[0].reason == old.reason
+    assert len(count_table.problems([old], [slower, row(shape="2x8x6")])) == 2
+    assert count_table.problems([old], [row(instructions=900_000)]) == []
+    path = tmp_path / "count.csv"
+    count_table.write(path, [slower, kept])
+    assert count_table.read(path) == [slower, kept]
+    path.write_text("op,backend\n")
+    with pytest.raises(ValueError, match="expected"):
+        count_table.read(path)
+
+
+def measured(value: float, **changed) -> record.Row:
+    usual = dict(
+        op="adamix_loss/both", backend="triton", shape="2x8x5", dtype="bfloat16", metric="copy_share", unit="1",
+        value=value, gpu_name="NVIDIA H100 80GB HBM3", torch="", triton="", driver="", commit="", date="", cpu_name="",
+        note="",
+    )  # fmt: skip
+    return record.Row(**usual | changed)
+
+
+def test_predictions_stand_beside_what_was_measured(monkeypatch):
+    rows = [
+        measured(0.47), measured(0.2, backend="cuda"), measured(0.4, backend="formula"),
+        measured(3.0, metric="bandwidth"), measured(0.4, gpu_name="NVIDIA L4"),
+    ]  # fmt: skip
+    counted = [row(), row(backend="cuda", h100=0.31), row(target=80, h100=None, h200=None, b200=None, a100=0.6)]
+    lines = count_beside.lines(rows, counted)
+    assert [line.split(" | ")[1:6] for line in lines[2:4]] == [
+        ["cuda", "H100", "0.31", "0.20", "-0.11"],
+        ["triton", "H100", "0.50", "0.47", "-0.03"],
+    ]
+    assert lines[-1].startswith("1 of 2 predictions")
+    assert count_beside.lines(rows, []) == []
+    monkeypatch.setattr(count_table, "committed", lambda: counted)
+    facts = dict.fromkeys(("device", "torch", "triton", "driver", "commit", "date"), "x") | {
+        "seconds": 1.0,
+        "budget": 2.0,
+    }
+    report = proof_report.report(rows, [], [], facts, smoke=False)
+    assert "predicted from counts and measured" in report
+    assert lines[2] in report
+
+
+def test_the_page_and_its_picture_are_of_the_committed_rows():
+    pytest.importorskip("matplotlib")
+    from benchmarks import count_page, plot
+
+    rows = count_table.committed()
+    assert count_page.PAGE.read_text(encoding="utf-8") == count_page.page(rows), "python -m benchmarks.count --page"
+    assert plot.digest_in(count_page.PICTURE) == plot.digest(rows), "python -m benchmarks.count --page"
+
+
+def test_the_committed_rows_are_whole():
+    rows = count_table.committed()
+    assert len({row.key for row in rows}) == len(rows)
+    for row in rows:
+        assert row.instructions > 0, row
+        assert row.shares, row
+        assert row.distinct >= 0.8, row
+        assert all(0 <= share <= 1 for share in row.shares.values()), row
+        assert all(math.isfinite(getattr(row, name)) for name in count_table.COUNTS), row
+    # Every op of every backend on every GPU but Triton's on a V100, which Triton does not compile for.
+    found = {(row.op.partition("/")[0], row.backend, gpu) for row in rows for gpu in row.shares}
+    for op in ("adamix_loss", "routed_adapter", "routed_lora", "merge_banks", "merge_experts"):
+        wanted = {("triton", gpu.name) for gpu in GPUS[1:]} | {("cuda", gpu.name) for gpu in GPUS}
+        assert {(backend, gpu) for name, backend, gpu in found if name == op} >= wanted, op
+
+
+@pytest.mark.parametrize(
+    ("op", "only"),
+    [("merge", "merge_banks/forward 24 layers M4 r48"), ("consistency", "adamix_loss/both 2x64x2 float32")],
+)
+def test_a_row_counted_again_has_not_grown(op, only):
+    """Cheap ones; `make count` counts all."""
+    from ptx.build import environment, problem
+
+    if problem() is not None:
+        pytest.skip(problem())
+    command = [sys.executable, "-m", "benchmarks.count", "--ops", op, "--backends", "triton", "--targets", "90"]
+    done = subprocess.run(
+        [*command, "--only", only, "--check"], cwd=ROOT, env={**os.environ, **environment()}, capture_output=True,
+        text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(word in done.stderr for word in only.split())

@@ -1,0 +1,321 @@
+"""The command line, in this process; once as a process of its own."""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import tiny_text
+import torch
+
+from adamix_kernels import __version__, cli, commands, load_adamix, tasks
+from adamix_kernels.commands import _options, bench
+from adamix_kernels.commands import env as commands_env
+
+SCRIPT = Path(__file__).resolve().parents[1] / "support" / "launched_cli.py"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with encoder, data and the checkpoint out of five training steps."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_text.write_encoder(folder / "encoder")
+    tiny_text.write_data(folder / "data")
+    arguments = ["--model", str(folder / "encoder"), "--data", str(folder / "data"), "--out", str(folder / "out")]
+    arguments += ["--max-steps", "5", "--use-cpu", "--per-device-train-batch-size", "4", "--disable-tqdm"]
+    arguments += ["--pooling", "model"]
+    assert cli.main(["train", *arguments]) == 0
+    return folder
+
+
+def test_train_writes_a_checkpoint_and_its_metrics(trained):
+    names = {p.name for p in (trained / "out").iterdir()}
+    assert {"adamix_checkpoint.json", "adamix_run.json", "eval_results.json", "tokenizer_config.json"} <= names
+    assert tasks.read_run(trained / "out").label_names == ["down", "up"]
+    assert 0 <= json.loads((trained / "out" / "eval_results.json").read_text())["eval_accuracy"] <= 1
+
+
+def test_eval_repeats_the_accuracy_of_training(trained, capsys):
+    assert cli.main(["eval", str(trained / "out"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    stored = json.loads((trained / "out" / "eval_results.json").read_text())["eval_accuracy"]
+    assert result["accuracy"] == pytest.approx(100 * stored)
+    assert (result["rows"], result["split"], result["routing"]) == (6, "dev", "merged")
+
+
+def test_eval_routes_at_random_when_asked(trained, capsys):
+    assert cli.main(["eval", str(trained / "out"), "--routing", "sample", "--split", "train", "--max-rows", "5"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("accuracy ")
+    assert "on 5 train texts" in out
+    assert out.endswith("(sample)\n")
+
+
+def test_merge_writes_a_plain_adapter_of_the_same_accuracy(trained, capsys):
+    assert cli.main(["merge", str(trained / "out"), "--out", str(trained / "merged")]) == 0
+    run = tasks.read_run(trained / "merged")
+    model, _ = tasks.load_classifier(tasks.resolve_model(run.model), run.label_names, run.pooling)
+    load_adamix(model, trained / "merged")
+    assert model.adamix.merged
+    capsys.readouterr()
+    results = []
+    for name in ("out", "merged"):
+        assert cli.main(["eval", str(trained / name), "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out)["accuracy"])
+    assert results[0] == results[1]
+
+
+def test_merge_refuses_to_overwrite_the_experts(trained, capsys):
+    assert cli.main(["merge", str(trained / "out"), "--out", str(trained / "out")]) == 2
+    assert "would lose its experts" in capsys.readouterr().err
+    last = next((trained / "out").glob("checkpoint-*"))
+    for run, out in ((last, trained / "out"), (trained / "out", last)):  # another run's
+        before = {path.name for path in out.iterdir()}
+        assert cli.main(["merge", str(run), "--out", str(out)]) == 2
+        assert "holds another run, whose experts would be lost, expected another folder" in capsys.readouterr().err
+        assert {path.name for path in out.iterdir()} == before
+
+
+def test_export_writes_adapterhub_files(trained, capsys):
+    target = trained / "adapterhub"
+    assert cli.main(["export", str(trained / "out"), "--format", "adapterhub", "--out", str(target)]) == 0
+    assert (target / "adapter_config.json").is_file()
+
+
+def test_export_refuses_what_the_formats_cannot_say(trained, tmp_path, capsys):
+    for path in (trained / "out").iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    run = tasks.read_run(trained / "out")
+    tasks.write_run(tmp_path, dataclasses.replace(run, pooling="mean"))
+    assert cli.main(["export", str(tmp_path), "--format", "adapterhub", "--out", str(tmp_path / "no")]) == 2
+    assert "--pooling model" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_train_lora_and_export_peft(trained, tmp_path):
+    arguments = [
+        "--model",
+        str(trained / "encoder"),
+        "--data",
+        str(trained / "data"),
+        "--method",
+        "lora",
+        "--pooling",
+        "model",
+    ]
+    arguments += ["--out", str(tmp_path / "lora"), "--max-steps", "2", "--use-cpu", "--disable-tqdm", "true"]
+    assert cli.main(["train", *arguments]) == 0
+    assert cli.main(["export", str(tmp_path / "lora"), "--format", "peft", "--out", str(tmp_path / "peft")]) == 0
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_eval_reads_a_json_file(trained, tmp_path, capsys):
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps({"checkpoint": str(trained / "out"), "split": "train", "max_rows": 5, "json": True}))
+    assert cli.main(["eval", str(path)]) == 0
+    from_json = capsys.readouterr().out
+    assert cli.main(["eval", str(trained / "out"), "--split=train", "--max_rows", "5", "--json"]) == 0
+    assert from_json == capsys.readouterr().out
+    assert cli.main(["eval", "--config", str(path), "--max-rows", "4", "--run", str(trained / "merged_or_not")]) == 2
+    assert "merged_or_not" in capsys.readouterr().err
+    path.write_text(json.dumps({"checkpoint": "c", "max_row": 5}))
+    assert cli.main(["eval", str(path)]) == 2
+    assert "the closest is max_rows" in capsys.readouterr().err
+    path.write_text("[1]")
+    assert cli.main(["merge", str(path)]) == 2
+    assert "expected an object" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--disable-tqdm"]])
+def test_bars_go_to_stderr_and_can_be_switched_off(trained, flags, capsys):
+    assert cli.main(["eval", str(trained / "out"), *flags]) == 0
+    done = capsys.readouterr()
+    assert done.out.count("\n") == 1
+    assert ("batch/s" in done.err) == (flags == [])
+
+
+def test_a_second_process_has_no_bar(trained, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["eval", str(trained / "out")]) == 0
+    done = capsys.readouterr()
+    assert (done.out, done.err) == ("", "")
+
+
+@pytest.mark.parametrize("level", ["info", "error"])
+def test_log_level(trained, tmp_path, level, caplog):
+    assert cli.main(["merge", str(trained / "out"), "--out", str(tmp_path), "--log-level", level]) == 0
+    assert (f"Saved the adaptation in {tmp_path}" in caplog.text) == (level == "info")
+    assert cli.main(["eval", str(trained / "out")]) == 0
+    assert logging.getLogger("adamix_kernels").level == logging.WARNING
+
+
+def train_flags(trained, out, *more):
+    flags = ["--model", str(trained / "encoder"), "--data", str(trained / "data"), "--out", str(out), "--use-cpu"]
+    flags += ["--num-train-epochs", "3", "--pooling", "model"]
+    return ["train", *flags, "--per-device-train-batch-size", "4", "--disable-tqdm", "true", *more]
+
+
+def test_train_resumes(trained, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert cli.main(train_flags(trained, whole)) == 0  # three epochs of three steps
+    assert cli.main(train_flags(trained, parts, "--resume")) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+    assert cli.main(train_flags(trained, whole, "--resume", str(tmp_path / "nowhere"))) == 2
+    assert "nowhere': no such folder" in capsys.readouterr().err
+    shutil.copytree(whole / "checkpoint-6", parts / "checkpoint-6")
+    assert cli.main(train_flags(trained, parts)) == 2
+    assert "expected --resume, or another folder" in capsys.readouterr().err
+    assert cli.main(train_flags(trained, parts, "--resume")) == 0
+    ours, theirs = (json.loads((f / "checkpoint-9" / "trainer_state.json").read_text()) for f in (parts, whole))
+    assert (ours["global_step"], theirs["global_step"]) == (9, 9)
+    digests = [json.loads((f / "adamix_checkpoint.json").read_text())["tensors"]["sha256"] for f in (parts, whole)]
+    assert digests[0] == digests[1]
+
+
+def test_two_processes_show_one_bar_and_one_result(trained, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    flags = train_flags(trained, tmp_path / "out", "--max-steps", "2", "--log-level", "info")
+    flags[flags.index("--disable-tqdm") + 1] = "false"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
+    command = [*launch, "--main_process_port", "0", str(SCRIPT), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("dev accuracy") == 1
+    # What is still open when Python ends can abort a rank, and the launcher then ends the others.
+    assert done.stdout.count("process group closed") == 2
+    assert done.stderr.count(" 0/2 [") == 1
+    assert done.stderr.count("***** Running training *****") == 1
+
+
+def test_env_names_versions_and_reasons(capsys):
+    assert cli.main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("```text\npython: ")
+    assert out.endswith("\n```\n")
+    assert f"torch:            {torch.__version__}\n" in out
+    assert re.search(r"\nprocessor: .+, [1-9]\d* usable, torch on [1-9]\d* threads\nmemory: +\d+\.\d GiB\n", out)
+    assert "backend reference usable: runs on any device" in out
+    assert cli.main(["env", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert set(facts["backends"]) == {"reference", "triton", "cuda"}
+    assert facts["versions"]["numpy"] == numpy.__version__
+    assert facts["cuda"]["torch"] == torch.version.cuda
+    assert all(state["reason"] for state in facts["backends"].values())
+
+
+def test_bench_hands_its_arguments_and_status_on(monkeypatch):
+    seen = []
+
+    def run(command, cwd):
+        seen.append((command[1:], cwd))
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    assert cli.main(["bench", "step", "--batch", "2"]) == 3
+    assert seen[0][0] == ["-m", "benchmarks.run", "step", "--batch", "2"]
+    assert (seen[0][1] / "benchmarks" / "run.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "nowhere"], "run: got 'nowhere', no such folder"),
+        (["train", "--method", "nope"], "method: got 'nope'"),
+        (["train", "--data", "./nowhere", "--model", "m"], "./nowhere': no such f"),
+        (["train", "--no-such-flag", "1"], "--no-such-flag"),
+        (["train", "nowhere.json"], "nowhere.json"),
+        (["eval"], "run: got nothing"),
+        (["eval", "nowhere", "--batch_size", "0"], "batch_size: got 0, expected at least 1"),
+        (["eval", "nowhere", "--max_rows", "-1"], "max_rows: got -1, expected at least 1"),
+        (["export", "nowhere"], "out: got nothing, expected a folder to write to: --out FOLDER"),
+        (["merge"], "run: got nothing"),
+        (["merge", "r", "--out", __file__], "test_cli.py' is a file, expected a folder or a new name"),
+        (["export", "r", "--out", f"{__file__}/e"], "test_cli.py' is a file, expected a folder or a new name"),
+        (["train", "--out", __file__], "test_cli.py' is a file, expected a folder or a new name"),
+        (["train", "--model", "./nowhere"], "model: cannot load './nowhere': ./nowhere: no such folder\n"),
+        (["train", "--model", "nowhere"], "nowhere: no such folder here, and on the Hub, or in this machine's cache"),
+        (["eval", str(Path(__file__).parent)], "run: got '"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(capsys, arguments, message):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"adamix {arguments[0]}: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.parametrize("command", ["train", "merge", "export", "predict"])
+def test_a_folder_that_may_not_be_written_to_is_told_before_any_work(capsys, monkeypatch, tmp_path, command):
+    monkeypatch.setattr(_options.os, "access", lambda *_: False)
+    flags = ["--run", "nowhere", "text"] if command == "predict" else ["nowhere"] if command != "train" else []
+    assert cli.main([command, *flags, "--out", str(tmp_path / "out.jsonl")]) == 2
+    error = capsys.readouterr().err
+    place = f"nothing may be written to {str(tmp_path)!r}, expected another place\n"
+    assert error == f"adamix {command}: out: {str(tmp_path / 'out.jsonl')!r}: {place}"
+
+
+def test_traceback_is_shown_on_request():
+    with pytest.raises(ValueError, match="no such folder"):
+        cli.main(["--traceback", "eval", "nowhere"])
+
+
+def test_an_interrupted_command_is_status_130(capsys, monkeypatch):
+    monkeypatch.setattr(commands_env, "main", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["env"]) == 130
+    assert capsys.readouterr().err == "adamix env: interrupted\n"
+
+
+def test_help_tells_the_exit_statuses(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"  {status}" in out and text in out for status, text in cli.STATUSES.items())
+
+
+def test_no_command_is_the_help_and_a_wrong_one_is_answered_by_the_nearest(capsys):
+    assert cli.main([]) == 0
+    assert "usage: adamix" in capsys.readouterr().out
+    assert cli.main(["trian"]) == 2
+    assert capsys.readouterr().err.endswith("the closest is train\n")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"adamix_kernels {__version__}\n"
+
+
+def test_env_and_bench_are_light_and_what_predicts_imports_nothing_that_trains():
+    code = "import sys; from adamix_kernels.commands import env, bench; from adamix_kernels import cli; "
+    code += "cli.main([]); print('transformers' in sys.modules); "
+    code += "from adamix_kernels.commands import evaluate, export, merge, predict; "
+    code += "print([name for name in ('peft', 'transformers.trainer_callback', 'sklearn') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("False\n[]\n"), done.stderr
+
+
+def test_every_command_has_help():
+    for name in cli.COMMANDS:
+        if name == "recipe":
+            assert cli.main([name, "--help"]) == 0
+            continue
+        with pytest.raises(SystemExit) as stop:
+            cli.main([name, "--help"])
+        assert stop.value.code == 0
+    assert commands.__doc__
+
+
+def test_python_dash_m_is_the_command_line():
+    done = subprocess.run([sys.executable, "-m", "adamix_kernels", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in cli.COMMANDS)
