@@ -1,4 +1,4 @@
-"""Planes of an adapter's weight gradients, one for each split of the tokens: how many, and the launch that sums them."""
+"""Planes of an adapter's weight gradients, one for a split of the tokens: how many, and the kernel that sums them."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def expand_side(
     SIDE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, AHEAD: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
-    """`expand` of a tile of several experts a row; weights [ROWS, GP], or None, weigh the experts' biases."""
+    """`expand` of a tile of several experts a row; weights weigh the experts' biases, see there."""
     if SIDE != "chosen":
         expand(
             t, 0, columns, live, STRIDE, bias, added, tiles, out, rows, valid,

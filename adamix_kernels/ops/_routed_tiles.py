@@ -168,13 +168,14 @@ def bias_at(bias, expert, c, inside, valid, WIDTH, MASKED: tl.constexpr):
 
 
 @triton.jit
-def gated_bias(
-    y, gates, bias, c, inside, C, M: tl.constexpr, GP: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """y [ROWS, len(c)] + gates [ROWS, GP] times the bias bank's columns c."""
-    e = tl.arange(0, GP)
-    b_tile = tl.load(bias + e[:, None] * C + c[None, :], mask=(e < M)[:, None] & inside[None, :], other=0.0)
-    return tl.dot(gates, b_tile.to(gates.dtype), y, input_precision=PRECISION)
+def gated_bias(y, gates, bias, c, inside, C, M: tl.constexpr, GP: tl.constexpr, PRECISION: tl.constexpr):
+    """y [ROWS, len(c)] + gates [ROWS, GP] times the bias bank's columns c; gates [ROWS] weigh a bank of one."""
+    if len(gates.shape) == 1:
+        return y + gates[:, None] * tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    else:
+        e = tl.arange(0, GP)
+        b_tile = tl.load(bias + e[:, None] * C + c[None, :], mask=(e < M)[:, None] & inside[None, :], other=0.0)
+        return tl.dot(gates, b_tile.to(gates.dtype), y, input_precision=PRECISION)
 
 
 @triton.jit
@@ -187,7 +188,7 @@ def expand(
     """out = t [ROWS, MP * RP] times the bank's columns [MP * RP, C] (+ bias[expert]) (+ added), stored.
 
     bias and added may be None. AHEAD: steps loaded ahead. KEEP: added's rows are on the chip, in `tiles`, and all rows
-    have one expert, for the registers' sake. gates [ROWS, GP], unless None: what weighs every expert's bias.
+    have one expert, for the registers' sake. gates, unless None, weigh every expert's bias, see `gated_bias`.
     """
     offsets = rows.to(tl.int64)[:, None] * C
     if KEEP:

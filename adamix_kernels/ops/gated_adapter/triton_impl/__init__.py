@@ -29,9 +29,8 @@ def forward(
     x, down_weight, up_weight = x.contiguous(), down_weight.contiguous(), up_weight.contiguous()
     out, pre = memory(x, batch, tokens, width), memory(x, batch, tokens, slots_of(down_weight, gates) * r)
     residual = x if add_input else _contiguous(residual)
-    if batch * tokens == 0 or gates.shape[-1] == 0:
-        out = out.zero_() if residual is None else out.copy_(residual)
-        return out, pre.zero_()
+    if batch * tokens == 0:
+        return out, pre
     plan = _planned(x, r, down_index, up_index, gates, md, mu, mix)
     kernel = gated_adapter_forward_kernel
     meta = _tile_meta(kernel, plan, x, r, hidden, add_input and plan.up.kind != "chosen", plan.up.kind)
@@ -52,13 +51,13 @@ def backward(
     down_weight, up_weight = down_weight.contiguous(), up_weight.contiguous()
     dx = memory(x, *x.shape) if need_input else memory(x, 0)
     dgates = memory(gates, *gates.shape) if need_gates else memory(gates, 0)
-    if batch * tokens == 0 or gates.shape[-1] == 0:
-        dx = dx.copy_(grad_out) if need_input and add_input else dx.zero_()
+    if batch * tokens == 0:
         grads = (*outputs(x, down_weight.shape, need_down), *outputs(x, up_weight.shape, need_up))
         return dx, *(grad.zero_() for grad in grads), dgates.zero_()
     plan = _planned(x, r, down_index, up_index, gates, md, mu, mix)
     dpre = memory(x, batch, tokens, md * r) if need_down else None
     h = memory(x, batch, tokens, mu * r) if need_up else None
+    weights = memory(x, plan.rows, plan.biases) if need_up else None
     by_sample = need_gates and gates.dim() == 2
     row_grads = memory(x, plan.rows, plan.slots, dtype=torch.float32) if by_sample else None
     weighs_bias = need_gates and not (plan.weights and mu == 1)
@@ -68,11 +67,11 @@ def backward(
     launch(
         kernel, (-(-plan.rows // meta["ROWS"]),), x.device,
         grad_out, pre, up_weight, down_weight, _contiguous(up_bias) if weighs_bias else None,
-        plan.up.index, plan.down.index, plan.gates, dpre, h,
+        plan.up.index, plan.down.index, plan.gates, dpre, h, weights,
         (row_grads if by_sample else dgates) if need_gates else None, dx if need_input else None, plan.rows, plan.div,
         H=hidden, O=width, ACTIVATION=activation, ADD_GRAD=add_input, **meta,
     )  # fmt: skip
-    grads = weight_grads(plan, x, dpre, grad_out, h, row_grads, dgates, down_weight.shape, up_weight.shape)
+    grads = weight_grads(plan, x, dpre, grad_out, h, weights, row_grads, dgates, down_weight.shape, up_weight.shape)
     return dx, *grads, dgates
 
 

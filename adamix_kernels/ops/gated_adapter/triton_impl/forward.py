@@ -15,6 +15,7 @@ from ..._gated_tiles import (
     expert_gates,
     expert_of,
     gate_of,
+    gate_sum,
     gate_tile,
     lift,
     own_of,
@@ -107,9 +108,11 @@ def gated_adapter_forward_kernel(
 
     h = narrow(poison(h, wrong), dtype).to(DOT)
     weights = None
-    if up_bias is not None and not (WEIGHTS and UP == "one"):
-        weights = expert_gates(gates, up_index, div, rows, valid, K, MU, GP, UP)
-        weights = narrow(weights, dtype).to(DOT)
+    if up_bias is not None:
+        if UP != "one":
+            weights = narrow(expert_gates(gates, up_index, div, rows, valid, K, MU, GP, UP), dtype).to(DOT)
+        elif not WEIGHTS:
+            weights = gate_sum(gates, div, rows, valid, K)
     columns, live = side_columns(up_weight, O * R, 1, R, RP, MU, MUP, UP)
     expand_side(
         h, columns, live, R, up_bias, weights, residual, tiles, out, rows, valid, up_index, div,

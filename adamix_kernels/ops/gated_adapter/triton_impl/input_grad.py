@@ -13,6 +13,7 @@ import triton.language as tl
 from ...._triton_utils import activate, activation_slope, narrow
 from ..._gated_tiles import (
     expand_side,
+    expert_gates,
     expert_of,
     gate_of,
     gate_sum,
@@ -61,7 +62,8 @@ def _store_slot(dgates, found, wrong, rows, valid, slot, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["span", "div"])
 def gated_adapter_input_grad_kernel(
-    grad_out, pre, up_weight, down_weight, up_bias, up_index, down_index, gates, dpre, h, dgates, dx, span, div,
+    grad_out, pre, up_weight, down_weight, up_bias, up_index, down_index, gates, dpre, h, weights, dgates, dx,
+    span, div,
     H: tl.constexpr, O: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, K: tl.constexpr,  # noqa: E741
     MD: tl.constexpr, MDP: tl.constexpr, DOWN: tl.constexpr,
     MU: tl.constexpr, MUP: tl.constexpr, UP: tl.constexpr, GP: tl.constexpr,
@@ -78,7 +80,8 @@ def gated_adapter_input_grad_kernel(
 
         d g_k = <act(z), u_k> + <bu[j_k], dy> + <d z, pre_k>, the second bank's and the first's unless it is of one.
 
-    dpre [., MD * R], h [., MU * R], dgates and dx may be None. KEEP: dx is wanted, and dy is added to it.
+    dpre [., MD * R], h [., MU * R] with weights [., GP], what weighs each expert's bias up, dgates and dx may be None.
+    KEEP: dx is wanted, and dy is added to it.
     """
     dtype: tl.constexpr = pre.dtype.element_ty
     rows, valid, _ = tile_rows(span, None, None, None, ROWS)
@@ -225,6 +228,12 @@ def gated_adapter_input_grad_kernel(
         to = h + row * (MU * R) + (up_column // RP * R + up_column % RP)[None, :]
         act = narrow(tl.where(wrong[:, None], 0.0, act), dtype)
         tl.store(to, act, mask=valid[:, None] & up_live[None, :])
+        if WEIGHTS and UP == "one":
+            found = tl.zeros([ROWS, GP], tl.float32) + tl.where(e == 0, 1.0, 0.0)[None, :]
+        else:
+            found = expert_gates(gates, up_index, div, rows, valid, K, MU, GP, UP)
+        found = narrow(tl.where(wrong[:, None], 0.0, found), dtype)
+        tl.store(weights + row * GP + e[None, :], found, mask=valid[:, None])
     if dpre is not None:
         tl.store(dpre + row * (MD * R) + at[None, :], narrow(g, dtype), mask=wide_mask)
 

@@ -34,12 +34,17 @@ class Plan(NamedTuple):
     def width(self) -> int:
         return self.rp * max(self.down.padded, self.up.padded)
 
+    @property
+    def biases(self) -> int:
+        """Columns of what weighs every expert's bias up."""
+        return max(16, power_of_2(self.up.experts))
+
     def constants(self, r: int) -> dict[str, Any]:
         """Of the kernels of row tiles."""
         down, up = self.down, self.up
         return dict(
             R=r, RP=self.rp, K=self.slots, MD=down.experts, MDP=down.padded, DOWN=down.kind,
-            MU=up.experts, MUP=up.padded, UP=up.kind, GP=max(16, power_of_2(up.experts)), WEIGHTS=self.weights,
+            MU=up.experts, MUP=up.padded, UP=up.kind, GP=self.biases, WEIGHTS=self.weights,
         )  # fmt: skip
 
 

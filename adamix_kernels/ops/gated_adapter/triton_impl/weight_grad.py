@@ -12,17 +12,17 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
-from ..._gated_tiles import expert_gates, expert_of
+from ..._gated_tiles import expert_of
 
 
 @triton.jit
 def _accumulate(
-    acc, sums, g, z, index, gates, div, rows, valid, c, only,
+    acc, sums, g, z, weights, index, div, rows, valid, c, only,
     C: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, M: tl.constexpr, SIDE: tl.constexpr,
     ONLY: tl.constexpr, PART: tl.constexpr, GP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     COLS: tl.constexpr,
 ):  # fmt: skip
-    """Over the tile's rows: acc [COLS, WIDTH] += z^T g; for PART "up" also sums [COLS, GP] += z^T gates, for "bias"
+    """Over the tile's rows: acc [COLS, WIDTH] += z^T g; for PART "up" also sums [COLS, GP] += z^T weights, for "bias"
     sums [WIDTH] += g's alone. ONLY: of rows and columns that name expert `only`.
     """
     k = tl.arange(0, WIDTH)
@@ -32,7 +32,8 @@ def _accumulate(
         mine = mine & (k // R == only)
         named = rows < 0
         for slot in tl.static_range(K):
-            named = named | (expert_of(index, div, rows, valid, slot, K, M)[0] == only)
+            expert, wrong = expert_of(index, div, rows, valid, slot, K, M)
+            named = named | ((expert == only) & ~wrong)
         valid = valid & named
     row = rows.to(tl.int64)[:, None]
     g_tile = tl.load(g + row * (M * R) + k[None, :], mask=valid[:, None] & mine[None, :], other=0.0)
@@ -45,20 +46,14 @@ def _accumulate(
         z_tile = tl.load(z + row * C + c[None, :], mask=z_mask, other=0.0).to(DOT)
         acc = tl.dot(tl.trans(z_tile), g_tile.to(DOT), acc, input_precision=PRECISION)
         if PART == "up":
-            if gates is None:
-                weights = tl.zeros([rows.shape[0], GP], tl.float32) + tl.where(e == 0, 1.0, 0.0)[None, :]
-            else:
-                weights = expert_gates(gates, index, div, rows, valid, K, M, GP, SIDE)
-            if ONLY:
-                weights = tl.where((e == only)[None, :], weights, 0.0)
-            weights = narrow(weights, g.dtype.element_ty).to(DOT)
-            sums = tl.dot(tl.trans(z_tile), weights, sums, input_precision=PRECISION)
+            w_tile = tl.load(weights + row * GP + e[None, :], mask=valid[:, None], other=0.0).to(DOT)
+            sums = tl.dot(tl.trans(z_tile), w_tile, sums, input_precision=PRECISION)
     return acc, sums
 
 
 @triton.jit
 def _plane(
-    g, z, index, gates, plane, bias_plane, num_rows, div, split, splits, block,
+    g, z, weights, index, plane, bias_plane, num_rows, div, split, splits, block,
     C: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, M: tl.constexpr, SIDE: tl.constexpr,
     PART: tl.constexpr, GP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -79,9 +74,10 @@ def _plane(
     for tile in range(begin, end):
         rows = tile * ROWS + tl.arange(0, ROWS)
         acc, sums = _accumulate(
-            acc, sums, g, z, index, gates, div, rows, rows < num_rows, c, 0,
+            acc, sums, g, z, weights, index, div, rows, rows < num_rows, c, 0,
             C, R, WIDTH, K, M, SIDE, False, PART, GP, DOT, PRECISION, COLS,
         )  # fmt: skip
+    _store(acc, sums, plane, bias_plane, split, c, k < M * R, e < M, C, R, M, PART, WIDTH, GP)
     if SIDE == "chosen" and PART != "bias":
         wrong = tl.max(tl.reshape(tl.where(acc == acc, 0, 1), [COLS * WIDTH], can_reorder=True), 0)
         if PART == "up":
@@ -89,30 +85,37 @@ def _plane(
         if wrong > 0:
             # Perhaps an infinity of a row that does not name the expert, as 0 * inf: each expert by its own rows.
             for own in range(M):
-                one, one_sums = tl.zeros([COLS, WIDTH], tl.float32), tl.zeros([COLS, GP], tl.float32)
+                acc, sums = tl.zeros([COLS, WIDTH], tl.float32), tl.zeros([COLS, GP], tl.float32)
                 for tile in range(begin, end):
                     rows = tile * ROWS + tl.arange(0, ROWS)
-                    one, one_sums = _accumulate(
-                        one, one_sums, g, z, index, gates, div, rows, rows < num_rows, c, own,
+                    acc, sums = _accumulate(
+                        acc, sums, g, z, weights, index, div, rows, rows < num_rows, c, own,
                         C, R, WIDTH, K, M, SIDE, True, PART, GP, DOT, PRECISION, COLS,
                     )  # fmt: skip
-                acc = tl.where((k // R == own)[None, :], one, acc)
-                sums = tl.where((e == own)[None, :], one_sums, sums)
+                _store(acc, sums, plane, bias_plane, split, c, k // R == own, e == own, C, R, M, PART, WIDTH, GP)
 
+
+@triton.jit
+def _store(
+    acc, sums, plane, bias_plane, split, c, columns, experts,
+    C: tl.constexpr, R: tl.constexpr, M: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, GP: tl.constexpr,
+):  # fmt: skip
+    """A split's planes, those columns and experts of them."""
+    k = tl.arange(0, WIDTH)
+    e = tl.arange(0, GP)
     split = split.to(tl.int64)
     if PART == "bias":
-        tl.store(bias_plane + split * (M * R) + k, narrow(sums, bias_plane.dtype.element_ty), mask=k < M * R)
+        tl.store(bias_plane + split * (M * R) + k, narrow(sums, bias_plane.dtype.element_ty), mask=columns)
     else:
         to = plane + split * (M * R * C)
-        mask = (c < C)[:, None] & (k < M * R)[None, :]
+        inside = (c < C)[:, None]
         if PART == "up":
             to += (k // R * (C * R) + k % R)[None, :] + c[:, None] * R
             at = bias_plane + split * (M * C) + e[None, :] * C + c[:, None]
-            sums = narrow(sums, bias_plane.dtype.element_ty)
-            tl.store(at, sums, mask=(c < C)[:, None] & (e < M)[None, :])
+            tl.store(at, narrow(sums, bias_plane.dtype.element_ty), mask=inside & experts[None, :])
         else:
             to += c[:, None] + k[None, :] * C
-        tl.store(to, narrow(acc, plane.dtype.element_ty), mask=mask)
+        tl.store(to, narrow(acc, plane.dtype.element_ty), mask=inside & columns[None, :])
 
 
 @triton.jit
@@ -129,17 +132,17 @@ def _sample(row_grads, dgates, b, tokens, K: tl.constexpr, KP: tl.constexpr, CHU
 
 @triton.jit(do_not_specialize=["num_rows", "div", "down_splits", "up_splits"])
 def gated_adapter_weight_grad_kernel(
-    x, dpre, grad_out, h, down_index, up_index, gates, row_grads,
+    x, dpre, grad_out, h, weights, down_index, up_index, row_grads,
     down_plane, down_bias_plane, up_plane, up_bias_plane, dgates, num_rows, div, down_splits, up_splits,
     H: tl.constexpr, O: tl.constexpr, R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,  # noqa: E741
     MD: tl.constexpr, DOWN: tl.constexpr, DOWN_WIDTH: tl.constexpr,
     MU: tl.constexpr, UP: tl.constexpr, UP_WIDTH: tl.constexpr, GP: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Planes of dWd = dpre^T x, dbd = sum dpre, dWu = dy^T h and dbu = dy^T gates, every expert's; of gates by sample
+    """Planes of dWd = dpre^T x, dbd = sum dpre, dWu = dy^T h and dbu = dy^T weights, every expert's; of gates by sample
     the gradient itself, the sum of row_grads [., K].
 
-    dpre and h are those of the input gradient's kernel. gates None: the one bias up is not weighed.
+    dpre, h and weights are those of the input gradient's kernel.
     """
     program = tl.program_id(0)
     # Of the down side one program more, for the bias.
@@ -152,12 +155,12 @@ def gated_adapter_weight_grad_kernel(
             split, block = program // down_blocks, program % down_blocks
             if block < down_blocks - 1:
                 _plane(
-                    dpre, x, down_index, None, down_plane, down_bias_plane, num_rows, div, split, down_splits, block,
+                    dpre, x, None, down_index, down_plane, down_bias_plane, num_rows, div, split, down_splits, block,
                     H, R, DOWN_WIDTH, K, MD, DOWN, "down", 16, DOT, PRECISION, ROWS, COLS,
                 )  # fmt: skip
             else:
                 _plane(
-                    dpre, x, down_index, None, down_plane, down_bias_plane, num_rows, div, split, down_splits, 0,
+                    dpre, x, None, down_index, down_plane, down_bias_plane, num_rows, div, split, down_splits, 0,
                     H, R, DOWN_WIDTH, K, MD, DOWN, "bias", 16, DOT, PRECISION, ROWS, COLS,
                 )  # fmt: skip
     if up_plane is not None:
@@ -165,7 +168,7 @@ def gated_adapter_weight_grad_kernel(
         if program >= down_programs and program < down_programs + up_programs:
             own = program - down_programs
             _plane(
-                h, grad_out, up_index, gates, up_plane, up_bias_plane, num_rows, div,
+                h, grad_out, weights, up_index, up_plane, up_bias_plane, num_rows, div,
                 own // up_blocks, up_splits, own % up_blocks,
                 O, R, UP_WIDTH, K, MU, UP, "up", GP, DOT, PRECISION, ROWS, COLS,
             )  # fmt: skip

@@ -15,7 +15,7 @@ from .weight_grad import gated_adapter_weight_grad_kernel
 CHUNK = 64
 
 
-def weight_grads(plan: Plan, x, dpre, grad_out, h, row_grads, dgates, down_shape, up_shape):
+def weight_grads(plan: Plan, x, dpre, grad_out, h, weights, row_grads, dgates, down_shape, up_shape):
     """(dWd, dbd, dWu, dbu): a side's pair is empty tensors where dpre or h is None. row_grads: None, or summed to
     dgates.
     """
@@ -38,13 +38,12 @@ def weight_grads(plan: Plan, x, dpre, grad_out, h, row_grads, dgates, down_shape
     absent = [None, None]
     launch(
         gated_adapter_weight_grad_kernel, (programs,), x.device,
-        x, dpre, grad_out, h, plan.down.index, plan.up.index,
-        None if plan.weights and mu == 1 else plan.gates, row_grads,
+        x, dpre, grad_out, h, weights, plan.down.index, plan.up.index, row_grads,
         *(planes[:2] if need[0] else absent), *(planes[2:] if need[1] else absent),
         None if row_grads is None else dgates, plan.rows, plan.div, splits, splits,
         H=hidden, O=width, R=r, K=plan.slots, KP=power_of_2(plan.slots),
         MD=md, DOWN=plan.down.kind, DOWN_WIDTH=widths[0], MU=mu, UP=plan.up.kind, UP_WIDTH=widths[1],
-        GP=max(16, power_of_2(mu)), DOT=dot_dtype(x.dtype), PRECISION=precision(x.dtype),
+        GP=plan.biases, DOT=dot_dtype(x.dtype), PRECISION=precision(x.dtype),
         ROWS=chosen.rows, COLS=chosen.cols, CHUNK=CHUNK,
         num_warps=chosen.num_warps, num_stages=chosen.num_stages,
     )  # fmt: skip
