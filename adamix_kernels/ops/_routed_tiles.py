@@ -168,15 +168,27 @@ def bias_at(bias, expert, c, inside, valid, WIDTH, MASKED: tl.constexpr):
 
 
 @triton.jit
+def gated_bias(y, gates, bias, c, inside, C, M: tl.constexpr, GP: tl.constexpr, PRECISION: tl.constexpr):
+    """y [ROWS, len(c)] + gates [ROWS, GP] times the bias bank's columns c; gates [ROWS] weigh a bank of one."""
+    if len(gates.shape) == 1:
+        return y + gates[:, None] * tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    else:
+        e = tl.arange(0, GP)
+        b_tile = tl.load(bias + e[:, None] * C + c[None, :], mask=(e < M)[:, None] & inside[None, :], other=0.0)
+        return tl.dot(gates, b_tile.to(gates.dtype), y, input_precision=PRECISION)
+
+
+@triton.jit
 def expand(
     t, expert, columns, live, STRIDE, bias, added, tiles, out, rows, valid,
     C: tl.constexpr, M: tl.constexpr, RP: tl.constexpr, MP: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, AHEAD: tl.constexpr, KEEP: tl.constexpr,
+    gates=None, GP: tl.constexpr = 16,
 ):  # fmt: skip
     """out = t [ROWS, MP * RP] times the bank's columns [MP * RP, C] (+ bias[expert]) (+ added), stored.
 
     bias and added may be None. AHEAD: steps loaded ahead. KEEP: added's rows are on the chip, in `tiles`, and all rows
-    have one expert, for the registers' sake.
+    have one expert, for the registers' sake. gates, unless None, weigh every expert's bias, see `gated_bias`.
     """
     offsets = rows.to(tl.int64)[:, None] * C
     if KEEP:
@@ -190,14 +202,16 @@ def expand(
             if start >= AHEAD * COLS:
                 c = start - AHEAD * COLS + tl.arange(0, COLS)
                 y = tl.dot(t, w_tiles[start // COLS - AHEAD].to(t.dtype))
-                if bias is not None:
+                if bias is not None and gates is not None:
+                    y = gated_bias(y, gates, bias, c, c < C, C, M, GP, PRECISION)
+                elif bias is not None:
                     y += bias_at(bias, expert, c, c < C, valid, C, MASKED)
                 y += tiles[start // COLS - AHEAD].to(tl.float32)
                 tl.store(out + offsets + c[None, :], narrow(y, out.dtype.element_ty), mask=valid[:, None])
     else:
         spoilt = _expand(
             t, expert, columns, live, STRIDE, bias, added, out, offsets, valid,
-            C, RP, MP, MASKED, PRECISION, ROWS, COLS, AHEAD + 1,
+            C, RP, MP, MASKED, PRECISION, ROWS, COLS, AHEAD + 1, gates, M, GP,
         )  # fmt: skip
         if MASKED and MP > 1:  # noqa: SIM102
             if tl.max(tl.reshape(spoilt, [ROWS * COLS], can_reorder=True), 0) > 0:
@@ -216,6 +230,7 @@ def _expand(
     t, expert, columns, live, STRIDE, bias, added, out, offsets, valid,
     C: tl.constexpr, RP: tl.constexpr, MP: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+    gates=None, M: tl.constexpr = 1, GP: tl.constexpr = 16,
 ):  # fmt: skip
     """`expand` with `added` from memory; returns where products were NaN, folded into [ROWS, COLS]."""
     spoilt = tl.zeros([ROWS, COLS], tl.int32)
@@ -232,9 +247,11 @@ def _expand(
         # Three TF32 products hold both halves of the tile in registers: too many beyond 128 columns.
         WIDE: tl.constexpr = "ieee" if PRECISION == "tf32x3" and MP * RP > 128 else PRECISION
         y = tl.dot(t, w_tile, input_precision=WIDE)
+        if bias is not None and gates is not None:
+            y = gated_bias(y, gates, bias, c, inside, C, M, GP, PRECISION)
         if MASKED and MP > 1:
             spoilt = tl.where(y == y, spoilt, 1)
-        if bias is not None:
+        if bias is not None and gates is None:
             y += bias_at(bias, expert, c, inside, valid, C, MASKED)
         if added is not None:
             y += tl.load(added + offsets + c[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...._triton_utils import DTYPES, precision
+from ..._adapter_planes import SUM_CHUNK, SUM_COLS, adapter_plane_sum_kernel
 from ..._routed_plan import power_of_2
 from ..._triton_aot import POINTERS, AotCase, make_case
 from .forward import adapter_forward_kernel
 from .input_grad import adapter_input_grad_kernel
 from .tables import RESIDENT, RESIDENT_RANK, config, row_tile, sums_by_dot, tile_options
-from .weight_grad import adapter_plane_sum_kernel, adapter_weight_grad_kernel
-from .weights import SUM_CHUNK, SUM_COLS
+from .weight_grad import adapter_weight_grad_kernel
 
 # hidden size of the compiled cases: a multiple of every block, as in the models AdaMix is used with.
 _HIDDEN = 1024

@@ -1,4 +1,4 @@
-"""Second and third launch of the backward: gradients of both banks and both biases.
+"""Second launch of the backward: gradients of both banks and both biases, by split.
 
 An expert's tokens are split into equal parts; each (expert, split, block of features) writes its own float32 plane,
 zero where there is no token, and the planes are summed in a fixed order. No atomics: the same bits every time.
@@ -200,41 +200,3 @@ def adapter_weight_grad_kernel(
                 program // up_blocks % MU, program % up_blocks,
                 O, R, RP, MU, MASK_U, ACTIVATION, "up", ONES, DOT, PRECISION, ROWS, COLS,
             )  # fmt: skip
-
-
-@triton.jit
-def _sum_planes(planes, out, splits, block, SIZE: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr):
-    at = block.to(tl.int64) * COLS + tl.arange(0, COLS)
-    acc = tl.zeros([COLS], tl.float32)
-    for start in range(0, splits, CHUNK):
-        split = start + tl.arange(0, CHUNK)
-        mask = (split < splits)[:, None] & (at < SIZE)[None, :]
-        acc += tl.sum(tl.load(planes + split.to(tl.int64)[:, None] * SIZE + at[None, :], mask=mask, other=0.0), axis=0)
-    tl.store(out + at, narrow(acc, out.dtype.element_ty), mask=at < SIZE)
-
-
-@triton.jit(do_not_specialize=["down_splits", "up_splits"])
-def adapter_plane_sum_kernel(
-    down_plane, down_bias_plane, up_plane, up_bias_plane, down_grad, down_bias_grad, up_grad, up_bias_grad,
-    down_splits, up_splits,
-    DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr,
-    CHUNK: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """grad = sum of its planes over the splits, in a fixed order, rounded once; sizes in elements, 0: absent."""
-    block = tl.program_id(0)
-    a: tl.constexpr = (DOWN + COLS - 1) // COLS
-    b: tl.constexpr = a + (DOWN_BIAS + COLS - 1) // COLS
-    c: tl.constexpr = b + (UP + COLS - 1) // COLS
-    if DOWN > 0:  # noqa: SIM102
-        if block < a:
-            _sum_planes(down_plane, down_grad, down_splits, block, DOWN, CHUNK, COLS)
-    # Of a side of no features the bias alone is there.
-    if DOWN_BIAS > 0:  # noqa: SIM102
-        if block >= a and block < b:
-            _sum_planes(down_bias_plane, down_bias_grad, down_splits, block - a, DOWN_BIAS, CHUNK, COLS)
-    if UP > 0:  # noqa: SIM102
-        if block >= b and block < c:
-            _sum_planes(up_plane, up_grad, up_splits, block - b, UP, CHUNK, COLS)
-    if UP_BIAS > 0:  # noqa: SIM102
-        if block >= c:
-            _sum_planes(up_bias_plane, up_bias_grad, up_splits, block - c, UP_BIAS, CHUNK, COLS)

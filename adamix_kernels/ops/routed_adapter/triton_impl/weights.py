@@ -7,14 +7,10 @@ from typing import NamedTuple
 import torch
 
 from ...._triton_utils import capability, dot_dtype, launch, memory, precision
+from ..._adapter_planes import SUM_CHUNK, SUM_COLS, adapter_plane_sum_kernel, count_splits
 from ..._routed_plan import MIN_SPAN, fits, per_row, power_of_2, sort_rows
 from .tables import config, sums_by_dot
-from .weight_grad import adapter_plane_sum_kernel, adapter_weight_grad_kernel
-
-# Programs that fill a GPU (tables.RESIDENT on each of 132 multiprocessors, and somewhat more), tiles that make a split
-# worth its plane, and most planes.
-PROGRAMS, MIN_TILES, MAX_SPLITS = 1024, 4, 64
-SUM_CHUNK, SUM_COLS = 8, 256
+from .weight_grad import adapter_weight_grad_kernel
 
 
 class _Tokens(NamedTuple):
@@ -79,18 +75,6 @@ def weight_grads(x, dpre, grad_out, h, down_index, up_index, down_shape, up_shap
             DOWN=sizes[0], DOWN_BIAS=sizes[1], UP=sizes[2], UP_BIAS=sizes[3], CHUNK=SUM_CHUNK, COLS=SUM_COLS,
         )  # fmt: skip
     return outputs
-
-
-def count_splits(rows: int, blocks: int, tile: int, columns: int, row_bytes: int) -> int:
-    """How many parts all tokens are split into, from sizes and the tile alone; those of one of M experts have 1/M.
-
-    The tile is that of the GPU's architecture: there the same inputs give the same bits, on another one perhaps not.
-
-    Enough programs, each with enough tiles, and float32 planes [splits, columns] that hold at most a
-    quarter of the bytes they sum: `row_bytes` a row, both for one feature of every side that is wanted.
-    """
-    affordable = rows * row_bytes // max(1, 4 * 4 * columns)
-    return max(1, min(PROGRAMS // blocks, -(-rows // (tile * MIN_TILES)), affordable, MAX_SPLITS))
 
 
 def _ways(tokens: _Tokens, experts: int) -> int:
