@@ -180,7 +180,7 @@ class _Arrow:
 
 @torch.no_grad()
 def prototypes(layer: Any, pack: Pack, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(v [M, K], known [M]): v_e the leading right singular vector of B_e A_e, for the slots with a LoRA in the layer."""
+    """(v [M, K], known [M]): v_e the leading right singular vector of B_e A_e, for slots with a LoRA in the layer."""
     vectors = layer.lora_a.new_zeros(pack.capacity, layer.in_features)
     known = torch.zeros(pack.capacity, dtype=torch.bool, device=vectors.device)
     for entry in pack.entries.values():

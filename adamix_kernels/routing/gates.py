@@ -40,14 +40,16 @@ class GateRouter(nn.Module):
         num_experts: M, at least 2. balance, z: whether forward() in training leaves balance_loss() and z_loss() in
             `last`, for gate_losses(). device: of its tensors.
 
-    Buffers, which checkpoints hold: mean_gates [M] and mean_square [], the running means over training batches of g and
-    of |g|^2 over tokens that are no padding (momentum 0.01; plain means of the first 100 batches), batches [], how many.
+    Buffers, which checkpoints hold: mean_gates [M] and mean_square [], the running means over training batches of g
+    and of |g|^2 over tokens that are no padding (momentum 0.01; plain means of the first 100 batches); batches [], how
+    many.
 
     Raises ValueError for a number of experts below 2.
 
     A subclass implements gates(x, mask, tasks).
     """
 
+    per_token = True  # False: one set of gates a sample
     mean_gates: torch.Tensor
     mean_square: torch.Tensor
     batches: torch.Tensor

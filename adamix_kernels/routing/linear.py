@@ -27,8 +27,8 @@ class LinearRouter(GateRouter):
 
     Raises ValueError: top_k is not in 1..M, or M is below 2.
 
-    Source: LoRAMoE (arXiv 2312.09979) and HydraLoRA (arXiv 2404.19245), dense; MixLoRA (arXiv 2404.15159) and MoLA (arXiv
-    2402.08562), top 2.
+    Source: LoRAMoE (arXiv 2312.09979) and HydraLoRA (arXiv 2404.19245), dense; MixLoRA (arXiv 2404.15159) and MoLA
+    (arXiv 2402.08562), top 2.
 
     Example:
         >>> from adamix_kernels.routing import LinearRouter
@@ -38,7 +38,8 @@ class LinearRouter(GateRouter):
     """
 
     def __init__(
-        self, features: int, num_experts: int, top_k: int | None = None, *, dtype: torch.dtype | None = None, **more: Any
+        self, features: int, num_experts: int, top_k: int | None = None, *, dtype: torch.dtype | None = None,
+        **more: Any,
     ):  # fmt: skip
         super().__init__(num_experts, **more)
         self.top_k = check_top_k(top_k, num_experts)
@@ -67,6 +68,8 @@ class SentenceRouter(LinearRouter):
         >>> SentenceRouter(8, 4)(torch.randn(2, 5, 8)).gates.shape
         torch.Size([2, 4])
     """
+
+    per_token = False
 
     def gates(self, x: torch.Tensor, mask: torch.Tensor | None, tasks: torch.Tensor | None) -> Gates:
         wide = x if x.dtype == torch.float64 else x.float()

@@ -22,7 +22,8 @@ class TaskRouter(GateRouter):
 
     Parameters: logits [num_tasks, splits * M], drawn from U(-0.001, 0.001).
 
-    Shapes: tasks int64 [B] -> gates [B, splits * M]; a batch of k * B rows takes each task k times, pass after pass.
+    Shapes: tasks int64 [B] -> gates [B, splits * M]; a batch of k * B rows takes each task k times: pass after pass in
+    training, beside each other (beams) in evaluation.
 
     Raises:
         ValueError: sizes below 1; at the call, no tasks, or of another number.
@@ -35,6 +36,8 @@ class TaskRouter(GateRouter):
         >>> TaskRouter(3, 4).eval()(torch.randn(2, 5, 8), tasks=torch.tensor([0, 2])).gates.shape
         torch.Size([2, 4])
     """
+
+    per_token = False
 
     def __init__(
         self, num_tasks: int, num_experts: int, splits: int = 1, *, dtype: torch.dtype | None = None, **more: Any
@@ -57,7 +60,9 @@ class TaskRouter(GateRouter):
         if tasks.dim() != 1 or not tasks.shape[0] or batch % tasks.shape[0]:
             raise ValueError(f"tasks: got shape {tuple(tasks.shape)} for a batch of {batch}, expected [{batch}]")
         table = self.logits if self.logits.dtype == torch.float64 else self.logits.float()
-        rows = table[tasks.to(table.device).repeat(batch // tasks.shape[0])].view(batch, self.splits, -1)
+        copies, tasks = batch // tasks.shape[0], tasks.to(table.device)
+        tasks = tasks.repeat(copies) if self.training else tasks.repeat_interleave(copies, output_size=batch)
+        rows = table[tasks].view(batch, self.splits, -1)
         if self.training:
             uniform = torch.rand_like(rows).clamp(torch.finfo(rows.dtype).tiny, 1 - torch.finfo(rows.dtype).eps)
             rows = rows + uniform.log() - (-uniform).log1p()
