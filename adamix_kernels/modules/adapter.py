@@ -10,8 +10,9 @@ from torch import nn
 
 from .._backends import check_request
 from ..functional import routed_adapter
+from ..ops._adapter_arguments import ACTIVATIONS
 from ..ops._checks import check_choice
-from ..ops.routed_adapter.api import ACTIVATIONS, routed_by_pass
+from ..ops.routed_adapter.api import routed_by_pass
 from ..routing import GateRouter, Router
 from ._banks import (
     as_batch,
