@@ -59,7 +59,7 @@ def test_hydra_lora_has_one_a_and_a_softmax_over_its_bs():
 
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_lora_moe_and_mola_weigh_whole_loras(top_k):
-    """LoRAMoE: softmax over all. MoLA and MixLoRA: the two largest, divided by their sum, each expert its own tokens."""
+    """LoRAMoE: softmax over all. MoLA, MixLoRA: the two largest, divided by their sum, each expert its own tokens."""
     layer = lora(None, gate=linear_gate(top_k=top_k))
 
     def mixture(x):
@@ -146,7 +146,9 @@ def test_polytropon_and_its_heads_are_as_pefts_poly(splits):
     assert router.logits.grad[1].abs().sum() == 0
 
 
-@pytest.mark.parametrize(("share", "mix"), [(None, "outputs"), (None, "weights"), ("up", "outputs"), ("down", "outputs")])
+@pytest.mark.parametrize(
+    ("share", "mix"), [(None, "outputs"), (None, "weights"), ("up", "outputs"), ("down", "outputs")]
+)
 @pytest.mark.parametrize("kind", ["lora", "qkv", "adapter"])
 def test_one_expert_computes_what_constant_gates_do(kind, share, mix):
     """merged(): without the cross terms of averaged factors where the outputs are weighed."""
@@ -197,11 +199,11 @@ def test_gates_per_sample_refuse_rows_that_know_no_samples(kind):
 
 
 def test_bad_gates_are_named():
-    with pytest.raises(TypeError, match="gate: got a Linear, expected a GateRouter"):
+    with pytest.raises(TypeError, match=r"gate: got a Linear, expected a GateRouter"):
         lora(None, gate=torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="gate: got one of 3 experts, expected num_experts=4"):
+    with pytest.raises(ValueError, match=r"gate: got one of 3 experts, expected num_experts=4"):
         lora(None, gate=linear_gate(3))
-    with pytest.raises(ValueError, match="mix: got 'both'"):
+    with pytest.raises(ValueError, match=r"mix: got 'both'"):
         RoutedAdapter(K, R, 4, mix="both")
 
 
@@ -210,5 +212,5 @@ def test_what_is_not_finite_names_the_gates(monkeypatch):
     layer = lora(None, gate=linear_gate())
     with torch.no_grad():
         layer.lora_b[2, 0, 0] = float("inf")
-    with pytest.raises(FloatingPointError, match="from the experts by their gates.*lora_b of expert 2 holds inf"):
+    with pytest.raises(FloatingPointError, match=r"from the experts by their gates.*lora_b of expert 2 holds inf"):
         layer(tokens(B, S, K))

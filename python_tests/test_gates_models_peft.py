@@ -73,13 +73,15 @@ def as_theirs(model, calls, forwards=1):
     got = run(model)
     assert len(calls) == forwards * len(fast.layers) == forwards * 4
     assert not fast.left
-    torch.testing.assert_close(got[0], own[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(got[0], own[0], rtol=1e-8, atol=1e-10)
     assert got[1].keys() == own[1].keys()
     for name, value in own[1].items():
-        torch.testing.assert_close(got[1][name], value, rtol=1e-6, atol=1e-7, msg=name)
+        torch.testing.assert_close(got[1][name], value, rtol=1e-8, atol=1e-10, msg=name)
+    if hasattr(model.base_model, "internal_xlora_scalings"):
+        model.base_model.internal_xlora_scalings = None  # of PEFT, which no copy can hold
     copied = copy.deepcopy(model)
-    torch.testing.assert_close(run(copied)[0], own[0], rtol=1e-6, atol=1e-7)
-    with pytest.raises(ValueError, match="accelerated already"):
+    torch.testing.assert_close(run(copied)[0], own[0], rtol=1e-8, atol=1e-10)
+    with pytest.raises(ValueError, match=r"accelerated already"):
         accelerate(model)
     return own
 

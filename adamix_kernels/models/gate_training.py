@@ -19,9 +19,9 @@ OPTIONS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 
 def added_losses(model: nn.Module) -> tuple[str, ...]:
     """Names, in the logs, of what the gates add to the loss."""
-    if not is_learned(model):
-        return ()
     config = adamix_state(model).config
+    if not is_learned(model) or config.router in ("task", "arrow"):  # they have no logits of a token
+        return ()
     return tuple(n for n, weight in zip(NAMES, (config.balance_weight, config.z_weight), strict=True) if weight > 0)
 
 

@@ -99,7 +99,10 @@ def _added(
     scalings = [one.scaling for one in used]
     same = len(set(scalings)) == 1
     rows, added = as_batch(x.to(downs[0].dtype)), as_batch(result)
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    gates = found.gates.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+    if not same:
+        factors = torch.tensor(scalings, dtype=gates.dtype, device=gates.device)
+        gates = gates * (factors if found.index is None else factors[found.index])
     index = found.index if len(used) > 1 else None
     in_base = rows.dtype == added.dtype
     out = routed_lora(
@@ -109,8 +112,8 @@ def _added(
         index,
         index,
         base=added if in_base else None,
-        scaling=scalings[0] if same else torch.tensor(scalings, dtype=torch.float32, device=rows.device),
-        gates=found.gates.to(wide),
+        scaling=scalings[0] if same else 1.0,
+        gates=gates,
         inplace=in_base and may_overwrite(module.base_layer, rows, added),
         backend=backend,
     )

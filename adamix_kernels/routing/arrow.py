@@ -53,11 +53,12 @@ class ArrowRouter(GateRouter):
     ) -> ArrowRouter:  # fmt: skip
         """Sets the directions of these factors, [M or 1, G*r, K] and [M or 1, G*Ng, r], and returns the router.
 
-        Factors that did not change since the last call cost nothing. (A write through .data leaves no trace.)
+        In evaluation, factors that did not change since the last call cost nothing. (A write through .data leaves no
+        trace; nor does an optimizer's fused step, which is why training asks anew each time.)
         """
         if not torch.compiler.is_compiling():
-            of = tuple((t.data_ptr(), t._version) for t in (lora_a, lora_b))
-            if of == self._of:
+            of = () if self.training else tuple((t.data_ptr(), t._version) for t in (lora_a, lora_b))
+            if of and of == self._of:
                 return self
             self._of = of
         found = leading_directions(lora_a, lora_b, len(output_offsets))

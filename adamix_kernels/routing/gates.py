@@ -76,20 +76,22 @@ class GateRouter(nn.Module):
         Args:
             x: [B, S, K]. mask: [B, S], 0 or False where a token is padding; None: none is. tasks: int64 [B].
         """
-        self.last.balance = self.last.z = None
+        if not _recomputes():
+            self.last.balance = self.last.z = None
         found = self.gates(x, mask, tasks)
         if self.training and not _recomputes():
             self._note(found, mask)
         return found
 
     def _leave(self, logits: torch.Tensor, index: torch.Tensor | None, mask: torch.Tensor | None) -> None:
-        """Keeps the losses of these logits that are asked for."""
-        if not self.training or _recomputes():
+        """Keeps the losses of these logits that are asked for. What recomputes makes them, too, and forgets them."""
+        if not self.training:
             return
+        kept = _Losses() if _recomputes() else self.last
         if self.balance:
-            self.last.balance = balance_loss(_softmax(logits), index, mask)
+            kept.balance = balance_loss(_softmax(logits), index, mask)
         if self.z:
-            self.last.z = z_loss(logits, mask)
+            kept.z = z_loss(logits, mask)
 
     @torch.no_grad()
     def _note(self, found: Gates, mask: torch.Tensor | None) -> None:
