@@ -82,9 +82,10 @@ def _of_arguments(ctx: Any, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
     needs = need_x, need_a, need_b, need_gates
     dx = da = db = dgates = None
     if any(needs):
-        x = ctx.saved_tensors[0]
+        saved = ctx.saved_tensors
+        x = saved[0]
         rows = grad_out if grad_out.shape[:-1] == x.shape[:-1] else grad_out.reshape(*x.shape[:2], grad_out.shape[-1])
-        grads = gated_lora_backward_op(rows, *ctx.saved_tensors, *needs, *ctx.options)
+        grads = gated_lora_backward_op(rows, *saved, *needs, *ctx.options)
         dx, da, db, dgates = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return dx, da, db, None, None, dgates, None, grad_out if need_base else None, None, *(None,) * 6
 
