@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .models.contexts import eval_routing as eval_routing
     from .models.contexts import use_experts as use_experts
     from .models.doubling import double_batch as double_batch
+    from .models.gating import gate_losses as gate_losses
+    from .models.gating import use_tasks as use_tasks
     from .models.inject import adapt as adapt
     from .models.merging import learn_merging as learn_merging
     from .models.merging import merge as merge
@@ -73,6 +75,8 @@ _LAZY = {
     "merge": "models.merging",
     "unmerge": "models.merging",
     "learn_merging": "models.merging",
+    "gate_losses": "models.gating",
+    "use_tasks": "models.gating",
     "disable": "models.contexts",
     "use_experts": "models.contexts",
     "eval_routing": "models.contexts",

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import EarlyStoppingCallback
 
+from ..models.gate_training import NAMES
 from ..models.manifest import newest_whole_checkpoint
 from ..models.state import adamix_state
 from ..models.trainer import AdaMixTrainer
@@ -102,7 +103,8 @@ def _scores(metrics: dict[str, float], kind: Kind) -> dict[str, float]:
 
 def _losses(done: Any, history: list[dict[str, float]]) -> dict[str, float]:
     logs = [log for log in history if "cross_entropy" in log]
-    last = {name: logs[-1][name] for name in ("cross_entropy", "consistency")} if logs else {}
+    names = ("cross_entropy", "consistency", *NAMES)
+    last = {name: logs[-1][name] for name in names if name in logs[-1]} if logs else {}
     return {"loss": float(done.training_loss), **last}
 
 

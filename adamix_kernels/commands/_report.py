@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..models._files import write_json
+from ..models.gating import is_learned
 from ..models.summary import count_parameters, summary
 from ..tasks import Run
 from ._baselines import Baselines, not_above
@@ -22,7 +23,7 @@ FEW = 50  # dev rows, of which each is two points
 
 @dataclass
 class Outcome:
-    """A finished run on the main process. scores: on dev, merged. losses: of the training."""
+    """A finished run on the main process. scores: on dev, merged, or by the learned gates. losses: of the training."""
 
     model: nn.Module
     kind: Kind
@@ -42,7 +43,8 @@ def tell(outcome: Outcome, folder: str) -> None:
     parts = ", ".join(f"{words.get(name, name)} {losses[name]:.4f}" for name in losses if name != "loss")
     print(f"training loss {losses['loss']:.4f}, mean of the run" + (f"; at its end {parts}" if parts else ""))
     values = ", ".join(written(name, value) for name, value in outcome.scores.items())
-    print(f"dev {values} (merged experts, {outcome.dev_rows} texts)")
+    served = "experts by their gates" if is_learned(outcome.model) else "merged experts"
+    print(f"dev {values} ({served}, {outcome.dev_rows} texts)")
     absent = [name for name in outcome.kind.metrics if name not in outcome.scores]
     if absent:
         print(f"  {', '.join(absent)}: no score on these texts; adamix eval says why")
@@ -71,16 +73,17 @@ def next_commands(outcome: Outcome, folder: str) -> list[str]:
     """To be pasted into a shell."""
     run, place = outcome.run, shlex.quote(folder)
     texts = '"some text"' + (' --pair "its second text"' if run.text_pair_column else "")
+    learned, merged = is_learned(outcome.model), shlex.quote(folder.rstrip("/") + "_merged")
     commands = [
         f"adamix predict --run {place} {texts}",
         f"adamix eval {place}",
-        f"adamix merge {place} --out {shlex.quote(folder.rstrip('/') + '_merged')}",
+        f"adamix merge {place}{' --gates mean' if learned else ''} --out {merged}",
     ]
     method = _method(outcome.model)
     if not problem(outcome.model, run, method):
         name = format_of(method)
         out = shlex.quote(f"{folder.rstrip('/')}_{name}")
-        commands.append(f"adamix export {place} --format {name} --out {out}")
+        commands.append(f"adamix export {merged if learned else place} --format {name} --out {out}")
     return commands
 
 

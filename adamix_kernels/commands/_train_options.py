@@ -61,8 +61,14 @@ class AdaptationOptions:
     alpha: float = _option("LoRA scaling is alpha / r", 32.0, aliases=["--lora_alpha", "--lora-alpha"])
     lora_dropout: float = _option("on the LoRA input", 0.0)
     share: str = _option("the shared side: up, down or none", "up")
-    routing: str = _option("experts drawn per batch, sample or token", "batch")
-    consistency_weight: float = _option("weight of the KL term; 0 is one pass", 1.0)
+    routing: str = _option("experts drawn per batch, sample or token; or learned: gates weigh them", "batch")
+    consistency_weight: float | None = _option("weight of the KL term; 0 is one pass (default: 1; 0 with learned)")
+    router: str = _option("with learned, what makes the gates: linear, threshold, sentence or arrow", "linear")
+    top_k: int = _option("with learned, experts a token is sent to; 0 is all", 0)
+    mix: str = _option("with learned, what the gates weigh: outputs, or weights", "outputs")
+    balance_weight: float = _option("with learned, weight of the load-balance loss", 0.01)
+    z_weight: float = _option("with learned, weight of the router's z-loss", 0.0)
+    experts_pattern: list[str] = _option("with learned, experts by depth (2 4 6 8: MoLA)", [])
     target_modules: list[str] = _option(
         "layers to adapt: names (a b or a,b), one regular expression, or all-linear; by the model's type when empty", []
     )
@@ -73,6 +79,9 @@ class AdaptationOptions:
 
     def config(self) -> AdaMixConfig:
         saved = names("modules_to_save", self.modules_to_save)
+        if self.router == "task":
+            raise ValueError("router: got task, whose table needs a task id a text, expected another, or AdaMixTrainer")
+        weight = {} if self.consistency_weight is None else {"consistency_weight": self.consistency_weight}
         return AdaMixConfig(
             method=self.method,
             num_experts=self.num_experts,
@@ -82,12 +91,18 @@ class AdaptationOptions:
             dropout=self.lora_dropout,
             share=None if self.share.lower() == "none" else self.share,
             routing=self.routing,
-            consistency_weight=self.consistency_weight,
+            router=self.router,
+            top_k=self.top_k or None,
+            mix=self.mix,
+            balance_weight=self.balance_weight,
+            z_weight=self.z_weight,
+            experts_pattern=numbers("experts_pattern", self.experts_pattern),
             target_modules=names("target_modules", self.target_modules),
             exclude_modules=names("exclude_modules", self.exclude_modules),
             layers_to_transform=numbers("layers_to_transform", self.layers_to_transform),
             layers_pattern=names("layers_pattern", self.layers_pattern),
             modules_to_save=[saved] if isinstance(saved, str) else saved,
+            **weight,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from ..models.checkpoint import save_adamix
 from ..models.header import CHECKPOINT_NAME, read_header
 from ..models.merging import merge
+from ..models.state import adamix_state
 from ..tasks import write_run
 from ._options import OutputOptions, needs_out, same_file, start
 from ._parser import OptionParser
@@ -20,6 +22,9 @@ class MergeOptions:
     _argument_group_name = "merge"
 
     out: str = field(default="", metadata={"help": "folder for the merged checkpoint"})
+    gates: str = field(
+        default="", metadata={"help": "mean: of a run with learned gates, the experts at their mean gates"}
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,10 +42,17 @@ def main(argv: Sequence[str]) -> int:
     _keep_experts(run.run, out)
     start(output)
     opened = open_run(run)
-    save_adamix(merge(opened.model), out)
+    save_adamix(merge(opened.model, gates=options.gates or None), out)
     opened.tokenizer.save_pretrained(out)
     if opened.filed:
         write_run(out, opened.run)
+    lost = adamix_state(opened.model).gate_spread
+    if lost:
+        mean, worst = sum(lost.values()) / len(lost), max(lost, key=lost.__getitem__)
+        print(
+            f"the mean gates do not say {100 * mean:.1f}% of the learned ones, {100 * lost[worst]:.1f}% at {worst}; "
+            f"what that costs: adamix eval {shlex.quote(run.run)} and adamix eval {shlex.quote(str(out))}"
+        )
     print(f"merged checkpoint: {out}")
     return 0
 

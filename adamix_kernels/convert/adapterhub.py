@@ -13,6 +13,7 @@ from torch import nn
 
 from ..models._files import make_folder, write_json, write_pickled_tensors, write_safetensors
 from ..models.card import base_name, write_card
+from ..models.gating import check_one
 from ..models.state import AdaMixState, adamix_state, check_no_pack
 from ..models.targets import layer_number, model_type
 from ..modules import AdaptedLayer
@@ -40,7 +41,8 @@ def export_adapterhub(model: nn.Module, directory: str | os.PathLike[str], name:
 
     Raises:
         ValueError: `model` is not adapted, is adapted with LoRA (see export_peft), is of another family or
-            adapted in another place; `name` has other characters; `directory` is a file.
+            adapted in another place; its gates are learned and it is not merged; `name` has other characters;
+            `directory` is a file.
 
     Source: SeqBnConfig and AdapterLoader of adapters 1.3.
 
@@ -51,6 +53,7 @@ def export_adapterhub(model: nn.Module, directory: str | os.PathLike[str], name:
     """
     state = adamix_state(model)
     check_no_pack(model, "export")
+    check_one(model, "AdapterHub's adapter")
     _check(model, state, name)
     folder = make_folder(directory)
     family = model_type(model)

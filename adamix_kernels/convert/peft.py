@@ -13,6 +13,7 @@ from torch import nn
 from ..models._files import make_folder, write_json, write_safetensors
 from ..models.card import base_name, write_card
 from ..models.factors import Factors
+from ..models.gating import check_one, routed_layers
 from ..models.merging import check_experts
 from ..models.state import adamix_state, check_no_pack
 from ..modules import RoutedLoRALinear
@@ -58,8 +59,9 @@ def export_peft(
 
     Raises:
         ValueError: `model` is not adapted, or with adapters instead of LoRA (see export_adapterhub); it was
-            loaded merged and so has no factors; `expert` is not one of its experts, or they are gone (loaded merged,
-            or merged with keep=False); `directory` is a file.
+            loaded merged and so has no factors; its gates are learned, it is not merged, and no expert is named;
+            `expert` is not one of its experts, or they are gone (loaded merged, or merged with keep=False); `directory`
+            is a file.
 
     Source: PEFT's LoRA format, peft 0.18 and newer.
 
@@ -73,10 +75,13 @@ def export_peft(
     check_no_pack(model, "export")
     if config.method != "lora":
         raise ValueError(f"model: got method {config.method!r}, expected 'lora'; for adapters see export_adapterhub")
-    wanted = _wanted(expert, config.num_experts)
-    if expert is not None:
+    layers_of = routed_layers(model).values()
+    wanted = _wanted(expert, min((layer.num_experts for layer in layers_of), default=config.num_experts))
+    if expert is None:
+        check_one(model, "PEFT's LoRA", ', or expert=N, or "each"')
+    else:
         check_experts(model)
-    layers = {path: _lora_layer(model, path) for path in state.paths}
+    layers = {path: _lora_layer(model, path, expert is None) for path in state.paths}
     saved = state.saved if head else []
     folder = make_folder(directory)
     if expert != "each":
@@ -97,9 +102,9 @@ def _wanted(expert: int | str | None, count: int) -> list[int | None]:
     return [expert]
 
 
-def _lora_layer(model: nn.Module, path: str) -> RoutedLoRALinear | Factors:
+def _lora_layer(model: nn.Module, path: str, merged: bool) -> RoutedLoRALinear | Factors:
     state = adamix_state(model)
-    kept = state.stash.get(path)
+    kept = None if merged and state.gate_spread else state.stash.get(path)
     layer: Any = model.get_submodule(path) if kept is None else kept[0]
     if not isinstance(layer, RoutedLoRALinear):
         layer = state.factors.get(path)

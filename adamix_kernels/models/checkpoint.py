@@ -219,7 +219,10 @@ def _tensors(model: nn.Module, layers: Mapping[str, nn.Module], saved: list[str]
     found: dict[str, torch.Tensor] = {}
     for path, layer in layers.items():
         if isinstance(layer, (AdaptedLayer, RoutedLoRALinear)):
-            own: dict[str, Any] = {n: p for n, p in layer.named_parameters() if not n.startswith("base.")}
+            owned = (*layer.named_parameters(), *layer.named_buffers())  # the gates' means are buffers
+            own: dict[str, Any] = {
+                n: p for n, p in owned if not n.startswith("base.") and not n.endswith(".directions")
+            }
         else:
             own = {"weight": layer.weight}
         found.update({f"{path}.{name}": value for name, value in own.items()})

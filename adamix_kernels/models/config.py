@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..modules._banks import SHARES, check_bool, check_finite, check_fraction, lora_scaling
-from ..routing import check_level
+from ..routing import LEARNED, check_level
 from ._files import write_json
+from .gate_config import OF_GATES, PATTERNS, Presets, check_gates
 
 CONFIG_VERSION = 1
 CONFIG_NAME = "adamix_config.json"
@@ -26,13 +27,19 @@ HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 # PEFT's names for two fields: taken at construction, readable, and not written.
 _ALIASES = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 # Very objects: a 32.0 that a caller gives is another one, so that a given value is told from the default.
-_ALPHA, _DROPOUT = float("32"), float("0")
+_ALPHA, _DROPOUT, _WEIGHT = float("32"), float("0"), float("1")
 # Left out of the JSON at these values, so that an older release reads a file that does not need them.
-_SINCE_0_1 = {"use_rslora": False, "task_type": None, "shared_prefix": "auto"}
+_SINCE_0_1 = {
+    "use_rslora": False,
+    "task_type": None,
+    "shared_prefix": "auto",
+    **dict.fromkeys(PATTERNS),
+    **OF_GATES,
+}
 
 
 @dataclass
-class AdaMixConfig:
+class AdaMixConfig(Presets):
     """Configuration of a whole model's adaptation.
 
     Attributes:
@@ -45,9 +52,11 @@ class AdaMixConfig:
         qkv: which of "q", "k", "v" to adapt where one layer computes all three (GPT-2's c_attn), each with a LoRA of
             its own; None: one LoRA of rank r for the whole layer, as PEFT does.
         share: the side with one bank for all experts, "up" (B), "down" (A) or None.
-        routing: training draw per "batch" (each pass one expert), "sample" or "token".
+        routing: training draw per "batch" (each pass one expert), "sample" or "token"; or "learned": gates weigh the
+            experts, in training and in evaluation (see docs/gates.md; presets: hydra_lora(), lora_moe(), mola(),
+            smear()).
         consistency_weight: weight of the symmetric KL between the two passes (paper: 1; 100 for GPT-2).
-            0 trains with a single pass.
+            0 trains with a single pass; with "learned", whose passes differ by dropout alone, it is the default.
         target_modules: PEFT's rules: a list matches whole names or dotted suffixes, a string is a regular
             expression for the whole path, "all-linear" every linear layer but the heads. None: by model_type.
         exclude_modules: what of these to leave out, by the same rules.
@@ -62,6 +71,15 @@ class AdaMixConfig:
         shared_prefix: whether the layers below the first adapted one see a training batch once for both passes
             (see both_passes). "auto": where they draw no random numbers, so that the results are the same; True: also
             where they do, and both passes then drop the same units there; False: never.
+        rank_pattern, alpha_pattern: r (of adapters the bottleneck) and alpha of single layers, by PEFT's rule: keys are
+            regular expressions for a path or its end.
+        router: with "learned", what makes the gates: "linear" (of a token), "threshold" (AdaMoLE), "sentence" (of the
+            text's mean, SMEAR), "task" (a table by task id, Polytropon) or "arrow" (from the LoRA's own directions).
+        top_k: experts a token is sent to ("linear", "sentence", "arrow"); None: all.
+        mix: what the gates weigh: the experts' "outputs", or their "weights", which are averaged first.
+        balance_weight, z_weight: of balance_loss and z_loss in the training loss, each the mean over the layers.
+        num_tasks: rows of the table of "task".
+        experts_pattern: M of single layers: a dict as in rank_pattern, or a list by depth ([2, 4, 6, 8]: MoLA).
         lora_alpha, lora_dropout: PEFT's names for alpha and dropout.
         bias: "none"; biases are not trained.
         version: of this format.
@@ -83,7 +101,7 @@ class AdaMixConfig:
     qkv: tuple[str, ...] | None = ("q", "v")
     share: str | None = "up"
     routing: str = "batch"
-    consistency_weight: float = 1.0
+    consistency_weight: float = _WEIGHT
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -93,6 +111,15 @@ class AdaMixConfig:
     use_rslora: bool = False
     task_type: str | None = None
     shared_prefix: bool | str = "auto"
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    router: str = "linear"
+    top_k: int | None = None
+    mix: str = "outputs"
+    balance_weight: float = 0.01
+    z_weight: float = 0.0
+    num_tasks: int | None = None
+    experts_pattern: dict[str, int] | list[int] | None = None
     lora_alpha: InitVar[float | None] = None
     lora_dropout: InitVar[float | None] = None
     bias: InitVar[str] = "none"
@@ -138,7 +165,10 @@ class AdaMixConfig:
             raise ValueError(f"shared_prefix: got {self.shared_prefix!r}, expected 'auto', True or False")
         _choice("activation", self.activation, ACTIVATIONS)
         _choice("share", self.share, SHARES)
-        check_level("routing", self.routing)
+        check_level("routing", self.routing, LEARNED)
+        if self.routing == LEARNED and self.consistency_weight is _WEIGHT:
+            self.consistency_weight = 0.0
+        check_gates(self)
         qkv = self.qkv
         if qkv is not None and (not qkv or set(qkv) - {"q", "k", "v"} or len(set(qkv)) != len(qkv)):
             raise ValueError(f"qkv: got {qkv!r}, expected distinct names out of 'q', 'k', 'v', or None")
@@ -171,9 +201,10 @@ class AdaMixConfig:
     def from_peft(cls, config: Any, **options: Any) -> AdaMixConfig:
         """The same LoRA, as AdaMix: r, scaling, dropout, layers and modules_to_save of a PEFT LoraConfig.
 
-        Carried over: r, lora_alpha, lora_dropout, use_rslora, target_modules ("all-linear" too), exclude_modules,
-        layers_to_transform, layers_pattern, modules_to_save and task_type. As in PEFT, a fused c_attn gets one LoRA
-        (qkv=None), and without a task_type for classification no head is trained unless modules_to_save names it.
+        Carried over: r, lora_alpha, lora_dropout, use_rslora, rank_pattern, alpha_pattern, target_modules ("all-linear"
+        too), exclude_modules, layers_to_transform, layers_pattern, modules_to_save and task_type. As in PEFT, a fused
+        c_attn gets one LoRA (qkv=None), and without a task_type for classification no head is trained unless
+        modules_to_save names it.
         fan_in_fan_out is read from each layer.
 
         Args:
@@ -189,8 +220,8 @@ class AdaMixConfig:
 
         Raises:
             TypeError: config is no LoraConfig.
-            ValueError: a field of it has no counterpart here and is not at its default (use_dora, rank_pattern, ...);
-                the message names all such fields.
+            ValueError: a field of it has no counterpart here and is not at its default (use_dora, lora_bias, ...); the
+                message names all such fields.
         """
         from .peft_config import carried_over
 

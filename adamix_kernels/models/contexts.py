@@ -11,6 +11,7 @@ from torch import nn
 
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import check_level
+from .gating import routed_layers
 from .merging import check_experts, merge, unmerge
 from .state import adamix_state, check_no_pack
 
@@ -33,6 +34,7 @@ def disable(model: nn.Module) -> Iterator[nn.Module]:
     state = adamix_state(model)
     in_weights = any(not isinstance(model.get_submodule(p), (AdaptedLayer, RoutedLoRALinear)) for p in state.paths)
     remerge = state.merged and in_weights
+    spread = state.gate_spread
     if remerge:
         check_experts(model, "disable")
         unmerge(model)
@@ -42,7 +44,7 @@ def disable(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         state.router.enabled = previous
         if remerge:
-            merge(model)
+            merge(model, gates="mean" if spread else None)
 
 
 @contextlib.contextmanager
@@ -99,7 +101,7 @@ def use_experts(
         raise TypeError(f"index: got {index.dtype}, expected int32 or int64")
     if index.dim() > 2:
         raise ValueError(f"index: got shape {tuple(index.shape)}, expected [], [B] or [B, S]")
-    experts = state.config.num_experts
+    experts = min(part.num_experts for part in routed_layers(model).values())
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < experts:
         raise ValueError(f"index: got ids from {int(index.min())} to {int(index.max())}, expected 0 <= id < {experts}")
     layer = model.get_submodule(state.paths[0])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .gating import is_learned, note_batch
 from .saving import install_saving
 from .state import adamix_state
 from .watch import PassWatch
@@ -20,6 +21,8 @@ def install_guards(model: nn.Module) -> None:
     state = adamix_state(model)
     state.checkpointable, state.watch = checkpointable(model), PassWatch()
     model.register_forward_pre_hook(_before_forward)
+    if is_learned(model):
+        model.register_forward_pre_hook(note_batch, with_kwargs=True)
     embeddings = _input_embeddings(model) if state.checkpointable else None
     if embeddings is not None:
         embeddings.register_forward_hook(RequireGrad(state.checkpointable))
@@ -82,7 +85,10 @@ def is_reentrant(part: nn.Module) -> bool:
 
 
 class GuardedGenerate:
-    """model.generate that never re-routes in silence: in training mode it warns and uses the merged experts."""
+    """model.generate that never re-routes in silence: in training mode it warns and uses the merged experts.
+
+    Learned gates draw nothing, and serve as they are.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -92,7 +98,7 @@ class GuardedGenerate:
         kind: Any = type(model)
         generate = kind.generate
         router = adamix_state(model).router
-        if not model.training or router.force_merged:
+        if not model.training or router.force_merged or is_learned(model):
             return generate(model, *args, **kwargs)
         logger.warning(
             "generate() was called in training mode: dropout is active; the merged experts are used, "

@@ -65,7 +65,7 @@ def structure(layer: nn.Module) -> dict[str, Any]:
     inputs, outputs, transposed = linear_sizes(base)
     facts = {"in_features": inputs, "out_features": outputs, "fan_in_fan_out": transposed}
     names: tuple[str, ...]
-    holder: nn.Module
+    holder: Any
     if isinstance(layer, AdaptedLayer):
         names, holder = ("bottleneck", "num_experts", "share", "activation"), layer.adapter
     elif isinstance(layer, RoutedLoRALinear):
@@ -73,6 +73,8 @@ def structure(layer: nn.Module) -> dict[str, Any]:
     else:
         return facts
     facts.update({name: getattr(holder, name) for name in names})
+    if holder.gate is not None:  # absent in older headers, too
+        facts.update(gate=type(holder.gate).__name__, top_k=getattr(holder.gate, "top_k", None), mix=holder.mix)
     if getattr(holder, "use_rslora", False):  # absent in older headers, which know of no other scaling
         facts["use_rslora"] = True
     as_read: dict[str, Any] = json.loads(json.dumps(facts))

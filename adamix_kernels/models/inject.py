@@ -12,11 +12,12 @@ from ..modules import AdaptedLayer, RoutedAdapter, RoutedLoRALinear
 from ..modules.lora import linear_sizes
 from ..routing import Router
 from .config import AdaMixConfig
+from .gating import check_model_for_gates, layer_options, place
 from .guards import install_guards
 from .proving import settle_backends
 from .quantised import dynamic_linear, let_gradients_through, plain_weight
 from .state import AdaMixState, check_model, replace_module
-from .targets import model_type, saved_modules, target_layers
+from .targets import layer_number, model_type, saved_modules, target_layers
 
 _TANH_GELU_MODELS = ("gpt2",)
 
@@ -25,7 +26,8 @@ def adapt(model: nn.Module, config: AdaMixConfig | None = None, *, backend: str 
     """Replaces the target layers of `model` by routed ones, freezes the rest, and returns `model`.
 
     After it only the banks of experts and the task head (config.modules_to_save) require gradients. In
-    training every forward draws experts as config.routing says; in evaluation the merged experts serve.
+    training every forward draws experts as config.routing says; in evaluation the merged experts serve. With "learned"
+    the gates of each layer weigh its experts in both.
     `model.adamix` holds the configuration and the router. The base may be quantised, but not the head.
 
     Args:
@@ -83,58 +85,42 @@ def build_layers(
     """path -> the layer that adapt() puts there, built beside `model`, which stays as it is."""
     build = _adapted_layer if config.method == "adapter" else _lora_layer
     flags = [(p, p.requires_grad) for p in model.parameters()]
+    targets = target_layers(model, config)
+    check_model_for_gates(model, config, list(targets))
+    depths = sorted({n for n in (layer_number(path, config.layers_pattern) for path in targets) if n is not None})
+    built: dict[str, AdaptedLayer | RoutedLoRALinear] = {}
     try:
-        return {
-            path: _placed(path, build(model, layer, config, router, backend))
-            for path, layer in target_layers(model, config).items()
-        }
+        for path, layer in targets.items():
+            banks = bank_options(layer)
+            options = layer_options(config, path, linear_sizes(layer)[build is _adapted_layer], depths, **banks)
+            built[path] = build(model, layer, config, {**options, **banks, "router": router, "backend": backend})
+            part = built[path]
+            place(model, path, part.adapter if isinstance(part, AdaptedLayer) else part)
+        return built
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
 
-def _placed(path: str, layer: AdaptedLayer | RoutedLoRALinear) -> AdaptedLayer | RoutedLoRALinear:
-    (layer.adapter if isinstance(layer, AdaptedLayer) else layer).place = path
-    return layer
-
-
-def _adapted_layer(
-    model: nn.Module, layer: nn.Module, config: AdaMixConfig, router: Router, backend: str
-) -> AdaptedLayer:
+def _adapted_layer(model: nn.Module, layer: nn.Module, config: AdaMixConfig, options: dict[str, Any]) -> AdaptedLayer:
     _, hidden, _ = linear_sizes(layer)
     activation = config.activation
     if activation == "auto":
         activation = "gelu_tanh" if model_type(model) in _TANH_GELU_MODELS else "gelu"
-    adapter = RoutedAdapter(
-        hidden,
-        config.bottleneck,
-        config.num_experts,
-        config.share,
-        activation,
-        router=router,
-        backend=backend,
-        **bank_options(layer),
-    )
-    return AdaptedLayer(layer, adapter)
+    width = options.pop("r")
+    return AdaptedLayer(layer, RoutedAdapter(hidden, width, share=config.share, activation=activation, **options))
 
 
-def _lora_layer(
-    model: nn.Module, layer: nn.Module, config: AdaMixConfig, router: Router, backend: str
-) -> RoutedLoRALinear:
+def _lora_layer(model: nn.Module, layer: nn.Module, config: AdaMixConfig, options: dict[str, Any]) -> RoutedLoRALinear:
     inputs, outputs, transposed = linear_sizes(layer)
     fused = transposed and outputs == 3 * inputs
     return RoutedLoRALinear.from_linear(
         layer,
-        config.r,
-        config.alpha,
-        config.num_experts,
-        config.share,
-        config.dropout,
+        share=config.share,
+        dropout=config.dropout,
         targets=config.qkv if fused else None,
         use_rslora=config.use_rslora,
-        router=router,
-        backend=backend,
-        **bank_options(layer),
+        **options,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import torch
@@ -12,12 +13,15 @@ from ..modules.adapter import merge_adapters
 from ..modules.lora import merge_factors, merge_weights
 from ..ops._checks import check_flag
 from .factors import Factors
+from .gating import check_mergeable, is_learned, spread
 from .quantised import plain_weight
 from .state import adamix_state, check_no_pack, replace_module
 
+logger = logging.getLogger(__name__)
+
 
 @torch.no_grad()
-def merge(model: nn.Module, keep: bool = True) -> nn.Module:
+def merge(model: nn.Module, keep: bool = True, *, gates: str | None = None) -> nn.Module:
     """Averages the experts of every layer, each side by itself, and returns `model`.
 
     W = sum_m softmax(score)_m W_m. An adapter becomes a plain adapter (one expert); a LoRA layer gives way
@@ -32,10 +36,15 @@ def merge(model: nn.Module, keep: bool = True) -> nn.Module:
         keep: False drops what unmerge needs, the experts and a copy of every merged weight, and so frees their memory.
             The merged factors of a LoRA (r (K + N) values a layer) stay in either case: export_peft and save_adamix
             use them.
+        gates: with routing="learned" "mean": each expert weighs what it did on the mean over the last training batches
+            (sum_e g_e s B_e A_e, exactly: of rank M * r; M * r wide adapters). What that loses is logged: the share of
+            the gates, 1 - |E g|^2 / E|g|^2, that their mean does not say, and kept as model.adamix.gate_spread by
+            layer. Score the model before and after.
 
     Raises:
         TypeError: keep is no bool.
-        ValueError: `model` is not adapted, is merged already, or is a pack; nothing is changed then.
+        ValueError: `model` is not adapted, is merged already, or is a pack; its gates are learned and `gates` is None,
+            for no single expert computes what they do; they saw no training batch; nothing is changed then.
 
     Source: AdaMix section 3.3 (merging weights); `expert_soup` of the reference project.
 
@@ -51,6 +60,8 @@ def merge(model: nn.Module, keep: bool = True) -> nn.Module:
     state = adamix_state(model)
     if state.merged:
         raise ValueError("model: got a merged model, expected an unmerged one; call unmerge() first")
+    check_mergeable(model, state, gates)
+    state.gate_spread = spread(model) if gates else {}
     layers = {path: model.get_submodule(path) for path in state.paths}
     if state.config.method == "adapter":
         adapted = {path: cast("AdaptedLayer", layer) for path, layer in layers.items()}
@@ -62,22 +73,33 @@ def merge(model: nn.Module, keep: bool = True) -> nn.Module:
             layer.adapter = merged[path]
     else:
         loras = {path: cast("RoutedLoRALinear", layer) for path, layer in layers.items()}
-        factors = dict(zip(loras, merge_factors(list(loras.values())), strict=True))
+        plain = {path: lora if lora.gate is None else plain_lora(lora) for path, lora in loras.items()}
+        factors = dict(zip(loras, merge_factors(list(plain.values())), strict=True))
         into = [path for path, lora in loras.items() if mergeable(lora)]
-        merged_weights = merge_weights([loras[path] for path in into], [factors[path] for path in into])
+        merged_weights = merge_weights([plain[path] for path in into], [factors[path] for path in into])
         weights = dict(zip(into, merged_weights, strict=True))
         for path, lora in loras.items():
             in_weight = path in weights
             if keep:
                 state.stash[path] = (lora, lora.weight.detach().clone() if in_weight else None)
             if in_weight:
-                state.factors[path] = Factors.of(lora, factors[path])
+                state.factors[path] = Factors.of(plain[path], factors[path])
                 replace_module(model, path, lora.base)
             else:
-                replace_module(model, path, plain_lora(lora, factors[path]))
+                replace_module(model, path, plain_lora(plain[path], factors[path]))
         if weights:
             torch._foreach_copy_([loras[path].weight for path in weights], list(weights.values()))
     state.merged, state.lost = True, "" if keep else "merge(model, keep=False) dropped them"
+    if state.gate_spread:
+        worst = max(state.gate_spread, key=state.gate_spread.__getitem__)
+        mean = sum(state.gate_spread.values()) / len(state.gate_spread)
+        logger.warning(
+            "merge: the mean gates stand for the learned ones; they do not say %.1f%% of them on the mean over the "
+            "layers, %.1f%% at %s. Score the model before and after.",
+            100 * mean,
+            100 * state.gate_spread[worst],
+            worst,
+        )
     return model
 
 
@@ -89,12 +111,14 @@ def mergeable(layer: RoutedLoRALinear) -> bool:
 def plain_lora(layer: RoutedLoRALinear, factors: tuple[torch.Tensor, torch.Tensor] | None = None) -> RoutedLoRALinear:
     """A LoRA of one expert on the same base. factors: what layer.merged_factors() gives, if at hand."""
     lora_a, lora_b = layer.merged_factors() if factors is None else factors
+    rank = lora_b.shape[1]
+    same = rank == layer.r
     plain = RoutedLoRALinear(
         layer.base,
         layer.in_features,
         layer.out_features,
-        layer.r,
-        layer.alpha,
+        rank,
+        layer.alpha if same else layer.scaling * rank,
         1,
         None,
         layer.dropout,
@@ -102,7 +126,7 @@ def plain_lora(layer: RoutedLoRALinear, factors: tuple[torch.Tensor, torch.Tenso
         layer.output_offsets,
         layer.fan_in_fan_out,
         group_features=lora_b.shape[0] // layer.groups,
-        use_rslora=layer.use_rslora,
+        use_rslora=layer.use_rslora and same,
         router=layer.router,
         backend=layer.backend,
         dtype=lora_a.dtype,
@@ -142,7 +166,7 @@ def unmerge(model: nn.Module) -> nn.Module:
             here.weight.copy_(weight)
         device = here.lora_a.device if weight is None else here.weight.device
         replace_module(model, path, layer.to(device).train(model.training))
-    state.merged = False
+    state.merged, state.gate_spread = False, {}
     state.factors.clear()
     return model
 
@@ -164,7 +188,7 @@ def learn_merging(model: nn.Module, enable: bool = True) -> nn.Module:
     While a layer's scores require grad, its training forward uses the merged experts, so the loss reaches
     the scores through softmax(score). Returns `model`.
 
-    Raises ValueError: `model` is not adapted, is merged, or is a pack.
+    Raises ValueError: `model` is not adapted, is merged, is a pack, or has learned gates, which weigh the experts.
 
     Example:
         >>> learn_merging(adapt(model))  # doctest: +ELLIPSIS
@@ -174,6 +198,8 @@ def learn_merging(model: nn.Module, enable: bool = True) -> nn.Module:
     state = adamix_state(model)
     if state.merged:
         raise ValueError("model: got a merged model, expected an unmerged one; call unmerge() first")
+    if is_learned(model):
+        raise ValueError("model: got one with learned gates, expected drawn experts: gates weigh them already")
     for path in state.paths:
         for name, parameter in model.get_submodule(path).named_parameters():
             if not name.startswith("base."):

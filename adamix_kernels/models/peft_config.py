@@ -12,6 +12,8 @@ _CARRIED = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "use_rslora": "use_rslora",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
     "target_modules": "target_modules",
     "exclude_modules": "exclude_modules",
     "layers_to_transform": "layers_to_transform",
@@ -57,6 +59,8 @@ def carried_over(config: Any) -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, (list, set, tuple)):  # copies: PEFT adds to its own later
             values[name] = sorted(value) if isinstance(value, set) else list(value)
+        elif isinstance(value, dict):
+            values[name] = dict(value) or None
     task = values["task_type"] = getattr(values["task_type"], "value", values["task_type"])
     if task in HEAD_TASKS:
         # task_type asks for the head here too, whatever its name; PEFT tries all of these.

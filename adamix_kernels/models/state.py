@@ -38,6 +38,7 @@ class AdaMixState:
         saved: dotted paths of the modules trained and saved whole (the task head).
         merged: whether merge() has been called; stash then holds what unmerge() puts back.
         factors: of each layer whose merged LoRA is in its weight.
+        gate_spread: by layer, what the mean gates of merge(model, gates="mean") do not say.
         lost: why a merged model has no experts to go back to; empty where it has, or is not merged.
         checkpointable: the parts of the model that can recompute their activations.
         watch: looks for the second pass of a training, until it is sure; None then.
@@ -54,6 +55,7 @@ class AdaMixState:
     merged: bool = False
     stash: dict[str, Any] = field(default_factory=dict, repr=False)
     factors: dict[str, Factors] = field(default_factory=dict, repr=False)
+    gate_spread: dict[str, float] = field(default_factory=dict, repr=False)
     lost: str = ""
     checkpointable: list[nn.Module] = field(default_factory=list, repr=False)
     watch: PassWatch | None = field(default=None, repr=False)

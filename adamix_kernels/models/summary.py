@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modules import AdaptedLayer, RoutedLoRALinear
+from ..modules import AdaptedLayer, RoutedAdapter, RoutedLoRALinear
 from ..modules.lora import linear_sizes
+from ..routing import LEARNED
+from .config import AdaMixConfig
+from .gate_config import experts_of
 from .merging import mergeable
 from .quantised import dynamic_linear
 from .state import adamix_state
@@ -80,13 +83,24 @@ def summary(model: nn.Module) -> str:
     heads = sum(_numel(p) for path in state.saved for p in model.get_submodule(path).parameters())
     trainable, total = count_parameters(model)
     lines = [
-        f"{type(model).__name__}: AdaMix {config.method}, {config.num_experts} experts, "
-        f"share {config.share or 'none'}, routing per {config.routing}, {'merged' if state.merged else 'not merged'}",
+        f"{type(model).__name__}: AdaMix {config.method}, {_several(experts_of(config))} experts, "
+        f"share {config.share or 'none'}, {_routing(config)}, {'merged' if state.merged else 'not merged'}",
         *_table(table),
         f"trained and saved whole: {', '.join(state.saved) or 'none'} ({heads:,} parameters)",
         f"trainable: {trainable:,} of {total:,} parameters",
     ]
     return "\n".join(lines)
+
+
+def _several(numbers: list[int]) -> str:
+    return "-".join(map(str, dict.fromkeys((min(numbers), max(numbers)))))
+
+
+def _routing(config: AdaMixConfig) -> str:
+    if config.routing != LEARNED:
+        return f"routing per {config.routing}"
+    chosen = "all" if config.top_k is None else f"top {config.top_k}"
+    return f"learned gates ({config.router}, {chosen}, mix {config.mix})"
 
 
 def _layer_facts(layer: nn.Module, kept: Any) -> tuple[tuple[str, str, str], int, int]:
@@ -97,7 +111,8 @@ def _layer_facts(layer: nn.Module, kept: Any) -> tuple[tuple[str, str, str], int
         banks = adapter.banks()
         experts = f"{banks[0].shape[0]}/{banks[2].shape[0]}"
         words = f"adapter {adapter.bottleneck}, {adapter.activation}"
-        return (f"{inputs} -> {outputs}", words, experts), _sizes(banks), _sizes(bank[:1] for bank in banks)
+        merged = _sizes(bank[:1] for bank in banks) if adapter.gate is None else _sizes(adapter.merged_banks())
+        return (f"{inputs} -> {outputs}", words, experts), _sizes(banks) + _gate_size(adapter), merged
     lora: RoutedLoRALinear | None = layer if isinstance(layer, RoutedLoRALinear) else kept[0] if kept else None
     inputs, outputs, _ = linear_sizes(layer.base if isinstance(layer, RoutedLoRALinear) else layer)
     if lora is None:
@@ -105,10 +120,16 @@ def _layer_facts(layer: nn.Module, kept: Any) -> tuple[tuple[str, str, str], int
     alpha = f"alpha {lora.alpha:g}" + (" (rslora)" if lora.use_rslora else "")
     words = f"lora {lora.r}, {alpha}" + (f", {lora.groups} slices" if lora.groups > 1 else "")
     sides = (lora.lora_a, lora.lora_b)
-    merged = 0 if mergeable(lora) else _sizes(bank[:1] for bank in sides)
+    of_one = lora.merged_factors() if lora.gate is not None else (bank[:1] for bank in sides)
+    merged = 0 if mergeable(lora) else _sizes(of_one)
     if lora is not layer:
         return (f"{inputs} -> {outputs}", f"{words}, in the weight", "0/0"), 0, 0
-    return (f"{inputs} -> {outputs}", words, f"{sides[0].shape[0]}/{sides[1].shape[0]}"), _sizes(sides), merged
+    experts = f"{sides[0].shape[0]}/{sides[1].shape[0]}"
+    return (f"{inputs} -> {outputs}", words, experts), _sizes(sides) + _gate_size(lora), merged
+
+
+def _gate_size(layer: RoutedAdapter | RoutedLoRALinear) -> int:
+    return 0 if layer.gate is None else _sizes(layer.gate.parameters())
 
 
 def _sizes(tensors: Iterable[torch.Tensor]) -> int:

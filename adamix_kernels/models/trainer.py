@@ -16,6 +16,8 @@ from transformers.trainer_utils import TrainOutput
 from ..modules._finite import checking
 from .doubling import double_batch, find_batch_size, split_passes
 from .finite import check_gradients, check_loss
+from .gate_training import OPTIONS, added_losses, keep_gradients, tasks_of, with_gates
+from .gating import TASK_IDS
 from .objectives import Objective
 from .prefix import shared_prefix
 from .proving import settle_backends
@@ -44,6 +46,8 @@ class AdaMixTrainerMixin(CheckpointMixin):
         Each log has `cross_entropy` and `consistency` beside `loss` (loss = cross_entropy + weight *
         consistency), averaged over the updates since the last log; they stay on the device in between.
         Label smoothing acts on the cross-entropy alone.
+        With learned gates loss = cross_entropy + weight * consistency + balance_weight * balance_loss + z_weight *
+        z_loss, the last two logged where their weight is not 0; router="task" takes `task_ids` [B] from each batch.
     Evaluation: that of the base trainer, on the merged experts.
     Checkpoints: what save_adamix writes, not the frozen weights; resuming and load_best_model_at_end read it. A file
         written last vouches for the whole folder: an unfinished or damaged checkpoint is refused, and
@@ -98,6 +102,7 @@ class AdaMixTrainerMixin(CheckpointMixin):
                 launched,
             )
         self._component_sums = None
+        keep_gradients(self.model, self.args)
         warn_of_dropout(self.model, adamix_state(self.model))
         halves = {torch.bfloat16: self.args.bf16, torch.float16: self.args.fp16}
         settle_backends(self.model, [dtype for dtype, on in halves.items() if on])
@@ -107,11 +112,13 @@ class AdaMixTrainerMixin(CheckpointMixin):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Training: the AdaMix loss; outputs are those of pass 1 (B rows). Evaluation: the base trainer's."""
-        if not model.training:
-            return super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
         inputs = dict(inputs)
+        tasks = tasks_of(self.model, inputs)
+        if not model.training:
+            with tasks:
+                return super().compute_loss(
+                    model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+                )
         labels = inputs.pop("labels", None)
         objective = Objective(self.model)
         packed = sorted(set(inputs) & _PACKED)
@@ -132,7 +139,7 @@ class AdaMixTrainerMixin(CheckpointMixin):
         # FSDP gathers a layer's weights inside a whole forward alone; a compiled model is not taken apart.
         whole = self.is_fsdp_enabled or str(self.accelerator.state.dynamo_plugin.backend.value) != "NO"
         shared = shared_prefix(self.model, inputs) if doubled and not whole else contextlib.nullcontext()
-        with shared:
+        with tasks, shared:
             result, outputs = objective.loss(
                 model,
                 double_batch(inputs, batch) if doubled else inputs,
@@ -151,6 +158,9 @@ class AdaMixTrainerMixin(CheckpointMixin):
         loss, components = result.loss, torch.stack([result.cross_entropy, result.consistency]).detach()
         if processes > 1:
             loss, components = loss * processes, components * processes
+        steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+        loss, more = with_gates(self.model, loss, steps)
+        components = torch.stack([*components, *more]) if more else components
         if self._component_sums is None:
             self._component_sums, self._summed_from = torch.zeros_like(components), self.state.global_step
         self._component_sums += components
@@ -181,17 +191,22 @@ class AdaMixTrainerMixin(CheckpointMixin):
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds cross_entropy and consistency to a training log."""
+        """Adds cross_entropy, consistency and what the gates add to a training log."""
         if "loss" in logs and "learning_rate" in logs and self._component_sums is not None:
             updates = max(1, self.state.global_step - self._summed_from)
-            sums = self.accelerator.gather(self._component_sums.reshape(1, 2)).mean(0)
-            cross_entropy, consistency = (sums / updates).tolist()
-            first = {"loss": logs.pop("loss"), "cross_entropy": cross_entropy, "consistency": consistency}
+            sums = self.accelerator.gather(self._component_sums.reshape(1, -1)).mean(0)
+            names = ("cross_entropy", "consistency", *added_losses(self.model))
+            first = {"loss": logs.pop("loss"), **dict(zip(names, (sums / updates).tolist(), strict=True))}
             rest = dict(logs)
             logs.clear()
             logs.update(first, **rest)
             self._component_sums = None
         super().log(logs, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if adamix_state(self.model).config.num_tasks is not None and TASK_IDS not in self._signature_columns:
+            self._signature_columns.append(TASK_IDS)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """That of the base trainer, times the passes."""
@@ -269,9 +284,7 @@ class AdaMixTrainer(AdaMixTrainerMixin, Trainer):
 
 def check_checkpointing(model: nn.Module, args: Any, fsdp_plugin: Any = None) -> None:
     """Raises ValueError for activation checkpointing that would not redraw the same experts in backward."""
-    # Renamed in transformers 5.23.
-    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
-    options: dict[str, Any] = next((getattr(args, n) for n in names if getattr(args, n, None)), {})
+    options: dict[str, Any] = next((getattr(args, n) for n in OPTIONS if getattr(args, n, None)), {})
     # The functions that recompute: transformers' own, and that of torch's CheckpointWrapper.
     functions = (
         getattr(m, n, None) for m in model.modules() for n in ("_gradient_checkpointing_func", "checkpoint_fn")

@@ -21,6 +21,7 @@ def check_output(
     added: torch.Tensor | None,
     index: dict[str, torch.Tensor | None],
     merged: bool,
+    gated: bool = False,
 ) -> None:
     """Nothing where `out` is finite.
 
@@ -28,7 +29,7 @@ def check_output(
         layer: a RoutedAdapter or RoutedLoRALinear. out: what it gave, [B, S, N]. x: what it was given, [B, S, K].
         added: what the update was added to, where that is not x, [B, S, N].
         index: per side ("down" and "up", or "a" and "b") the experts drawn, [B'] or [B', S'] with the rows of x in the
-            same order, or None for a bank of one. merged: the merged experts served.
+            same order, or None for a bank of one. merged: the merged experts served. gated: all did, by their gates.
 
     Raises FloatingPointError, which names the layer, the first wrong element, its experts and the likely cause.
     """
@@ -37,8 +38,9 @@ def check_output(
     sample, token, column = (~out.isfinite()).nonzero()[0].tolist()
     row = sample * out.shape[1] + token
     experts = {side: _expert_of(row, out.shape[0] * out.shape[1], drawn) for side, drawn in index.items()}
-    chosen = "the merged experts" if merged else " and ".join(f"expert {e} ({side})" for side, e in experts.items())
-    cause = _cause(layer, x, added, (sample, token), None if merged else experts)
+    together = "the experts by their gates" if gated else "the merged experts" if merged else ""
+    chosen = together or " and ".join(f"expert {e} ({side})" for side, e in experts.items())
+    cause = _cause(layer, x, added, (sample, token), None if together else experts)
     raise FloatingPointError(
         f"{layer.place or type(layer).__name__}: got {out[sample, token, column].item()} in sample {sample}, token "
         f"{token}, column {column}, from {chosen}, expected finite numbers: {cause}"

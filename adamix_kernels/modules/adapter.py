@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from .._backends import check_request
+from ..functional import routed_adapter
 from ..ops._adapter_arguments import ACTIVATIONS
 from ..ops._checks import check_choice
 from ..ops.routed_adapter.api import routed_by_pass
-from ..routing import Router
+from ..routing import GateRouter, Router
 from ._banks import (
     as_batch,
     bank_sizes,
@@ -25,6 +26,7 @@ from ._banks import (
     merged_banks,
 )
 from ._finite import check_output, checking
+from ._gated import MIXES, check_gate, gates_of, mean_banks
 
 INIT_STD = 0.02
 
@@ -37,6 +39,9 @@ class RoutedAdapter(nn.Module):
         share: the side with one bank for all experts: "up" (as the paper's scripts), "down" or None.
         activation: "gelu" (erf), "gelu_tanh", "relu", "silu" or None.
         router: draws the experts; by default one of its own, batch level with two passes.
+        gate: a router of gates (adamix_kernels.routing), by which all experts, or the K it chooses, serve in training
+            and in evaluation: out = residual + sum_k g_k (act(x Wd[k]^T + bd[k]) Wu[k]^T + bu[k]); None: none.
+        mix: what the gates weigh, the experts' "outputs" or their "weights"; see routed_adapter.
         backend: see routed_adapter. dtype, device: of the parameters.
 
     Parameters: down_weight [Md, r, H], down_bias [Md, r], up_weight [Mu, H, r], up_bias [Mu, H]; weights
@@ -56,6 +61,7 @@ class RoutedAdapter(nn.Module):
     """
 
     place: str | None = None  # its path in the model, for messages; set by adapt()
+    decodes = False  # whether it stands in the decoder of an encoder-decoder; set by adapt()
 
     def __init__(
         self,
@@ -66,6 +72,8 @@ class RoutedAdapter(nn.Module):
         activation: str | None = "gelu",
         *,
         router: Router | None = None,
+        gate: GateRouter | None = None,
+        mix: str = "outputs",
         backend: str = "auto",
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
@@ -77,7 +85,9 @@ class RoutedAdapter(nn.Module):
         check_request(backend)
         self.hidden_size, self.bottleneck, self.num_experts = hidden_size, bottleneck, num_experts
         self.share, self.activation, self.backend = share, activation, backend
-        self.router = check_router(router)
+        self.router, self.mix = check_router(router), mix
+        check_choice("mix", mix, MIXES)
+        self.gate = check_gate(gate, num_experts)
         self.down_weight = nn.Parameter(torch.empty(down, bottleneck, hidden_size, dtype=dtype, device=device))
         self.down_bias = nn.Parameter(torch.empty(down, bottleneck, dtype=dtype, device=device))
         self.up_weight = nn.Parameter(torch.empty(up, hidden_size, bottleneck, dtype=dtype, device=device))
@@ -98,6 +108,8 @@ class RoutedAdapter(nn.Module):
         if not self.router.enabled:
             return x if residual is None else residual
         rows = as_batch(x)
+        if self.gate is not None and self.router.uses_gates(self.training):
+            return self._gated(x, rows, rows if residual is None else as_batch(residual))
         down_index = up_index = None
         merged = self.router.uses_merged(self.training, self.down_score.requires_grad or self.up_score.requires_grad)
         passes = 0
@@ -110,7 +122,9 @@ class RoutedAdapter(nn.Module):
             if passes:
                 batch, tokens = passes, batch // passes * tokens
             down_index = self.router.draw(down_weight.shape[0], batch, tokens, x.device, self.training)
-            up_index = self.router.draw(up_weight.shape[0], batch, tokens, x.device, self.training)
+            up_index = down_index  # one expert is a pair where gates weigh them
+            if self.gate is None or 1 in (down_weight.shape[0], up_weight.shape[0]):
+                up_index = self.router.draw(up_weight.shape[0], batch, tokens, x.device, self.training)
         added = rows if residual is None else as_batch(residual)
         down_weight, down_bias, up_weight, up_bias = cast_like(rows, down_weight, down_bias, up_weight, up_bias)
         out = routed_by_pass(
@@ -122,8 +136,35 @@ class RoutedAdapter(nn.Module):
             check_output(self, out, rows, other, {"down": down_index, "up": up_index}, merged)
         return out if x.dim() == 3 else out.view(x.shape)
 
+    def _gated(self, x: torch.Tensor, rows: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        gates, index = gates_of(self, x, rows)
+        down_weight, down_bias, up_weight, up_bias = cast_like(rows, *self.banks())
+        out = routed_adapter(
+            rows,
+            down_weight,
+            down_bias,
+            up_weight,
+            up_bias,
+            index if down_weight.shape[0] > 1 else None,
+            index if up_weight.shape[0] > 1 else None,
+            residual=added,
+            activation=self.activation,
+            gates=gates,
+            mix=self.mix,
+            backend=self.backend,
+        )
+        if checking():
+            check_output(self, out, rows, None if added is rows else added, {}, False, True)
+        return out if x.dim() == 3 else out.view(x.shape)
+
     def merged_banks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(down_weight, down_bias, up_weight, up_bias), each a bank of one; each side averaged by itself."""
+        """(down_weight, down_bias, up_weight, up_bias), each a bank of one; each side averaged by itself.
+
+        With a gate, those of the mean gates (of width M * r where both sides have M experts, or the down side alone).
+        """
+        if self.gate is not None:
+            down_weight, down_bias, up_weight, up_bias = (bank[None] for bank in mean_banks(self))
+            return down_weight, down_bias, up_weight, up_bias
         pairs = zip(self.banks(), self.bank_scores(), strict=True)
         down_weight, down_bias, up_weight, up_bias = (merged_bank(bank, score, self.backend) for bank, score in pairs)
         return down_weight, down_bias, up_weight, up_bias
@@ -143,16 +184,18 @@ class RoutedAdapter(nn.Module):
         return (
             f"hidden_size={self.hidden_size}, bottleneck={self.bottleneck}, num_experts={self.num_experts}, "
             f"share={self.share!r}, activation={self.activation!r}"
+            + ("" if self.gate is None else f", mix={self.mix!r}")
         )
 
 
 @torch.no_grad()
 def merge_adapters(adapters: Sequence[RoutedAdapter]) -> list[RoutedAdapter]:
     """[adapter.merged() for each], the banks of all of one backend merged together (one launch on a GPU)."""
+    gated = {n: adapter.merged_banks() for n, adapter in enumerate(adapters) if adapter.gate is not None}
     plain = [
         RoutedAdapter(
             adapter.hidden_size,
-            adapter.bottleneck,
+            gated[n][0].shape[1] if n in gated else adapter.bottleneck,
             1,
             None,
             adapter.activation,
@@ -161,10 +204,17 @@ def merge_adapters(adapters: Sequence[RoutedAdapter]) -> list[RoutedAdapter]:
             dtype=adapter.down_weight.dtype,
             device=adapter.down_weight.device,
         ).train(adapter.training)
-        for adapter in adapters
+        for n, adapter in enumerate(adapters)
     ]
+    for n, banks in gated.items():
+        for target, value in zip(plain[n].banks(), banks, strict=True):
+            target.copy_(value)
     for backend in sorted({adapter.backend for adapter in adapters}):
-        pairs = [(mine, full) for mine, full in zip(plain, adapters, strict=True) if full.backend == backend]
+        pairs = [
+            (mine, full)
+            for mine, full in zip(plain, adapters, strict=True)
+            if full.backend == backend and full.gate is None
+        ]
         banks = [bank for _, full in pairs for bank in full.banks()]
         scores = [score for _, full in pairs for score in full.bank_scores()]
         targets = [bank for mine, _ in pairs for bank in mine.banks()]

@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.modules import module
 
 from .._backends import check_request
-from ..functional import merge_lora
-from ..ops._checks import autocast_dtype, check_flag
+from ..functional import merge_lora, routed_lora
+from ..ops._checks import autocast_dtype, check_choice, check_flag
 from ..ops.merge.api import LoraLayer, merge_loras
 from ..ops.routed_lora.api import routed_by_pass
-from ..routing import Router
+from ..routing import GateRouter, Router
 from ._banks import (
     as_batch,
     bank_sizes,
@@ -32,6 +32,7 @@ from ._banks import (
     merged_banks,
 )
 from ._finite import check_output, checking
+from ._gated import MIXES, check_gate, gates_of, mean_factors, refreshed
 
 QKV = ("q", "k", "v")
 # Hooks of a layer, or of all layers, that are given its output.
@@ -51,10 +52,10 @@ class RoutedLoRALinear(nn.Module):
             the last slice reaches to the end.
         fan_in_fan_out: base.weight is [K, N] (Hugging Face's Conv1D).
         use_rslora: s = alpha / sqrt(r), as PEFT's.
-        router, backend: as for RoutedAdapter.
+        router, gate, mix, backend: as for RoutedAdapter.
 
-    Parameters: lora_a [Ma, groups * r, K], one Kaiming-uniform draw copied to every expert; lora_b
-    [Mb, groups * Ng, r], zero; a_score [Ma], b_score [Mb], frozen zeros, as in RoutedAdapter.
+    Parameters: lora_a [Ma, groups * r, K], one Kaiming-uniform draw copied to every expert (with a gate, one draw
+    each); lora_b [Mb, groups * Ng, r], zero; a_score [Ma], b_score [Mb], frozen zeros, as in RoutedAdapter.
 
     Raises:
         TypeError, ValueError: an argument, or at the call x, does not fit; the message names it.
@@ -68,6 +69,7 @@ class RoutedLoRALinear(nn.Module):
     """
 
     place: str | None = None  # its path in the model, for messages; set by adapt()
+    decodes = False  # whether it stands in the decoder of an encoder-decoder; set by adapt()
 
     def __init__(
         self,
@@ -86,6 +88,8 @@ class RoutedLoRALinear(nn.Module):
         group_features: int | None = None,
         use_rslora: bool = False,
         router: Router | None = None,
+        gate: GateRouter | None = None,
+        mix: str = "outputs",
         backend: str = "auto",
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
@@ -113,7 +117,9 @@ class RoutedLoRALinear(nn.Module):
         self.num_experts, self.share, self.dropout = num_experts, share, dropout
         self.groups, self.output_offsets = groups, tuple(output_offsets)
         self.fan_in_fan_out, self.backend = fan_in_fan_out, backend
-        self.router = check_router(router)
+        self.router, self.mix = check_router(router), mix
+        check_choice("mix", mix, MIXES)
+        self.gate = check_gate(gate, num_experts)
         self.lora_a = nn.Parameter(torch.empty(down, groups * r, in_features, dtype=dtype, device=device))
         self.lora_b = nn.Parameter(torch.empty(up, groups * width, r, dtype=dtype, device=device))
         self.a_score = merge_score(down, device)
@@ -162,8 +168,12 @@ class RoutedLoRALinear(nn.Module):
     def reset_parameters(self) -> None:
         """One draw for all experts of A; B zero, so that the layer starts as its base."""
         nn.init.kaiming_uniform_(self.lora_a[0], a=math.sqrt(5))
-        with torch.no_grad():
-            self.lora_a[1:] = self.lora_a[:1]
+        for expert in self.lora_a[1:]:
+            if self.gate is None:
+                with torch.no_grad():
+                    expert.copy_(self.lora_a[0])
+            else:
+                nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
         nn.init.zeros_(self.lora_b)
 
     @property
@@ -183,6 +193,10 @@ class RoutedLoRALinear(nn.Module):
         rows, added = as_batch(x), as_batch(base)
         if autocast_dtype(x.device.type) is None:
             rows = rows.to(added.dtype)
+        looking = checking()
+        if self.gate is not None and self.router.uses_gates(self.training):
+            out = self._gated(x, rows, added, looking)
+            return out if out.shape == base.shape else out.view(base.shape)
         a_index = b_index = None
         passes = 0
         merged = self.router.uses_merged(self.training, self.a_score.requires_grad or self.b_score.requires_grad)
@@ -196,8 +210,9 @@ class RoutedLoRALinear(nn.Module):
             if passes:
                 batch, tokens = passes, batch // passes * tokens
             a_index = self.router.draw(lora_a.shape[0], batch, tokens, x.device, self.training)
-            b_index = self.router.draw(lora_b.shape[0], batch, tokens, x.device, self.training)
-        looking = checking()
+            b_index = a_index  # one expert is a pair where gates weigh them
+            if self.gate is None or 1 in (lora_a.shape[0], lora_b.shape[0]):
+                b_index = self.router.draw(lora_b.shape[0], batch, tokens, x.device, self.training)
         lora_a, lora_b = cast_like(rows, lora_a, lora_b)
         out = routed_by_pass(
             rows,
@@ -220,8 +235,37 @@ class RoutedLoRALinear(nn.Module):
             check_output(self, result, as_batch(x), as_batch(base), {"a": a_index, "b": b_index}, merged)
         return out if out.shape == base.shape else out.view(base.shape)
 
+    def _gated(self, x: torch.Tensor, rows: torch.Tensor, added: torch.Tensor, looking: bool) -> torch.Tensor:
+        refreshed(self)
+        gates, index = gates_of(self, x, rows)
+        lora_a, lora_b = cast_like(rows, self.lora_a, self.lora_b)
+        out = routed_lora(
+            rows,
+            lora_a,
+            lora_b,
+            index if lora_a.shape[0] > 1 else None,
+            index if lora_b.shape[0] > 1 else None,
+            base=added,
+            scaling=self.scaling,
+            groups=self.groups,
+            output_offsets=self.output_offsets,
+            dropout_p=self.dropout if self.training else 0.0,
+            inplace=not looking and may_overwrite(self.base, rows, added),
+            gates=gates,
+            mix=self.mix,
+            backend=self.backend,
+        )
+        if looking:
+            check_output(self, out, rows, added, {}, False, True)
+        return out
+
     def merged_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(A [groups * r, K], B [groups * Ng, r]): each side averaged by itself, never the product."""
+        """(A [groups * r, K], B [groups * Ng, r]): each side averaged by itself, never the product.
+
+        With a gate, those of the mean gates (of rank M * r where both sides have M experts).
+        """
+        if self.gate is not None:
+            return mean_factors(self)
         lora_a = merged_bank(self.lora_a, self.a_score, self.backend)
         lora_b = merged_bank(self.lora_b, self.b_score, self.backend)
         return lora_a[0], lora_b[0]
@@ -249,6 +293,7 @@ class RoutedLoRALinear(nn.Module):
         return (
             f"r={self.r}, alpha={self.alpha}, use_rslora={self.use_rslora}, num_experts={self.num_experts}, "
             f"share={self.share!r}, dropout={self.dropout}, groups={self.groups}, output_offsets={self.output_offsets}"
+            + ("" if self.gate is None else f", mix={self.mix!r}")
         )
 
 

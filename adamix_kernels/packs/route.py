@@ -13,6 +13,7 @@ from ..models.centroid import Centroid, encode
 from ..models.state import adamix_state
 from ..modules import RoutedLoRALinear
 from ..modules._banks import as_batch
+from ..routing import leading_directions
 from . import slots
 from .sources import LoraPart
 
@@ -179,10 +180,7 @@ class _Arrow:
 
 @torch.no_grad()
 def prototypes(layer: Any, pack: Pack, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(v [M, K], known [M]): v_e the leading right singular vector of B_e A_e, for the slots with a LoRA in the layer.
-
-    A^T = Q R, so that B A = (B R^T) Q^T, and v = Q w, w the leading right singular vector of B R^T [N, r].
-    """
+    """(v [M, K], known [M]): v_e the leading right singular vector of B_e A_e, for slots with a LoRA in the layer."""
     vectors = layer.lora_a.new_zeros(pack.capacity, layer.in_features)
     known = torch.zeros(pack.capacity, dtype=torch.bool, device=vectors.device)
     for entry in pack.entries.values():
@@ -191,8 +189,6 @@ def prototypes(layer: Any, pack: Pack, path: str) -> tuple[torch.Tensor, torch.T
         part = slots.read(layer, entry.slot, entry.ranks[path])
         assert isinstance(part, LoraPart)
         part = part.whole()
-        q, r = torch.linalg.qr(part.lora_a.double().T)
-        _, _, right = torch.linalg.svd(part.lora_b.double() @ r.T, full_matrices=False)
-        vectors[entry.slot] = (q @ right[0]).to(vectors.dtype)
+        vectors[entry.slot] = leading_directions(part.lora_a[None], part.lora_b[None])[0]
         known[entry.slot] = True
     return vectors, known

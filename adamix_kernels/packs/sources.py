@@ -13,6 +13,7 @@ from ..models.config import AdaMixConfig
 from ..models.factors import NAMES, Factors
 from ..models.header import CHECKPOINT_NAME, read_header, read_tensors
 from ..modules._banks import lora_scaling, merged_bank
+from ..routing import LEARNED
 
 _TASKS = {"SequenceClassification": "labels", "TokenClassification": "labels"}
 
@@ -105,10 +106,15 @@ def read_adamix(name: str, folder: Path, header: dict[str, Any] | None = None) -
     Experts that are not merged are averaged here, each side by itself with its merge scores, as they are in
     evaluation: the name computes in a pack what its model computes alone.
 
-    Raises ValueError: a file is missing or damaged; a LoRA was merged by a release that kept no factors.
+    Raises ValueError: a file is missing or damaged; the gates are learned; a LoRA was merged by a release that kept no
+        factors.
     """
     header = read_header(folder / CHECKPOINT_NAME) if header is None else header
-    AdaMixConfig.from_dict(header["config"])
+    if AdaMixConfig.from_dict(header["config"]).routing == LEARNED and not header["merged"]:
+        raise ValueError(
+            f"{folder}: got experts with learned gates, which are no single adaptation, expected one that merge(model, "
+            "gates='mean') made and save_adamix wrote"
+        )
     tensors = read_tensors(folder, header["tensors"])
     heads = {path: _below(tensors, path) for path in header["saved_modules"]}
     layers: dict[str, Part] = {}

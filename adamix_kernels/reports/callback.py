@@ -13,6 +13,7 @@ from torch import nn
 
 from .._extras import needed
 from ..models._files import make_folder, write_json
+from ..models.gate_training import NAMES
 from . import figures
 from .observers import Agreement, DrawCounter
 from .routings import routing_scores
@@ -30,7 +31,8 @@ class TrainingReport(TrainerCallback):
 
     At the end of training `folder` holds training_report.png, training_report.json and, where tensorboard is
     installed, event files in tensorboard/ with the scalars adamix/loss, adamix/cross_entropy, adamix/consistency,
-    adamix/agreement and, at the last step, adamix/usage/expert_N and adamix/<score_name>/{merged,expert_N,random}.
+    adamix/agreement (with learned gates adamix/balance_loss and adamix/z_loss) and, at the last step,
+    adamix/usage/expert_N and adamix/<score_name>/{merged,expert_N,random}.
 
     Args:
         folder: made if it is not there. Only the first process writes, what it saw itself.
@@ -76,7 +78,7 @@ class TrainingReport(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or "learning_rate" not in logs or self._agreement is None:
             return
-        names = ("loss", "cross_entropy", "consistency")
+        names = ("loss", "cross_entropy", "consistency", *(name for name in NAMES if name in logs))
         point = {"step": state.global_step, **{n: logs.get(n) for n in names}, "agreement": self._agreement.take()}
         self.points.append(point)
         if state.is_world_process_zero:
@@ -114,7 +116,8 @@ class TrainingReport(TrainerCallback):
         plt = figures.pyplot()
         figure, panels = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
         steps = [p["step"] for p in self.points]
-        losses = {n.replace("_", "-"): [p[n] for p in self.points] for n in ("loss", "cross_entropy", "consistency")}
+        names = ("loss", "cross_entropy", "consistency", *(n for n in NAMES if any(n in p for p in self.points)))
+        losses = {n.replace("_", "-"): [p.get(n) for p in self.points] for n in names}
         figures.draw_curves(panels[0, 0], steps, losses, "training loss")
         agreement = {"agreement": [p["agreement"] for p in self.points]}
         figures.draw_curves(panels[0, 1], steps, agreement, "both passes give the same class")

@@ -11,7 +11,7 @@ from typing import Any
 from .._extras import needed
 from ..models._files import replace_file
 
-BLUE, ORANGE, GREEN, GREY = "#4c78a8", "#f58518", "#54a24b", "#9a9a9a"
+BLUE, ORANGE, GREEN, GREY, BLACK = "#4c78a8", "#f58518", "#54a24b", "#9a9a9a", "#333333"
 
 
 def pyplot() -> Any:
@@ -51,7 +51,7 @@ def draw_curves(
     axes: Any, steps: Sequence[float | None], curves: Mapping[str, Sequence[float | None]], ylabel: str
 ) -> None:
     """Lines by name over steps; a curve that is None at a step has a gap there."""
-    for (name, values), color in zip(curves.items(), (GREY, BLUE, GREEN, ORANGE)):
+    for (name, values), color in zip(curves.items(), (GREY, BLUE, GREEN, ORANGE, BLACK)):
         axes.plot(steps, [math.nan if v is None else v for v in values], label=name, color=color)
     axes.set_xlabel("step")
     axes.set_ylabel(ylabel)

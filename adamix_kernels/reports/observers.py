@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.gating import is_learned, usage
 from ..models.state import adamix_state
 from ..modules import AdaptedLayer
 
@@ -16,13 +17,14 @@ class DrawCounter:
 
     A draw is one index: one a pass, sample or token, as the routing has it. A shared side draws nothing. Activation
     checkpointing counts its layers twice. Between start() and stop() the model must not be compiled.
+    Learned gates draw nothing: their shares are the mean gates.
     """
 
     def __init__(self, model: nn.Module):
         state = adamix_state(model)
         layers = [model.get_submodule(path) for path in state.paths]
         self._layers = [layer.adapter if isinstance(layer, AdaptedLayer) else layer for layer in layers]
-        self._router = state.router
+        self._router, self._model = state.router, model
         self._counts = torch.zeros(len(layers), state.config.num_experts, dtype=torch.int64)
         self._handles: list[Any] = []
         self._current = 0
@@ -47,7 +49,9 @@ class DrawCounter:
         self._router.__dict__.pop("draw", None)
 
     def shares(self) -> list[list[float]]:
-        """[layers][experts], each layer's shares of its draws; empty before any draw."""
+        """[layers][experts], each layer's shares of its draws, or its mean gates; empty before any."""
+        if is_learned(self._model):
+            return usage(self._model)
         totals = self._counts.sum(1, keepdim=True)
         if not bool(totals.all()):
             return []

@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from ..models.contexts import eval_routing, use_experts
-from ..models.state import adamix_state
+from ..models.gating import routed_layers
 
 
 def routing_scores(
     model: nn.Module, score: Callable[[nn.Module], float], draws: int = 5, level: str = "sample", seed: int = 0
 ) -> dict[str, Any]:
     """{"merged": score, "experts": [score of each], "random": [score of each draw]}, in evaluation mode.
+
+    With learned gates "merged" is the score by these.
 
     Args:
         model: adapted, not merged; its mode is put back, and so is the random generator.
@@ -26,7 +28,7 @@ def routing_scores(
 
     Source: the violin plot of the AdaMix paper, merged against random routing.
     """
-    experts = adamix_state(model).config.num_experts
+    experts = min(part.num_experts for part in routed_layers(model).values())
     training = model.training
     model.eval()
     try:

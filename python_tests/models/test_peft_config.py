@@ -79,6 +79,7 @@ CASES = {
         dict(r=4, lora_alpha=8, use_rslora=True, target_modules="all-linear", task_type="SEQ_CLS"),
         dict(target_modules="all-linear", exclude_modules=["key"], modules_to_save=["pooler"], task_type="SEQ_CLS"),
         dict(target_modules=["query"], layers_to_transform=[1], layers_pattern="layer"),
+        dict(r=4, target_modules=["query", "value"], rank_pattern={"query": 2}, alpha_pattern={"1.attention.self.value": 3}),
         dict(target_modules=["query"], task_type=peft.TaskType.TOKEN_CLS, modules_to_save=["pooler", "classifier"]),
         dict(),
     ],
@@ -156,7 +157,6 @@ def test_rslora_of_several_experts_saves_and_exports(qkv, tmp_path):
     ("options", "names"),
     [
         (dict(use_dora=True), ["use_dora=True"]),
-        (dict(rank_pattern={"query": 2}, alpha_pattern={"query": 3}), ["rank_pattern=", "alpha_pattern="]),
         (dict(init_lora_weights="gaussian"), ["init_lora_weights='gaussian'"]),
         (dict(init_lora_weights=False), ["init_lora_weights=False"]),
         (dict(bias="all", lora_bias=True), ["bias='all'", "lora_bias=True"]),

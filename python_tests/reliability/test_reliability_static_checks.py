@@ -75,8 +75,8 @@ def test_an_import_upward_fails_the_imports_test(tmp_path):
     room = Path("python_tests", "project")
     (tmp_path / room).mkdir(parents=True)
     shutil.copy(static_checks.ROOT / room / "test_imports.py", tmp_path / room)
-    with open(tmp_path / "adamix_kernels" / "routing.py", "a") as file:
-        file.write("from .models import config\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "downward and routing.py"]
+    with open(tmp_path / "adamix_kernels" / "routing" / "draws.py", "a") as file:
+        file.write("from ..models import config\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "downward and draws.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert re.search(r"\b1 failed", done.stdout), done.stdout

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 LEVELS = ("batch", "sample", "token")
+LEARNED = "learned"
 _DISTRIBUTED = dist.is_available()
 
 
@@ -22,6 +23,7 @@ class Router:
 
     Args:
         level: granularity of a training draw. "batch": one expert per pass; "sample": per sample; "token": per token.
+            "learned": nothing is drawn, gates weigh the experts.
         passes: how many passes ride in one training batch (its first B/passes samples are pass 1). A batch
             that passes does not divide holds one pass.
 
@@ -31,6 +33,8 @@ class Router:
         experts: the caller's choice (see use_experts), an index [B] or [B, S], or None.
         enabled: False while the adaptation is switched off (see disable).
         force_merged: True while generate() runs on a model in training mode.
+        attention_mask, decoder_mask: of the forward that is under way, [B, S], for the gates' means over tokens.
+        tasks: the caller's task ids [B] (see use_tasks).
         rank: shifts the draw, so that ranks that share a seed draw different experts; None means the
             process's rank in torch.distributed. Ranks that hold the same samples (tensor parallel) need one value.
 
@@ -43,7 +47,7 @@ class Router:
     """
 
     def __init__(self, level: str = "batch", passes: int = 2):
-        check_level("level", level)
+        check_level("level", level, LEARNED)
         if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
             raise ValueError(f"passes: got {passes!r}, expected an int of at least 1")
         self.level = level
@@ -53,6 +57,13 @@ class Router:
         self.enabled = True
         self.force_merged = False
         self.rank: int | None = None
+        self.attention_mask: torch.Tensor | None = None
+        self.decoder_mask: torch.Tensor | None = None
+        self.tasks: torch.Tensor | None = None
+
+    def uses_gates(self, training: bool) -> bool:
+        """Whether a layer with gates computes with them, and not with the caller's experts, or some at random."""
+        return self.experts is None and (training or self.eval_level == "merged")
 
     def uses_merged(self, training: bool, learning: bool) -> bool:
         """Whether a layer computes with its merged experts. learning: its merge scores are being trained."""

@@ -1,9 +1,8 @@
-"""accelerate: the LoRA layers of Hugging Face PEFT through routed_lora, mixed batches in training too."""
+"""What stands in for the forward of PEFT's LoRA layers."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,117 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ._backends import check_request
-from ._extras import needed
-from .functional import routed_lora
-from .modules._banks import as_batch
-from .modules.lora import may_overwrite
-
-logger = logging.getLogger(__name__)
+from ..functional import routed_lora
+from ..modules._banks import as_batch
+from ..modules.lora import may_overwrite
+from .gates import arrow_output
 
 _KEPT = 32  # indices of batches, of one layer's banks
-_HOOKS = "_enable_peft_forward_hooks"
-
-
-class Accelerated:
-    """What accelerate() did to a model.
-
-    Attributes:
-        model: the PeftModel. layers: paths of the layers that go through routed_lora.
-        left: path -> why, of the LoRA layers that stay PEFT's.
-    """
-
-    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], left: dict[str, str], tuner: nn.Module):
-        self.model, self.layers, self.left = model, list(layers), left
-        self._modules, self._tuner = list(layers.values()), tuner
-
-    def restore(self) -> nn.Module:
-        """Gives every layer PEFT's own forward again, and returns the model. More than once does no harm."""
-        for module in self._modules:
-            if isinstance(vars(module).get("forward"), LoraForward):
-                del module.forward
-        if isinstance(vars(self._tuner).get(_HOOKS), MixedHooks):
-            delattr(self._tuner, _HOOKS)
-        return self.model
-
-    def __enter__(self) -> Accelerated:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.restore()
-
-
-def accelerate(model: nn.Module, *, backend: str = "auto") -> Accelerated:
-    """Sends the LoRA layers of a PeftModel through routed_lora, until .restore().
-
-    y = base(x) + s_i B_i A_i x, i the adapter of the sample: one call for all adapters of a batch, where PEFT loops
-    over them, cuts the batch and adds the pieces. What is computed, the parameters, their names, saving, set_adapter,
-    merging and unloading stay PEFT's. `adapter_names=[...]` works in training, too: every adapter gets the gradients of
-    its own samples, and None where it has none.
-
-    Args:
-        model: of PEFT, with LoRA of linear layers; several active adapters, mixed ranks and scalings, "__base__".
-            What PEFT itself computes otherwise stays with it, call by call: DoRA and other variants, trained biases,
-            merged or disabled adapters, several active adapters with dropout in training; and layers of another class
-            than its Linear (quantised, embeddings, convolutions), which `left` names.
-        backend: as in routed_lora.
-
-    In training with dropout, one mask is drawn for a mixed batch.
-
-    Returns an Accelerated, also a context manager: `with accelerate(model): ...`.
-
-    Example:
-        >>> fast = accelerate(peft_model)  # doctest: +SKIP
-        >>> loss = peft_model(**batch, adapter_names=["a", "b", "a", "__base__"]).loss  # doctest: +SKIP
-        >>> fast.restore()  # doctest: +SKIP
-
-    Raises:
-        TypeError: `model` is no PeftModel. ValueError: it has no LoRA, or is accelerated already; backend is none.
-            At a forward, RuntimeError: adapter_names in training under activation checkpointing, which would recompute
-            the layers without the names.
-        ModuleNotFoundError: PEFT is not installed.
-    """
-    check_request(backend)
-    with needed("accelerate"):
-        import peft
-        from peft.tuners.lora import layer as lora
-        from peft.tuners.lora.model import LoraModel
-
-    if not isinstance(model, peft.PeftModel):
-        raise TypeError(f"model: got {type(model).__name__}, expected a PeftModel: get_peft_model, or from_pretrained")
-    tuner: Any = model.base_model
-    if not isinstance(tuner, LoraModel):
-        raise ValueError(f"model: got a PeftModel of {type(tuner).__name__}, expected one of LoRA")
-    if _HOOKS in vars(tuner):
-        raise ValueError("model: got one that is accelerated already, expected restore() first")
-    layers: dict[str, nn.Module] = {}
-    left = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, lora.LoraLayer):
-            continue
-        if type(module) is lora.Linear and "forward" not in vars(module):
-            layers[path] = module
-        else:
-            left[path] = "its forward was replaced" if type(module) is lora.Linear else type(module).__name__
-    if not layers:
-        raise ValueError(f"model: got no LoRA of a plain linear layer, only {sorted(set(left.values()))}")
-    for module in layers.values():
-        owner: Any = module
-        owner.forward = LoraForward(module, backend)
-    setattr(tuner, _HOOKS, MixedHooks(tuner))
-    if left:
-        logger.warning("accelerate: %d LoRA layers stay PEFT's: %s", len(left), ", ".join(sorted(set(left.values()))))
-    return Accelerated(model, layers, left, tuner)
-
-
-def restore(model: nn.Module) -> nn.Module:
-    """Undoes accelerate(model); see Accelerated.restore. Returns `model`; one that is not accelerated stays."""
-    for module in model.modules():
-        if isinstance(vars(module).get("forward"), LoraForward):
-            del module.forward
-        if isinstance(vars(module).get(_HOOKS), MixedHooks):
-            delattr(module, _HOOKS)
-    return model
+HOOKS = "_enable_peft_forward_hooks"
 
 
 class MixedHooks:
@@ -142,7 +37,7 @@ class MixedHooks:
         with contextlib.ExitStack() as stack:
             tuner.training = False  # of this one module, which alone is asked
             try:
-                stack.enter_context(getattr(type(tuner), _HOOKS)(tuner, *args, **kwargs))
+                stack.enter_context(getattr(type(tuner), HOOKS)(tuner, *args, **kwargs))
             finally:
                 tuner.training = training
             yield
@@ -170,12 +65,16 @@ class LoraForward:
         module._check_forward_args(x, *args, **kwargs)
         names: Sequence[str] | None = kwargs.get("adapter_names")
         used = None
+        rest = {key: value for key, value in kwargs.items() if key not in ("adapter_names", "alora_offsets")}
         if x.dim() > 1 and x.is_floating_point() and kwargs.get("alora_offsets") is None:
             used = self._used(names)
+            if used is None and names is None and not module.disable_adapters and not module.merged:
+                gated = arrow_output(module, x, args, rest, self.backend)
+                if gated is not None:
+                    return gated
         if used is None:
             own: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
             return own
-        rest = {key: value for key, value in kwargs.items() if key not in ("adapter_names", "alora_offsets")}
         result: torch.Tensor = module.base_layer(x, *args, **rest)
         return self._added(x, result, used, names) if used else result
 
@@ -278,6 +177,3 @@ def _stacked(used: list[_Adapter], names: Sequence[str] | None) -> tuple[torch.T
     if any(s != common for s in scalings[: len(used)]):
         lora_b = lora_b * torch.tensor(scalings, dtype=lora_b.dtype, device=lora_b.device).view(-1, 1, 1)
     return torch.stack(downs), lora_b, common
-
-
-__all__ = ["Accelerated", "accelerate", "restore"]

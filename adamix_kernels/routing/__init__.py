@@ -1,0 +1,30 @@
+"""Who serves which token: experts drawn at random (Router), and gates that weigh them (the GateRouters)."""
+
+from .arrow import ArrowRouter, leading_directions
+from .draws import LEARNED, LEVELS, Router, check_level, process_rank
+from .gates import GateRouter, Gates, balance_loss, dense_gates, z_loss
+from .kinds import ROUTERS, gate_router
+from .linear import LinearRouter, SentenceRouter, ThresholdRouter
+from .tasks import TaskRouter, spread_heads
+
+__all__ = [
+    "LEARNED",
+    "LEVELS",
+    "ROUTERS",
+    "ArrowRouter",
+    "GateRouter",
+    "Gates",
+    "LinearRouter",
+    "Router",
+    "SentenceRouter",
+    "TaskRouter",
+    "ThresholdRouter",
+    "balance_loss",
+    "check_level",
+    "dense_gates",
+    "gate_router",
+    "leading_directions",
+    "process_rank",
+    "spread_heads",
+    "z_loss",
+]

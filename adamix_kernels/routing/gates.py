@@ -1,0 +1,194 @@
+"""Gates: the weight of each expert for each token or sample, what is learned from them and what is kept of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+# Of the running means in training, as in batch normalisation.
+_MOMENTUM = 0.01
+
+
+class Gates(NamedTuple):
+    """What a GateRouter gives: gates and index of one shape (K chosen experts), or dense gates and index None.
+
+    gates: [B, S, K] or [B, K] for the chosen, [B, S, M] or [B, M] where dense; float32 (float64 for float64).
+    index: int64 expert ids, or None.
+    """
+
+    gates: torch.Tensor
+    index: torch.Tensor | None
+
+
+class _Losses:
+    """Of a router's last training forward. A copy of the model starts without: a graph's tensors cannot be copied."""
+
+    def __init__(self) -> None:
+        self.balance: torch.Tensor | None = None
+        self.z: torch.Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[_Losses], tuple[()]]:
+        return _Losses, ()
+
+
+class GateRouter(nn.Module):
+    """What every router of gates has: g = router(x), its losses and its running means.
+
+    Args:
+        num_experts: M, at least 2. balance, z: whether forward() in training leaves balance_loss() and z_loss() in
+            `last`, for gate_losses(). device: of its tensors.
+
+    Buffers, which checkpoints hold: mean_gates [M] and mean_square [], the running means over training batches of g
+    and of |g|^2 over tokens that are no padding (momentum 0.01; plain means of the first 100 batches); batches [], how
+    many.
+
+    Raises ValueError for a number of experts below 2.
+
+    A subclass implements gates(x, mask, tasks).
+    """
+
+    per_token = True  # False: one set of gates a sample
+    mean_gates: torch.Tensor
+    mean_square: torch.Tensor
+    batches: torch.Tensor
+
+    def __init__(
+        self, num_experts: int, *, balance: bool = False, z: bool = False, device: torch.device | None = None
+    ):  # fmt: skip
+        super().__init__()
+        if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 2:
+            raise ValueError(f"num_experts: got {num_experts!r}, expected an int of at least 2: gates weigh several")
+        self.num_experts, self.balance, self.z = num_experts, balance, z
+        self.last = _Losses()
+        for name, shape in (("mean_gates", (num_experts,)), ("mean_square", ()), ("batches", ())):
+            self.register_buffer(name, torch.zeros(shape, device=device, dtype=torch.float32))
+
+    def gates(self, x: torch.Tensor, mask: torch.Tensor | None, tasks: torch.Tensor | None) -> Gates:
+        raise NotImplementedError
+
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, tasks: torch.Tensor | None = None
+    ) -> Gates:  # fmt: skip
+        """The gates of x.
+
+        Args:
+            x: [B, S, K]. mask: [B, S], 0 or False where a token is padding; None: none is. tasks: int64 [B].
+        """
+        if not _recomputes():
+            self.last.balance = self.last.z = None
+        found = self.gates(x, mask, tasks)
+        if self.training and not _recomputes():
+            self._note(found, mask)
+        return found
+
+    def _leave(self, logits: torch.Tensor, index: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+        """Keeps the losses of these logits that are asked for. What recomputes makes them, too, and forgets them."""
+        if not self.training:
+            return
+        kept = _Losses() if _recomputes() else self.last
+        if self.balance:
+            kept.balance = balance_loss(_softmax(logits), index, mask)
+        if self.z:
+            kept.z = z_loss(logits, mask)
+
+    @torch.no_grad()
+    def _note(self, found: Gates, mask: torch.Tensor | None) -> None:
+        dense = dense_gates(found, self.num_experts).float()
+        weights = token_weights(dense, mask)
+        mean = (dense * weights).sum(tuple(range(dense.dim() - 1)))
+        square = (dense.square().sum(-1, keepdim=True) * weights).sum()
+        self.batches += 1
+        share = self.batches.reciprocal().clamp_min(_MOMENTUM)
+        self.mean_gates += (mean - self.mean_gates) * share
+        self.mean_square += (square - self.mean_square) * share
+
+
+def balance_loss(
+    probabilities: torch.Tensor, index: torch.Tensor | None = None, mask: torch.Tensor | None = None
+) -> torch.Tensor:  # fmt: skip
+    """M sum_e f_e P_e: K where the K chosen experts (1 where all are used) serve alike, more where they do not.
+
+    P_e is the mean over tokens of probabilities[..., e]; f_e the share of tokens that chose e, without a gradient; with
+    dense gates f_e = P_e.
+
+    Args:
+        probabilities: [..., M], rows that sum to 1. index: [..., K], the chosen experts, or None: dense.
+        mask: of the leading dimensions, 0 or False where a token does not count; None, or of another shape: all count.
+
+    Returns a scalar, differentiable in probabilities.
+
+    Source: Switch Transformer (arXiv 2101.03961), equation 4, as MixLoRA and MoLA use it.
+
+    Example:
+        >>> from adamix_kernels.routing import balance_loss
+        >>> balance_loss(torch.full((3, 4), 0.25)).item()
+        1.0
+    """
+    weights = token_weights(probabilities, mask)
+    over = tuple(range(probabilities.dim() - 1))
+    mean = (probabilities * weights).sum(over)
+    used = mean.detach()
+    if index is not None:
+        chosen = dense_gates(Gates(torch.ones_like(index, dtype=probabilities.dtype), index), probabilities.shape[-1])
+        used = (chosen * weights).sum(over)
+    return probabilities.shape[-1] * (used * mean).sum()
+
+
+def z_loss(logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """mean over tokens of logsumexp(logits)^2: keeps a router's logits small.
+
+    Args: logits [..., M]; mask as in balance_loss.
+
+    Source: ST-MoE (arXiv 2202.08906), equation 5.
+
+    Example:
+        >>> from adamix_kernels.routing import z_loss
+        >>> z_loss(torch.zeros(3, 1)).item()
+        0.0
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    squares = wide.logsumexp(-1, keepdim=True).square()
+    return (squares * token_weights(squares, mask)).sum()
+
+
+def dense_gates(found: Gates, num_experts: int) -> torch.Tensor:
+    """[..., K] chosen gates as [..., M], zero where an expert was not chosen; dense ones as they are."""
+    if found.index is None:
+        return found.gates
+    experts = torch.arange(num_experts, device=found.index.device)
+    return ((found.index.unsqueeze(-1) == experts) * found.gates.unsqueeze(-1)).sum(-2)
+
+
+def token_weights(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """1 / tokens for each token of values [..., M] that counts, 0 for padding: [..., 1], or [] where all count."""
+    if mask is not None and mask.shape == values.shape[:-1]:
+        counted = (mask != 0).to(values.dtype)
+        return (counted / counted.sum().clamp_min(1)).unsqueeze(-1)
+    return values.new_tensor(1 / max(1, values.shape[:-1].numel()))
+
+
+def _softmax(logits: torch.Tensor) -> torch.Tensor:
+    """In float32, or float64 for float64."""
+    return logits.softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+
+
+def choose(scores: torch.Tensor, top_k: int | None) -> Gates:
+    """softmax over the top_k scores [..., M] (the same as top_k of the softmax, divided by their sum), or over all."""
+    if top_k is None or top_k == scores.shape[-1]:
+        return Gates(_softmax(scores), None)
+    best, index = scores.topk(top_k, dim=-1)
+    return Gates(_softmax(best), index)
+
+
+def check_top_k(top_k: int | None, num_experts: int) -> int | None:
+    wrong = isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= num_experts
+    if top_k is not None and wrong:
+        raise ValueError(f"top_k: got {top_k!r}, expected None (all experts) or 1 <= top_k <= {num_experts}")
+    return top_k
+
+
+def _recomputes() -> bool:
+    """Whether this is activation checkpointing's second forward, inside a backward: its losses have been taken."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
