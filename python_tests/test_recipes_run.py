@@ -214,17 +214,42 @@ def test_text_from_tables(tmp_path, task):
             "stop_ids": [628],
             "tokens": "mteval" if task == "e2e" else "words",
             "batch_size": 2,
+            "references": 1,
         },
     ).changed({"training.label_smoothing_factor": 0.1, "training.max_grad_norm": 0.0})  # fmt: skip
     methods = (
         ["lora:r=2", "adamix"] if task == "e2e" else ["prefix:tokens=2", "adamix"] if task == "dart" else ["adamix"]
     )
-    rows = _run(recipe, methods, tmp_path / "rows.jsonl", limits=Limits(dev_rows=2))
+    rows = _run(recipe, methods, tmp_path / "rows.jsonl", limits=Limits(dev_rows=None if task == "webnlg" else 2))
     assert not any(row["metrics_missing"] for row in rows)
+    names = ["bleu", "ter", "rouge_l"]
+    parts = [f"{name}_{part}" for name in names for part in ("seen", "unseen") if task == "webnlg"]
     for row in rows:
         (scores,) = row["scores"].values()
-        assert set(scores) == {"bleu", "ter", "rouge_l", "loss"}
+        assert set(scores) == {*names, *parts, "loss"}
         assert 0 < scores["loss"] < 6
+
+
+def test_webnlg_is_scored_by_part_and_against_its_first_references(tmp_path, monkeypatch):
+    pytest.importorskip("sacrebleu")
+    recipe = tiny_recipes.tiny_recipe(
+        tmp_path, kind="generation", model=str(tiny_recipes.write_causal(tmp_path / "gpt2")),
+        data=str(tiny_recipes.write_webnlg(tmp_path / "webnlg")), data_format="webnlg", metrics=["bleu"], max_tokens=40,
+    )  # fmt: skip
+    problem = problems.TextProblem(recipe, Limits())
+    known = problems.references(problem.data.test)
+    *seen, unseen = known.values()
+    texts = [texts[0] for texts in seen] + [unseen[1]]
+    monkeypatch.setattr(problems, "beam_decode", lambda *_args, **_settings: texts)
+    model = problem.fresh()
+    whole = problem.scores(model).values
+    assert whole["bleu_seen"] == whole["bleu_unseen"] == whole["bleu"] == pytest.approx(100)
+    problem.recipe = recipe.changed({"generation.references": 1})  # the text of the unseen table is its second
+    first = problem.scores(model).values
+    assert first["bleu_seen"] == pytest.approx(100)
+    assert first["bleu_unseen"] < 50 < first["bleu"] < 100
+    with pytest.raises(ValueError, match="generation.references: got 0, expected a whole number above 0"):
+        recipe.changed({"generation.references": 0})
 
 
 def test_a_model_with_too_few_positions_is_named_before_training(tmp_path, capsys):
