@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from .summary import Group, Line
+from ..models._files import make_folder, replace_file
+from .summary import Group, Line, group_rows
 
 # 97.5% points of Student's t with 1 to 9 degrees of freedom; beyond, a series in 1 / freedom is right to 0.001.
 _T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
@@ -89,6 +93,24 @@ def t_point(freedom: int) -> float:
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
+def write_differences(rows: Sequence[dict[str, Any]], against: Sequence[str], folder: str | os.PathLike[str]) -> Path:
+    """Writes differences.md: for every comparison of the rows that has all of `against`, its table.
+
+    Raises ValueError where none has.
+    """
+    parts, problem = [], ValueError("results: got no rows, expected at least one finished run")
+    for group in group_rows(rows):
+        try:
+            parts.append(f"### {group.title}\n\n{differences_table(group, against)}\n")
+        except ValueError as error:
+            problem = error
+    if not parts:
+        raise problem
+    path, text = make_folder(folder) / "differences.md", "\n".join(parts)
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return path
 
 
 def differences_table(group: Group, against: Sequence[str]) -> str:

@@ -174,8 +174,8 @@ class TextProblem:
     def scores(self, model: nn.Module) -> Scores:
         """Text metrics on the test part (dev where there is none), and the dev loss per token.
 
-        Where the training part has the categories of some tables and not of others (WebNLG), each metric also of either:
-        "bleu_seen", "bleu_unseen".
+        Where the training part has the categories of some tables and not of others (WebNLG), each metric also of
+        either: "bleu_seen", "bleu_unseen".
         """
         settings = dict(self.recipe.generation)
         tokens = settings.pop("tokens", "spaces")
