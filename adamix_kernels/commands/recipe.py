@@ -22,8 +22,8 @@ ACTIONS = {
 }
 RECIPE = (
     "RECIPE is one of `adamix recipe list`, or a JSON file as `adamix recipe show RECIPE` prints it. Methods are names "
-    "of `adamix recipe methods`, with options after a colon (adamix:num_experts=8,routing=sample), or the groups "
-    "default, baselines and ablations."
+    "of `adamix recipe methods`, with options after a colon (adamix:num_experts=8,routing=sample; of every method "
+    "learning_rate and times_epochs), or the groups default, baselines, ablations and controls."
 )
 
 
@@ -51,7 +51,7 @@ class RunOptions:
     _argument_group_name = "runs"
 
     methods: list[str] = field(
-        default_factory=lambda: ["default"], metadata={"help": "names, or default, baselines, ablations"}
+        default_factory=lambda: ["default"], metadata={"help": "names, or default, baselines, ablations, controls"}
     )
     seeds: int | None = field(default=None, metadata={"help": "seeds 0 to N-1; the recipe's number by default"})
     results: str = field(default="results.jsonl", metadata={"help": "JSON-lines file of finished runs"})
@@ -70,6 +70,10 @@ class ReportOptions:
     _argument_group_name = "report"
 
     out: str = field(default="recipe_report", metadata={"help": "folder for the table and the plots"})
+    against: list[str] = field(
+        default_factory=list,
+        metadata={"help": "methods: differences.md has every method minus these, seed by seed, with 95%% intervals"},
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -159,7 +163,13 @@ def _report(argv: Sequence[str]) -> int:
     if missing:
         raise FileNotFoundError(f"results: {missing[0]}: no such file")
     rows = {row["key"]: row for path in paths for row in read_rows(path)}
-    for path in write_summary(list(rows.values()), Path(parsed.parts[0].out)):
+    options = parsed.parts[0]
+    written = write_summary(list(rows.values()), Path(options.out))
+    if options.against:
+        from ..recipes.paired import write_differences
+
+        written.append(write_differences(list(rows.values()), options.against, Path(options.out)))
+    for path in written:
         print(path)
     return 0
 

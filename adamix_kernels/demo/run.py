@@ -1,13 +1,14 @@
 """The demo's main function.
 
-Adapts a pretrained encoder with AdaMix on a text-classification set, merges it, and sets it beside a
-frozen encoder with a trained head and beside one plain adapter: for every seed the same batches, number
-of steps and head initialisation for all three.
+Adapts a pretrained encoder with AdaMix on a few labelled sentences, merges it, and sets it beside a frozen
+encoder with a trained head, beside one plain adapter, and beside one that trains as long as AdaMix does: for
+every seed the same sentences and head initialisation, and the same batches but for the longer training.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import sys
 import time
@@ -35,10 +36,11 @@ from ..tasks import (
     resolve_model,
     write_run,
 )
-from .report import MethodResult, write_plot, write_results, write_table
+from .report import MethodResult, compared, write_plot, write_results, write_table
 from .training import Data, Settings, frozen_features, prepare, train, train_head
 
-FROZEN, PLAIN = "frozen encoder + head", "one plain adapter"
+FROZEN, PLAIN, LONGER = "frozen encoder + head", "one plain adapter", "one plain adapter, trained longer"
+TIMES = 1.8  # epochs of the longer training: a step of both passes takes about as many of one
 # How all-MiniLM is meant to be read, and the same features for every row of the table.
 POOLING = "mean"
 RANDOM, MERGED = "AdaMix, random routing", "AdaMix, merged"
@@ -55,16 +57,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for results (default: %(default)s)")
     parser.add_argument("--seeds", type=_positive, default=3, help="number of seeds (default: %(default)s)")
-    parser.add_argument("--epochs", type=_positive, default=3, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=_positive, default=16, help="default: %(default)s")
+    parser.add_argument("--epochs", type=_positive, default=30, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=_positive, default=8, help="default: %(default)s")
     parser.add_argument("--max-tokens", type=_positive, default=48, help="longer texts are cut (default: %(default)s)")
     parser.add_argument("--experts", type=_positive, default=4, help="M (default: %(default)s)")
     parser.add_argument("--bottleneck", type=_positive, default=16, help="adapter width (default: %(default)s)")
     parser.add_argument("--consistency", type=float, default=1.0, help="weight of the KL term (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=6e-3, help="of the plain adapter (default: %(default)s)")
-    parser.add_argument("--adamix-lr", type=float, default=1e-2, help="of the experts (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="of the plain adapter (default: %(default)s)")
+    parser.add_argument("--adamix-lr", type=float, default=3e-3, help="of the experts (default: %(default)s)")
     parser.add_argument("--head-lr", type=float, default=2e-2, help="of the head, in every row (default: %(default)s)")
-    parser.add_argument("--max-train", type=_positive, help="draw N training rows, classes in proportion")
+    parser.add_argument(
+        "--shots", "--max-train", type=int, default=30, metavar="N",
+        help="N training rows, drawn by each seed, classes in proportion; 0: all (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--max-dev", type=_positive, help="draw N dev rows")
     return parser
 
@@ -76,11 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.consistency <= 0 or args.experts < 2:
         print("demo: --consistency must be above 0 and --experts at least 2", file=sys.stderr)
         return 2
+    if args.shots < 0:
+        print(f"demo: --shots: got {args.shots}, expected a number of rows, or 0 for all", file=sys.stderr)
+        return 2
     quiet_transformers()
     try:
         encoder = resolve_model(args.model)
         task = load_task(args.data, task="classification")
         _, tokenizer = load_classifier(encoder, task.label_names)
+        data = prepare(task, tokenizer, args.max_tokens, args.shots or None, args.max_dev, args.seeds)
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if isinstance(error, ModuleNotFoundError):
@@ -90,9 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in task.notes:
         print(f"note: {note}")
     settings = Settings(args.epochs, args.batch_size, args.lr, args.adamix_lr, args.head_lr, args.consistency)
-    data = prepare(task, tokenizer, args.max_tokens, args.max_train, args.max_dev)
     print(
-        f"{args.model} on {args.data}: {len(data.train)} training and {len(data.dev)} dev texts, "
+        f"{args.model} on {args.data}: {len(data[0].train)} training and {len(data[0].dev)} dev texts, "
         f"{task.num_labels} classes; {args.seeds} seeds, {torch.get_num_threads()} threads"
     )
     start = time.perf_counter()
@@ -102,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_run(folder, Run(args.model, args.data, task.label_names, args.max_tokens, POOLING))
     tokenizer.save_pretrained(folder)
     write_table(results, args.seeds)
+    print(compared(results[-1], results[1:3]))
     plot = write_plot(results, args.out / "demo.png")
     command = shlex.join(["python", "-m", "adamix_kernels.demo", *arguments])
     record = write_results(results, settings, command, seconds, args.out / "results.json")
@@ -110,42 +119,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(
-    encoder: Encoder, label_names: list[str], data: Data, settings: Settings, args: argparse.Namespace
+    encoder: Encoder, label_names: list[str], data: Sequence[Data], settings: Settings, args: argparse.Namespace
 ) -> list[MethodResult]:
     """Every method on every seed. Writes the first seed's merged AdaMix checkpoint into args.out/merged."""
-    results = {name: MethodResult(name) for name in (FROZEN, PLAIN, RANDOM, MERGED)}
-    steps = settings.steps(len(data.train))
-    with tqdm(total=3 * args.seeds * steps, unit="step", smoothing=0.1) as bar:
-        bar.set_description("encoding once for the frozen row")
-        torch.manual_seed(0)
-        features = frozen_features(load_classifier(encoder, label_names, POOLING)[0], data)
-        for seed in range(args.seeds):
+    results = {name: MethodResult(name) for name in (FROZEN, PLAIN, LONGER, RANDOM, MERGED)}
+    longer = dataclasses.replace(settings, epochs=round(TIMES * settings.epochs))
+    adapters = ((PLAIN, 1, 0.0, settings), (LONGER, 1, 0.0, longer))
+    trained = (*adapters, (MERGED, args.experts, settings.consistency, settings))
+    rows = len(data[0].train)
+    with tqdm(total=args.seeds * (3 * settings.steps(rows) + longer.steps(rows)), unit="step", smoothing=0.1) as bar:
+        dev = None
+        for seed, drawn in enumerate(data):
             bar.set_description(f"seed {seed}: {FROZEN}")
             torch.manual_seed(seed)
+            features = frozen_features(load_classifier(encoder, label_names, POOLING)[0], drawn, dev)
+            dev = features["dev"]
+            torch.manual_seed(seed)
             head, curve = train_head(
-                load_classifier(encoder, label_names, POOLING)[0], features, data, settings, seed, bar
+                load_classifier(encoder, label_names, POOLING)[0], features, drawn, settings, seed, bar
             )
-            results[FROZEN].add(accuracy(head(features["dev"]), data.dev), curve, head)
+            results[FROZEN].add(accuracy(head(dev), drawn.dev), curve, head)
 
-            for name, experts, weight in ((PLAIN, 1, 0.0), (MERGED, args.experts, settings.consistency)):
+            for name, experts, weight, how in trained:
                 bar.set_description(f"seed {seed}: {name.removesuffix(', merged')}")
                 torch.manual_seed(seed)
                 model, _ = load_classifier(encoder, label_names, POOLING)
                 config = AdaMixConfig(num_experts=experts, bottleneck=args.bottleneck, consistency_weight=weight)
                 adapt(model, config)
-                curve = train(model, data, settings, seed, bar)
-                if name == PLAIN:
-                    results[PLAIN].add(accuracy(_logits(model, data), data.dev), curve, model)
+                curve = train(model, drawn, how, seed, bar)
+                if name != MERGED:
+                    results[name].add(accuracy(_logits(model, drawn), drawn.dev), curve, model)
                     continue
                 with eval_routing(model, "sample"):
-                    results[RANDOM].add(accuracy(_logits(model, data), data.dev), curve, model)
-                logits = _logits(merge(model), data)
-                trained = results[RANDOM].trainable
-                results[MERGED].add(accuracy(logits, data.dev), curve, model, trainable=trained)
+                    results[RANDOM].add(accuracy(_logits(model, drawn), drawn.dev), curve, model)
+                logits = _logits(merge(model), drawn)
+                parameters = results[RANDOM].trainable
+                results[MERGED].add(accuracy(logits, drawn.dev), curve, model, trainable=parameters)
                 if seed == 0:
                     save_adamix(model, args.out / "merged")
                     again = load_adamix(load_classifier(encoder, label_names, POOLING)[0], args.out / "merged")
-                    if not torch.equal(logits, _logits(again, data)):
+                    if not torch.equal(logits, _logits(again, drawn)):
                         raise RuntimeError("the loaded checkpoint does not give the saved model's logits")
         bar.set_description("done")
     return list(results.values())

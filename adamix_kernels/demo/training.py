@@ -52,11 +52,13 @@ class Curve:
     seconds: list[float] = field(default_factory=list)
 
 
-def prepare(task: TextTask, tokenizer: Any, max_tokens: int, max_train: int | None, max_dev: int | None) -> Data:
-    train_rows, dev_rows = (
-        tokenize(s, tokenizer, max_tokens) for s in (task.train.sample(max_train), task.dev.sample(max_dev))
-    )
-    return Data(train_rows, dev_rows, collator(tokenizer))
+def prepare(
+    task: TextTask, tokenizer: Any, max_tokens: int, shots: int | None, max_dev: int | None, seeds: int
+) -> list[Data]:
+    """For each seed its own draw of `shots` training rows, classes in proportion (None: all), and the same dev rows."""
+    dev = tokenize(task.dev.sample(max_dev), tokenizer, max_tokens)
+    drawn = [task.train.sample(shots, seed) for seed in range(seeds)]
+    return [Data(tokenize(split, tokenizer, max_tokens), dev, collator(tokenizer)) for split in drawn]
 
 
 def batches(rows: list[dict[str, Any]], settings: Settings, seed: int) -> Iterator[list[int]]:
@@ -95,13 +97,16 @@ def train(model: nn.Module, data: Data, settings: Settings, seed: int, bar: Any)
     return curve
 
 
-def frozen_features(model: nn.Module, data: Data) -> dict[str, torch.Tensor]:
-    """Mean-pooled last hidden states [rows, H] of both splits, without dropout: computed once for all seeds.
+def frozen_features(model: nn.Module, data: Data, dev: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """Mean-pooled last hidden states [rows, H] of both splits, without dropout.
 
     They are what the head reads in the adapted rows too (see load_classifier).
+
+    Args:
+        dev: those of the dev rows, where they are known: they are the same for all seeds.
     """
-    splits = (("train", data.train), ("dev", data.dev))
-    return {name: mean_features(model, rows, data.collate) for name, rows in splits}
+    known = mean_features(model, data.dev, data.collate) if dev is None else dev
+    return {"train": mean_features(model, data.train, data.collate), "dev": known}
 
 
 def train_head(

@@ -20,6 +20,7 @@ SELECT = ("best", "last")
 NUMBERS = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")  # that every training has
 GENERATION = (
     "beams", "length_penalty", "no_repeat_ngram", "max_new_tokens", "max_context", "batch_size", "stop_ids", "tokens",
+    "references",
 )  # fmt: skip
 
 
@@ -48,8 +49,9 @@ class Recipe:
         prompt: template with {text}, {pair}, {mask}; words: label word -> names of its label; bare_text drops the
             text's last punctuation mark; lower_pair lowers the pair's first letter.
         generation: beams, length_penalty, no_repeat_ngram, max_new_tokens, max_context, batch_size, stop_ids (token
-            ids that end a text besides the tokenizer's own), and tokens, of which the metrics are made: "spaces",
-            "words" or "mteval" (see metrics.text_scores).
+            ids that end a text besides the tokenizer's own), references (a text is compared with the first so many;
+            all by default), and tokens, of which the metrics are made: "spaces", "words" or "mteval" (see
+            metrics.text_scores).
         select: "best" epoch on dev, or the "last".
         evaluations: of an AdaMix model: "merged", "random" routing, every "fixed" expert.
         source: where the numbers come from.
@@ -99,6 +101,9 @@ class Recipe:
                 f"generation: got {self.generation!r}, expected some of {', '.join(GENERATION)}, tokens being one of "
                 f"{', '.join(TOKENS)}"
             )
+        limit = self.generation.get("references")
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            raise ValueError(f"generation.references: got {limit!r}, expected a whole number above 0, or null for all")
         for name, number in ((name, self.training[name]) for name in NUMBERS if name in self.training):
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
                 raise ValueError(f"training.{name}: got {number!r}, expected a number above 0")

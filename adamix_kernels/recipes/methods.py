@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..models.config import AdaMixConfig
@@ -21,6 +22,8 @@ METHODS = {
     "head": "the task head alone (a masked model's own output head)",
     "bitfit": "every bias, and the head",
     "pfeiffer": "one adapter a layer, after the feed-forward block: AdaMix's placement with one expert, one pass",
+    "soup": "the mean of `models` such adapters (the recipe's number of experts), trained apart on the same rows in "
+    "other orders, from the same first weights",
     "houlsby": "two adapters a layer, after attention and feed-forward, each of half the width",
     "prefix": "PEFT's prefix tuning",
     "lora": "LoRA on query and value: PEFT's; on GPT-2, where PEFT adapts the keys too, AdaMix's of one expert",
@@ -34,11 +37,15 @@ _OPTIONS = {
     "head": (),
     "bitfit": (),
     "pfeiffer": ("bottleneck",),
+    "soup": ("bottleneck", "models"),
     "houlsby": ("bottleneck",),
     "prefix": ("tokens",),
     "lora": ("r", "alpha", "dropout"),
     "unipelt": ("parts",),
 }
+PASSES = 1.8  # time of a step with both passes, in steps of one adapter
+# Of every method: its learning rate, and how many times the recipe's epochs it trains.
+_TRAINING = ("learning_rate", "times_epochs")
 _UNIPELT_PARTS = ("ap", "apl")
 _ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie")
 _HOULSBY = {
@@ -59,20 +66,32 @@ class Method:
         written = ",".join(f"{key}={_written(value)}" for key, value in self.options)
         return f"{self.name}:{written}" if written else self.name
 
+    @property
+    def own(self) -> dict[str, Any]:
+        """The options that are not of the training, which every method has."""
+        return {key: value for key, value in self.options if key not in _TRAINING}
+
+    @property
+    def members(self) -> int | None:
+        """Models that a soup trains, where it says so."""
+        return dict(self.options).get("models")
+
 
 @dataclass
 class Built:
-    """A model ready to train. adapted: by adapt(). experts: whether it has several, to be evaluated in several ways."""
+    """A model ready to train. adapted: by adapt(). experts: whether it has several, to be evaluated in several ways.
+    members: after training, what each model of a soup has learnt."""
 
     model: nn.Module
     adapted: bool
     experts: bool
+    members: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
 
 def parse_method(text: str) -> Method:
     """ "adamix:num_experts=8,routing=sample" -> Method. Values are JSON where they can be ("null", 0.5), else words.
 
-    Raises ValueError for an unknown method or option.
+    Raises ValueError for an unknown method or option, or a wrong value of one that every method has.
     """
     name, _, written = text.partition(":")
     if name not in METHODS:
@@ -83,21 +102,33 @@ def parse_method(text: str) -> Method:
         if not equals:
             raise ValueError(f"method: got {part!r} in {text!r}, expected option=value")
         options[key] = _value(value)
+    for key in options.keys() & set(_TRAINING):
+        if isinstance(options[key], bool) or not isinstance(options[key], (int, float)) or not options[key] > 0:
+            raise ValueError(f"method: got {key}={options[key]!r}, expected a number above 0")
+    own = {key: value for key, value in options.items() if key not in _TRAINING}
     if name == "adamix":
-        AdaMixConfig.from_dict(options)
-    elif unknown := sorted(set(options) - set(_OPTIONS[name])):
-        raise ValueError(f"method: got the options {unknown} for {name}, expected some of {list(_OPTIONS[name])}")
+        AdaMixConfig.from_dict(own)
+    elif unknown := sorted(set(own) - set(_OPTIONS[name])):
+        known = [*_OPTIONS[name], *_TRAINING]
+        raise ValueError(f"method: got the options {unknown} for {name}, expected some of {known}")
+    models = options.get("models", 2)
+    if isinstance(models, bool) or not isinstance(models, int) or models < 2:
+        raise ValueError(f"method: got models={models!r}, expected a whole number of 2 or more")
     if options.get("parts", "apl") not in _UNIPELT_PARTS:
         raise ValueError(f"method: got parts={options['parts']!r}, expected one of {', '.join(_UNIPELT_PARTS)}")
     return Method(name, tuple(sorted(options.items())))
 
 
 def expand_methods(names: Sequence[str], recipe: Recipe) -> list[Method]:
-    """Methods by name, and the groups "default" (the recipe's), "baselines" and "ablations"; each once, in order."""
+    """Methods by name, and the groups "default" (the recipe's), "baselines", "ablations" and "controls"; each once, in
+    order."""
     found: dict[str, Method] = {}
+    groups = {
+        "default": recipe.default_methods, "baselines": BASELINES, "ablations": ablations(recipe),
+        "controls": controls(recipe),
+    }  # fmt: skip
     for name in names:
-        group = {"default": recipe.default_methods, "baselines": BASELINES, "ablations": ablations(recipe)}
-        for text in group.get(name, (name,)):
+        for text in groups.get(name, (name,)):
             method = parse_method(text)
             found.setdefault(str(method), method)
     return list(found.values())
@@ -119,6 +150,22 @@ def ablations(recipe: Recipe) -> list[str]:
     return ["adamix", *(f"adamix:{change}" for change in changes)]
 
 
+def controls(recipe: Recipe) -> list[str]:
+    """What AdaMix must beat for the mixture to be worth something: one adapter (LoRA where the recipe's AdaMix is of
+    LoRA), the same at about AdaMix's compute and at its number of trained parameters, the mean of adapters trained
+    apart, one expert with both passes and the consistency loss, two experts and the recipe's experts without it.
+    """
+    config = AdaMixConfig.from_dict(dict(recipe.adamix))
+    one, width = ("pfeiffer", "bottleneck") if config.method == "adapter" else ("lora", "r")
+    # A shared side is trained once, the other M times.
+    sides = config.num_experts + (1 if config.share else config.num_experts)
+    wide = round(getattr(config, width) * sides / 2)
+    return [
+        one, f"{one}:times_epochs={PASSES}", f"{one}:{width}={wide}", *(["soup"] if one == "pfeiffer" else []),
+        "adamix:num_experts=1", "adamix:num_experts=2,consistency_weight=0", "adamix:consistency_weight=0", "adamix",
+    ]  # fmt: skip
+
+
 def check_available(method: Method, recipe: Recipe) -> None:
     """Raises NotImplementedError where the method cannot run, whatever the model: build()'s reasons, before a load."""
     if method.name == "prefix" and recipe.kind == "prompt":
@@ -136,7 +183,8 @@ def build(method: Method, model: nn.Module, recipe: Recipe) -> Built:
         NotImplementedError: PEFT has no such method for this kind of task, or adapters cannot be imported here.
     """
     check_available(method, recipe)
-    options = {**_settings(method, recipe), **dict(method.options)}
+    options = {**_settings(method, recipe), **method.own}
+    options.pop("models", None)
     if method.name == "full":
         model.requires_grad_(True)
         return Built(model, False, False)
@@ -162,7 +210,7 @@ def adapter_config(method: Method, model: nn.Module, recipe: Recipe, options: di
     if method.name == "lora":
         return AdaMixConfig.from_dict({"method": "lora", "qkv": ["q", "v"], **single, **options})
     width = AdaMixConfig.from_dict(base).bottleneck
-    if method.name == "pfeiffer":
+    if method.name in ("pfeiffer", "soup"):
         return AdaMixConfig.from_dict({"bottleneck": width, **single, **options})
     kind = model_type(model)
     if kind not in _HOULSBY:
@@ -173,9 +221,16 @@ def adapter_config(method: Method, model: nn.Module, recipe: Recipe, options: di
 
 
 def learning_rate(method: Method, recipe: Recipe) -> float:
-    """The method's own where the recipe has one, else that of AdaMix."""
-    rate: float = recipe.methods.get(method.name, {}).get("learning_rate", recipe.training["learning_rate"])
+    """The method's own where it or the recipe has one, else that of AdaMix."""
+    found = recipe.methods.get(method.name, {}).get("learning_rate", recipe.training["learning_rate"])
+    rate: float = dict(method.options).get("learning_rate", found)
     return rate
+
+
+def epochs(method: Method, recipe: Recipe) -> float:
+    """The recipe's, as many times as the method asks."""
+    number: float = recipe.training["num_train_epochs"] * dict(method.options).get("times_epochs", 1)
+    return number
 
 
 def heads(model: nn.Module) -> list[nn.Parameter]:

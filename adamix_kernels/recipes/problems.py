@@ -159,8 +159,7 @@ class TextProblem:
 
     def check(self, model: nn.Module, rows: list[dict[str, Any]]) -> None:
         """Raises ValueError where the model has too few positions for the rows, or for context and new tokens."""
-        known = references(self.data.dev if self.data.test is None else self.data.test)
-        check_positions(self.recipe, model, rows, self.tokenizer, list(known))
+        check_positions(self.recipe, model, rows, self.tokenizer, list(references(self.data.judged)))
 
     def train_rows(self, seed: int) -> list[dict[str, Any]]:
         return self._encode(_some(self.data.train, self.limits.train_rows, seed))
@@ -173,13 +172,23 @@ class TextProblem:
         return encode_texts(contexts, texts, self.tokenizer, self.recipe.max_tokens)
 
     def scores(self, model: nn.Module) -> Scores:
-        """Text metrics on the test part (dev where there is none), and the dev loss per token."""
+        """Text metrics on the test part (dev where there is none), and the dev loss per token.
+
+        Where the training part has the categories of some tables and not of others (WebNLG), each metric also of
+        either: "bleu_seen", "bleu_unseen".
+        """
         settings = dict(self.recipe.generation)
         tokens = settings.pop("tokens", "spaces")
-        known = references(self.data.dev if self.data.test is None else self.data.test)
+        known = references(self.data.judged, settings.pop("references", None))
         contexts = _some(list(known), self.limits.dev_rows)
         texts = beam_decode(model, self.tokenizer, contexts, **settings)
         scores = text_scores(self.recipe.metrics, texts, [known[c] for c in contexts], tokens)
+        for part, rows in self.data.parts(contexts).items():
+            of_part = text_scores(
+                self.recipe.metrics, [texts[i] for i in rows], [known[contexts[i]] for i in rows], tokens
+            )
+            scores.values |= {f"{name}_{part}": value for name, value in of_part.values.items()}
+            scores.missing |= {f"{name}_{part}": why for name, why in of_part.missing.items()}
         size = self.recipe.training.get("per_device_eval_batch_size", 4)
         scores.values["loss"] = token_loss(model, self.dev_rows(), self.collate, size)
         return scores

@@ -7,12 +7,14 @@ import functools
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from . import processes
+from .commits import commit
 from .config import NUMBERS, Recipe
 from .methods import Method, check_available, learning_rate
 from .problems import PROBLEMS
@@ -64,7 +66,9 @@ def run_recipe(
         before = done.get(key)
         if before is None or "skipped" in before:
             row = {"key": key, **_labels(recipe, method, seed, limits), "identity": identity}
+            start = time.perf_counter()
             row |= _outcome(recipe, problem, method, seed, reports)
+            row["seconds"] = round(time.perf_counter() - start, 2)
             if processes.is_main() and (before is None or before["skipped"] != row.get("skipped")):
                 append_row(results, row)
             done[key] = processes.agree(row)
@@ -108,6 +112,7 @@ def _labels(recipe: Recipe, method: Method, seed: int, limits: Limits) -> dict[s
         "shots": limits.shots or recipe.shots,
         "dev_rows": limits.dev_rows,
         "processes": processes.count(),
+        "commit": commit(),
         "versions": _versions(),
     }
 

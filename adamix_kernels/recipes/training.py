@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from ..models.config import AdaMixConfig
 from ..models.contexts import eval_routing, use_experts
 from ..models.merging import merge
 from ..models.state import adamix_state
@@ -20,7 +21,7 @@ from ..models.trainer import AdaMixTrainer
 from ..reports import TrainingReport
 from . import processes
 from .config import Recipe
-from .methods import Built, Method, build, kept_parameters, learning_rate
+from .methods import Built, Method, build, epochs, kept_parameters, learning_rate
 from .metrics import Scores
 
 LOGS = 40  # about as many points of a curve as a row keeps
@@ -38,35 +39,26 @@ def train_once(
     Args:
         folder: scratch space for checkpoints. report: a folder for an AdaMix run's TrainingReport.
     """
-    set_seed(seed)
-    built = build(method, problem.fresh(), recipe)
-    model = built.model
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logs: list[dict[str, Any]] = []
+    seconds: list[float] = []
+    learnt: list[dict[str, torch.Tensor]] = []
+    steps = 0
+    for member in range(_members(method, recipe)):
+        set_seed(seed)
+        built = build(method, problem.fresh(), recipe)
+        rows = problem.train_rows(seed)
+        trainer, number = _trainer(recipe, problem, method, built, rows, (seed, member), folder, report)
+        timer = _Timer()
+        trainer.add_callback(timer)
+        trainer.train()
+        steps += number
+        seconds += timer.seconds
+        logs = logs or trainer.state.log_history
+        if method.name == "soup":
+            learnt.append({n: p.detach().clone() for n, p in built.model.named_parameters() if p.requires_grad})
+    built.members = learnt
+    trained = max(1, len(learnt)) * sum(p.numel() for p in built.model.parameters() if p.requires_grad)
     kept = kept_parameters(built)
-    rows = problem.train_rows(seed)
-    problem.check(model, rows)
-    arguments, steps = training_arguments(recipe, method, seed, len(rows), folder)
-    timer = _Timer()
-    callbacks: list[TrainerCallback] = [timer]
-    if report is not None and built.experts:
-        first = recipe.metrics[0]
-        score = None if recipe.kind == "generation" else lambda m: problem.scores(m).values.get(first, math.nan)
-        callbacks.append(TrainingReport(report, score=score, score_name=first))
-    best = recipe.select == "best"
-    more: dict[str, Any] = {} if built.adapted else {"compute_loss_func": problem.loss}
-    if best:
-        more["compute_metrics"] = _metric(problem)
-    trainer = (AdaMixTrainer if built.adapted else Trainer)(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=problem.dev_rows() if best else None,
-        data_collator=problem.collate,
-        callbacks=callbacks,
-        **more,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
     start = time.perf_counter()
     scores, details = evaluate(recipe, problem, built, seed)
     return {
@@ -76,10 +68,53 @@ def train_once(
         "kept": kept,
         "steps": steps,
         "train_rows": len(rows),
-        "seconds_per_step": round(statistics.median(timer.seconds), 4) if timer.seconds else None,
+        "seconds_per_step": round(statistics.median(seconds), 4) if seconds else None,
         "evaluation_seconds": round(time.perf_counter() - start, 2),
-        "history": _history(trainer.state.log_history),
+        "history": _history(logs),
     }
+
+
+def _members(method: Method, recipe: Recipe) -> int:
+    """Models that a run trains."""
+    if method.name != "soup":
+        return 1
+    return method.members or max(2, AdaMixConfig.from_dict(dict(recipe.adamix)).num_experts)
+
+
+def _trainer(
+    recipe: Recipe,
+    problem: Any,
+    method: Method,
+    built: Built,
+    rows: list[dict[str, Any]],
+    draw: tuple[int, int],
+    folder: Path,
+    report: Path | None,
+) -> tuple[Any, int]:
+    """(trainer, steps). draw: (seed, member of a soup), which order the batches."""
+    seed, member = draw
+    problem.check(built.model, rows)
+    arguments, steps = training_arguments(recipe, method, seed + 1000 * member, len(rows), folder)
+    callbacks: list[TrainerCallback] = []
+    if report is not None and built.experts:
+        first = recipe.metrics[0]
+        score = None if recipe.kind == "generation" else lambda m: problem.scores(m).values.get(first, math.nan)
+        callbacks.append(TrainingReport(report, score=score, score_name=first))
+    best = recipe.select == "best"
+    more: dict[str, Any] = {} if built.adapted else {"compute_loss_func": problem.loss}
+    if best:
+        more["compute_metrics"] = _metric(problem)
+    trainer = (AdaMixTrainer if built.adapted else Trainer)(
+        model=built.model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=problem.dev_rows() if best else None,
+        data_collator=problem.collate,
+        callbacks=callbacks,
+        **more,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, steps
 
 
 def training_arguments(
@@ -89,7 +124,8 @@ def training_arguments(
 
     Raises ValueError for a field that TrainingArguments has not.
     """
-    values = {**recipe.training, "learning_rate": learning_rate(method, recipe)}
+    rate, passes = learning_rate(method, recipe), epochs(method, recipe)
+    values = {**recipe.training, "learning_rate": rate, "num_train_epochs": passes}
     known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} | {"warmup_ratio"}
     unknown = next((name for name in values if name not in known), None)
     if unknown is not None:
@@ -121,10 +157,12 @@ def training_arguments(
 def evaluate(recipe: Recipe, problem: Any, built: Built, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """({evaluation: {metric: value}}, details): of one model "plain", of an AdaMix model as the recipe asks.
 
-    "random" is the mean over DRAWS routings per sample; "fixed" the mean over the experts, each by itself. Their single
-    values of the first metric are in details["spread"].
+    "random" is the mean over DRAWS routings per sample; "fixed" the mean over the experts (or a soup's models), each by
+    itself. Their single values of the first metric are in details["spread"].
     """
     model = built.model.eval()
+    if built.members:
+        return _evaluate_soup(recipe, problem, built)
     if not built.experts:
         scores = problem.scores(model)
         return {"plain": scores.values}, _details(scores)
@@ -147,6 +185,20 @@ def evaluate(recipe: Recipe, problem: Any, built: Built, seed: int) -> tuple[dic
     if "merged" in recipe.evaluations:
         scores = problem.scores(merge(model).eval())
         values = {"merged": scores.values, **values}
+    return values, {**_details(scores), "spread": spread}
+
+
+def _evaluate_soup(recipe: Recipe, problem: Any, built: Built) -> tuple[dict[str, Any], dict[str, Any]]:
+    """"merged": the mean of the members' weights. "fixed", where the recipe asks for it: each member alone."""
+    runs = []
+    for state in built.members if "fixed" in recipe.evaluations else ():
+        built.model.load_state_dict(state, strict=False)
+        runs.append(problem.scores(built.model))
+    means = {name: torch.stack([m[name] for m in built.members]).mean(0) for name in built.members[0]}
+    built.model.load_state_dict(means, strict=False)
+    scores = problem.scores(built.model)
+    values = {"merged": scores.values, **({"fixed": _mean(runs)} if runs else {})}
+    spread = {"fixed": [run.values.get(recipe.metrics[0]) for run in runs]} if runs else {}
     return values, {**_details(scores), "spread": spread}
 
 

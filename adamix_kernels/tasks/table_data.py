@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ _SLOT = re.compile(r"\s*([^\[\],]+)\[([^\]]*)\]")
 
 @dataclass(frozen=True)
 class Pair:
-    """A table in words, and one text about it."""
+    """A table in words, and one text about it. category: what it is about, where the data says so (WebNLG)."""
 
     context: str
     text: str
+    category: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,21 @@ class TableData:
     train: list[Pair]
     dev: list[Pair]
     test: list[Pair] | None
+
+    @property
+    def judged(self) -> list[Pair]:
+        """What generated texts are compared with: the test part, dev where there is none."""
+        return self.dev if self.test is None else self.test
+
+    def parts(self, contexts: Sequence[str]) -> dict[str, list[int]]:
+        """Numbers of the contexts whose category the training part has ("seen") or has not ("unseen"), as WebNLG is
+        scored; {} where one of the two would be empty."""
+        trained = {pair.category for pair in self.train}
+        categories = {pair.context: pair.category for pair in reversed(self.judged)}  # of several the first
+        found: dict[str, list[int]] = {"seen": [], "unseen": []}
+        for number, context in enumerate(contexts):
+            found["seen" if categories[context] in trained else "unseen"].append(number)
+        return found if all(found.values()) else {}
 
 
 def load_tables(source: str, data_format: str) -> TableData:
@@ -53,7 +69,7 @@ def load_tables(source: str, data_format: str) -> TableData:
         data_format: "e2e", "webnlg" or "dart".
 
     Contexts are written as the reference project writes them: `subject : property : object | ...`, DART's properties
-    in lower case. Of WebNLG's texts those marked "good" are kept.
+    in lower case. Of WebNLG's texts those marked "good" are kept, with the category of their entry.
 
     Raises:
         FileNotFoundError: a folder without the training or dev file.
@@ -104,12 +120,12 @@ def rows_as_text(table: Table) -> TextSplit | None:
     return None
 
 
-def references(pairs: Iterable[Pair]) -> dict[str, list[str]]:
-    """context -> every text about it, contexts in order of appearance."""
+def references(pairs: Iterable[Pair], limit: int | None = None) -> dict[str, list[str]]:
+    """context -> every text about it, or the first `limit`; contexts in order of appearance."""
     found: dict[str, list[str]] = {}
     for pair in pairs:
         found.setdefault(pair.context, []).append(pair.text)
-    return found
+    return {context: texts[:limit] for context, texts in found.items()}
 
 
 def _read_e2e(path: Path) -> list[Pair]:
@@ -137,7 +153,7 @@ def _webnlg_entry(entry: dict[str, Any]) -> list[Pair]:
         good = [text["lex"] for text in body["lexicalisations"] if text["comment"] == "good"]
         if not triples:
             raise ValueError("no triples")
-        pairs += [Pair(_triples(triples), text) for text in good]
+        pairs += [Pair(_triples(triples), text, body.get("category")) for text in good]
     return pairs
 
 
@@ -172,7 +188,8 @@ def _webnlg_row(row: dict[str, Any]) -> list[Pair]:
     """A hub row: modified_triple_sets.mtriple_set [[\"s | p | o\", ...]], lex.text and lex.comment."""
     triples = [tuple(t.split(" | ", 2)) for t in row["modified_triple_sets"]["mtriple_set"][0]]
     lex = row["lex"]
-    return [Pair(_triples(triples), text) for text, comment in zip(lex["text"], lex["comment"]) if comment == "good"]
+    good = [text for text, comment in zip(lex["text"], lex["comment"]) if comment == "good"]
+    return [Pair(_triples(triples), text, row.get("category")) for text in good]
 
 
 def _e2e_row(row: dict[str, Any]) -> list[Pair]:

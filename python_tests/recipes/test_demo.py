@@ -26,13 +26,14 @@ def test_results_hold_every_method_and_figure(finished):
     folder = finished[0]
     results = json.loads((folder / "results.json").read_text())
     methods = {m["name"]: m for m in results["methods"]}
-    assert list(methods) == [run.FROZEN, run.PLAIN, run.RANDOM, run.MERGED]
+    assert list(methods) == [run.FROZEN, run.PLAIN, run.LONGER, run.RANDOM, run.MERGED]
     head, plain = 2 * 16 + 2, 2 * (2 * 3 * 16 + 3 + 16)
     experts = 2 * (4 * (3 * 16 + 3) + 16 * 3 + 16)
     counts = {name: (m["trainable"], m["kept"]) for name, m in methods.items()}
     assert counts == {
         run.FROZEN: (head, head),
         run.PLAIN: (head + plain, head + plain),
+        run.LONGER: (head + plain, head + plain),
         run.RANDOM: (head + experts, head + experts),
         run.MERGED: (head + experts, head + plain),
     }
@@ -40,7 +41,8 @@ def test_results_hold_every_method_and_figure(finished):
         assert len(method["accuracy"]) == 2
         assert all(0 <= a <= 100 for a in method["accuracy"])
         assert method["seconds_per_step"] > 0
-        assert [len(curve) for curve in method["cross_entropy"]] == [3, 3]
+        assert [len(curve) for curve in method["cross_entropy"]] == [6 if method is methods[run.LONGER] else 3] * 2
+        assert all(total >= step for total, step in zip(method["training"], method["seconds"]))
     assert [len(c) for c in methods[run.PLAIN]["consistency"]] == [0, 0]
     assert all(0 < value < 1 for value in itertools.chain(*methods[run.MERGED]["consistency"]))
     assert results["command"].endswith("--bottleneck 3")
@@ -59,7 +61,7 @@ def test_merged_checkpoint_is_a_plain_adapter_with_the_accuracy_of_the_first_see
     assert model.adamix.merged
     rows = tasks.tokenize(tasks.load_task(run.data).dev, tokenizer, run.max_tokens)
     methods = json.loads((folder / "results.json").read_text())["methods"]
-    assert tasks.accuracy(tasks.predict(model, rows, tasks.collator(tokenizer)), rows) == methods[3]["accuracy"][0]
+    assert tasks.accuracy(tasks.predict(model, rows, tasks.collator(tokenizer)), rows) == methods[-1]["accuracy"][0]
 
 
 def test_the_same_seeds_give_the_same_losses(finished, tmp_path):
@@ -68,6 +70,25 @@ def test_the_same_seeds_give_the_same_losses(finished, tmp_path):
     first, second = (json.loads((f / "results.json").read_text())["methods"] for f in (folder, tmp_path))
     for key in ("accuracy", "cross_entropy", "consistency"):
         assert [m[key] for m in first] == [m[key] for m in second]
+
+
+def test_every_seed_draws_its_own_few_rows_and_all_read_the_same_dev_rows(finished):
+    _, arguments = finished
+    task = tasks.load_task(arguments[3])
+    _, tokenizer = tasks.load_classifier(tasks.resolve_model(arguments[1]), task.label_names)
+    few = training.prepare(task, tokenizer, 16, 4, None, seeds=3)
+    drawn = [[row["input_ids"] for row in data.train] for data in few]
+    assert [len(rows) for rows in drawn] == [4, 4, 4]
+    assert [sum(row["labels"] for row in data.train) for data in few] == [2, 2, 2]
+    assert drawn[0] != drawn[1] or drawn[1] != drawn[2]
+    assert all(data.dev is few[0].dev for data in few)
+    everything = training.prepare(task, tokenizer, 16, None, None, seeds=2)
+    assert [len(data.train) for data in everything] == [len(task.train)] * 2
+
+
+def test_the_comparison_is_seed_by_seed():
+    ours, other = report.MethodResult("a", accuracy=[50.0, 52.5]), report.MethodResult("b", accuracy=[49.0, 53.0])
+    assert report.compared(ours, [other]) == "a, minus b, seed by seed: +1.0, -0.5"
 
 
 def test_batches_are_shuffled_by_seed_and_cover_every_row():
@@ -110,6 +131,7 @@ def test_deviation_is_the_sample_deviation():
         (["--data", "./nowhere"], "no such folder"),
         (["--model", "./nowhere"], "cannot load './nowhere'"),
         (["--consistency", "0"], "--consistency must be above 0"),
+        (["--shots", "-1"], "--shots: got -1, expected a number of rows, or 0 for all"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(tmp_path, capsys, arguments, message):

@@ -18,8 +18,9 @@ from adamix_kernels.recipes import (
     recipe_names,
     run_recipe,
 )
-from adamix_kernels.recipes.methods import ablations, learning_rate
+from adamix_kernels.recipes.methods import ablations, epochs, learning_rate
 from adamix_kernels.recipes.metrics import TOKENS, _caption, label_scores, text_scores
+from adamix_kernels.recipes.paired import differences, differences_table, t_point, write_differences
 from adamix_kernels.recipes.summary import group_rows, markdown, write_summary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -290,3 +291,69 @@ def test_a_table_and_plots_out_of_rows(tmp_path):
     assert all(p.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for p in written[1:])
     with pytest.raises(ValueError, match="no rows"):
         write_summary([], tmp_path)
+
+
+def test_every_method_has_a_rate_and_epochs_of_its_own():
+    recipe = load_recipe("evidence/minilm")
+    for text in ("pfeiffer:times_epochs=1.8", "adamix:learning_rate=0.01,times_epochs=1.8"):
+        method = parse_method(text)
+        assert (str(method), method.own, epochs(method, recipe)) == (text, {}, 18)
+    assert learning_rate(method, recipe) == 0.01
+    assert learning_rate(parse_method("full:learning_rate=0.5"), recipe) == 0.5
+    assert (epochs(parse_method("full"), recipe), learning_rate(parse_method("full"), recipe)) == (10, 1e-4)
+    for text, message in (
+        ("head:times_epochs=0", "times_epochs=0, expected a number above 0"),
+        ("adamix:learning_rate=fast", "learning_rate='fast', expected a number above 0"),
+        ("soup:models=1", "models=1, expected a whole number of 2 or more"),
+        ("pfeiffer:models=3", r"options \['models'\] for pfeiffer, expected some of \['bottleneck', 'learning_rate'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_method(text)
+
+
+def test_controls_have_the_compute_and_the_parameters_of_adamix():
+    def trained(r, experts, shared):
+        return r * (experts + (1 if shared else experts))
+
+    for changes, wide in (({}, 40), ({"adamix.share": None}, 64), ({"adamix.num_experts": 8}, 72)):
+        recipe = load_recipe("evidence/minilm").changed(changes)
+        names = [str(method) for method in expand_methods(["controls"], recipe)]
+        assert names[:3] == ["pfeiffer", "pfeiffer:times_epochs=1.8", f"pfeiffer:bottleneck={wide}"]
+        assert trained(wide, 1, True) == trained(16, recipe.adamix["num_experts"], recipe.adamix["share"])
+        assert names[3:] == [
+            "soup", "adamix:num_experts=1", "adamix:consistency_weight=0,num_experts=2",
+            "adamix:consistency_weight=0", "adamix",
+        ]  # fmt: skip
+    names = [str(method) for method in expand_methods(["controls"], load_recipe("nlg/lora/e2e"))]
+    assert names[:3] == ["lora", "lora:times_epochs=1.8", "lora:r=18"]
+    assert "soup" not in names
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    scores = {"pfeiffer": [60.0, 70.0, 80.0], "adamix": [63.0, 71.0, 82.0], "head": [50.0]}
+    rows = [
+        {
+            "recipe": "r", "model": "m", "data": "d", "epochs": 1, "batch": 2, "shots": None, "metric": "accuracy",
+            "identity": {"limits": {"train_rows": None, "dev_rows": None}}, "metrics_missing": {}, "method": method,
+            "seed": seed, "scores": {"merged" if method == "adamix" else "plain": {"accuracy": value}},
+        }
+        for method, values in scores.items() for seed, value in enumerate(values)
+    ]  # fmt: skip
+    (group,) = group_rows(list(reversed(rows)))
+    found = {d.line.name: d for d in differences(group, "pfeiffer")}
+    ours = found["adamix, merged"]
+    assert (ours.mean, ours.above, ours.seeds) == (2.0, 3, 3)
+    assert (ours.low, ours.high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
+    assert found["head"].text == "-10.0, above in 0 of 1"
+    assert "| adamix, merged | 72.00 | +2.0 (-0.5 to +4.5), above in 3 of 3 |" in differences_table(group, ["pfeiffer"])
+    with pytest.raises(ValueError, match="against: got 'lora', expected one of head, adamix, pfeiffer"):
+        differences(group, "lora")
+    assert write_differences(rows, ["adamix"], tmp_path).read_text().startswith("### r: m on d")
+    with pytest.raises(ValueError, match="against: got 'lora'"):
+        write_differences(rows, ["adamix", "lora"], tmp_path)
+
+
+def test_points_of_students_t():
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in range(1, 50):
+        assert t_point(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=1e-3)

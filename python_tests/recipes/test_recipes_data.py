@@ -36,10 +36,19 @@ def test_e2e_text(tmp_path):
 def test_webnlg_keeps_what_is_good(tmp_path):
     data = load_tables(str(tiny_recipes.write_webnlg(tmp_path / "webnlg")), "webnlg")
     assert data.dev[:2] == [
-        Pair("blue : isIn : north | blue : serves : food", "the blue place is in the north ."),
-        Pair("blue : isIn : north | blue : serves : food", "a blue place ."),
+        Pair("blue : isIn : north | blue : serves : food", "the blue place is in the north .", "City"),
+        Pair("blue : isIn : north | blue : serves : food", "a blue place .", "City"),
     ]
-    assert len(data.train) == 8
+    assert (len(data.train), len(data.test)) == (6, 8)
+
+
+def test_webnlg_is_seen_or_unseen_by_its_category(tmp_path):
+    data = load_tables(str(tiny_recipes.write_webnlg(tmp_path / "webnlg")), "webnlg")
+    contexts = list(references(data.judged, 1))
+    assert [len(texts) for texts in references(data.judged, 1).values()] == [1, 1, 1, 1]
+    assert data.parts(contexts) == {"seen": [0, 1, 2], "unseen": [3]}
+    assert data.parts(contexts[:3]) == {}
+    assert load_tables(str(tiny_recipes.write_dart(tmp_path / "dart")), "dart").parts([]) == {}
 
 
 def test_dart_lowers_the_property(tmp_path):

@@ -49,6 +49,8 @@ def _adapter(width):
         ("pfeiffer", HEAD + LAYERS * _adapter(6), HEAD + LAYERS * _adapter(6)),
         ("houlsby", HEAD + 2 * LAYERS * _adapter(3), HEAD + 2 * LAYERS * _adapter(3)),
         ("houlsby:bottleneck=2", HEAD + 2 * LAYERS * _adapter(2), HEAD + 2 * LAYERS * _adapter(2)),
+        ("soup:models=3,bottleneck=5", HEAD + LAYERS * _adapter(5), HEAD + LAYERS * _adapter(5)),
+        ("adamix:learning_rate=0.1", HEAD + LAYERS * (_adapter(6) + 3 * (6 * H + 6)), HEAD + LAYERS * _adapter(6)),
         ("adamix", HEAD + LAYERS * (_adapter(6) + 3 * (6 * H + 6)), HEAD + LAYERS * _adapter(6)),
         ("adamix:num_experts=2,share=null", HEAD + 2 * LAYERS * _adapter(6), HEAD + LAYERS * _adapter(6)),
         ("lora:r=2", HEAD + LAYERS * 2 * 2 * 2 * H, HEAD + LAYERS * 2 * 2 * 2 * H),

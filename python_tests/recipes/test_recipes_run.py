@@ -8,7 +8,16 @@ import tiny_text
 import torch
 
 from adamix_kernels import cli
-from adamix_kernels.recipes import Limits, expand_methods, load_recipe, problems, read_rows, run_recipe
+from adamix_kernels.recipes import (
+    Limits,
+    commits,
+    expand_methods,
+    load_recipe,
+    problems,
+    read_rows,
+    run_recipe,
+    training,
+)
 from adamix_kernels.recipes.runner import run_identity
 
 pytest.importorskip("peft")
@@ -125,6 +134,47 @@ def test_the_same_seed_gives_the_same_row(finished, tmp_path):
         assert again[key] == rows[-1][key]
 
 
+def test_a_soup_is_the_mean_of_adapters_trained_apart(finished, tmp_path, monkeypatch):
+    recipe, seen = finished[0], []
+    plain = training.evaluate
+
+    def evaluate(recipe, problem, built, seed):
+        scored = plain(recipe, problem, built, seed)
+        weights = {n: p.detach().clone() for n, p in built.model.named_parameters() if p.requires_grad}
+        seen.append((built.members, weights))
+        return scored
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    one, soup = _run(recipe, ["pfeiffer", "soup:models=3"], tmp_path / "rows.jsonl")
+    (_, alone), (members, mean) = seen
+    assert len(members) == 3
+    for name, value in mean.items():
+        assert torch.equal(members[0][name], alone[name])  # the first is the plain adapter of the same seed
+        assert not torch.equal(members[1][name], alone[name])
+        torch.testing.assert_close(value, sum(m[name] for m in members) / 3)
+    assert soup["scores"]["fixed"]["accuracy"] == pytest.approx(sum(soup["spread"]["fixed"]) / 3)
+    assert soup["spread"]["fixed"][0] == one["scores"]["plain"]["accuracy"]
+    assert (soup["trained"], soup["kept"], soup["steps"]) == (3 * one["trained"], one["kept"], 3 * one["steps"])
+    assert soup["history"]["loss"] == one["history"]["loss"]
+
+
+def test_a_method_may_train_longer(finished, tmp_path):
+    (row,) = _run(finished[0], ["head:times_epochs=1.5,learning_rate=0.2"], tmp_path / "rows.jsonl")
+    assert (row["steps"], row["epochs"], row["learning_rate"]) == (3, 1, 0.2)
+    assert row["seconds"] > 0
+    assert row["commit"] == commits.commit()
+
+
+def test_the_commit_is_the_checkouts_or_not_named(monkeypatch):
+    monkeypatch.setattr(commits, "_git", lambda *words: " M x.py" if words[0] == "status" else "0123456789ab")
+    assert commits.commit.__wrapped__() in ("0123456789ab-dirty", None)
+    monkeypatch.setattr(commits, "_git", lambda *words: None)
+    monkeypatch.setattr(commits, "_recorded", lambda: {"vcs_info": {"commit_id": "f" * 40}})
+    assert commits.commit.__wrapped__() == "f" * 12
+    monkeypatch.setattr(commits, "_recorded", dict)
+    assert commits.commit.__wrapped__() is None
+
+
 def test_the_best_epoch_on_dev_is_kept(tmp_path):
     recipe = tiny_recipes.tiny_recipe(tmp_path, select="best").changed({"training.num_train_epochs": 2})
     rows = _run(recipe, ["head", "adamix"], tmp_path / "rows.jsonl")
@@ -214,17 +264,42 @@ def test_text_from_tables(tmp_path, task):
             "stop_ids": [628],
             "tokens": "mteval" if task == "e2e" else "words",
             "batch_size": 2,
+            "references": 1,
         },
     ).changed({"training.label_smoothing_factor": 0.1, "training.max_grad_norm": 0.0})  # fmt: skip
     methods = (
         ["lora:r=2", "adamix"] if task == "e2e" else ["prefix:tokens=2", "adamix"] if task == "dart" else ["adamix"]
     )
-    rows = _run(recipe, methods, tmp_path / "rows.jsonl", limits=Limits(dev_rows=2))
+    rows = _run(recipe, methods, tmp_path / "rows.jsonl", limits=Limits(dev_rows=None if task == "webnlg" else 2))
     assert not any(row["metrics_missing"] for row in rows)
+    names = ["bleu", "ter", "rouge_l"]
+    parts = [f"{name}_{part}" for name in names for part in ("seen", "unseen") if task == "webnlg"]
     for row in rows:
         (scores,) = row["scores"].values()
-        assert set(scores) == {"bleu", "ter", "rouge_l", "loss"}
+        assert set(scores) == {*names, *parts, "loss"}
         assert 0 < scores["loss"] < 6
+
+
+def test_webnlg_is_scored_by_part_and_against_its_first_references(tmp_path, monkeypatch):
+    pytest.importorskip("sacrebleu")
+    recipe = tiny_recipes.tiny_recipe(
+        tmp_path, kind="generation", model=str(tiny_recipes.write_causal(tmp_path / "gpt2")),
+        data=str(tiny_recipes.write_webnlg(tmp_path / "webnlg")), data_format="webnlg", metrics=["bleu"], max_tokens=40,
+    )  # fmt: skip
+    problem = problems.TextProblem(recipe, Limits())
+    known = problems.references(problem.data.test)
+    *seen, unseen = known.values()
+    texts = [texts[0] for texts in seen] + [unseen[1]]
+    monkeypatch.setattr(problems, "beam_decode", lambda *_args, **_settings: texts)
+    model = problem.fresh()
+    whole = problem.scores(model).values
+    assert whole["bleu_seen"] == whole["bleu_unseen"] == whole["bleu"] == pytest.approx(100)
+    problem.recipe = recipe.changed({"generation.references": 1})  # the text of the unseen table is its second
+    first = problem.scores(model).values
+    assert first["bleu_seen"] == pytest.approx(100)
+    assert first["bleu_unseen"] < 50 < first["bleu"] < 100
+    with pytest.raises(ValueError, match=r"generation\.references: got 0, expected a whole number above 0"):
+        recipe.changed({"generation.references": 0})
 
 
 def test_a_model_with_too_few_positions_is_named_before_training(tmp_path, capsys):

@@ -15,7 +15,7 @@ pytest.importorskip("sacrebleu")
 
 TABLES = {"e2e": tiny_recipes.write_e2e, "webnlg": tiny_recipes.write_webnlg, "dart": tiny_recipes.write_dart}
 # How many the training files hold; of a labelled task 36.
-TEXTS = {"e2e": 8, "webnlg": 8, "dart": 4}
+TEXTS = {"e2e": 8, "webnlg": 6, "dart": 4}
 
 
 def _write(name, folder):
@@ -43,7 +43,7 @@ def test_a_recipe_runs(name, tmp_path, monkeypatch):
     assert set(row["scores"]) == set(published.evaluations)
     wanted = set(published.metrics) - set(row["metrics_missing"])
     for scores in row["scores"].values():
-        assert set(scores) - {"loss"} == wanted
+        assert {score for score in scores if not score.endswith(("_seen", "_unseen"))} - {"loss"} == wanted
         assert all(map(math.isfinite, scores.values()))
     # What three rows do not define (correlations of equal predictions, say) is the one thing that may lack.
     assert all("not defined" in why or "Java" in why for why in row["metrics_missing"].values())

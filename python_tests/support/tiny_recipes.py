@@ -64,9 +64,11 @@ def write_webnlg(folder):
         ]
         texts = [("good", f"the {name} place is in the {area} ."), ("toFix", "wrong"), ("good", f"a {name} place .")]
         lex = [{"comment": c, "lang": "", "lex": t, "xml_id": f"Id{i}"} for i, (c, t) in enumerate(texts)]
-        entries.append({str(number): {"category": "City", "lexicalisations": lex, "modifiedtripleset": triples}})
-    for split in ("train", "dev", "test"):
-        (folder / f"{split}.json").write_text(json.dumps({"entries": entries}), encoding="utf-8")
+        category = "City" if number < 4 else "Food"
+        entries.append({str(number): {"category": category, "lexicalisations": lex, "modifiedtripleset": triples}})
+    for split in ("train", "dev", "test"):  # as published, a category of the test part is none of training
+        some = entries[:3] if split == "train" else entries
+        (folder / f"{split}.json").write_text(json.dumps({"entries": some}), encoding="utf-8")
     return folder
 
 

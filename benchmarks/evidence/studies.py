@@ -1,0 +1,101 @@
+"""What docs/evidence compares: for each of its files of rows the recipe, the methods and the amounts."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adamix_kernels.recipes import Limits, expand_methods, load_recipe, read_rows, run_recipe
+
+from . import data
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "docs" / "evidence"
+MACHINE = {
+    "training.train_sampling_strategy": "group_by_length", "training.bf16": True, "training.use_cpu": True,
+}  # fmt: skip
+ROUTED = ["merged", "random"]
+CONTROLS = (
+    "pfeiffer", "pfeiffer:times_epochs=1.8", "pfeiffer:bottleneck=40", "soup", "adamix:num_experts=1",
+    "adamix:num_experts=2,consistency_weight=0", "adamix:consistency_weight=0", "adamix",
+)  # fmt: skip
+RATES = (0.003, 0.01, 0.001)
+SEARCHED = ("pfeiffer", "adamix:num_experts=1", "adamix:consistency_weight=0", "adamix")
+
+
+@dataclass(frozen=True)
+class Study:
+    """One file of rows, NAME.jsonl.
+
+    Attributes:
+        needs: the folder of the data, as it is called in the rows; `make`, where given, writes it from the others.
+        changes: of the recipe evidence/minilm.
+    """
+
+    name: str
+    needs: str
+    methods: Sequence[str]
+    changes: dict[str, Any]
+    limits: Limits = field(default_factory=Limits)
+    seeds: int = 5
+    make: Callable[[Path, Path], None] | None = None
+
+    @property
+    def rows(self) -> Path:
+        return FOLDER / f"{self.name}.jsonl"
+
+    def run(self) -> None:
+        """Trains what the rows lack, in the current folder, which holds the data. Finished rows are left alone."""
+        recipe = load_recipe("evidence/minilm").changed({**MACHINE, "data": self.needs, **self.changes})
+        methods = expand_methods(self.methods, recipe)
+        run_recipe(recipe, methods, range(self.seeds), self.rows, limits=self.limits, progress=True)
+
+
+def _epochs(number: float, evaluations: Sequence[str], batch: int = 16, **more: Any) -> dict[str, Any]:
+    return {
+        "training.num_train_epochs": float(number), "training.per_device_train_batch_size": batch,
+        "evaluations": list(evaluations), **more,
+    }  # fmt: skip
+
+
+def _at(method: str, rate: float) -> str:
+    return f"{method}{',' if ':' in method else ':'}learning_rate={rate}"
+
+
+SHOTS = Limits(shots=30)
+STUDIES = (
+    Study("sst2", "sst2", ["default"], _epochs(1, ROUTED)),
+    Study("sst2_4_epochs", "sst2", ["pfeiffer", "adamix:routing=batch"], _epochs(4, ROUTED)),
+    Study("sst2_30_shots", "sst2", ["default"], _epochs(60, ROUTED, 8), SHOTS),
+    # The plain adapter, AdaMix and weight 0 of this comparison are rows of the one before.
+    Study("sst2_30_controls", "sst2", [m for m in CONTROLS if m not in
+          ("pfeiffer", "adamix", "adamix:consistency_weight=0")], _epochs(60, ["merged"], 8), SHOTS),
+    Study("sst2_30_search", "sst2_held_back", [_at(m, r) for m in SEARCHED for r in RATES],
+          _epochs(60, ["merged"], 8), SHOTS, seeds=1, make=data.hold_back),
+    Study("sst2_1000_rows", "sst2", CONTROLS, _epochs(20, ROUTED), Limits(train_rows=1000)),
+    Study("sst2_4_epochs_controls", "sst2", CONTROLS, _epochs(4, ["merged"])),
+    Study("cola_2000_rows", "cola", CONTROLS, _epochs(20, ["merged"], metrics=["matthews", "accuracy"]),
+          Limits(train_rows=2000)),
+    Study("pairs_1000_rows", "e2e_pairs", CONTROLS, _epochs(20, ["merged"]), Limits(train_rows=1000),
+          make=data.write_pairs),
+)  # fmt: skip
+E2E_METHODS = ("lora", "adamix", "adamix:consistency_weight=1")
+
+
+def run_e2e(work: Path) -> None:
+    """examples/e2e_from_scratch.py on work/e2e; the rows that docs/evidence has are not trained again."""
+    rows = FOLDER / "e2e_from_scratch.jsonl"
+    if len(read_rows(rows)) >= 3 * len(E2E_METHODS):
+        return
+    out = work / "e2e_out"
+    out.mkdir(exist_ok=True)
+    if rows.is_file():
+        shutil.copy(rows, out / "results.jsonl")
+    command = [sys.executable, str(ROOT / "examples" / "e2e_from_scratch.py"), "--data", "e2e", "--out", "e2e_out"]
+    subprocess.run([*command, "--epochs", "2", "--seeds", "3", "--methods", *E2E_METHODS], cwd=work, check=True)
+    shutil.copy(out / "results.jsonl", rows)

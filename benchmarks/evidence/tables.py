@@ -1,0 +1,127 @@
+"""The tables of docs/evidence/README.md, each made from the rows that its marker names.
+
+A table stands between `<!-- table: KIND FILES OPTIONS -->` and `<!-- end of table -->`:
+
+    scores sst2                             every line of the comparison: mean and deviation over the seeds, sizes, cost
+    differences sst2 pfeiffer adamix        every line minus these, seed by seed, with 95% intervals
+    runs search                             one line a row
+    sources sst2 sst2_30_shots              where the rows come from: commits, versions, hours
+
+FILES are names of .jsonl files joined by "+".
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from adamix_kernels.recipes import read_rows
+from adamix_kernels.recipes.methods import PASSES, parse_method
+from adamix_kernels.recipes.paired import differences_table
+from adamix_kernels.recipes.summary import Group, Line, group_rows
+from adamix_kernels.reports.figures import deviation
+
+MARK = re.compile(r"(<!-- table: ([^\n]*?) -->\n)(.*?)(\n<!-- end of table -->)", re.DOTALL)
+
+
+def written(text: str, folder: Path) -> str:
+    """`text` with every marked table made anew. Raises ValueError for a marker that names no known table or file."""
+    return MARK.sub(lambda found: found[1] + table(found[2], folder) + found[4], text)
+
+
+def table(order: str, folder: Path) -> str:
+    """One table in Markdown, by the words of its marker."""
+    kind, *words = order.split()
+    if kind not in KINDS:
+        raise ValueError(f"table: got {order!r}, expected one of {', '.join(KINDS)} first")
+    return KINDS[kind](folder, *words)
+
+
+def _scores(folder: Path, names: str) -> str:
+    group = _group(folder, names)
+    metrics = list(dict.fromkeys(name for line in group.lines for name in line.values))
+    plain = min((_cost(line) for line in group.lines), default=1.0)
+    rows = [["method", *metrics, "seeds", "cost of training", "trained", "kept to serve"]]
+    for line in group.lines:
+        cells = [_spread(line.values.get(name, []), 3 if name == "loss" else 2) for name in metrics]
+        first = line.rows[0]
+        cost = f"{_cost(line) / plain:.1f}"
+        rows.append([line.name, *cells, str(len(line.rows)), cost, f"{first['trained']:,}", f"{first['kept']:,}"])
+    return _markdown(rows)
+
+
+def _differences(folder: Path, names: str, *against: str) -> str:
+    return differences_table(_group(folder, names), against)
+
+
+def _runs(folder: Path, names: str) -> str:
+    rows = [["method", "seed", "metric", "value", "learning rate", "commit"]]
+    for row in _rows(folder, names):
+        for evaluation, scores in row["scores"].items():
+            name = row["method"] + ("" if evaluation == "plain" else f", {evaluation}")
+            value = f"{scores[row['metric']]:.1f}"
+            rows.append([name, str(row["seed"]), row["metric"], value, f"{row['learning_rate']:g}", _commit(row)])
+    return _markdown(rows)
+
+
+def _sources(folder: Path, *names: str) -> str:
+    rows = [["file", "rows", "commit", "torch", "transformers", "hours"]]
+    for name in names:
+        found = _rows(folder, name)
+        seconds = [row.get("seconds") for row in found]
+        hours = "" if None in seconds else f"{sum(seconds) / 3600:.1f}"
+        versions = [_all(row["versions"][key] for row in found) for key in ("torch", "transformers")]
+        rows.append([f"{name}.jsonl", str(len(found)), _all(_commit(row) for row in found), *versions, hours])
+    return _markdown(rows)
+
+
+KINDS: dict[str, Callable[..., str]] = {
+    "scores": _scores, "differences": _differences, "runs": _runs, "sources": _sources,
+}  # fmt: skip
+
+
+def _rows(folder: Path, names: str) -> list[dict[str, Any]]:
+    rows = []
+    for name in names.split("+"):
+        path = folder / f"{name}.jsonl"
+        if not path.is_file():
+            raise ValueError(f"table: got {name!r}, expected a file {path}")
+        rows += read_rows(path)
+    return rows
+
+
+def _group(folder: Path, names: str) -> Group:
+    """The one comparison of these files."""
+    groups = group_rows(_rows(folder, names))
+    if len(groups) != 1:
+        raise ValueError(f"table: got rows of {len(groups)} comparisons in {names!r}, expected one")
+    return groups[0]
+
+
+def _cost(line: Line) -> float:
+    """Steps, each 1.8 times as dear where both passes are made."""
+    row = line.rows[0]
+    options = dict(parse_method(row["method"]).options)
+    weight = options.get("consistency_weight", row["identity"]["recipe"]["adamix"].get("consistency_weight", 0.0))
+    steps: float = row["steps"]
+    return steps * (PASSES if row["method"].startswith("adamix") and weight else 1.0)
+
+
+def _commit(row: dict[str, Any]) -> str:
+    return row.get("commit") or "not named"
+
+
+def _all(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    return f"{statistics.mean(values):.{digits}f} ± {deviation(values):.{digits}f}" if values else ""
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
