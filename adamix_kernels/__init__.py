@@ -52,11 +52,13 @@ if TYPE_CHECKING:
     from .packs.folder import load_pack as load_pack
     from .packs.folder import save_pack as save_pack
     from .packs.folder import unpack as unpack
+    from .packs.job import PackJob as PackJob
     from .packs.pack import add_expert as add_expert
     from .packs.pack import pack as pack
     from .packs.pack import remove_expert as remove_expert
     from .packs.pack import replace_expert as replace_expert
     from .packs.route import nearest as nearest
+    from .packs.training import PackTrainer as PackTrainer
     from .routing import Router as Router
     from .tasks.loading import load as load
     from .verifying import backends as backends
@@ -91,6 +93,8 @@ _LAZY = {
     "save_pack": "packs.folder",
     "load_pack": "packs.folder",
     "nearest": "packs.route",
+    "PackJob": "packs.job",
+    "PackTrainer": "packs.training",
     "load": "tasks.loading",
     "backends": "verifying",
     "verify": "verifying",
@@ -103,7 +107,7 @@ _LAZY = {
     "export_adapterhub": "convert",
 }
 # What their modules import; without it, `import *` leaves them out, and naming one says how to install it.
-_NEEDS_TRANSFORMERS = ("AdaMixTrainer", "AdaMixTrainerMixin")
+_NEEDS_TRANSFORMERS = ("AdaMixTrainer", "AdaMixTrainerMixin", "PackJob", "PackTrainer")
 
 __all__ = [
     "__version__",

@@ -39,6 +39,12 @@ def double_batch(inputs: Any, batch_size: int | None = None) -> Any:
     return _apply(inputs, lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == batch_size else t)
 
 
+def take_rows(inputs: Any, rows: torch.Tensor, batch_size: int) -> Any:
+    """Rows of every tensor of a batch of batch_size, in another order, some of them twice; the rest as double_batch."""
+    looked()
+    return _apply(inputs, lambda t: t.index_select(0, rows.to(t.device)) if t.dim() and t.shape[0] == batch_size else t)
+
+
 def split_passes(outputs: Any, batch_size: int) -> tuple[Any, Any]:
     """[2B, ...] -> ([B, ...], [B, ...]): the outputs of pass 1 and of pass 2.
 

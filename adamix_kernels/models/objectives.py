@@ -51,12 +51,14 @@ class Objective:
 
     Args:
         model: a Transformers model (not its DDP wrapper).
+        labels: what says problem_type and num_labels; None: the model's configuration.
 
     Raises NotImplementedError, naming the model's class, for any other task.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, labels: Any = None):
         self.model = model
+        self.labels = getattr(model, "config", None) if labels is None else labels
         self.task = _task_of(model)
 
     def targets(self, labels: torch.Tensor) -> torch.Tensor:
@@ -82,7 +84,7 @@ class Objective:
     def before_compile(self) -> None:
         """One forward of one token, after which loss() breaks no graph: transformers installs, under a lock, what
         collects hidden states on the first forward that asks for them."""
-        if self.task != CAUSAL or self._plain_head() is None:
+        if self.task != CAUSAL or self.plain_head() is None:
             return
         device = cast("torch.device", self.model.device)
         mode, ids = self.model.training, torch.zeros(1, 1, dtype=torch.long, device=device)
@@ -114,7 +116,7 @@ class Objective:
 
         Returns (losses, the model's outputs).
         """
-        if doubled and fuse_head and self.task == CAUSAL and (head := self._plain_head()) is not None:
+        if doubled and fuse_head and self.task == CAUSAL and (head := self.plain_head()) is not None:
             outputs = network(**inputs, logits_to_keep=1, output_hidden_states=True, return_dict=True)
             hidden = outputs.hidden_states[-1]
             with autocast():
@@ -151,14 +153,15 @@ class Objective:
 
     def _problem(self, labels: torch.Tensor) -> str:
         """problem_type, by transformers' own rule where the configuration leaves it open."""
-        config: Any = self.model.config
+        config: Any = self.labels
         if config.problem_type is not None:
             return str(config.problem_type)
         if config.num_labels == 1:
             return REGRESSION
         return MULTI_LABEL if labels.is_floating_point() else "single_label_classification"
 
-    def _plain_head(self) -> nn.Linear | None:
+    def plain_head(self) -> nn.Linear | None:
+        """The layer whose product with the last hidden state is all there is to the logits."""
         owner: Any = self.model
         if owner.config.model_type not in _PLAIN_HEADS:
             return None

@@ -1,0 +1,493 @@
+"""PackTrainer: many names trained in one model, each as if it were alone."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .._backends import check_request
+from ..models._files import make_folder
+from ..models.checkpoint import save_adamix
+from ..models.doubling import find_batch_size, take_rows
+from ..models.guards import is_reentrant
+from ..models.inject import check_bare
+from ..models.merging import merge, unmerge
+from ..models.objectives import CAUSAL, IGNORED, Objective
+from ..models.quantised import let_gradients_through
+from ..models.state import AdaMixState, check_model, replace_module
+from ..routing import process_rank
+from . import training_folder
+from .banks import OwnHeads, TrainedBank
+from .job import PackJob
+from .mix import Block, Mix, OwnDropout
+from .own import Own, PackStep, base_of, swapped
+from .reading import Folder, called
+from .slots import Shape
+from .state import PackRouter, check_name
+
+Jobs = Mapping[str, "PackJob | Folder"]
+
+
+class _Names:
+    """What use_experts, merge and save_adamix find on a model whose names are being trained."""
+
+    def use(self, *_arguments: Any) -> AbstractContextManager[None]:
+        raise ValueError('model: got a pack that is being trained, expected `with trainer.alone("name") as model`')
+
+    set_centroid = use
+
+
+class PackTrainer:
+    """Trains several adaptations of one frozen model together: one batch mixes their rows, each learns from its own.
+
+    loss = sum_n loss_n, loss_n the AdaMix loss (or, with consistency_weight 0, the plain one) over the rows of name n
+    alone. Each name has its own experts, head, AdamW, schedule, clipping, counter and random numbers, so that it
+    becomes what it would become in a PackTrainer by itself, whatever else is in the batch: on the CPU's reference
+    backend bit for bit, where the batch is padded to the same length and the base's products give a row the same bits
+    among many rows as among few (docs/packs.md). All names' rows go through the base, and through one launch a layer,
+    together.
+
+    Args:
+        model: a bare Transformers model on its device; it is changed until close().
+        jobs: name -> a PackJob, or a folder of save() with which that name goes on; or the folder of all names, which
+            save() was given.
+        capacity: names that there is room for (default: as many as jobs). max_rank, max_experts: room of each of them
+            at least, for names that come later.
+        autocast: a dtype for the forward, torch.bfloat16 say; None: that of the model.
+        backend: as in adapt().
+
+    Dropout of the base is drawn for each name apart, in attention too. Several processes (torchrun): call the same
+    methods in each, with its own rows; gradients are summed over the targets of all of them, without DDP around.
+
+    Raises:
+        TypeError, ValueError: an argument is no such thing, or a job does not fit the model or the other jobs; the
+            message begins with its name, and nothing is changed.
+
+    Source: AdaMix section 3 for each name.
+
+    Example:
+        >>> jobs = {"leases": PackJob(AdaMixConfig(bottleneck=4)), "patents": PackJob(AdaMixConfig(), lr=3e-4, seed=1)}
+        >>> trainer = PackTrainer(model, jobs)
+        >>> done = trainer.step({**batch, "labels": torch.tensor([0, 1])}, ["patents", "leases"])
+        >>> done["leases"].step
+        1
+        >>> folder = trainer.finish("leases", "runs/leases")  # merged: load_adamix, load and pack read it
+        >>> list(trainer.names)
+        ['patents']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        jobs: Jobs | Folder,
+        *,
+        capacity: int | None = None,
+        max_rank: int = 1,
+        max_experts: int = 1,
+        autocast: torch.dtype | None = None,
+        backend: str = "auto",
+    ):
+        check_model(model)
+        check_request(backend)
+        check_bare(model)
+        if isinstance(jobs, (str, os.PathLike)):
+            jobs = training_folder.names_in(Path(jobs))
+        if not isinstance(jobs, Mapping) or not jobs:
+            raise ValueError(f"jobs: got {jobs!r}, expected names with a PackJob or a folder each, one at least")
+        room = {"capacity": len(jobs) if capacity is None else capacity, "max_rank": max_rank}
+        for key, value in {**room, "max_experts": max_experts}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{key}: got {value!r}, expected an int of at least 1")
+        if room["capacity"] < len(jobs):
+            raise ValueError(f"capacity: got {capacity} for {len(jobs)} jobs, expected as many at least")
+        self.model, self.backend, self.autocast = model, backend, autocast
+        self.capacity, self.mix = room["capacity"], Mix()
+        owns, saved = {}, {}
+        for slot, (name, job) in enumerate(jobs.items()):
+            with called(check_name(name)):
+                saved[name] = None if isinstance(job, PackJob) else training_folder.read(job)
+                owns[name] = Own(name, slot, _job(job, saved[name]), model, backend)
+        self.experts = max(max_experts, *(own.job.config.num_experts for own in owns.values()))
+        shapes = _shapes(model, owns, max_rank)
+        # One expert's product would be another one than that of several, with other bits.
+        slots = max(2, self.capacity * self.experts)
+        self.banks = {
+            path: TrainedBank(path, model.get_submodule(path), shape, slots, self.mix, backend)
+            for path, shape in shapes.items()
+        }
+        whole = [path for path, _ in model.named_modules() if any(path in own.heads for own in owns.values())]
+        self.own_heads = {path: model.get_submodule(path) for path in whole}
+        self.names: dict[str, Own] = {}
+        Objective(model)  # raises for a task without a loss
+
+        # Nothing of the model was changed so far.
+        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+        self._mode = model.training
+        let_gradients_through(model)
+        model.requires_grad_(False)
+        for path, bank in self.banks.items():
+            replace_module(model, path, bank)
+        for path in whole:
+            replace_module(model, path, OwnHeads(path, self.mix))
+        self._owner.adamix = AdaMixState(
+            next(iter(owns.values())).job.config, PackRouter(), list(self.banks), whole, pack=_Names()
+        )
+        try:
+            for name, own in owns.items():
+                with called(name):
+                    self._enter(own, saved[name])
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def _owner(self) -> Any:
+        return self.model
+
+    def add(self, name: str, job: PackJob | Folder) -> None:
+        """Another name joins: a PackJob begins, a folder of save() goes on. The other names do not notice.
+
+        Raises ValueError: the name is taken, there is no room for it (see the class's capacity, max_rank and
+            max_experts), or it adapts a layer that no job did at the start; nothing is changed.
+        """
+        if check_name(name) in self.names:
+            raise ValueError(f"name: got {name!r}, which is being trained, expected a new name")
+        taken = {own.slot for own in self.names.values()}
+        slot = next((n for n in range(self.capacity) if n not in taken), None)
+        if slot is None:
+            raise ValueError(f"name: got {name!r} and {self.capacity} names already, expected a larger capacity")
+        with called(name):
+            saved = None if isinstance(job, PackJob) else training_folder.read(job)
+            with self._bare():
+                own = Own(name, slot, _job(job, saved), self.model, self.backend)
+            self._check_room(own)
+            self._enter(own, saved)
+
+    def pause(self, name: str) -> None:
+        """Rows of this name are refused until resume(); the train() of others goes on without it."""
+        self._own(name).paused = True
+
+    def resume(self, name: str) -> None:
+        """The name goes on where pause() stopped it."""
+        self._own(name).paused = False
+
+    def remove(self, name: str) -> None:
+        """The name leaves, unsaved; its place is free."""
+        own = self._own(name)
+        for cut in own.cuts:
+            cut.clear()
+        del self.names[name]
+
+    def finish(self, name: str, folder: Folder, *, merged: bool = True) -> Path:
+        """Merges the name's experts, writes them as save_adamix does, and lets the name leave; returns the folder.
+
+        merged: False writes the experts as they are, for more training. Raises what save_adamix raises; the name stays
+            then.
+        """
+        with self.alone(name) as model:
+            if process_rank() == 0:
+                save_adamix(merge(model) if merged else model, folder)
+        _wait()
+        self.remove(name)
+        return Path(folder)
+
+    @contextlib.contextmanager
+    def alone(self, name: str) -> Iterator[nn.Module]:
+        """Within it the model is what adapt() gave for this name, with the values so far: evaluate it, store_centroid,
+        export or save it. A merge is undone at the end. What is written into its parameters counts.
+
+        Raises ValueError for a name that is not trained.
+        """
+        own = self._own(name)
+        model, config = self._owner, getattr(self.model, "config", None)
+        modules: dict[str, nn.Module] = {path: base_of(bank) for path, bank in self.banks.items()}
+        before, facts = model.adamix, None if config is None else dict(vars(config))
+        had = getattr(model, "num_labels", None)
+        with swapped(model, {**self.own_heads, **modules, **own.layers, **own.heads}):
+            model.adamix = own.state
+            if own.job.labels is not None and config is not None:
+                config.id2label = dict(enumerate(own.job.labels))
+                config.label2id = {label: n for n, label in enumerate(own.job.labels)}
+                config.problem_type = own.job.problem
+                if had is not None:
+                    model.num_labels = len(own.job.labels)
+            try:
+                yield self.model
+            finally:
+                if own.state.merged:
+                    unmerge(self.model)
+                model.adamix = before
+                if config is not None and facts is not None:
+                    vars(config).clear()
+                    vars(config).update(facts)
+                if had is not None:
+                    model.num_labels = had
+        own.write()
+
+    def step(self, batch: Mapping[str, Any], names: Sequence[str]) -> dict[str, PackStep]:
+        """accumulate() and update(): one batch, one update of each name in it."""
+        self.accumulate(batch, names)
+        return self.update()
+
+    def accumulate(self, batch: Mapping[str, Any], names: Sequence[str]) -> None:
+        """Forward and backward of one (micro-)batch; its gradients wait for update().
+
+        Args:
+            batch: as the model takes it, with labels [B, ...]; those of one name are of its own label set.
+            names: whose each of the B rows is. Any order; a name that is absent is left as it is.
+
+        Raises ValueError: a name is not trained, or is paused; the batch has no labels or not as many rows as names.
+            After any error what was accumulated since the last update is dropped, and no parameter has changed.
+        """
+        try:
+            self._accumulate(dict(batch), names)
+        except BaseException:
+            self._forget()
+            raise
+
+    def update(self) -> dict[str, PackStep]:
+        """One AdamW step of every name that has rows since its last one, by the mean over its own targets.
+
+        Returns {name: PackStep}; a name's schedule and counter move with its own updates alone.
+        """
+        self._sum_over_processes()
+        done = {name: own.update() for name, own in self.names.items() if own.rows}
+        self._forget()
+        return done
+
+    def train(
+        self,
+        rows: Mapping[str, Sequence[Any]],
+        collate: Callable[[list[Any]], Mapping[str, Any]],
+        *,
+        batch_size: int = 16,
+        on_step: Callable[[dict[str, PackStep]], object] | None = None,
+    ) -> None:
+        """Trains every name that is not paused until its total_steps: each update takes batch_size rows of each.
+
+        A name goes through its rows again and again, in an order drawn from its seed; what it sees depends on its own
+        counter alone, so that it goes on after add() of a saved folder. Of several processes each takes its share.
+
+        Args:
+            rows: of each name, as collate takes them. collate: a list of rows to a batch with labels, as
+                tasks.collator gives.
+            on_step: called with what update() returned; it may add, pause and finish names.
+
+        Raises ValueError: a name has no rows, or its job no total_steps.
+        """
+        while active := [name for name, own in self.names.items() if not own.paused and not _over(name, own)]:
+            absent = [name for name in active if name not in rows or not len(rows[name])]
+            if absent:
+                raise ValueError(f"rows: got none of {absent[0]!r}, expected some of every name, or pause() it")
+            picked = {name: self.names[name].next_rows(len(rows[name]), batch_size) for name in active}
+            whose = [name for name in active for _ in picked[name]]
+            done = self.step(collate([rows[name][n] for name in active for n in picked[name]]), whose)
+            if on_step is not None:
+                on_step(done)
+
+    def save(self, folder: Folder) -> Path:
+        """Writes every name into folder/<name>: values, AdamW's state, schedule, counter; returns the folder.
+
+        A name is written whole or not at all, and its earlier state stays until then. PackTrainer(model, folder) and
+        add(name, folder/<name>) go on with it, bit for bit.
+
+        Raises ValueError between accumulate() and update(); OSError where a file could not be written.
+        """
+        if any(own.rows for own in self.names.values()):
+            raise ValueError("save: got gradients that wait, expected update() first")
+        place = make_folder(folder)
+        for name, own in self.names.items():
+            with self.alone(name) as model:
+                if process_rank() == 0:
+                    training_folder.write(own, model, place / name)
+        _wait()
+        return place
+
+    def close(self) -> nn.Module:
+        """Gives the bare model back, as it was; the names are no longer trained."""
+        for path, module in {**self.own_heads, **{p: base_of(bank) for p, bank in self.banks.items()}}.items():
+            replace_module(self.model, path, module)
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        del self._owner.adamix
+        self.model.train(self._mode)
+        self.names = {}
+        return self.model
+
+    def _own(self, name: str) -> Own:
+        if name not in self.names:
+            raise ValueError(f"name: got {name!r}, expected one of {', '.join(self.names) or 'none: nothing is trained'}")
+        return self.names[name]
+
+    def _bare(self) -> AbstractContextManager[None]:
+        return swapped(self.model, {**self.own_heads, **{path: base_of(bank) for path, bank in self.banks.items()}})
+
+    def _enter(self, own: Own, saved: training_folder.Saved | None) -> None:
+        own.enter(self.banks, self.experts)
+        self.names[own.name] = own
+        if saved is None:
+            return
+        try:
+            with self.alone(own.name) as model:
+                training_folder.restore(own, model, saved)
+        except BaseException:
+            self.remove(own.name)
+            raise
+
+    def _check_room(self, own: Own) -> None:
+        more = sorted((set(own.layers) - set(self.banks)) | (set(own.heads) - set(self.own_heads)))
+        if more:
+            raise ValueError(f"{more[0]}: got a job that trains it, expected the layers and heads of the first jobs alone")
+        for path, layer in own.layers.items():
+            here, new = self.banks[path].shape, Shape.of(layer)
+            if dataclasses.replace(new, rank=here.rank) != here or new.rank > here.rank:
+                raise ValueError(f"{path}: got {new}, expected {here} with a rank of at most {here.rank} (max_rank)")
+        if own.job.config.num_experts > self.experts:
+            raise ValueError(f"num_experts: got {own.job.config.num_experts}, expected at most {self.experts} (max_experts)")
+
+    def _accumulate(self, inputs: dict[str, Any], names: Sequence[str]) -> None:
+        labels = inputs.pop("labels", None)
+        if not isinstance(labels, torch.Tensor):
+            raise ValueError(f"batch: got {sorted(inputs)}, expected a tensor of labels among them")
+        size = find_batch_size(inputs)
+        if isinstance(names, str) or len(names) != size or labels.shape[0] != size:
+            raise ValueError(f"names: got {len(names)} for {size} rows and {labels.shape[0]} labels, expected as many")
+        for name in dict.fromkeys(names):
+            if self._own(name).paused:
+                raise ValueError(f"names: got {name!r}, which is paused, expected resume() first, or other rows")
+        parts = [part for part in self.model.modules() if getattr(part, "gradient_checkpointing", False)]
+        if any(is_reentrant(part) for part in parts):
+            raise ValueError("model: got reentrant activation checkpointing, expected use_reentrant=False")
+        device = labels.device
+        whose = {name: [n for n, mine in enumerate(names) if mine == name] for name in self.names}
+        whose = {name: rows for name, rows in whose.items() if rows}  # in the order of self.names
+        order, blocks, index = [], [], []
+        for name, mine in whose.items():
+            own = self.names[name]
+            blocks.append(own.block(len(order), len(mine), self.own_heads, device))
+            index.append(own.experts(len(mine), list(self.banks), self.experts))
+            order += mine * own.job.config.passes
+        table = torch.cat(index, 2).to(device)
+        inputs = Objective(self.model).prepare(inputs, labels)
+        picked = take_rows(inputs, torch.tensor(order, device=device), size)
+        self.model.train()
+        with self.mix.running(blocks, dict(zip(self.banks, table.unbind(), strict=True))):
+            losses = self._losses(blocks, picked, {n: labels[rows] for n, rows in whose.items()}, bool(parts))
+            torch.autograd.backward([loss[0] for loss, _ in losses.values()])
+        for name, (sums, targets) in losses.items():
+            self.names[name].add(len(whose[name]), targets, sums.detach())
+
+    def _losses(
+        self, blocks: list[Block], inputs: dict[str, Any], labels: Mapping[str, torch.Tensor], recomputes: bool
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """name -> (sums of loss, cross-entropy and consistency, number of targets)."""
+        plain = Objective(self.model)
+        twice = {block.name: self.names[block.name].job.config.passes == 2 for block in blocks}
+        fused = plain.task == CAUSAL and plain.plain_head() is not None
+        options: dict[str, Any] = {"output_hidden_states": True} if fused and any(twice.values()) else {}
+        if options and all(twice.values()):
+            options["logits_to_keep"] = 1  # nobody needs them
+        context = contextlib.nullcontext
+        where = next(iter(labels.values())).device.type
+        autocast: Callable[[], Any] = (
+            context if self.autocast is None else lambda: torch.autocast(where, dtype=self.autocast)
+        )
+        with autocast(), OwnDropout(self.mix, recomputes):
+            outputs = self.model(**inputs, **options)
+        found = {}
+        for block in blocks:
+            own, rows = self.names[block.name], slice(block.start, block.stop)
+            mine: dict[str, Any] = {"logits": outputs["logits"][rows][..., : block.columns]}
+            if options:
+                mine["hidden_states"] = (outputs["hidden_states"][-1][rows],)
+            objective, given = Objective(self.model, own.labels), labels[block.name]
+            if given.is_floating_point() and own.labels.problem_type == "single_label_classification":
+                given = given.long()
+            result, _ = objective.loss(
+                lambda mine=mine, **_inputs: _Outputs(mine),
+                {},
+                given,
+                doubled=twice[block.name],
+                weight=own.job.config.consistency_weight,
+                label_smoothing=own.job.label_smoothing,
+                num_items=1,
+                autocast=autocast,
+            )
+            targets = (objective.targets(given) != IGNORED).sum()
+            found[block.name] = torch.stack([result.loss, result.cross_entropy, result.consistency]), targets
+        return found
+
+    def _forget(self) -> None:
+        for own in self.names.values():
+            own.forget()
+        for bank in self.banks.values():
+            bank.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _sum_over_processes(self) -> None:
+        """Gradients, sums and counts of all processes, added in one call."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        owns = list(self.names.values())
+        parameters = [p for bank in self.banks.values() for p in bank.parameters(recurse=False)]
+        parameters += [p for own in owns for head in own.heads.values() for p in head.parameters()]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        device = parameters[0].device
+        totals = [torch.zeros(4, device=device) if own.totals is None else own.totals.float() for own in owns]
+        rows = torch.tensor([own.rows for own in owns], device=device, dtype=torch.float32)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([t.reshape(-1).float() for t in (*grads, *totals, rows)])
+        dist.all_reduce(flat)
+        pieces = flat.split([t.numel() for t in (*grads, *totals, rows)])
+        for grad, piece in zip(grads, pieces, strict=False):
+            grad.copy_(piece.view_as(grad))
+        for own, piece, count in zip(owns, pieces[len(grads) : -1], pieces[-1].tolist(), strict=True):
+            own.totals, own.rows = piece.clone(), int(count)
+
+
+class _Outputs(dict[str, Any]):
+    """A model's outputs by name or by attribute."""
+
+    __getattr__ = dict.__getitem__
+
+
+def _job(job: PackJob | Folder, saved: training_folder.Saved | None) -> PackJob:
+    return job if isinstance(job, PackJob) else saved.job  # type: ignore[union-attr]  # read, where it is a folder
+
+
+def _over(name: str, own: Own) -> bool:
+    if own.job.total_steps is None:
+        raise ValueError(f"{name}: got a job without total_steps, expected how many updates train() makes")
+    return own.steps >= own.job.total_steps
+
+
+def _shapes(model: nn.Module, owns: Mapping[str, Own], rank: int) -> dict[str, Shape]:
+    """What the banks hold. Raises ValueError, naming two names that cannot share a bank."""
+    found: dict[str, Shape] = {}
+    first: dict[str, str] = {}
+    for path, _ in model.named_modules():
+        for name, own in owns.items():
+            if path not in own.layers:
+                continue
+            shape = Shape.of(own.layers[path])
+            known = found.setdefault(path, dataclasses.replace(shape, rank=max(rank, shape.rank)))
+            first.setdefault(path, name)
+            if dataclasses.replace(shape, rank=known.rank) != known:
+                raise ValueError(f"{name}: {path}: got {shape}, expected {known} but for the rank, as {first[path]!r} has")
+            found[path] = dataclasses.replace(known, rank=max(known.rank, shape.rank))
+    return found
+
+
+def _wait() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
