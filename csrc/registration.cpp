@@ -41,6 +41,28 @@ STABLE_TORCH_LIBRARY(adamix_cuda, m) {
       "routed_lora_backward(Tensor grad_out, Tensor x, Tensor t, Tensor lora_a, Tensor lora_b, Tensor? a_index, "
       "Tensor? b_index, Tensor? seed, bool need_x, bool need_a, bool need_b, float scaling, int groups, "
       "int[] offsets, float dropout_p) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "gated_lora_forward(Tensor x, Tensor lora_a, Tensor lora_b, Tensor? a_index, Tensor? b_index, Tensor gates, "
+      "Tensor? scales, Tensor? base, Tensor? seed, float scaling, int groups, int[] offsets, float dropout_p, "
+      "str mix) -> (Tensor, Tensor)");
+  m.def(
+      "gated_lora_forward_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor? a_index, Tensor? b_index, Tensor gates, "
+      "Tensor? scales, Tensor(a!) base, Tensor? seed, float scaling, int groups, int[] offsets, float dropout_p, "
+      "str mix) -> Tensor");
+  m.def(
+      "gated_lora_backward(Tensor grad_out, Tensor x, Tensor t, Tensor lora_a, Tensor lora_b, Tensor? a_index, "
+      "Tensor? b_index, Tensor gates, Tensor? scales, Tensor? seed, bool need_x, bool need_a, bool need_b, "
+      "bool need_gates, float scaling, int groups, int[] offsets, float dropout_p, str mix) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gated_adapter_forward(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
+      "Tensor? down_index, Tensor? up_index, Tensor gates, Tensor? residual, bool add_input, str activation, "
+      "str mix) -> (Tensor, Tensor)");
+  m.def(
+      "gated_adapter_backward(Tensor grad_out, Tensor x, Tensor pre, Tensor down_weight, Tensor up_weight, "
+      "Tensor? up_bias, Tensor? down_index, Tensor? up_index, Tensor gates, bool need_input, bool need_down, "
+      "bool need_up, bool need_gates, bool add_input, str activation, str mix) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("merge_banks_forward(Tensor[] banks, Tensor?[] scores, int[] offsets, int elements) -> Tensor");
   m.def("merge_experts_forward(Tensor bank, Tensor? scores) -> Tensor");
   m.def(
@@ -84,6 +106,11 @@ STABLE_TORCH_LIBRARY_IMPL(adamix_cuda, CompositeExplicitAutograd, m) {
   m.impl("routed_lora_forward", TORCH_BOX(&adamix::routed_lora_forward));
   m.impl("routed_lora_forward_", TORCH_BOX(&adamix::routed_lora_forward_inplace));
   m.impl("routed_lora_backward", TORCH_BOX(&adamix::routed_lora_backward));
+  m.impl("gated_lora_forward", TORCH_BOX(&adamix::gated_lora_forward));
+  m.impl("gated_lora_forward_", TORCH_BOX(&adamix::gated_lora_forward_inplace));
+  m.impl("gated_lora_backward", TORCH_BOX(&adamix::gated_lora_backward));
+  m.impl("gated_adapter_forward", TORCH_BOX(&adamix::gated_adapter_forward));
+  m.impl("gated_adapter_backward", TORCH_BOX(&adamix::gated_adapter_backward));
   m.impl("merge_banks_forward", TORCH_BOX(&adamix::merge_banks_forward));
   m.impl("merge_experts_forward", TORCH_BOX(&adamix::merge_experts_forward));
   m.impl("merge_experts_backward", TORCH_BOX(&adamix::merge_experts_backward));

@@ -29,6 +29,27 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora_backward(Tensor grad_out, Tensor 
                                                         double scaling, int64_t groups, std::vector<int64_t> offsets,
                                                         double dropout_p);
 
+std::tuple<Tensor, Tensor> gated_lora_forward(Tensor x, Tensor lora_a, Tensor lora_b, OptionalTensor a_index,
+                                              OptionalTensor b_index, Tensor gates, OptionalTensor scales,
+                                              OptionalTensor base, OptionalTensor seed, double scaling, int64_t groups,
+                                              std::vector<int64_t> offsets, double dropout_p, std::string mix);
+Tensor gated_lora_forward_inplace(Tensor x, Tensor lora_a, Tensor lora_b, OptionalTensor a_index,
+                                  OptionalTensor b_index, Tensor gates, OptionalTensor scales, Tensor base,
+                                  OptionalTensor seed, double scaling, int64_t groups, std::vector<int64_t> offsets,
+                                  double dropout_p, std::string mix);
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_lora_backward(
+    Tensor grad_out, Tensor x, Tensor t, Tensor lora_a, Tensor lora_b, OptionalTensor a_index, OptionalTensor b_index,
+    Tensor gates, OptionalTensor scales, OptionalTensor seed, bool need_x, bool need_a, bool need_b, bool need_gates,
+    double scaling, int64_t groups, std::vector<int64_t> offsets, double dropout_p, std::string mix);
+std::tuple<Tensor, Tensor> gated_adapter_forward(Tensor x, Tensor down_weight, OptionalTensor down_bias,
+                                                 Tensor up_weight, OptionalTensor up_bias, OptionalTensor down_index,
+                                                 OptionalTensor up_index, Tensor gates, OptionalTensor residual,
+                                                 bool add_input, std::string activation, std::string mix);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_adapter_backward(
+    Tensor grad_out, Tensor x, Tensor pre, Tensor down_weight, Tensor up_weight, OptionalTensor up_bias,
+    OptionalTensor down_index, OptionalTensor up_index, Tensor gates, bool need_input, bool need_down, bool need_up,
+    bool need_gates, bool add_input, std::string activation, std::string mix);
+
 Tensor merge_banks_forward(std::vector<Tensor> banks, std::vector<OptionalTensor> scores, std::vector<int64_t> offsets,
                            int64_t elements);
 Tensor merge_experts_forward(Tensor bank, OptionalTensor scores);

@@ -1,6 +1,7 @@
 // The routed adapter's entries from the dispatcher: checks, allocation, launch.
 #include "routed_adapter/routed_adapter.h"
 
+#include "common/adapter_checks.h"
 #include "common/checks.h"
 #include "common/row_shares.h"
 #include "registration.h"
@@ -8,26 +9,6 @@
 
 namespace adamix {
 namespace {
-
-Activation activation_of(const std::string& name) {
-  if (name.empty()) return Activation::kNone;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "silu") return Activation::kSilu;
-  fail("activation", "'" + name + "'", "'gelu', 'gelu_tanh', 'relu', 'silu' or ''");
-}
-
-void check_bias(const char* name, const OptionalTensor& bias, const char* layout, int64_t experts, int64_t features,
-                const Tensor& x) {
-  if (!bias.has_value()) return;
-  check_like(name, *bias, "x", x);
-  check_sizes(name, *bias, layout, {experts, features});
-}
-
-OptionalTensor contiguous_or_none(const OptionalTensor& tensor) {
-  return tensor.has_value() ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt;
-}
 
 // The backward in one pass, where pass_plan has one and all lies at multiples of 16 bytes; whether it was launched.
 bool launch_in_one_pass(DType dtype, const Tensor& grad_out, const Tensor& x, const Tensor& pre,

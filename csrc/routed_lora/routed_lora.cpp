@@ -5,6 +5,7 @@
 
 #include "common/checks.h"
 #include "common/fragment_shape.h"
+#include "common/lora_checks.h"
 #include "common/row_shares.h"
 #include "registration.h"
 
@@ -22,57 +23,6 @@ struct Call {
   float scaling;
   std::vector<Tensor> kept;
 };
-
-std::string text(const std::vector<int64_t>& values) {
-  std::string joined;
-  for (int64_t value : values) joined += (joined.empty() ? "" : ", ") + std::to_string(value);
-  return "(" + joined + ")";
-}
-
-// width: how many columns there are, or -1 for as many as the groups reach.
-ColumnRanges check_ranges(const std::vector<int64_t>& offsets, int64_t groups, int64_t cols, int64_t width) {
-  if (static_cast<int64_t>(offsets.size()) != groups) {
-    fail("offsets", text(offsets), std::to_string(groups) + " of them, one for each group");
-  }
-  ColumnRanges ranges{};
-  ranges.groups = static_cast<int>(groups);
-  ranges.cols = check_int("Ng", cols);
-  int64_t end = 0;  // of the ranges before
-  std::vector<int64_t> sorted(offsets);
-  std::sort(sorted.begin(), sorted.end());
-  for (int64_t start : sorted) {
-    check_int("offsets", start);
-    if (start < 0) fail("offsets", text(offsets), "offsets of at least 0");
-    if (start < end) fail("offsets", text(offsets), "ranges of Ng = " + std::to_string(cols) + " that do not overlap");
-    if (start > end) {
-      ranges.gap_start[ranges.gaps] = static_cast<int>(end);
-      ranges.gap_cols[ranges.gaps++] = static_cast<int>(start - end);
-    }
-    end = start + cols;
-  }
-  if (width >= 0 && end > width) fail("offsets", text(offsets), "ranges within " + std::to_string(width) + " columns");
-  check_int("N", std::max(end, width));
-  if (end < width) {
-    ranges.gap_start[ranges.gaps] = static_cast<int>(end);
-    ranges.gap_cols[ranges.gaps++] = static_cast<int>(width - end);
-  }
-  std::transform(offsets.begin(), offsets.end(), ranges.start, [](int64_t start) { return static_cast<int>(start); });
-  return ranges;
-}
-
-Dropout check_dropout(const OptionalTensor& seed, double p, const Tensor& x) {
-  if (!(p >= 0 && p < 1)) fail("dropout_p", std::to_string(p), "a probability, 0 <= dropout_p < 1");
-  if (!seed.has_value()) {
-    if (p > 0) fail("seed", "none", "a seed, as dropout_p is " + std::to_string(p));
-    return {nullptr, 0, 1.f};
-  }
-  if (seed->scalar_type() != ScalarType::Long) {
-    fail("seed", torch::headeronly::toString(seed->scalar_type()), "Long");
-  }
-  check_sizes("seed", *seed, "[]", {});
-  if (seed->device() != x.device()) fail("seed", "another device", "the device of x");
-  return {data<const int64_t>(*seed), static_cast<uint32_t>(p * 4294967296.0), static_cast<float>(1 / (1 - p))};
-}
 
 // rows_like: base or the gradient [B, S, N], named rows_name; none: as many columns as the groups reach.
 Call check_call(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& a_index,

@@ -2,24 +2,13 @@
 // through its own experts i and j.
 #pragma once
 
+#include "common/column_ranges.h"
 #include "common/dropout.h"
 #include "common/grad_side.h"
 #include "common/launch.h"
 #include "common/rows.h"
 
 namespace adamix {
-
-constexpr int kMaxGroups = 64;
-
-// Which columns of the output the groups serve, and which none of them.
-struct ColumnRanges {
-  int groups;
-  int cols;  // Ng, of a group
-  int start[kMaxGroups];
-  int gaps;
-  int gap_start[kMaxGroups + 1];
-  int gap_cols[kMaxGroups + 1];
-};
 
 template <typename T>
 struct RoutedLoraForward {

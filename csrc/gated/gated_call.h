@@ -1,0 +1,52 @@
+// A call of an op with gates, checked: what LoRA and the adapter have in common, forward and backward.
+#pragma once
+
+#include "common/checks.h"
+#include "gated/gated.h"
+
+namespace adamix {
+
+// Which of the banks, biases and rows are needed, as tensors that live until the launch.
+struct GatedCall {
+  DType dtype;
+  int64_t batch, tokens, rows, features, ranks, rank;
+  int64_t down_experts, up_experts;
+  int width;  // columns of base, or of the gradient
+  bool has_ids;
+  ColumnRanges ranges{};
+  Gates gates{};
+  Dropout dropout{nullptr, 0, 1.f};
+  Activation activation = Activation::kNone;
+  Tensor x, down, up;
+  OptionalTensor down_bias, up_bias;
+  ScalarType gates_dtype;
+  std::vector<Tensor> kept;
+
+  // x [B, S, K], down [Md, groups * r, K], up [Mu, groups * Ng, r]; names: as messages call x, the banks and indices.
+  struct Names {
+    const char *down, *down_layout, *up, *up_layout, *down_index, *up_index;
+  };
+  GatedCall(const Tensor& x, const Tensor& down, const Tensor& up, int64_t groups, const Names& names);
+  // gates [B, slots] or [B, S, slots]; indices of their shape or none; scales [M] or none; mix "outputs" or "weights".
+  void check_gates(const Tensor& gates, const OptionalTensor& down_index, const OptionalTensor& up_index,
+                   const OptionalTensor& scales, double scaling, const std::string& mix, const Names& names);
+  // rows [B, S, N] of x's dtype.
+  void check_rows(const char* name, const Tensor& rows) const;
+
+  int64_t down_slots() const { return gates.down.slots; }
+};
+
+// Writes out [B, S, N], which may be base itself, and returns t.
+Tensor run_gated_forward(GatedCall& call, const Device& device, OptionalTensor base, const Tensor& out);
+
+struct GatedNeeds {
+  bool x, down, up, gates, add_input;
+};
+struct GatedGrads {
+  Tensor x, down, down_bias, up, up_bias, gates;
+};
+// Biases' gradients are for banks that have biases; of gates of samples, one a row: [B, S, slots] in float32.
+GatedGrads run_gated_backward(GatedCall& call, const Device& device, Tensor grad_out, Tensor t, const GatedNeeds& needs,
+                              bool biases);
+
+}  // namespace adamix
