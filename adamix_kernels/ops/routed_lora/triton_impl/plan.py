@@ -46,7 +46,7 @@ def gaps(offsets: list[int], per_group: int, width: int) -> tuple[tuple[int, int
 class Call(NamedTuple):
     """What every launch of one call needs. A is the plan's down side, B its up side.
 
-    sizes: the constants of the model, the same for every batch.
+    sizes: the constants of the model, the same for every batch. slots: of gates (ops/gated_lora), 0 without.
     """
 
     batch: int
@@ -55,6 +55,7 @@ class Call(NamedTuple):
     sizes: dict[str, Any]
     dtype: torch.dtype
     capability: int
+    slots: int = 0
 
     @property
     def rows(self) -> int:
