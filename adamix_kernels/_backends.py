@@ -18,7 +18,7 @@ import torch
 
 from . import _auto
 
-OPS = ("routed_adapter", "routed_lora", "merge", "consistency")
+OPS = ("routed_adapter", "routed_lora", "gated_adapter", "gated_lora", "merge", "consistency")
 REQUESTS = ("auto", "reference", "triton", "cuda")
 _MODULES = {"reference": "reference", "triton": "triton_impl", "cuda": "cuda_impl"}
 
@@ -99,7 +99,7 @@ def _device_problem(backend: str, device: torch.device) -> str | None:
 def _problem(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot serve `op` on this device and dtype, or None."""
     if not _implements(op, backend):
-        return f"this build has no {backend} implementation of {op}"
+        return f"this build has no {backend} implementation of {op}; backend='reference' computes it on every device"
     problem = _environment_problem(backend)
     if problem is not None or backend == "reference":
         return problem

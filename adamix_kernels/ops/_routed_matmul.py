@@ -50,7 +50,7 @@ def weight_grad(g: torch.Tensor, x: torch.Tensor, num_experts: int, index: torch
         return torch.mm(g.flatten(0, 1).t(), x.flatten(0, 1)).unsqueeze(0)
     assert index is not None  # api.py: only a bank of one has none
     if index.dim() == 1:
-        return _sum_by_expert(torch.bmm(g.transpose(1, 2), x), num_experts, index)
+        return sum_by_expert(torch.bmm(g.transpose(1, 2), x), num_experts, index)
     flat, flat_g = x.flatten(0, 1), g.flatten(0, 1)
     if reads_routing(index):
         each = _tokens_of_each(index, num_experts)
@@ -66,15 +66,15 @@ def weight_grad(g: torch.Tensor, x: torch.Tensor, num_experts: int, index: torch
 def bias_grad(g: torch.Tensor, num_experts: int, index: torch.Tensor | None) -> torch.Tensor:
     """db[m] = sum of g_t over the tokens t routed to m: [M, R]."""
     if num_experts == 1:
-        return _wide(g).sum((0, 1)).to(g.dtype).unsqueeze(0)
+        return at_least_float32(g).sum((0, 1)).to(g.dtype).unsqueeze(0)
     assert index is not None  # api.py: only a bank of one has none
     if index.dim() == 1:
-        return _sum_by_expert(_wide(g).sum(1), num_experts, index).to(g.dtype)
+        return sum_by_expert(at_least_float32(g).sum(1), num_experts, index).to(g.dtype)
     if reads_routing(index):
         flat = g.flatten(0, 1)
-        sums = [_wide(flat.index_select(0, mine)).sum(0) for mine in _tokens_of_each(index, num_experts)]
+        sums = [at_least_float32(flat.index_select(0, mine)).sum(0) for mine in _tokens_of_each(index, num_experts)]
     else:
-        sums = [torch.where(index.eq(m).unsqueeze(-1), _wide(g), 0).sum((0, 1)) for m in range(num_experts)]
+        sums = [torch.where(index.eq(m).unsqueeze(-1), at_least_float32(g), 0).sum((0, 1)) for m in range(num_experts)]
     return torch.stack(sums).to(g.dtype)
 
 
@@ -88,13 +88,13 @@ def _tokens_of_each(index: torch.Tensor, num_experts: int) -> list[torch.Tensor]
     return [index.flatten().eq(m).nonzero().squeeze(1) for m in range(num_experts)]
 
 
-def _sum_by_expert(per_sample: torch.Tensor, num_experts: int, index: torch.Tensor) -> torch.Tensor:
+def sum_by_expert(per_sample: torch.Tensor, num_experts: int, index: torch.Tensor) -> torch.Tensor:
     """Sums [B, ...] into [M, ...] by expert, in sample order, accumulating at least in float32.
 
     On the CPU index_add_ is one sequential pass; elsewhere it would use atomics, so each expert
     sums its own samples with the others replaced by zero.
     """
-    wide = _wide(per_sample)
+    wide = at_least_float32(per_sample)
     if wide.device.type == "cpu":
         out = wide.new_zeros((num_experts, *wide.shape[1:]))
         return out.index_add_(0, index, wide).to(per_sample.dtype)
@@ -102,5 +102,6 @@ def _sum_by_expert(per_sample: torch.Tensor, num_experts: int, index: torch.Tens
     return torch.stack([torch.where(column == m, wide, 0).sum(0) for m in range(num_experts)]).to(per_sample.dtype)
 
 
-def _wide(t: torch.Tensor) -> torch.Tensor:
+def at_least_float32(t: torch.Tensor) -> torch.Tensor:
+    """t in the dtype that sums are made in."""
     return t if t.dtype == torch.float64 else t.float()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from .._activations import activate, activate_backward
 from .._routed_matmul import bias_grad, project, project_back, weight_grad
 
 
@@ -21,7 +21,7 @@ def forward(
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     pre = project(x, down_weight, down_bias, down_index)
-    out = project(_activate(pre, activation), up_weight, up_bias, up_index)
+    out = project(activate(pre, activation), up_weight, up_bias, up_index)
     if add_input:
         out = out.add_(x)
     elif residual is not None:
@@ -45,10 +45,10 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dx, ddown_weight, ddown_bias, dup_weight, dup_bias = (x.new_empty(0) for _ in range(5))
     if need_up:
-        dup_weight = weight_grad(grad_out, _activate(pre, activation), up_weight.shape[0], up_index)
+        dup_weight = weight_grad(grad_out, activate(pre, activation), up_weight.shape[0], up_index)
         dup_bias = bias_grad(grad_out, up_weight.shape[0], up_index)
     if need_input or need_down:
-        dpre = _activate_backward(project_back(grad_out, up_weight, up_index), pre, activation)
+        dpre = activate_backward(project_back(grad_out, up_weight, up_index), pre, activation)
         if need_down:
             ddown_weight = weight_grad(dpre, x, down_weight.shape[0], down_index)
             ddown_bias = bias_grad(dpre, down_weight.shape[0], down_index)
@@ -56,27 +56,3 @@ def backward(
             dx = project_back(dpre, down_weight, down_index)
             dx = dx.add_(grad_out) if add_input else dx
     return dx.contiguous(), ddown_weight, ddown_bias, dup_weight, dup_bias
-
-
-def _activate(z: torch.Tensor, activation: str) -> torch.Tensor:
-    if activation == "gelu":
-        return F.gelu(z)
-    if activation == "gelu_tanh":
-        return F.gelu(z, approximate="tanh")
-    if activation == "relu":
-        return F.relu(z)
-    if activation == "silu":
-        return F.silu(z)
-    return z
-
-
-def _activate_backward(grad: torch.Tensor, z: torch.Tensor, activation: str) -> torch.Tensor:
-    if activation == "gelu":
-        return torch.ops.aten.gelu_backward(grad, z, approximate="none")
-    if activation == "gelu_tanh":
-        return torch.ops.aten.gelu_backward(grad, z, approximate="tanh")
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward(grad, z, 0)
-    if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, z)
-    return grad

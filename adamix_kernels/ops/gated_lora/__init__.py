@@ -1,0 +1,1 @@
+"""LoRA whose experts are weighed by gates: several experts a token, summed."""
