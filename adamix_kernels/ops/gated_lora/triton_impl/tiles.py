@@ -12,7 +12,7 @@ def any_wrong(index, at, valid, M: tl.constexpr, SLOTS: tl.constexpr):
     """[ROWS] rows one of whose ids is outside the bank of M."""
     wrong = at < 0
     if index is not None:
-        for slot in tl.static_range(SLOTS):
+        for slot in range(SLOTS):
             ids = tl.load(index + at * SLOTS + slot, mask=valid, other=0)
             wrong = wrong | (ids < 0) | (ids >= M)
     return wrong

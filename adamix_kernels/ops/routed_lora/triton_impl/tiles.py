@@ -159,14 +159,14 @@ def expand(
     if CAREFUL:  # noqa: SIM102
         if tl.max(tl.reshape(spoilt, [BLOCK_M * BLOCK_C], can_reorder=True), 0) > 0:
             _expand_spoilt(
-                t, valid, expert, columns, live, base_ptrs, out_ptrs, key0, key1, threshold, scale, first, step,
+                t, valid, wrong, expert, columns, live, base_ptrs, out_ptrs, key0, key1, threshold, scale, first, step,
                 FEATURE, C, DROPOUT, RP, M, MP, BLOCK_M, BLOCK_C, WIDE, DOT, SLOTS,
             )  # fmt: skip
 
 
 @triton.jit
 def _expand_spoilt(
-    t, valid, expert, columns, live, base_ptrs, out_ptrs, key0, key1, threshold, scale, first, step,
+    t, valid, wrong, expert, columns, live, base_ptrs, out_ptrs, key0, key1, threshold, scale, first, step,
     FEATURE, C: tl.constexpr, DROPOUT: tl.constexpr, RP: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -191,6 +191,7 @@ def _expand_spoilt(
                 else:
                     y = tl.where((expert == own)[:, None], part, y)
             if POINTS:
+                y = poison(y, wrong)
                 spoilt = spoilt | (y != y)
             mask = valid[:, None] & inside & spoilt
             y *= scale
@@ -204,10 +205,10 @@ def _expand_spoilt(
 @triton.jit
 def names(first, own, valid, M: tl.constexpr, SLOTS: tl.constexpr):
     """[ROWS] rows one of whose SLOTS ids, from the pointers `first` on, is `own`, and none outside a bank of M."""
-    found = first != first
+    found = valid != valid
     wrong = found
     for slot in tl.static_range(SLOTS):
         ids = tl.load(first + slot, mask=valid, other=-1)
         found = found | (ids == own)
         wrong = wrong | (ids < 0) | (ids >= M)
-    return found & (wrong == 0)
+    return found & ~wrong

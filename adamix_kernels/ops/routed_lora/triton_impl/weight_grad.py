@@ -26,11 +26,12 @@ def _products(
     m, k, k_ok, cols,
     SMALL_STRIDE: tl.constexpr, WIDE_STRIDE: tl.constexpr, C: tl.constexpr, EXPERTS: tl.constexpr,
     CHECKED: tl.constexpr, SPREAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr, SLOTS: tl.constexpr = 1,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr, SLOTS: tl.constexpr,
+    EACH: tl.constexpr,
 ):  # fmt: skip
     """acc [W, BLOCK_C] += small^T wide over rows begin : end; SPREAD: of every row the columns k of its expert m.
 
-    CHECKED: only rows whose id is `own`.
+    CHECKED: only rows whose id is `own`, or one of whose SLOTS ids is. EACH: rows of small for one of wide.
     """
     for start in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_M)
@@ -50,6 +51,8 @@ def _products(
             live = live & (m[:, None] == ids[None, :])
         long = rows.to(tl.int64)
         small = tl.load(small_ptr + (long * SMALL_STRIDE)[None, :] + k[:, None], mask=live, other=0.0).to(DOT)
+        if EACH > 1:
+            long = long // EACH
         inside = valid[:, None]
         if C % BLOCK_C != 0:
             inside = inside & (cols < C)[None, :]
@@ -70,7 +73,7 @@ def _side(
     C_STRIDE: tl.constexpr, SMALL_STRIDE: tl.constexpr, WIDE_STRIDE: tl.constexpr,
     MODE: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
-    SLOTS: tl.constexpr, SLOT: tl.constexpr,
+    SLOTS: tl.constexpr, SLOT: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """One block of features, narrow columns k0 : k0 + RP of R, of split `program` (and expert, where sorted)."""
     W: tl.constexpr = PADDED * RP
@@ -104,7 +107,7 @@ def _side(
                     acc = _products(
                         acc, e * span, end, own, small_ptr, wide_ptr, None, None, keys_ptr, divisor, threshold,
                         m, k, k_ok, cols, SMALL_STRIDE, WIDE_STRIDE, C, EXPERTS, False, False,
-                        BLOCK_M, BLOCK_C, STAGES, WIDE, DOT,
+                        BLOCK_M, BLOCK_C, STAGES, WIDE, DOT, SLOTS, EACH,
                     )  # fmt: skip
                 at = (program * EXPERTS + own).to(tl.int64) * SIZE
                 tl.store(plane_ptr + at + to, narrow(acc * scale, plane_ptr.dtype.element_ty), mask=mask)
@@ -133,7 +136,7 @@ def _side(
         acc = _products(
             zeros, begin, end, own, small_ptr, wide_ptr, index_ptr, perm_ptr, keys_ptr, divisor, threshold,
             m, source, k_ok, cols, SMALL_STRIDE, WIDE_STRIDE, C, EXPERTS, CHECKED, SPREAD,
-            BLOCK_M, BLOCK_C, STAGES, WIDE, DOT,
+            BLOCK_M, BLOCK_C, STAGES, WIDE, DOT, SLOTS, EACH,
         )  # fmt: skip
         if SPREAD or GATED:
             plane *= EXPERTS
@@ -145,7 +148,7 @@ def _side(
                     only = _products(
                         zeros, begin, end, own, small_ptr, wide_ptr, index_ptr, perm_ptr, keys_ptr, divisor, threshold,
                         m, source, k_ok & (m == own), cols, SMALL_STRIDE, WIDE_STRIDE, C, EXPERTS, True, False,
-                        BLOCK_M, BLOCK_C, 1, WIDE, DOT, SLOTS,
+                        BLOCK_M, BLOCK_C, 1, WIDE, DOT, SLOTS, EACH,
                     )  # fmt: skip
                     acc = tl.where((m == own)[:, None], only, acc)
         tl.store(plane_ptr + plane.to(tl.int64) * SIZE + to, narrow(acc * scale, plane_ptr.dtype.element_ty), mask=mask)
@@ -165,7 +168,7 @@ def lora_grads_kernel(
     A_MODE: tl.constexpr, A_EXPERTS: tl.constexpr, A_PADDED: tl.constexpr, A_RP: tl.constexpr,
     B_MODE: tl.constexpr, B_EXPERTS: tl.constexpr, B_PADDED: tl.constexpr, B_RP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
-    SLOTS: tl.constexpr = 1,
+    SLOTS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs of A, then of B); the blocks of a split's features follow each other."""
     GROUPS: tl.constexpr = len(OFFSETS)
@@ -181,7 +184,7 @@ def lora_grads_kernel(
                 (block // A_COLUMNS) * A_RP, (block % A_COLUMNS) * BLOCK_C + tl.arange(0, BLOCK_C),
                 num_rows, batch, span, a_divisor, a_share, a_splits, threshold, inv_keep,
                 R, A_RP, K, R * K, K, 1, R * (A_EXPERTS if A_MODE == "gated" else 1), K, A_MODE, A_EXPERTS, A_PADDED,
-                BLOCK_M, BLOCK_C, STAGES, PRECISION, DOT, SLOTS, R,
+                BLOCK_M, BLOCK_C, STAGES, PRECISION, DOT, SLOTS, R, EACH,
             )  # fmt: skip
     if b_plane_ptr is not None:  # noqa: SIM102
         if program >= a_programs:
@@ -199,5 +202,5 @@ def lora_grads_kernel(
                 (block // B_COLUMNS % CHUNKS) * B_RP, (block % B_COLUMNS) * BLOCK_C + tl.arange(0, BLOCK_C),
                 num_rows, batch, span, b_divisor, b_share, b_splits, 0, scaling,
                 RANK, B_RP, NG, GROUPS * NG * RANK, 1, RANK, R * (B_EXPERTS if B_MODE == "gated" else 1), WIDTH,
-                B_MODE, B_EXPERTS, B_PADDED, BLOCK_M, BLOCK_C, STAGES, PRECISION, DOT, SLOTS, R,
+                B_MODE, B_EXPERTS, B_PADDED, BLOCK_M, BLOCK_C, STAGES, PRECISION, DOT, SLOTS, R, EACH,
             )  # fmt: skip

@@ -74,7 +74,7 @@ def weight_grads(x, grad_out, dt, t, keys, da, db, threshold: int, inv_keep: flo
         plan.down.div, a.share, a.splits, programs["A"], plan.up.div, b.share, b.splits, threshold, inv_keep, scaling,
         **sizes, A_MODE=a.mode, A_EXPERTS=plan.down.experts, A_PADDED=a.padded, A_RP=a.rp,
         B_MODE=b.mode, B_EXPERTS=plan.up.experts, B_PADDED=b.padded, B_RP=b.rp,
-        BLOCK_M=chosen.rows, SLOTS=call.slots or 1, **call.block(chosen),
+        BLOCK_M=chosen.rows, SLOTS=call.slots or 1, EACH=call.each, **call.block(chosen),
     )  # fmt: skip
     _sum(x, sides, planes, {"A": da, "B": db}, call)
 
