@@ -108,7 +108,7 @@ def _grads_case(name, dtype, capability, experts, groups, r, per_token, dropout)
     chosen = config(lora_grads_kernel.__name__, capability, dtype.itemsize, width)
     arguments |= dict.fromkeys(("x_ptr", "grad_ptr", "dt_ptr", "t_ptr"), POINTERS[dtype])
     arguments |= dict.fromkeys(("num_rows", "batch", "a_programs"), "i32")
-    arguments |= dict(BLOCK_M=chosen.rows, BLOCK_C=chosen.cols, STAGES=chosen.num_stages)
+    arguments |= dict(BLOCK_M=chosen.rows, BLOCK_C=chosen.cols, STAGES=chosen.num_stages, SLOTS=1, EACH=1)
     arguments["keys_ptr"] = "*i32" if dropout else None
     return _case(lora_grads_kernel, name, dtype, chosen, arguments, width)
 

@@ -46,7 +46,8 @@ def gaps(offsets: list[int], per_group: int, width: int) -> tuple[tuple[int, int
 class Call(NamedTuple):
     """What every launch of one call needs. A is the plan's down side, B its up side.
 
-    sizes: the constants of the model, the same for every batch.
+    sizes: the constants of the model, the same for every batch. Of gates (ops/gated_lora): slots, of a row whose tile
+    holds all experts, else 0; each: rows here for one row of x.
     """
 
     batch: int
@@ -55,6 +56,8 @@ class Call(NamedTuple):
     sizes: dict[str, Any]
     dtype: torch.dtype
     capability: int
+    slots: int = 0
+    each: int = 1
 
     @property
     def rows(self) -> int:

@@ -108,12 +108,15 @@ def expand(
     SIZE, K_LO: tl.constexpr, K_HI: tl.constexpr, STRIDE, FEATURE, C: tl.constexpr, DROPOUT: tl.constexpr,
     RP: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, MASKED: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    SLOTS: tl.constexpr = 1,
 ):  # fmt: skip
     """out [BLOCK_M, C] = base + scale * t @ the columns [C, W]^T, or its mask where DROPOUT: columns first : C : step.
 
     t: [BLOCK_M, MP * RP], NaN where a row is wrong; in CHUNKS it lies at t_ptrs, 0 there. Where MASKED, an infinity
     among another expert's weights reaches a row as 0 * inf: such elements keep base, and a second pass writes them.
+    Gates: a row has SLOTS experts, `expert` points to the first one's id; SLOTS 0: all of them, what is NaN is so.
     """
+    CAREFUL: tl.constexpr = MASKED and SLOTS > 0
     if DROPOUT:
         # A wrong row's NaN is kept everywhere.
         threshold = tl.where(wrong, -2147483648, threshold)[:, None]
@@ -143,7 +146,7 @@ def expand(
                     own = own[:, None] & (c < C)[None, :]
                     w = tl.load(at[:, None] + c[None, :] * FEATURE, mask=own, other=0.0).to(DOT)
                     y = tl.dot(poison(part, wrong), w, y, input_precision=PRECISION)
-        if MASKED:
+        if CAREFUL:
             spoilt = tl.where(y == y, spoilt, 1)
             y = tl.where(y == y, y, 0.0)
         y *= scale
@@ -153,21 +156,22 @@ def expand(
         if DROPOUT:
             y = drop_tile(y, key0, key1, c, threshold)
         tl.store(out_ptrs[:, None] + c[None, :], y, mask=mask)
-    if MASKED:  # noqa: SIM102
+    if CAREFUL:  # noqa: SIM102
         if tl.max(tl.reshape(spoilt, [BLOCK_M * BLOCK_C], can_reorder=True), 0) > 0:
             _expand_spoilt(
-                t, valid, expert, columns, live, base_ptrs, out_ptrs, key0, key1, threshold, scale, first, step,
-                FEATURE, C, DROPOUT, RP, M, MP, BLOCK_M, BLOCK_C, WIDE, DOT,
+                t, valid, wrong, expert, columns, live, base_ptrs, out_ptrs, key0, key1, threshold, scale, first, step,
+                FEATURE, C, DROPOUT, RP, M, MP, BLOCK_M, BLOCK_C, WIDE, DOT, SLOTS,
             )  # fmt: skip
 
 
 @triton.jit
 def _expand_spoilt(
-    t, valid, expert, columns, live, base_ptrs, out_ptrs, key0, key1, threshold, scale, first, step,
+    t, valid, wrong, expert, columns, live, base_ptrs, out_ptrs, key0, key1, threshold, scale, first, step,
     FEATURE, C: tl.constexpr, DROPOUT: tl.constexpr, RP: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """The elements that `expand` left, where the product of all experts is NaN: one for each expert, its rows alone."""
+    POINTS: tl.constexpr = expert.dtype.is_ptr()
     m = tl.arange(0, MP * RP) // RP
     for start in range(first, C, step):
         # 16 features a step, to keep the registers few.
@@ -182,7 +186,13 @@ def _expand_spoilt(
                 ).to(DOT)
                 part = tl.dot(t, w, input_precision=PRECISION)
                 spoilt = spoilt | (part != part)
-                y = tl.where((expert == own)[:, None], part, y)
+                if POINTS:
+                    y = tl.where(names(expert, own, valid, M, SLOTS)[:, None], y + part, y)
+                else:
+                    y = tl.where((expert == own)[:, None], part, y)
+            if POINTS:
+                y = poison(y, wrong)
+                spoilt = spoilt | (y != y)
             mask = valid[:, None] & inside & spoilt
             y *= scale
             if base_ptrs is not None:
@@ -190,3 +200,15 @@ def _expand_spoilt(
             if DROPOUT:
                 y = tl.where(keep_tile(key0, key1, c, threshold), y, 0.0)
             tl.store(out_ptrs[:, None] + c[None, :], narrow(y, out_ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def names(first, own, valid, M: tl.constexpr, SLOTS: tl.constexpr):
+    """[ROWS] rows one of whose SLOTS ids, from the pointers `first` on, is `own`, and none outside a bank of M."""
+    found = valid != valid
+    wrong = found
+    for slot in tl.static_range(SLOTS):
+        ids = tl.load(first + slot, mask=valid, other=-1)
+        found = found | (ids == own)
+        wrong = wrong | (ids < 0) | (ids >= M)
+    return found & ~wrong

@@ -9,13 +9,15 @@ x is read once, dy once more than in the first launch. How a side's rows find th
     samples  a split is some whole samples: planes [split, expert], of which those it has no sample for stay unwritten
     tokens   rows differ in expert: one product with every row's narrow columns in its own expert's place
     sorted   rows are grouped by expert; programs for each, planes [split, expert]
+    gated    a row holds the columns of all experts, gated (ops/gated_lora); as tokens, but of every column. With an
+             index a row has SLOTS experts, without one it has them all
 """
 
 import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
-from .tiles import drop_tile
+from .tiles import drop_tile, names
 
 
 @triton.jit
@@ -24,18 +26,21 @@ def _products(
     m, k, k_ok, cols,
     SMALL_STRIDE: tl.constexpr, WIDE_STRIDE: tl.constexpr, C: tl.constexpr, EXPERTS: tl.constexpr,
     CHECKED: tl.constexpr, SPREAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr, SLOTS: tl.constexpr,
+    EACH: tl.constexpr,
 ):  # fmt: skip
     """acc [W, BLOCK_C] += small^T wide over rows begin : end; SPREAD: of every row the columns k of its expert m.
 
-    CHECKED: only rows whose id is `own`.
+    CHECKED: only rows whose id is `own`, or one of whose SLOTS ids is. EACH: rows of small for one of wide.
     """
     for start in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_M)
         valid = rows < end
         if perm_ptr is not None:
             rows = tl.load(perm_ptr + rows, mask=valid, other=0).to(tl.int32)
-        if CHECKED or SPREAD:
+        if CHECKED and SLOTS > 1:
+            valid = valid & names(index_ptr + (rows // divisor).to(tl.int64) * SLOTS, own, valid, EXPERTS, SLOTS)
+        elif CHECKED or SPREAD:
             ids = tl.load(index_ptr + rows // divisor, mask=valid, other=-1)
             if CHECKED:
                 valid = valid & (ids == own)
@@ -46,6 +51,8 @@ def _products(
             live = live & (m[:, None] == ids[None, :])
         long = rows.to(tl.int64)
         small = tl.load(small_ptr + (long * SMALL_STRIDE)[None, :] + k[:, None], mask=live, other=0.0).to(DOT)
+        if EACH > 1:
+            long = long // EACH
         inside = valid[:, None]
         if C % BLOCK_C != 0:
             inside = inside & (cols < C)[None, :]
@@ -66,10 +73,12 @@ def _side(
     C_STRIDE: tl.constexpr, SMALL_STRIDE: tl.constexpr, WIDE_STRIDE: tl.constexpr,
     MODE: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    SLOTS: tl.constexpr, SLOT: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """One block of features, narrow columns k0 : k0 + RP of R, of split `program` (and expert, where sorted)."""
     W: tl.constexpr = PADDED * RP
     SPREAD: tl.constexpr = MODE == "tokens"
+    GATED: tl.constexpr = MODE == "gated"
     # The id of a bank of one says which rows are wrong.
     CHECKED: tl.constexpr = MODE == "all" and index_ptr is not None
     WIDE: tl.constexpr = "ieee" if PRECISION == "tf32x3" and W > 128 else PRECISION
@@ -98,7 +107,7 @@ def _side(
                     acc = _products(
                         acc, e * span, end, own, small_ptr, wide_ptr, None, None, keys_ptr, divisor, threshold,
                         m, k, k_ok, cols, SMALL_STRIDE, WIDE_STRIDE, C, EXPERTS, False, False,
-                        BLOCK_M, BLOCK_C, STAGES, WIDE, DOT,
+                        BLOCK_M, BLOCK_C, STAGES, WIDE, DOT, SLOTS, EACH,
                     )  # fmt: skip
                 at = (program * EXPERTS + own).to(tl.int64) * SIZE
                 tl.store(plane_ptr + at + to, narrow(acc * scale, plane_ptr.dtype.element_ty), mask=mask)
@@ -121,21 +130,25 @@ def _side(
         else:
             begin = program * share
             end = tl.minimum(begin + share, num_rows)
+        source = k
+        if GATED:
+            source = m * SLOT + k
         acc = _products(
             zeros, begin, end, own, small_ptr, wide_ptr, index_ptr, perm_ptr, keys_ptr, divisor, threshold,
-            m, k, k_ok, cols, SMALL_STRIDE, WIDE_STRIDE, C, EXPERTS, CHECKED, SPREAD,
-            BLOCK_M, BLOCK_C, STAGES, WIDE, DOT,
+            m, source, k_ok, cols, SMALL_STRIDE, WIDE_STRIDE, C, EXPERTS, CHECKED, SPREAD,
+            BLOCK_M, BLOCK_C, STAGES, WIDE, DOT, SLOTS, EACH,
         )  # fmt: skip
-        if SPREAD:
+        if SPREAD or GATED:
             plane *= EXPERTS
             to += (m * SIZE)[:, None]
+        if SPREAD or (GATED and index_ptr is not None):
             if tl.max(tl.reshape((acc != acc).to(tl.int32), [W * BLOCK_C], can_reorder=True), 0) > 0:
                 # What is not finite in one expert's rows reached others as 0 * inf: one product for each expert.
                 for own in range(EXPERTS):
                     only = _products(
                         zeros, begin, end, own, small_ptr, wide_ptr, index_ptr, perm_ptr, keys_ptr, divisor, threshold,
-                        m, k, k_ok & (m == own), cols, SMALL_STRIDE, WIDE_STRIDE, C, EXPERTS, True, False,
-                        BLOCK_M, BLOCK_C, 1, WIDE, DOT,
+                        m, source, k_ok & (m == own), cols, SMALL_STRIDE, WIDE_STRIDE, C, EXPERTS, True, False,
+                        BLOCK_M, BLOCK_C, 1, WIDE, DOT, SLOTS, EACH,
                     )  # fmt: skip
                     acc = tl.where((m == own)[:, None], only, acc)
         tl.store(plane_ptr + plane.to(tl.int64) * SIZE + to, narrow(acc * scale, plane_ptr.dtype.element_ty), mask=mask)
@@ -155,6 +168,7 @@ def lora_grads_kernel(
     A_MODE: tl.constexpr, A_EXPERTS: tl.constexpr, A_PADDED: tl.constexpr, A_RP: tl.constexpr,
     B_MODE: tl.constexpr, B_EXPERTS: tl.constexpr, B_PADDED: tl.constexpr, B_RP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    SLOTS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs of A, then of B); the blocks of a split's features follow each other."""
     GROUPS: tl.constexpr = len(OFFSETS)
@@ -169,7 +183,8 @@ def lora_grads_kernel(
                 program // A_BLOCKS, dt_ptr, x_ptr, a_index_ptr, a_perm_ptr, a_edges_ptr, keys_ptr, a_plane_ptr,
                 (block // A_COLUMNS) * A_RP, (block % A_COLUMNS) * BLOCK_C + tl.arange(0, BLOCK_C),
                 num_rows, batch, span, a_divisor, a_share, a_splits, threshold, inv_keep,
-                R, A_RP, K, R * K, K, 1, R, K, A_MODE, A_EXPERTS, A_PADDED, BLOCK_M, BLOCK_C, STAGES, PRECISION, DOT,
+                R, A_RP, K, R * K, K, 1, R * (A_EXPERTS if A_MODE == "gated" else 1), K, A_MODE, A_EXPERTS, A_PADDED,
+                BLOCK_M, BLOCK_C, STAGES, PRECISION, DOT, SLOTS, R, EACH,
             )  # fmt: skip
     if b_plane_ptr is not None:  # noqa: SIM102
         if program >= a_programs:
@@ -186,6 +201,6 @@ def lora_grads_kernel(
                 b_index_ptr, b_perm_ptr, b_edges_ptr, None, b_plane_ptr + group * (NG * RANK),
                 (block // B_COLUMNS % CHUNKS) * B_RP, (block % B_COLUMNS) * BLOCK_C + tl.arange(0, BLOCK_C),
                 num_rows, batch, span, b_divisor, b_share, b_splits, 0, scaling,
-                RANK, B_RP, NG, GROUPS * NG * RANK, 1, RANK, R, WIDTH, B_MODE, B_EXPERTS, B_PADDED,
-                BLOCK_M, BLOCK_C, STAGES, PRECISION, DOT,
+                RANK, B_RP, NG, GROUPS * NG * RANK, 1, RANK, R * (B_EXPERTS if B_MODE == "gated" else 1), WIDTH,
+                B_MODE, B_EXPERTS, B_PADDED, BLOCK_M, BLOCK_C, STAGES, PRECISION, DOT, SLOTS, R, EACH,
             )  # fmt: skip

@@ -46,7 +46,7 @@ class Rows(NamedTuple):
     @property
     def direct(self) -> bool:
         """Whether the one split's planes are the gradients themselves."""
-        return self.splits == 1 and self.mode in ("all", "tokens", "sorted")
+        return self.splits == 1 and self.mode not in ("parts", "samples")
 
 
 def weight_grads(x, grad_out, dt, t, keys, da, db, threshold: int, inv_keep: float, scaling: float, call: Call) -> None:
@@ -74,7 +74,7 @@ def weight_grads(x, grad_out, dt, t, keys, da, db, threshold: int, inv_keep: flo
         plan.down.div, a.share, a.splits, programs["A"], plan.up.div, b.share, b.splits, threshold, inv_keep, scaling,
         **sizes, A_MODE=a.mode, A_EXPERTS=plan.down.experts, A_PADDED=a.padded, A_RP=a.rp,
         B_MODE=b.mode, B_EXPERTS=plan.up.experts, B_PADDED=b.padded, B_RP=b.rp,
-        BLOCK_M=chosen.rows, **call.block(chosen),
+        BLOCK_M=chosen.rows, SLOTS=call.slots or 1, EACH=call.each, **call.block(chosen),
     )  # fmt: skip
     _sum(x, sides, planes, {"A": da, "B": db}, call)
 
@@ -103,6 +103,9 @@ def _sum(x, sides: dict[str, Rows], planes, grads, call: Call) -> None:
 def _narrow(side: Side, columns: int, call: Call) -> tuple[str, int, int]:
     """(mode, narrow columns of an expert, experts side by side) of a side of `columns` narrow columns."""
     unmasked = max(16, padded_rank(columns)), 1
+    if call.slots and side.experts > 1:
+        rp = power_of_2(columns)
+        return "gated", rp, max(power_of_2(side.experts), 16 // rp)
     if side.index is None or side.experts == 1:
         return "all", *unmasked
     if side.index.dim() == 1 and call.tokens >= MIN_SPAN:
@@ -120,7 +123,7 @@ def split_rows(call: Call, side: Side, columns: int, tile: int, features: int) -
     """
     mode, rp, padded = _narrow(side, columns, call)
     experts, rows = side.experts, call.rows
-    written = columns * (experts if mode == "tokens" else 1)
+    written = columns * (experts if mode in ("tokens", "gated") else 1)
     # Enough programs, and planes that are small beside the rows they sum.
     few = rows // -(-MIN_PROGRAMS // max(features, 1))
     share = max(-(-rows // MAX_SPLITS), min(max(ROWS, COLUMN_ROWS * written), max(MIN_TILES * tile, few)))
@@ -135,5 +138,5 @@ def split_rows(call: Call, side: Side, columns: int, tile: int, features: int) -
     if mode == "sorted":
         perm, edges = sort_rows(per_row(side.index, call.batch, call.tokens), experts)
         return Rows(mode, None, perm, edges, share, max(1, rows // (experts * share)), experts, rp, padded)
-    slots = experts if mode == "tokens" else 1
+    slots = experts if mode in ("tokens", "gated") else 1
     return Rows(mode, side.index, None, None, share, -(-rows // share), slots, rp, padded)
