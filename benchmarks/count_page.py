@@ -58,7 +58,7 @@ def page(rows: Sequence[Row]) -> str:
     parts = [
         "# Counts",
         _filled(_HEAD),
-        f"![predicted share of copy bandwidth]({PICTURE.name})",
+        f"[![predicted share of copy bandwidth]({PICTURE.name})]({PICTURE.name})",
         "## How it is counted",
         "\n".join(_filled(text, "- ") for text in _METHOD),
         f"## The model\n\n```text\n{formula}\n```",

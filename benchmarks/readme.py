@@ -42,7 +42,7 @@ def page() -> str:
         "# Performance\n\nEvery figure here is a row of benchmarks/results, with the command that made it; "
         "`python -m benchmarks.readme --write`\nwrites this page from them."
     )
-    counts = "What kernels do is counted without a GPU, and GPUs' speeds predicted: [counts.md](counts.md)."
+    counts = "What kernels do is counted without a GPU, and GPUs' speeds predicted: [counts](counts.md)."
     parts = [head, _gpu(verdicts), counts, _memory(record.read(MEMORY)), "## A training step on a CPU"]
     parts += [_cpu_table(record.read(STEPS)), _cpu_words(record.read(STEPS), record.read(EARLIER))]
     command = f"python -m benchmarks.run op NAME --size cpu --out {OPS.relative_to(ROOT)}"

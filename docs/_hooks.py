@@ -9,6 +9,10 @@ LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
     docs = Path(config["docs_dir"]).resolve()
+    readme = (docs.parent / "README.md").read_text(encoding="utf-8")
+    markdown = re.sub(
+        r"<!-- README: (.+) -->", lambda m: readme.partition(f"\n## {m[1]}\n")[2].partition("\n## ")[0], markdown
+    )
     folder = (docs / page.file.src_uri).parent
 
     def kept(match: re.Match[str]) -> str:

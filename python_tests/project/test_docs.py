@@ -46,6 +46,22 @@ def test_arguments_become_lists(site):
     assert re.search(r"Parameters: .*inputs .*batch_size .*Raises: .*ValueError", re.sub(" +", " ", words))
 
 
+def test_what_is_returned_is_one_item_however_many_lines_it_takes(site):
+    page = (site / "reference" / "index.html").read_text(encoding="utf-8")
+    for name in ("routed_adapter", "routed_lora", "adamix_loss"):
+        section = page.partition(f'id="adamix_kernels.{name}"')[2].partition("<h3 ")[0]
+        returned = section.partition("Returns:")[2].partition("</ul>")[0]
+        assert returned.count("<li") == 1, (name, returned)
+
+
+def test_the_home_page_installs_as_the_readme_does(site):
+    page = re.sub(r"<[^>]+>", "", (site / "index.html").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Install\n")[2]
+    first = readme.partition("```sh\n")[2].partition("\n")[0]
+    assert first
+    assert first in page.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+
+
 def test_files_outside_the_site_are_named(site):
     page = (site / "counts" / "index.html").read_text(encoding="utf-8")
     assert "benchmarks/results/count.csv" in page
