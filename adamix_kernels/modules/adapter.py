@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from .._backends import check_request
+from ..ops._adapter_arguments import ACTIVATIONS
 from ..ops._checks import check_choice
-from ..ops.routed_adapter.api import ACTIVATIONS, routed_by_pass
+from ..ops.routed_adapter.api import routed_by_pass
 from ..routing import Router
 from ._banks import (
     as_batch,

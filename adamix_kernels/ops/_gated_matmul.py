@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from ._routed_matmul import reads_routing, sum_by_expert, at_least_float32
+from ._routed_matmul import at_least_float32, reads_routing, sum_by_expert
 
 # Columns of all experts that are one product, whichever of them a row has chosen.
 WIDE = 256

@@ -8,7 +8,6 @@ and h's sum over the slots where the second bank holds one expert. All of it in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch

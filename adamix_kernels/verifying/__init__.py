@@ -78,8 +78,9 @@ def verify(
     that it is done once; calls of ops only look the result up.
 
     Args:
-        ops: of "routed_adapter", "routed_lora", "merge", "consistency". dtypes: of torch.float16, torch.bfloat16,
-            torch.float32; None for all. backends: of "triton", "cuda".
+        ops: of "routed_adapter", "routed_lora", "gated_adapter", "gated_lora" (the same with gates), "merge",
+            "consistency". dtypes: of torch.float16, torch.bfloat16, torch.float32; None for all. backends: of "triton",
+            "cuda".
         seconds: after which what is left stays unknown, on each kind of GPU.
         again: verify what has a verdict, too.
         progress: called with (jobs done, of how many, what runs now).

@@ -7,7 +7,6 @@ multiple of 16 bytes, strided inputs, large magnitudes, more experts than a tile
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,25 +20,8 @@ from ..functional import (
     routed_adapter,
     routed_lora,
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    """leaves: shapes of the floating arguments, None for one that is left out, all differentiated by; the names in
-    `placed` say how they lie in memory. extra: made by a generator, on the CPU. call(backend, leaves, extra) -> the
-    tensor to differentiate, or a sequence that starts with it.
-
-    scale: of the first leaf's values; of the others 1 / sqrt(last axis), so that results are of its size.
-    """
-
-    name: str
-    leaves: tuple[tuple[int, ...] | None, ...]
-    call: Callable[[str, Sequence[Any], Sequence[Any]], Any]
-    extra: Callable[[torch.Generator], tuple[Any, ...]] = lambda generator: ()
-    placed: str = ""
-    scale: float = 1.0
-    # Only where a GPU runs it: too much for an interpreter.
-    large: bool = False
+from . import gated_cases
+from .case import Case, ids, with_seed
 
 
 def cases(op: str, shape: str) -> tuple[Case, ...]:
@@ -58,38 +40,23 @@ def _adapter(residual: str = "input", activation: str = "gelu") -> Callable[...,
     return call
 
 
-def _ids(*given: list[int] | tuple[int, ...] | None) -> Callable[[torch.Generator], tuple[Any, ...]]:
-    """For each side a list of ids, (experts, *shape) to be drawn, whose last expert nobody uses, or None."""
-
-    def extra(generator: torch.Generator) -> tuple[Any, ...]:
-        made: list[Any] = []
-        for one in given:
-            if isinstance(one, tuple):
-                made.append(torch.randint(max(1, one[0] - 1), one[1:], generator=generator))
-            else:
-                made.append(None if one is None else torch.tensor(one))
-        return tuple(made)
-
-    return extra
-
-
 def _adapter_narrow() -> list[Case]:
     sides = (4, 17, 64), (3, 16, 64), (3, 16), (1, 64, 16), (1, 64), None
     tails = (3, 19, 37), (3, 5, 37), (3, 5), (2, 41, 5), None, (3, 19, 41)
     one = (1, 1, 37), *tails[1:5], (1, 1, 41)
     return [
-        Case("samples", sides, _adapter(), _ids([2, 0, 2, 0], None)),
-        Case("strided", sides, _adapter(), _ids([0, 2, 2, 2], None), "strided"),
-        Case("large values", sides, _adapter(), _ids([2, 0, 2, 0], None), scale=64.0),
-        Case("tails, tokens, misaligned", tails, _adapter("other"), _ids((3, 3, 19), (2, 3, 19)), "misaligned"),
-        Case("one row", one, _adapter("other"), _ids([1], [1])),
+        Case("samples", sides, _adapter(), ids([2, 0, 2, 0], None)),
+        Case("strided", sides, _adapter(), ids([0, 2, 2, 2], None), "strided"),
+        Case("large values", sides, _adapter(), ids([2, 0, 2, 0], None), scale=64.0),
+        Case("tails, tokens, misaligned", tails, _adapter("other"), ids((3, 3, 19), (2, 3, 19)), "misaligned"),
+        Case("one row", one, _adapter("other"), ids([1], [1])),
         Case(
             "many experts above", ((3, 21, 64), (1, 16, 64), (1, 16), (17, 64, 16), (17, 64), None), _adapter(),
-            _ids(None, (17, 3, 21)),
+            ids(None, (17, 3, 21)),
         ),
         Case(
             "a model's width", ((2, 130, 1024), (4, 16, 1024), (4, 16), (4, 1024, 16), (4, 1024), None), _adapter(),
-            _ids([3, 1], [0, 3]), large=True,
+            ids([3, 1], [0, 3]), large=True,
         ),
     ]  # fmt: skip
 
@@ -98,9 +65,9 @@ def _adapter_wide() -> list[Case]:
     banks = (18, 16, 64), (18, 16), (18, 64, 16), (18, 64), None
     tails = (3, 19, 37), (60, 5, 37), None, (60, 37, 5), None, None
     return [
-        Case("tokens", ((3, 21, 64), *banks), _adapter(), _ids((18, 3, 21), (18, 3, 21))),
-        Case("samples", ((5, 17, 64), *banks), _adapter(), _ids((18, 5), (18, 5)), "strided"),
-        Case("tails, tokens, misaligned", tails, _adapter("none"), _ids((60, 3, 19), (60, 3, 19)), "misaligned"),
+        Case("tokens", ((3, 21, 64), *banks), _adapter(), ids((18, 3, 21), (18, 3, 21))),
+        Case("samples", ((5, 17, 64), *banks), _adapter(), ids((18, 5), (18, 5)), "strided"),
+        Case("tails, tokens, misaligned", tails, _adapter("none"), ids((60, 3, 19), (60, 3, 19)), "misaligned"),
     ]
 
 
@@ -115,31 +82,27 @@ def _lora(**options: Any) -> Callable[..., torch.Tensor]:
     return call
 
 
-def _with_seed(ids: Callable[[torch.Generator], tuple[Any, ...]]) -> Callable[[torch.Generator], tuple[Any, ...]]:
-    return lambda generator: (*ids(generator), torch.tensor(20_240_229))
-
-
 def _lora_narrow() -> list[Case]:
     sides = (4, 17, 64), (3, 16, 64), (1, 64, 16), (4, 17, 64)
     tails = (3, 19, 37), (3, 10, 37), (2, 22, 5), (3, 19, 37)
     two = dict(groups=2, output_offsets=(0, 20), scaling=0.5)
     one = (1, 1, 37), *tails[1:3], (1, 1, 37)
-    samples = _ids([2, 0, 2, 0], None)
+    samples = ids([2, 0, 2, 0], None)
     return [
         Case("samples", sides, _lora(scaling=0.5), samples),
-        Case("strided", sides, _lora(scaling=0.5), _ids([0, 2, 2, 2], None), "strided"),
+        Case("strided", sides, _lora(scaling=0.5), ids([0, 2, 2, 2], None), "strided"),
         Case("in place", sides, _lora(scaling=0.5, inplace=True), samples),
         Case("large values", sides, _lora(scaling=2.0), samples, scale=64.0),
-        Case("dropout", (*sides[:3], None), _lora(scaling=0.5, dropout_p=0.25), _with_seed(samples)),
-        Case("tails, tokens, misaligned", tails, _lora(**two), _ids((3, 3, 19), (2, 3, 19)), "misaligned"),
-        Case("one row", one, _lora(**two), _ids([1], [1])),
+        Case("dropout", (*sides[:3], None), _lora(scaling=0.5, dropout_p=0.25), with_seed(samples)),
+        Case("tails, tokens, misaligned", tails, _lora(**two), ids((3, 3, 19), (2, 3, 19)), "misaligned"),
+        Case("one row", one, _lora(**two), ids([1], [1])),
         Case(
             "many experts above", ((3, 21, 64), (1, 16, 64), (17, 64, 16), (3, 21, 64)), _lora(),
-            _ids(None, (17, 3, 21)),
+            ids(None, (17, 3, 21)),
         ),
         Case(
             "a model's width", ((2, 130, 1024), (4, 16, 1024), (4, 1024, 16), (2, 130, 1024)), _lora(scaling=2.0),
-            _ids([3, 1], [0, 3]), large=True,
+            ids([3, 1], [0, 3]), large=True,
         ),
     ]  # fmt: skip
 
@@ -148,9 +111,9 @@ def _lora_wide() -> list[Case]:
     banks = (18, 16, 64), (18, 64, 16)
     tails = (3, 19, 37), (60, 5, 37), (60, 37, 5), None
     return [
-        Case("tokens", ((3, 21, 64), *banks, (3, 21, 64)), _lora(), _ids((18, 3, 21), (18, 3, 21))),
-        Case("samples", ((5, 17, 64), *banks, (5, 17, 64)), _lora(), _ids((18, 5), (18, 5)), "strided"),
-        Case("tails, tokens, misaligned", tails, _lora(), _ids((60, 3, 19), (60, 3, 19)), "misaligned"),
+        Case("tokens", ((3, 21, 64), *banks, (3, 21, 64)), _lora(), ids((18, 3, 21), (18, 3, 21))),
+        Case("samples", ((5, 17, 64), *banks, (5, 17, 64)), _lora(), ids((18, 5), (18, 5)), "strided"),
+        Case("tails, tokens, misaligned", tails, _lora(), ids((60, 3, 19), (60, 3, 19)), "misaligned"),
     ]
 
 
@@ -231,6 +194,10 @@ _CASES: dict[tuple[str, str], Callable[[], Sequence[Case]]] = {
     ("routed_adapter", "wide"): _adapter_wide,
     ("routed_lora", "narrow"): _lora_narrow,
     ("routed_lora", "wide"): _lora_wide,
+    ("gated_adapter", "narrow"): gated_cases.adapter_narrow,
+    ("gated_adapter", "wide"): gated_cases.adapter_wide,
+    ("gated_lora", "narrow"): gated_cases.lora_narrow,
+    ("gated_lora", "wide"): gated_cases.lora_wide,
     ("merge", "any"): _merge,
     ("consistency", "few"): lambda: _losses(few=True),
     ("consistency", "many"): lambda: _losses(few=False),

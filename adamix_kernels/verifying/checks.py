@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .cases import Case
+from .case import Case
 from .guards import Guards
 
 # A result may err so many times as what plain PyTorch errs in the same dtype, or what rounding errs if that is more.

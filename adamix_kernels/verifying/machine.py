@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _extension
+from .. import _backends, _extension
 from .._auto import SHAPES
 from .._environment import triton_table
 from .._version import __version__
@@ -84,9 +84,15 @@ class Machine:
 def jobs(
     ops: tuple[str, ...] = tuple(SHAPES), dtypes: tuple[str, ...] = DTYPES, backends: tuple[str, ...] = KERNELS
 ) -> list[Job]:
-    """Every job there is of these."""
+    """Every job there is of these: of each op on the backends that this build has it for."""
+    made = {name: state.ops for name, state in _backends.backends().items()}
     return [
-        Job(op, backend, dtype, shape) for op in ops for shape in SHAPES[op] for dtype in dtypes for backend in backends
+        Job(op, backend, dtype, shape)
+        for op in ops
+        for shape in SHAPES[op]
+        for dtype in dtypes
+        for backend in backends
+        if op in made[backend]
     ]
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from ..._backends import check_request
-from .._checks import autocast, check_bank, check_choice, check_dims, check_index, check_shape, check_tensor
+from .._adapter_arguments import check_adapter
+from .._checks import autocast, check_tensor
 from .._direct import autocasts, may_be_direct
+from .._gates import check_mix
 from .._passes import fold_passes
+from ..gated_adapter.api import gated_adapter
 from .autograd import routed_adapter_op
 from .direct import call
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", None)
 
 
 def routed_adapter(
@@ -25,25 +26,38 @@ def routed_adapter(
     *,
     residual: torch.Tensor | None = None,
     activation: str | None = "gelu",
+    gates: torch.Tensor | None = None,
+    mix: str = "outputs",
     backend: str = "auto",
 ) -> torch.Tensor:
     """out = residual + act(x Wd[i]^T + bd[i]) Wu[j]^T + bu[j], every sample or token through its own experts.
+
+    With gates, of several experts:
+        mix "outputs": out = residual + sum_k gates_k (act(x Wd[i_k]^T + bd[i_k]) Wu[j_k]^T + bu[j_k])
+        mix "weights": out = residual + sum_k gates_k (z Wu[j_k]^T + bu[j_k]),
+            z = act(sum_k gates_k (x Wd[i_k]^T + bd[i_k]))
 
     Args:
         x: [B, S, H], floating. B, S and both may be 0.
         down_weight: [Md, r, H], x's dtype. down_bias: [Md, r] or None.
         up_weight: [Mu, Hout, r], x's dtype. up_bias: [Mu, Hout] or None.
         down_index, up_index: i and j, int32 or int64, [B] (per sample) or [B, S] (per token); None only
-            for a bank of one. The sides are independent.
+            for a bank of one. The sides are independent. With gates, see there.
         residual: [B, S, Hout], x's dtype, or None for nothing added. Passing x itself costs no extra read.
         activation: "gelu" (erf), "gelu_tanh", "relu", "silu" or None.
+        gates: float32 or x's dtype; None for one expert, unweighted. Either of K experts that each sample or token
+            chooses: [B, K] or [B, S, K], and so is every index given; slot k takes Wd[i_k] and Wu[j_k], an expert may
+            stand in two slots, and K may be 0. Or of all M experts: both indices None, gates [B, M] or [B, S, M], and
+            each bank of M or of one. A bank of one is in every slot of "outputs".
+        mix: what the gates weigh, "outputs" or "weights" (SMEAR); in the latter a bank of one is taken once,
+            unweighted, unless both are of one.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
         [B, S, Hout], x's dtype. Differentiable once in every floating argument; an expert that no
         sample used gets an exactly zero gradient.
 
-    Under autocast every floating argument (float64 excepted) is cast to the autocast dtype.
+    Under autocast every floating argument is cast to the autocast dtype, but float64, and gates in float32.
 
     Memory at the peak, in bytes beyond the arguments, for e bytes an element and H, Hout well above r. The forward
     counts its output and what it saves, the backward its gradients:
@@ -66,7 +80,8 @@ def routed_adapter(
             what is not finite in the row's x or gradient, and its up_bias the gradient itself.
         BackendUnavailableError: an explicit backend cannot serve the call.
 
-    Source: AdaMix (arXiv 2205.12410), section 3; `ExpertSoup.forward` of the reference project.
+    Source: AdaMix (arXiv 2205.12410), section 3; `ExpertSoup.forward` of the reference project. Mixed weights:
+        SMEAR (arXiv 2306.03745).
 
     Example:
         >>> x = torch.randn(2, 5, 8)  # two samples of five tokens
@@ -75,7 +90,19 @@ def routed_adapter(
         >>> first = x[0] + torch.nn.functional.gelu(x[0] @ down[3].mT) @ up[0].mT
         >>> torch.allclose(out[0], first, atol=1e-5)
         True
+        >>> gates = torch.tensor([[0.25, 0.75], [0.5, 0.5]])  # two experts for each sample
+        >>> out = routed_adapter(x, down, None, up, None, torch.tensor([[3, 0], [1, 2]]), None, gates=gates)
+        >>> h = [torch.nn.functional.gelu(x[0] @ down[e].mT) @ up[0].mT for e in (3, 0)]
+        >>> torch.allclose(out[0], 0.25 * h[0] + 0.75 * h[1], atol=1e-5)
+        True
     """
+    if mix != "outputs":
+        check_mix(mix)
+    if gates is not None:
+        return gated_adapter(
+            x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, gates, mix, residual, activation,
+            backend,
+        )  # fmt: skip
     return routed_by_pass(
         x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, 0, residual, activation, backend
     )  # fmt: skip
@@ -111,7 +138,7 @@ def routed_by_pass(
             check_tensor("x", x)
             with torch.no_grad():
                 folded, other = fold_passes(x, passes), None if added is None else fold_passes(added, passes)
-            _check(
+            check_adapter(
                 folded, down_weight, down_bias, up_weight, up_bias, down_index, up_index, other, add_input, activation
             )  # fmt: skip
             check_request(backend)
@@ -136,41 +163,3 @@ def routed_by_pass(
         backend,
     )
     return out.view(*x.shape[:2], out.shape[2]) if passes else out
-
-
-def _check(
-    x: torch.Tensor,
-    down_weight: torch.Tensor,
-    down_bias: torch.Tensor | None,
-    up_weight: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    down_index: torch.Tensor | None,
-    up_index: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    add_input: bool,
-    activation: str | None,
-) -> None:
-    check_dims("x", x, "[B, S, H]")
-    hidden = x.shape[2]
-    check_tensor("down_weight", down_weight, x)
-    check_bank("down_weight", down_weight, "[Md, r, H]")
-    md, r, _ = down_weight.shape
-    check_shape("down_weight", down_weight, "[Md, r, H]", md, r, hidden)
-    check_tensor("up_weight", up_weight, x)
-    check_bank("up_weight", up_weight, "[Mu, Hout, r]")
-    mu, out_features, _ = up_weight.shape
-    check_shape("up_weight", up_weight, "[Mu, Hout, r]", mu, out_features, r)
-    if down_bias is not None:
-        check_tensor("down_bias", down_bias, x)
-        check_shape("down_bias", down_bias, "[Md, r]", md, r)
-    if up_bias is not None:
-        check_tensor("up_bias", up_bias, x)
-        check_shape("up_bias", up_bias, "[Mu, Hout]", mu, out_features)
-    check_index("down_index", down_index, md, x)
-    check_index("up_index", up_index, mu, x)
-    if residual is not None:
-        check_tensor("residual", residual, x)
-        check_shape("residual", residual, "[B, S, Hout]", x.shape[0], x.shape[1], out_features)
-    if add_input:
-        check_shape("residual", x, "[B, S, Hout]", x.shape[0], x.shape[1], out_features)
-    check_choice("activation", activation, ACTIVATIONS)

@@ -9,20 +9,13 @@ from typing import Any
 import torch
 
 from ..._backends import check_request
-from .._checks import (
-    autocast,
-    check_bank,
-    check_device,
-    check_dims,
-    check_flag,
-    check_index,
-    check_shape,
-    check_tensor,
-    fail,
-)
+from .._checks import check_flag, check_tensor
 from .._direct import autocasts, may_be_direct
-from .._groups import check_groups, check_number, check_scaling
+from .._gates import check_mix
+from .._groups import check_number
+from .._lora_arguments import autocast_lora, check_inplace, check_lora, seed_tensor
 from .._passes import fold_passes
+from ..gated_lora.api import gated_lora
 from .autograd import routed_lora_inplace, routed_lora_op
 from .direct import call
 
@@ -35,7 +28,9 @@ def routed_lora(
     b_index: torch.Tensor | None,
     *,
     base: torch.Tensor | None = None,
-    scaling: float = 1,  # torch.compile(dynamic=True) traces twice for a float read from a default
+    gates: torch.Tensor | None = None,
+    mix: str = "outputs",
+    scaling: float | torch.Tensor = 1,  # torch.compile(dynamic=True) traces twice for a float read from a default
     groups: int = 1,
     output_offsets: Sequence[int] = (0,),
     dropout_p: float = 0,
@@ -45,13 +40,24 @@ def routed_lora(
 ) -> torch.Tensor:
     """out[..., o_g : o_g+Ng] = base[..., o_g : o_g+Ng] + scaling * (dropout(x) A[i]_g^T) B[j]_g^T for every group g.
 
+    With gates, of several experts, s_k the scaling of expert k (the groups left out):
+        mix "outputs": out = base + sum_k gates_k s_k (dropout(x) A[i_k]^T) B[j_k]^T
+        mix "weights": out = base + dropout(x) (sum_k gates_k A[i_k])^T (sum_k gates_k s_k B[j_k])^T
+
     Args:
         x: [B, S, K], floating. B, S and both may be 0.
         lora_a: [Ma, groups * r, K], x's dtype. lora_b: [Mb, groups * Ng, r], x's dtype.
         a_index, b_index: i and j, int32 or int64, [B] (per sample) or [B, S] (per token); None only for a
-            bank of one. The sides are independent.
+            bank of one. The sides are independent. With gates, see there.
         base: [B, S, N], x's dtype; None for zeros of width max(output_offsets) + Ng.
-        scaling: alpha / r, a finite number.
+        gates: float32 or x's dtype; None for one expert, unweighted. Either of K experts that each sample or token
+            chooses: [B, K] or [B, S, K], and so is every index given; slot k takes A[i_k] and B[j_k], an expert may
+            stand in two slots, and K may be 0. Or of all M experts: both indices None, gates [B, M] or [B, S, M], and
+            each bank of M or of one. A bank of one is in every slot of "outputs" (one A and many B: HydraLoRA).
+        mix: what the gates weigh, "outputs" or "weights" (SMEAR, Polytropon); in the latter a bank of one is taken
+            once, unweighted, unless both are of one.
+        scaling: alpha / r, a finite number; or float32 [M], one for each expert of lora_b, of lora_a where lora_b is a
+            bank of one, which is not differentiated by.
         groups: how many column ranges the factors serve; each has its own r rows of A and Ng rows of B.
         output_offsets: first output column of each group; ranges may not overlap. GPT-2's fused c_attn with
             LoRA on q and v: groups=2, output_offsets=(0, 2H).
@@ -64,10 +70,10 @@ def routed_lora(
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        [B, S, N], x's dtype; in base's memory if inplace. Differentiable once in x, lora_a, lora_b and base; an
-        expert that no sample used gets an exactly zero gradient.
+        [B, S, N], x's dtype; in base's memory if inplace. Differentiable once in x, lora_a, lora_b, gates and
+        base; an expert that no sample used gets an exactly zero gradient.
 
-    Under autocast every floating argument (float64 excepted) is cast to the autocast dtype.
+    Under autocast every floating argument is cast to the autocast dtype, but float64, scaling, and gates in float32.
 
     Memory at the peak, in bytes beyond the arguments, for e bytes an element, one group and K, N well above r. The
     forward counts its output (none if inplace) and what it saves, the backward its gradients:
@@ -90,7 +96,8 @@ def routed_lora(
             what is not finite in the row's x or gradient.
         BackendUnavailableError: an explicit backend cannot serve the call.
 
-    Source: AdaMix (arXiv 2205.12410), section 3; `MergedLinear` of the reference project's NLG/loralib.
+    Source: AdaMix (arXiv 2205.12410), section 3; `MergedLinear` of the reference project's NLG/loralib. Gates: LoRAMoE,
+        MoLA (arXiv 2402.08562), HydraLoRA; weights: SMEAR (arXiv 2306.03745), Polytropon (arXiv 2202.13914).
 
     Example:
         >>> x, base = torch.randn(2, 5, 8), torch.randn(2, 5, 6)
@@ -98,7 +105,19 @@ def routed_lora(
         >>> out = routed_lora(x, a, b, torch.tensor([1, 2]), torch.tensor([0, 2]), base=base, scaling=2.0)
         >>> torch.allclose(out[0], base[0] + 2 * x[0] @ a[1].mT @ b[0].mT, atol=1e-4)
         True
+        >>> gates = torch.randn(2, 5, 4).softmax(-1)  # every token weighs all four experts
+        >>> out = routed_lora(x, a, b, None, None, base=base, gates=gates)
+        >>> parts = torch.stack([x[0] @ a[e].mT @ b[e].mT for e in range(4)], -1)
+        >>> torch.allclose(out[0], base[0] + (parts * gates[0].unsqueeze(1)).sum(-1), atol=1e-4)
+        True
     """
+    if mix != "outputs":
+        check_mix(mix)
+    if gates is not None or isinstance(scaling, torch.Tensor):
+        return gated_lora(
+            x, lora_a, lora_b, a_index, b_index, gates, mix, base, scaling, groups, output_offsets, dropout_p, seed,
+            inplace, backend,
+        )  # fmt: skip
     return routed_by_pass(
         x, lora_a, lora_b, a_index, b_index, 0, base, scaling, groups, output_offsets, dropout_p, seed, inplace, backend
     )  # fmt: skip
@@ -128,26 +147,26 @@ def routed_by_pass(
     direct = may_be_direct()
     if not direct or autocasts():
         check_tensor("x", x)
-        x, lora_a, lora_b, base = _autocast(x, lora_a, lora_b, base)
-    drawn = _Once(_seed_tensor, seed, x)
+        x, lora_a, lora_b, base = autocast_lora(x, lora_a, lora_b, base)
+    drawn = _Once(seed_tensor, seed, x)
     offsets: Sequence[int] = output_offsets
     for checked in (False, True):
         if checked:
             check_tensor("x", x)
             with torch.no_grad():
                 folded, other = fold_passes(x, passes), None if base is None else fold_passes(base, passes)
-            offsets = _check(folded, lora_a, lora_b, a_index, b_index, other, scaling, groups, output_offsets)
+            offsets = check_lora(folded, lora_a, lora_b, a_index, b_index, other, scaling, groups, output_offsets)
             check_request(backend)
             check_number("dropout_p", dropout_p, 0, 1, "a Python number, 0 <= dropout_p < 1")
             check_flag("inplace", inplace)
         if direct:
             out = call(
                 x, lora_a, lora_b, a_index, b_index, base, scaling, groups, offsets, dropout_p, backend, inplace,
-                passes, checked, drawn, functools.partial(_check_inplace, given, x, lora_a, lora_b),
+                passes, checked, drawn, functools.partial(check_inplace, given, x, lora_a, lora_b),
             )  # fmt: skip
             if out is not None:
                 return out if base is None or out.shape == base.shape else out.view(base.shape)
-    target = _check_inplace(given, x, lora_a, lora_b) if inplace else base
+    target = check_inplace(given, x, lora_a, lora_b) if inplace else base
     key = drawn() if dropout_p > 0 else None
     rows = fold_passes(x, passes)
     if not inplace:
@@ -156,7 +175,7 @@ def routed_by_pass(
     if not inplace:
         out = routed_lora_op(*arguments)[0]
         return out.view(*x.shape[:2], out.shape[2]) if passes else out
-    assert base is not None  # _check_inplace
+    assert base is not None  # check_inplace
     assert target is not None
     if torch.compiler.is_compiling():
         # The compiler decides itself what may share memory.
@@ -177,87 +196,3 @@ class _Once:
         if self._drawn is None:
             self._drawn = self._draw(*self._arguments)
         return self._drawn
-
-
-def _autocast(
-    x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, base: torch.Tensor | None
-) -> tuple[Any, ...]:
-    for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
-        check_tensor(name, value)
-    if base is not None:
-        check_tensor("base", base)
-    return autocast(x, lora_a, lora_b, base)
-
-
-def _check(
-    x: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    a_index: torch.Tensor | None,
-    b_index: torch.Tensor | None,
-    base: torch.Tensor | None,
-    scaling: float,
-    groups: int,
-    output_offsets: Sequence[int],
-) -> list[int]:
-    check_dims("x", x, "[B, S, K]")
-    check_tensor("lora_a", lora_a, x)
-    check_bank("lora_a", lora_a, "[Ma, groups * r, K]")
-    check_shape("lora_a", lora_a, "[Ma, groups * r, K]", lora_a.shape[0], lora_a.shape[1], x.shape[2])
-    check_tensor("lora_b", lora_b, x)
-    check_bank("lora_b", lora_b, "[Mb, groups * Ng, r]")
-    check_index("a_index", a_index, lora_a.shape[0], x)
-    check_index("b_index", b_index, lora_b.shape[0], x)
-    width = None
-    if base is not None:
-        check_tensor("base", base, x)
-        check_dims("base", base, "[B, S, N]")
-        width = base.shape[2]
-        check_shape("base", base, "[B, S, N]", x.shape[0], x.shape[1], width)
-    check_scaling(scaling)
-    return check_groups(lora_a, lora_b, groups, output_offsets, width)
-
-
-def _check_inplace(
-    base: torch.Tensor | None, x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
-) -> torch.Tensor:
-    """The tensor to write: base or, while autograd records, the tensor [..., N] that all of base is a view of.
-
-    base: as the caller gave it; x, lora_a, lora_b: in the dtype of the call.
-    """
-    wanted = "to be overwritten"
-    if base is None:
-        fail("base", "None", f"a tensor [B, S, N] {wanted}", TypeError)
-    if base.dtype != x.dtype:
-        fail("base", base.dtype, f"{x.dtype}, autocast's dtype, {wanted}", TypeError)
-    if torch.compiler.is_compiling():
-        return base
-    if not base.is_contiguous():
-        fail("base", f"strides {base.stride()}", f"a contiguous tensor {wanted}")
-    for name, other in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b)):
-        if torch._C._is_alias_of(base, other):  # type: ignore[attr-defined]  # absent from torch's stubs
-            fail("base", f"a tensor in {name}'s memory", f"memory of its own {wanted}")
-    if not torch.is_grad_enabled():
-        return base
-    owner = base if base._base is None else base._base
-    if owner.is_leaf and owner.requires_grad:
-        fail("base", "a leaf that requires grad", f"the output of an operation {wanted}")
-    whole = (owner.numel(), owner.dtype) == (base.numel(), base.dtype) and owner.is_contiguous()
-    if not whole or owner.shape[-1:] != base.shape[-1:]:
-        fail("base", f"a view of a tensor {tuple(owner.shape)}", f"all of a tensor [..., N] {wanted} under autograd")
-    return owner
-
-
-def _seed_tensor(seed: int | torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    if seed is None:
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
-    if isinstance(seed, torch.Tensor):
-        if seed.dim() != 0 or seed.dtype != torch.int64:
-            fail("seed", f"a {seed.dtype} tensor of shape {tuple(seed.shape)}", "a 0-dimensional torch.int64 tensor")
-        check_device("seed", seed, x)
-        return seed
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        fail("seed", repr(seed), "an int, a 0-dimensional torch.int64 tensor or None", TypeError)
-    if not -(2**63) <= seed < 2**63:
-        fail("seed", seed, "a 64-bit signed integer")
-    return torch.full((), seed, dtype=torch.int64, device=x.device)
