@@ -15,8 +15,8 @@ inline Activation activation_of(const std::string& name) {
   fail("activation", "'" + name + "'", "'gelu', 'gelu_tanh', 'relu', 'silu' or ''");
 }
 
-inline void check_bias(const char* name, const OptionalTensor& bias, const char* layout, int64_t experts, int64_t features,
-                const Tensor& x) {
+inline void check_bias(const char* name, const OptionalTensor& bias, const char* layout, int64_t experts,
+                       int64_t features, const Tensor& x) {
   if (!bias.has_value()) return;
   check_like(name, *bias, "x", x);
   check_sizes(name, *bias, layout, {experts, features});

@@ -11,6 +11,9 @@
 
 namespace adamix {
 
+constexpr int kChunkRanks = 64;     // narrow columns that rows of 16-byte pieces are multiplied by at a time
+constexpr int kGatedGradCols = 32;  // columns of a block of gated_grads_mma.cu
+
 // What forward and backward have in common.
 template <typename T>
 struct GatedBanks {
@@ -46,15 +49,18 @@ template <typename T>
 struct GatedInputGrad : GatedBanks<T> {
   Rows<const T> grad_out;  // [B, S, N]
   const T* t;
-  T* u;           // [N, up.slots, groups * r], grad_out B
-  T* dt;          // [N, down.slots, groups * r], the gradient of t
-  T* mixed;       // as in the forward, or null
-  T* bias_gates;  // the same, or null
-  int* down_ids;  // [N, down.slots] of the slots' experts, -1 in a row of a wrong id; null where none differ
-  int* up_ids;    // the same
-  void* dgates;   // [N, slots], or null
+  T* u;             // [N, up.slots, groups * r], grad_out B
+  T* dt;            // [N, down.slots, groups * r], the gradient of t
+  T* mixed;         // as in the forward, or null
+  T* bias_gates;    // the same, or null
+  int* down_ids;    // [N, down.slots] of the slots' experts, -1 in a row of a wrong id; null where none differ
+  int* up_ids;      // the same
+  int mixed_pitch;  // of 16-byte pieces, where dt and mixed are of all experts instead: [N, Md, groups * r] and
+                    // [N, groups, Mu, r], what no slot names 0, with the biases' gates behind it
+  void* dgates;     // [N, slots], or null
   Kind dgates_kind;
-  T* dx;  // [N, K], or null
+  T* dx;         // [N, K], or null
+  bool gathers;  // in 16-byte pieces: whether grad_out B is wanted
   bool add_input, dx_aligned;
 };
 
@@ -68,9 +74,49 @@ struct GatedWeightGrad {
   RowShares shares;  // of rows
 };
 
+// The same of rows of 16-byte pieces, where what is narrow is of all experts.
+template <typename T>
+struct GatedTeamGrad {
+  Rows<const T> x, grad_out;
+  const T* dt;     // [N, Md * groups * r], or null
+  const T* mixed;  // [N, mixed_pitch], or null
+  Grad<T> down, down_bias, up, up_bias;
+  Gates gates;
+  ColumnRanges ranges;
+  Dropout dropout;
+  RowShares shares;
+  int features, rank, mixed_pitch;
+  Divisor by_rank, by_ranks;
+
+  ADAMIX_BOTH int down_ranks() const { return gates.down.experts * ranges.groups * rank; }
+  // Of a group, with the biases.
+  ADAMIX_BOTH int up_ranks() const { return gates.up.experts * rank + (up_bias.out == nullptr ? 0 : gates.up.experts); }
+  ADAMIX_BOTH int down_jobs() const {
+    return dt == nullptr ? 0 : ceil_div(down_ranks(), kChunkRanks) * ceil_div(features, kGatedGradCols);
+  }
+  ADAMIX_BOTH int up_jobs() const {
+    int chunks = ceil_div(up_ranks(), kChunkRanks) * ceil_div(ranges.cols, kGatedGradCols);
+    return mixed == nullptr ? 0 : ranges.groups * chunks;
+  }
+};
+
 #if defined(ADAMIX_LAUNCHERS)
+// Launches nothing and returns false where rows are no 16-byte pieces, or the GPU has no such products in registers.
+template <typename T>
+bool launch_gated_forward_mma(const GatedForward<T>& params, const Device& device);
+
 template <typename T>
 void launch_gated_forward(const GatedForward<T>& params, const Device& device);
+
+// Whether rows are 16-byte pieces here. biased: biases up, or their gradients, are wanted.
+template <typename T>
+bool gated_team_takes(const GatedInputGrad<T>& params, bool biased, const Device& device);
+
+template <typename T>
+void launch_gated_input_grad_mma(const GatedInputGrad<T>& params, const Device& device);
+
+template <typename T>
+void launch_gated_weight_grad_mma(const GatedTeamGrad<T>& params, const Device& device);
 
 template <typename T>
 void launch_gated_input_grad(const GatedInputGrad<T>& params, const Device& device);

@@ -40,7 +40,8 @@ ADAMIX_DEVICE void leave_row(const GatedInputGrad<T>& p, const GatedTile<T>& til
   int64_t at = gates.at(number), slots = gates.slots;
   bool served = tile.served[row] != 0;
   for (int slot = this_lane(); p.down_ids != nullptr && slot < gates.down.slots; slot += 32) {
-    p.down_ids[static_cast<int64_t>(number) * gates.down.slots + slot] = served ? gates.down.named(at + slot, slot) : -1;
+    p.down_ids[static_cast<int64_t>(number) * gates.down.slots + slot] =
+        served ? gates.down.named(at + slot, slot) : -1;
   }
   for (int slot = this_lane(); p.up_ids != nullptr && slot < gates.up.slots; slot += 32) {
     p.up_ids[static_cast<int64_t>(number) * gates.up.slots + slot] = served ? gates.up.named(at + slot, slot) : -1;
@@ -73,8 +74,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) gated_input_grad_kernel(Gated
         [&](T* left, int k0) {
           load_tile<kTileRows, kInner<T>, kTileThreads>(
               left, p.grad_out.data + start + k0, [&](int row) { return tile.in_offset[row]; },
-              [&](int row) { return row < tile.count; }, cols - k0,
-              p.grad_out.aligned && start % Piece<T>::kSize == 0);
+              [&](int row) { return row < tile.count; }, cols - k0, p.grad_out.aligned && start % Piece<T>::kSize == 0);
         },
         [](T*, int) {}, [&](T* right, int k0, int rank0) { load_up_ranks(right, p, group, k0, rank0); },
         [&](int row, int slot, int, int rank, float sum) {
@@ -136,14 +136,15 @@ __global__ void __launch_bounds__(kTileThreads, 2) gated_weight_grad_kernel(Gate
       tile, side, job, shares, 1.f,
       [&](T* wide, auto row_of) {
         if (which != 0 || !mask.drops()) return;
-        change_tile<kInner<T>, kTileCols, kTileThreads>(
-            wide, [&](float value, int row, int col) { return mask.apply(value, row_of(row) / pairs, job.col0 + col); });
+        change_tile<kInner<T>, kTileCols, kTileThreads>(wide, [&](float value, int row, int col) {
+          return mask.apply(value, row_of(row) / pairs, job.col0 + col);
+        });
       },
       [](T*) {});
 }
 
-#define ADAMIX_INSTANTIATE(T)                                                          \
-  template __global__ void gated_input_grad_kernel<T>(GatedInputGrad<T>);              \
+#define ADAMIX_INSTANTIATE(T)                                                           \
+  template __global__ void gated_input_grad_kernel<T>(GatedInputGrad<T>);               \
   template __global__ void gated_weight_grad_kernel<T, kSmallRank>(GatedWeightGrad<T>); \
   template __global__ void gated_weight_grad_kernel<T, kChunk<T>>(GatedWeightGrad<T>);
 ADAMIX_INSTANTIATE(float)
@@ -172,7 +173,7 @@ void launch_gated_weight_grad(const GatedWeightGrad<T>& params, const Device& de
   dispatch_narrow<T>(most, run);
 }
 
-#define ADAMIX_INSTANTIATE(T)                                                    \
+#define ADAMIX_INSTANTIATE(T)                                                     \
   template void launch_gated_input_grad(const GatedInputGrad<T>&, const Device&); \
   template void launch_gated_weight_grad(const GatedWeightGrad<T>&, const Device&);
 ADAMIX_INSTANTIATE(float)

@@ -1,6 +1,8 @@
 // A call of an op with gates, checked: what LoRA and the adapter have in common, forward and backward.
 #pragma once
 
+#include <algorithm>
+
 #include "common/checks.h"
 #include "gated/gated.h"
 
@@ -34,7 +36,28 @@ struct GatedCall {
   void check_rows(const char* name, const Tensor& rows) const;
 
   int64_t down_slots() const { return gates.down.slots; }
+  void make_banks_contiguous();
 };
+
+// What forward and backward both know; the banks are contiguous.
+template <typename T>
+void fill(GatedBanks<T>& banks, const GatedCall& call) {
+  banks.down = data<const T>(call.down);
+  banks.up = data<const T>(call.up);
+  banks.down_bias = data<const T>(call.down_bias);
+  banks.up_bias = data<const T>(call.up_bias);
+  banks.gates = call.gates;
+  banks.ranges = call.ranges;
+  banks.dropout = call.dropout;
+  banks.activation = call.activation;
+  banks.rows = call.rows;
+  banks.features = static_cast<int>(call.features);
+  banks.rank = static_cast<int>(call.rank);
+  banks.by_rank = divisor(std::max(1, banks.rank));
+  banks.by_ranks = divisor(std::max(1, static_cast<int>(call.ranks)));
+  banks.down_aligned = is_aligned(banks.down, {call.features}, sizeof(T));
+  banks.up_aligned = is_aligned(banks.up, {call.rank}, sizeof(T));
+}
 
 // Writes out [B, S, N], which may be base itself, and returns t.
 Tensor run_gated_forward(GatedCall& call, const Device& device, OptionalTensor base, const Tensor& out);

@@ -1,18 +1,18 @@
 // The entries of gated LoRA and of the gated adapter from the dispatcher.
+#include <algorithm>
+
 #include "common/adapter_checks.h"
 #include "common/lora_checks.h"
 #include "gated/gated_call.h"
 #include "registration.h"
 
-#include <algorithm>
-
 namespace adamix {
 namespace {
 
-constexpr GatedCall::Names kLora{"lora_a",  "[Ma, groups * r, K]", "lora_b", "[Mb, groups * Ng, r]",
-                                 "a_index", "b_index"};
-constexpr GatedCall::Names kAdapter{"down_weight", "[Md, r, H]", "up_weight", "[Mu, Hout, r]",
-                                    "down_index",  "up_index"};
+constexpr GatedCall::Names kLora{"lora_a", "[Ma, groups * r, K]", "lora_b", "[Mb, groups * Ng, r]", "a_index",
+                                 "b_index"};
+constexpr GatedCall::Names kAdapter{"down_weight",   "[Md, r, H]", "up_weight",
+                                    "[Mu, Hout, r]", "down_index", "up_index"};
 
 // rows_like: base or the gradient, named rows_name; none: as many columns as the groups reach.
 GatedCall lora_call(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& a_index,
@@ -83,8 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_lora_backward(
   check_like("t", t, "x", x);
   check_sizes("t", t, "[B, S, slots * groups * r]", {call.batch, call.tokens, call.down_slots() * call.ranks});
   Device device = check_device("x", x);
-  GatedGrads grads =
-      run_gated_backward(call, device, grad_out, t, {need_x, need_a, need_b, need_gates, false}, false);
+  GatedGrads grads = run_gated_backward(call, device, grad_out, t, {need_x, need_a, need_b, need_gates, false}, false);
   return {grads.x, grads.down, grads.up, grads.gates};
 }
 
@@ -111,8 +110,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_adapter_backwar
   check_like("pre", pre, "x", x);
   check_sizes("pre", pre, "[B, S, slots * r]", {call.batch, call.tokens, call.down_slots() * call.rank});
   Device device = check_device("x", x);
-  GatedGrads grads = run_gated_backward(call, device, grad_out, pre,
-                                        {need_input, need_down, need_up, need_gates, add_input}, true);
+  GatedGrads grads =
+      run_gated_backward(call, device, grad_out, pre, {need_input, need_down, need_up, need_gates, add_input}, true);
   return {grads.x, grads.down, grads.down_bias, grads.up, grads.up_bias, grads.gates};
 }
 
