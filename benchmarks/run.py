@@ -8,7 +8,7 @@ import logging
 import sys
 from dataclasses import fields
 
-from . import bench_host, bench_inference, bench_models, bench_step, record, run_ops
+from . import bench_host, bench_inference, bench_models, bench_step, mixtures, record, run_ops
 from .contenders import TITLES, Workload
 from .harness import RedCheckError
 
@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     bench_models.add_parser(commands)
     bench_inference.add_parser(commands)
     bench_host.add_parser(commands)
+    mixtures.add_parser(commands)
 
     memory = commands.add_parser("step-memory", help="peak memory of one step in this process, in MiB")
     memory.add_argument("name", choices=TITLES)

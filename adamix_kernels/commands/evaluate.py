@@ -10,8 +10,10 @@ from typing import Literal
 import torch
 
 from ..models.contexts import eval_routing
+from ..models.gating import is_learned
 from ..models.state import adamix_state
 from ..recipes.processes import is_main
+from ..routing import LEARNED
 from ..tasks import Run, TextSplit, load_split, load_task
 from ._kinds import checked_metrics, make_kind, written
 from ._options import OutputOptions, at_least, same_file, shows_bars, start
@@ -72,6 +74,8 @@ def main(argv: Sequence[str]) -> int:
         scores = kind.evaluate(model, rows, shows_bars(output))
     # A merged checkpoint has one expert a side, whatever the routing.
     routing = "merged" if not adapted or adamix_state(model).merged else options.routing
+    if adapted and routing == "merged" and not adamix_state(model).merged and is_learned(model):
+        routing = LEARNED
     if not is_main():
         return 0
     if options.json:

@@ -1,0 +1,64 @@
+"""docs/gates.md, the routers' examples and the presets' run as they are printed; the benchmark in a tiny size."""
+
+import copy
+import doctest
+import inspect
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from adamix_kernels import AdaMixConfig, routing
+from benchmarks import mixtures
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "gates.md"
+NAMES = [name for name in routing.__all__ if ">>>" in (inspect.getdoc(getattr(routing, name)) or "")]
+PRESETS = ("hydra_lora", "lora_moe", "mola", "smear")
+
+
+def runs(text, names, name):
+    example = doctest.DocTestParser().get_doctest(text, names, name, None, None)
+    assert example.examples
+    said = []
+    assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=said.append).failed == 0, "".join(said)
+
+
+def test_the_page():
+    model = tiny.tiny_bert()
+    batch = {"input_ids": torch.randint(3, 50, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    text = PAGE.read_text(encoding="utf-8").replace("```", "")
+    runs(text, {"model": copy.deepcopy(model), "batch": batch}, "gates.md")
+    assert all(f"AdaMixConfig.{name}()" in text for name in PRESETS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_of_a_router(name):
+    assert {"LinearRouter", "SentenceRouter", "ThresholdRouter", "TaskRouter", "ArrowRouter", "balance_loss"} <= {
+        *NAMES
+    }
+    if name == "Router":
+        return  # of the package, with its other names: test_docstrings.py
+    torch.manual_seed(0)
+    runs(inspect.getdoc(getattr(routing, name)), {"torch": torch}, name)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_example_of_a_preset(name):
+    runs(inspect.getdoc(getattr(AdaMixConfig, name)), {"AdaMixConfig": AdaMixConfig}, name)
+
+
+@pytest.mark.parametrize("top_k", mixtures.KINDS.values())
+def test_every_way_of_the_benchmark_computes_the_same(top_k):
+    layer = mixtures.Layer(2, 5, 16, top_k)
+    found = mixtures.ways(layer)
+    assert {"adamix", "loop", "einsum"} <= set(found)
+    assert [name for name, way in found.items() if mixtures._wrong(way, layer)] == []
+    given = [*layer.leaves(), *layer.base.parameters()]
+    kept = {name: mixtures.kept_bytes(lambda w=way: w(layer), given) for name, way in found.items()}
+    assert kept["adamix"] == min(kept.values())
+    calls = {name: mixtures.calls_of(lambda w=way: w(layer)) for name, way in found.items()}
+    assert calls["adamix"] == min(calls.values())
+    with torch.no_grad():
+        layer.gates.mul_(0)
+    assert mixtures._wrong(lambda one: one.x, layer)
