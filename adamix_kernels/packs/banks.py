@@ -154,4 +154,3 @@ def cuts(layer: RoutedLayer, bank: TrainedBank, first: int) -> list[Cut]:
             scale = layer.scaling if name == "lora_b" and isinstance(layer, RoutedLoRALinear) else 1.0
             found.append(Cut(parameter, getattr(bank, name), first, _RANK_AXIS[name], groups, scale))
     return found
-

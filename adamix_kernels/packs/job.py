@@ -60,7 +60,9 @@ class PackJob:
         if not isinstance(self.config, AdaMixConfig):
             raise TypeError(f"config: got {type(self.config).__name__}, expected an AdaMixConfig")
         if self.config.routing == "token":
-            raise ValueError("config.routing: got 'token', expected 'batch' or 'sample', of which a pack trains several")
+            raise ValueError(
+                "config.routing: got 'token', expected 'batch' or 'sample', of which a pack trains several"
+            )
         for name in ("lr", "weight_decay", "eps", "label_smoothing"):
             _number(name, getattr(self, name))
         if not isinstance(self.betas, Sequence) or len(self.betas) != 2 or not all(_below_one(b) for b in self.betas):
@@ -95,9 +97,7 @@ class PackJob:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PackJob:
         """Raises TypeError, ValueError for anything to_dict() did not give."""
-        return cls(
-            **{**values, "config": AdaMixConfig.from_dict(values["config"]), "betas": tuple(values["betas"])}
-        )
+        return cls(**{**values, "config": AdaMixConfig.from_dict(values["config"]), "betas": tuple(values["betas"])})
 
 
 def _number(name: str, value: object, above: bool = False) -> None:

@@ -135,4 +135,4 @@ class OwnDropout(TorchFunctionMode):
         if attn_mask is not None:
             masked = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, -torch.inf) if masked else scores + attn_mask
-        return self._dropout(scores.softmax(-1), dropout_p) @ value
+        return self._dropout(torch.ops.aten._safe_softmax(scores, -1), dropout_p) @ value

@@ -56,9 +56,6 @@ class Own:
             if job.labels is not None:
                 self._set_labels(model, len(job.labels))
         self.state = AdaMixState(job.config, router, list(self.layers), list(self.heads))
-        for layer in self.layers.values():
-            for key, parameter in layer.named_parameters():
-                parameter.requires_grad_(not key.startswith("base.") and not key.endswith("_score"))
         config = getattr(model, "config", None)
         labels = getattr(config, "num_labels", None) if job.labels is None else len(job.labels)
         problem = job.problem or (None if job.labels is not None else getattr(config, "problem_type", None))
@@ -93,13 +90,12 @@ class Own:
 
         job = self.job
         plain, decayed = [], []
-        modules = (*self.layers.values(), *self.heads.values())
-        for module in modules:
-            for part in module.modules():
-                for key, parameter in part.named_parameters(recurse=False):
-                    if parameter.requires_grad:
-                        free = isinstance(part, _UNDECAYED) or "bias" in key
-                        (plain if free else decayed).append(parameter)
+        adapted = [layer.adapter if isinstance(layer, AdaptedLayer) else layer for layer in self.layers.values()]
+        for part in (*adapted, *(part for head in self.heads.values() for part in head.modules())):
+            for key, parameter in part.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    free = isinstance(part, _UNDECAYED) or "bias" in key
+                    (plain if free else decayed).append(parameter)
         groups = [
             {"params": decayed, "weight_decay": job.weight_decay},
             {"params": plain, "weight_decay": 0.0},

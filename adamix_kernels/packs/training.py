@@ -325,7 +325,9 @@ class PackTrainer:
 
     def _own(self, name: str) -> Own:
         if name not in self.names:
-            raise ValueError(f"name: got {name!r}, expected one of {', '.join(self.names) or 'none: nothing is trained'}")
+            raise ValueError(
+                f"name: got {name!r}, expected one of {', '.join(self.names) or 'none: nothing is trained'}"
+            )
         return self.names[name]
 
     def _bare(self) -> AbstractContextManager[None]:
@@ -346,13 +348,17 @@ class PackTrainer:
     def _check_room(self, own: Own) -> None:
         more = sorted((set(own.layers) - set(self.banks)) | (set(own.heads) - set(self.own_heads)))
         if more:
-            raise ValueError(f"{more[0]}: got a job that trains it, expected the layers and heads of the first jobs alone")
+            raise ValueError(
+                f"{more[0]}: got a job that trains it, expected the layers and heads of the first jobs alone"
+            )
         for path, layer in own.layers.items():
             here, new = self.banks[path].shape, Shape.of(layer)
             if dataclasses.replace(new, rank=here.rank) != here or new.rank > here.rank:
                 raise ValueError(f"{path}: got {new}, expected {here} with a rank of at most {here.rank} (max_rank)")
         if own.job.config.num_experts > self.experts:
-            raise ValueError(f"num_experts: got {own.job.config.num_experts}, expected at most {self.experts} (max_experts)")
+            raise ValueError(
+                f"num_experts: got {own.job.config.num_experts}, expected at most {self.experts} (max_experts)"
+            )
 
     def _accumulate(self, inputs: dict[str, Any], names: Sequence[str]) -> None:
         labels = inputs.pop("labels", None)
@@ -483,7 +489,9 @@ def _shapes(model: nn.Module, owns: Mapping[str, Own], rank: int) -> dict[str, S
             known = found.setdefault(path, dataclasses.replace(shape, rank=max(rank, shape.rank)))
             first.setdefault(path, name)
             if dataclasses.replace(shape, rank=known.rank) != known:
-                raise ValueError(f"{name}: {path}: got {shape}, expected {known} but for the rank, as {first[path]!r} has")
+                raise ValueError(
+                    f"{name}: {path}: got {shape}, expected {known} but for the rank, as {first[path]!r} has"
+                )
             found[path] = dataclasses.replace(known, rank=max(known.rank, shape.rank))
     return found
 
