@@ -1,4 +1,7 @@
-"""`python -m reliability run [PART ...] [--size small]` and `python -m reliability write|check`."""
+"""`python -m reliability run [PART ...] [--size small]` and `python -m reliability write|check`.
+
+Figures, not tests: how many cases were drawn, killed or measured, for a page. What must hold of them, pytest runs.
+"""
 
 from __future__ import annotations
 

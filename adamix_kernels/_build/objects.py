@@ -1,4 +1,7 @@
-"""From sources to a shared object: what is to be compiled, what was before, and files that are put in place whole."""
+"""From sources to a shared object: what is to be compiled, what was before, and files that are put in place whole.
+
+Objects are named by contents, not dated as ninja's are: a fresh clone, a changed option and a switched branch find them.
+"""
 
 from __future__ import annotations
 

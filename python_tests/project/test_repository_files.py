@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import adamix_kernels
+from benchmarks import badges
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,10 +40,21 @@ def test_one_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == adamix_kernels.__version__
     assert citation["license"] == "Apache-2.0"
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1]
+    assert newest in ("Unreleased", adamix_kernels.__version__)
+    assert f"## To {adamix_kernels.__version__}\n" in (ROOT / "docs" / "upgrading.md").read_text(encoding="utf-8")
     (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
     assert {hook["entry"].split()[0] for hook in repo["hooks"]} == {
         f".venv/bin/{tool}" for tool in ("ruff", "mypy", "clang-format")
     }
+
+
+def test_badges_say_what_the_records_say(monkeypatch, capsys):
+    assert badges.main([]) == 0
+    assert "measured on GPU: none yet" in badges.svg([("measured on GPU", "none yet", badges.OPEN)])
+    monkeypatch.setattr(badges, "PICTURE", ROOT / "docs" / "no_badges.svg")
+    assert badges.main([]) == 1
+    assert "--write" in capsys.readouterr().err
 
 
 def test_an_offer_for_every_line_of_the_list():
