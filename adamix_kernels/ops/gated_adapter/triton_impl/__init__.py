@@ -82,8 +82,8 @@ def _planned(x, r, down_index, up_index, gates, md, mu, mix) -> Plan:
     plan = make_plan(x, r, down_index, up_index, gates, md, mu, mix)
     if plan is None:
         raise BackendUnavailableError(
-            f"backend: got 'triton' for {max(md, mu)} gated experts of r {r}, expected at most {MAX_WIDTH} narrow columns "
-            "of both, rounded up to powers of 2; backend='reference' takes any number"
+            f"backend: got 'triton' for {max(md, mu)} gated experts of r {r}, expected at most {MAX_WIDTH} narrow "
+            "columns, both numbers rounded up to powers of 2; backend='reference' takes any"
         )
     return plan
 
