@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import adamix_kernels
+
 from . import count_page, count_run
 from . import count_table as table
 from .count_run import TARGETS
@@ -31,6 +33,7 @@ def counted(
     works = [
         work
         for op in ops
+        if op in adamix_kernels.backends()[backend].ops
         for work in count_cases.works(op)
         if only in f"{work} {backend} sm_{target}" and not (target < 80 and work.dtype == "bfloat16")
     ]

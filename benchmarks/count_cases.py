@@ -13,11 +13,12 @@ import torch
 
 import adamix_kernels
 
-from . import bench_consistency, bench_merge, bench_routed_adapter, bench_routed_lora
+from . import bench_consistency, bench_gated_adapter, bench_merge, bench_routed_adapter, bench_routed_lora
 from .op_cases import Bound, Case, Contender, Inputs, ours
 
 OPS = {
     "consistency": bench_consistency,
+    "gated_adapter": bench_gated_adapter,
     "merge": bench_merge,
     "routed_adapter": bench_routed_adapter,
     "routed_lora": bench_routed_lora,

@@ -10,8 +10,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton_utils import narrow
+from .._triton_utils import INTERPRETING, narrow
 from ._routed_tiles import _expand, bank_columns, expand, keep_own, spread
+
+_INTERPRETING = tl.constexpr(INTERPRETING)
+
+
+@triton.jit
+def times(x, y):
+    """x * y, float32, rounded before any sum: fused into one across lanes, each lane would round another's product
+    but not its own, so that copies of the sum differ in their last bit.
+    """
+    if _INTERPRETING:
+        return x * y
+    else:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -76,7 +91,7 @@ def expert_gates(
 @triton.jit
 def weigh(wide, gates, RP: tl.constexpr, MP: tl.constexpr, ROWS: tl.constexpr):
     """[ROWS, MP * RP] with the columns of expert e times gates [ROWS, MP]."""
-    return tl.reshape(tl.reshape(wide, [ROWS, MP, RP]) * gates[:, :, None], [ROWS, MP * RP])
+    return tl.reshape(times(tl.reshape(wide, [ROWS, MP, RP]), gates[:, :, None]), [ROWS, MP * RP])
 
 
 @triton.jit

@@ -171,7 +171,8 @@ def bias_at(bias, expert, c, inside, valid, WIDTH, MASKED: tl.constexpr):
 def gated_bias(y, gates, bias, c, inside, C, M: tl.constexpr, GP: tl.constexpr, PRECISION: tl.constexpr):
     """y [ROWS, len(c)] + gates [ROWS, GP] times the bias bank's columns c; gates [ROWS] weigh a bank of one."""
     if len(gates.shape) == 1:
-        return y + gates[:, None] * tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+        own = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+        return tl.fma(tl.broadcast_to(gates[:, None], y.shape), tl.broadcast_to(own, y.shape), y)
     else:
         e = tl.arange(0, GP)
         b_tile = tl.load(bias + e[:, None] * C + c[None, :], mask=(e < M)[:, None] & inside[None, :], other=0.0)
@@ -201,12 +202,15 @@ def expand(
                 w_tiles = w_tiles + (w_tile,)  # noqa: RUF005
             if start >= AHEAD * COLS:
                 c = start - AHEAD * COLS + tl.arange(0, COLS)
-                y = tl.dot(t, w_tiles[start // COLS - AHEAD].to(t.dtype))
                 if bias is not None and gates is not None:
+                    y = tiles[start // COLS - AHEAD].to(tl.float32)
                     y = gated_bias(y, gates, bias, c, c < C, C, M, GP, PRECISION)
-                elif bias is not None:
-                    y += bias_at(bias, expert, c, c < C, valid, C, MASKED)
-                y += tiles[start // COLS - AHEAD].to(tl.float32)
+                    y = tl.dot(t, w_tiles[start // COLS - AHEAD].to(t.dtype), y)
+                else:
+                    y = tl.dot(t, w_tiles[start // COLS - AHEAD].to(t.dtype))
+                    if bias is not None:
+                        y += bias_at(bias, expert, c, c < C, valid, C, MASKED)
+                    y += tiles[start // COLS - AHEAD].to(tl.float32)
                 tl.store(out + offsets + c[None, :], narrow(y, out.dtype.element_ty), mask=valid[:, None])
     else:
         spoilt = _expand(

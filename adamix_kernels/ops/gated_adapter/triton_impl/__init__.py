@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from ...._backends import BackendUnavailableError
 from ...._triton_utils import capability, dot_dtype, launch, memory, precision
 from ...._triton_utils import problem as unsupported
 from ..._gates import slots_of
+from ..._routed_plan import MAX_WIDTH
 from ..._row_tiles import row_tile, tile_options
 from .forward import gated_adapter_forward_kernel
 from .input_grad import gated_adapter_input_grad_kernel
@@ -37,7 +39,8 @@ def forward(
     launch(
         kernel, (-(-plan.rows // meta["ROWS"]),), x.device,
         x, down_weight, _contiguous(down_bias), up_weight, _contiguous(up_bias), plan.down.index, plan.up.index,
-        plan.gates, residual, out, pre, plan.rows, plan.div, H=hidden, O=width, ACTIVATION=activation, **meta,
+        plan.gates, residual, out, pre, plan.rows, plan.div,
+        H=hidden, O=width, ACTIVATION=_activation(activation, x.dtype), **meta,
     )  # fmt: skip
     return out, pre
 
@@ -69,7 +72,7 @@ def backward(
         grad_out, pre, up_weight, down_weight, _contiguous(up_bias) if weighs_bias else None,
         plan.up.index, plan.down.index, plan.gates, dpre, h, weights,
         (row_grads if by_sample else dgates) if need_gates else None, dx if need_input else None, plan.rows, plan.div,
-        H=hidden, O=width, ACTIVATION=activation, ADD_GRAD=add_input, **meta,
+        H=hidden, O=width, ACTIVATION=_activation(activation, x.dtype), ADD_GRAD=add_input, **meta,
     )  # fmt: skip
     grads = weight_grads(plan, x, dpre, grad_out, h, weights, row_grads, dgates, down_weight.shape, up_weight.shape)
     return dx, *grads, dgates
@@ -78,8 +81,16 @@ def backward(
 def _planned(x, r, down_index, up_index, gates, md, mu, mix) -> Plan:
     plan = make_plan(x, r, down_index, up_index, gates, md, mu, mix)
     if plan is None:
-        raise NotImplementedError
+        raise BackendUnavailableError(
+            f"backend: got 'triton' for {max(md, mu)} gated experts of r {r}, expected at most {MAX_WIDTH} narrow "
+            "columns, both numbers rounded up to powers of 2; backend='reference' takes any"
+        )
     return plan
+
+
+def _activation(activation: str, dtype: torch.dtype) -> str:
+    """Every expert's columns are activated: in 16 bits by the cheaper gelu."""
+    return "gelu_16" if activation == "gelu" and dtype.itemsize == 2 else activation
 
 
 def _tile_meta(

@@ -27,6 +27,7 @@ from ..._gated_tiles import (
     spread_to,
     sum_columns,
     sum_experts,
+    times,
     weigh,
     wrong_rows,
 )
@@ -140,23 +141,23 @@ def gated_adapter_input_grad_kernel(
                 KP: tl.constexpr = MDP if DOWN == "every" else MUP
                 found = tl.zeros([ROWS, KP], tl.float32)
                 if UP == "every":
-                    found += sum_columns(u * spread_all(act, RP, MUP, ROWS), RP, MUP, ROWS)
+                    found += sum_columns(times(u, spread_all(act, RP, MUP, ROWS)), RP, MUP, ROWS)
                     if up_bias is not None:
                         found += _first(beside, KP, GP, ROWS)
                 if DOWN == "every":
-                    found += sum_columns(z * spread_all(g, RP, MDP, ROWS), RP, MDP, ROWS)
+                    found += sum_columns(times(z, spread_all(g, RP, MDP, ROWS)), RP, MDP, ROWS)
                 _store_every(dgates, found, wrong, rows, valid, K, KP)
             else:
                 for slot in tl.static_range(K):
                     found = tl.zeros([ROWS], tl.float32)
                     if UP == "chosen":
                         j, _ = expert_of(up_index, div, rows, valid, slot, K, MU)
-                        found += tl.sum(act * own_of(u, j, RP, MUP, UP, ROWS), axis=1)
+                        found += tl.sum(times(act, own_of(u, j, RP, MUP, UP, ROWS)), axis=1)
                         if up_bias is not None:
                             found += _of_expert(beside, j, GP)
                     if DOWN == "chosen":
                         one = tl.load(pre + row * (K * R) + slot * R + k[None, :], mask=mask, other=0.0)
-                        found += tl.sum(one.to(tl.float32) * g, axis=1)
+                        found += tl.sum(times(one.to(tl.float32), g), axis=1)
                     _store_slot(dgates, found, wrong, rows, valid, slot, K)
         act = lift(act, gates, up_index, div, rows, valid, K, MU, RP, MUP, UP, False, ROWS)
         g = lift(g, gates, down_index, div, rows, valid, K, MD, RP, MDP, DOWN, False, ROWS)
@@ -166,7 +167,7 @@ def gated_adapter_input_grad_kernel(
         if UP == "one":
             u = spread_all(u, RP, MDP, ROWS)
         if dgates is not None:
-            found = sum_columns(act * u, RP, MDP, ROWS)
+            found = sum_columns(times(act, u), RP, MDP, ROWS)
             if up_bias is not None and UP == "one":
                 found += tl.sum(beside, axis=1)[:, None]
             elif up_bias is not None:
@@ -180,7 +181,7 @@ def gated_adapter_input_grad_kernel(
         act = activate(z, ACTIVATION)
         if dgates is not None:
             if UP == "every":
-                found = sum_columns(u * spread_all(act, RP, MUP, ROWS), RP, MUP, ROWS)
+                found = sum_columns(times(u, spread_all(act, RP, MUP, ROWS)), RP, MUP, ROWS)
                 if up_bias is not None:
                     found += _first(beside, MUP, GP, ROWS)
                 _store_every(dgates, found, wrong, rows, valid, K, MUP)
@@ -188,10 +189,10 @@ def gated_adapter_input_grad_kernel(
                 for slot in tl.static_range(K):
                     if UP == "chosen":
                         j, _ = expert_of(up_index, div, rows, valid, slot, K, MU)
-                        found = tl.sum(act * own_of(u, j, RP, MUP, UP, ROWS), axis=1)
+                        found = tl.sum(times(act, own_of(u, j, RP, MUP, UP, ROWS)), axis=1)
                     else:
                         j = rows * 0
-                        found = tl.sum(act * u, axis=1)
+                        found = tl.sum(times(act, u), axis=1)
                     if up_bias is not None:
                         found += _of_expert(beside, j, GP)
                     _store_slot(dgates, found, wrong, rows, valid, slot, K)
@@ -215,7 +216,7 @@ def gated_adapter_input_grad_kernel(
                 own = own_of(u, j, RP, MUP, UP, ROWS)
             done = activate(one, ACTIVATION)
             if dgates is not None:
-                found = tl.sum(done * own, axis=1)
+                found = tl.sum(times(done, own), axis=1)
                 if up_bias is not None:
                     found += _of_expert(beside, j, GP)
                 _store_slot(dgates, found, wrong, rows, valid, slot, K)
