@@ -13,14 +13,14 @@ import warnings
 from collections.abc import Iterator
 from unittest import mock
 
-from .fuzz import adapters, loras, losses, merges
+from .fuzz import adapters, gated, loras, losses, merges
 from .fuzz.draws import HALVES_AND_FLOAT, Sizes
 from .fuzz.kernels import Group, all_of, run_groups
 from .record import Figure
 
 TITLE = "Fuzz: every Triton kernel, interpreted on the CPU"
 COUNTS = {"full": 500, "small": 2}
-_OPS = ("routed_adapter", "routed_lora", "merge", "consistency")
+_OPS = ("routed_adapter", "routed_lora", "gated_lora", "merge", "consistency")
 
 
 def run(size: str) -> Iterator[Figure]:
@@ -95,6 +95,14 @@ def _groups() -> list[Group]:
         Group(
             "routed_lora, rows split", loras.routed_lora_cases(dtypes, many_tokens),
             ("lora_sum_kernel",), _lora_planes,
+        ),
+        Group(
+            "routed_lora with gates", gated.gated_lora_cases(dtypes, sizes),
+            ("gated_lora_forward_kernel", "gated_lora_dx_kernel"),
+        ),
+        Group(
+            "routed_lora with gates, many experts", gated.gated_lora_cases(dtypes, sizes, many=True),
+            ("gated_rows_forward_kernel", "gated_rows_dx_kernel", "gated_rows_sum_kernel"),
         ),
         Group(
             "merge_experts", merges.merge_experts_cases(dtypes, sizes),
