@@ -24,6 +24,7 @@ def counted(
 ) -> Iterator[Row]:
     """A row of every work of these ops whose name holds `only`; those of `kept` with the same sources are taken. What
     the executor cannot run is told, and has no row."""
+    from adamix_kernels import backends
     from ptx.text import UnknownPtxError
 
     from . import count_cases, count_cuda, count_row, count_triton
@@ -36,6 +37,7 @@ def counted(
         if op in adamix_kernels.backends()[backend].ops
         for work in count_cases.works(op)
         if only in f"{work} {backend} sm_{target}" and not (target < 80 and work.dtype == "bfloat16")
+        if work.folder in backends()[backend].ops
     ]
     for number, work in enumerate(works, 1):
         old = kept.get((work.op, backend, work.case.shape, work.dtype, target))

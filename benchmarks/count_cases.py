@@ -13,12 +13,20 @@ import torch
 
 import adamix_kernels
 
-from . import bench_consistency, bench_gated_adapter, bench_merge, bench_routed_adapter, bench_routed_lora
+from . import (
+    bench_consistency,
+    bench_gated_adapter,
+    bench_gated_lora,
+    bench_merge,
+    bench_routed_adapter,
+    bench_routed_lora,
+)
 from .op_cases import Bound, Case, Contender, Inputs, ours
 
 OPS = {
     "consistency": bench_consistency,
     "gated_adapter": bench_gated_adapter,
+    "gated_lora": bench_gated_lora,
     "merge": bench_merge,
     "routed_adapter": bench_routed_adapter,
     "routed_lora": bench_routed_lora,
@@ -124,12 +132,19 @@ def fingerprint(folder: str, backend: str) -> str:
     package, here = Path(adamix_kernels.__file__).parent, Path(__file__).parent
     paths = [*(package / "ops" / folder).glob("*.py"), *(package / "ops").glob("*.py")]
     paths += [here / f"count_{name}.py" for name in _COUNTERS]
+    # A gated op's kernels are built of those without gates.
+    folders = (folder, f"routed_{folder.removeprefix('gated_')}") if folder.startswith("gated_") else (folder,)
     if backend == "triton":
-        paths += [*(package / "ops" / folder / "triton_impl").glob("*.py"), package / "_triton_utils.py"]
+        paths += [p for name in folders for p in (package / "ops" / name / "triton_impl").glob("*.py")]
+        paths.append(package / "_triton_utils.py")
     else:
         csrc = here.parent / "csrc"
         paths += [
-            p for name in (folder, "common") for p in (csrc / name).iterdir() if p.suffix in (".h", ".cu", ".cpp")
+            p
+            for name in (*folders, "common")
+            if (csrc / name).is_dir()
+            for p in (csrc / name).iterdir()
+            if p.suffix in (".h", ".cu", ".cpp")
         ]
     digest = hashlib.sha256()
     for path in sorted(paths):

@@ -57,6 +57,27 @@ class LoraSize:
 
 
 @dataclass(frozen=True)
+class GateSize:
+    """x [batch, tokens, features] -> [batch, tokens, width] by `slots` of `experts`: all: dense, 0: one, no gate."""
+
+    batch: int
+    tokens: int
+    features: int
+    width: int
+    rank: int
+    experts: int
+    slots: int
+    mix: str = "outputs"
+    dtype: str = "bfloat16"
+
+    @property
+    def words(self) -> str:
+        kind = "token" if not self.slots else "dense" if self.slots == self.experts else f"top{self.slots}"
+        sizes = f"{self.batch}x{self.tokens}x{self.features} to {self.width}"
+        return f"{sizes} r{self.rank} M{self.experts} {kind}{' weights' * (self.mix == 'weights')}"
+
+
+@dataclass(frozen=True)
 class LossSize:
     """`rows` pairs of rows (one of each pass) of `vocab` logits; hidden 0: from logits, else through a head."""
 
@@ -166,6 +187,24 @@ LORA_LINEAR = {
     "cpu": LORA["cpu"],
     "smoke": LORA["smoke"][:1],
     "odd": LORA["odd"][:1],
+}
+# One expert a token, then all of LoRAMoE's, two of MoLA's, SMEAR's mean; more columns than a tile holds.
+GATED_LORA = {
+    "gpu": (),
+    "count": (
+        *(GateSize(8, 512, 1024, 1024, 8, 8, slots) for slots in (0, 8, 2)),
+        *(GateSize(16, 512, 1024, 1024, 8, 8, slots) for slots in (0, 8, 2)),
+        GateSize(16, 512, 1024, 1024, 8, 8, 8, "weights"),
+        *(GateSize(16, 512, 1024, 1024, 16, 64, slots) for slots in (0, 2)),
+    ),
+    "cpu": (),
+    "smoke": (
+        GateSize(2, 8, 32, 32, 4, 3, 0, dtype="float32"),
+        GateSize(2, 8, 32, 32, 4, 3, 3, dtype="float32"),
+        GateSize(2, 8, 32, 32, 4, 3, 2, dtype="float32"),
+        GateSize(2, 8, 32, 32, 4, 3, 3, "weights", dtype="float32"),
+    ),
+    "odd": (),
 }
 LOSS = {
     "gpu": (LOSS_GPT2, LOSS_LLAMA, *GLUE),

@@ -213,15 +213,15 @@ def test_a_row_with_a_wrong_id_is_nan_and_teaches_no_expert(index_dtype, value, 
     torch.testing.assert_close(db, want[3])
 
 
-@pytest.mark.parametrize("needs", [(True, False, False, False), (False, True, False, False), (False, False, True, False),
-                                   (False, False, False, True)])  # fmt: skip
-def test_only_what_is_needed_is_computed_with_the_same_bits(needs):
+@pytest.mark.parametrize("needed", range(4))
+def test_only_what_is_needed_is_computed_with_the_same_bits(needed):
+    needs = tuple(number == needed for number in range(4))
     tensors, options = draw(groups=2, tokens=60)
     want = run_gates(triton_impl, options, dropout_p=0.3)(*tensors)[1:]
     with spied_launches() as names:
         got = run_gates(triton_impl, options, dropout_p=0.3, needs=needs)(*tensors)[1:]
-    for mine, full, needed in zip(got, want, needs):
-        assert torch.equal(mine, full if needed else full.new_empty(0))
+    for mine, full, wanted in zip(got, want, needs):
+        assert torch.equal(mine, full if wanted else full.new_empty(0))
     assert ("lora_grads_kernel" in names) == (needs[1] or needs[2])
 
 

@@ -33,9 +33,8 @@ def forward(
     x, lora_a, lora_b, gates = (z.contiguous() for z in (x, lora_a, lora_b, gates))
     scales, base = (None if z is None else z.contiguous() for z in (scales, base))
     way = one_tile if in_one_tile(lora_a, lora_b, a_index, b_index, slots, mix) else by_rows
-    way.forward(
-        x, lora_a, lora_b, a_index, b_index, gates, scales, base, seed, out, t, scaling, offsets, dropout_p, mix, inplace
-    )
+    options = scaling, offsets, dropout_p, mix, inplace
+    way.forward(x, lora_a, lora_b, a_index, b_index, gates, scales, base, seed, out, t, *options)
     return out, t
 
 

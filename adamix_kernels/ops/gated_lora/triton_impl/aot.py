@@ -50,7 +50,7 @@ def _cases(capability: int) -> Iterator[AotCase]:
 
 
 def _common(dtype: torch.dtype, r: int, slots: int, dropout: bool, index: str | None) -> dict:
-    pointers = "x a b base out t grad dx dt p".split()
+    pointers = ("x", "a", "b", "base", "out", "t", "grad", "dx", "dt", "p")
     return dict.fromkeys((f"{name}_ptr" for name in pointers), POINTERS[dtype]) | dict(
         a_index_ptr=index, b_index_ptr=index, gates_ptr="*fp32", dgates_ptr="*fp32", scales_ptr=None,
         seed_ptr="*i64" if dropout else None, keys_ptr="*i32" if dropout else None, span="i32", divisor="i32",
@@ -98,7 +98,12 @@ def _rows_cases(name, dtype, capability, experts, r, slots, dropout):
 
 def _grads_case(name, dtype, capability, arguments, sides, width, order, slots, each):
     chosen = config(lora_grads_kernel.__name__, capability, dtype.itemsize, width)
-    numbers = "num_rows batch a_divisor a_share a_splits a_programs b_divisor b_share b_splits".split()
+    numbers = [
+        "num_rows",
+        "batch",
+        "a_programs",
+        *(f"{side}_{n}" for side in "ab" for n in ("divisor", "share", "splits")),
+    ]
     arguments = arguments | sides | dict.fromkeys(numbers, "i32") | dict(SLOTS=slots, EACH=each)
     for side in "ab":
         arguments |= {f"{side}_perm_ptr": order, f"{side}_edges_ptr": order, f"{side}_plane_ptr": "*fp32"}

@@ -63,7 +63,7 @@ def backward(
     if _mixes(lora_a, lora_b, mix):
         u = memory(x, call.rows, call.packed)
         made(grad_out, None, (None, None), None, None, u, None, None, None)
-        dt, p = _mixed(u, t, gates, scales, indices, dgates, lora_a.shape[0], x, call)
+        dt, p = _mixed(u, t, gates, scales, indices, dgates, (lora_a.shape[0], lora_b.shape[0]), x, call)
         made(None, None, (None, None), seed, y, dt, None, None, keys)
     else:
         made(grad_out, t, (gates, scales), seed, y, dt, p, dgates, keys)
@@ -77,9 +77,9 @@ def _mixed(u, t, gates, scales, indices, dgates, experts, x, call):
     """(dt, p) [rows, R] of u = scaling * dy B and t where the experts' weights are mixed; fills dgates."""
     u, t, g = _slots(u, x, call).float(), _slots(t, x, call).float(), _gates(gates, x)
     ids = [index.view(*x.shape[:2], call.each) for index in indices]
-    scale = 1.0 if scales is None else scales[ids[1].clamp(0, experts - 1)].unsqueeze(-1)
+    scale = 1.0 if scales is None else scales[ids[1].clamp(0, experts[1] - 1)].unsqueeze(-1)
     z, v = (g * t).sum(2, keepdim=True), (g * scale * u).sum(2, keepdim=True)
-    wrong = sum(((i < 0) | (i >= experts)).any(2, keepdim=True) for i in ids) > 0
+    wrong = sum(((i < 0) | (i >= m)).any(2, keepdim=True) for i, m in zip(ids, experts, strict=True)) > 0
     if dgates is not None:
         each = (scale * u * z).sum(3) + (v * t).sum(3)
         dgates.copy_(torch.where(wrong, float("nan"), each))

@@ -38,8 +38,9 @@ def tile_call(x, lora_a, lora_b, a_index, b_index, gates, offsets, width: int) -
     banks, packed = (lora_a.shape[0], lora_b.shape[0]), lora_a.shape[1]
     rp = max(power_of_2(packed), 16 if max(banks) == 1 else 1)
     div = tokens if gates.dim() == 2 else 1
+    wide, one = max(power_of_2(max(banks)), 16 // rp), max(1, 16 // rp)
     sides = (
-        Side(None if i is None else i.contiguous(), div, m > 1, m, max(power_of_2(m), 16 // rp))
+        Side(None if i is None else i.contiguous(), div, m > 1, m, wide if m > 1 else one)
         for i, m in zip((a_index, b_index), banks, strict=True)
     )
     plan = Plan(1, batch * tokens, rp, *sides, None, 1)

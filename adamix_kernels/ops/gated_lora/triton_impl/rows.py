@@ -101,7 +101,7 @@ def gated_rows_dx_kernel(
     A_EXPERTS: tl.constexpr, B_EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """dt = g s u, p = g s t [rows, R], dgates = s <t, u> and dx [rows, K], with u = scaling * dy B[j]; as input_grad.py.
+    """dt = g s u, p = g s t [rows, R], dgates = s <t, u> and dx [rows, K]; u = scaling * dy B[j]. As input_grad.py.
 
     No grad_ptr: dt is given. No t_ptr: neither p nor dgates. keys: row_keys [N, 2]. Grid (row tiles, column splits).
     """
@@ -176,7 +176,10 @@ def gated_rows_sum_kernel(
     y_ptr, base_ptr, out_ptr, num_rows, SLOTS: tl.constexpr, WIDTH: tl.constexpr, NG: tl.constexpr,
     OFFSETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out [N, WIDTH] = base + sum over the slots, first to last, of y [N * SLOTS, groups * NG]. Grid (row tiles, blocks)."""
+    """out [N, WIDTH] = base + sum over the slots, first to last, of y [N * SLOTS, groups * NG].
+
+    Grid (row tiles, column blocks).
+    """
     GROUPS: tl.constexpr = len(OFFSETS)
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -19,9 +19,7 @@ def any_wrong(index, at, valid, M: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def weigh(
-    z, gates, index, scales, at, valid, M: tl.constexpr, SLOTS: tl.constexpr, RP: tl.constexpr, MP: tl.constexpr
-):
+def weigh(z, gates, index, scales, at, valid, M: tl.constexpr, SLOTS: tl.constexpr, RP: tl.constexpr, MP: tl.constexpr):
     """z [ROWS, MP * RP] times the gate of each column's expert, and its scale; 0 where no slot names that expert."""
     m = (tl.arange(0, MP * RP) // RP)[None, :]
     if index is None:
@@ -60,7 +58,7 @@ def store_slots(
     ptrs, z, index, at, valid, M: tl.constexpr, R: tl.constexpr, SLOTS: tl.constexpr, RP: tl.constexpr,
     MP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Columns of z [ROWS, MP * RP] to ptrs [ROWS], R of each slot; of a bank of one (not MASKED) those of its expert."""
+    """Columns of z [ROWS, MP * RP] to ptrs [ROWS], R of each slot; of a bank of one (not MASKED) its expert's."""
     m = (tl.arange(0, MP * RP) // RP)[None, :]
     k = (tl.arange(0, MP * RP) % RP)[None, :]
     if index is None or not MASKED:

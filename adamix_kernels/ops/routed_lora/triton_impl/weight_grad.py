@@ -141,7 +141,7 @@ def _side(
         if SPREAD or GATED:
             plane *= EXPERTS
             to += (m * SIZE)[:, None]
-        if SPREAD or (GATED and index_ptr is not None):
+        if SPREAD or (GATED and index_ptr is not None):  # noqa: SIM102
             if tl.max(tl.reshape((acc != acc).to(tl.int32), [W * BLOCK_C], can_reorder=True), 0) > 0:
                 # What is not finite in one expert's rows reached others as 0 * inf: one product for each expert.
                 for own in range(EXPERTS):
