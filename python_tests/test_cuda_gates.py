@@ -259,7 +259,9 @@ def test_rows_of_wrong_ids_are_nan_and_teach_nobody(case, dtype, wrong):
     silent[5] = torch.where(bad.unsqueeze(-1), 0, silent[5])
     want = drawn.run("cuda")(*silent)
     for number in (0, 2, len(got) - 1):
-        assert got[number][bad].isnan().all()
+        served = [c for at in drawn.offsets for c in range(at, at + drawn.tensors[2].shape[1] // drawn.groups)]
+        lost = got[number][bad][:, served] if number == 0 else got[number][bad]
+        assert lost.isnan().all()
         good = drawn.run("cuda")(*drawn.given)[number] if number == 0 else want[number]
         assert torch.equal(got[number][~bad], good[~bad])
     for mine, other in zip(got[3:-1], want[3:-1], strict=True):
@@ -298,9 +300,7 @@ def test_strides_do_not_matter_and_inputs_are_not_written(of, dtype):
     want = drawn.run("cuda")(*drawn.given)
     wide = [torch.nn.functional.pad(t, (1, 2))[..., 1:-2] for t in drawn.given]
     before = [t.clone() for t in wide]
-    got = drawn.run("cuda")(*wide)
-    for mine, other in zip(got, want, strict=True):
-        torch.testing.assert_close(mine, other, rtol=2e-2, atol=4e-2)
+    assert_in_budget(lambda *_: drawn.run("cuda")(*wide), drawn.run("reference"), *drawn.given)
     assert all(torch.equal(a, b) for a, b in zip(before, wide))
     turned = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in drawn.given]
     assert all(torch.equal(a, b) for a, b in zip(drawn.run("cuda")(*turned), want))
