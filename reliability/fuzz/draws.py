@@ -77,7 +77,10 @@ class Draw:
         kind = self.choose(("sample", "token", "sample", "token", "none") if experts == 1 else ("sample", "token"))
         if kind == "none":
             return None
-        shape = (batch,) if kind == "sample" else (batch, tokens)
+        return self.ids(f"{name} {kind}", experts, *((batch,) if kind == "sample" else (batch, tokens)))
+
+    def ids(self, name: str, experts: int, *shape: int) -> torch.Tensor:
+        """Expert ids of a drawn pattern, dtype and layout."""
         pattern = self.choose(("any", "any", "all one", "last", "some unused", "in turn"))
         dtype = self.choose((torch.int32, torch.int64))
         layout = self.choose(("contiguous", "strided", "expanded", "transposed"))
@@ -91,7 +94,7 @@ class Draw:
         else:
             one = experts - 1 if pattern == "last" else self.integer(0, experts - 1)
             ids = torch.full(shape, one)
-        self.said.append(f"{name} {kind} {pattern} {dtype} {layout}")
+        self.said.append(f"{name} {tuple(shape)} {pattern} {dtype} {layout}")
         return lay_out(ids.to(dtype), layout)
 
 

@@ -40,6 +40,47 @@ def lora(x, lora_a, lora_b, base, a_index, b_index, scaling, groups, offsets, ke
     return out
 
 
+def gated_lora(x, lora_a, lora_b, base, gates, indices, scaling, groups, offsets, keep, dropout_p, mix):
+    """`lora` with gates [B, slots] or [B, S, slots], indices alike or None; scaling: a number, or one an expert."""
+    if keep is not None:
+        x = torch.where(keep, x / (1 - dropout_p), 0)
+    sizes = len(lora_a), len(lora_b)
+    i, j = (_slots(index, experts, gates, x) for index, experts in zip(indices, sizes, strict=True))
+    gates = gates.unsqueeze(1).expand(-1, x.shape[1], -1) if gates.dim() == 2 else gates
+    own = scaling[i if sizes[1] == 1 else j].to(gates.dtype) if isinstance(scaling, torch.Tensor) else scaling
+    t = torch.einsum("bsc,bskrc->bskr", x, lora_a[i]).chunk(groups, 3)
+    out = base.clone()
+    for t_g, b_g, offset in zip(t, lora_b[j].chunk(groups, 3), offsets, strict=True):
+        up = gates * own
+        if mix == "weights" and sizes != (1, 1):
+            down = up if sizes[1] == 1 else gates
+            z = (t_g * down.unsqueeze(-1)).sum(2, keepdim=True) if sizes[0] > 1 else t_g[:, :, :1]
+            t_g, b_g, up = (z, b_g[:, :, :1], None) if sizes[1] == 1 else (z, b_g, up)
+            if sizes[1] == 1 and b_g.shape[2] == 0:
+                continue  # no slot
+        h = (t_g if up is None else t_g * up.unsqueeze(-1)).to(x.dtype)
+        out[..., offset : offset + b_g.shape[3]] += torch.einsum("bskr,bsknr->bsn", h, b_g)
+    return out
+
+
+def gated_adapter(x, down, down_bias, up, up_bias, gates, indices, residual, activation, exact, mix):
+    """`adapter` with gates [B, slots] or [B, S, slots], indices alike or None."""
+    sizes, act = (len(down), len(up)), _gelu_by_erfc if exact and activation == "gelu" else ACTIVATIONS[activation]
+    i, j = (_slots(index, experts, gates, x) for index, experts in zip(indices, sizes, strict=True))
+    gates = (gates.unsqueeze(1).expand(-1, x.shape[1], -1) if gates.dim() == 2 else gates).unsqueeze(-1)
+    averaged = mix == "weights" and sizes != (1, 1)
+    if averaged and sizes[0] == 1:
+        i = i.new_zeros(*x.shape[:2], 1)
+    if averaged and sizes[1] == 1:
+        j = j.new_zeros(*x.shape[:2], 1)
+    pre = torch.einsum("bsh,bskrh->bskr", x, down[i]) + down_bias[i]
+    z = (pre * gates).sum(2, keepdim=True).to(x.dtype) if averaged and sizes[0] > 1 else pre
+    h = act(z)
+    weights = torch.ones_like(h[..., :1]) if averaged and sizes[1] == 1 else gates
+    out = torch.einsum("bskr,bskor->bso", (h * weights).to(x.dtype), up[j]) + (weights * up_bias[j]).sum(2).to(x.dtype)
+    return out if residual is None else residual + out
+
+
 def mean_of_experts(bank, scores):
     if scores is None:
         return bank.mean(0)
@@ -91,6 +132,16 @@ def _per_token(index, x):
     if index is None:
         return x.new_zeros(x.shape[:2], dtype=torch.int64)
     return index if index.dim() == 2 else index.unsqueeze(1).expand(x.shape[:2])
+
+
+def _slots(index, experts, gates, x):
+    """Expert ids [B, S, slots]: of the index, of all experts in turn, or of the only one."""
+    if experts == 1:
+        return x.new_zeros(*x.shape[:2], gates.shape[-1], dtype=torch.int64)
+    if index is None:
+        return torch.arange(experts).expand(*x.shape[:2], experts)
+    index = index.long()
+    return index if index.dim() == 3 else index.unsqueeze(1).expand(-1, x.shape[1], -1)
 
 
 def _gelu_by_erfc(z):
