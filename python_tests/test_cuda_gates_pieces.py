@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from cuda_host import DEVICE, DTYPES, ON_HOST, needs_cuda
+from cuda_host import DEVICE, DTYPES, EACH_LAUNCH, ON_HOST, names, needs_cuda, runtime_calls
 
 needs_cuda()
 
@@ -27,18 +27,32 @@ def test_rows_of_pieces(case, dtype):
 def test_pieces_go_to_the_registers_where_the_gpu_multiplies_there(capability, dtype, monkeypatch):
     monkeypatch.setenv("ADAMIX_HOST_CAPABILITY", str(capability))
     drawn = even("adapter, chosen", dtype)
-    with launches() as names:
+    with launches() as made:
         drawn.check()
     straight = capability >= (75 if dtype == torch.float16 else 80)
-    assert all(("_mma_" in name) == straight for name in names if "plane_sum" not in name)
+    assert all(("_mma_" in name) == straight for name in made if "plane_sum" not in name)
 
 
 @pytest.mark.skipif(not ON_HOST, reason="a GPU keeps no record of launches")
 @pytest.mark.parametrize("wrong", [dict(features=44), dict(rank=5), dict(cols=20), dict(banks=(40, 40), slots=2)])
 def test_other_rows_go_to_the_kernels_for_any(wrong):
-    with launches() as names:
+    with launches() as made:
         even("chosen, two groups", **wrong).check()
-    assert not any("_mma_" in name for name in names)
+    assert not any("_mma_" in name for name in made)
+
+
+@pytest.mark.skipif(not ON_HOST, reason="a GPU keeps no record of calls")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["one B, shares of rows", "adapter, chosen"])
+def test_a_graph_may_hold_every_call_of_four_launches_at_most(case, dtype):
+    run = even(case, dtype).run("cuda")
+    given = even(case, dtype).given
+    run(*given)
+    runtime_calls()
+    with launches() as made:
+        run(*given)
+    assert names(runtime_calls()) <= EACH_LAUNCH
+    assert len(made) <= 4
 
 
 @pytest.mark.sanitize
