@@ -36,6 +36,8 @@ _LEFT_OUT = ("linear_adamix_loss", "frozen_linear")
 _LOSSES = ("adamix_loss", "consistency_loss", "adamix_loss_full", "adamix_loss_expected")
 # Of the files count_*.py, those that decide a row.
 _COUNTERS = ("cases", "cuda", "launch", "loops", "memory", "model", "row", "sass", "triton")
+# Of ops that share csrc/ with others, the folders there.
+_CSRC = dict.fromkeys(("gated_adapter", "gated_lora"), ("gated", "routed_lora"))
 # A loss scale, for which the forward may write its gradient.
 _SCALE = 1024.0
 
@@ -141,8 +143,7 @@ def fingerprint(folder: str, backend: str) -> str:
         csrc = here.parent / "csrc"
         paths += [
             p
-            for name in (*folders, "common")
-            if (csrc / name).is_dir()
+            for name in (*_CSRC.get(folder, (folder,)), "common")
             for p in (csrc / name).iterdir()
             if p.suffix in (".h", ".cu", ".cpp")
         ]

@@ -46,11 +46,12 @@ void run_by_pairs(GatedInputGrad<T>& params, GatedCall& call, const Device& devi
   const Gates& gates = call.gates;
   bool of_u = needs.x || needs.down || needs.gates;
   // Scratch: u and dt, what B is multiplied by, and the gates of biases; each at a multiple of 16 bytes.
+  // Never empty, as null pointers say what is not wanted.
   auto padded = [](int64_t size) { return (size + 7) / 8 * 8; };
   int64_t down_size = padded(call.rows * gates.down.slots * call.ranks);
   int64_t up_size = padded(call.rows * gates.up.slots * call.ranks);
   int64_t bias_size = needs.up && biases ? padded(call.rows * gates.up.slots) : 0;
-  Tensor narrow = allocate(call.x, {(of_u ? up_size + down_size : 0) + (needs.up ? up_size : 0) + bias_size});
+  Tensor narrow = allocate(call.x, {(of_u ? up_size + down_size : 0) + (needs.up ? up_size : 0) + bias_size + 8});
   OptionalTensor ids, planes;
   if (call.has_ids && (needs.down || needs.up)) {
     ids = allocate(call.x, {call.rows * (gates.down.slots + gates.up.slots)}, ScalarType::Int);
@@ -125,7 +126,8 @@ void run_in_teams(GatedInputGrad<T>& params, GatedCall& call, const Device& devi
   int experts = gates.up.experts, up_ranks = experts * params.ranks();
   int64_t down_size = (call.rows * gates.down.experts * params.ranks() + 7) / 8 * 8;
   params.mixed_pitch = up_ranks + (needs.up && biases ? round_up(experts, 4) : 0);
-  Tensor narrow = allocate(call.x, {(needs.down ? down_size : 0) + (needs.up ? call.rows * params.mixed_pitch : 0)});
+  Tensor narrow =
+      allocate(call.x, {(needs.down ? down_size : 0) + (needs.up ? call.rows * params.mixed_pitch : 0) + 8});
   OptionalTensor planes;
   params.dt = needs.down ? data<T>(narrow) : nullptr;
   params.mixed = needs.up ? data<T>(narrow) + (needs.down ? down_size : 0) : nullptr;

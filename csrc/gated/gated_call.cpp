@@ -9,7 +9,8 @@ namespace {
 
 SlotExperts check_experts(const char* name, const OptionalTensor& index, const Tensor& gates, int64_t experts,
                           int64_t slots, bool dense, std::vector<Tensor>& kept) {
-  SlotExperts side{nullptr, false, check_int("M", experts), static_cast<int>(experts == 1 ? 1 : slots)};
+  SlotExperts side{nullptr, index.has_value(), false, check_int("M", experts),
+                   static_cast<int>(experts == 1 ? 1 : slots)};
   if (!index.has_value()) {
     if (experts != 1 && !dense) fail(name, "none", "an index, as the bank holds " + std::to_string(experts));
     return side;

@@ -8,20 +8,21 @@ namespace adamix {
 
 // One side's experts, down (A) or up (B): a slot names that of its id, or slot e expert e, or the one there is.
 struct SlotExperts {
-  const void* ids;  // int32 or int64, as many as gates; null where slots need none
+  const void* ids;  // int32 or int64, as many as gates
+  bool chosen;      // whether there are ids
   bool wide;        // int64
   int experts;      // in the bank
   int slots;        // of what is narrow on this side: 1 for a bank of one, else those of the gates
 
   // at: of the slot among all gates. kNoExpert for an id outside the bank.
   ADAMIX_DEVICE int named(int64_t at, int slot) const {
-    if (ids == nullptr) return experts == 1 ? 0 : slot;
+    if (!chosen) return experts == 1 ? 0 : slot;
     uint64_t id = wide ? static_cast<const uint64_t*>(ids)[at]
                        : static_cast<uint64_t>(static_cast<int64_t>(static_cast<const int32_t*>(ids)[at]));
     return id < static_cast<uint64_t>(experts) ? static_cast<int>(id) : kNoExpert;
   }
   // Rows have experts of their own: not all of a tile's rows have all.
-  ADAMIX_BOTH bool differ() const { return ids != nullptr && experts > 1; }
+  ADAMIX_BOTH bool differ() const { return chosen && experts > 1; }
 };
 
 struct Gates {
