@@ -254,7 +254,7 @@ def measure_decoding(width: int, rounds: int | None, seconds: float) -> list[rec
         def step(_k: int, model: nn.Module = model, cache: Any = cache) -> None:
             with torch.no_grad():
                 model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-                cache.crop(16)
+                cache.crop(-1)
 
         steps[name] = step
     timing = time_paired(steps, [], rounds=rounds, seconds=seconds)

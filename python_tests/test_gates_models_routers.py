@@ -45,7 +45,7 @@ def test_linear_is_a_softmax_of_which_the_best_are_kept():
             assert index[b, s].tolist() == best
             want = p[b, s, best] / p[b, s, best].sum()
             torch.testing.assert_close(gates[b, s], want)
-    assert seeded(ro.LinearRouter, top_k=M)(x).index is None
+    assert seeded(ro.LinearRouter, top_k=M)(x).chosen is None
     half = copy.deepcopy(dense).to(torch.bfloat16)(tokens(torch.bfloat16))
     assert half.gates.dtype == torch.float32
     torch.testing.assert_close(half.gates.double(), p, rtol=0.1, atol=0.05)
@@ -145,7 +145,7 @@ def test_arrow_follows_the_direction_that_the_update_answers_to(groups):
         scores.append((x @ v).abs())
     best, index = torch.stack(scores, -1).topk(2)
     found = router(x)
-    assert torch.equal(found.index, index)
+    assert torch.equal(found.chosen, index)
     torch.testing.assert_close(found.gates, (best / 0.5).softmax(-1))
     before = router.directions.clone()
     router.refresh(a, b, output_offsets=range(groups))

@@ -81,7 +81,9 @@ class AdaptationOptions:
         saved = names("modules_to_save", self.modules_to_save)
         if self.router == "task":
             raise ValueError("router: got task, whose table needs a task id a text, expected another, or AdaMixTrainer")
-        weight = {} if self.consistency_weight is None else {"consistency_weight": self.consistency_weight}
+        weight: dict[str, Any] = {}
+        if self.consistency_weight is not None:
+            weight["consistency_weight"] = self.consistency_weight
         return AdaMixConfig(
             method=self.method,
             num_experts=self.num_experts,

@@ -171,7 +171,7 @@ def experts_at(config: AdaMixConfig, path: str, number: int | None, depths: Sequ
     Raises ValueError: a list, for a layer that stands in no numbered block.
     """
     pattern = config.experts_pattern
-    if not pattern or isinstance(pattern, dict):
+    if pattern is None or isinstance(pattern, dict):
         return int(by_path(pattern, path, config.num_experts))
     if number is None:
         raise ValueError(

@@ -63,7 +63,7 @@ def structure(layer: nn.Module) -> dict[str, Any]:
     """What decides the shapes and the meaning of one adapted layer's tensors."""
     base = layer.base if isinstance(layer, (AdaptedLayer, RoutedLoRALinear)) else layer
     inputs, outputs, transposed = linear_sizes(base)
-    facts = {"in_features": inputs, "out_features": outputs, "fan_in_fan_out": transposed}
+    facts: dict[str, Any] = {"in_features": inputs, "out_features": outputs, "fan_in_fan_out": transposed}
     names: tuple[str, ...]
     holder: Any
     if isinstance(layer, AdaptedLayer):

@@ -205,8 +205,9 @@ class AdaMixTrainerMixin(CheckpointMixin):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if adamix_state(self.model).config.num_tasks is not None and TASK_IDS not in self._signature_columns:
-            self._signature_columns.append(TASK_IDS)
+        columns: list[str] = self._signature_columns or []
+        if adamix_state(self.model).config.num_tasks is not None and TASK_IDS not in columns:
+            self._signature_columns = [*columns, TASK_IDS]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """That of the base trainer, times the passes."""

@@ -206,8 +206,8 @@ def merge_adapters(adapters: Sequence[RoutedAdapter]) -> list[RoutedAdapter]:
         ).train(adapter.training)
         for n, adapter in enumerate(adapters)
     ]
-    for n, banks in gated.items():
-        for target, value in zip(plain[n].banks(), banks, strict=True):
+    for n, values in gated.items():
+        for target, value in zip(plain[n].banks(), values, strict=True):
             target.copy_(value)
     for backend in sorted({adapter.backend for adapter in adapters}):
         pairs = [

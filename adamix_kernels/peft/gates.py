@@ -102,8 +102,8 @@ def _added(
     gates = found.gates.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
     if not same:
         factors = torch.tensor(scalings, dtype=gates.dtype, device=gates.device)
-        gates = gates * (factors if found.index is None else factors[found.index])
-    index = found.index if len(used) > 1 else None
+        gates = gates * (factors if found.chosen is None else factors[found.chosen])
+    index = found.chosen if len(used) > 1 else None
     in_base = rows.dtype == added.dtype
     out = routed_lora(
         rows,

@@ -43,7 +43,8 @@ class ArrowRouter(GateRouter):
         self.top_k = check_top_k(top_k, num_experts)
         if not temperature > 0:
             raise ValueError(f"temperature: got {temperature!r}, expected a number above 0")
-        self.temperature, self._of = temperature, ()
+        self.temperature = temperature
+        self._of: tuple[tuple[int, int], ...] = ()
         empty = torch.zeros(num_experts, features, dtype=dtype, device=self.mean_gates.device)
         self.register_buffer("directions", empty, persistent=False)
 
@@ -94,4 +95,5 @@ def leading_directions(lora_a: torch.Tensor, lora_b: torch.Tensor, groups: int =
     blocks = b.view(b.shape[0], groups, -1, rank)
     inner = torch.stack([torch.block_diag(*grams) for grams in blocks.mT @ blocks])  # [M, G*r, G*r]
     _, vectors = torch.linalg.eigh(r @ inner @ r.mT)
-    return (q @ vectors[..., -1:]).squeeze(-1).to(lora_a.dtype)
+    found: torch.Tensor = (q @ vectors[..., -1:]).squeeze(-1)
+    return found.to(lora_a.dtype)

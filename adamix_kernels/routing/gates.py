@@ -12,14 +12,14 @@ _MOMENTUM = 0.01
 
 
 class Gates(NamedTuple):
-    """What a GateRouter gives: gates and index of one shape (K chosen experts), or dense gates and index None.
+    """What a GateRouter gives: gates of K chosen experts, or dense gates of all.
 
     gates: [B, S, K] or [B, K] for the chosen, [B, S, M] or [B, M] where dense; float32 (float64 for float64).
-    index: int64 expert ids, or None.
+    chosen: int64 expert ids of gates' shape, routed_lora's and routed_adapter's index; None where dense.
     """
 
     gates: torch.Tensor
-    index: torch.Tensor | None
+    chosen: torch.Tensor | None
 
 
 class _Losses:
@@ -155,10 +155,10 @@ def z_loss(logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tens
 
 def dense_gates(found: Gates, num_experts: int) -> torch.Tensor:
     """[..., K] chosen gates as [..., M], zero where an expert was not chosen; dense ones as they are."""
-    if found.index is None:
+    if found.chosen is None:
         return found.gates
-    experts = torch.arange(num_experts, device=found.index.device)
-    return ((found.index.unsqueeze(-1) == experts) * found.gates.unsqueeze(-1)).sum(-2)
+    experts = torch.arange(num_experts, device=found.chosen.device)
+    return ((found.chosen.unsqueeze(-1) == experts) * found.gates.unsqueeze(-1)).sum(-2)
 
 
 def token_weights(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

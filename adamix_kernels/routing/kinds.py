@@ -34,6 +34,7 @@ def gate_router(
         return TaskRouter(num_tasks, num_experts, **more)
     if kind == "threshold":
         return ThresholdRouter(features, num_experts, **more)
-    return {"linear": LinearRouter, "sentence": SentenceRouter, "arrow": ArrowRouter}[kind](
-        features, num_experts, top_k, **more
-    )
+    chosen = {"linear": LinearRouter, "sentence": SentenceRouter}.get(kind)
+    if chosen is not None:
+        return chosen(features, num_experts, top_k, **more)
+    return ArrowRouter(features, num_experts, top_k, **more)

@@ -48,7 +48,7 @@ class LinearRouter(GateRouter):
     def gates(self, x: torch.Tensor, mask: torch.Tensor | None, tasks: torch.Tensor | None) -> Gates:
         logits = F.linear(x, self.weight.to(x.dtype))
         found = choose(logits, self.top_k)
-        self._leave(logits, found.index, mask)
+        self._leave(logits, found.chosen, mask)
         return found
 
     def extra_repr(self) -> str:
@@ -80,7 +80,7 @@ class SentenceRouter(LinearRouter):
             mean = (wide * counted.unsqueeze(-1)).sum(1) / counted.sum(1, keepdim=True).clamp_min(1)
         logits = F.linear(mean, self.weight.to(mean.dtype))
         found = choose(logits, self.top_k)
-        self._leave(logits, found.index, None)
+        self._leave(logits, found.chosen, None)
         return found
 
     def _note(self, found: Gates, mask: torch.Tensor | None) -> None:
