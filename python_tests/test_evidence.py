@@ -43,7 +43,7 @@ def test_every_committed_row_names_its_versions():
         for row in rows:
             assert {"torch", "transformers", "adamix_kernels"} <= set(row["versions"])
             if "commit" in row:
-                assert not row["commit"].endswith("-dirty")
+                assert not (row["commit"] or "").endswith("-dirty")
 
 
 def test_the_command_trains_a_study_where_its_data_is(tmp_path, monkeypatch, capsys):

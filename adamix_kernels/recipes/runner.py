@@ -113,7 +113,7 @@ def _labels(recipe: Recipe, method: Method, seed: int, limits: Limits) -> dict[s
         "dev_rows": limits.dev_rows,
         "processes": processes.count(),
         "commit": commit(),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -145,7 +145,8 @@ def _shared_folder() -> Iterator[Path]:
         yield Path(processes.agree(folder))
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what a row's outcome depends on: this package, torch, transformers."""
     import torch
     import transformers
 

@@ -47,7 +47,7 @@ def train_once(
         set_seed(seed)
         built = build(method, problem.fresh(), recipe)
         rows = problem.train_rows(seed)
-        trainer, number = _trainer(recipe, problem, method, built, rows, (seed, member), folder, report)
+        trainer, number = _trainer(recipe, problem, method, built, rows, (seed, member), folder / str(member), report)
         timer = _Timer()
         trainer.add_callback(timer)
         trainer.train()
@@ -189,7 +189,7 @@ def evaluate(recipe: Recipe, problem: Any, built: Built, seed: int) -> tuple[dic
 
 
 def _evaluate_soup(recipe: Recipe, problem: Any, built: Built) -> tuple[dict[str, Any], dict[str, Any]]:
-    """"merged": the mean of the members' weights. "fixed", where the recipe asks for it: each member alone."""
+    """ "merged": the mean of the members' weights. "fixed", where the recipe asks for it: each member alone."""
     runs = []
     for state in built.members if "fixed" in recipe.evaluations else ():
         built.model.load_state_dict(state, strict=False)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adamix_kernels.recipes import Limits, expand_methods, load_recipe, read_rows, run_recipe
+from adamix_kernels.recipes import Limits, expand_methods, load_recipe, run_recipe
 
 from . import data
 
@@ -84,18 +81,3 @@ STUDIES = (
     Study("pairs_1000_rows", "e2e_pairs", CONTROLS, _epochs(20, ["merged"]), Limits(train_rows=1000),
           make=data.write_pairs),
 )  # fmt: skip
-E2E_METHODS = ("lora", "adamix", "adamix:consistency_weight=1")
-
-
-def run_e2e(work: Path) -> None:
-    """examples/e2e_from_scratch.py on work/e2e; the rows that docs/evidence has are not trained again."""
-    rows = FOLDER / "e2e_from_scratch.jsonl"
-    if len(read_rows(rows)) >= 3 * len(E2E_METHODS):
-        return
-    out = work / "e2e_out"
-    out.mkdir(exist_ok=True)
-    if rows.is_file():
-        shutil.copy(rows, out / "results.jsonl")
-    command = [sys.executable, str(ROOT / "examples" / "e2e_from_scratch.py"), "--data", "e2e", "--out", "e2e_out"]
-    subprocess.run([*command, "--epochs", "2", "--seeds", "3", "--methods", *E2E_METHODS], cwd=work, check=True)
-    shutil.copy(out / "results.jsonl", rows)

@@ -5,6 +5,7 @@ A table stands between `<!-- table: KIND FILES OPTIONS -->` and `<!-- end of tab
     scores sst2                             every line of the comparison: mean and deviation over the seeds, sizes, cost
     differences sst2 pfeiffer adamix        every line minus these, seed by seed, with 95% intervals
     runs search                             one line a row
+    train train_defaults seed               runs of `adamix train`, by these of their options
     sources sst2 sst2_30_shots              where the rows come from: commits, versions, hours
 
 FILES are names of .jsonl files joined by "+".
@@ -24,12 +25,12 @@ from adamix_kernels.recipes.paired import differences_table
 from adamix_kernels.recipes.summary import Group, Line, group_rows
 from adamix_kernels.reports.figures import deviation
 
-MARK = re.compile(r"(<!-- table: ([^\n]*?) -->\n)(.*?)(\n<!-- end of table -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- table: ([^\n]*?) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
 def written(text: str, folder: Path) -> str:
     """`text` with every marked table made anew. Raises ValueError for a marker that names no known table or file."""
-    return MARK.sub(lambda found: found[1] + table(found[2], folder) + found[4], text)
+    return MARK.sub(lambda found: f"{found[1]}\n{table(found[2], folder)}\n\n{found[4]}", text)
 
 
 def table(order: str, folder: Path) -> str:
@@ -43,12 +44,13 @@ def table(order: str, folder: Path) -> str:
 def _scores(folder: Path, names: str) -> str:
     group = _group(folder, names)
     metrics = list(dict.fromkeys(name for line in group.lines for name in line.values))
-    plain = min((_cost(line) for line in group.lines), default=1.0)
+    costs = [_cost(line) for line in group.lines]
+    cheapest = min(cost for cost in costs if cost)
     rows = [["method", *metrics, "seeds", "cost of training", "trained", "kept to serve"]]
-    for line in group.lines:
+    for line, steps in zip(group.lines, costs, strict=True):
         cells = [_spread(line.values.get(name, []), 3 if name == "loss" else 2) for name in metrics]
         first = line.rows[0]
-        cost = f"{_cost(line) / plain:.1f}"
+        cost = f"{steps / cheapest:.1f}" if steps else ""
         rows.append([line.name, *cells, str(len(line.rows)), cost, f"{first['trained']:,}", f"{first['kept']:,}"])
     return _markdown(rows)
 
@@ -67,6 +69,20 @@ def _runs(folder: Path, names: str) -> str:
     return _markdown(rows)
 
 
+def _train(folder: Path, names: str, *options: str) -> str:
+    rows = _rows(folder, names)
+    metric = next(iter(rows[0]["scores"]))
+    beside = list(dict.fromkeys(name for row in rows for name in row["baselines"]))
+    lines = [[*(option.replace("_", " ") for option in options), f"AdaMix, merged: {metric}", *beside]]
+    for row in rows:
+        words = row["options"].split()
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        found = [row["scores"], *(row["baselines"].get(name) or {} for name in beside)]
+        cells = [f"{scores[metric]:.2f}" if metric in scores else "" for scores in found]
+        lines.append([*(given[f"--{option}"] for option in options), *cells])
+    return _markdown(lines)
+
+
 def _sources(folder: Path, *names: str) -> str:
     rows = [["file", "rows", "commit", "torch", "transformers", "hours"]]
     for name in names:
@@ -79,7 +95,7 @@ def _sources(folder: Path, *names: str) -> str:
 
 
 KINDS: dict[str, Callable[..., str]] = {
-    "scores": _scores, "differences": _differences, "runs": _runs, "sources": _sources,
+    "scores": _scores, "differences": _differences, "runs": _runs, "train": _train, "sources": _sources,
 }  # fmt: skip
 
 
@@ -101,9 +117,11 @@ def _group(folder: Path, names: str) -> Group:
     return groups[0]
 
 
-def _cost(line: Line) -> float:
-    """Steps, each 1.8 times as dear where both passes are made."""
+def _cost(line: Line) -> float | None:
+    """Steps, each 1.8 times as dear where both passes are made; None where whole weights have gradients."""
     row = line.rows[0]
+    if row["method"].startswith("full"):
+        return None
     options = dict(parse_method(row["method"]).options)
     weight = options.get("consistency_weight", row["identity"]["recipe"]["adamix"].get("consistency_weight", 0.0))
     steps: float = row["steps"]
