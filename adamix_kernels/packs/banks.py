@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -58,17 +60,22 @@ class TrainedBank(nn.Module):
         added = as_batch(base)
         down, up = self.mix.rows_of(self.path, added.shape[0]).to(x.device)
         if self.shape.adapter:
-            banks = cast_like(added, self.down_weight, self.down_bias, self.up_weight, self.up_bias)
-            out = routed_adapter(
-                added, *banks, down, up, residual=added, activation=self.shape.activation, backend=self.backend
+            down_weight, down_bias, up_weight, up_bias = cast_like(
+                added, self.down_weight, self.down_bias, self.up_weight, self.up_bias
             )
+            out = routed_adapter(
+                added, down_weight, down_bias, up_weight, up_bias, down, up,
+                residual=added, activation=self.shape.activation, backend=self.backend,
+            )  # fmt: skip
             return out.view(base.shape)
         rows = as_batch(x) if autocast_dtype(x.device.type) is not None else as_batch(x).to(added.dtype)
         if any(self.path in block.seeds for block in self.mix.blocks):
             rows = torch.cat([self._dropped(part, n) for n, part in enumerate(self.mix.split(rows))])
+        lora_a, lora_b = cast_like(rows, self.lora_a, self.lora_b)
         out = routed_lora(
             rows,
-            *cast_like(rows, self.lora_a, self.lora_b),
+            lora_a,
+            lora_b,
             down,
             up,
             base=added,
@@ -109,7 +116,7 @@ class OwnHeads(nn.Module):
 
 @dataclass(frozen=True)
 class Cut:
-    """A name's own parameter, and where it lies in a bank: slots `first` and following, up to its rank, times `scale`."""
+    """A name's own parameter, and where it lies in a bank: from slot `first` on, up to its rank, times `scale`."""
 
     parameter: nn.Parameter
     bank: nn.Parameter
@@ -153,4 +160,26 @@ def cuts(layer: RoutedLayer, bank: TrainedBank, first: int) -> list[Cut]:
             groups = len(bank.shape.offsets) if name == "lora_a" else 0
             scale = layer.scaling if name == "lora_b" and isinstance(layer, RoutedLoRALinear) else 1.0
             found.append(Cut(parameter, getattr(bank, name), first, _RANK_AXIS[name], groups, scale))
+    return found
+
+
+def bank_shapes(model: nn.Module, layers: Mapping[str, Mapping[str, RoutedLayer]], rank: int) -> dict[str, Shape]:
+    """What the banks hold, in model order. layers: of each name, by path.
+
+    Raises ValueError, naming two names that cannot share a bank.
+    """
+    found: dict[str, Shape] = {}
+    first: dict[str, str] = {}
+    for path, _ in model.named_modules():
+        for name, own in layers.items():
+            if path not in own:
+                continue
+            shape = Shape.of(own[path])
+            known = found.setdefault(path, dataclasses.replace(shape, rank=max(rank, shape.rank)))
+            first.setdefault(path, name)
+            if dataclasses.replace(shape, rank=known.rank) != known:
+                raise ValueError(
+                    f"{name}: {path}: got {shape}, expected {known} but for the rank, as {first[path]!r} has"
+                )
+            found[path] = dataclasses.replace(known, rank=max(known.rank, shape.rank))
     return found

@@ -89,7 +89,8 @@ class Own:
             from transformers import get_scheduler
 
         job = self.job
-        plain, decayed = [], []
+        plain: list[nn.Parameter] = []
+        decayed: list[nn.Parameter] = []
         adapted = [layer.adapter if isinstance(layer, AdaptedLayer) else layer for layer in self.layers.values()]
         for part in (*adapted, *(part for head in self.heads.values() for part in head.modules())):
             for key, parameter in part.named_parameters(recurse=False):

@@ -17,22 +17,21 @@ from torch import nn
 from .._backends import check_request
 from ..models._files import make_folder
 from ..models.checkpoint import save_adamix
-from ..models.doubling import find_batch_size, take_rows
-from ..models.guards import is_reentrant
 from ..models.inject import check_bare
 from ..models.merging import merge, unmerge
-from ..models.objectives import CAUSAL, IGNORED, Objective
+from ..models.objectives import Objective
 from ..models.quantised import let_gradients_through
 from ..models.state import AdaMixState, check_model, replace_module
 from ..routing import process_rank
 from . import training_folder
-from .banks import OwnHeads, TrainedBank
+from .banks import OwnHeads, TrainedBank, bank_shapes
 from .job import PackJob
-from .mix import Block, Mix, OwnDropout
+from .mix import Mix
 from .own import Own, PackStep, base_of, swapped
 from .reading import Folder, called
 from .slots import Shape
 from .state import PackRouter, check_name
+from .training_step import StepOptions, accumulate, sum_over_processes
 
 Jobs = Mapping[str, "PackJob | Folder"]
 
@@ -43,7 +42,8 @@ class _Names:
     def use(self, *_arguments: Any) -> AbstractContextManager[None]:
         raise ValueError('model: got a pack that is being trained, expected `with trainer.alone("name") as model`')
 
-    set_centroid = use
+    def set_centroid(self, *arguments: Any) -> None:
+        self.use(*arguments)
 
 
 class PackTrainer:
@@ -109,24 +109,25 @@ class PackTrainer:
                 raise ValueError(f"{key}: got {value!r}, expected an int of at least 1")
         if room["capacity"] < len(jobs):
             raise ValueError(f"capacity: got {capacity} for {len(jobs)} jobs, expected as many at least")
-        self.model, self.backend, self.autocast = model, backend, autocast
-        self.capacity, self.mix = room["capacity"], Mix()
+        self.model, self.backend, self.capacity = model, backend, room["capacity"]
+        mix = Mix()
         owns, saved = {}, {}
         for slot, (name, job) in enumerate(jobs.items()):
             with called(check_name(name)):
                 saved[name] = None if isinstance(job, PackJob) else training_folder.read(job)
                 owns[name] = Own(name, slot, _job(job, saved[name]), model, backend)
         self.experts = max(max_experts, *(own.job.config.num_experts for own in owns.values()))
-        shapes = _shapes(model, owns, max_rank)
+        shapes = bank_shapes(model, {name: own.layers for name, own in owns.items()}, max_rank)
         # One expert's product would be another one than that of several, with other bits.
         slots = max(2, self.capacity * self.experts)
         self.banks = {
-            path: TrainedBank(path, model.get_submodule(path), shape, slots, self.mix, backend)
+            path: TrainedBank(path, model.get_submodule(path), shape, slots, mix, backend)
             for path, shape in shapes.items()
         }
         whole = [path for path, _ in model.named_modules() if any(path in own.heads for own in owns.values())]
         self.own_heads = {path: model.get_submodule(path) for path in whole}
         self.names: dict[str, Own] = {}
+        self._options = StepOptions(mix, self.experts, autocast)
         Objective(model)  # raises for a task without a loss
 
         # Nothing of the model was changed so far.
@@ -137,7 +138,7 @@ class PackTrainer:
         for path, bank in self.banks.items():
             replace_module(model, path, bank)
         for path in whole:
-            replace_module(model, path, OwnHeads(path, self.mix))
+            replace_module(model, path, OwnHeads(path, mix))
         self._owner.adamix = AdaMixState(
             next(iter(owns.values())).job.config, PackRouter(), list(self.banks), whole, pack=_Names()
         )
@@ -249,7 +250,7 @@ class PackTrainer:
             After any error what was accumulated since the last update is dropped, and no parameter has changed.
         """
         try:
-            self._accumulate(dict(batch), names)
+            accumulate(self.model, self.names, self.banks, self.own_heads, self._options, dict(batch), names)
         except BaseException:
             self._forget()
             raise
@@ -259,7 +260,7 @@ class PackTrainer:
 
         Returns {name: PackStep}; a name's schedule and counter move with its own updates alone.
         """
-        self._sum_over_processes()
+        sum_over_processes(self.names, self.banks)
         done = {name: own.update() for name, own in self.names.items() if own.rows}
         self._forget()
         return done
@@ -360,111 +361,11 @@ class PackTrainer:
                 f"num_experts: got {own.job.config.num_experts}, expected at most {self.experts} (max_experts)"
             )
 
-    def _accumulate(self, inputs: dict[str, Any], names: Sequence[str]) -> None:
-        labels = inputs.pop("labels", None)
-        if not isinstance(labels, torch.Tensor):
-            raise ValueError(f"batch: got {sorted(inputs)}, expected a tensor of labels among them")
-        size = find_batch_size(inputs)
-        if isinstance(names, str) or len(names) != size or labels.shape[0] != size:
-            raise ValueError(f"names: got {len(names)} for {size} rows and {labels.shape[0]} labels, expected as many")
-        for name in dict.fromkeys(names):
-            if self._own(name).paused:
-                raise ValueError(f"names: got {name!r}, which is paused, expected resume() first, or other rows")
-        parts = [part for part in self.model.modules() if getattr(part, "gradient_checkpointing", False)]
-        if any(is_reentrant(part) for part in parts):
-            raise ValueError("model: got reentrant activation checkpointing, expected use_reentrant=False")
-        device = labels.device
-        whose = {name: [n for n, mine in enumerate(names) if mine == name] for name in self.names}
-        whose = {name: rows for name, rows in whose.items() if rows}  # in the order of self.names
-        order, blocks, index = [], [], []
-        for name, mine in whose.items():
-            own = self.names[name]
-            blocks.append(own.block(len(order), len(mine), self.own_heads, device))
-            index.append(own.experts(len(mine), list(self.banks), self.experts))
-            order += mine * own.job.config.passes
-        table = torch.cat(index, 2).to(device)
-        inputs = Objective(self.model).prepare(inputs, labels)
-        picked = take_rows(inputs, torch.tensor(order, device=device), size)
-        self.model.train()
-        with self.mix.running(blocks, dict(zip(self.banks, table.unbind(), strict=True))):
-            losses = self._losses(blocks, picked, {n: labels[rows] for n, rows in whose.items()}, bool(parts))
-            torch.autograd.backward([loss[0] for loss, _ in losses.values()])
-        for name, (sums, targets) in losses.items():
-            self.names[name].add(len(whose[name]), targets, sums.detach())
-
-    def _losses(
-        self, blocks: list[Block], inputs: dict[str, Any], labels: Mapping[str, torch.Tensor], recomputes: bool
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """name -> (sums of loss, cross-entropy and consistency, number of targets)."""
-        plain = Objective(self.model)
-        twice = {block.name: self.names[block.name].job.config.passes == 2 for block in blocks}
-        fused = plain.task == CAUSAL and plain.plain_head() is not None
-        options: dict[str, Any] = {"output_hidden_states": True} if fused and any(twice.values()) else {}
-        if options and all(twice.values()):
-            options["logits_to_keep"] = 1  # nobody needs them
-        context = contextlib.nullcontext
-        where = next(iter(labels.values())).device.type
-        autocast: Callable[[], Any] = (
-            context if self.autocast is None else lambda: torch.autocast(where, dtype=self.autocast)
-        )
-        with autocast(), OwnDropout(self.mix, recomputes):
-            outputs = self.model(**inputs, **options)
-        found = {}
-        for block in blocks:
-            own, rows = self.names[block.name], slice(block.start, block.stop)
-            mine: dict[str, Any] = {"logits": outputs["logits"][rows][..., : block.columns]}
-            if options:
-                mine["hidden_states"] = (outputs["hidden_states"][-1][rows],)
-            objective, given = Objective(self.model, own.labels), labels[block.name]
-            if given.is_floating_point() and own.labels.problem_type == "single_label_classification":
-                given = given.long()
-            result, _ = objective.loss(
-                lambda mine=mine, **_inputs: _Outputs(mine),
-                {},
-                given,
-                doubled=twice[block.name],
-                weight=own.job.config.consistency_weight,
-                label_smoothing=own.job.label_smoothing,
-                num_items=1,
-                autocast=autocast,
-            )
-            targets = (objective.targets(given) != IGNORED).sum()
-            found[block.name] = torch.stack([result.loss, result.cross_entropy, result.consistency]), targets
-        return found
-
     def _forget(self) -> None:
         for own in self.names.values():
             own.forget()
         for bank in self.banks.values():
             bank.zero_grad(set_to_none=True)
-
-    @torch.no_grad()
-    def _sum_over_processes(self) -> None:
-        """Gradients, sums and counts of all processes, added in one call."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return
-        owns = list(self.names.values())
-        parameters = [p for bank in self.banks.values() for p in bank.parameters(recurse=False)]
-        parameters += [p for own in owns for head in own.heads.values() for p in head.parameters()]
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        device = parameters[0].device
-        totals = [torch.zeros(4, device=device) if own.totals is None else own.totals.float() for own in owns]
-        rows = torch.tensor([own.rows for own in owns], device=device, dtype=torch.float32)
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([t.reshape(-1).float() for t in (*grads, *totals, rows)])
-        dist.all_reduce(flat)
-        pieces = flat.split([t.numel() for t in (*grads, *totals, rows)])
-        for grad, piece in zip(grads, pieces, strict=False):
-            grad.copy_(piece.view_as(grad))
-        for own, piece, count in zip(owns, pieces[len(grads) : -1], pieces[-1].tolist(), strict=True):
-            own.totals, own.rows = piece.clone(), int(count)
-
-
-class _Outputs(dict[str, Any]):
-    """A model's outputs by name or by attribute."""
-
-    __getattr__ = dict.__getitem__
 
 
 def _job(job: PackJob | Folder, saved: training_folder.Saved | None) -> PackJob:
@@ -475,25 +376,6 @@ def _over(name: str, own: Own) -> bool:
     if own.job.total_steps is None:
         raise ValueError(f"{name}: got a job without total_steps, expected how many updates train() makes")
     return own.steps >= own.job.total_steps
-
-
-def _shapes(model: nn.Module, owns: Mapping[str, Own], rank: int) -> dict[str, Shape]:
-    """What the banks hold. Raises ValueError, naming two names that cannot share a bank."""
-    found: dict[str, Shape] = {}
-    first: dict[str, str] = {}
-    for path, _ in model.named_modules():
-        for name, own in owns.items():
-            if path not in own.layers:
-                continue
-            shape = Shape.of(own.layers[path])
-            known = found.setdefault(path, dataclasses.replace(shape, rank=max(rank, shape.rank)))
-            first.setdefault(path, name)
-            if dataclasses.replace(shape, rank=known.rank) != known:
-                raise ValueError(
-                    f"{name}: {path}: got {shape}, expected {known} but for the rank, as {first[path]!r} has"
-                )
-            found[path] = dataclasses.replace(known, rank=max(known.rank, shape.rank))
-    return found
 
 
 def _wait() -> None:
