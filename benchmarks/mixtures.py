@@ -47,7 +47,7 @@ class Layer:
         if top_k is not None:
             best, index = scores.topk(top_k)
             found = Gates(best.softmax(-1), index)
-        self.gates, self.index = found.gates.requires_grad_(), found.index
+        self.gates, self.index = found.gates.requires_grad_(), found.chosen
         self.top_k = top_k
 
     @property
