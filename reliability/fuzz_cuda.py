@@ -9,9 +9,9 @@ import os
 from collections.abc import Iterator
 from unittest import mock
 
-from adamix_kernels import _extension
+from adamix_kernels import _extension, backends
 
-from .fuzz import adapters, loras, losses, merges
+from .fuzz import adapters, gated, loras, losses, merges
 from .fuzz.draws import HALVES_AND_FLOAT, Sizes
 from .fuzz.kernels import Group, run_groups
 from .record import Figure
@@ -45,6 +45,12 @@ KERNELS = {
     "consistency_rescale": "pair_scale_kernel",
     "consistency_finish": "pair_finish_kernel",
 }
+_GATED = {
+    f"gated_{name}": f"gated_{name}_kernel"
+    for name in ("forward", "input_grad", "weight_grad", "forward_mma", "input_grad_mma", "weight_grad_mma")
+}
+if "gated_lora" in backends()["cuda"].ops:
+    KERNELS |= _GATED | {"gated_plane_sum": "plane_sum_kernel"}
 
 
 def run(size: str) -> Iterator[Figure]:
@@ -121,7 +127,22 @@ def groups() -> list[Group]:
             losses.consistency_cases(dtypes, Sizes(tokens=4, classes=2, more_rows=1100)),
             ("pair_finish_kernel",), twice=4,
         ),
+        *_gated_groups(),
     ]  # fmt: skip
+
+
+def _gated_groups() -> list[Group]:
+    if "gated_lora" not in backends()["cuda"].ops:
+        return []
+    plain, pieces = (tuple(k for k in _GATED.values() if ("mma" in k) is mma) for mma in (False, True))
+    made = []
+    for op, cases in (("gated_adapter", gated.gated_adapter_cases), ("gated_lora", gated.gated_lora_cases)):
+        made += [
+            Group(op, cases(HALVES_AND_FLOAT, Sizes()), plain),
+            Group(f"{op}, pieces", cases(HALVES_AND_FLOAT[1:], Sizes(features=9, rank=6), whole=True), pieces),
+            Group(f"{op}, many experts", cases(HALVES_AND_FLOAT, Sizes(), many=True), plain[:1]),
+        ]
+    return made
 
 
 def _small_gpu():

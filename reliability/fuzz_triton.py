@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Iterator
 from unittest import mock
 
+from adamix_kernels import backends
+
 from .fuzz import adapters, gated, loras, losses, merges
 from .fuzz.draws import HALVES_AND_FLOAT, Sizes
 from .fuzz.kernels import Group, all_of, run_groups
@@ -20,7 +22,7 @@ from .record import Figure
 
 TITLE = "Fuzz: every Triton kernel, interpreted on the CPU"
 COUNTS = {"full": 500, "small": 2}
-_OPS = ("routed_adapter", "routed_lora", "gated_lora", "merge", "consistency")
+_OPS = backends()["triton"].ops
 
 
 def run(size: str) -> Iterator[Figure]:
@@ -97,14 +99,6 @@ def _groups() -> list[Group]:
             ("lora_sum_kernel",), _lora_planes,
         ),
         Group(
-            "routed_lora with gates", gated.gated_lora_cases(dtypes, sizes),
-            ("gated_lora_forward_kernel", "gated_lora_dx_kernel"),
-        ),
-        Group(
-            "routed_lora with gates, many experts", gated.gated_lora_cases(dtypes, sizes, many=True),
-            ("gated_rows_forward_kernel", "gated_rows_dx_kernel", "gated_rows_sum_kernel"),
-        ),
-        Group(
             "merge_experts", merges.merge_experts_cases(dtypes, sizes),
             ("merge_experts_kernel", "merge_experts_grad_kernel", "merge_scores_grad_kernel"),
         ),
@@ -118,7 +112,26 @@ def _groups() -> list[Group]:
         ),
         Group("adamix_loss, rows counted first", losses.adamix_cases(dtypes, sizes), ("pair_count_kernel",), _counted),
         Group("linear_adamix_loss", losses.linear_cases(dtypes, sizes), ("pair_rows_kernel",)),
+        *_gated("gated_adapter", gated.gated_adapter_cases), *_gated("gated_lora", gated.gated_lora_cases),
     ]  # fmt: skip
+
+
+def _gated(op: str, cases) -> list[Group]:
+    """Experts of one tile, and more of them, whose rows are grouped: kernels of the latter are named so."""
+    package = f"adamix_kernels.ops.{op}.triton_impl"
+    own = sorted(
+        name
+        for module in _modules()
+        if module.__name__.startswith(package)
+        for name in vars(module)
+        if _is_kernel(module, name) and getattr(module, name).fn.__module__.startswith(package)
+    )
+    by_rows = tuple(dict.fromkeys(name for name in own if "rows" in name))
+    one_tile = tuple(dict.fromkeys(name for name in own if "rows" not in name))
+    made = ((op, False, one_tile), (f"{op}, many experts", True, by_rows))
+    return [
+        Group(about, cases(HALVES_AND_FLOAT, Sizes(), many=many), kernels) for about, many, kernels in made if kernels
+    ]
 
 
 def _plan(op: str, module: str = "plan"):

@@ -15,7 +15,7 @@ scales[id of B in slot k] (of A where B is a bank of one and A is not):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -34,12 +34,11 @@ def slots_of(down: torch.Tensor, gates: torch.Tensor) -> int:
     return 1 if down.shape[0] == 1 else gates.shape[-1]
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """One side of a call: its index and its bank, and what the caller knows them by."""
 
     name: str
-    index: torch.Tensor | None
+    ids: torch.Tensor | None
     bank: str
     experts: int
 
@@ -51,7 +50,7 @@ def check_gates(gates: torch.Tensor, x: torch.Tensor, first: Side, second: Side)
     if gates.dtype not in (torch.float32, x.dtype):
         fail("gates", gates.dtype, " or ".join(dict.fromkeys(("torch.float32", str(x.dtype)))), TypeError)
     check_device("gates", gates, x)
-    given = [side for side in (first, second) if side.index is not None]
+    given = [side for side in (first, second) if side.ids is not None]
     for side in given:
         _check_slots(side, x)
     if not given:
@@ -66,19 +65,19 @@ def check_gates(gates: torch.Tensor, x: torch.Tensor, first: Side, second: Side)
             wanted = f"[B, M] or [B, S, M] with B, S = {tuple(x.shape[:2])} and M = {experts}, as no index is given"
             fail("gates", f"shape {tuple(gates.shape)}", wanted)
         return
-    shape = tuple(given[0].index.shape)  # type: ignore[union-attr]  # not None, as given
+    shape = tuple(given[0].ids.shape)  # type: ignore[union-attr]  # not None, as given
     for side in (first, second):
-        if side.index is None and side.experts != 1:
+        if side.ids is None and side.experts != 1:
             wanted = f"an index {shape} like {given[0].name}, since its bank holds {side.experts} experts"
             fail(side.name, "None", wanted)
-        if side.index is not None and tuple(side.index.shape) != shape:
-            fail(side.name, f"shape {tuple(side.index.shape)}", f"{shape}, the shape of {given[0].name}")
+        if side.ids is not None and tuple(side.ids.shape) != shape:
+            fail(side.name, f"shape {tuple(side.ids.shape)}", f"{shape}, the shape of {given[0].name}")
     if tuple(gates.shape) != shape:
         fail("gates", f"shape {tuple(gates.shape)}", f"{shape}, the shape of {given[0].name}, a gate for each slot")
 
 
 def _check_slots(side: Side, x: torch.Tensor) -> None:
-    index = side.index
+    index = side.ids
     if not isinstance(index, torch.Tensor):
         fail(side.name, type(index).__name__, "a torch.Tensor or None", TypeError)
     if index.dtype not in INDEX_DTYPES:
@@ -116,21 +115,21 @@ def arranged(
     Without gates every sample or token has one slot of weight 1. A bank of one has no index; where both are of one,
     what their slots weigh is summed.
     """
-    given = [side for side in (first, second) if side.index is not None]
-    indices: list[torch.Tensor | None] = [first.index, second.index]
+    given = [side for side in (first, second) if side.ids is not None]
+    indices: list[torch.Tensor | None] = [first.ids, second.ids]
     if gates is None:
-        lead = x.shape[: max((side.index.dim() for side in given if side.index is not None), default=1)]
+        lead = x.shape[: max((side.ids.dim() for side in given if side.ids is not None), default=1)]
         gates = x.new_ones(*lead, 1, dtype=torch.float32)
         for n, index in enumerate(indices):
             if index is not None:
                 rows = index if index.dim() == len(lead) else index.unsqueeze(1).expand(lead)
                 indices[n] = rows.unsqueeze(-1)
     for n, side in enumerate((first, second)):
-        if side.experts == 1 and side.index is not None:
+        if side.experts == 1 and side.ids is not None:
             if not traced():
-                check_index_values(side.name, side.index, 1)
+                check_index_values(side.name, side.ids, 1)
             indices[n] = None
-    if given and indices == [None, None]:
+    if given and all(index is None for index in indices):
         gates = gates.sum(-1, keepdim=True)
     return indices[0], indices[1], gates
 

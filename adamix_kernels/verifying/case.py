@@ -28,7 +28,7 @@ class Case:
     large: bool = False
 
 
-def ids(*given: list[int] | tuple[int, ...] | None) -> Callable[[torch.Generator], tuple[Any, ...]]:
+def ids(*given: list[Any] | tuple[int, ...] | None) -> Callable[[torch.Generator], tuple[Any, ...]]:
     """For each side a list of ids, (experts, *shape) to be drawn, whose last expert nobody uses, or None."""
 
     def extra(generator: torch.Generator) -> tuple[Any, ...]:

@@ -31,12 +31,13 @@ def _adapter(
 def _lora(scales: bool = False, wide_gates: bool = False, **options: Any) -> Callable[..., torch.Tensor]:
     def call(backend: str, leaves: Sequence[Any], extra: Sequence[Any]) -> torch.Tensor:
         x, a, b, gates, base = leaves
-        seed = {"seed": extra[2].to(x.device)} if len(extra) > 2 else {}
+        own: dict[str, Any] = {"seed": extra[2].to(x.device)} if len(extra) > 2 else {}
         # What is overwritten may be no leaf.
         base = base + 0 if options.get("inplace") else base
-        own = {"scaling": torch.linspace(0.5, 2, max(len(a), len(b)), device=x.device)} if scales else {}
+        if scales:
+            own["scaling"] = torch.linspace(0.5, 2, max(len(a), len(b)), device=x.device)
         return routed_lora(
-            x, a, b, extra[0], extra[1], base=base, gates=_widened(gates, wide_gates), backend=backend, **seed, **own,
+            x, a, b, extra[0], extra[1], base=base, gates=_widened(gates, wide_gates), backend=backend, **own,
             **options,
         )  # fmt: skip
 
@@ -95,7 +96,7 @@ def lora_narrow() -> list[Case]:
     base = (4, 17, 64)
     tails = (3, 19, 37), (3, 10, 37), (3, 22, 5)
     hydra = (3, 21, 64), (1, 16, 64), (6, 64, 16)
-    two = dict(groups=2, output_offsets=(0, 20))
+    two: dict[str, Any] = dict(groups=2, output_offsets=(0, 20))
     each = (3, 3, 19, 2)
     return [
         Case("dense", (base, *banks, (4, 17, 4), base), _lora(scaling=0.5), _DENSE),

@@ -19,7 +19,7 @@ def gated_adapter(
     up_bias: torch.Tensor | None,
     down_index: torch.Tensor | None,
     up_index: torch.Tensor | None,
-    gates: torch.Tensor,
+    gates: torch.Tensor | None,
     mix: str,
     residual: torch.Tensor | None,
     activation: str | None,
