@@ -99,14 +99,6 @@ def _groups() -> list[Group]:
             ("lora_sum_kernel",), _lora_planes,
         ),
         Group(
-            "routed_lora with gates", gated.gated_lora_cases(dtypes, sizes),
-            ("gated_lora_forward_kernel", "gated_lora_dx_kernel"),
-        ),
-        Group(
-            "routed_lora with gates, many experts", gated.gated_lora_cases(dtypes, sizes, many=True),
-            ("gated_rows_forward_kernel", "gated_rows_dx_kernel", "gated_rows_sum_kernel"),
-        ),
-        Group(
             "merge_experts", merges.merge_experts_cases(dtypes, sizes),
             ("merge_experts_kernel", "merge_experts_grad_kernel", "merge_scores_grad_kernel"),
         ),
