@@ -53,8 +53,8 @@ class PackTrainer:
     alone. Each name has its own experts, head, AdamW, schedule, clipping, counter and random numbers, so that it
     becomes what it would become in a PackTrainer by itself, whatever else is in the batch: on the CPU's reference
     backend bit for bit, where max_rank and the padded length are the same and the base's products give a row the same
-    bits among many rows as among few (docs/packs.md). All names' rows go through the base, and through one launch a layer,
-    together.
+    bits among many rows as among few (docs/packs.md). All names' rows go through the base together, and through one
+    launch a layer.
 
     Args:
         model: a bare Transformers model on its device; it is changed until close().
