@@ -52,9 +52,9 @@ class PackTrainer:
     loss = sum_n loss_n, loss_n the AdaMix loss (or, with consistency_weight 0, the plain one) over the rows of name n
     alone. Each name has its own experts, head, AdamW, schedule, clipping, counter and random numbers, so that it
     becomes what it would become in a PackTrainer by itself, whatever else is in the batch: on the CPU's reference
-    backend bit for bit, where the batch is padded to the same length and the base's products give a row the same bits
-    among many rows as among few (docs/packs.md). All names' rows go through the base, and through one launch a layer,
-    together.
+    backend bit for bit, where max_rank and the padded length are the same and the base's products give a row the same
+    bits among many rows as among few (docs/packs.md). All names' rows go through the base together, and through one
+    launch a layer.
 
     Args:
         model: a bare Transformers model on its device; it is changed until close().
