@@ -35,7 +35,7 @@ def forward(
         return out, pre
     plan = _planned(x, r, down_index, up_index, gates, md, mu, mix)
     kernel = gated_adapter_forward_kernel
-    meta = _tile_meta(kernel, plan, x, r, hidden, add_input and plan.up.kind != "chosen", plan.up.kind)
+    meta = _tile_meta(kernel, plan, x, r, hidden, add_input and plan.up.kind != "chosen")
     launch(
         kernel, (-(-plan.rows // meta["ROWS"]),), x.device,
         x, down_weight, _contiguous(down_bias), up_weight, _contiguous(up_bias), plan.down.index, plan.up.index,
@@ -66,7 +66,7 @@ def backward(
     weighs_bias = need_gates and not (plan.weights and mu == 1)
     kernel = gated_adapter_input_grad_kernel
     stays = need_input and add_input and plan.down.kind != "chosen"
-    meta = _tile_meta(kernel, plan, pre, r, width, stays, plan.down.kind)
+    meta = _tile_meta(kernel, plan, pre, r, width, stays)
     launch(
         kernel, (-(-plan.rows // meta["ROWS"]),), x.device,
         grad_out, pre, up_weight, down_weight, _contiguous(up_bias) if weighs_bias else None,
@@ -93,16 +93,14 @@ def _activation(activation: str, dtype: torch.dtype) -> str:
     return "gelu_16" if activation == "gelu" and dtype.itemsize == 2 else activation
 
 
-def _tile_meta(
-    kernel: Any, plan: Plan, like: torch.Tensor, r: int, features: int, stays: bool, second: str
-) -> dict[str, Any]:
+def _tile_meta(kernel: Any, plan: Plan, like: torch.Tensor, r: int, features: int, stays: bool) -> dict[str, Any]:
     name, size = kernel.__name__, like.element_size()
     tile, keep = row_tile(name, TABLES[name], capability(like.device), size, plan.width, features, stays)
     return dict(
         DOT=dot_dtype(like.dtype),
         PRECISION=precision(like.dtype),
         **plan.constants(r),
-        **tile_options(tile, keep, size, plan.width, second == "chosen"),
+        **tile_options(tile, keep, size, plan.width, False),
     )
 
 

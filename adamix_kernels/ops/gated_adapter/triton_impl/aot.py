@@ -74,7 +74,7 @@ def _tile_cases(name: str, dtype: torch.dtype, pointer: str, plan: Plan, r: int,
             if keep != stays:
                 continue
             arguments = common | dict.fromkeys(pointers, pointer) | dict(ADD_GRAD=True, dgates="*fp32")
-            arguments |= tile_options(tile, keep, size, plan.width, second == "chosen")
+            arguments |= tile_options(tile, keep, size, plan.width, False)
             options = dict(warps=arguments["num_warps"], stages=arguments["num_stages"], maxnreg=arguments["maxnreg"])
             yield make_case(fn, f"{name}_kept" if keep else name, dtype, arguments, **options)
 

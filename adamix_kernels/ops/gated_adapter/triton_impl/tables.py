@@ -5,12 +5,16 @@ from __future__ import annotations
 from ..._row_tiles import ROW_TILES, WEIGHT_TILES
 from ..._triton_tables import Config, Table, lookup
 
+# All experts' columns are activated, and those of 256 leave no registers for more rows.
+_ROWS: Table = {arch: {**tiles, (2, 256): Config(16, 64, 8, 2)} for arch, tiles in ROW_TILES.items()}
+_GRAD: Table = {arch: {**tiles, (2, 64): Config(64, 64, 8, 3)} for arch, tiles in _ROWS.items()}
 # Every block of features reads all experts' columns again: the more features, the fewer times.
-_WEIGHT_ASYNC = {**WEIGHT_TILES[90], (2, 64): Config(64, 128, 4, 3), (2, 128): Config(64, 128, 8, 3)}
+_WEIGHT: Table = {arch: {**tiles, (2, 256): Config(32, 32, 8, 2)} for arch, tiles in WEIGHT_TILES.items()}
+_WEIGHT_ASYNC = {**_WEIGHT[90], (2, 64): Config(64, 128, 4, 3), (2, 128): Config(64, 128, 8, 3)}
 TABLES: dict[str, Table] = {
-    "gated_adapter_forward_kernel": ROW_TILES,
-    "gated_adapter_input_grad_kernel": ROW_TILES,
-    "gated_adapter_weight_grad_kernel": {**WEIGHT_TILES, 90: _WEIGHT_ASYNC},
+    "gated_adapter_forward_kernel": _ROWS,
+    "gated_adapter_input_grad_kernel": _GRAD,
+    "gated_adapter_weight_grad_kernel": {**_WEIGHT, 90: _WEIGHT_ASYNC},
 }
 
 
