@@ -34,15 +34,17 @@ def needed(model: nn.Module, dtypes: Iterable[torch.dtype] = ()) -> dict[torch.d
         if getattr(layer, "backend", None) != "auto":
             continue
         if isinstance(layer, RoutedAdapter):
-            op, bank = "routed_adapter", layer.down_weight
+            name, bank, other = "adapter", layer.down_weight, layer.up_weight
         elif isinstance(layer, RoutedLoRALinear):
-            op, bank = "routed_lora", layer.lora_a
+            name, bank, other = "lora", layer.lora_a, layer.lora_b
         else:
             continue
         mine = made.setdefault(bank.device, {})
         mine["merge", bank.dtype, 0] = None
         for dtype in (bank.dtype, *more):
-            mine[op, dtype, bank.shape[0] * bank.shape[1]] = None
+            mine[f"routed_{name}", dtype, bank.shape[0] * bank.shape[1]] = None
+            if layer.gate is not None:
+                mine[f"gated_{name}", dtype, max(bank.shape[0], other.shape[0]) * bank.shape[1]] = None
             for size in classes:
                 mine["consistency", dtype, size] = None
     return {device: list(needs) for device, needs in made.items()}

@@ -116,6 +116,10 @@ def test_adapt_asks_for_what_its_layers_and_its_loss_need(monkeypatch):
     assert {need[:1] + need[2:] for need in asked[-1][1]} == {("merge", 0), ("routed_lora", 16), ("consistency", 3)}
     assert {need[1] for need in asked[-1][1]} == {torch.float32, torch.float16, torch.bfloat16}
     asked.clear()
+    tiny(method="lora", r=4, share="down", routing="learned")
+    wanted = [("merge", torch.float32, 0), ("routed_lora", torch.float32, 4), ("gated_lora", torch.float32, 16)]
+    assert asked == [(torch.device("cpu"), wanted)]
+    asked.clear()
     adamix_kernels.adapt(torch.nn.Sequential(torch.nn.Linear(8, 8)),
                          adamix_kernels.AdaMixConfig(target_modules=["0"]), backend="reference")  # fmt: skip
     assert asked == []
