@@ -13,7 +13,7 @@ import torch
 from adamix_kernels import AdaMixConfig, adapt, load, merge, pack, save_adamix, save_pack
 from adamix_kernels.tasks import load_classifier
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 for module in ("fastapi", "uvicorn"):
     pytest.importorskip(module, reason=f"{module} is not installed: pip install fastapi uvicorn")
 

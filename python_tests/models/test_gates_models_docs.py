@@ -12,7 +12,7 @@ import torch
 from adamix_kernels import AdaMixConfig, routing
 from benchmarks import mixtures
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "gates.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "gates.md"
 NAMES = [name for name in routing.__all__ if ">>>" in (inspect.getdoc(getattr(routing, name)) or "")]
 PRESETS = ("hydra_lora", "lora_moe", "mola", "smear")
 
