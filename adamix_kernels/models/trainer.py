@@ -207,7 +207,7 @@ class AdaMixTrainerMixin(CheckpointMixin):
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns or []
         if adamix_state(self.model).config.num_tasks is not None and TASK_IDS not in columns:
-            self._signature_columns = [*columns, TASK_IDS]
+            self._signature_columns = [*columns, TASK_IDS]  # type: ignore[assignment]  # declared by its first value
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """That of the base trainer, times the passes."""

@@ -53,7 +53,7 @@ def check_lora(
         check_dims("base", base, "[B, S, N]")
         width = base.shape[2]
         check_shape("base", base, "[B, S, N]", x.shape[0], x.shape[1], width)
-    if type(scaling) not in (int, float) and isinstance(scaling, torch.Tensor):
+    if isinstance(scaling, torch.Tensor):
         check_scales(scaling, x, first if second == 1 else second)
     else:
         check_scaling(scaling)

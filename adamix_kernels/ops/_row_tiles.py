@@ -73,6 +73,7 @@ def kept_tile(capability: int, itemsize: int, width: int, hidden: int) -> Config
     if itemsize != 2 or width > 64 or hidden % 64 or not hidden:
         return None
     much = 90 <= capability < 120
+    sizes: tuple[tuple[int, int], ...]
     cols = next(c for c in (256 if much and width <= 32 else 128, 128, 64) if hidden % c == 0)
     if much and width > 32:
         sizes, stages = ((64, 4), (64, 8), (32, 8)), 3

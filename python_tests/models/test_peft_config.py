@@ -79,7 +79,12 @@ CASES = {
         dict(r=4, lora_alpha=8, use_rslora=True, target_modules="all-linear", task_type="SEQ_CLS"),
         dict(target_modules="all-linear", exclude_modules=["key"], modules_to_save=["pooler"], task_type="SEQ_CLS"),
         dict(target_modules=["query"], layers_to_transform=[1], layers_pattern="layer"),
-        dict(r=4, target_modules=["query", "value"], rank_pattern={"query": 2}, alpha_pattern={"1.attention.self.value": 3}),
+        dict(
+            r=4,
+            target_modules=["query", "value"],
+            rank_pattern={"query": 2},
+            alpha_pattern={"1.attention.self.value": 3},
+        ),
         dict(target_modules=["query"], task_type=peft.TaskType.TOKEN_CLS, modules_to_save=["pooler", "classifier"]),
         dict(),
     ],

@@ -120,7 +120,8 @@ def routed_lora(
             inplace, backend,
         )  # fmt: skip
     return routed_by_pass(
-        x, lora_a, lora_b, a_index, b_index, 0, base, scaling, groups, output_offsets, dropout_p, seed, inplace, backend
+        x, lora_a, lora_b, a_index, b_index, 0, base, scaling,  # type: ignore[arg-type]  # a number, as was just asked
+        groups, output_offsets, dropout_p, seed, inplace, backend,
     )  # fmt: skip
 
 
