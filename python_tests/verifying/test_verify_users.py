@@ -136,7 +136,7 @@ def test_env_and_backends_say_right_wrong_and_unknown_since_when_and_why(gpus, s
     store.write(verdicts.verdict(ADAPTER._replace(shape="wide"), machine, "crashed", "tokens: was ended by X"), machine)
     state = adamix_kernels.backends()["triton"]
     assert sorted({v.state for v in state.verdicts}) == ["crashed", "right", "unknown"]
-    assert len(state.verdicts) == 42
+    assert len(state.verdicts) == 66
     text = env.in_words(env.describe())
     assert "  NVIDIA H100: 1 kernels right since 20" in text
     assert "    routed_adapter float32 wide: tokens: was ended by X (20" in text
