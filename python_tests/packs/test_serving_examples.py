@@ -11,7 +11,7 @@ import tiny_text
 import torch
 
 from adamix_kernels import AdaMixConfig, adapt, load, merge, pack, save_adamix, save_pack
-from adamix_kernels.tasks import load_classifier
+from adamix_kernels.tasks import load_classifier, resolve_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 for module in ("fastapi", "uvicorn"):
@@ -24,7 +24,7 @@ def app(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     import fastapi_app
 
-    encoder = str(tiny_text.write_encoder(tmp_path / "encoder"))
+    encoder = resolve_model(str(tiny_text.write_encoder(tmp_path / "encoder")))
     for number, (name, labels) in enumerate({"books": ["bad", "good"], "songs": ["a", "b", "c"]}.items()):
         model, _ = load_classifier(encoder, labels)
         torch.manual_seed(number)
