@@ -47,13 +47,28 @@ STAND_INS = {
 NAMES = {
     "routed_adapter": "routed_adapter",
     "routed_lora": "routed_lora",
+    "gated_adapter": "routed_adapter with gates",
+    "gated_lora": "routed_lora with gates",
     "merge": "merge_experts, merge_lora",
     "consistency": "consistency_loss, adamix_loss, linear_adamix_loss",
 }
 # Which op a compiled kernel is of, by the beginning of its name or its file.
-TRITON_KERNELS = {"adapter_": "routed_adapter", "lora_": "routed_lora", "merge_": "merge"}
+TRITON_KERNELS = {
+    "adapter_": "routed_adapter",
+    "lora_": "routed_lora",
+    "gated_adapter_": "gated_adapter",
+    "gated_lora_": "gated_lora",
+    "gated_rows_": "gated_lora",
+    "merge_": "merge",
+}
 LOSS_KERNELS = ("pair_", "rescale_")
-CUDA_FILES = ("routed_adapter", "routed_lora", "merge", "consistency")
+CUDA_FILES = {
+    "routed_adapter": ("routed_adapter",),
+    "routed_lora": ("routed_lora",),
+    "gated": ("gated_adapter", "gated_lora"),
+    "merge": ("merge",),
+    "consistency": ("consistency",),
+}
 
 
 def setup() -> None:
@@ -95,8 +110,7 @@ def compiled() -> dict[tuple[str, str], list[int]]:
         if op is not None:
             found.setdefault((op, "triton"), {}).setdefault(row["kernel"], set()).add(int(row["target"]))
     for row in _rows(RESULTS / "cuda_compile.csv"):
-        op = row["file"].partition("/")[0]
-        if op in CUDA_FILES:
+        for op in CUDA_FILES.get(row["file"].partition("/")[0], ()):
             found.setdefault((op, "cuda"), {}).setdefault(row["kernel"], set()).add(int(row["target"]))
     return {key: sorted(set.intersection(*kernels.values())) for key, kernels in found.items()}
 

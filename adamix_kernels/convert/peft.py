@@ -75,12 +75,12 @@ def export_peft(
     check_no_pack(model, "export")
     if config.method != "lora":
         raise ValueError(f"model: got method {config.method!r}, expected 'lora'; for adapters see export_adapterhub")
-    layers_of = routed_layers(model).values()
-    wanted = _wanted(expert, min((layer.num_experts for layer in layers_of), default=config.num_experts))
+    if expert is not None:
+        check_experts(model)
+    counts = [state.stash.get(path, (layer,))[0].num_experts for path, layer in routed_layers(model).items()]
+    wanted = _wanted(expert, min(counts, default=config.num_experts))
     if expert is None:
         check_one(model, "PEFT's LoRA", ', or expert=N, or "each"')
-    else:
-        check_experts(model)
     layers = {path: _lora_layer(model, path, expert is None) for path in state.paths}
     saved = state.saved if head else []
     folder = make_folder(directory)

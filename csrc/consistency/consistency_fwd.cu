@@ -11,12 +11,12 @@ namespace adamix {
 
 template <typename T>
 struct PairTile {
-  PairScratch scratch;  // before what is as large as the launch says: its places are constants
-  Piece<T>* pieces;     // [teams, 2, slots]
+  Piece<T>* pieces;  // [teams, 2, slots]
+  PairScratch scratch;
 
   template <typename Memory>
   ADAMIX_BOTH PairTile(Memory& memory, int teams, int slots)
-      : scratch(memory), pieces(memory.template take<Piece<T>>(teams * 2 * slots)) {}
+      : pieces(memory.template take<Piece<T>>(teams * 2 * slots)), scratch(memory) {}
 };
 
 // A thread's sums, and whether they had to be taken with care. fresh: the tail's are not among them yet.

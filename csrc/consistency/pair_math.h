@@ -76,7 +76,7 @@ struct PairStatistics {
   // Columns [begin, end) of both pieces lie within the row, elsewhere both are -inf. Careful: a piece may hold -inf;
   // otherwise one makes both gaps NaN or infinite.
   template <bool Full, bool Careful, typename T>
-  ADAMIX_DEVICE void add(const Piece<T>& a, const Piece<T>& b, bool totals = false, int begin = 0, int end = 0) {
+  ADAMIX_DEVICE void add(const Piece<T>& a, const Piece<T>& b, bool totals, int begin = 0, int end = Piece<T>::kSize) {
     float x = Careful ? finite_top(top_a) : top_a, y = Careful ? finite_top(top_b) : top_b;
     float u[Piece<T>::kSize];
 #pragma unroll
@@ -94,24 +94,17 @@ struct PairStatistics {
         gap_a = fmaf(p, c, gap_a), gap_b = fmaf(q, c, gap_b);
       }
     }
-    if (!Careful || !totals) return;
+    if (!totals) return;
 #pragma unroll
     for (int e = 0; e < Piece<T>::kSize; ++e) {
-      if (e >= begin && e < end) total += u[e];
+      if (!Careful || (e >= begin && e < end)) total += u[e];
     }
-  }
-
-  // What add() leaves out of a whole piece where it is not careful: seldom asked for.
-  template <typename T>
-  ADAMIX_DEVICE void add_total(const Piece<T>& a) {
-#pragma unroll
-    for (int e = 0; e < Piece<T>::kSize; ++e) total += to_float(a.values[e]) - top_a;
   }
 
   // The same of whole pieces of 16-bit logits for the constant targets' gradient, with 4 instructions less a column, in
   // sums that are lifted: lift() comes before them, and back() after. Rows that may not be lifted come out as NaN.
   template <typename T>
-  ADAMIX_DEVICE void add_lifted(const Lifted& a, const Lifted& b, const Piece<T>& xs, const Piece<T>& ys) {
+  ADAMIX_DEVICE void add_lifted(const Lifted& a, const Lifted& b, const Piece<T>& xs, const Piece<T>& ys, bool totals) {
 #pragma unroll
     for (int e = 0; e < Piece<T>::kSize; e += 2) {
       float x[2], y[2];
@@ -123,6 +116,9 @@ struct PairStatistics {
         gap_a = fmaf(p, c, gap_a), gap_b = fmaf(q, c, gap_b);
       }
     }
+    if (!totals) return;
+#pragma unroll
+    for (int e = 0; e < Piece<T>::kSize; ++e) total += to_float(xs.values[e]) - top_a;
   }
   ADAMIX_DEVICE void lift(const Lifted& a, const Lifted& b) {
     float of_a = power_of_2(a.slip), of_b = power_of_2(b.slip);
@@ -284,7 +280,7 @@ struct LiftedSlopes {
         half_q(s.half_q * b.rest()),
         rest(s.rest) {}
 
-  template <bool Rest, typename T>
+  template <typename T>
   ADAMIX_DEVICE void piece(Piece<T>& xs, Piece<T>& ys) const {
 #pragma unroll
     for (int e = 0; e < Piece<T>::kSize; e += 2) {
@@ -292,8 +288,8 @@ struct LiftedSlopes {
       get_two(xs, e, x[0], x[1]), get_two(ys, e, y[0], y[1]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float p = power_of_2(a.power(x[i])), q = half_q * power_of_2(b.power(y[i]));
-        da[i] = fmaf(all_p, p, Rest ? -(q + rest) : -q), db[i] = fmaf(-half_p, p, q);
+        float p = power_of_2(a.power(x[i])), q = power_of_2(b.power(y[i]));
+        da[i] = fmaf(all_p, p, -fmaf(half_q, q, rest)), db[i] = fmaf(-half_p, p, half_q * q);
       }
       set_two(xs, e, da[0], da[1]), set_two(ys, e, db[0], db[1]);
     }

@@ -28,7 +28,6 @@ struct PairSpan {
 template <typename Whole, typename Between, typename Edge>
 ADAMIX_DEVICE void walk(PairSpan span, int lane, int threads, Whole whole, Between between, Edge edge) {
   int at = lane < span.low ? lane + threads : lane;
-#pragma unroll 2
   for (; at < span.high; at += threads) whole(at);
   between();
   for (int i = lane < span.low ? lane : at; i < span.end; i = i < span.low ? at : i + threads) edge(i);
@@ -60,7 +59,7 @@ struct PairRow {
                         int classes_)
       : a(rows_a.data), b(rows_b.data), row(row_), head(0), pieces(0), classes(classes_), live(row_ < sums.rows) {
     flags = flags_of(sums, row, classes);
-    if (live) a += row_offset(rows_a, row), b += row_offset(rows_b, row);
+    if (live) a += rows_a.offset(row), b += rows_b.offset(row);
     head = head_of(a);
     same = head == head_of(b);
     if (live) pieces = (head + classes + kSize - 1) / kSize;
@@ -161,7 +160,7 @@ struct PairRow {
 // A row's place in a gradient, or null.
 template <typename T>
 ADAMIX_DEVICE T* place_of(const Rows<T>& rows, int row) {
-  return rows.data == nullptr ? nullptr : rows.data + row_offset(rows, row);
+  return rows.data == nullptr ? nullptr : rows.data + rows.offset(row);
 }
 
 }  // namespace adamix

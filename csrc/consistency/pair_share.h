@@ -61,8 +61,7 @@ struct PairShare {
   ADAMIX_DEVICE bool find(const PairRow<T>& row, int column, float& x, float& y) const {
     int piece = (row.head + column) / kSize, at = piece - first;
     bool own = at >= 0 && at < span.end, behind = tail.end > 0 && at >= held;
-    if (!own && !behind) return false;
-    if (((behind ? at - held : at) & (threads - 1)) != lane) return false;  // threads: a power of two
+    if (behind ? (at - held) % threads != lane : !own || at % threads != lane) return false;
     int e = (row.head + column) % kSize;
     x = to_float(behind ? row.a[column] : a[at].values[e]), y = to_float(behind ? row.b[column] : b[at].values[e]);
     return true;
@@ -71,7 +70,6 @@ struct PairShare {
   // Maxima; those of the tail too where `tails`.
   ADAMIX_DEVICE void tops(const PairRow<T>& row, bool tails, float& top_a, float& top_b) const {
     PieceTop<T> most_a, most_b;
-#pragma unroll 4
     for (int at = lane; at < span.end; at += threads) most_a.add(a[at]), most_b.add(b[at]);
     for (int at = lane; tails && at < tail.end; at += threads) {
       Piece<T> x, y;
@@ -96,8 +94,7 @@ struct PairShare {
           Piece<T> x, y;
           row.read_whole(x, y, held + at);
           rise(x, y);
-          s.template add<false, false>(x, y);
-          if (totals) s.add_total(x);
+          s.template add<false, false>(x, y, totals);
           columns += kSize;
         },
         [&](int at) {
@@ -131,9 +128,9 @@ struct PairShare {
       const Lifted of_a(s.top_a), of_b(s.top_b);
       auto add = [&](const Piece<T>& x, const Piece<T>& y) {
         if constexpr (kLifted) {
-          s.add_lifted(of_a, of_b, x, y);
+          s.add_lifted(of_a, of_b, x, y, totals);
         } else {
-          s.template add<Full, false>(x, y);
+          s.template add<Full, false>(x, y, totals);
         }
       };
       auto lift = [&] {
@@ -142,7 +139,6 @@ struct PairShare {
       auto back = [&] {
         if constexpr (kLifted) s.back(of_a, of_b);
       };
-      auto nothing = [](int) {};
       lift();
       walk(
           span, lane, threads,
@@ -152,9 +148,6 @@ struct PairShare {
             add(x, y);
           },
           back, [&](int at) { edge(a[at], b[at], first + at); });
-      if (totals) {
-        walk(span, lane, threads, [&](int at) { s.add_total(a[at]); }, nothing);
-      }
       if (!tails) return;
       lift();
       walk(
@@ -165,16 +158,6 @@ struct PairShare {
             add(x, y);
           },
           back, tail_edge);
-      if (totals) {
-        walk(
-            behind, lane, threads,
-            [&](int at) {
-              Piece<T> x, y;
-              row.read_whole(x, y, held + at);
-              s.add_total(x);
-            },
-            nothing);
-      }
     }
   }
 
@@ -194,7 +177,7 @@ struct PairShare {
     const LiftedSlopes lifted(slopes);
     auto slope = [&](Piece<T>& x, Piece<T>& y) {
       if constexpr (kLifted) {
-        lifted.template piece<true>(x, y);
+        lifted.piece(x, y);
       } else {
         slopes.template piece<Full, false>(x, y);
       }
@@ -210,18 +193,14 @@ struct PairShare {
         if (at < span.end) edge(a[at], b[at], first + at);
         if (more && at < ahead.end) next.copy(a + at, b + at, first + at);
       };
-      if (da != nullptr && db != nullptr && more && (!kLifted || lifted.rest == 0.f)) {
+      if (da != nullptr && db != nullptr && more) {
         walk(
             both_of(span, ahead), lane, threads,
             [&](int at) {
               Piece<T> x = a[at], y = b[at];
               CopyAhead<T> next_a, next_b;
               next_a.start(from_a + at), next_b.start(from_b + at);
-              if constexpr (kLifted) {
-                lifted.template piece<false>(x, y);
-              } else {
-                slope(x, y);
-              }
+              slope(x, y);
               to_a[at] = x, to_b[at] = y;
               next_a.finish(a + at), next_b.finish(b + at);
             },

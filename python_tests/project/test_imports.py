@@ -12,6 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 OPS = ("routed_adapter", "routed_lora", "gated_adapter", "gated_lora", "merge", "consistency")
 # The public function of the first hands calls with gates to the second.
 HANDED_ON = {("routed_adapter", "gated_adapter"), ("routed_lora", "gated_lora")}
+# What Triton's kernels of several ops share.
+TRITON_ROOMS = ("_triton_utils", "_routed_tiles", "_gated_tiles", "_row_tiles", "_adapter_planes")
 # A room may import rooms of a lower floor, and its own.
 FLOORS = {
     "_environment": -1, "_version": 0, "_extras": 0, "_build": 0, "_extension": 0, "_triton_utils": 0,
@@ -86,7 +88,7 @@ def test_an_op_imports_no_other_op_and_a_backend_no_other_backend(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_the_triton_rooms_import_triton(path):
-    allowed = path.stem in ("_triton_utils", "_routed_tiles") or "triton_impl" in path.parts
+    allowed = path.stem in TRITON_ROOMS or "triton_impl" in path.parts
     assert allowed or all(target[0] != "triton" for target, _ in _imports(path))
 
 

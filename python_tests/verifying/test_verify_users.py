@@ -140,7 +140,7 @@ def test_env_and_backends_say_right_wrong_and_unknown_since_when_and_why(gpus, s
     text = env.in_words(env.describe())
     assert "  NVIDIA H100: 1 kernels right since 20" in text
     assert "    routed_adapter float32 wide: tokens: was ended by X (20" in text
-    assert "  NVIDIA A100: 21 kernels unknown: adamix verify" in text
+    assert "  NVIDIA A100: 33 kernels unknown: adamix verify" in text
     assert json.dumps(env.describe())
 
 
