@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.hardest:
             rows = (committed.get(row.key, row) for row in want)
             chosen = hardest(row for row in rows if options.target in (None, row.target))
-        rows = list(kept)
+        rows = sorted(kept, key=lambda row: row.key)
         for made, failed in compiled([row.key for row in chosen], options.jobs, options.cache):
             rows = sorted(rows + made, key=lambda row: row.key)
             found += failed + ([] if options.write else differences(list(committed.values()), made))

@@ -19,6 +19,8 @@ REGISTERS = 65_536
 # Registers of a thread that may be spilled (160 bytes, which stay in L1): a few cost less than the blocks on a
 # multiprocessor that a smaller tile or a higher limit of registers would.
 SPILLS = 40
+# Those that hold all experts' columns twice, in float32 or 256 of them; smaller tiles than theirs there are none.
+_MAY_SPILL = {"gated_adapter_input_grad_kernel": 192, "gated_adapter_weight_grad_kernel": 144}
 
 
 class Multiprocessor(NamedTuple):
@@ -99,8 +101,9 @@ def problems(rows: Iterable[Row]) -> list[str]:
     """What no shipped configuration may show: many spills, too many registers or bytes, 16-bit dots by scalars."""
     found = []
     for row in rows:
-        if row.spills > SPILLS:
-            found.append(f"{row}: {row.spills} spilled registers, {SPILLS} at most")
+        spills = _MAY_SPILL.get(row.kernel, SPILLS)
+        if row.spills > spills:
+            found.append(f"{row}: {row.spills} spilled registers, {spills} at most")
         if row.shared_bytes > SHARED_LIMITS[row.target]:
             found.append(f"{row}: {row.shared_bytes} B shared memory, {SHARED_LIMITS[row.target]} at most")
         if row.block_registers > REGISTERS:

@@ -18,7 +18,7 @@ from ..._row_tiles import row_tile, tile_options
 from .forward import gated_adapter_forward_kernel
 from .input_grad import gated_adapter_input_grad_kernel
 from .plan import Plan, make_plan
-from .tables import TABLES
+from .tables import TABLES, may_stay
 from .weights import outputs, weight_grads
 
 __all__ = ["backward", "forward", "unsupported"]
@@ -94,8 +94,9 @@ def _activation(activation: str, dtype: torch.dtype) -> str:
 
 
 def _tile_meta(kernel: Any, plan: Plan, like: torch.Tensor, r: int, features: int, stays: bool) -> dict[str, Any]:
-    name, size = kernel.__name__, like.element_size()
-    tile, keep = row_tile(name, TABLES[name], capability(like.device), size, plan.width, features, stays)
+    name, size, gpu = kernel.__name__, like.element_size(), capability(like.device)
+    stays = stays and may_stay(name, gpu, plan)
+    tile, keep = row_tile(name, TABLES[name], gpu, size, plan.width, features, stays)
     return dict(
         DOT=dot_dtype(like.dtype),
         PRECISION=precision(like.dtype),

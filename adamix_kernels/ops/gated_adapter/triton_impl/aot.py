@@ -13,7 +13,7 @@ from ..._triton_aot import POINTERS, AotCase, make_case
 from .forward import gated_adapter_forward_kernel
 from .input_grad import gated_adapter_input_grad_kernel
 from .plan import Plan, make_plan
-from .tables import TABLES, config
+from .tables import TABLES, config, may_stay
 from .weight_grad import gated_adapter_weight_grad_kernel
 from .weights import CHUNK
 
@@ -68,7 +68,7 @@ def _tile_cases(name: str, dtype: torch.dtype, pointer: str, plan: Plan, r: int,
     }  # fmt: skip
     for fn, pointers in tensors.items():
         second = plan.up.kind if fn is gated_adapter_forward_kernel else plan.down.kind
-        for stays in (False,) if second == "chosen" else (False, True):
+        for stays in (False,) if second == "chosen" or not may_stay(fn.__name__, capability, plan) else (False, True):
             size = dtype.itemsize
             tile, keep = row_tile(fn.__name__, TABLES[fn.__name__], capability, size, plan.width, _HIDDEN, stays)
             if keep != stays:

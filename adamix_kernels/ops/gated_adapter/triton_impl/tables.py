@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..._row_tiles import ROW_TILES, WEIGHT_TILES
 from ..._triton_tables import Config, Table, lookup
+from .plan import Plan
 
 # All experts' columns are activated, and those of 256 leave no registers for more rows.
 _ROWS: Table = {arch: {**tiles, (2, 256): Config(16, 64, 8, 2)} for arch, tiles in ROW_TILES.items()}
@@ -16,6 +17,13 @@ TABLES: dict[str, Table] = {
     "gated_adapter_input_grad_kernel": _GRAD,
     "gated_adapter_weight_grad_kernel": {**_WEIGHT, 90: _WEIGHT_ASYNC},
 }
+
+
+def may_stay(kernel: str, capability: int, plan: Plan) -> bool:
+    """Whether rows of x may stay in registers: beside all that the backward computes they spill but on big GPUs."""
+    if kernel != "gated_adapter_input_grad_kernel":
+        return True
+    return 90 <= capability < 120 and plan.width >= 64 and not plan.weights
 
 
 def config(kernel: str, capability: int, itemsize: int, width: int) -> Config:
