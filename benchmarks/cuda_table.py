@@ -38,6 +38,7 @@ _MAY_SPILL = {
     "routed_adapter_resident_input_grad_kernel": (70, 640, 640),
     "routed_adapter_one_pass_kernel": (70, 512, 512),
     "gated_forward_mma_kernel": (80, 32, 32),
+    "gated_input_grad_mma_kernel": (120, 32, 32),
     "gated_weight_grad_mma_kernel": (100, 32, 32),
     "routed_lora_forward_mma_kernel": (100, 80, 256),
     "routed_lora_input_grad_mma_kernel": (100, 60, 256),
