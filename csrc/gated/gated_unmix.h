@@ -37,8 +37,13 @@ ADAMIX_DEVICE void load_t(const GatedInputGrad<T>& p, const GatedGradTeam<T>& te
   for (int row = at.warp; row < at.count; row += kTeamWarps) {
     const T* from = p.t + (at.first + row) * width;
     for (int col = 2 * at.lane; col < width; col += 64) {
-      int slot = static_cast<int>(p.by_ranks.quotient(col));
-      int expert = side.differ() ? team.table.down[row * p.gates.slots + slot] : slot;
+      int slot = static_cast<int>(p.by_ranks.quotient(col)), expert = slot;
+      if (side.differ()) {
+        const int* named = team.table.down + row * p.gates.slots;
+        expert = named[slot];
+        // Of two slots of one expert, which hold the same, the first stores.
+        for (int before = 0; before < slot; ++before) expert = named[before] == expert ? -1 : expert;
+      }
       if (expert >= 0) team.t.store(row, expert * ranks + col - slot * ranks, load_words<uint32_t>(from + col));
     }
   }
