@@ -51,6 +51,7 @@ def python(code):
     return [sys.executable, "-c", code]
 
 
+@pytest.mark.nightly
 def test_smoke_runs_every_stage(tmp_path, capsys):
     started = time.monotonic()
     # One benchmark of ops stands for the others, which test_benchmarks_ops.py runs; the night takes all.

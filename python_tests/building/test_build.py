@@ -139,6 +139,7 @@ def test_an_editable_installation_without_a_library_says_why(project):
     assert _facts(project)["cuda_library"]["problem"].endswith("not built into this installation: ADAMIX_CUDA=0")
 
 
+@pytest.mark.nightly
 def test_a_library_for_the_cpu_takes_the_place_of_the_other(project):
     build = "from adamix_kernels import _build; print(_build.build_host('plain'))"
     done = tiny_csrc.run(build, project)

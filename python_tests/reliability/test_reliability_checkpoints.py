@@ -1,5 +1,6 @@
 """The checkpoints' part in its small size, and that each of its figures can fail."""
 
+import pytest
 import torch
 
 from adamix_kernels import save_adamix
@@ -12,6 +13,7 @@ from reliability.small_models import adapted, digest
 KIND = "BERT, adapters"
 
 
+@pytest.mark.nightly
 def test_the_part_in_its_small_size():
     assert [figure for figure in checkpoints.run("small") if not figure.passed] == []
 

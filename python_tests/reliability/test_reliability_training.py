@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import torch
 
 from reliability import training
@@ -10,6 +11,7 @@ from reliability.training import kills, nans, scaling
 KIND = "BERT, adapters"
 
 
+@pytest.mark.nightly
 def test_the_part_in_its_small_size():
     assert [figure for figure in training.run("small") if not figure.passed] == []
 
