@@ -122,9 +122,7 @@ pythons: $(foreach each,$(PYTHONS),$(VENV)/$(notdir $(each))/.ready)
 		$(OLDEST_TESTS) $(call tests,cli) $(call tests,imports) || exit 1; done
 
 ptx: $(VENV)/.test $(VENV)/.triton
-	$(BIN)/python -m adamix_kernels._build --host plain
 	$(BIN)/python -m ptx.gate --size small
-	$(BIN)/python -m ptx.compare --cases 2
 
 ptx-nightly: $(VENV)/.test $(VENV)/.triton
 	$(BIN)/python -m adamix_kernels._build --host plain
