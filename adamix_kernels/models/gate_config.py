@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..modules._banks import check_finite
-from ..modules._gated import MIXES
 from ..ops._checks import check_choice
+from ..ops._gates import check_mix
 from ..routing import LEARNED, ROUTERS
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def check_gates(config: AdaMixConfig) -> None:
             )
         return
     check_choice("router", config.router, ROUTERS)
-    check_choice("mix", config.mix, MIXES)
+    check_mix(config.mix)
     if config.num_experts < 2:
         raise ValueError(f"num_experts: got {config.num_experts}, expected at least 2 with routing='learned'")
     for name in ("balance_weight", "z_weight"):

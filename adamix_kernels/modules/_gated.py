@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from .adapter import RoutedAdapter
     from .lora import RoutedLoRALinear
 
-MIXES = ("outputs", "weights")
-
 
 def check_gate(gate: object, num_experts: int) -> GateRouter | None:
     if gate is None:

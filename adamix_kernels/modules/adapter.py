@@ -12,6 +12,7 @@ from .._backends import check_request
 from ..functional import routed_adapter
 from ..ops._adapter_arguments import ACTIVATIONS
 from ..ops._checks import check_choice
+from ..ops._gates import check_mix
 from ..ops.routed_adapter.api import routed_by_pass
 from ..routing import GateRouter, Router
 from ._banks import (
@@ -26,7 +27,7 @@ from ._banks import (
     merged_banks,
 )
 from ._finite import check_output, checking
-from ._gated import MIXES, check_gate, gates_of, mean_banks
+from ._gated import check_gate, gates_of, mean_banks
 
 INIT_STD = 0.02
 
@@ -86,7 +87,7 @@ class RoutedAdapter(nn.Module):
         self.hidden_size, self.bottleneck, self.num_experts = hidden_size, bottleneck, num_experts
         self.share, self.activation, self.backend = share, activation, backend
         self.router, self.mix = check_router(router), mix
-        check_choice("mix", mix, MIXES)
+        check_mix(mix)
         self.gate = check_gate(gate, num_experts)
         self.down_weight = nn.Parameter(torch.empty(down, bottleneck, hidden_size, dtype=dtype, device=device))
         self.down_bias = nn.Parameter(torch.empty(down, bottleneck, dtype=dtype, device=device))

@@ -13,7 +13,8 @@ from torch.nn.modules import module
 
 from .._backends import check_request
 from ..functional import merge_lora, routed_lora
-from ..ops._checks import autocast_dtype, check_choice, check_flag
+from ..ops._checks import autocast_dtype, check_flag
+from ..ops._gates import check_mix
 from ..ops.merge.api import LoraLayer, merge_loras
 from ..ops.routed_lora.api import routed_by_pass
 from ..routing import GateRouter, Router
@@ -32,7 +33,7 @@ from ._banks import (
     merged_banks,
 )
 from ._finite import check_output, checking
-from ._gated import MIXES, check_gate, gates_of, mean_factors, refreshed
+from ._gated import check_gate, gates_of, mean_factors, refreshed
 
 QKV = ("q", "k", "v")
 # Hooks of a layer, or of all layers, that are given its output.
@@ -118,7 +119,7 @@ class RoutedLoRALinear(nn.Module):
         self.groups, self.output_offsets = groups, tuple(output_offsets)
         self.fan_in_fan_out, self.backend = fan_in_fan_out, backend
         self.router, self.mix = check_router(router), mix
-        check_choice("mix", mix, MIXES)
+        check_mix(mix)
         self.gate = check_gate(gate, num_experts)
         self.lora_a = nn.Parameter(torch.empty(down, groups * r, in_features, dtype=dtype, device=device))
         self.lora_b = nn.Parameter(torch.empty(up, groups * width, r, dtype=dtype, device=device))
