@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._dropout import dropout, keep_mask
-from .._routed_matmul import project, project_back, weight_grad
+from .._routed_matmul import add_product, project, project_back, weight_grad
 
 
 def forward(
@@ -29,13 +29,11 @@ def forward(
     if inplace and base is not None:
         out = base
     elif base is not None:
-        if groups == 1 and base.shape[2] == per_group:
-            return torch.add(base, project(t, lora_b, None, b_index), alpha=scaling).contiguous(), t.contiguous()
         out = base.clone(memory_format=torch.contiguous_format)
     else:
         out = x.new_zeros(x.shape[0], x.shape[1], max(offsets) + per_group)
     for t_g, b_g, offset in zip(t.chunk(groups, 2), lora_b.chunk(groups, 1), offsets, strict=True):
-        out.narrow(2, offset, per_group).add_(project(t_g, b_g, None, b_index), alpha=scaling)
+        add_product(out.narrow(2, offset, per_group), t_g, b_g, b_index, scaling)
     return out, t.contiguous()
 
 
