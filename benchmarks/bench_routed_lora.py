@@ -1,5 +1,5 @@
-"""routed_lora against gathered weights and bmm, grouped GEMMs and PEFT; then with the frozen layer in the same call; and
-a pack's many adapters in one batch.
+"""routed_lora against gathered weights and bmm, grouped GEMMs and PEFT; with the frozen layer in the same call; and a
+pack's many adapters in one batch.
 """
 
 from __future__ import annotations

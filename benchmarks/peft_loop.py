@@ -1,8 +1,9 @@
 """adamix_kernels.peft.accelerate against PEFT's own loop, on this CPU: `python -m benchmarks.peft_loop --write`.
 
-64 samples, each with its adapter, 1 to 64 adapters in the batch: one layer, and whole encoders of 6 layers of 384 columns
-with LoRA in query and value, or in every linear layer. In training PEFT refuses mixed batches: there its loop is one pass
-an adapter over that one's samples. Process time of one thread in interleaved rounds; the middle of the rounds' ratios.
+64 samples, each with its adapter, 1 to 64 adapters in the batch: one layer, and whole encoders of 6 layers of 384
+columns with LoRA in query and value, or in every linear layer. In training PEFT refuses mixed batches: there its loop
+is one pass an adapter over that one's samples. Process time of one thread in interleaved rounds; the middle of the
+rounds' ratios.
 
 bound: what PEFT takes over what the same takes without adapters, which nothing that keeps the base's products can pass.
 peft_ops, our_ops: operators that a GPU would launch a kernel for, views and empty memory left out; routed_lora is one

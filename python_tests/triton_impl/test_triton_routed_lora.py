@@ -251,8 +251,8 @@ def test_strides_do_not_matter_and_inputs_are_not_written():
 def test_one_index_of_both_sides_groups_rows_by_itself(batch):
     """A pack's: M groups, not M * M; by sample too, where a sample is one token."""
     kind = "token" if batch == 5 else "sample"
-    tensors, options = draw(**SHAPES["sorted by both sides"] | dict(a_kind=kind, b_kind=kind, batch=batch, tokens=85 // batch),
-                            dtype=torch.float32)  # fmt: skip
+    sizes = SHAPES["sorted by both sides"] | dict(a_kind=kind, b_kind=kind, batch=batch, tokens=85 // batch)
+    tensors, options = draw(**sizes, dtype=torch.float32)
     few = min(tensors[1].shape[0], tensors[2].shape[0])
     tensors[1], tensors[2] = tensors[1][:few].contiguous(), tensors[2][:few].contiguous()
     index = options["a_index"] % few
