@@ -36,11 +36,11 @@ COLUMNS = (
 )  # fmt: skip
 ADAPTERS, SAMPLES, RANK, WIDTH = (1, 4, 16, 64), 64, 8, 384
 QV, LINEAR = ["query", "value"], ["query", "key", "value", "dense"]
-# scope -> (the layers with LoRA, None: one linear layer alone; tokens of a sample)
-SCOPES: dict[str, tuple[list[str] | None, tuple[int, ...]]] = {
-    "layer": (None, (1, 8, 32, 128)),
-    "model, q and v": (QV, (8, 32)),
-    "model, all linear": (LINEAR, (8, 32)),
+# scope -> (the layers with LoRA, None: one linear layer alone; tokens of a sample in inference, and in training)
+SCOPES: dict[str, tuple[list[str] | None, tuple[int, ...], tuple[int, ...]]] = {
+    "layer": (None, (1, 8, 32, 128), (8, 32)),
+    "model, q and v": (QV, (8, 32), (8,)),
+    "model, all linear": (LINEAR, (8, 32), (8,)),
 }
 _UNSEEN = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided"}
 # Launches of an op of ours; any other operator is one.
@@ -75,9 +75,11 @@ class Launches(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Workload:
-    """model: PEFT's, its adapters "0" to "<adapters - 1>". inputs: of SAMPLES samples; names: whose each is."""
+    """model: PEFT's, its adapters "0" to "<adapters - 1>"; called: it, or the one layer. inputs: of SAMPLES samples;
+    names: whose each is."""
 
     model: Any
+    called: Any
     inputs: dict[str, torch.Tensor]
     names: list[str]
     training: bool
@@ -85,24 +87,24 @@ class Workload:
     def theirs(self) -> None:
         if not self.training:
             with torch.no_grad():
-                self.model(**self.inputs, adapter_names=self.names)
+                self.called(**self.inputs, adapter_names=self.names)
             return
         for name in dict.fromkeys(self.names):
             mine = [n for n, other in enumerate(self.names) if other == name]
             self.model.set_adapter(name)
-            _backward(self.model(**{key: value[mine] for key, value in self.inputs.items()}))
+            _backward(self.called(**{key: value[mine] for key, value in self.inputs.items()}))
 
     def ours(self) -> None:
         """On an accelerated model."""
         if not self.training:
             self.theirs()
             return
-        _backward(self.model(**self.inputs, adapter_names=self.names))
+        _backward(self.called(**self.inputs, adapter_names=self.names))
 
     def bare(self) -> None:
-        """Without adapters: what both pay for the base model."""
-        with torch.no_grad(), self.model.disable_adapter():
-            self.model(**self.inputs)
+        """Within disable_adapter(): what both pay for the base."""
+        with torch.no_grad():
+            self.called(**self.inputs)
 
     def gradients(self) -> list[torch.Tensor | None]:
         found = [None if p.grad is None else p.grad.clone() for n, p in self.model.named_parameters() if "lora_" in n]
@@ -115,7 +117,7 @@ def workload(scope: str, adapters: int, tokens: int, training: bool, width: int 
     import transformers
 
     torch.manual_seed(0)
-    targets, _ = SCOPES[scope]
+    targets = SCOPES[scope][0]
     base: nn.Module = Layer(width)
     inputs = {"x": torch.randn(SAMPLES, tokens, width)}
     if targets is not None:
@@ -130,7 +132,8 @@ def workload(scope: str, adapters: int, tokens: int, training: bool, width: int 
     for n in range(1, adapters):
         model.add_adapter(str(n), lora)
     model.train(training)
-    return Workload(model, inputs, [str(n % adapters) for n in range(SAMPLES)], training)
+    called = model if targets else model.get_base_model().dense
+    return Workload(model, called, inputs, [str(n % adapters) for n in range(SAMPLES)], training)
 
 
 def measured(scope: str, adapters: int, tokens: int, training: bool, rounds: int, width: int = WIDTH) -> dict[str, Any]:
@@ -150,8 +153,11 @@ def measured(scope: str, adapters: int, tokens: int, training: bool, rounds: int
                     work.model.set_requires_grad(all_names)
                     work.ours()
                     spent[kind].append(_seconds(work.ours, repeats))
+            elif kind == "bare":
+                with work.model.disable_adapter():
+                    spent[kind].append(_seconds(work.bare, repeats))
             else:
-                spent[kind].append(_seconds(getattr(work, kind), repeats))
+                spent[kind].append(_seconds(work.theirs, repeats))
             work.model.zero_grad()
     ratios = sorted(a / b for a, b in zip(spent["theirs"], spent["ours"]))
     bound = statistics.median(a / b for a, b in zip(spent["theirs"], spent["bare"]))
@@ -178,7 +184,7 @@ def measured(scope: str, adapters: int, tokens: int, training: bool, rounds: int
 def cases(scopes: list[str]) -> Iterator[tuple[str, int, int, bool]]:
     for scope in scopes:
         for training in (False, True):
-            for tokens in SCOPES[scope][1]:
+            for tokens in SCOPES[scope][2 if training else 1]:
                 for adapters in ADAPTERS:
                     yield scope, adapters, tokens, training
 
@@ -188,7 +194,7 @@ def _compare(work: Workload, names: list[str]) -> None:
 
     def output() -> torch.Tensor:
         with torch.no_grad():
-            return _tensor(work.model(**work.inputs, adapter_names=work.names))
+            return _tensor(work.called(**work.inputs, adapter_names=work.names))
 
     if work.training:
         work.theirs()
