@@ -1,4 +1,6 @@
-"""routed_lora against gathered weights and bmm, grouped GEMMs and PEFT; then with the frozen layer in the same call."""
+"""routed_lora against gathered weights and bmm, grouped GEMMs and PEFT; with the frozen layer in the same call; and a
+pack's many adapters in one batch.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from adamix_kernels import routed_lora
 
 from . import sizes
 from .op_cases import Bound, Case, Contender, Draw, Inputs, absent, compiled, of, ours
-from .sizes import LoraSize
+from .sizes import LoraSize, PackSize
 
 SCALING = 2.0
 # leaves: x [B, S, K], lora_a [M, g*r, K], lora_b [1, g*Ng, r], base [B, S, N]; extra: index. In "frozen_linear" the
@@ -22,7 +24,8 @@ SCALING = 2.0
 
 
 def cases(which: str, device: torch.device) -> Iterator[Case]:
-    """The update on a given base output (sizes.LORA), and together with its frozen layer (sizes.LORA_LINEAR)."""
+    """The update on a given base output (sizes.LORA), by a pack's adapters (sizes.LORA_PACK), and together with its
+    frozen layer (sizes.LORA_LINEAR)."""
     smoke = which == "smoke"
     for size in sizes.LORA[which]:
         tokens, itemsize = size.batch * size.tokens, getattr(torch, size.dtype).itemsize
@@ -55,6 +58,51 @@ def cases(which: str, device: torch.device) -> Iterator[Case]:
             traffic={"forward": moved, "backward": moved, "both": 2 * moved},
             operations={"forward": products, "backward": products, "both": 2 * products},
         )
+    yield from _packs(which, device)
+
+
+def _packs(which: str, device: torch.device) -> Iterator[Case]:
+    for size in sizes.LORA_PACK[which]:
+        rows, itemsize = size.batch * size.tokens, getattr(torch, size.dtype).itemsize
+        products = 2.0 * rows * size.rank * (size.features + size.width)
+        # Of so many adapters the factors weigh, too: read in both directions, their gradients written in one.
+        factors = size.experts * size.rank * (size.features + size.width) * itemsize
+        forward = float(rows * (size.features + 2 * size.width) * itemsize + factors)
+        backward = float(rows * (2 * size.features + size.width) * itemsize + 2 * factors)
+        yield Case(
+            op="routed_lora_pack",
+            shape=size.words,
+            dtype=getattr(torch, size.dtype),
+            make=functools.partial(_pack_inputs, size),
+            plain=_one_by_one,
+            contenders=[*ours("routed_lora", device, _pack_call), of("python_loop", _one_by_one)],
+            traffic={"forward": forward, "backward": backward, "both": forward + backward},
+            operations={"forward": products, "backward": 2 * products, "both": 3 * products},
+        )
+
+
+def _pack_inputs(size: PackSize, draw: Draw) -> Inputs:
+    x = draw.normal(size.batch, size.tokens, size.features)
+    a = draw.normal(size.experts, size.rank, size.features, scale=size.features**-0.5)
+    b = draw.normal(size.experts, size.width, size.rank, scale=size.rank**-0.5)
+    base = draw.normal(size.batch, size.tokens, size.width)
+    index = draw.routing(size.routing, size.experts, size.batch, size.tokens)
+    return Inputs((x, a, b, base), (index,), draw.normal(*base.shape))
+
+
+def _pack_call(backend: str):
+    def call(x, a, b, base, index):
+        return routed_lora(x, a, b, index, index, base=base, scaling=SCALING, backend=backend)
+
+    return call
+
+
+def _one_by_one(x, a, b, base, index):
+    """One adapter after the other on all rows, of which its own are taken."""
+    mine = index if index.dim() == 2 else index[:, None]
+    for m in range(a.shape[0]):
+        base = base + SCALING * (mine == m)[..., None] * F.linear(F.linear(x, a[m]), b[m])
+    return base
 
 
 def _inputs(size: LoraSize, draw: Draw) -> Inputs:

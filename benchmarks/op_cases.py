@@ -92,7 +92,10 @@ class Draw:
         return torch.randint(high, shape, device=self.device, generator=self.generator)
 
     def routing(self, kind: str, experts: int, batch: int, tokens: int) -> torch.Tensor:
-        """An expert for each sample ("sample", "batch": the batch is one row a pass) or token."""
+        """An expert for each sample ("sample", "batch": the batch is one row a pass) or token; "sorted": likewise, but
+        the tokens of one expert follow each other."""
+        if kind == "sorted":
+            return self.index(experts, batch * tokens).sort().values.view(batch, tokens)
         return self.index(experts, *((batch, tokens) if kind == "token" else (batch,)))
 
 

@@ -57,6 +57,25 @@ class LoraSize:
 
 
 @dataclass(frozen=True)
+class PackSize:
+    """x [batch, tokens, features] -> [batch, tokens, width] by `experts` LoRAs, each with its own A and B; an adapter a
+    sample ("sample"), or a token, in any order ("token") or in the adapters' own ("sorted")."""
+
+    batch: int
+    tokens: int
+    features: int
+    width: int
+    rank: int
+    experts: int
+    routing: str
+    dtype: str = "bfloat16"
+
+    @property
+    def words(self) -> str:
+        return f"{self.batch}x{self.tokens}x{self.features} to {self.width} r{self.rank} M{self.experts} {self.routing}"
+
+
+@dataclass(frozen=True)
 class GateSize:
     """x [batch, tokens, features] -> [batch, tokens, width] by `slots` of `experts`: all: dense, 0: one, no gate."""
 
@@ -187,6 +206,17 @@ LORA_LINEAR = {
     "cpu": LORA["cpu"],
     "smoke": LORA["smoke"][:1],
     "odd": LORA["odd"][:1],
+}
+# 4,096 rows of 64 adapters: documents, tokens of any order, sorted, and a step of generation.
+LORA_PACK = {
+    "gpu": (),
+    "count": (
+        *(PackSize(64, 64, 1024, 1024, 16, 64, routing) for routing in ("sample", "token", "sorted")),
+        PackSize(4096, 1, 1024, 1024, 16, 64, "sample"),
+    ),
+    "cpu": (),
+    "smoke": tuple(PackSize(4, 8, 32, 32, 4, 6, routing, "float32") for routing in ("sample", "token", "sorted")),
+    "odd": (PackSize(3, 37, 40, 56, 5, 7, "token"),),
 }
 # One expert a token, then all of LoRAMoE's, two of MoLA's, SMEAR's mean; more columns than a tile holds.
 GATED_LORA = {

@@ -44,7 +44,8 @@ def merge(model: nn.Module, keep: bool = True, *, gates: str | None = None) -> n
     Raises:
         TypeError: keep is no bool.
         ValueError: `model` is not adapted, is merged already, or is a pack; its gates are learned and `gates` is None,
-            for no single expert computes what they do; they saw no training batch; nothing is changed then.
+            for no single expert computes what they do; they saw no training batch; keep is False for a name that
+            a PackTrainer trains on; nothing is changed then.
 
     Source: AdaMix section 3.3 (merging weights); `expert_soup` of the reference project.
 
@@ -60,6 +61,8 @@ def merge(model: nn.Module, keep: bool = True, *, gates: str | None = None) -> n
     state = adamix_state(model)
     if state.merged:
         raise ValueError("model: got a merged model, expected an unmerged one; call unmerge() first")
+    if state.held and not keep:
+        raise ValueError(f"keep: got False for {state.held}, which trains its experts on, expected True")
     check_mergeable(model, state, gates)
     state.gate_spread = spread(model) if gates else {}
     layers = {path: model.get_submodule(path) for path in state.paths}

@@ -34,6 +34,16 @@ def project(x: torch.Tensor, bank: torch.Tensor, bias: torch.Tensor | None, inde
     return out
 
 
+def add_product(out: torch.Tensor, t: torch.Tensor, bank: torch.Tensor, index: torch.Tensor | None, s: float) -> None:
+    """out += s t W[i]^T, over out [B, S, N]: where a BLAS adds the product itself, no second [B, S, N] is made."""
+    if bank.shape[0] == 1 and out.is_contiguous():
+        out.view(-1, out.shape[2]).addmm_(t.reshape(-1, t.shape[2]), bank[0].t(), alpha=s)
+    elif bank.shape[0] > 1 and index is not None and index.dim() == 1:
+        out.baddbmm_(t, bank.index_select(0, index).transpose(1, 2), alpha=s)
+    else:
+        out.add_(project(t, bank, None, index), alpha=s)
+
+
 def project_back(g: torch.Tensor, bank: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     """dx = g W[i]: [B, S, R] -> [B, S, K]."""
     if bank.shape[0] == 1:

@@ -84,12 +84,22 @@ def make_plan(
     rp = power_of_2(r) if any(masked) else max(16, power_of_2(r))
     down, up = (_side(index, tokens, m, mask, rp) for index, m, mask in zip(given, banks, masked))
     key, keys = None, 1
+    if all(grouped) and md == mu and _same_ids(*given):
+        grouped = [True, False]  # whoever shares the down side shares the up side
     for index, m, group in zip(given, banks, grouped):
         if group and index is not None:
             # A wrong id goes with the nearest right one: the kernels tell them apart.
             ids = per_row(index, batch, tokens).clamp_(0, m - 1)
             key, keys = (ids, m) if key is None else (key * m + ids, keys * m)
     return Plan(1 if flat else batch, batch * tokens if flat else tokens, rp, down, up, key, keys)
+
+
+def _same_ids(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Whether both are one index in memory; equal ones at two places are not looked for."""
+    if one is None or other is None or one is other:
+        return one is other
+    places = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (one, other)]
+    return places[0] == places[1]
 
 
 def _side(index: torch.Tensor | None, tokens: int, experts: int, masked: bool, rp: int) -> Side:

@@ -55,7 +55,8 @@ class Own:
             self.heads = {path: _own_head(model, module) for path, module in whole}
             if job.labels is not None:
                 self._set_labels(model, len(job.labels))
-        self.state = AdaMixState(job.config, router, list(self.layers), list(self.heads))
+        held = f"the name {name!r} of a PackTrainer"
+        self.state = AdaMixState(job.config, router, list(self.layers), list(self.heads), held=held)
         config = getattr(model, "config", None)
         labels = getattr(config, "num_labels", None) if job.labels is None else len(job.labels)
         problem = job.problem or (None if job.labels is not None else getattr(config, "problem_type", None))

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from .._backends import check_request
 from ..models._files import make_folder
 from ..models.checkpoint import save_adamix
-from ..models.inject import check_bare
-from ..models.merging import merge, unmerge
+from ..models.merging import merge
 from ..models.objectives import Objective
 from ..models.quantised import let_gradients_through
-from ..models.state import AdaMixState, check_model, replace_module
+from ..models.state import AdaMixState, replace_module
 from ..routing import process_rank
 from . import training_folder
 from .banks import OwnHeads, TrainedBank, bank_shapes
@@ -29,21 +23,9 @@ from .job import PackJob
 from .mix import Mix
 from .own import Own, PackStep, base_of, swapped
 from .reading import Folder, called
-from .slots import Shape
 from .state import PackRouter, check_name
-from .training_step import StepOptions, accumulate, sum_over_processes
-
-Jobs = Mapping[str, "PackJob | Folder"]
-
-
-class _Names:
-    """What use_experts, merge and save_adamix find on a model whose names are being trained."""
-
-    def use(self, *_arguments: Any) -> AbstractContextManager[None]:
-        raise ValueError('model: got a pack that is being trained, expected `with trainer.alone("name") as model`')
-
-    def set_centroid(self, *arguments: Any) -> None:
-        self.use(*arguments)
+from .training_room import Jobs, NoNames, alone, check_room, checked, free_slot, is_over, job_of
+from .training_step import StepOptions, accumulate, sum_over_processes, wait_for_all
 
 
 class PackTrainer:
@@ -96,26 +78,14 @@ class PackTrainer:
         autocast: torch.dtype | None = None,
         backend: str = "auto",
     ):
-        check_model(model)
-        check_request(backend)
-        check_bare(model)
-        if isinstance(jobs, (str, os.PathLike)):
-            jobs = training_folder.names_in(Path(jobs))
-        if not isinstance(jobs, Mapping) or not jobs:
-            raise ValueError(f"jobs: got {jobs!r}, expected names with a PackJob or a folder each, one at least")
-        room = {"capacity": len(jobs) if capacity is None else capacity, "max_rank": max_rank}
-        for key, value in {**room, "max_experts": max_experts}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{key}: got {value!r}, expected an int of at least 1")
-        if room["capacity"] < len(jobs):
-            raise ValueError(f"capacity: got {capacity} for {len(jobs)} jobs, expected as many at least")
-        self.model, self.backend, self.capacity = model, backend, room["capacity"]
+        jobs, self.capacity = checked(model, jobs, capacity, max_rank, max_experts, backend)
+        self.model, self.backend = model, backend
         mix = Mix()
         owns, saved = {}, {}
         for slot, (name, job) in enumerate(jobs.items()):
             with called(check_name(name)):
                 saved[name] = None if isinstance(job, PackJob) else training_folder.read(job)
-                owns[name] = Own(name, slot, _job(job, saved[name]), model, backend)
+                owns[name] = Own(name, slot, job_of(job, saved[name]), model, backend)
         self.experts = max(max_experts, *(own.job.config.num_experts for own in owns.values()))
         shapes = bank_shapes(model, {name: own.layers for name, own in owns.items()}, max_rank)
         # One expert's product would be another one than that of several, with other bits.
@@ -140,7 +110,7 @@ class PackTrainer:
         for path in whole:
             replace_module(model, path, OwnHeads(path, mix))
         self._owner.adamix = AdaMixState(
-            next(iter(owns.values())).job.config, PackRouter(), list(self.banks), whole, pack=_Names()
+            next(iter(owns.values())).job.config, PackRouter(), list(self.banks), whole, pack=NoNames()
         )
         try:
             for name, own in owns.items():
@@ -162,15 +132,12 @@ class PackTrainer:
         """
         if check_name(name) in self.names:
             raise ValueError(f"name: got {name!r}, which is being trained, expected a new name")
-        taken = {own.slot for own in self.names.values()}
-        slot = next((n for n in range(self.capacity) if n not in taken), None)
-        if slot is None:
-            raise ValueError(f"name: got {name!r} and {self.capacity} names already, expected a larger capacity")
+        slot = free_slot(name, self.names.values(), self.capacity)
         with called(name):
             saved = None if isinstance(job, PackJob) else training_folder.read(job)
-            with self._bare():
-                own = Own(name, slot, _job(job, saved), self.model, self.backend)
-            self._check_room(own)
+            with swapped(self.model, self._bare()):
+                own = Own(name, slot, job_of(job, saved), self.model, self.backend)
+            check_room(own, self.banks, self.own_heads, self.experts)
             self._enter(own, saved)
 
     def pause(self, name: str) -> None:
@@ -183,8 +150,7 @@ class PackTrainer:
 
     def remove(self, name: str) -> None:
         """The name leaves, unsaved; its place is free."""
-        own = self._own(name)
-        for cut in own.cuts:
+        for cut in self._own(name).cuts:
             cut.clear()
         del self.names[name]
 
@@ -197,41 +163,21 @@ class PackTrainer:
         with self.alone(name) as model:
             if process_rank() == 0:
                 save_adamix(merge(model) if merged else model, folder)
-        _wait()
+        wait_for_all()
         self.remove(name)
         return Path(folder)
 
     @contextlib.contextmanager
     def alone(self, name: str) -> Iterator[nn.Module]:
         """Within it the model is what adapt() gave for this name, with the values so far: evaluate it, store_centroid,
-        export or save it. A merge is undone at the end. What is written into its parameters counts.
+        export or save it. A merge is undone at the end; merge(model, keep=False) is refused. What is written into its
+        parameters counts.
 
         Raises ValueError for a name that is not trained.
         """
         own = self._own(name)
-        model, config = self._owner, getattr(self.model, "config", None)
-        modules: dict[str, nn.Module] = {path: base_of(bank) for path, bank in self.banks.items()}
-        before, facts = model.adamix, None if config is None else dict(vars(config))
-        had = getattr(model, "num_labels", None)
-        with swapped(model, {**self.own_heads, **modules, **own.layers, **own.heads}):
-            model.adamix = own.state
-            if own.job.labels is not None and config is not None:
-                config.id2label = dict(enumerate(own.job.labels))
-                config.label2id = {label: n for n, label in enumerate(own.job.labels)}
-                config.problem_type = own.job.problem
-                if had is not None:
-                    model.num_labels = len(own.job.labels)
-            try:
-                yield self.model
-            finally:
-                if own.state.merged:
-                    unmerge(self.model)
-                model.adamix = before
-                if config is not None and facts is not None:
-                    vars(config).clear()
-                    vars(config).update(facts)
-                if had is not None:
-                    model.num_labels = had
+        with alone(self.model, own, self._bare()):
+            yield self.model
         own.write()
 
     def step(self, batch: Mapping[str, Any], names: Sequence[str]) -> dict[str, PackStep]:
@@ -285,7 +231,7 @@ class PackTrainer:
 
         Raises ValueError: a name has no rows, or its job no total_steps.
         """
-        while active := [name for name, own in self.names.items() if not own.paused and not _over(name, own)]:
+        while active := [name for name, own in self.names.items() if not own.paused and not is_over(name, own)]:
             absent = [name for name in active if name not in rows or not len(rows[name])]
             if absent:
                 raise ValueError(f"rows: got none of {absent[0]!r}, expected some of every name, or pause() it")
@@ -310,12 +256,12 @@ class PackTrainer:
             with self.alone(name) as model:
                 if process_rank() == 0:
                     training_folder.write(own, model, place / name)
-        _wait()
+        wait_for_all()
         return place
 
     def close(self) -> nn.Module:
         """Gives the bare model back, as it was; the names are no longer trained."""
-        for path, module in {**self.own_heads, **{p: base_of(bank) for p, bank in self.banks.items()}}.items():
+        for path, module in self._bare().items():
             replace_module(self.model, path, module)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
@@ -326,13 +272,13 @@ class PackTrainer:
 
     def _own(self, name: str) -> Own:
         if name not in self.names:
-            raise ValueError(
-                f"name: got {name!r}, expected one of {', '.join(self.names) or 'none: nothing is trained'}"
-            )
+            known = ", ".join(self.names) or "none: nothing is trained"
+            raise ValueError(f"name: got {name!r}, expected one of {known}")
         return self.names[name]
 
-    def _bare(self) -> AbstractContextManager[None]:
-        return swapped(self.model, {**self.own_heads, **{path: base_of(bank) for path, bank in self.banks.items()}})
+    def _bare(self) -> dict[str, nn.Module]:
+        """The base's own modules, by path, where banks and heads stand now."""
+        return {**self.own_heads, **{path: base_of(bank) for path, bank in self.banks.items()}}
 
     def _enter(self, own: Own, saved: training_folder.Saved | None) -> None:
         own.enter(self.banks, self.experts)
@@ -346,38 +292,8 @@ class PackTrainer:
             self.remove(own.name)
             raise
 
-    def _check_room(self, own: Own) -> None:
-        more = sorted((set(own.layers) - set(self.banks)) | (set(own.heads) - set(self.own_heads)))
-        if more:
-            raise ValueError(
-                f"{more[0]}: got a job that trains it, expected the layers and heads of the first jobs alone"
-            )
-        for path, layer in own.layers.items():
-            here, new = self.banks[path].shape, Shape.of(layer)
-            if dataclasses.replace(new, rank=here.rank) != here or new.rank > here.rank:
-                raise ValueError(f"{path}: got {new}, expected {here} with a rank of at most {here.rank} (max_rank)")
-        if own.job.config.num_experts > self.experts:
-            raise ValueError(
-                f"num_experts: got {own.job.config.num_experts}, expected at most {self.experts} (max_experts)"
-            )
-
     def _forget(self) -> None:
         for own in self.names.values():
             own.forget()
         for bank in self.banks.values():
             bank.zero_grad(set_to_none=True)
-
-
-def _job(job: PackJob | Folder, saved: training_folder.Saved | None) -> PackJob:
-    return job if isinstance(job, PackJob) else saved.job  # type: ignore[union-attr]  # read, where it is a folder
-
-
-def _over(name: str, own: Own) -> bool:
-    if own.job.total_steps is None:
-        raise ValueError(f"{name}: got a job without total_steps, expected how many updates train() makes")
-    return own.steps >= own.job.total_steps
-
-
-def _wait() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()

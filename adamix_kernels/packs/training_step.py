@@ -145,6 +145,12 @@ def sum_over_processes(names: Mapping[str, Own], banks: Mapping[str, TrainedBank
         own.totals, own.rows = piece.clone(), int(count)
 
 
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
 class _Given(nn.Module):
     """Stands for the model where its outputs are at hand."""
 

@@ -10,7 +10,7 @@ from torch import nn
 from .._backends import check_request
 from .._extras import needed
 from .gates import XLoraForward
-from .layers import HOOKS, LoraForward, MixedHooks
+from .layers import HOOKS, Indices, LoraForward, MixedHooks
 
 logger = logging.getLogger(__name__)
 
@@ -104,10 +104,11 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> Accelerated:
             left[path] = "its forward was replaced" if type(module) is lora.Linear else type(module).__name__
     if not layers:
         raise ValueError(f"model: got no LoRA of a plain linear layer, only {sorted(set(left.values()))}")
+    indices = Indices()
     for path, module in layers.items():
         owner: Any = module
         own = replaced.get(path)
-        owner.forward = LoraForward(module, backend) if own is None else XLoraForward(module, own, backend)
+        owner.forward = LoraForward(module, backend, indices) if own is None else XLoraForward(module, own, backend)
     if isinstance(tuner, LoraModel):
         setattr(tuner, HOOKS, MixedHooks(tuner))
     if left:

@@ -15,7 +15,7 @@ from ..modules._banks import as_batch
 from ..modules.lora import may_overwrite
 from .gates import arrow_output
 
-_KEPT = 32  # indices of batches, of one layer's banks
+_KEPT = 256  # indices of batches
 HOOKS = "_enable_peft_forward_hooks"
 
 
@@ -53,12 +53,31 @@ class _Adapter(NamedTuple):
     drops: float
 
 
-class LoraForward:
-    """The forward of one lora.Linear."""
+class Indices:
+    """Indices of batches into banks, each made once for all layers of a model that hold the same adapters."""
 
-    def __init__(self, module: Any, backend: str):
-        self.module, self.backend = module, backend
-        self._indices: dict[Any, torch.Tensor] = {}
+    def __init__(self) -> None:
+        self._made: dict[Any, torch.Tensor] = {}
+
+    def find(self, names: Sequence[str], adapters: tuple[str, ...], device: torch.device) -> torch.Tensor:
+        """[B]: of each name its place among `adapters`; a name that is not among them: behind the last."""
+        key = (tuple(names), adapters, device)
+        found = self._made.get(key)
+        if found is None:
+            place = {name: number for number, name in enumerate(adapters)}
+            found = torch.tensor([place.get(name, len(place)) for name in names], device=device)
+            if not torch.compiler.is_compiling():
+                if len(self._made) >= _KEPT:
+                    self._made.clear()
+                self._made[key] = found
+        return found
+
+
+class LoraForward:
+    """The forward of one lora.Linear. indices: of the whole model."""
+
+    def __init__(self, module: Any, backend: str, indices: Indices):
+        self.module, self.backend, self.indices = module, backend, indices
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         module = self.module
@@ -91,10 +110,13 @@ class LoraForward:
             if name not in downs:
                 continue
             down, up, dropout = downs[name], ups[name], dropouts[name]
-            if name in variants or type(down) is not nn.Linear or type(up) is not nn.Linear or up.bias is not None:
+            if name in variants or type(down) is not nn.Linear or type(up) is not nn.Linear:
                 return None
-            drops = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-            used.append(_Adapter(name, down.weight, up.weight, float(scaling[name]), drops))
+            lora_a, upper = down._parameters["weight"], up._parameters
+            if upper["bias"] is not None:
+                return None
+            drops = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+            used.append(_Adapter(name, lora_a, upper["weight"], float(scaling[name]), drops))
         if len({(one.lora_a.dtype, one.lora_a.device) for one in used}) > 1:
             return None
         several = names is None and len(used) > 1
@@ -139,18 +161,9 @@ class LoraForward:
 
     def _index(self, used: list[_Adapter], names: Sequence[str], device: torch.device) -> torch.Tensor | None:
         """[B] into the bank of `used` and, for samples without an adapter here, its last row of zeros."""
-        place = {one.name: number for number, one in enumerate(used)}
-        if len(place) == 1 and all(name in place for name in names):
+        if len(used) == 1 and all(name == used[0].name for name in names):
             return None
-        key = (tuple(names), tuple(place), device)
-        found = self._indices.get(key)
-        if found is None:
-            found = torch.tensor([place.get(name, len(place)) for name in names], device=device)
-            if not torch.compiler.is_compiling():
-                if len(self._indices) >= _KEPT:
-                    self._indices.clear()
-                self._indices[key] = found
-        return found
+        return self.indices.find(names, tuple(one.name for one in used), device)
 
 
 def _stacked(used: list[_Adapter], names: Sequence[str] | None) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -245,7 +245,7 @@ def test_the_sanitizers_program_runs_every_op():
 
 
 def test_sizes_have_names_of_their_own():
-    for table in (sizes.ADAPTER, sizes.LORA, sizes.LOSS, sizes.HEAD, sizes.MERGE_BANKS):
+    for table in (sizes.ADAPTER, sizes.LORA, sizes.LORA_PACK, sizes.LOSS, sizes.HEAD, sizes.MERGE_BANKS):
         assert set(table) == set(sizes.SETS)
         for which in table.values():
             assert len({(size.words, size.dtype) for size in which}) == len(which)

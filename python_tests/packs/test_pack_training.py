@@ -1,41 +1,13 @@
-"""PackTrainer: each name of a mixed batch learns what it learns alone, to the last bit on the reference backend.
-
-It is more than 400 lines because every comparison stands on the same models, jobs and batches.
-"""
+"""PackTrainer: each name of a mixed batch learns what it learns alone, to the last bit on the reference backend."""
 
 import pytest
 import tiny
 import torch
+from pack_jobs import ADAPTERS, LABELS, LORA, ROWS, TOKENS, same, stream, trainer_of, values
 from torch.nn import functional as F
 
-from adamix_kernels import (
-    AdaMixConfig,
-    PackJob,
-    PackTrainer,
-    Router,
-    adapt,
-    load_adamix,
-    pack,
-    save_adamix,
-    use_experts,
-)
+from adamix_kernels import AdaMixConfig, PackJob, Router, adapt, load_adamix, pack, use_experts
 from adamix_kernels.models.objectives import Objective
-
-LABELS = ["no", "yes", "never"]
-ADAPTERS = {
-    "a": PackJob(AdaMixConfig(num_experts=2, bottleneck=8), lr=3e-2, weight_decay=0.1, seed=3),
-    "b": PackJob(
-        AdaMixConfig(num_experts=3, bottleneck=16, share=None, routing="sample", consistency_weight=0.5),
-        lr=1e-2, schedule="linear", warmup_steps=1, total_steps=9, labels=LABELS, seed=4,
-    ),
-    "c": PackJob(AdaMixConfig(num_experts=1, bottleneck=8, consistency_weight=0.0), max_grad_norm=None, seed=5),
-}  # fmt: skip
-LORA = {
-    "a": PackJob(AdaMixConfig(method="lora", num_experts=2, r=4, alpha=8.0, dropout=0.3), lr=3e-2, seed=3),
-    "b": PackJob(AdaMixConfig(method="lora", num_experts=4, r=8, alpha=3.0, share="down"), lr=1e-2, labels=LABELS),
-    "c": PackJob(AdaMixConfig(method="lora", num_experts=1, r=2, alpha=2.0, consistency_weight=0.0), lr=1e-1),
-}
-ROWS, TOKENS = 8, 8
 
 
 @pytest.fixture
@@ -50,39 +22,9 @@ def by_sample(monkeypatch):
     monkeypatch.setattr(F, "linear", each)
 
 
-def stream(model, steps, seed=0, names="abcabbac"):
-    """Mixed batches, the rows of each name in other places each time."""
-    for step in range(steps):
-        batch = tiny.batch_for(model, ROWS, TOKENS, seed + step)
-        batch["attention_mask"][step % ROWS, 5:] = 0
-        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(step)).tolist()
-        yield batch, [names[n] for n in order]
-
-
 def rows_of(batch, names, wanted):
     mine = [n for n, name in enumerate(names) if name in wanted]
     return {key: value[mine] for key, value in batch.items()}, [names[n] for n in mine]
-
-
-def values(trainer, name):
-    """Everything that a name is: parameters, AdamW's state, counters."""
-    own = trainer.names[name]
-    moments = own.optimizer.state_dict()["state"]
-    return [
-        *(p.detach().clone() for p in own.parameters()),
-        *(torch.as_tensor(v).clone() for n in sorted(moments) for _, v in sorted(moments[n].items())),
-        torch.tensor([own.steps, own.scheduler.get_last_lr()[0]], dtype=torch.float64),
-    ]
-
-
-def same(one, other):
-    assert len(one) == len(other)
-    differ = [(n, (p - q).abs().max().item()) for n, (p, q) in enumerate(zip(one, other)) if not torch.equal(p, q)]
-    assert not differ
-
-
-def trainer_of(jobs, build=tiny.tiny_bert, **options):
-    return PackTrainer(build(), jobs, backend="reference", **options)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -267,31 +209,6 @@ def test_a_saved_training_goes_on_bit_for_bit(jobs, tmp_path):
     )
 
 
-def test_a_save_that_breaks_leaves_the_earlier_one(tmp_path, monkeypatch):
-    from adamix_kernels.packs import training_folder
-
-    trainer = trainer_of(ADAPTERS)
-    batches = list(stream(trainer.model, 2))
-    trainer.step(*batches[0])
-    trainer.save(tmp_path)
-    kept = values(trainer, "a")
-    trainer.step(*batches[1])
-    for name in ("write_safetensors_by_digest", "write_sealed_json"):
-        with monkeypatch.context() as patch:
-            patch.setattr(training_folder, name, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-            with pytest.raises(OSError, match="No space left"):
-                trainer.save(tmp_path)
-        same(values(trainer_of({"a": tmp_path / "a"}), "a"), kept)
-    trainer.save(tmp_path)
-    same(values(trainer_of({"a": tmp_path / "a"}), "a"), values(trainer, "a"))
-    file = next((tmp_path / "a").glob("step-*/optimizer-*.safetensors"))
-    file.write_bytes(file.read_bytes()[:-3])
-    model = tiny.tiny_bert()
-    with pytest.raises(ValueError, match=r"a: .*optimizer-"):
-        PackTrainer(model, {"a": tmp_path / "a"})
-    assert not hasattr(model, "adamix")
-
-
 def test_accumulated_batches_are_one_batch():
     """Also where a name is in one of them alone, and where targets are ragged."""
     jobs = {
@@ -379,73 +296,3 @@ def test_train_gives_every_name_its_own_rows_and_steps():
         trainer_of({"a": ADAPTERS["a"]}).train({"a": rows}, collate)
     with pytest.raises(ValueError, match="rows: got none of 'a'"):
         trainer_of({"a": jobs["a"]}).train({"b": rows}, collate)
-
-
-def test_whatever_goes_wrong_changes_nothing(monkeypatch):
-    model = tiny.tiny_bert()
-    for jobs, told in (
-        ({}, "jobs: got {}"),
-        ({"a b": ADAPTERS["a"]}, "name: got 'a b'"),
-        ({"a": ADAPTERS["a"], "b": PackJob(AdaMixConfig(activation="relu"))}, "b: .*activation='relu'"),
-        ({"a": PackJob(AdaMixConfig(target_modules=["absent"]))}, "a: target_modules"),
-        ({"a": PackJob(AdaMixConfig(modules_to_save=[]), labels=LABELS)}, "a: labels: got 3"),
-        ({"a": "nowhere"}, "a: .*adamix_job.json: got no such file"),
-    ):
-        with pytest.raises(ValueError, match=told):
-            PackTrainer(model, jobs)
-        assert not hasattr(model, "adamix")
-        assert all(p.requires_grad for p in model.parameters())
-    trainer = PackTrainer(model, {"a": ADAPTERS["a"]}, capacity=2, backend="reference")
-    batch = tiny.batch_for(model, 4)
-    for job, told in (
-        (PackJob(AdaMixConfig(bottleneck=9)), "b: .*rank of at most 8"),
-        (PackJob(AdaMixConfig(bottleneck=8, num_experts=5)), "b: num_experts: got 5, expected at most 2"),
-        (PackJob(AdaMixConfig(method="lora")), "b: .*query: got a job that trains it"),
-    ):
-        with pytest.raises(ValueError, match=told):
-            trainer.add("b", job)
-    for given, names, told in (
-        (batch, ["a"] * 3, "names: got 3 for 4 rows"),
-        (batch, ["a", "a", "a", "z"], "names: got 'z'"),
-        ({k: v for k, v in batch.items() if k != "labels"}, ["a"] * 4, "tensor of labels"),
-    ):
-        with pytest.raises(ValueError, match=told):
-            trainer.step(given, names)
-    with pytest.raises(ValueError, match="being trained"):
-        model(**{k: v for k, v in batch.items() if k != "labels"})
-    with pytest.raises(ValueError, match="being trained"), use_experts(model, "a"):
-        pass
-    with pytest.raises(ValueError, match="pack"):
-        save_adamix(model, "never")
-    before = values(trainer, "a")
-    trainer.accumulate(batch, ["a"] * 4)
-    backward = torch.autograd.backward
-
-    def failing(*arguments):
-        backward(*arguments)
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.autograd, "backward", failing)
-        with pytest.raises(torch.OutOfMemoryError):
-            trainer.accumulate(batch, ["a"] * 4)
-    assert trainer.update() == {}
-    same(values(trainer, "a"), before)
-    fresh = trainer_of({"a": ADAPTERS["a"]})
-    assert torch.equal(trainer.step(batch, ["a"] * 4)["a"].loss, fresh.step(batch, ["a"] * 4)["a"].loss)
-
-
-@pytest.mark.parametrize(
-    ("option", "told"),
-    [
-        ({"lr": -1.0}, "lr: got -1.0"), ({"betas": (1.0, 0.9)}, "betas"), ({"schedule": "wavy"}, "schedule"),
-        ({"schedule": "linear"}, "total_steps: got None"), ({"max_grad_norm": 0.0}, "max_grad_norm"),
-        ({"labels": "yes"}, "labels"), ({"labels": ["a", "a"]}, "labels"), ({"problem": "hard"}, "problem"),
-        ({"seed": True}, "seed"), ({"config": AdaMixConfig(routing="token")}, "config.routing"),
-    ],
-)  # fmt: skip
-def test_a_job_that_is_none(option, told):
-    with pytest.raises(ValueError, match=told):
-        PackJob(**{"config": AdaMixConfig(), **option})
-    job = ADAPTERS["b"]
-    assert PackJob.from_dict(job.to_dict()) == job

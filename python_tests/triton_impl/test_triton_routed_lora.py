@@ -247,6 +247,24 @@ def test_strides_do_not_matter_and_inputs_are_not_written():
     assert all(torch.equal(a, b) for a, b in zip(before, strided))
 
 
+@pytest.mark.parametrize("batch", [5, 85])
+def test_one_index_of_both_sides_groups_rows_by_itself(batch):
+    """A pack's: M groups, not M * M; by sample too, where a sample is one token."""
+    kind = "token" if batch == 5 else "sample"
+    sizes = SHAPES["sorted by both sides"] | dict(a_kind=kind, b_kind=kind, batch=batch, tokens=85 // batch)
+    tensors, options = draw(**sizes, dtype=torch.float32)
+    few = min(tensors[1].shape[0], tensors[2].shape[0])
+    tensors[1], tensors[2] = tensors[1][:few].contiguous(), tensors[2][:few].contiguous()
+    index = options["a_index"] % few
+    tiles = []
+    for other in (index, index[:], index.clone()):
+        options |= dict(a_index=index, b_index=other)
+        check(tensors, options)
+        made = plan.make_call(*tensors[0].shape[:2], *tensors[1:3], index, other, list(options["output_offsets"]), 20)
+        tiles.append((made.plan.keys, plan.group_rows(made.plan, 16).tiles))
+    assert tiles == [(few, 6 + few)] * 2 + [(few * few, 6 + few * few)]
+
+
 @pytest.mark.parametrize("case", ["several splits, samples", "sorted by both sides"])
 def test_the_same_bits_twice(case):
     tensors, options = draw(**SHAPES[case], dtype=torch.float32)
