@@ -12,7 +12,7 @@ from typing import Any
 from ..models._files import make_folder, replace_file
 from ..reports.figures import BLUE, ORANGE, deviation, draw_routings, mean_curve, pyplot, save_figure
 
-NAMES = {"plain": "", "merged": "merged", "random": "random routing", "fixed": "one fixed expert"}
+NAMES = {"plain": "", "gates": "gated", "merged": "merged", "random": "random routing", "fixed": "one fixed expert"}
 
 
 @dataclass

@@ -64,6 +64,14 @@ def _at(method: str, rate: float) -> str:
     return f"{method}{',' if ':' in method else ':'}learning_rate={rate}"
 
 
+# Sections on half of the encoder, for want of a machine: the first three of its six layers.
+HALF = {"model_config.num_hidden_layers": 3}
+LORAS = {
+    "method": "lora", "num_experts": 4, "r": 4, "alpha": 8.0, "share": None, "routing": "batch",
+    "consistency_weight": 1.0,
+}  # fmt: skip
+_LEARNED = "adamix:consistency_weight=0,routing=learned"
+GATED = ("lora:alpha=8,r=4", "lora:alpha=32,r=16", "adamix", f"{_LEARNED},top_k=2", _LEARNED, "equal")
 SHOTS = Limits(shots=30)
 STUDIES = (
     Study("sst2", "sst2", ["default"], _epochs(1, ROUTED)),
@@ -80,4 +88,7 @@ STUDIES = (
           Limits(train_rows=2000)),
     Study("pairs_1000_rows", "e2e_pairs", CONTROLS, _epochs(20, ["merged"]), Limits(train_rows=1000),
           make=data.write_pairs),
+    Study("gates_search", "sst2_held_back", [_at(m, r) for m in GATED for r in (0.003, 0.01, 0.001)],
+          _epochs(5, ["merged"], 8, adamix=LORAS, **HALF), Limits(train_rows=400, dev_rows=436), seeds=1,
+          make=data.hold_back),
 )  # fmt: skip
