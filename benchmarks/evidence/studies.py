@@ -88,7 +88,7 @@ STUDIES = (
           Limits(train_rows=2000)),
     Study("pairs_1000_rows", "e2e_pairs", CONTROLS, _epochs(20, ["merged"]), Limits(train_rows=1000),
           make=data.write_pairs),
-    Study("gates_search", "sst2_held_back", [_at(m, r) for m in GATED for r in (0.003, 0.01, 0.001)],
+    Study("gates_search", "sst2_held_back", [_at(m, r) for m in GATED[:-1] for r in (0.003, 0.01)],
           _epochs(5, ["merged"], 8, adamix=LORAS, **HALF), Limits(train_rows=400, dev_rows=436), seeds=1,
           make=data.hold_back),
 )  # fmt: skip
