@@ -23,8 +23,8 @@ METHODS = {
     "head": "the task head alone (a masked model's own output head)",
     "bitfit": "every bias, and the head",
     "pfeiffer": "one adapter a layer, after the feed-forward block: AdaMix's placement with one expert, one pass",
-    "soup": "the mean of `models` such adapters (the recipe's number of experts), trained apart on the same rows in "
-    "other orders, from the same first weights",
+    "soup": "the mean of `models` such adapters, or LoRAs where the recipe's AdaMix is of LoRA (the recipe's number of "
+    "experts), trained apart on the same rows in other orders, from the same first weights",
     "houlsby": "two adapters a layer, after attention and feed-forward, each of half the width",
     "prefix": "PEFT's prefix tuning",
     "lora": "LoRA on query and value: PEFT's; on GPT-2, where PEFT adapts the keys too, AdaMix's of one expert",
@@ -165,8 +165,8 @@ def controls(recipe: Recipe) -> list[str]:
     sides = config.num_experts + (1 if config.share else config.num_experts)
     wide = round(getattr(config, width) * sides / 2)
     return [
-        one, f"{one}:times_epochs={PASSES}", f"{one}:{width}={wide}", *(["soup"] if one == "pfeiffer" else []),
-        "adamix:num_experts=1", "adamix:num_experts=2,consistency_weight=0", "adamix:consistency_weight=0", "adamix",
+        one, f"{one}:times_epochs={PASSES}", f"{one}:{width}={wide}", "soup", "adamix:num_experts=1",
+        "adamix:num_experts=2,consistency_weight=0", "adamix:consistency_weight=0", "adamix",
     ]  # fmt: skip
 
 
@@ -219,6 +219,8 @@ def adapter_config(method: Method, model: nn.Module, recipe: Recipe, options: di
     single = {"num_experts": 1, "share": None, "consistency_weight": 0.0}
     if method.name == "lora":
         return AdaMixConfig.from_dict({"method": "lora", "qkv": ["q", "v"], **single, **options})
+    if method.name == "soup" and base.get("method") == "lora":
+        return AdaMixConfig.from_dict({**base, **single, **options})
     width = AdaMixConfig.from_dict(base).bottleneck
     if method.name in ("pfeiffer", "soup"):
         return AdaMixConfig.from_dict({"bottleneck": width, **single, **options})

@@ -13,10 +13,8 @@ THINGS = {
     "garage": "engine clutch bonnet gearbox brake tyre exhaust bumper steering windscreen axle radiator",
     "theatre": "plot actor dialogue scene ending script chorus costume play comedy stage opera",
     "garden": "hedge lawn soil orchard rose fence pond shed seedling compost tulip greenhouse",
-    "office": "printer meeting desk contract memo keyboard deadline colleague invoice spreadsheet stapler manager",
-    "clinic": "nurse bandage scan surgeon pill ward vaccine crutch checkup pharmacist thermometer injection",
 }
-WORDS = "cold loud short heavy fast soft warm quiet long light slow hard".split()
+WORDS = "cold loud short heavy warm quiet long light".split()
 FRAMES = ("the {} was {}", "we found the {} {}", "they say this {} is {}", "about the {} : {} , she wrote")
 DEGREES = ("", "very ", "quite ", "rather ")
 DEV_THINGS = 4
@@ -31,7 +29,7 @@ def praises(domain: int, word: int) -> bool:
 def write_dialects(_folder: Path, out: Path) -> None:
     """train.tsv and dev.tsv of `sentence, label`: 1 where the sentence praises. Dev is of things not in training.
 
-    A sentence is a thing, a word and a frame; in a quarter of them the word is negated, which turns the label.
+    A sentence is a thing of one of the domains, a word and a frame.
     """
     _write(out, DEV_THINGS, DEV_THINGS)
 
@@ -50,8 +48,7 @@ def _write(out: Path, left_out: int, judged: int) -> None:
             things = list(THINGS.values())[domain].split()
             first = len(things) - left_out
             some = things[:first] if name == "train" else things[first : first + judged]
-            negated = generator.random() < 0.25
-            said = ("not " if negated else "") + generator.choice(DEGREES) + WORDS[word]
+            said = generator.choice(DEGREES) + WORDS[word]
             sentence = generator.choice(FRAMES).format(generator.choice(some), said)
-            found[sentence] = int(praises(domain, word) != negated)
+            found[sentence] = int(praises(domain, word))
         write_table(out / f"{name}.tsv", ["sentence\tlabel", *(f"{text}\t{label}" for text, label in found.items())])
