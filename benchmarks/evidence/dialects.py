@@ -14,7 +14,7 @@ THINGS = {
     "theatre": "plot actor dialogue scene ending script chorus costume play comedy stage opera",
     "garden": "hedge lawn soil orchard rose fence pond shed seedling compost tulip greenhouse",
 }
-WORDS = "cold loud short heavy warm quiet long light".split()
+WORDS = ("cold", "loud", "short", "heavy", "warm", "quiet", "long", "light")
 FRAMES = ("the {} was {}", "we found the {} {}", "they say this {} is {}", "about the {} : {} , she wrote")
 DEGREES = ("", "very ", "quite ", "rather ")
 DEV_THINGS = 4
