@@ -79,6 +79,11 @@ GATED = (
 LORA_CONTROLS = (
     "soup", "adamix:num_experts=1", "adamix:consistency_weight=0,num_experts=2", "adamix:consistency_weight=0",
 )  # fmt: skip
+# What might help AdaMix where it learns nothing: see the page on gates.
+REMEDIES = (
+    "learning_rate=0.006", "routing=token", "share=down", "consistency_weight=0", "times_epochs=4", "num_experts=2",
+    "routing=sample",
+)  # fmt: skip
 SEARCHED_GATES = (GATED[0], *GATED[2:3], *GATED[4:])
 SHOTS = Limits(shots=30)
 STUDIES = (
@@ -100,6 +105,9 @@ STUDIES = (
           _epochs(5, ["merged"], 8, adamix=LORAS, **HALF), Limits(train_rows=400, dev_rows=436), seeds=1,
           make=data.hold_back),
     Study("gates_dialects_search", "dialects_held_back", [_at(m, r) for m in SEARCHED_GATES for r in (0.003, 0.01)],
+          _epochs(5, ["merged"], 8, adamix=LORAS, **HALF), Limits(train_rows=800, dev_rows=300), seeds=1,
+          make=dialects.write_dialects_held_back),
+    Study("gates_dialects_remedies", "dialects_held_back", [f"adamix:{change}" for change in REMEDIES],
           _epochs(5, ["merged"], 8, adamix=LORAS, **HALF), Limits(train_rows=800, dev_rows=300), seeds=1,
           make=dialects.write_dialects_held_back),
     *(Study(f"{name}_{set_}", set_, methods, _epochs(epochs, ["merged"], 8, adamix=LORAS, **HALF), limits, make=make)
