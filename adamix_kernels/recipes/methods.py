@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..models.config import AdaMixConfig
+from ..models.gating import gates_of_layers, is_learned
 from ..models.inject import adapt
 from ..models.state import adamix_state
 from ..models.targets import model_type, saved_modules
@@ -22,12 +23,13 @@ METHODS = {
     "head": "the task head alone (a masked model's own output head)",
     "bitfit": "every bias, and the head",
     "pfeiffer": "one adapter a layer, after the feed-forward block: AdaMix's placement with one expert, one pass",
-    "soup": "the mean of `models` such adapters (the recipe's number of experts), trained apart on the same rows in "
-    "other orders, from the same first weights",
+    "soup": "the mean of `models` such adapters, or LoRAs where the recipe's AdaMix is of LoRA (the recipe's number of "
+    "experts), trained apart on the same rows in other orders, from the same first weights",
     "houlsby": "two adapters a layer, after attention and feed-forward, each of half the width",
     "prefix": "PEFT's prefix tuning",
     "lora": "LoRA on query and value: PEFT's; on GPT-2, where PEFT adapts the keys too, AdaMix's of one expert",
     "adamix": "the recipe's AdaMix; any field of AdaMixConfig as an option",
+    "equal": "the recipe's experts, each with the gate 1 / M whatever the token; one pass",
     "unipelt": "gated adapter, prefixes and LoRA, by AdapterHub's adapters 1.3, which needs transformers 4.57; "
     "parts=ap goes without LoRA",
 }
@@ -41,6 +43,7 @@ _OPTIONS = {
     "houlsby": ("bottleneck",),
     "prefix": ("tokens",),
     "lora": ("r", "alpha", "dropout"),
+    "equal": ("num_experts",),
     "unipelt": ("parts",),
 }
 PASSES = 1.8  # time of a step with both passes, in steps of one adapter
@@ -80,11 +83,12 @@ class Method:
 @dataclass
 class Built:
     """A model ready to train. adapted: by adapt(). experts: whether it has several, to be evaluated in several ways.
-    members: after training, what each model of a soup has learnt."""
+    gates: whether these have learned gates. members: after training, what each model of a soup has learnt."""
 
     model: nn.Module
     adapted: bool
     experts: bool
+    gates: bool = False
     members: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
 
@@ -161,8 +165,8 @@ def controls(recipe: Recipe) -> list[str]:
     sides = config.num_experts + (1 if config.share else config.num_experts)
     wide = round(getattr(config, width) * sides / 2)
     return [
-        one, f"{one}:times_epochs={PASSES}", f"{one}:{width}={wide}", *(["soup"] if one == "pfeiffer" else []),
-        "adamix:num_experts=1", "adamix:num_experts=2,consistency_weight=0", "adamix:consistency_weight=0", "adamix",
+        one, f"{one}:times_epochs={PASSES}", f"{one}:{width}={wide}", "soup", "adamix:num_experts=1",
+        "adamix:num_experts=2,consistency_weight=0", "adamix:consistency_weight=0", "adamix",
     ]  # fmt: skip
 
 
@@ -198,7 +202,10 @@ def build(method: Method, model: nn.Module, recipe: Recipe) -> Built:
         encoder = model_type(model) in _ENCODERS
         return Built(libraries.lora(model, recipe, options, ["query", "value"] if encoder else None), False, False)
     config = adapter_config(method, model, recipe, options)
-    return Built(adapt(model, config), True, config.num_experts > 1)
+    adapted = adapt(model, config)
+    if method.name == "equal":
+        return Built(_with_equal_gates(adapted), True, False)
+    return Built(adapted, True, config.num_experts > 1, is_learned(adapted))
 
 
 def adapter_config(method: Method, model: nn.Module, recipe: Recipe, options: dict[str, Any]) -> AdaMixConfig:
@@ -206,9 +213,14 @@ def adapter_config(method: Method, model: nn.Module, recipe: Recipe, options: di
     base = dict(recipe.adamix)
     if method.name == "adamix":
         return AdaMixConfig.from_dict({**base, **options})
+    if method.name == "equal":
+        dense = {"routing": "learned", "consistency_weight": 0.0, "balance_weight": 0.0}
+        return AdaMixConfig.from_dict({**base, **dense, **options})
     single = {"num_experts": 1, "share": None, "consistency_weight": 0.0}
     if method.name == "lora":
         return AdaMixConfig.from_dict({"method": "lora", "qkv": ["q", "v"], **single, **options})
+    if method.name == "soup" and base.get("method") == "lora":
+        return AdaMixConfig.from_dict({**base, **single, **options})
     width = AdaMixConfig.from_dict(base).bottleneck
     if method.name in ("pfeiffer", "soup"):
         return AdaMixConfig.from_dict({"bottleneck": width, **single, **options})
@@ -243,9 +255,9 @@ def heads(model: nn.Module) -> list[nn.Parameter]:
 
 
 def kept_parameters(built: Built) -> int:
-    """Parameters kept to serve, beside the frozen model: what is trained, of M experts one."""
+    """Parameters kept to serve, beside the frozen model: what is trained, of M experts without gates one."""
     model = built.model
-    if not built.adapted:
+    if not built.adapted or is_learned(model):
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
     state = adamix_state(model)
     banks = [
@@ -260,6 +272,14 @@ def kept_parameters(built: Built) -> int:
 
 def _settings(method: Method, recipe: Recipe) -> dict[str, Any]:
     return {k: v for k, v in recipe.methods.get(method.name, {}).items() if k != "learning_rate"}
+
+
+def _with_equal_gates(model: nn.Module) -> nn.Module:
+    """The softmax of zeros, frozen: 1 / M."""
+    for gate in gates_of_layers(model).values():
+        for parameter in gate.parameters():
+            nn.init.zeros_(parameter).requires_grad_(False)
+    return model
 
 
 def _partly(model: nn.Module, biases: bool) -> nn.Module:

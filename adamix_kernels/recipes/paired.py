@@ -44,7 +44,8 @@ def differences(group: Group, against: str) -> list[Difference]:
     """Every line of the group minus the line that `against` names, on the group's first metric, seed by seed.
 
     Args:
-        against: a method, "pfeiffer" (of several evaluations the merged one), or a line's whole name: "adamix, merged".
+        against: a method, "pfeiffer" (of several evaluations the gated one, else the merged), or a line's whole name:
+            "adamix, merged".
 
     Lines that share no seed with it, and itself, are left out. Raises ValueError for a name that is no line's.
     """
@@ -62,13 +63,13 @@ def differences(group: Group, against: str) -> list[Difference]:
 
 
 def find_line(group: Group, name: str) -> Line:
-    """The line of that name or method; of a method's several evaluations the merged one, or its only one."""
-    order = {"merged": 0, "plain": 1}
+    """The line of that name or method: of several evaluations the gated one, else the merged, else the first."""
+    order = {"gates": 0, "merged": 1, "plain": 2}
     lines = [line for line in group.lines if name in (line.name, line.method)]
     if not lines:
         names = ", ".join(dict.fromkeys(line.method for line in group.lines))
         raise ValueError(f"against: got {name!r}, expected one of {names}")
-    return min(lines, key=lambda line: order.get(line.evaluation, 2))
+    return min(lines, key=lambda line: order.get(line.evaluation, 3))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

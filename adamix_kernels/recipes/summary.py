@@ -12,7 +12,7 @@ from typing import Any
 from ..models._files import make_folder, replace_file
 from ..reports.figures import BLUE, ORANGE, deviation, draw_routings, mean_curve, pyplot, save_figure
 
-NAMES = {"plain": "", "merged": "merged", "random": "random routing", "fixed": "one fixed expert"}
+NAMES = {"plain": "", "gates": "gated", "merged": "merged", "random": "random routing", "fixed": "one fixed expert"}
 
 
 @dataclass
@@ -85,7 +85,7 @@ def write_summary(rows: Sequence[dict[str, Any]], folder: str | os.PathLike[str]
     replace_file(table, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     written = [table]
     for number, group in enumerate(groups, start=1):
-        for stem, draw in (("methods", _methods), ("routings", _routings), ("losses", _losses)):
+        for stem, draw in (("methods", methods_figure), ("routings", _routings), ("losses", _losses)):
             figure = draw(group)
             if figure is not None:
                 written.append(save_figure(figure, folder / f"{stem}-{number}.png"))
@@ -121,7 +121,8 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {deviation(values):.2f}"
 
 
-def _methods(group: Group) -> Any:
+def methods_figure(group: Group) -> Any:
+    """A bar a line of the comparison: mean and deviation of its first metric; None where no line has that."""
     lines = [line for line in group.lines if line.values.get(group.metric)]
     if not lines:
         return None

@@ -157,6 +157,7 @@ def training_arguments(
 def evaluate(recipe: Recipe, problem: Any, built: Built, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """({evaluation: {metric: value}}, details): of one model "plain", of an AdaMix model as the recipe asks.
 
+    Of learned gates: "gates", the experts weighed by them, and "merged" by the mean gates where the recipe asks for it.
     "random" is the mean over DRAWS routings per sample; "fixed" the mean over the experts (or a soup's models), each by
     itself. Their single values of the first metric are in details["spread"].
     """
@@ -167,6 +168,11 @@ def evaluate(recipe: Recipe, problem: Any, built: Built, seed: int) -> tuple[dic
         scores = problem.scores(model)
         return {"plain": scores.values}, _details(scores)
     values: dict[str, Any] = {}
+    if built.gates:
+        values["gates"] = (scores := problem.scores(model)).values
+        if "merged" in recipe.evaluations:
+            values["merged"] = problem.scores(merge(model, gates="mean").eval()).values
+        return values, {**_details(scores), "spread": {}}
     spread: dict[str, list[float]] = {}
     scores = Scores()
     if "random" in recipe.evaluations:

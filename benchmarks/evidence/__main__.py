@@ -1,9 +1,9 @@
-"""`python -m benchmarks.evidence`: every table of docs/evidence again.
+"""`python -m benchmarks.evidence`: every table and bar plot of docs/evidence again.
 
-    python -m benchmarks.evidence --data FOLDER            trains what the rows lack, for days, and writes the tables
+    python -m benchmarks.evidence --data FOLDER            trains what the rows lack, for days, then writes all
     python -m benchmarks.evidence --data FOLDER --only sst2_30_shots
-    python -m benchmarks.evidence                          the tables alone, from the rows that are there
-    python -m benchmarks.evidence --check                  whether the tables say what the rows say
+    python -m benchmarks.evidence                          tables and plots alone, from the rows that are there
+    python -m benchmarks.evidence --check                  whether tables and plots say what the rows say
 
 FOLDER holds sst2/ and cola/ (train.tsv and dev.tsv, as GLUE has them) and e2e/ (the challenge's valid.txt, test.txt).
 A study whose data is not there is named and left out.
@@ -18,15 +18,16 @@ from pathlib import Path
 
 from adamix_kernels.models._files import replace_file
 
+from .plots import draw, stale
 from .studies import FOLDER, STUDIES
 from .tables import written
 from .trainings import E2E, TRAIN, run_e2e, run_train
 
-PAGE = FOLDER / "README.md"
+PAGES = (FOLDER / "README.md", FOLDER / "gates.md")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0; 1 when --check finds a table that differs from its rows, or a study had no data."""
+    """Exit status 0; 1 when --check finds a table or a plot that differs from its rows, or a study had no data."""
     names = [*(study.name for study in STUDIES), *TRAIN, E2E]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -41,15 +42,30 @@ def main(arguments: list[str] | None = None) -> int:
     if options.data is not None and not options.data.is_dir():
         parser.error(f"--data: got {str(options.data)!r}, expected a folder")
     missing = [] if options.data is None else train(options.data.resolve(), options.work, options.only)
-    text = PAGE.read_text(encoding="utf-8")
-    new = written(text, FOLDER)
     if options.check:
-        if new != text:
-            print(f"{PAGE.name}: a table differs from its rows: python -m benchmarks.evidence", file=sys.stderr)
-        return int(new != text)
-    if new != text:
-        replace_file(PAGE, lambda temporary: temporary.write_text(new, encoding="utf-8"))
+        differing = [page for page in PAGES if _differs(page)]
+        return int(bool(differing))
+    for page in PAGES:
+        _write(page)
     return int(bool(missing))
+
+
+def _differs(page: Path) -> bool:
+    text = page.read_text(encoding="utf-8")
+    found = ["a table differs from its rows"] if written(text, FOLDER) != text else []
+    found += [f"{name}.png is not of {name}.jsonl" for name in stale(text, FOLDER)]
+    for what in found:
+        print(f"{page.name}: {what}: python -m benchmarks.evidence", file=sys.stderr)
+    return bool(found)
+
+
+def _write(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    new = written(text, FOLDER)
+    if new != text:
+        replace_file(page, lambda temporary: temporary.write_text(new, encoding="utf-8"))
+    for name in stale(text, FOLDER):
+        draw(name, FOLDER)
 
 
 def train(data: Path, work: Path, only: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Data of docs/evidence that is made from other data: a part of training held back, and pairs that match or do not."""
+"""Data of docs/evidence that is made from other data: a part of training held back, pairs, questions about texts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ HELD_BACK = 872  # as many as SST-2's dev part
 def hold_back(folder: Path, out: Path) -> None:
     """sst2/train.tsv without its last 872 rows as train.tsv, and these as dev.tsv: what settings are searched on."""
     head, *rows = (folder / "sst2" / "train.tsv").read_text(encoding="utf-8").splitlines()
-    _write(out / "train.tsv", [head, *rows[:-HELD_BACK]])
-    _write(out / "dev.tsv", [head, *rows[-HELD_BACK:]])
+    write_table(out / "train.tsv", [head, *rows[:-HELD_BACK]])
+    write_table(out / "dev.tsv", [head, *rows[-HELD_BACK:]])
 
 
 def write_pairs(folder: Path, out: Path) -> None:
@@ -37,23 +37,60 @@ def write_pairs(folder: Path, out: Path) -> None:
             slot = generator.choice(several)
             other = generator.choice([v for v in values[slot] if v != slots[slot]])
             lines.append(f"{_words({**slots, slot: other})}\t{text}\t0")
-        _write(out / f"{name}.tsv", lines)
+        write_table(out / f"{name}.tsv", lines)
+
+
+# A question about a text: the slot that answers it, what means yes, what means no.
+QUESTIONS = {
+    "Is it for families ?": ("family friendly", ("yes",), ("no",)),
+    "Is it by the river ?": ("area", ("riverside",), ("city centre",)),
+    "Is it cheap ?": ("price", ("cheap", "less than £ 20"), ("high", "more than £ 30")),
+    "Do guests like it ?": ("customer rating", ("high", "5 out of 5"), ("low", "1 out of 5")),
+}
+LONGEST = 20  # words of a text
+
+
+def write_questions(folder: Path, out: Path) -> None:
+    """A pair task of four domains out of E2E: a question about a text, yes (1) or no (0).
+
+    Texts of at most LONGEST words; of each question as many with yes as with no, drawn; valid.txt makes train.tsv,
+    test.txt dev.tsv.
+    """
+    for name, file in (("train", "valid.txt"), ("dev", "test.txt")):
+        generator, pairs = random.Random(0), _pairs(folder / "e2e" / file)
+        lines = ["question\ttext\tlabel"]
+        for question, (slot, *answers) in QUESTIONS.items():
+            some = {text: slots.get(slot) for slots, text in pairs if len(text.split()) <= LONGEST}
+            kinds = [[text for text, value in some.items() if value in known] for known in answers]
+            for label, texts in zip((1, 0), kinds, strict=True):
+                drawn = generator.sample(texts, min(map(len, kinds)))
+                lines += [f"{question}\t{text}\t{label}" for text in drawn]
+        write_table(out / f"{name}.tsv", lines)
 
 
 def _meanings(path: Path) -> list[tuple[dict[str, str], str]]:
-    """(slots, its first text) of every meaning of a file of `name : X | area : Y||text` lines."""
-    found: dict[str, str] = {}
+    """(slots, its first text) of every meaning."""
+    found: dict[str, tuple[dict[str, str], str]] = {}
+    for slots, text in _pairs(path):
+        found.setdefault(_words(slots), (slots, text))
+    return list(found.values())
+
+
+def _pairs(path: Path) -> list[tuple[dict[str, str], str]]:
+    """(slots, text) of every line of a file of `name : X | area : Y||text`."""
+    found = []
     for line in filter(None, path.read_text(encoding="utf-8").splitlines()):
         meaning, _, text = line.partition("||")
-        found.setdefault(meaning.strip(), " ".join(text.split()))
-    pairs = [(dict(slot.split(" : ", 1) for slot in meaning.split(" | ")), text) for meaning, text in found.items()]
-    return [({slot.strip(): value.strip() for slot, value in slots.items()}, text) for slots, text in pairs]
+        pairs = [slot.split(" : ", 1) for slot in meaning.strip().split(" | ")]
+        found.append(({slot.strip(): value.strip() for slot, value in pairs}, " ".join(text.split())))
+    return found
 
 
 def _words(slots: dict[str, str]) -> str:
     return ", ".join(f"{slot}: {value}" for slot, value in slots.items())
 
 
-def _write(path: Path, lines: list[str]) -> None:
+def write_table(path: Path, lines: list[str]) -> None:
+    """Writes the lines of a TSV file, and its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 
 from adamix_kernels.recipes import Limits, expand_methods, load_recipe, run_recipe
 
-from . import data
+from . import data, dialects
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "evidence"
@@ -64,6 +64,27 @@ def _at(method: str, rate: float) -> str:
     return f"{method}{',' if ':' in method else ':'}learning_rate={rate}"
 
 
+# Sections on half of the encoder, for want of a machine: the first three of its six layers.
+HALF = {"model_config.num_hidden_layers": 3}
+LORAS = {
+    "method": "lora", "num_experts": 4, "r": 4, "alpha": 8.0, "share": None, "routing": "batch",
+    "consistency_weight": 1.0,
+}  # fmt: skip
+_LEARNED = "adamix:consistency_weight=0,routing=learned"
+GATED = (
+    "lora:alpha=8,r=4", "lora:alpha=8,r=4,times_epochs=1.8", "lora:alpha=32,r=16", "equal", "adamix",
+    f"{_LEARNED},top_k=2", _LEARNED,
+)  # fmt: skip
+# With these the controls of AdaMix are whole; the others are rows of the studies of gates.
+LORA_CONTROLS = (
+    "soup", "adamix:num_experts=1", "adamix:consistency_weight=0,num_experts=2", "adamix:consistency_weight=0",
+)  # fmt: skip
+# What might help AdaMix where it learns nothing: see the page on gates.
+REMEDIES = (
+    "learning_rate=0.006", "routing=token", "share=down", "consistency_weight=0", "times_epochs=4", "num_experts=2",
+    "routing=sample",
+)  # fmt: skip
+SEARCHED_GATES = (GATED[0], *GATED[2:3], *GATED[4:])
 SHOTS = Limits(shots=30)
 STUDIES = (
     Study("sst2", "sst2", ["default"], _epochs(1, ROUTED)),
@@ -80,4 +101,18 @@ STUDIES = (
           Limits(train_rows=2000)),
     Study("pairs_1000_rows", "e2e_pairs", CONTROLS, _epochs(20, ["merged"]), Limits(train_rows=1000),
           make=data.write_pairs),
+    Study("gates_search", "sst2_held_back", [_at(m, r) for m in SEARCHED_GATES for r in (0.003, 0.01)],
+          _epochs(5, ["merged"], 8, adamix=LORAS, **HALF), Limits(train_rows=400, dev_rows=436), seeds=1,
+          make=data.hold_back),
+    Study("gates_dialects_search", "dialects_held_back", [_at(m, r) for m in SEARCHED_GATES for r in (0.003, 0.01)],
+          _epochs(5, ["merged"], 8, adamix=LORAS, **HALF), Limits(train_rows=800, dev_rows=300), seeds=1,
+          make=dialects.write_dialects_held_back),
+    Study("gates_dialects_remedies", "dialects_held_back", [f"adamix:{change}" for change in REMEDIES],
+          _epochs(5, ["merged"], 8, adamix=LORAS, **HALF), Limits(train_rows=800, dev_rows=300), seeds=1,
+          make=dialects.write_dialects_held_back),
+    *(Study(f"{name}_{set_}", set_, methods, _epochs(epochs, ["merged"], 8, adamix=LORAS, **HALF), limits, make=make)
+      for name, methods in (("gates", GATED), ("lora_controls", LORA_CONTROLS))
+      for set_, epochs, limits, make in (
+          ("sst2", 8, Limits(train_rows=200, dev_rows=436), None),
+          ("dialects", 5, Limits(train_rows=800), dialects.write_dialects))),
 )  # fmt: skip

@@ -7,25 +7,27 @@ import tiny_recipes
 
 from adamix_kernels.recipes import load_recipe, read_rows
 from benchmarks.evidence import __main__ as command
-from benchmarks.evidence import data, studies
+from benchmarks.evidence import data, dialects, studies
+from benchmarks.evidence.plots import PICTURE
 from benchmarks.evidence.tables import MARK, table, written
 
 pytest.importorskip("sklearn")
 
 
 def test_every_table_of_the_page_is_what_its_rows_say(capsys):
-    text = command.PAGE.read_text(encoding="utf-8")
-    assert len(MARK.findall(text)) >= 10
-    assert command.main(["--check"]) == 0, "python -m benchmarks.evidence writes the tables"
-    for line in MARK.sub("", text).splitlines():
-        assert not line.startswith("| adamix"), f"a table of results that no rows make: {line}"
+    texts = [page.read_text(encoding="utf-8") for page in command.PAGES]
+    assert sum(len(MARK.findall(text)) for text in texts) >= 16
+    assert sum(len(PICTURE.findall(text)) for text in texts) >= 6
+    assert command.main(["--check"]) == 0, "python -m benchmarks.evidence writes the tables and plots"
+    for line in MARK.sub("", "\n".join(texts)).splitlines():
+        assert not line.startswith(("| adamix", "| lora")), f"a table of results that no rows make: {line}"
 
 
 def test_a_table_that_differs_from_its_rows_is_found_and_put_right(tmp_path, monkeypatch, capsys):
     page = tmp_path / "README.md"
-    text = command.PAGE.read_text(encoding="utf-8")
+    text = command.PAGES[0].read_text(encoding="utf-8")
     page.write_text(text.replace("| pfeiffer | 86.35", "| pfeiffer | 86.45", 1), encoding="utf-8")
-    monkeypatch.setattr(command, "PAGE", page)
+    monkeypatch.setattr(command, "PAGES", (page,))
     assert command.main(["--check"]) == 1
     assert "a table differs from its rows" in capsys.readouterr().err
     assert command.main([]) == 0
@@ -34,6 +36,25 @@ def test_a_table_that_differs_from_its_rows_is_found_and_put_right(tmp_path, mon
         with pytest.raises(ValueError, match=r"table: got|against: got"):
             table(order, studies.FOLDER)
     assert written("no table", tmp_path) == "no table"
+
+
+def test_a_plot_of_other_rows_is_found_and_drawn_again(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    page, rows = tmp_path / "README.md", tmp_path / "mine.jsonl"
+    page.write_text("![mine](mine.png) ![drawn elsewhere](other.png)\n")
+    monkeypatch.setattr(command, "PAGES", (page,))
+    monkeypatch.setattr(command, "FOLDER", tmp_path)
+    lines = (studies.FOLDER / "sst2_4_epochs.jsonl").read_text().splitlines(keepends=True)
+    for some in (lines[:2], lines[:4]):
+        rows.write_text("".join(some))
+        assert command.main(["--check"]) == 1
+        assert "mine.png is not of mine.jsonl" in capsys.readouterr().err
+        assert command.main([]) == command.main(["--check"]) == 0
+    assert (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "other.png").exists()
+    rows.write_text(lines[0] + (studies.FOLDER / "sst2.jsonl").read_text())
+    with pytest.raises(ValueError, match="plot: got rows of 2 comparisons in 'mine', expected one"):
+        command.main([])
 
 
 def test_every_committed_row_names_its_versions():
@@ -91,3 +112,51 @@ def test_pairs_match_or_have_one_value_changed(tmp_path):
         "meaning\ttext\tlabel", "name: A, area: north\tA is north .\t1", "name: B, area: north\tA is north .\t0",
         "name: B\tB is it .\t1", "name: A\tB is it .\t0",
     ]  # fmt: skip
+
+
+def test_questions_have_as_many_with_yes_as_with_no(tmp_path):
+    folder = tmp_path / "e2e"
+    folder.mkdir()
+    said = {
+        "cheap": "cheap",
+        "less than £ 20": "£ 20",
+        "high": "dear",
+        "more than £ 30": "over £ 30",
+        "moderate": "fair",
+    }
+    lines = [f"name : A | price : {price}||A is {word} ." for price, word in said.items()]
+    lines += ["name : A | area : riverside||A is at the river .", f"name : A | price : high||A is {'so ' * 20}dear"]
+    for name in ("valid", "test"):
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    data.write_questions(tmp_path, tmp_path / "questions")
+    for name in ("train", "dev"):
+        head, *rows = (tmp_path / "questions" / f"{name}.tsv").read_text(encoding="utf-8").splitlines()
+        assert head == "question\ttext\tlabel"
+        assert sorted(rows) == sorted(
+            f"Is it cheap ?\tA is {word} .\t{label}"
+            for word, label in (("cheap", 1), ("£ 20", 1), ("dear", 0), ("over £ 30", 0))
+        )
+
+
+def test_neither_the_word_nor_the_domain_tells_a_dialects_label(tmp_path):
+    for write, judged in ((dialects.write_dialects, 4), (dialects.write_dialects_held_back, 2)):
+        write(tmp_path, tmp_path / write.__name__)
+        parts = {}
+        for name, number in dialects.ROWS.items():
+            head, *rows = (tmp_path / write.__name__ / f"{name}.tsv").read_text().splitlines()
+            assert head == "sentence\tlabel"
+            assert len(set(rows)) == number
+            parts[name] = [(set(text.split()), int(label)) for text, label in (row.split("\t") for row in rows)]
+        for words, label in parts["train"] + parts["dev"]:
+            (domain,) = (d for d, things in enumerate(dialects.THINGS.values()) if words & set(things.split()))
+            (word,) = (w for w, name in enumerate(dialects.WORDS) if name in words)
+            assert dialects.praises(domain, word) == bool(label)
+        seen = [set.union(*(words for words, _ in parts[name])) for name in ("train", "dev")]
+        for things in dialects.THINGS.values():
+            split = [[thing for thing in things.split() if thing in words] for words in seen]
+            assert len(split[1]) == judged
+            assert not set(split[0]) & set(split[1])
+    domains, words = len(dialects.THINGS), len(dialects.WORDS)
+    table = [[dialects.praises(d, w) for w in range(words)] for d in range(domains)]
+    assert [sum(row) for row in table] == [words // 2] * domains
+    assert [sum(column) for column in zip(*table)] == [domains // 2] * words

@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers.generation import NoRepeatNGramLogitsProcessor
 
+from adamix_kernels.models import gating
 from adamix_kernels.recipes import parse_method
 from adamix_kernels.recipes.config import from_dict
 from adamix_kernels.recipes.methods import build, kept_parameters
@@ -104,6 +105,36 @@ def test_prefixes_reach_what_is_generated():
             torch.testing.assert_close(logits, once, atol=1e-5, rtol=1e-5)
         seen.append(out.logits[0])
     assert (seen[0] - seen[1]).abs().max() > 1e-2
+
+
+def test_equal_gates_are_one_wide_lora_and_stay_so():
+    recipe = _recipe(method="lora", share=None, num_experts=4, r=3, alpha=6.0, qkv=None)
+    built = build(parse_method("equal"), tiny.tiny_bert(), recipe)
+    assert (built.experts, built.gates, kept_parameters(built)) == (False, False, _count(built.model))
+    layers = gating.routed_layers(built.model)
+    optimizer = torch.optim.SGD([p for p in built.model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        built.model.train()(**tiny.batch_for(tiny.tiny_bert())).loss.backward()
+        optimizer.step()
+    plain = tiny.tiny_bert()
+    plain.classifier.load_state_dict(built.model.classifier.state_dict())
+    for path, layer in layers.items():
+        assert not layer.gate.weight.requires_grad
+        assert not layer.gate.weight.any()
+        wide_a, wide_b = layer.lora_a.flatten(0, 1), torch.cat(list(layer.lora_b), 1)  # of rank 12, scaling 6 / 12
+        assert wide_b.any()
+        with torch.no_grad():
+            plain.get_submodule(path).weight += 6 / 12 * wide_b @ wide_a
+    batch = tiny.batch_for(plain)
+    torch.testing.assert_close(built.model.eval()(**batch).logits, plain.eval()(**batch).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_learned_gates_are_kept_whole_and_a_soup_may_be_of_loras():
+    recipe = _recipe(method="lora", share=None, num_experts=4, r=3)
+    built = build(parse_method("adamix:routing=learned,consistency_weight=0"), tiny.tiny_bert(), recipe)
+    assert (built.experts, built.gates, kept_parameters(built)) == (True, True, _count(built.model))
+    soup = build(parse_method("soup"), tiny.tiny_bert(), recipe).model
+    assert (soup.adamix.config.method, soup.adamix.config.num_experts, soup.adamix.config.r) == ("lora", 1, 3)
 
 
 def test_full_and_biases():

@@ -18,7 +18,9 @@ from adamix_kernels.recipes import (
     run_recipe,
     training,
 )
+from adamix_kernels.recipes.paired import differences
 from adamix_kernels.recipes.runner import run_identity
+from adamix_kernels.recipes.summary import group_rows
 
 pytest.importorskip("peft")
 pytest.importorskip("sklearn")
@@ -132,6 +134,21 @@ def test_the_same_seed_gives_the_same_row(finished, tmp_path):
     (again,) = _run(recipe, ["adamix"], tmp_path / "rows.jsonl")
     for key in ("scores", "spread", "history", "key"):
         assert again[key] == rows[-1][key]
+
+
+def test_learned_gates_are_judged_with_their_gates_and_merged_by_the_mean(finished, tmp_path):
+    recipe = finished[0].changed({"evaluations": ["merged"]})
+    gated, equal = _run(recipe, ["adamix:routing=learned,consistency_weight=0", "equal"], tmp_path / "rows.jsonl")
+    assert (set(gated["scores"]), set(equal["scores"])) == ({"gates", "merged"}, {"plain"})
+    assert gated["trained"] == gated["kept"] > equal["trained"]
+    assert set(gated["history"]) == {"step", "loss", "cross_entropy", "consistency"}
+    (group,) = group_rows([gated, equal])
+    assert [line.name.partition(",")[2] for line in group.lines] == [
+        "routing=learned, gated",
+        "routing=learned, merged",
+        "",
+    ]
+    assert differences(group, gated["method"])[0].line.evaluation == "merged"  # minus the gated one
 
 
 def test_a_soup_is_the_mean_of_adapters_trained_apart(finished, tmp_path, monkeypatch):
