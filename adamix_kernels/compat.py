@@ -15,7 +15,8 @@ from torch import nn
 
 from ._official_keys import translate_keys
 from .functional import merge_experts, routed_adapter, routed_lora
-from .modules._banks import check_finite, check_fraction
+from .modules._banks import check_finite, check_fraction, check_positive
+from .ops._checks import check_choice
 from .routing import Router
 
 _ACTIVATIONS = {
@@ -38,12 +39,6 @@ def _check_flag(name: str, value: object) -> bool:
     if value not in (0, 1):
         raise ValueError(f"{name}: got {value!r}, expected 0 or 1")
     return bool(value)
-
-
-def _check_positive(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: got {value!r}, expected an integer of at least 1")
-    return value
 
 
 def _drawn_expert(bank: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
@@ -137,11 +132,8 @@ class ExpertSoup(nn.Module):
         sharing_up: int = 0,
     ):
         super().__init__()
-        _check_positive("dim", dim)
-        _check_positive("r", r)
-        _check_positive("num_expert", num_expert)
-        if act not in _ACTIVATIONS:
-            raise ValueError(f"act: got {act!r}, expected one of {', '.join(map(repr, _ACTIVATIONS))}")
+        check_positive(dim=dim, r=r, num_expert=num_expert)
+        check_choice("act", act, tuple(_ACTIVATIONS))
         if inference_level not in _EVAL_LEVELS:
             raise ValueError(
                 f"inference_level: got {inference_level!r}, expected 3 (merged), 0 (random per token) or "
@@ -164,16 +156,9 @@ class ExpertSoup(nn.Module):
         down_weight, down_bias, down_index = self.MoA_A.route(batch, tokens, x.device)
         up_weight, up_bias, up_index = self.MoA_B.route(batch, tokens, x.device)
         out = routed_adapter(
-            batched,
-            down_weight,
-            down_bias,
-            up_weight,
-            up_bias,
-            down_index,
-            up_index,
-            residual=batched if residual is x else _as_batch(residual),
-            activation=_ACTIVATIONS[self.act],
-        )
+            batched, down_weight, down_bias, up_weight, up_bias, down_index, up_index,
+            residual=batched if residual is x else _as_batch(residual), activation=_ACTIVATIONS[self.act],
+        )  # fmt: skip
         return out.reshape(x.shape)
 
 
@@ -241,9 +226,7 @@ class AdamixMergedLinear(nn.Linear):
         merge_weights: bool = True,
         **linear_options: Any,
     ):
-        sizes = dict(num_experts=num_experts, r=r, in_features=in_features, out_features=out_features)
-        for name, size in sizes.items():
-            _check_positive(name, size)
+        check_positive(num_experts=num_experts, r=r, in_features=in_features, out_features=out_features)
         check_finite("lora_alpha", lora_alpha)
         check_fraction("lora_dropout", lora_dropout)
         if not isinstance(enable_lora, Sequence):

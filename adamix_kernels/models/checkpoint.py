@@ -30,6 +30,7 @@ from .header import (
     check_same,
     check_states,
     check_structure,
+    check_tensors,
     listed,
     read_header,
     read_tensors,
@@ -186,7 +187,7 @@ def load_adamix(
     factors = _pop_factors(header["layers"], tensors)
     for path, layer in layers.items():
         check_structure(path, header["layers"][path], structure(layer))
-    _check_tensors(tensors, _tensors(model, layers, saved))
+    check_tensors(tensors, _tensors(model, layers, saved))
 
     if bare:
         adapt(model, config, backend=backend)
@@ -288,14 +289,3 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], trainable: set[str
         put(target, tensors[name])
         if target.is_floating_point():
             target.requires_grad_(name in trainable)
-
-
-def _check_tensors(tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    absent, more = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
-    if absent or more:
-        raise ValueError(f"checkpoint: missing keys {listed(absent)}, unexpected keys {listed(more)}")
-    for name, value in tensors.items():
-        if value.shape != wanted[name].shape:
-            raise ValueError(
-                f"{name}: got shape {tuple(value.shape)}, expected {tuple(wanted[name].shape)} in the model"
-            )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
-from collections.abc import Iterable
 from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..modules._banks import SHARES, check_bool, check_finite, check_fraction, lora_scaling
+from ..modules._banks import SHARES, check_bool, check_finite, check_fraction, check_positive, lora_scaling
+from ..ops._checks import check_choice
 from ..routing import LEARNED, check_level
+from ._config_checks import check_expression, check_names, several
 from ._files import write_json
 from .gate_config import OF_GATES, PATTERNS, Presets, check_gates
 
@@ -134,18 +134,15 @@ class AdaMixConfig(Presets):
         check_bool("use_rslora", self.use_rslora)
         # A member of PEFT's enum is a string whose value is its name.
         self.task_type = getattr(self.task_type, "value", self.task_type)
-        _choice("task_type", self.task_type, TASK_TYPES)
+        check_choice("task_type", self.task_type, TASK_TYPES)
         if self.qkv is not None:
-            _names("qkv", self.qkv, optional=False)
+            check_names("qkv", self.qkv, optional=False)
             self.qkv = tuple(self.qkv)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (set, tuple)):
                 setattr(self, name, sorted(getattr(self, name)))
-        _choice("method", self.method, METHODS)
-        for name in ("num_experts", "bottleneck", "r"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, expected an int of at least 1")
+        check_choice("method", self.method, METHODS)
+        check_positive(num_experts=self.num_experts, bottleneck=self.bottleneck, r=self.r)
         check_fraction("dropout", self.dropout)
         for name in ("alpha", "consistency_weight"):
             check_finite(name, getattr(self, name))
@@ -154,17 +151,17 @@ class AdaMixConfig(Presets):
         if not self.consistency_weight >= 0:
             raise ValueError(f"consistency_weight: got {self.consistency_weight!r}, expected a number of at least 0")
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            _names(name, getattr(self, name))
+            check_names(name, getattr(self, name))
         for name in ("target_modules", "exclude_modules"):
-            _expression(name, getattr(self, name))
-        _names("modules_to_save", self.modules_to_save, string=False)
+            check_expression(name, getattr(self, name))
+        check_names("modules_to_save", self.modules_to_save, string=False)
         layers: Any = self.layers_to_transform
-        if layers is not None and not all(isinstance(n, int) for n in (layers if _several(layers) else [layers])):
+        if layers is not None and not all(isinstance(n, int) for n in (layers if several(layers) else [layers])):
             raise ValueError(f"layers_to_transform: got {layers!r}, expected ints, an int or None")
         if self.shared_prefix != "auto" and not isinstance(self.shared_prefix, bool):
             raise ValueError(f"shared_prefix: got {self.shared_prefix!r}, expected 'auto', True or False")
-        _choice("activation", self.activation, ACTIVATIONS)
-        _choice("share", self.share, SHARES)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("share", self.share, SHARES)
         check_level("routing", self.routing, LEARNED)
         if self.routing == LEARNED and self.consistency_weight is _WEIGHT:
             self.consistency_weight = 0.0
@@ -273,30 +270,3 @@ def _readable(alias: str, name: str) -> None:
 
 for _alias, _name in _ALIASES.items():
     _readable(_alias, _name)
-
-
-def _several(value: object) -> bool:
-    return isinstance(value, (list, tuple, set, frozenset, range))
-
-
-def _names(name: str, value: object, optional: bool = True, string: bool = True) -> None:
-    """A list of strings, or a string or None where these are allowed."""
-    if (value is None and optional) or (isinstance(value, str) and string):
-        return
-    if not isinstance(value, Iterable) or not _several(value) or not all(isinstance(item, str) for item in value):
-        raise ValueError(
-            f"{name}: got {value!r}, expected names{', a string' if string else ''}{' or None' if optional else ''}"
-        )
-
-
-def _expression(name: str, value: object) -> None:
-    """A string is a regular expression."""
-    try:
-        re.compile(value if isinstance(value, str) else "")
-    except re.error as error:
-        raise ValueError(f"{name}: got {value!r}, expected a regular expression ({error})") from error
-
-
-def _choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")

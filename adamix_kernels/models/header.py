@@ -192,3 +192,15 @@ def listed(names: list[str]) -> str:
     """The first names of a list, and how many more there are."""
     shown = ", ".join(names[:_SHOWN]) or "none"
     return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def check_tensors(tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """The names and shapes that a file holds are those of the model."""
+    absent, more = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if absent or more:
+        raise ValueError(f"checkpoint: missing keys {listed(absent)}, unexpected keys {listed(more)}")
+    for name, value in tensors.items():
+        if value.shape != wanted[name].shape:
+            raise ValueError(
+                f"{name}: got shape {tuple(value.shape)}, expected {tuple(wanted[name].shape)} in the model"
+            )

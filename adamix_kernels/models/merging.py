@@ -10,7 +10,7 @@ from torch import nn
 
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..modules.adapter import merge_adapters
-from ..modules.lora import merge_factors, merge_weights
+from ..modules.lora_merging import merge_factors, merge_weights
 from ..ops._checks import check_flag
 from .factors import Factors
 from .gating import check_mergeable, is_learned, spread

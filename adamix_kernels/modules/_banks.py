@@ -83,9 +83,7 @@ def merged_bank(bank: torch.Tensor | None, score: torch.Tensor, backend: str) ->
     return merge_experts(bank, score, backend=backend).unsqueeze(0)
 
 
-def merged_banks(
-    banks: Sequence[torch.Tensor], scores: Sequence[torch.Tensor], backend: str
-) -> list[torch.Tensor]:  # fmt: skip
+def merged_banks(banks: Sequence[torch.Tensor], scores: Sequence[torch.Tensor], backend: str) -> list[torch.Tensor]:
     """merged_bank of every pair, in one launch on a GPU; without gradients."""
     several = [n for n, bank in enumerate(banks) if bank.shape[0] > 1]
     out = list(banks)

@@ -140,20 +140,11 @@ class RoutedAdapter(nn.Module):
     def _gated(self, x: torch.Tensor, rows: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
         gates, index = gates_of(self, x, rows)
         down_weight, down_bias, up_weight, up_bias = cast_like(rows, *self.banks())
+        indices = (index if bank.shape[0] > 1 else None for bank in (down_weight, up_weight))
         out = routed_adapter(
-            rows,
-            down_weight,
-            down_bias,
-            up_weight,
-            up_bias,
-            index if down_weight.shape[0] > 1 else None,
-            index if up_weight.shape[0] > 1 else None,
-            residual=added,
-            activation=self.activation,
-            gates=gates,
-            mix=self.mix,
-            backend=self.backend,
-        )
+            rows, down_weight, down_bias, up_weight, up_bias, *indices, residual=added, activation=self.activation,
+            gates=gates, mix=self.mix, backend=self.backend,
+        )  # fmt: skip
         if checking():
             check_output(self, out, rows, None if added is rows else added, {}, False, True)
         return out if x.dim() == 3 else out.view(x.shape)

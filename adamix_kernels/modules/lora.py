@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -15,7 +14,7 @@ from .._backends import check_request
 from ..functional import merge_lora, routed_lora
 from ..ops._checks import autocast_dtype, check_flag
 from ..ops._gates import check_mix
-from ..ops.merge.api import LoraLayer, merge_loras
+from ..ops.merge.api import LoraLayer
 from ..ops.routed_lora.api import routed_by_pass
 from ..routing import GateRouter, Router
 from ._banks import (
@@ -30,12 +29,13 @@ from ._banks import (
     lora_scaling,
     merge_score,
     merged_bank,
-    merged_banks,
 )
 from ._finite import check_output, checking
 from ._gated import check_gate, gates_of, mean_factors, refreshed
+from ._linear import QKV as QKV
+from ._linear import group_width, qkv_offsets
+from ._linear import linear_sizes as linear_sizes
 
-QKV = ("q", "k", "v")
 # Hooks of a layer, or of all layers, that are given its output.
 _SEEING_HOOKS = ("forward_hooks", "backward_hooks", "backward_pre_hooks")
 
@@ -104,12 +104,7 @@ class RoutedLoRALinear(nn.Module):
         check_flag("fan_in_fan_out", fan_in_fan_out)
         check_flag("use_rslora", use_rslora)
         check_request(backend)
-        if not isinstance(output_offsets, Sequence) or not all(isinstance(offset, int) for offset in output_offsets):
-            raise TypeError(f"output_offsets: got {output_offsets!r}, expected a sequence of ints")
-        if group_features is not None:
-            check_positive(group_features=group_features)
-        width = out_features - max(output_offsets, default=0) if group_features is None else group_features
-        _check_groups(groups, output_offsets, width, out_features)
+        width = group_width(groups, output_offsets, group_features, out_features)
         down, up = bank_sizes(num_experts, share)
         self.base = base
         self.in_features, self.out_features = in_features, out_features
@@ -150,16 +145,14 @@ class RoutedLoRALinear(nn.Module):
         """
         in_features, out_features, transposed = linear_sizes(layer)
         if targets is not None:
-            output_offsets = _qkv_offsets(targets, out_features)
+            output_offsets = qkv_offsets(targets, out_features)
             groups = len(output_offsets)
             options["group_features"] = out_features // len(QKV)
         weight = getattr(layer, "weight", None)
-        device, dtype = None, None
         if isinstance(weight, torch.Tensor):
-            device = weight.device
-            dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else None
-        options.setdefault("device", device)
-        options.setdefault("dtype", dtype)
+            options.setdefault("device", weight.device)
+            if weight.is_floating_point():
+                options.setdefault("dtype", torch.promote_types(weight.dtype, torch.float32))
         layer.requires_grad_(False)
         return cls(
             layer, in_features, out_features, r, alpha, num_experts, share, dropout, groups, output_offsets,
@@ -169,11 +162,10 @@ class RoutedLoRALinear(nn.Module):
     def reset_parameters(self) -> None:
         """One draw for all experts of A; B zero, so that the layer starts as its base."""
         nn.init.kaiming_uniform_(self.lora_a[0], a=math.sqrt(5))
-        for expert in self.lora_a[1:]:
-            if self.gate is None:
-                with torch.no_grad():
-                    expert.copy_(self.lora_a[0])
-            else:
+        if self.gate is None:
+            self.lora_a.data[1:] = self.lora_a.data[0]
+        else:
+            for expert in self.lora_a[1:]:
                 nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
         nn.init.zeros_(self.lora_b)
 
@@ -240,22 +232,13 @@ class RoutedLoRALinear(nn.Module):
         refreshed(self)
         gates, index = gates_of(self, x, rows)
         lora_a, lora_b = cast_like(rows, self.lora_a, self.lora_b)
+        indices = (index if bank.shape[0] > 1 else None for bank in (lora_a, lora_b))
         out = routed_lora(
-            rows,
-            lora_a,
-            lora_b,
-            index if lora_a.shape[0] > 1 else None,
-            index if lora_b.shape[0] > 1 else None,
-            base=added,
-            scaling=self.scaling,
-            groups=self.groups,
-            output_offsets=self.output_offsets,
-            dropout_p=self.dropout if self.training else 0.0,
-            inplace=not looking and may_overwrite(self.base, rows, added),
-            gates=gates,
-            mix=self.mix,
+            rows, lora_a, lora_b, *indices, base=added, scaling=self.scaling, groups=self.groups,
+            output_offsets=self.output_offsets, dropout_p=self.dropout if self.training else 0.0,
+            inplace=not looking and may_overwrite(self.base, rows, added), gates=gates, mix=self.mix,
             backend=self.backend,
-        )
+        )  # fmt: skip
         if looking:
             check_output(self, out, rows, added, {}, False, True)
         return out
@@ -278,9 +261,10 @@ class RoutedLoRALinear(nn.Module):
 
         Raises ValueError when the base has no floating weight (a quantised layer) to add it to.
         """
-        return merge_lora(**self._with_weight(factors)._asdict(), backend=self.backend)
+        return merge_lora(**self.with_weight(factors)._asdict(), backend=self.backend)
 
-    def _with_weight(self, factors: tuple[torch.Tensor, torch.Tensor] | None) -> LoraLayer:
+    def with_weight(self, factors: tuple[torch.Tensor, torch.Tensor] | None) -> LoraLayer:
+        """What merge_lora takes for this layer."""
         weight = getattr(self.base, "weight", None)
         if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
             raise ValueError(
@@ -296,31 +280,6 @@ class RoutedLoRALinear(nn.Module):
             f"share={self.share!r}, dropout={self.dropout}, groups={self.groups}, output_offsets={self.output_offsets}"
             + ("" if self.gate is None else f", mix={self.mix!r}")
         )
-
-
-@torch.no_grad()
-def merge_factors(layers: Sequence[RoutedLoRALinear]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """[layer.merged_factors() for each], the banks of all of one backend merged together (one launch on a GPU)."""
-    merged: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for backend in sorted({layer.backend for layer in layers}):
-        mine = [n for n, layer in enumerate(layers) if layer.backend == backend]
-        banks = [bank for n in mine for bank in (layers[n].lora_a, layers[n].lora_b)]
-        scores = [score for n in mine for score in (layers[n].a_score, layers[n].b_score)]
-        out = merged_banks(banks, scores, backend)
-        merged |= {n: (a[0], b[0]) for n, a, b in zip(mine, out[::2], out[1::2], strict=True)}
-    return [merged[n] for n in range(len(layers))]
-
-
-def linear_sizes(layer: nn.Module) -> tuple[int, int, bool]:
-    """(in_features, out_features, fan_in_fan_out) of a linear layer or a Conv1D of transformers."""
-    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-        return cast("int", layer.in_features), cast("int", layer.out_features), False
-    # A base class too: FSDP2 puts a class of its own in front.
-    conv = any(base.__name__ == "Conv1D" for base in type(layer).__mro__)
-    weight = getattr(layer, "weight", None)
-    if conv and weight is not None and weight.dim() == 2:
-        return weight.shape[0], weight.shape[1], True
-    raise ValueError(f"layer: got {type(layer).__name__}, expected nn.Linear, Conv1D or in_features and out_features")
 
 
 def may_overwrite(layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> bool:
@@ -339,38 +298,3 @@ def may_overwrite(layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> bool:
         return False
     autocast = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
     return out.dtype == (autocast or x.dtype)
-
-
-def _check_groups(groups: int, offsets: Sequence[int], width: int, out_features: int) -> None:
-    if len(offsets) != groups:
-        raise ValueError(f"output_offsets: got {tuple(offsets)}, expected one offset for each of groups={groups}")
-    ordered = sorted((*offsets, out_features))
-    if ordered[0] < 0 or width < 1 or any(b - a < width for a, b in itertools.pairwise(ordered)):
-        raise ValueError(
-            f"output_offsets: got {tuple(offsets)}, expected slices of {width} columns that fit out_features="
-            f"{out_features} without overlap"
-        )
-
-
-def _qkv_offsets(targets: Sequence[str], out_features: int) -> tuple[int, ...]:
-    if not targets or set(targets) - set(QKV) or len(set(targets)) != len(targets):
-        raise ValueError(f"targets: got {tuple(targets)}, expected distinct names out of {QKV}")
-    if out_features % len(QKV):
-        raise ValueError(f"targets: got a layer of {out_features} columns, expected three equal parts q, k, v")
-    return tuple(QKV.index(t) * (out_features // len(QKV)) for t in QKV if t in targets)
-
-
-@torch.no_grad()
-def merge_weights(
-    layers: Sequence[RoutedLoRALinear], factors: Sequence[tuple[torch.Tensor, torch.Tensor]]
-) -> list[torch.Tensor]:
-    """[layer.merged_weight(its factors) for each], all that are alike together (one launch on a GPU).
-
-    The results may share one allocation, never an element.
-    """
-    merged: dict[int, torch.Tensor] = {}
-    for backend in sorted({layer.backend for layer in layers}):
-        mine = [n for n, layer in enumerate(layers) if layer.backend == backend]
-        weights = merge_loras([layers[n]._with_weight(factors[n]) for n in mine], backend=backend)
-        merged |= dict(zip(mine, weights, strict=True))
-    return [merged[n] for n in range(len(layers))]

@@ -1,0 +1,44 @@
+"""What AdaMixTrainer looks for in a model before it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .gate_training import OPTIONS
+from .state import adamix_state
+
+
+def check_checkpointing(model: nn.Module, args: Any, fsdp_plugin: Any = None) -> None:
+    """Raises ValueError for activation checkpointing that would not redraw the same experts in backward."""
+    options: dict[str, Any] = next((getattr(args, n) for n in OPTIONS if getattr(args, n, None)), {})
+    # The functions that recompute: transformers' own, and that of torch's CheckpointWrapper.
+    functions = (
+        getattr(m, n, None) for m in model.modules() for n in ("_gradient_checkpointing_func", "checkpoint_fn")
+    )
+    if options.get("preserve_rng_state") is False:
+        where = "args.gradient_checkpointing_kwargs"
+    elif any(getattr(f, "keywords", {}).get("preserve_rng_state") is False for f in functions):
+        where = "model's activation checkpointing"
+    elif getattr(fsdp_plugin, "activation_checkpointing", False):
+        where = "args.fsdp_config['activation_checkpointing'] (use args.gradient_checkpointing)"
+    else:
+        return
+    raise ValueError(
+        f"{where}: got preserve_rng_state=False, expected True: the recomputation in backward would draw other "
+        "experts, and the gradients would be silently wrong"
+    )
+
+
+def unsaved_parameters(model: nn.Module) -> list[str]:
+    """Names of trainable parameters that save_adamix does not write."""
+    state = adamix_state(model)
+    routed = [p for path in state.paths for p in _without_base(model.get_submodule(path))]
+    whole = [p for path in state.saved for p in model.get_submodule(path).parameters()]
+    written = {id(p) for p in (*routed, *whole)}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in written]
+
+
+def _without_base(layer: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in layer.named_parameters() if not name.startswith("base.")]

@@ -1,0 +1,52 @@
+"""The sizes of a linear layer, and which of its columns a LoRA adapts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import cast
+
+from torch import nn
+
+from ._banks import check_positive
+
+QKV = ("q", "k", "v")
+
+
+def linear_sizes(layer: nn.Module) -> tuple[int, int, bool]:
+    """(in_features, out_features, fan_in_fan_out) of a linear layer or a Conv1D of transformers."""
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return cast("int", layer.in_features), cast("int", layer.out_features), False
+    # A base class too: FSDP2 puts a class of its own in front.
+    conv = any(base.__name__ == "Conv1D" for base in type(layer).__mro__)
+    weight = getattr(layer, "weight", None)
+    if conv and weight is not None and weight.dim() == 2:
+        return weight.shape[0], weight.shape[1], True
+    raise ValueError(f"layer: got {type(layer).__name__}, expected nn.Linear, Conv1D or in_features and out_features")
+
+
+def group_width(groups: int, offsets: Sequence[int], width: int | None, out_features: int) -> int:
+    """The columns of a group's slice, by default up to the end from the last offset; the slices must not overlap."""
+    if not isinstance(offsets, Sequence) or not all(isinstance(offset, int) for offset in offsets):
+        raise TypeError(f"output_offsets: got {offsets!r}, expected a sequence of ints")
+    if width is None:
+        width = out_features - max(offsets, default=0)
+    else:
+        check_positive(group_features=width)
+    if len(offsets) != groups:
+        raise ValueError(f"output_offsets: got {tuple(offsets)}, expected one offset for each of groups={groups}")
+    ordered = sorted((*offsets, out_features))
+    if ordered[0] < 0 or width < 1 or any(b - a < width for a, b in itertools.pairwise(ordered)):
+        raise ValueError(
+            f"output_offsets: got {tuple(offsets)}, expected slices of {width} columns that fit out_features="
+            f"{out_features} without overlap"
+        )
+    return width
+
+
+def qkv_offsets(targets: Sequence[str], out_features: int) -> tuple[int, ...]:
+    if not targets or set(targets) - set(QKV) or len(set(targets)) != len(targets):
+        raise ValueError(f"targets: got {tuple(targets)}, expected distinct names out of {QKV}")
+    if out_features % len(QKV):
+        raise ValueError(f"targets: got a layer of {out_features} columns, expected three equal parts q, k, v")
+    return tuple(QKV.index(t) * (out_features // len(QKV)) for t in QKV if t in targets)
