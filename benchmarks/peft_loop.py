@@ -13,6 +13,7 @@ forward and three backward. --write: results/peft_loop.csv.
 from __future__ import annotations
 
 import argparse
+import csv
 import statistics
 import sys
 import time
@@ -229,18 +230,54 @@ def _seconds(call: Callable[[], None], repeats: int) -> float:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peft_loop", description=__doc__.splitlines()[0])
     parser.add_argument("--scopes", nargs="+", choices=SCOPES, default=list(SCOPES))
+    parser.add_argument("--only", default="", help='cases whose words hold this, as in "inference 16 8"')
     parser.add_argument("--rounds", type=int, default=11, help="of the layer; a whole model takes half as many")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--write", action="store_true", help=f"put what was measured into {RESULTS.name}")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows = []
+    rows = {_key(row): row for row in read()} if options.write else {}
     for case in cases(options.scopes):
+        scope, adapters, tokens, training = case
+        if options.only not in f"{scope} {'training' if training else 'inference'} {adapters} {tokens}":
+            continue
         rounds = options.rounds if case[0] == "layer" else max(1, options.rounds // 2)
-        rows.append(measured(*case, rounds))
-        print(", ".join(f"{key} {rows[-1][key]}" for key in COLUMNS[:14]), flush=True)
-    if options.write:
-        record.write_csv(RESULTS, COLUMNS, rows)
+        row = measured(*case, rounds)
+        rows[_key(row)] = row
+        print(", ".join(f"{key} {row[key]}" for key in COLUMNS[:14]), flush=True)
+        if options.write:
+            record.write_csv(RESULTS, COLUMNS, rows.values())
     return 0
+
+
+def read() -> list[dict[str, Any]]:
+    """The committed rows."""
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Of docs/packs.md: how many times as fast as PEFT, in brackets the bound; last the operators for 16 adapters."""
+    found = {_key(row): row for row in rows}
+    kinds = dict.fromkeys((row["scope"], row["mode"], row["tokens"]) for row in rows)
+    heads = [*(f"{n} adapter{'s' * (n > 1)}" for n in ADAPTERS), "operators of 16: PEFT, here"]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for scope, mode, tokens in kinds:
+        cells, operators = [], ""
+        for n in ADAPTERS:
+            row = found.get((scope, mode, str(n), str(tokens)))
+            bound = f" ({float(row['bound']):.2f})" if row and row["bound"] else ""
+            cells.append(f"{float(row['speedup']):.2f}{bound}" if row else "")
+            if row and n == 16:
+                operators = f"{row['peft_ops']}, {row['our_ops']}"
+        words = f"{scope}, {mode}, {tokens} token{'s' * (int(tokens) > 1)}"
+        lines.append(f"| {' | '.join([words, *cells, operators])} |")
+    return "\n".join(lines)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[key]) for key in ("scope", "mode", "adapters", "tokens"))
 
 
 if __name__ == "__main__":

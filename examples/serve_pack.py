@@ -124,6 +124,17 @@ class Server:
             raise found
         return found
 
+    def labels(self):
+        """Of each name, in id order."""
+        return {name: entry.labels for name, entry in self.names.items()}
+
+    def alive(self):
+        return self.thread.is_alive()
+
+    def waiting(self):
+        """How many texts wait."""
+        return self.queue.qsize()
+
     def close(self):
         self.queue.put(None)
         self.thread.join()

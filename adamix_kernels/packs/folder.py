@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..models.state import adamix_state, check_model
 from ..modules.lora import QKV, linear_sizes
 from . import heads, slots
 from .pack import assemble
-from .reading import Folder, called, check_source
+from .reading import Folder, called, check_source, wanted_names
 from .slots import Shape
 from .sources import AdapterPart, LoraPart, Part, read_adamix
 from .state import Entry, check_name, pack_of
@@ -117,15 +118,22 @@ def save_pack(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
 
 
 def load_pack(
-    model: nn.Module, directory: Folder, *, revision: str | None = None, backend: str = "auto"
-) -> nn.Module:  # fmt: skip
+    model: nn.Module,
+    directory: Folder,
+    *,
+    names: Sequence[str] | None = None,
+    revision: str | None = None,
+    backend: str = "auto",
+) -> nn.Module:
     """Puts a saved pack into `model`, its bare base, and returns it: the same names, values and room.
 
     Args:
         directory: of save_pack or `adamix pack`, or "user/repo" on the Hub. revision: of the repository.
+        names: these alone, with room for as many; the files of the others are not opened. None: all.
         backend: as in adapt(). adamix_kernels.load(directory) finds the base model, too.
 
-    Raises ValueError: a file is missing or damaged, or `model` is another base; nothing is changed then.
+    Raises ValueError: a file is missing or damaged, the pack has no such name, or `model` is another base; nothing is
+        changed then.
 
     Example:
         >>> import copy
@@ -140,9 +148,9 @@ def load_pack(
     folder = resolve_folder(directory, revision, "directory")
     values = read_pack(folder)
     sources = []
-    for name, header in values["names"].items():
+    for name in wanted_names(names, list(values["names"])):
         with called(check_name(name)):
-            source = read_adamix(name, folder, header)
+            source = read_adamix(name, folder, values["names"][name])
             check_source(model, source)
         sources.append(source)
     try:
@@ -151,7 +159,8 @@ def load_pack(
         }
     except (TypeError, KeyError) as error:
         raise ValueError(f"{folder / PACK_NAME}: got layers that are none of a pack ({error})") from error
-    return assemble(model, sources, shapes, values["capacity"], backend, rows=values["heads"])
+    capacity = values["capacity"] if names is None else len(sources)
+    return assemble(model, sources, shapes, capacity, backend, rows=values["heads"])
 
 
 def read_pack(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -61,3 +62,15 @@ class called:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, ValueError):
             raise ValueError(f"{self.name}: {error}") from error
+
+
+def wanted_names(names: Sequence[str] | None, known: list[str]) -> list[str]:
+    """Each once, in the pack's order."""
+    if names is None:
+        return known
+    if isinstance(names, str) or not names:
+        raise ValueError(f"names: got {names!r}, expected some of {', '.join(known)} in a list, or None for all")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"names: got {unknown[0]!r}, expected some of {', '.join(known)}")
+    return [name for name in known if name in names]

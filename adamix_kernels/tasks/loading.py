@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,12 @@ from .encoders import Encoder
 
 
 def load(
-    source: str | os.PathLike[str], *, revision: str | None = None, model: str | None = None, backend: str = "auto"
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    model: str | None = None,
+    names: Sequence[str] | None = None,
+    backend: str = "auto",
 ) -> tuple[nn.Module, Any]:
     """(model, tokenizer) of what was trained: the base model with the saved adaptation in it, in evaluation mode.
 
@@ -35,6 +41,7 @@ def load(
             "user/repo" on the Hub.
         revision: branch, tag or commit of the repository.
         model: the base, a Hub id, a folder or "all-MiniLM-L6-v2", where the checkpoint does not lead to it.
+        names: of a pack these alone, with room for as many; None: all.
         backend: as in adapt().
 
     Returns the model, on the CPU, and its tokenizer; None for a model that has no tokenizer.
@@ -45,8 +52,8 @@ def load(
 
     Raises:
         TypeError: an argument is of another kind.
-        ValueError: no such folder or repository; no checkpoint in it, or a damaged one; its base cannot be found (the
-            message says what to pass), or is another one.
+        ValueError: no such folder or repository; no checkpoint in it, or a damaged one; no such name in the pack; its
+            base cannot be found (the message says what to pass), or is another one.
         ModuleNotFoundError: transformers is not installed; the message says how to install it.
     """
     if model is not None and not isinstance(model, (str, os.PathLike)):
@@ -56,13 +63,15 @@ def load(
         import transformers  # noqa: F401
 
     is_pack = (folder / PACK_NAME).is_file()
+    if names is not None and not is_pack:
+        raise ValueError(f"names: got {names!r} for {str(source)!r}, which is no pack, expected None")
     if not is_pack and not (folder / CHECKPOINT_NAME).is_file():
         return _plain(folder, source)
     header = pack_header(folder) if is_pack else read_header(folder / CHECKPOINT_NAME)
     base = base_of(folder, header["base_model"], None if model is None else os.fspath(model), Path(source).is_dir())
     built, tokenizer = bare_model(folder, base, header)
     if is_pack:
-        return load_pack(built, folder, backend=backend).eval(), tokenizer
+        return load_pack(built, folder, names=names, backend=backend).eval(), tokenizer
     try:
         load_adamix(built, folder, backend=backend)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A pack behind FastAPI (pip install fastapi uvicorn): whatever waits becomes one forward, whatever its names.
+"""A pack behind FastAPI (the extra "serve"): whatever waits becomes one forward, whatever its names.
 
     python examples/serving/fastapi_app.py --pack pack --port 8000
 
@@ -39,7 +39,7 @@ class Asked(BaseModel):
 
 
 def application(server, timeout=30.0):
-    """A FastAPI application over a serve_pack.Server, which it closes at its end."""
+    """A FastAPI application over a serve_pack.Server, which it closes at its end, or what has the same methods."""
     closing = threading.Event()
 
     @contextlib.asynccontextmanager
@@ -52,15 +52,15 @@ def application(server, timeout=30.0):
 
     @app.get("/health")
     def health():
-        return {"alive": server.thread.is_alive(), "waiting": server.queue.qsize()}
+        return {"alive": server.alive(), "waiting": server.waiting()}
 
     @app.get("/names")
     def names():
-        return {name: entry.labels for name, entry in server.names.items()}
+        return server.labels()
 
     @app.post("/predict")
     def predict(asked: Asked):
-        if closing.is_set() or not server.thread.is_alive():
+        if closing.is_set() or not server.alive():
             raise HTTPException(503, "closing")
         if asked.name is not None and asked.name not in server.names:
             raise HTTPException(404, f"name: got {asked.name!r}, expected one of {', '.join(server.names)}, or none")
@@ -68,8 +68,10 @@ def application(server, timeout=30.0):
             return server.ask(asked.text, asked.name, timeout)
         except Busy as error:
             raise HTTPException(429, str(error), {"Retry-After": "1"}) from None
-        except queue.Empty:
+        except (queue.Empty, TimeoutError):
             raise HTTPException(503, f"no answer within {timeout:g} s") from None
+        except ConnectionError as error:
+            raise HTTPException(503, str(error), {"Retry-After": "1"}) from None
         except ValueError as error:  # by content, of a name without a centroid
             raise HTTPException(400, str(error)) from None
 

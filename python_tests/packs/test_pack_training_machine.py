@@ -1,10 +1,9 @@
 """Random calls of join, leave, pause, train, look, save and restore against trainers of one name each."""
 
-import os
-
 import pytest
 import tiny
 import torch
+from suite_size import NIGHTLY
 from torch.nn import functional as F
 
 from adamix_kernels import AdaMixConfig, PackJob, PackTrainer
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 CAPACITY, ROWS, RANK = 3, 6, 16
-RUNS = int(os.environ.get("ADAMIX_PACK_RUNS", "3"))  # of 25 calls each; 40 of them are a thousand calls
+RUNS = 40 if NIGHTLY else 3  # of 25 calls each: a thousand
 NAMES = st.sampled_from(["a", "b", "c", "d", "e"])
 ROOM = {"max_rank": RANK, "max_experts": 3, "backend": "reference"}
 JOBS = [

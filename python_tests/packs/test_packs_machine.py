@@ -1,10 +1,9 @@
 """Random calls of add, replace, remove, predict, save and load against plain separate adapters."""
 
-import os
-
 import pytest
 import tiny_packs as tp
 import torch
+from suite_size import NIGHTLY
 from torch import nn
 
 from adamix_kernels import (
@@ -28,7 +27,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 WIDE, ROWS, CAPACITY = 12, 7, 4
-RUNS = int(os.environ.get("ADAMIX_PACK_RUNS", "3"))  # of 50 calls each; 20 of them take half a minute
+RUNS = 20 if NIGHTLY else 3  # of 50 calls each: a thousand
 NAMES = st.sampled_from(["a", "b", "c", "d", "e", "f"])
 
 

@@ -203,6 +203,22 @@ def test_load_finds_a_pack_and_its_base(tmp_path):
     again, tokenizer = load(folder)
     assert tokenizer is None
     assert torch.equal(tp.logits(again, list("abbaba"), batch), tp.logits(model, list("abbaba"), batch))
+    for names, told in (
+        (["b", "c"], "names: got 'c', expected some of a, b"),
+        ("b", "names: got 'b'"),
+        ([], "names: "),
+    ):
+        with pytest.raises(ValueError, match=told):
+            load(folder, names=names)
+    with pytest.raises(ValueError, match=r"names: got \['a'\] for .*, which is no pack"):
+        load(given["a"], names=["a"])
+    for file in folder.glob("*.safetensors"):  # of the other name, which is not opened
+        if file.name != json.loads((folder / "adamix_pack.json").read_text())["names"]["b"]["tensors"]["file"]:
+            file.unlink()
+    one, _ = load(folder, names=["b", "b"])
+    assert (list(one.adamix.pack.entries), one.adamix.pack.capacity) == (["b"], 1)
+    want = tp.logits(model, ["b"] * 6, batch)
+    torch.testing.assert_close(tp.logits(one, ["b"] * 6, batch), want, rtol=1e-5, atol=1e-6)
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(ValueError, match=r"model: cannot load the base model .*expected model="):
         load(folder)

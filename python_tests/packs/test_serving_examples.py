@@ -15,7 +15,7 @@ from adamix_kernels.tasks import load_classifier, resolve_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 for module in ("fastapi", "uvicorn"):
-    pytest.importorskip(module, reason=f"{module} is not installed: pip install fastapi uvicorn")
+    pytest.importorskip(module, reason=f"{module} is not installed: pip install 'adamix_kernels[serve]'")
 
 
 @pytest.fixture
