@@ -47,8 +47,9 @@ _OPTIONS = {
     "unipelt": ("parts",),
 }
 PASSES = 1.8  # time of a step with both passes, in steps of one adapter
-# Of every method: its learning rate, and how many times the recipe's epochs it trains.
-_TRAINING = ("learning_rate", "times_epochs")
+# Of every method: its learning rate, and how many times the recipe's epochs it trains. Of AdaMix: the part of its steps
+# in which all experts are one.
+_TRAINING = ("learning_rate", "times_epochs", "together")
 _UNIPELT_PARTS = ("ap", "apl")
 _ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie")
 _HOULSBY = {
@@ -110,6 +111,9 @@ def parse_method(text: str) -> Method:
         if isinstance(options[key], bool) or not isinstance(options[key], (int, float)) or not options[key] > 0:
             raise ValueError(f"method: got {key}={options[key]!r}, expected a number above 0")
     own = {key: value for key, value in options.items() if key not in _TRAINING}
+    together = options.get("together")
+    if together is not None and (name != "adamix" or together >= 1 or own.get("routing") == "learned"):
+        raise ValueError(f"method: got together={together!r} in {text!r}, expected a part below 1, of drawn experts")
     if name == "adamix":
         AdaMixConfig.from_dict(own)
     elif unknown := sorted(set(own) - set(_OPTIONS[name])):

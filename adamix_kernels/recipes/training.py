@@ -23,6 +23,7 @@ from . import processes
 from .config import Recipe
 from .methods import Built, Method, build, epochs, kept_parameters, learning_rate
 from .metrics import Scores
+from .together import Together
 
 LOGS = 40  # about as many points of a curve as a row keeps
 DRAWS = 3  # random routings that an evaluation averages
@@ -100,6 +101,9 @@ def _trainer(
         first = recipe.metrics[0]
         score = None if recipe.kind == "generation" else lambda m: problem.scores(m).values.get(first, math.nan)
         callbacks.append(TrainingReport(report, score=score, score_name=first))
+    together = dict(method.options).get("together")
+    if together is not None:
+        callbacks.append(Together(max(1, round(together * steps))))
     best = recipe.select == "best"
     more: dict[str, Any] = {} if built.adapted else {"compute_loss_func": problem.loss}
     if best:

@@ -84,6 +84,7 @@ REMEDIES = (
     "learning_rate=0.006", "routing=token", "share=down", "consistency_weight=0", "times_epochs=4", "num_experts=2",
     "routing=sample",
 )  # fmt: skip
+TOGETHER = ("adamix:together=0.5",)
 SEARCHED_GATES = (GATED[0], *GATED[2:3], *GATED[4:])
 SHOTS = Limits(shots=30)
 STUDIES = (
@@ -110,8 +111,11 @@ STUDIES = (
     Study("gates_dialects_remedies", "dialects_held_back", [f"adamix:{change}" for change in REMEDIES],
           _epochs(5, ["merged"], 8, adamix=LORAS, **HALF), Limits(train_rows=800, dev_rows=300), seeds=1,
           make=dialects.write_dialects_held_back),
+    Study("questions", "e2e_questions", [m for m in (*GATED, *LORA_CONTROLS, *TOGETHER) if m != "equal"],
+          _epochs(8, ["merged"], 8, adamix=LORAS, **HALF), Limits(train_rows=200, dev_rows=436),
+          make=data.write_questions),
     *(Study(f"{name}_{set_}", set_, methods, _epochs(epochs, ["merged"], 8, adamix=LORAS, **HALF), limits, make=make)
-      for name, methods in (("gates", GATED), ("lora_controls", LORA_CONTROLS))
+      for name, methods in (("gates", GATED), ("lora_controls", LORA_CONTROLS), ("together", TOGETHER))
       for set_, epochs, limits, make in (
           ("sst2", 8, Limits(train_rows=200, dev_rows=436), None),
           ("dialects", 5, Limits(train_rows=800), dialects.write_dialects))),

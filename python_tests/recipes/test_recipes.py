@@ -304,6 +304,9 @@ def test_every_method_has_a_rate_and_epochs_of_its_own():
     for text, message in (
         ("head:times_epochs=0", "times_epochs=0, expected a number above 0"),
         ("adamix:learning_rate=fast", "learning_rate='fast', expected a number above 0"),
+        ("pfeiffer:together=0.5", "together=0.5 in 'pfeiffer:together=0.5', expected a part below 1, of drawn experts"),
+        ("adamix:together=1", "together=1 in 'adamix:together=1', expected a part below 1"),
+        ("adamix:together=0.5,routing=learned", "expected a part below 1, of drawn experts"),
         ("soup:models=1", "models=1, expected a whole number of 2 or more"),
         ("pfeiffer:models=3", r"options \['models'\] for pfeiffer, expected some of \['bottleneck', 'learning_rate'"),
     ):

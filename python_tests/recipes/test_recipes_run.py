@@ -8,6 +8,7 @@ import tiny_text
 import torch
 
 from adamix_kernels import cli
+from adamix_kernels.models.gating import routed_layers
 from adamix_kernels.recipes import (
     Limits,
     commits,
@@ -16,6 +17,7 @@ from adamix_kernels.recipes import (
     problems,
     read_rows,
     run_recipe,
+    together,
     training,
 )
 from adamix_kernels.recipes.paired import differences
@@ -149,6 +151,30 @@ def test_learned_gates_are_judged_with_their_gates_and_merged_by_the_mean(finish
         "",
     ]
     assert differences(group, gated["method"])[0].line.evaluation == "merged"  # minus the gated one
+
+
+def test_experts_that_begin_together_are_one_until_then(finished, tmp_path, monkeypatch):
+    recipe, seen = finished[0].changed({"evaluations": ["merged"], "training.num_train_epochs": 2}), []
+    spread = together._spread
+
+    def watched(model, optimizer):
+        banks = [bank for layer in routed_layers(model).values() for bank in layer.banks() if bank.shape[0] > 1]
+        moments = optimizer.optimizer.state
+        assert banks
+        assert not any(moments[bank]["exp_avg"][1].any() for bank in banks)
+        assert all(moments[bank]["exp_avg"][0].any() for bank in banks)
+        spread(model, optimizer)
+        for bank in banks:
+            for values in (bank, moments[bank]["exp_avg"], moments[bank]["exp_avg_sq"]):
+                assert torch.equal(values[0], values[1])
+        assert model.adamix.router.experts is None
+        seen.append(banks)
+
+    monkeypatch.setattr(together, "_spread", watched)
+    (row,) = _run(recipe, ["adamix:together=0.5"], tmp_path / "rows.jsonl")
+    (banks,) = seen
+    assert not any(torch.equal(bank[0], bank[1]) for bank in banks)  # two steps later
+    assert (row["steps"], row["trained"] > row["kept"]) == (4, True)
 
 
 def test_a_soup_is_the_mean_of_adapters_trained_apart(finished, tmp_path, monkeypatch):
