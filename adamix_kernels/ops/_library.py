@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -13,22 +13,41 @@ NAMESPACE = __package__.removesuffix(".ops").replace(".", "_")
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
-def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
-    """Defines `<the package's name>::<schema>`, with one kernel for every device and its fake.
+# What the annotation of an argument is in a schema.
+_TYPES: dict[Any, str] = {
+    torch.Tensor: "Tensor", torch.Tensor | None: "Tensor?", list[torch.Tensor]: "Tensor[]",
+    list[torch.Tensor | None]: "Tensor?[]", bool: "bool", int: "int", float: "float", str: "str", list[int]: "int[]",
+}  # fmt: skip
 
-    The kernel runs outside autocast: api.py has cast its arguments, and a backward called inside an
+
+def define(
+    name: str,
+    arguments: type[Any],
+    returns: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    written: str | None = None,
+) -> torch._ops.OpOverload:
+    """Defines `<the package's name>::<name>(<arguments>, str backend) -> <returns>`, for every device, and its fake.
+
+    arguments: a NamedTuple, whose fields are the schema's; kernel and fake take one of it, and the backend. written:
+    the field that is overwritten. The kernel runs outside autocast: api.py has cast its arguments, and a backward in an
     autocast region must compute in the dtype its forward had.
     """
+    hints = get_type_hints(arguments)
+    types = ["Tensor(a!)" if field == written else _TYPES[hint] for field, hint in hints.items()]
+    fields = ", ".join(f"{kind} {field}" for kind, field in zip(types, hints, strict=True))
 
-    @functools.wraps(kernel)
     def outside_autocast(*args: Any) -> Any:
         with torch._C._DisableAutocast():
-            return kernel(*args)
+            return kernel(arguments(*args[:-1]), args[-1])
 
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
+    def without_values(*args: Any) -> Any:
+        return fake(arguments(*args[:-1]), args[-1])
+
+    _LIBRARY.define(f"{name}({fields}, str backend) -> {returns}")
     _LIBRARY.impl(name, outside_autocast, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", without_values, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -46,6 +65,11 @@ def differentiate(op: torch._ops.OpOverload, function: type[torch.autograd.Funct
         return below_autograd(op, *args)
 
     _LIBRARY.impl(op._schema.name.partition("::")[2], autograd_kernel, "Autograd")
+
+
+def gradients_of(arguments: type[Any], **grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """What a Function's backward returns: the gradients named and None for all other arguments, the backend too."""
+    return *map(grads.get, arguments._fields), None
 
 
 def records(args: tuple[Any, ...]) -> bool:
@@ -68,6 +92,12 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return refusing(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
 
     return run
+
+
+def wrote(t: torch.Tensor) -> None:
+    """A kernel's write is not seen by autograd: whoever saved the old value of `t` must find out."""
+    if not t.is_inference():
+        torch.autograd.graph.increment_version(t)
 
 
 def as_base(t: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from linear_cases import as_on_a_gpu, check_products
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamix_kernels.ops.consistency import _chunk_size, _chunks
+from adamix_kernels.ops.consistency.signatures import Linear
 from benchmarks import linear_share
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -68,17 +69,16 @@ def launched(pairs, chunk_rows, trained):
     rows = torch.zeros(2, pairs)
     losses = []
 
-    def chunk(logits, labels, counted, selected, factors, need_grad):
+    def chunk(_, logits, labels, counted, selected, factors, need_grad):
         losses.append(logits)
         assert logits.stride() == (64, 1)
         here = rows[:, : labels.shape[0]]
         return _chunks.Chunk(here[0], here[1], logits)
 
     with Launches() as seen:
-        _chunks.linear_loss(
-            chunk, hidden, head, None, torch.zeros(pairs, dtype=torch.long), None, None, 1.0, -100,
-            chunk_rows, True, trained, False,
-        )  # fmt: skip
+        labels = torch.zeros(pairs, dtype=torch.long)
+        given = hidden, head, None, labels, None, None, 1.0, -100, 0.0, True, chunk_rows, True, trained, False
+        _chunks.linear_loss(chunk, Linear(*given))
     products = sum(name in PRODUCTS for name in seen.names)
     return products, len(seen.names) - products + len(losses)
 

@@ -9,6 +9,7 @@ import torch
 
 from ._chunk_size import pairs_a_chunk
 from ._rows import rows_of, scales_of, wide_dtype
+from .signatures import Linear
 
 
 class Chunk(NamedTuple):
@@ -19,24 +20,10 @@ class Chunk(NamedTuple):
     d_logits: torch.Tensor | None
 
 
-def linear_loss(
-    chunk: Callable[..., Chunk],
-    hidden: torch.Tensor,
-    lm_head_weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    mask: torch.Tensor | None,
-    num_items: torch.Tensor | None,
-    weight: float,
-    ignore_index: int,
-    chunk_rows: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def linear_loss(chunk: Callable[..., Chunk], a: Linear) -> tuple[torch.Tensor, ...]:
     """(loss, cross-entropy, consistency, d_hidden, d_weight, d_bias, factor).
 
-    chunk(logits, labels, counted, selected, factors, need_grad): the loss of some row pairs; logits
+    chunk(a, logits, labels, counted, selected, factors, need_grad): the loss of some row pairs; logits
     [2 * rows, V] are its to overwrite, factors [2] those of both parts' gradients. chunk_rows 0: by _chunk_size.py.
 
     Launches a chunk on a GPU: two products, the loss, and one more where the head is trained or has a bias (the hidden
@@ -45,60 +32,62 @@ def linear_loss(
     float16 gradients are held divided by the larger of both parts' factors on a row (1/rows would underflow, a
     weight overflow): that factor, else 1, is returned, and backward applies it with the incoming gradient.
     """
+    hidden, lm_head_weight, bias = a.hidden, a.lm_head_weight, a.bias
     vocab, width = lm_head_weight.shape
-    counted, selected = (rows.reshape(-1) for rows in rows_of(labels, mask, ignore_index))
-    labels = labels.reshape(-1)
+    counted, selected = (rows.reshape(-1) for rows in rows_of(a.labels, a.mask, a.ignore_index))
+    labels = a.labels.reshape(-1)
     pairs = hidden.reshape(2, labels.shape[0], width)
     dtype = wide_dtype(hidden.dtype)
-    scales = scales_of(counted, selected, num_items, dtype)
-    factors = torch.stack([scales[0], scales[1] * weight])
+    scales = scales_of(counted, selected, a.num_items, dtype)
+    factors = torch.stack([scales[0], scales[1] * a.weight])
     factor = factors.amax() if hidden.dtype == torch.float16 else factors.new_ones(())
     factors = torch.where(factor > 0, factors / factor, 0)
+    chunk_rows = a.chunk_rows
     if not chunk_rows:
         sizes = labels.shape[0], vocab, width, hidden.element_size()
-        chunk_rows = pairs_a_chunk(*sizes, need_weight, hidden.device)
+        chunk_rows = pairs_a_chunk(*sizes, a.need_weight, hidden.device)
     # Added up at the end: one rounding a chunk, all in one direction, would be more than PyTorch errs.
     losses: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
-    d_hidden = torch.empty_like(pairs, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
-    d_weight = hidden.new_zeros((vocab, width) if need_weight else 0, dtype=dtype)
-    d_bias = hidden.new_zeros(vocab if need_bias else 0, dtype=dtype)
-    need_grad = need_hidden or need_weight or need_bias
+    d_hidden = torch.empty_like(pairs, memory_format=torch.contiguous_format) if a.need_hidden else hidden.new_empty(0)
+    d_weight = hidden.new_zeros((vocab, width) if a.need_weight else 0, dtype=dtype)
+    d_bias = hidden.new_zeros(vocab if a.need_bias else 0, dtype=dtype)
+    need_grad = a.need_hidden or a.need_weight or a.need_bias
     # A number in its place would be a launch for each chunk.
     apart, zero = multiplies_apart(hidden.device), hidden.new_zeros(())
     room = _room(hidden, min(chunk_rows, labels.shape[0]), vocab) if apart else None
     for start in range(0, labels.shape[0], chunk_rows):
         part = slice(start, start + chunk_rows)
         states, x = pairs[:, part], None
-        if need_weight or bias is not None or not apart:
+        if a.need_weight or bias is not None or not apart:
             # A masked row's hidden states may be NaN: zero them, or 0 * NaN reaches d_weight.
             x = torch.where(selected[part].unsqueeze(-1), states, zero).flatten(0, 1)
         logits = _logits(states, x, lm_head_weight, bias, room)
-        out = chunk(logits, labels[part], counted[part], selected[part], factors, need_grad)
+        out = chunk(a, logits, labels[part], counted[part], selected[part], factors, need_grad)
         for found, one in zip(losses, out[:2], strict=True):
             found.append(one.reshape(-1))
         if not need_grad:
             del x, logits, out
             continue
         assert out.d_logits is not None  # asked for
-        if need_bias:
+        if a.need_bias:
             d_bias += out.d_logits.sum(0, dtype=dtype)
         d_logits = out.d_logits.to(hidden.dtype)
-        if need_hidden and apart:
+        if a.need_hidden and apart:
             passes = d_logits.unflatten(0, (2, -1))
             torch.bmm(passes, lm_head_weight.expand(2, vocab, width), out=d_hidden[:, part])
-        elif need_hidden:
+        elif a.need_hidden:
             d_hidden[:, part] = (d_logits @ lm_head_weight).unflatten(0, (2, -1))
-        if x is not None and need_weight and hidden.dtype == torch.bfloat16:
+        if x is not None and a.need_weight and hidden.dtype == torch.bfloat16:
             d_weight += d_logits.t() @ x
-        elif x is not None and need_weight:
+        elif x is not None and a.need_weight:
             # float16 would overflow in a sum over many rows, before the factor makes it small.
             d_weight.addmm_(d_logits.t().to(dtype), x.to(dtype))
         # Or the next chunk's logits are made while these still live.
         del x, logits, out, d_logits
     totals = [torch.cat(found).sum() if found else factors.new_zeros(()) for found in losses]
     cross_entropy, consistency = totals[0] * scales[0], totals[1] * scales[1]
-    loss = cross_entropy + weight * consistency
-    if need_hidden:
+    loss = cross_entropy + a.weight * consistency
+    if a.need_hidden:
         d_hidden = d_hidden.view(hidden.shape)
     return loss, cross_entropy, consistency, d_hidden, d_weight, d_bias, factor
 

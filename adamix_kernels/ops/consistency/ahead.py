@@ -9,9 +9,9 @@ from types import ModuleType
 
 import torch
 
-from ..._backends import select
 from ._finite import checking
-from .op import _check_labels, checked_adamix, checked_consistency
+from .op import _check_labels, checked_adamix, checked_consistency, module_of
+from .signatures import AdaMix, Consistency
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -25,49 +25,32 @@ def writer_of(backend: str, expected: float | None, *logits: torch.Tensor) -> Mo
     for t in logits:
         if type(t) not in _PLAIN:
             return None
-    module = select("consistency", backend, t.device, t.dtype, t.shape[-1])
+    module = module_of(backend, t)
     return module if module.writes_gradient(t.device.type, t.dtype, expected) else None
 
 
 def consistency_grad(
-    module: ModuleType,
-    logits_a: torch.Tensor,
-    logits_b: torch.Tensor,
-    mask: torch.Tensor | None,
-    detach_target: bool,
-    reduction: str,
-    expected: float | None,
-    da: torch.Tensor | None,
-    db: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    module: ModuleType, a: Consistency, expected: float | None, da: torch.Tensor | None, db: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
     """As the op `consistency`, and da and db are written (None: not wanted), which may be the logits."""
     with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
         if checking():
             # Before anything is overwritten.
-            checked_consistency(module, logits_a, logits_b, mask, detach_target, reduction)
-        return module.forward_grad(logits_a, logits_b, mask, detach_target, reduction, expected or 1.0, da, db)
+            checked_consistency(module, a)
+        out: tuple[torch.Tensor, ...] = module.forward_grad(*a, expected or 1.0, da, db)
+        return out
 
 
 def adamix_grad(
-    module: ModuleType,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    mask: torch.Tensor | None,
-    num_items: torch.Tensor | None,
-    weight: float,
-    ignore_index: int,
-    label_smoothing: float,
-    detach_target: bool,
-    expected: float | None,
-    d_logits: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As the op `adamix_loss`, and d_logits is written, which may be logits."""
-    args = logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target
+    module: ModuleType, a: AdaMix, expected: float | None, d_logits: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """As the op `adamix_loss`, and d_logits is written (None: not wanted), which may be logits."""
     with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
-        _check_labels(labels, mask, ignore_index, logits.shape[-1])
+        _check_labels(a.labels, a.mask, a.ignore_index, a.logits.shape[-1])
         if checking():
-            checked_adamix(module, *args)
-        return module.adamix_forward_grad(*args, expected or 1.0, d_logits)
+            checked_adamix(module, a)
+        out: tuple[torch.Tensor, ...] = module.adamix_forward_grad(*a, expected or 1.0, d_logits)
+        return out
 
 
 def consistency_write(

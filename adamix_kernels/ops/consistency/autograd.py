@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from ..._backends import select
 from .._direct import applied, may_be_direct
-from .._library import below_autograd, differentiate, once_differentiable
+from .._library import below_autograd, differentiate, gradients_of, once_differentiable
 from .ahead import adamix_grad, adamix_write, consistency_grad, consistency_write, writer_of
 from .op import (
     adamix_loss_backward_op,
     adamix_loss_op,
     consistency_backward_op,
     consistency_op,
+    module_of,
 )
-from .op import (
-    linear_adamix_loss_op as linear_adamix_loss_op,
-)
+from .op import linear_adamix_loss_op as linear_adamix_loss_op
+from .signatures import AdaMix, Consistency, Linear
 
 _DENSE = torch.contiguous_format
 
@@ -70,17 +68,9 @@ class ConsistencyFunction(torch.autograd.Function):
     """Saves both logits and the row statistics; probabilities are recomputed."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits_a: torch.Tensor,
-        logits_b: torch.Tensor,
-        mask: torch.Tensor | None,
-        detach_target: bool,
-        reduction: str,
-        backend: str,
-    ) -> Any:
-        args = logits_a, logits_b, mask, detach_target, reduction, backend
-        loss, stats, scale = below_autograd(consistency_op, *args)
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        loss, stats, scale = below_autograd(consistency_op, *arguments)
+        logits_a, logits_b, mask, detach_target, _, backend = arguments
         ctx.save_for_backward(logits_a, logits_b, mask, stats, scale)
         ctx.options = (detach_target, backend)
         ctx.mark_non_differentiable(stats, scale)
@@ -93,25 +83,19 @@ class ConsistencyFunction(torch.autograd.Function):
         ctx: Any, grad: torch.Tensor | None, _grad_stats: torch.Tensor | None, _grad_scale: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
-            return (None,) * 6
+            return gradients_of(Consistency)
         grads = consistency_backward_op(grad, *ctx.saved_tensors, *ctx.options)
         ga, gb = (g if need else None for g, need in zip(grads, ctx.needs_input_grad[:2], strict=True))
-        return ga, gb, None, None, None, None
+        return gradients_of(Consistency, logits_a=ga, logits_b=gb)
 
 
 class AdaMixLossFunction(torch.autograd.Function):
     """Saves the logits and the row statistics."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        mask: torch.Tensor | None,
-        num_items: torch.Tensor | None,
-        *options: Any,
-    ) -> Any:
-        *losses, stats, scales = below_autograd(adamix_loss_op, logits, labels, mask, num_items, *options)
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        *losses, stats, scales = below_autograd(adamix_loss_op, *arguments)
+        logits, labels, mask, _, *options = arguments
         ctx.save_for_backward(logits, labels, mask, stats, scales)
         ctx.options = options
         ctx.mark_non_differentiable(*losses[1:], stats, scales)
@@ -122,8 +106,8 @@ class AdaMixLossFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
-            return (None,) * 9
-        return adamix_loss_backward_op(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8
+            return gradients_of(AdaMix)
+        return gradients_of(AdaMix, logits=adamix_loss_backward_op(grad, *ctx.saved_tensors, *ctx.options))
 
 
 class AheadConsistencyFunction(torch.autograd.Function):
@@ -146,9 +130,10 @@ class AheadConsistencyFunction(torch.autograd.Function):
         made = None if plan is None else plan(logits_a, logits_b, mask)
         if made is None:
             out = _places(ctx, logits_a, logits_b) if ahead else (None, None)
-            module, rest = _module(options[0], logits_a), options[1:]
-            args: tuple[Any, ...] = (module, logits_a, logits_b, mask, *rest, *out)
-            made = (*consistency_grad(*args), *(g for g in out if g is not None))
+            backend, *rest, expected = options
+            module = module_of(backend, logits_a)
+            a = Consistency(logits_a, logits_b, mask, *rest)
+            made = (*consistency_grad(module, a, expected, *out), *(g for g in out if g is not None))
         loss, stats, scale, *grads = made
         ctx.ahead = tuple([grads.pop(0) if need else None for need in ctx.needs_input_grad[:2]]) if ahead else None
         ctx.save_for_backward(logits_a, logits_b, mask, stats, scale)
@@ -163,7 +148,7 @@ class AheadConsistencyFunction(torch.autograd.Function):
         written = expected or 1.0
         if out is None:
             out, written = _places(ctx, *saved[:2]), None
-        module = _module(backend, saved[0])
+        module = module_of(backend, saved[0])
         direct = getattr(module, "direct", None) if may_be_direct() else None
         if direct is None or direct.consistency_backward(grad, *saved, *out, detach_target, written) is None:
             consistency_write(module, grad, saved, detach_target, out, written)
@@ -185,13 +170,13 @@ class AheadAdaMixFunction(torch.autograd.Function):
         parts: list[torch.Tensor],
         planned: Any,
     ) -> torch.Tensor:
-        backend, num_items, *rest = ctx.options = options
+        backend, num_items, *rest, expected = ctx.options = options
         plan, ahead = planned or (None, True)
         made = None if plan is None else plan(logits, labels, mask, num_items)
         if made is None:
             out = torch.empty_like(logits, memory_format=_DENSE) if ahead else None
-            args: tuple[Any, ...] = (_module(backend, logits), logits, labels, mask, num_items, *rest, out)
-            made = (*adamix_grad(*args), out)
+            a = AdaMix(logits, labels, mask, num_items, *rest)
+            made = (*adamix_grad(module_of(backend, logits), a, expected, out), out)
         loss, cross_entropy, consistency, stats, scales, *grads = made
         ctx.ahead = grads[0] if ahead else None
         parts += cross_entropy, consistency
@@ -207,15 +192,11 @@ class AheadAdaMixFunction(torch.autograd.Function):
         written = expected or 1.0
         if out is None:
             out, written = torch.empty_like(saved[0], memory_format=_DENSE), None
-        module = _module(backend, saved[0])
+        module = module_of(backend, saved[0])
         direct = getattr(module, "direct", None) if may_be_direct() else None
         if direct is None or direct.adamix_backward(grad, *saved, out, *options, written) is None:
             adamix_write(module, grad, saved, tuple(options), out, written)
         return out, None, None, None, None, None
-
-
-def _module(backend: str, logits: torch.Tensor) -> ModuleType:
-    return select("consistency", backend, logits.device, logits.dtype, logits.shape[-1])
 
 
 def _places(ctx: Any, *logits: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -228,14 +209,10 @@ class LinearAdaMixLossFunction(torch.autograd.Function):
     """Saves the gradients that the forward computed; backward only scales them, into new tensors."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, lm_head_weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any
-    ) -> Any:
-        loss, cross_entropy, consistency, *grads, scale = below_autograd(
-            linear_adamix_loss_op, hidden, lm_head_weight, bias, *rest
-        )
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        loss, cross_entropy, consistency, *grads, scale = below_autograd(linear_adamix_loss_op, *arguments)
         ctx.save_for_backward(*grads, scale)
-        ctx.dtypes = (hidden.dtype, lm_head_weight.dtype, None if bias is None else bias.dtype)
+        ctx.dtypes = [None if t is None else t.dtype for t in arguments[:3]]
         ctx.mark_non_differentiable(cross_entropy, consistency, *grads, scale)
         ctx.set_materialize_grads(False)
         return loss, cross_entropy, consistency, *grads, scale
@@ -244,14 +221,14 @@ class LinearAdaMixLossFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
-            return (None,) * 15
+            return gradients_of(Linear)
         *grads, scale = ctx.saved_tensors
         factor = grad * scale
         scaled = (
             (g.to(factor.dtype) * factor).to(dtype) if need else None
             for g, dtype, need in zip(grads, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
         )
-        return *scaled, *[None] * 12
+        return gradients_of(Linear, **dict(zip(Linear._fields, scaled)))
 
 
 differentiate(consistency_op, ConsistencyFunction)

@@ -15,6 +15,7 @@ import torch
 
 from ..._extension import unsupported
 from ._chunks import Chunk, linear_loss
+from .signatures import Linear
 
 __all__ = [
     "adamix_backward", "adamix_forward", "adamix_forward_grad", "backward", "direct", "forward",
@@ -29,23 +30,12 @@ def writes_gradient(device_type: str, dtype: torch.dtype, expected: float | None
     return dtype != torch.float16 or expected is not None
 
 
-def forward(
-    logits_a: torch.Tensor, logits_b: torch.Tensor, mask: torch.Tensor | None, detach_target: bool, reduction: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _ops.consistency_forward(logits_a, logits_b, mask, detach_target, reduction, 1.0, None, None)
+def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _ops.consistency_forward(*arguments, 1.0, None, None)
 
 
-def forward_grad(
-    logits_a: torch.Tensor,
-    logits_b: torch.Tensor,
-    mask: torch.Tensor | None,
-    detach_target: bool,
-    reduction: str,
-    expected: float,
-    da: torch.Tensor | None,
-    db: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _ops.consistency_forward(logits_a, logits_b, mask, detach_target, reduction, expected, da, db)
+def forward_grad(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _ops.consistency_forward(*arguments)
 
 
 def backward(
@@ -65,34 +55,12 @@ def backward(
     return out
 
 
-def adamix_forward(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    mask: torch.Tensor | None,
-    num_items: torch.Tensor | None,
-    weight: float,
-    ignore_index: int,
-    label_smoothing: float,
-    detach_target: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = weight, ignore_index, label_smoothing, detach_target
-    return _ops.adamix_forward(logits, labels, mask, num_items, *options, 1.0, None)
+def adamix_forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    return _ops.adamix_forward(*arguments, 1.0, None)
 
 
-def adamix_forward_grad(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    mask: torch.Tensor | None,
-    num_items: torch.Tensor | None,
-    weight: float,
-    ignore_index: int,
-    label_smoothing: float,
-    detach_target: bool,
-    expected: float,
-    d_logits: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = weight, ignore_index, label_smoothing, detach_target
-    return _ops.adamix_forward(logits, labels, mask, num_items, *options, expected, d_logits)
+def adamix_forward_grad(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    return _ops.adamix_forward(*arguments)
 
 
 def adamix_backward(
@@ -119,41 +87,17 @@ def rescale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
     _ops.consistency_rescale(gradient, factor)
 
 
-def linear_forward(
-    hidden: torch.Tensor,
-    lm_head_weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    mask: torch.Tensor | None,
-    num_items: torch.Tensor | None,
-    weight: float,
-    ignore_index: int,
-    label_smoothing: float,
-    detach_target: bool,
-    chunk_rows: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def linear_forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     """The reference's chunks; a chunk's logits are overwritten by their gradient."""
+    return linear_loss(_chunk, Linear(*arguments))
 
-    def chunk(
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        counted: torch.Tensor,
-        selected: torch.Tensor,
-        factors: tuple[torch.Tensor, torch.Tensor | float],
-        need_grad: bool,
-    ) -> Chunk:
-        sums = _ops.adamix_chunk(
-            logits, labels, selected, factors, ignore_index, label_smoothing, detach_target, need_grad
-        )
-        return Chunk(sums[0], sums[1], logits if need_grad else None)
 
-    return linear_loss(
-        chunk, hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index,
-        chunk_rows, need_hidden, need_weight, need_bias,
-    )  # fmt: skip
+def _chunk(
+    a: Linear, logits: torch.Tensor, labels: torch.Tensor, _counted: Any, selected: Any, factors: Any, need_grad: bool
+) -> Chunk:
+    options = a.ignore_index, a.label_smoothing, a.detach_target, need_grad
+    sums = _ops.adamix_chunk(logits, labels, selected, factors, *options)
+    return Chunk(sums[0], sums[1], logits if need_grad else None)
 
 
 Plan = Callable[..., tuple[torch.Tensor, ...]]

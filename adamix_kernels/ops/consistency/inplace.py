@@ -8,37 +8,28 @@ from typing import Any
 
 import torch
 
-from ..._backends import select
 from .._library import below_autograd, once_differentiable
 from .ahead import adamix_grad, adamix_write, consistency_grad, consistency_write, writer_of
-from .op import adamix_loss_op, consistency_op
+from .op import adamix_loss_op, consistency_op, module_of
+from .signatures import AdaMix, Consistency
 
 
 class InplaceConsistencyFunction(torch.autograd.Function):
     """Saves the overwritten logits: a changed version is autograd's to report."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits_a: torch.Tensor,
-        logits_b: torch.Tensor,
-        mask: torch.Tensor | None,
-        detach_target: bool,
-        reduction: str,
-        backend: str,
-        expected: float | None,
-    ) -> Any:
-        args = logits_a, logits_b, mask, detach_target, reduction, backend
-        needs = ctx.needs_input_grad[:2]
-        ctx.options, ctx.written = (detach_target, backend), None
-        module = writer_of(backend, expected, logits_a, logits_b)
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        *args, backend, expected = arguments
+        a, needs = Consistency(*args), ctx.needs_input_grad[:2]
+        ctx.options, ctx.written = (a.detach_target, backend), None
+        module = writer_of(backend, expected, a.logits_a, a.logits_b)
         if module is not None:
             ctx.written = expected or 1.0
-            over = _detached((logits_a, logits_b), needs)
-            loss, stats, scale = consistency_grad(module, *args[:-1], expected, *over)
+            da, db = _detached((a.logits_a, a.logits_b), needs)
+            loss, stats, scale = consistency_grad(module, a, expected, da, db)
         else:
-            loss, stats, scale = below_autograd(consistency_op, *args)
-        _save(ctx, (logits_a, logits_b, mask, stats, scale), needs)
+            loss, stats, scale = below_autograd(consistency_op, *a, backend)
+        _save(ctx, (a.logits_a, a.logits_b, a.mask, stats, scale), needs)
         return loss
 
     @staticmethod
@@ -48,7 +39,7 @@ class InplaceConsistencyFunction(torch.autograd.Function):
             return (None,) * 7
         detach_target, backend = ctx.options
         saved = _spend(ctx)
-        out, module = _detached(saved, ctx.needs_input_grad[:2]), _module(saved, backend)
+        out, module = _detached(saved, ctx.needs_input_grad[:2]), module_of(backend, saved[0])
         if ctx.written is None:
             consistency_write(module, grad, saved, detach_target, (out[0], out[1]), None)
         return *_right(ctx, grad, out, module), *[None] * 5
@@ -58,25 +49,17 @@ class InplaceAdaMixLossFunction(torch.autograd.Function):
     """As InplaceConsistencyFunction."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        mask: torch.Tensor | None,
-        num_items: torch.Tensor | None,
-        *options: Any,
-    ) -> Any:
-        *rest, backend, expected = options
-        args: tuple[Any, ...] = (logits, labels, mask, num_items, *rest)
-        ctx.options, ctx.written = (*rest, backend), None
-        module = writer_of(backend, expected, logits)
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        *args, backend, expected = arguments
+        a = AdaMix(*args)
+        ctx.options, ctx.written = (*a[4:], backend), None
+        module = writer_of(backend, expected, a.logits)
         if module is not None:
             ctx.written = expected or 1.0
-            args = (module, *args, expected, logits.detach())
-            *losses, stats, scales = adamix_grad(*args)
+            *losses, stats, scales = adamix_grad(module, a, expected, a.logits.detach())
         else:
-            *losses, stats, scales = below_autograd(adamix_loss_op, *args, backend)
-        _save(ctx, (logits, labels, mask, stats, scales), (True,))
+            *losses, stats, scales = below_autograd(adamix_loss_op, *a, backend)
+        _save(ctx, (a.logits, a.labels, a.mask, stats, scales), (True,))
         ctx.mark_non_differentiable(*losses[1:])
         return tuple(losses)
 
@@ -87,7 +70,7 @@ class InplaceAdaMixLossFunction(torch.autograd.Function):
             return (None,) * 10
         *rest, backend = ctx.options
         saved = _spend(ctx)
-        out, module = saved[0].detach(), _module(saved, backend)
+        out, module = saved[0].detach(), module_of(backend, saved[0])
         if ctx.written is None:
             adamix_write(module, grad, saved, tuple(rest), out, None)
         return *_right(ctx, grad, (out,), module), *[None] * 9
@@ -114,10 +97,6 @@ def _spend(ctx: Any) -> tuple[torch.Tensor, ...]:
     saved: tuple[torch.Tensor, ...] = ctx.saved_tensors
     ctx.spent = True
     return saved
-
-
-def _module(saved: tuple[torch.Tensor, ...], backend: str) -> ModuleType:
-    return select("consistency", backend, saved[0].device, saved[0].dtype, saved[0].shape[-1])
 
 
 def _right(ctx: Any, grad: torch.Tensor, out: _Tensors, module: ModuleType) -> _Tensors:

@@ -28,6 +28,7 @@ those for that incoming one, and stay as they are where the device scalar grad e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -48,6 +49,7 @@ from ._rows import (
     softmax,
     wide_dtype,
 )
+from .signatures import AdaMix, Consistency, Linear
 
 _Means = tuple[torch.Tensor | None, torch.Tensor | None]
 _DENSE = torch.contiguous_format
@@ -60,9 +62,9 @@ def writes_gradient(device_type: str, dtype: torch.dtype, expected: float | None
     return device_type == "cpu" and (dtype != torch.float16 or expected is not None)
 
 
-def forward(
-    logits_a: torch.Tensor, logits_b: torch.Tensor, mask: torch.Tensor | None, detach_target: bool, reduction: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits_a, logits_b, mask, detach_target, reduction = Consistency(*arguments)
+
     def read(at: At) -> Sequence[torch.Tensor]:
         log_p, p, *stats_a = softmax(logits_a[at], not detach_target)
         log_q, q, *stats_b = softmax(logits_b[at], not detach_target)
@@ -79,17 +81,9 @@ def forward(
     return loss.contiguous(), torch.stack(stats), scale
 
 
-def forward_grad(
-    logits_a: torch.Tensor,
-    logits_b: torch.Tensor,
-    mask: torch.Tensor | None,
-    detach_target: bool,
-    reduction: str,
-    expected: float,
-    da: torch.Tensor | None,
-    db: torch.Tensor | None,
-) -> tuple[torch.Tensor, None, torch.Tensor]:
-    loss, scale = _cpu.consistency(logits_a, logits_b, mask, detach_target, reduction, expected, (da, db))
+def forward_grad(*arguments: Any) -> tuple[torch.Tensor, None, torch.Tensor]:
+    each: tuple[Any, ...] = (*arguments[:-2], arguments[-2:])
+    loss, scale = _cpu.consistency(*each)
     return loss, None, scale
 
 
@@ -126,16 +120,8 @@ def backward(
     return da, db
 
 
-def adamix_forward(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    mask: torch.Tensor | None,
-    num_items: torch.Tensor | None,
-    weight: float,
-    ignore_index: int,
-    label_smoothing: float,
-    detach_target: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def adamix_forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target = AdaMix(*arguments)
     counted, selected = rows_of(labels, mask, ignore_index)
     both = _passes(logits)
 
@@ -153,23 +139,9 @@ def adamix_forward(
     return cross_entropy + weight * consistency, cross_entropy, consistency, torch.stack(stats).flatten(1, 2), scales
 
 
-def adamix_forward_grad(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    mask: torch.Tensor | None,
-    num_items: torch.Tensor | None,
-    weight: float,
-    ignore_index: int,
-    label_smoothing: float,
-    detach_target: bool,
-    expected: float,
-    d_logits: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, torch.Tensor]:
-    options = weight, ignore_index, label_smoothing, detach_target
-    loss, entropy, divergences, scales = _cpu.adamix(
-        logits, labels, mask, num_items, *options, expected, d_logits
-    )  # fmt: skip
-    return loss, entropy, divergences, None, scales
+def adamix_forward_grad(*arguments: Any) -> tuple[torch.Tensor | None, ...]:
+    *losses, scales = _cpu.adamix(*arguments)
+    return *losses, None, scales
 
 
 def adamix_backward(
@@ -214,45 +186,28 @@ def rescale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
     gradient.copy_(gradient.to(factor.dtype) * factor)
 
 
-def linear_forward(
-    hidden: torch.Tensor,
-    lm_head_weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    mask: torch.Tensor | None,
-    num_items: torch.Tensor | None,
-    weight: float,
-    ignore_index: int,
-    label_smoothing: float,
-    detach_target: bool,
-    chunk_rows: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def linear_forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     """Chunks of row pairs: logits, losses and gradients of one chunk live at a time."""
+    return linear_loss(_chunk, Linear(*arguments))
 
-    def chunk(
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        counted: torch.Tensor,
-        selected: torch.Tensor,
-        factors: torch.Tensor,
-        need_grad: bool,
-    ) -> Chunk:
-        wide = wide_dtype(logits.dtype)
-        # Gradients take the logits' place; where those are narrower, they are rounded after the sum for the bias.
-        to = None
-        if need_grad:
-            to = logits if logits.dtype == wide else logits.new_empty(logits.shape, dtype=wide)
-        visit = _cpu.linear_chunk if logits.device.type == "cpu" else _linear_chunk
-        sums = visit(logits, labels, counted, selected, label_smoothing, detach_target, factors, to)
-        return Chunk(*sums, to)
 
-    return linear_loss(
-        chunk, hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index,
-        chunk_rows, need_hidden, need_weight, need_bias,
-    )  # fmt: skip
+def _chunk(
+    a: Linear,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    counted: torch.Tensor,
+    selected: torch.Tensor,
+    factors: torch.Tensor,
+    need_grad: bool,
+) -> Chunk:
+    wide = wide_dtype(logits.dtype)
+    # Gradients take the logits' place; where those are narrower, they are rounded after the sum for the bias.
+    to = None
+    if need_grad:
+        to = logits if logits.dtype == wide else logits.new_empty(logits.shape, dtype=wide)
+    visit = _cpu.linear_chunk if logits.device.type == "cpu" else _linear_chunk
+    sums = visit(logits, labels, counted, selected, a.label_smoothing, a.detach_target, factors, to)
+    return Chunk(*sums, to)
 
 
 def _linear_chunk(

@@ -7,33 +7,30 @@ from typing import Any
 
 import torch
 
-from .._library import as_base, below_autograd, differentiate, once_differentiable, records
+from .._library import as_base, below_autograd, differentiate, gradients_of, once_differentiable, records
 from .op import gated_lora_backward_op, gated_lora_inplace_op
 from .op import gated_lora_op as gated_lora_op
+from .signatures import Forward
+
+_FIRST_OPTION = Forward._fields.index("scaling")
+
+
+def _save(ctx: Any, arguments: tuple[Any, ...], t: torch.Tensor) -> None:
+    """x, t [B, S, slots * groups*r], the banks, the gates, the scales and the seed; the mask is recomputed."""
+    a = Forward(*arguments[:-1])
+    ctx.save_for_backward(a.x, t, a.lora_a, a.lora_b, a.a_index, a.b_index, a.gates, a.scales, a.seed)
+    ctx.options = arguments[_FIRST_OPTION:]
+    ctx.set_materialize_grads(False)
 
 
 class GatedLoRAFunction(torch.autograd.Function):
-    """Saves x, t [B, S, slots * groups*r], the banks, the gates, the scales and the seed; the mask is recomputed."""
+    """gated_lora_op with its derivative."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        lora_a: torch.Tensor,
-        lora_b: torch.Tensor,
-        a_index: torch.Tensor | None,
-        b_index: torch.Tensor | None,
-        gates: torch.Tensor,
-        scales: torch.Tensor | None,
-        base: torch.Tensor | None,
-        seed: torch.Tensor | None,
-        *options: Any,
-    ) -> Any:
-        out, t = below_autograd(gated_lora_op, x, lora_a, lora_b, a_index, b_index, gates, scales, base, seed, *options)
-        ctx.save_for_backward(x, t, lora_a, lora_b, a_index, b_index, gates, scales, seed)
-        ctx.options = options
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        out, t = below_autograd(gated_lora_op, *arguments)
+        _save(ctx, arguments, t)
         ctx.mark_non_differentiable(t)
-        ctx.set_materialize_grads(False)
         return as_base(out), t
 
     @staticmethod
@@ -43,29 +40,14 @@ class GatedLoRAFunction(torch.autograd.Function):
 
 
 class GatedLoRAInPlaceFunction(torch.autograd.Function):
-    """The same, the output written over base [..., N]; what is saved does not include base."""
+    """The same, the output written over base [..., N], which is not saved."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        lora_a: torch.Tensor,
-        lora_b: torch.Tensor,
-        a_index: torch.Tensor | None,
-        b_index: torch.Tensor | None,
-        gates: torch.Tensor,
-        scales: torch.Tensor | None,
-        base: torch.Tensor,
-        seed: torch.Tensor | None,
-        *options: Any,
-    ) -> torch.Tensor:
-        t = below_autograd(
-            gated_lora_inplace_op, x, lora_a, lora_b, a_index, b_index, gates, scales, base, seed, *options
-        )
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        t = below_autograd(gated_lora_inplace_op, *arguments)
+        _save(ctx, arguments, t)
+        base = Forward(*arguments[:-1]).base
         ctx.mark_dirty(base)
-        ctx.save_for_backward(x, t, lora_a, lora_b, a_index, b_index, gates, scales, seed)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
         return base
 
     @staticmethod
@@ -75,11 +57,10 @@ class GatedLoRAInPlaceFunction(torch.autograd.Function):
 
 
 def _of_arguments(ctx: Any, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
-    """The gradients of the nine tensors and, None, of the six options."""
     if grad_out is None:
-        return (None,) * 15
-    need_x, need_a, need_b, _, _, need_gates, _, need_base, *_ = ctx.needs_input_grad
-    needs = need_x, need_a, need_b, need_gates
+        return gradients_of(Forward)
+    need: Any = Forward(*ctx.needs_input_grad[:-1])
+    needs = need.x, need.lora_a, need.lora_b, need.gates
     dx = da = db = dgates = None
     if any(needs):
         saved = ctx.saved_tensors
@@ -87,17 +68,18 @@ def _of_arguments(ctx: Any, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
         rows = grad_out if grad_out.shape[:-1] == x.shape[:-1] else grad_out.reshape(*x.shape[:2], grad_out.shape[-1])
         grads = gated_lora_backward_op(rows, *saved, *needs, *ctx.options)
         dx, da, db, dgates = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return dx, da, db, None, None, dgates, None, grad_out if need_base else None, None, *(None,) * 6
+    base = grad_out if need.base else None
+    return gradients_of(Forward, x=dx, lora_a=da, lora_b=db, gates=dgates, base=base)
 
 
 differentiate(gated_lora_op, GatedLoRAFunction)
 
 
-def gated_lora_inplace(*args: Any) -> torch.Tensor:
+def gated_lora_inplace(*arguments: Any) -> torch.Tensor:
     """gated_lora_inplace_op with its derivative: base, overwritten; see routed_lora_inplace."""
-    if records(args):
+    if records(arguments):
         apply: Callable[..., torch.Tensor] = GatedLoRAInPlaceFunction.apply
-        return apply(*args)
-    below_autograd(gated_lora_inplace_op, *args)
-    base: torch.Tensor = args[7]
+        return apply(*arguments)
+    below_autograd(gated_lora_inplace_op, *arguments)
+    base: torch.Tensor = arguments[Forward._fields.index("base")]
     return base

@@ -2,64 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..._extension import unsupported
 from .._gated_mix import gates_grad
+from .signatures import Backward, Forward
 
 __all__ = ["backward", "forward", "unsupported"]
 
 _ops = torch.ops.adamix_cuda
 
 
-def forward(
-    x: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    a_index: torch.Tensor | None,
-    b_index: torch.Tensor | None,
-    gates: torch.Tensor,
-    scales: torch.Tensor | None,
-    base: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    scaling: float,
-    groups: int,
-    offsets: list[int],
-    dropout_p: float,
-    mix: str,
-    inplace: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    arguments = (
-        x, lora_a, lora_b, a_index, b_index, gates, scales, base, seed, scaling, groups, offsets, dropout_p, mix,
-    )  # fmt: skip
+def forward(*arguments: Any, inplace: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    base = Forward(*arguments).base
     if inplace and base is not None:
         return base, _ops.gated_lora_forward_(*arguments)
     return _ops.gated_lora_forward(*arguments)
 
 
-def backward(
-    grad_out: torch.Tensor,
-    x: torch.Tensor,
-    t: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    a_index: torch.Tensor | None,
-    b_index: torch.Tensor | None,
-    gates: torch.Tensor,
-    scales: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-    need_gates: bool,
-    scaling: float,
-    groups: int,
-    offsets: list[int],
-    dropout_p: float,
-    mix: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    dx, da, db, dgates = _ops.gated_lora_backward(
-        grad_out, x, t, lora_a, lora_b, a_index, b_index, gates, scales, seed,
-        need_x, need_a, need_b, need_gates, scaling, groups, offsets, dropout_p, mix,
-    )  # fmt: skip
-    return dx, da, db, gates_grad(dgates, gates) if need_gates else dgates
+def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    a = Backward(*arguments)
+    *grads, dgates = _ops.gated_lora_backward(*arguments)
+    return (*grads, gates_grad(dgates, a.gates) if a.need_gates else dgates)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from .._library import below_autograd, differentiate
+from .._library import below_autograd, differentiate, gradients_of, once_differentiable
 from .op import merge_experts_backward_op, merge_lora_backward_op
 from .op import merge_experts_op as merge_experts_op
 from .op import merge_lora_op as merge_lora_op
+from .signatures import LoRA
 
 
 class MergeExpertsFunction(torch.autograd.Function):
@@ -35,20 +35,10 @@ class MergeLoRAFunction(torch.autograd.Function):
     """Saves the factors; the weight's gradient is grad_out itself."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        weight: torch.Tensor,
-        lora_a: torch.Tensor,
-        lora_b: torch.Tensor,
-        scaling: float,
-        groups: int,
-        offsets: list[int],
-        fan_in_fan_out: bool,
-        backend: str,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        _, lora_a, lora_b, *ctx.options = arguments
         ctx.save_for_backward(lora_a, lora_b)
-        ctx.options = (scaling, groups, offsets, fan_in_fan_out, backend)
-        return below_autograd(merge_lora_op, weight, lora_a, lora_b, *ctx.options)
+        return below_autograd(merge_lora_op, *arguments)
 
     @staticmethod
     @once_differentiable
@@ -58,7 +48,7 @@ class MergeLoRAFunction(torch.autograd.Function):
         if any(wanted):
             grads = merge_lora_backward_op(grad_out, *ctx.saved_tensors, *wanted, *ctx.options)
             da, db = (g if w else None for g, w in zip(grads, wanted, strict=True))
-        return grad_out if need_weight else None, da, db, None, None, None, None, None
+        return gradients_of(LoRA, weight=grad_out if need_weight else None, lora_a=da, lora_b=db)
 
 
 differentiate(merge_experts_op, MergeExpertsFunction)

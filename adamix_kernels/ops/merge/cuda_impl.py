@@ -8,6 +8,8 @@ products), and all is aligned. LoRA's gradients are PyTorch's matmuls.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..._extension import unsupported
@@ -46,25 +48,9 @@ def experts_backward(
     return _ops.merge_experts_backward(grad_out, bank, scores, need_bank, need_scores)
 
 
-def lora_forward(
-    weight: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: float,
-    groups: int,
-    offsets: list[int],
-    fan_in_fan_out: bool,
-) -> torch.Tensor:
-    return _ops.merge_lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out)
+def lora_forward(*arguments: Any) -> torch.Tensor:
+    return _ops.merge_lora_forward(*arguments)
 
 
-def loras_forward(
-    weights: list[torch.Tensor],
-    lora_a: list[torch.Tensor],
-    lora_b: list[torch.Tensor],
-    scaling: float,
-    groups: int,
-    offsets: list[int],
-    fan_in_fan_out: bool,
-) -> torch.Tensor:
-    return _ops.merge_loras_forward(weights, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out)
+def loras_forward(*arguments: Any) -> torch.Tensor:
+    return _ops.merge_loras_forward(*arguments)

@@ -1,4 +1,4 @@
-"""Merging's dispatcher ops: schema, fake, backend selection."""
+"""Merging's dispatcher ops: fakes and backend selection."""
 
 from __future__ import annotations
 
@@ -13,47 +13,36 @@ from ..._backends import select
 from .._direct import may_be_direct
 from .._library import define
 from ._results import Results
+from .signatures import Banks, Experts, ExpertsBackward, LoRA, LoRABackward, LoRAs
 
 
-def _experts_forward(bank: torch.Tensor, scores: torch.Tensor | None, backend: str) -> torch.Tensor:
-    return _select(bank, backend).experts_forward(bank, scores)
+def _experts_forward(a: Experts, backend: str) -> torch.Tensor:
+    out: torch.Tensor = _select(a.bank, backend).experts_forward(*a)
+    return out
 
 
-def _experts_forward_fake(bank: torch.Tensor, scores: torch.Tensor | None, backend: str) -> torch.Tensor:
-    _select(bank, backend)
-    return bank.new_empty(bank.shape[1:])
+def _experts_forward_fake(a: Experts, backend: str) -> torch.Tensor:
+    _select(a.bank, backend)
+    return a.bank.new_empty(a.bank.shape[1:])
 
 
-def _experts_backward(
-    grad_out: torch.Tensor,
-    bank: torch.Tensor,
-    scores: torch.Tensor | None,
-    need_bank: bool,
-    need_scores: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _select(bank, backend).experts_backward(grad_out, bank, scores, need_bank, need_scores)
+def _experts_backward(a: ExpertsBackward, backend: str) -> tuple[torch.Tensor, ...]:
+    grads: tuple[torch.Tensor, ...] = _select(a.bank, backend).experts_backward(*a)
+    return grads
 
 
-def _experts_backward_fake(
-    grad_out: torch.Tensor,
-    bank: torch.Tensor,
-    scores: torch.Tensor | None,
-    need_bank: bool,
-    need_scores: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    dbank = bank.new_empty(bank.shape if need_bank else 0)
-    return dbank, bank.new_empty(0) if scores is None or not need_scores else scores.new_empty(scores.shape)
+def _experts_backward_fake(a: ExpertsBackward, backend: str) -> tuple[torch.Tensor, ...]:
+    dbank, needs = a.bank.new_empty(a.bank.shape if a.need_bank else 0), a.need_scores
+    return dbank, a.bank.new_empty(0) if a.scores is None or not needs else a.scores.new_empty(a.scores.shape)
 
 
-def _banks_forward(banks: list[torch.Tensor], scores: list[torch.Tensor | None], backend: str) -> list[torch.Tensor]:
+def _banks_forward(a: Banks, backend: str) -> list[torch.Tensor]:
     alike: dict[tuple[ModuleType, torch.device, torch.dtype], list[int]] = {}
-    for n, bank in enumerate(banks):
+    for n, bank in enumerate(a.banks):
         alike.setdefault((_select(bank, backend), bank.device, bank.dtype), []).append(n)
-    merged = list(banks)
+    merged = list(a.banks)
     for (module, _, _), which in alike.items():
-        outs = module.banks_forward([banks[n] for n in which], [scores[n] for n in which])
+        outs = module.banks_forward([a.banks[n] for n in which], [a.scores[n] for n in which])
         for n, out in zip(which, outs, strict=True):
             # What an op returns shares no memory.
             merged[n] = out if out.untyped_storage().nbytes() == out.numel() * out.itemsize else out.clone()
@@ -97,136 +86,56 @@ def banks_directly(
         return module.banks_forward(banks, scores, results)
 
 
-def _banks_forward_fake(
-    banks: list[torch.Tensor], scores: list[torch.Tensor | None], backend: str
-) -> list[torch.Tensor]:
-    return [_experts_forward_fake(bank, score, backend) for bank, score in zip(banks, scores, strict=True)]
+def _banks_forward_fake(a: Banks, backend: str) -> list[torch.Tensor]:
+    return [_experts_forward_fake(Experts(*pair), backend) for pair in zip(*a, strict=True)]
 
 
-def _lora_forward(
-    weight: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: float,
-    groups: int,
-    offsets: list[int],
-    fan_in_fan_out: bool,
-    backend: str,
-) -> torch.Tensor:
-    return _select(weight, backend).lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out)
+def _lora_forward(a: LoRA, backend: str) -> torch.Tensor:
+    out: torch.Tensor = _select(a.weight, backend).lora_forward(*a)
+    return out
 
 
-def _lora_forward_fake(
-    weight: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: float,
-    groups: int,
-    offsets: list[int],
-    fan_in_fan_out: bool,
-    backend: str,
-) -> torch.Tensor:
-    _select(weight, backend)
-    return weight.new_empty(weight.shape)
+def _lora_forward_fake(a: LoRA, backend: str) -> torch.Tensor:
+    _select(a.weight, backend)
+    return a.weight.new_empty(a.weight.shape)
 
 
-def _loras_forward(
-    weights: list[torch.Tensor],
-    lora_a: list[torch.Tensor],
-    lora_b: list[torch.Tensor],
-    scaling: float,
-    groups: int,
-    offsets: list[int],
-    fan_in_fan_out: bool,
-    backend: str,
-) -> torch.Tensor:
-    module = _select(weights[0], backend)
-    return module.loras_forward(weights, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out)
+def _loras_forward(a: LoRAs, backend: str) -> torch.Tensor:
+    out: torch.Tensor = _select(a.weights[0], backend).loras_forward(*a)
+    return out
 
 
-def _loras_forward_fake(
-    weights: list[torch.Tensor],
-    lora_a: list[torch.Tensor],
-    lora_b: list[torch.Tensor],
-    scaling: float,
-    groups: int,
-    offsets: list[int],
-    fan_in_fan_out: bool,
-    backend: str,
-) -> torch.Tensor:
-    _select(weights[0], backend)
-    return weights[0].new_empty((len(weights), *weights[0].shape))
+def _loras_forward_fake(a: LoRAs, backend: str) -> torch.Tensor:
+    _select(a.weights[0], backend)
+    return a.weights[0].new_empty((len(a.weights), *a.weights[0].shape))
 
 
-def _lora_backward(
-    grad_out: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    need_a: bool,
-    need_b: bool,
-    scaling: float,
-    groups: int,
-    offsets: list[int],
-    fan_in_fan_out: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _select(grad_out, backend).lora_backward(
-        grad_out, lora_a, lora_b, need_a, need_b, scaling, groups, offsets, fan_in_fan_out
-    )
+def _lora_backward(a: LoRABackward, backend: str) -> tuple[torch.Tensor, ...]:
+    grads: tuple[torch.Tensor, ...] = _select(a.grad_out, backend).lora_backward(*a)
+    return grads
 
 
-def _lora_backward_fake(
-    grad_out: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    need_a: bool,
-    need_b: bool,
-    scaling: float,
-    groups: int,
-    offsets: list[int],
-    fan_in_fan_out: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return lora_a.new_empty(lora_a.shape if need_a else 0), lora_b.new_empty(lora_b.shape if need_b else 0)
+def _lora_backward_fake(a: LoRABackward, backend: str) -> tuple[torch.Tensor, ...]:
+    banks = (a.lora_a, a.need_a), (a.lora_b, a.need_b)
+    return tuple(bank.new_empty(bank.shape if needed else 0) for bank, needed in banks)
 
 
 def _select(tensor: torch.Tensor, backend: str) -> ModuleType:
     return select("merge", backend, tensor.device, tensor.dtype)
 
 
-# Returns bank's shape without the first axis. scores None: the uniform mean.
-merge_experts_op = define(
-    "merge_experts(Tensor bank, Tensor? scores, str backend) -> Tensor", _experts_forward, _experts_forward_fake
-)
+# Returns bank's shape without the first axis.
+merge_experts_op = define("merge_experts", Experts, "Tensor", _experts_forward, _experts_forward_fake)
 # Returns (d bank, d scores); what is not needed is an empty tensor.
 merge_experts_backward_op = define(
-    "merge_experts_backward(Tensor grad_out, Tensor bank, Tensor? scores, bool need_bank, bool need_scores, "
-    "str backend) -> (Tensor, Tensor)",
-    _experts_backward,
-    _experts_backward_fake,
+    "merge_experts_backward", ExpertsBackward, "(Tensor, Tensor)", _experts_backward, _experts_backward_fake
 )
 # merge_experts of every bank with its scores; banks of one device and dtype together. No derivative.
-merge_banks_op = define(
-    "merge_banks(Tensor[] banks, Tensor?[] scores, str backend) -> Tensor[]", _banks_forward, _banks_forward_fake
-)
-# lora_a [Ma, groups*r, K] and lora_b [Mb, groups*Ng, r] are banks, of one expert for plain factors.
-merge_lora_op = define(
-    "merge_lora(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, int groups, int[] offsets, "
-    "bool fan_in_fan_out, str backend) -> Tensor",
-    _lora_forward,
-    _lora_forward_fake,
-)
-# merge_lora of layers whose weights, and whose factors, are alike; [layers, ...]. No derivative.
-merge_loras_op = define(
-    "merge_loras(Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, float scaling, int groups, int[] offsets, "
-    "bool fan_in_fan_out, str backend) -> Tensor",
-    _loras_forward,
-    _loras_forward_fake,
-)
-# Returns (d lora_a, d lora_b); what is not needed is an empty tensor. The weight's gradient is grad_out itself.
+merge_banks_op = define("merge_banks", Banks, "Tensor[]", _banks_forward, _banks_forward_fake)
+merge_lora_op = define("merge_lora", LoRA, "Tensor", _lora_forward, _lora_forward_fake)
+# merge_lora of every layer: [layers, ...]. No derivative.
+merge_loras_op = define("merge_loras", LoRAs, "Tensor", _loras_forward, _loras_forward_fake)
+# Returns (d lora_a, d lora_b); what is not needed is an empty tensor.
 merge_lora_backward_op = define(
-    "merge_lora_backward(Tensor grad_out, Tensor lora_a, Tensor lora_b, bool need_a, bool need_b, float scaling, "
-    "int groups, int[] offsets, bool fan_in_fan_out, str backend) -> (Tensor, Tensor)",
-    _lora_backward,
-    _lora_backward_fake,
+    "merge_lora_backward", LoRABackward, "(Tensor, Tensor)", _lora_backward, _lora_backward_fake
 )

@@ -16,11 +16,13 @@ What a backend module holds; arguments are checked and on one device:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from ._results import Results
 from ._wide import lora_backward, wide_dtype
+from .signatures import LoRA, LoRAs
 
 # Numbers of an expert that are widened, or multiplied with the gradient, at once.
 _AT_ONCE = 2**16
@@ -78,37 +80,23 @@ def banks_forward(
     return merged
 
 
-def lora_forward(
-    weight: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: float,
-    groups: int,
-    offsets: list[int],
-    fan_in_fan_out: bool,
-) -> torch.Tensor:
-    wide = wide_dtype(weight, lora_a)
-    out = weight.to(wide, copy=True, memory_format=torch.contiguous_format)
-    rows = out.t() if fan_in_fan_out else out  # [N, K]
-    per_group = lora_b.shape[1] // groups
-    factors = zip(lora_a.mean(0, dtype=wide).chunk(groups), lora_b.mean(0, dtype=wide).chunk(groups), offsets)
+def lora_forward(*arguments: Any) -> torch.Tensor:
+    a = LoRA(*arguments)
+    wide = wide_dtype(a.weight, a.lora_a)
+    out = a.weight.to(wide, copy=True, memory_format=torch.contiguous_format)
+    rows = out.t() if a.fan_in_fan_out else out  # [N, K]
+    per_group = a.lora_b.shape[1] // a.groups
+    factors = zip(a.lora_a.mean(0, dtype=wide).chunk(a.groups), a.lora_b.mean(0, dtype=wide).chunk(a.groups), a.offsets)
     for a_g, b_g, offset in factors:
-        rows.narrow(0, offset, per_group).add_(torch.mm(b_g, a_g), alpha=scaling)
-    return out.to(weight.dtype)
+        rows.narrow(0, offset, per_group).add_(torch.mm(b_g, a_g), alpha=a.scaling)
+    return out.to(a.weight.dtype)
 
 
-def loras_forward(
-    weights: list[torch.Tensor],
-    lora_a: list[torch.Tensor],
-    lora_b: list[torch.Tensor],
-    scaling: float,
-    groups: int,
-    offsets: list[int],
-    fan_in_fan_out: bool,
-) -> torch.Tensor:
+def loras_forward(*arguments: Any) -> torch.Tensor:
+    weights, lora_a, lora_b, *options = LoRAs(*arguments)
     out = weights[0].new_empty((len(weights), *weights[0].shape))
-    for to, weight, a, b in zip(out, weights, lora_a, lora_b, strict=True):
-        to.copy_(lora_forward(weight, a, b, scaling, groups, offsets, fan_in_fan_out))
+    for to, *layer in zip(out, weights, lora_a, lora_b, strict=True):
+        to.copy_(lora_forward(*layer, *options))
     return out
 
 

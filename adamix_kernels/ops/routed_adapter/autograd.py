@@ -6,50 +6,37 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from .._library import as_base, below_autograd, differentiate
+from .._library import as_base, below_autograd, differentiate, gradients_of, once_differentiable
 from .op import routed_adapter_backward_op
 from .op import routed_adapter_op as routed_adapter_op
+from .signatures import Forward
+
+_FIRST_OPTION = Forward._fields.index("add_input")
 
 
 class RoutedAdapterFunction(torch.autograd.Function):
     """Saves x, the pre-activation [B, S, r] and the banks; everything else is recomputed."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        down_weight: torch.Tensor,
-        down_bias: torch.Tensor | None,
-        up_weight: torch.Tensor,
-        up_bias: torch.Tensor | None,
-        down_index: torch.Tensor | None,
-        up_index: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        add_input: bool,
-        activation: str,
-        backend: str,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, pre = below_autograd(
-            routed_adapter_op,
-            x, down_weight, down_bias, up_weight, up_bias, down_index, up_index,
-            residual, add_input, activation, backend,
-        )  # fmt: skip
-        ctx.save_for_backward(x, pre, down_weight, up_weight, down_index, up_index)
-        ctx.options = (add_input, activation, backend)
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, pre = below_autograd(routed_adapter_op, *arguments)
+        a = Forward(*arguments[:-1])
+        ctx.save_for_backward(a.x, pre, a.down_weight, a.up_weight, a.down_index, a.up_index)
+        ctx.options = arguments[_FIRST_OPTION:]
         ctx.mark_non_differentiable(pre)
         ctx.set_materialize_grads(False)
         return as_base(out), pre
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor, _grad_pre: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: torch.Tensor | None, _grad_pre: torch.Tensor | None) -> tuple[Any, ...]:
         if grad_out is None:
-            return (None,) * 11
+            return gradients_of(Forward)
         needs = ctx.needs_input_grad
         grads = gradients(grad_out, ctx.saved_tensors, needs[:5], ctx.options, None)
-        return *grads, None, None, grad_out if needs[7] else None, None, None, None
+        residual = grad_out if needs[Forward._fields.index("residual")] else None
+        return gradients_of(Forward, **dict(zip(Forward._fields, grads)), residual=residual)
 
 
 def gradients(

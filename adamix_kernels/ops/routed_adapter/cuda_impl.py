@@ -17,41 +17,12 @@ __all__ = ["backward", "direct", "forward", "unsupported"]
 _ops = torch.ops.adamix_cuda
 
 
-def forward(
-    x: torch.Tensor,
-    down_weight: torch.Tensor,
-    down_bias: torch.Tensor | None,
-    up_weight: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    down_index: torch.Tensor | None,
-    up_index: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    add_input: bool,
-    activation: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _ops.routed_adapter_forward(
-        x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual, add_input, activation
-    )
+def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _ops.routed_adapter_forward(*arguments)
 
 
-def backward(
-    grad_out: torch.Tensor,
-    x: torch.Tensor,
-    pre: torch.Tensor,
-    down_weight: torch.Tensor,
-    up_weight: torch.Tensor,
-    down_index: torch.Tensor | None,
-    up_index: torch.Tensor | None,
-    need_input: bool,
-    need_down: bool,
-    need_up: bool,
-    add_input: bool,
-    activation: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _ops.routed_adapter_backward(
-        grad_out, x, pre, down_weight, up_weight, down_index, up_index,
-        need_input, need_down, need_up, add_input, activation,
-    )  # fmt: skip
+def backward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _ops.routed_adapter_backward(*arguments)
 
 
 class _Direct:

@@ -6,89 +6,62 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from .._library import as_base, below_autograd, differentiate, records
+from .._library import as_base, below_autograd, differentiate, gradients_of, once_differentiable, records
 from .op import routed_lora_backward_op, routed_lora_inplace_op
 from .op import routed_lora_op as routed_lora_op
+from .signatures import Forward
+
+_BASE, _FIRST_OPTION = Forward._fields.index("base"), Forward._fields.index("scaling")
+
+
+def _save(ctx: Any, arguments: tuple[Any, ...], t: torch.Tensor) -> None:
+    """x, t = dropout(x) A^T [B, S, groups*r], the banks and the seed; the mask is recomputed."""
+    a = Forward(*arguments[:-1])
+    ctx.save_for_backward(a.x, t, a.lora_a, a.lora_b, a.a_index, a.b_index, a.seed)
+    ctx.options = arguments[_FIRST_OPTION:]
+    ctx.set_materialize_grads(False)
 
 
 class RoutedLoRAFunction(torch.autograd.Function):
-    """Saves x, t = dropout(x) A^T [B, S, groups*r], the banks and the seed; the mask is recomputed."""
+    """routed_lora_op with its derivative."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        lora_a: torch.Tensor,
-        lora_b: torch.Tensor,
-        a_index: torch.Tensor | None,
-        b_index: torch.Tensor | None,
-        base: torch.Tensor | None,
-        seed: torch.Tensor | None,
-        scaling: float,
-        groups: int,
-        offsets: list[int],
-        dropout_p: float,
-        backend: str,
-    ) -> Any:
-        out, t = below_autograd(
-            routed_lora_op, x, lora_a, lora_b, a_index, b_index, base, seed,
-            scaling, groups, offsets, dropout_p, backend,
-        )  # fmt: skip
-        ctx.save_for_backward(x, t, lora_a, lora_b, a_index, b_index, seed)
-        ctx.options = (scaling, groups, offsets, dropout_p, backend)
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        out, t = below_autograd(routed_lora_op, *arguments)
+        _save(ctx, arguments, t)
         ctx.mark_non_differentiable(t)
-        ctx.set_materialize_grads(False)
         return as_base(out), t
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor, _grad_t: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: torch.Tensor | None, _grad_t: torch.Tensor | None) -> tuple[Any, ...]:
         return _of_arguments(ctx, grad_out)
 
 
 class RoutedLoRAInPlaceFunction(torch.autograd.Function):
-    """The same, the output written over base [..., N]; what is saved does not include base."""
+    """The same, the output written over base [..., N], which is not saved."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        lora_a: torch.Tensor,
-        lora_b: torch.Tensor,
-        a_index: torch.Tensor | None,
-        b_index: torch.Tensor | None,
-        base: torch.Tensor | None,
-        seed: torch.Tensor | None,
-        scaling: float,
-        groups: int,
-        offsets: list[int],
-        dropout_p: float,
-        backend: str,
-    ) -> Any:
-        t = below_autograd(
-            routed_lora_inplace_op, x, lora_a, lora_b, a_index, b_index, base, seed,
-            scaling, groups, offsets, dropout_p, backend,
-        )  # fmt: skip
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        t = below_autograd(routed_lora_inplace_op, *arguments)
+        _save(ctx, arguments, t)
+        base = arguments[_BASE]
         ctx.mark_dirty(base)
-        ctx.save_for_backward(x, t, lora_a, lora_b, a_index, b_index, seed)
-        ctx.options = (scaling, groups, offsets, dropout_p, backend)
-        ctx.set_materialize_grads(False)
         return base
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
         return _of_arguments(ctx, grad_out)
 
 
-def _of_arguments(ctx: Any, grad_out: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _of_arguments(ctx: Any, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
     if grad_out is None:
-        return (None,) * 12
+        return gradients_of(Forward)
     needs = ctx.needs_input_grad
-    grads = gradients(grad_out, ctx.saved_tensors, needs[:3], ctx.options, None)
-    return *grads, None, None, grad_out if needs[5] else None, None, None, None, None, None, None
+    dx, da, db = gradients(grad_out, ctx.saved_tensors, needs[:3], ctx.options, None)
+    return gradients_of(Forward, x=dx, lora_a=da, lora_b=db, base=grad_out if needs[_BASE] else None)
 
 
 def gradients(
@@ -125,4 +98,5 @@ def routed_lora_inplace(*args: Any) -> torch.Tensor:
         apply: Callable[..., torch.Tensor] = RoutedLoRAInPlaceFunction.apply
         return apply(*args)
     below_autograd(routed_lora_inplace_op, *args)
-    return args[5]
+    base: torch.Tensor = args[_BASE]
+    return base

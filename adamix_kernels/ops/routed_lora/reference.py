@@ -2,75 +2,55 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .._dropout import dropout, keep_mask
 from .._routed_matmul import project, project_back, weight_grad
+from .signatures import Backward, Forward
 
 
-def forward(
-    x: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    a_index: torch.Tensor | None,
-    b_index: torch.Tensor | None,
-    base: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    scaling: float,
-    groups: int,
-    offsets: list[int],
-    dropout_p: float,
-    inplace: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if seed is not None:
-        x = dropout(x, _keep(x, seed, dropout_p), dropout_p)
-    t = project(x, lora_a, None, a_index)
-    per_group = lora_b.shape[1] // groups
-    if inplace and base is not None:
-        out = base
-    elif base is not None:
-        if groups == 1 and base.shape[2] == per_group:
-            return torch.add(base, project(t, lora_b, None, b_index), alpha=scaling).contiguous(), t.contiguous()
-        out = base.clone(memory_format=torch.contiguous_format)
+def forward(*arguments: Any, inplace: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    a = Forward(*arguments)
+    x = a.x
+    if a.seed is not None:
+        x = dropout(x, _keep(x, a.seed, a.dropout_p), a.dropout_p)
+    t = project(x, a.lora_a, None, a.a_index)
+    per_group = a.lora_b.shape[1] // a.groups
+    if inplace and a.base is not None:
+        out = a.base
+    elif a.base is not None:
+        if a.groups == 1 and a.base.shape[2] == per_group:
+            return torch.add(
+                a.base, project(t, a.lora_b, None, a.b_index), alpha=a.scaling
+            ).contiguous(), t.contiguous()
+        out = a.base.clone(memory_format=torch.contiguous_format)
     else:
-        out = x.new_zeros(x.shape[0], x.shape[1], max(offsets) + per_group)
-    for t_g, b_g, offset in zip(t.chunk(groups, 2), lora_b.chunk(groups, 1), offsets, strict=True):
-        out.narrow(2, offset, per_group).add_(project(t_g, b_g, None, b_index), alpha=scaling)
+        out = x.new_zeros(x.shape[0], x.shape[1], max(a.offsets) + per_group)
+    for t_g, b_g, offset in zip(t.chunk(a.groups, 2), a.lora_b.chunk(a.groups, 1), a.offsets, strict=True):
+        out.narrow(2, offset, per_group).add_(project(t_g, b_g, None, a.b_index), alpha=a.scaling)
     return out, t.contiguous()
 
 
-def backward(
-    grad_out: torch.Tensor,
-    x: torch.Tensor,
-    t: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    a_index: torch.Tensor | None,
-    b_index: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-    scaling: float,
-    groups: int,
-    offsets: list[int],
-    dropout_p: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    a = Backward(*arguments)
+    x, t = a.x, a.t
     dx, da, db = (x.new_empty(0) for _ in range(3))
-    per_group = lora_b.shape[1] // groups
-    grads = [grad_out.narrow(2, offset, per_group) for offset in offsets]  # each [B, S, Ng]
-    if need_b:
-        pairs = zip(grads, t.chunk(groups, 2), strict=True)
-        db = torch.cat([weight_grad(g, t_g, lora_b.shape[0], b_index) for g, t_g in pairs], 1).mul_(scaling)
-    if need_x or need_a:
-        pairs = zip(grads, lora_b.chunk(groups, 1), strict=True)
-        dt = torch.cat([project_back(g, b_g, b_index) for g, b_g in pairs], 2).mul_(scaling)  # [B, S, groups*r]
-        keep = None if seed is None else _keep(x, seed, dropout_p)
-        if need_a:
-            da = weight_grad(dt, x if keep is None else dropout(x, keep, dropout_p), lora_a.shape[0], a_index)
-        if need_x:
-            dx = project_back(dt, lora_a, a_index)
-            dx = dx if keep is None else dropout(dx, keep, dropout_p)
+    per_group = a.lora_b.shape[1] // a.groups
+    grads = [a.grad_out.narrow(2, offset, per_group) for offset in a.offsets]  # each [B, S, Ng]
+    if a.need_b:
+        pairs = zip(grads, t.chunk(a.groups, 2), strict=True)
+        db = torch.cat([weight_grad(g, t_g, a.lora_b.shape[0], a.b_index) for g, t_g in pairs], 1).mul_(a.scaling)
+    if a.need_x or a.need_a:
+        pairs = zip(grads, a.lora_b.chunk(a.groups, 1), strict=True)
+        dt = torch.cat([project_back(g, b_g, a.b_index) for g, b_g in pairs], 2).mul_(a.scaling)  # [B, S, groups*r]
+        keep = None if a.seed is None else _keep(x, a.seed, a.dropout_p)
+        if a.need_a:
+            da = weight_grad(dt, x if keep is None else dropout(x, keep, a.dropout_p), a.lora_a.shape[0], a.a_index)
+        if a.need_x:
+            dx = project_back(dt, a.lora_a, a.a_index)
+            dx = dx if keep is None else dropout(dx, keep, a.dropout_p)
     return dx.contiguous(), da, db
 
 

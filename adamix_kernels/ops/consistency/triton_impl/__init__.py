@@ -18,6 +18,7 @@ from ...._triton_utils import launch, memory
 from ...._triton_utils import problem as unsupported
 from ..._triton_plans import Planned
 from .._chunks import Chunk, linear_loss
+from ..signatures import Linear
 from .backward import pair_grad_kernel, rescale_kernel
 from .finish import pair_count_kernel
 from .forward import pair_rows_kernel
@@ -116,25 +117,19 @@ def rescale(gradient, factor):
         gradient.copy_(x.view(gradient.shape))
 
 
-def linear_forward(
-    hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target,
-    chunk_rows, need_hidden, need_weight, need_bias,
-):  # fmt: skip
+def linear_forward(*arguments):
     """The reference's chunks; a chunk's logits are overwritten by their gradient."""
+    return linear_loss(_chunk, Linear(*arguments))
 
-    def chunk(logits, labels, counted, selected, factors, need_grad) -> Chunk:
-        a, b = _passes(logits)
-        rows = make_rows(a, b, labels, selected)
-        losses = _empty(logits, 2, labels.shape[0])
-        grads = (rows.a, rows.b) if need_grad else (None, None)
-        options = Options(1.0, ignore_index, label_smoothing, detach_target)
-        _forward(rows, None, (factors, None, losses), grads, None, options)
-        return Chunk(losses[0], losses[1], logits if need_grad else None)
 
-    return linear_loss(
-        chunk, hidden, lm_head_weight, bias, labels, mask, num_items, weight, ignore_index,
-        chunk_rows, need_hidden, need_weight, need_bias,
-    )  # fmt: skip
+def _chunk(arguments: Linear, logits, labels, counted, selected, factors, need_grad) -> Chunk:
+    a, b = _passes(logits)
+    rows = make_rows(a, b, labels, selected)
+    losses = _empty(logits, 2, labels.shape[0])
+    grads = (rows.a, rows.b) if need_grad else (None, None)
+    options = Options(1.0, arguments.ignore_index, arguments.label_smoothing, arguments.detach_target)
+    _forward(rows, None, (factors, None, losses), grads, None, options)
+    return Chunk(losses[0], losses[1], logits if need_grad else None)
 
 
 def _consistency(logits_a, logits_b, mask, detach_target, reduction, expected, da, db):
