@@ -14,6 +14,7 @@ from torch.nn.modules import module
 from .._backends import check_request
 from ..functional import merge_lora, routed_lora
 from ..ops._checks import autocast_dtype, check_flag
+from ..ops._direct import autocasts
 from ..ops._gates import check_mix
 from ..ops.merge.api import LoraLayer, merge_loras
 from ..ops.routed_lora.api import routed_by_pass
@@ -36,8 +37,6 @@ from ._finite import check_output, checking
 from ._gated import check_gate, gates_of, mean_factors, refreshed
 
 QKV = ("q", "k", "v")
-# Hooks of a layer, or of all layers, that are given its output.
-_SEEING_HOOKS = ("forward_hooks", "backward_hooks", "backward_pre_hooks")
 
 
 class RoutedLoRALinear(nn.Module):
@@ -192,7 +191,7 @@ class RoutedLoRALinear(nn.Module):
         if not self.router.enabled:
             return base
         rows, added = as_batch(x), as_batch(base)
-        if autocast_dtype(x.device.type) is None:
+        if rows.dtype != added.dtype and autocast_dtype(x.device.type) is None:
             rows = rows.to(added.dtype)
         looking = checking()
         if self.gate is not None and self.router.uses_gates(self.training):
@@ -230,6 +229,7 @@ class RoutedLoRALinear(nn.Module):
             None,
             not looking and may_overwrite(self.base, rows, added),
             self.backend,
+            True,
         )
         if looking:
             result = as_batch(out.view(base.shape))
@@ -333,10 +333,14 @@ def may_overwrite(layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> bool:
         return False
     kind = type(layer)
     plain = kind is nn.Linear or (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
-    if not plain or "forward" in vars(layer) or type(out) is not torch.Tensor or not out.is_contiguous():
+    if not plain or "forward" in layer.__dict__ or type(out) is not torch.Tensor or not out.is_contiguous():
         return False
-    if any(getattr(layer, f"_{hooks}") or getattr(module, f"_global_{hooks}") for hooks in _SEEING_HOOKS):
+    if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return False
+    if module._global_forward_hooks or module._global_backward_hooks or module._global_backward_pre_hooks:
+        return False
+    if not autocasts():
+        return out.dtype == x.dtype
     autocast = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
     return out.dtype == (autocast or x.dtype)
 

@@ -20,8 +20,6 @@ from .. import _auto, _environment, _extension
 from . import _direct
 
 ADAPTER, LORA = 0, 1
-# What becomes of a LoRA's base.
-STAYS, OVERWRITTEN, CONSUMED = 0, 1, 2
 
 
 class Node:

@@ -131,17 +131,16 @@ PyObject* adapter(PyObject*, PyObject* const* given, Py_ssize_t count) {
 PyObject* lora(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   Lora call;
-  int64_t base = 0;
   at::Tensor* tensors[] = {&call.x,       &call.lora_a, &call.lora_b, &call.a_index,
                            &call.b_index, &call.base,   &call.seed};
-  TORCH_CHECK(count == 14, "lora: got ", count, " arguments, expected 14");
+  TORCH_CHECK(count == 15, "lora: got ", count, " arguments, expected 15");
   if (is_watched() || is_switched_off()) Py_RETURN_NONE;
   for (int n = 0; n < 7; ++n) {
     if (!read(given[n], *tensors[n])) Py_RETURN_NONE;
   }
   if (!read(given[7], call.scaling) || !read(given[8], call.groups) || !read(given[9], call.offsets) ||
-      !read(given[10], call.dropout) || !read(given[11], base) || !read(given[12], call.passes) ||
-      !read(given[13], call.backend) || base < 0 || base > 2 ||
+      !read(given[10], call.dropout) || !PyBool_Check(given[11]) || !read(given[13], call.passes) ||
+      !read(given[14], call.backend) ||
       !is_served(kLora, call.backend, call.x, call.lora_a) || !call.lora_b.defined() || call.lora_b.dim() != 3 ||
       !std::isfinite(call.scaling) || !(call.dropout >= 0 && call.dropout < 1)) {
     Py_RETURN_NONE;
@@ -152,7 +151,8 @@ PyObject* lora(PyObject*, PyObject* const* given, Py_ssize_t count) {
     // As api.py draws it.
     call.seed = at::randint(0, std::numeric_limits<int64_t>::max(), {}, call.x.options().dtype(at::kLong));
   }
-  return given_back(run_lora(call, static_cast<Base>(base)));
+  Base base = given[11] != Py_True ? Base::kStays : given[12] == Py_True ? Base::kConsumed : Base::kOverwritten;
+  return given_back(run_lora(call, base));
   END_HANDLE_TH_ERRORS
 }
 

@@ -141,16 +141,18 @@ def routed_by_pass(
     seed: int | torch.Tensor | None,
     inplace: bool,
     backend: str,
+    consumed: bool = False,
 ) -> torch.Tensor:
     """routed_lora; with passes > 0 the indices are [passes], one expert for B / passes samples after another.
 
-    For the modules, which know that passes divides B: autograd sees one operation, no views around it.
+    For the modules, which know that passes divides B: autograd sees one operation, no views around it. consumed: who
+    calls does not look at base again, which may then be overwritten and keep its old history.
     """
     node = NODE.module
     if node is not None and not torch.compiler.is_compiling():
         out = node.lora(
             x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, output_offsets, dropout_p,
-            int(inplace), passes, backend,
+            inplace, consumed, passes, backend,
         )  # fmt: skip
         if out is not None:
             return out
