@@ -1,4 +1,4 @@
-"""Routed ops whose autograd node is in C++ (csrc/autograd), so that no Python runs in the forward's call or the backward.
+"""Routed ops whose autograd node is in C++ (csrc/autograd): no Python runs below the call, nor in the backward.
 
 The module lies beside the library whose kernels it calls, and its name says which torch and which Python it is for:
 with any other, and where it was not built, calls take the nodes in Python. Calls that something besides autograd
@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import importlib.util
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import _auto, _environment, _extension
+from .._build import node_name
 from . import _direct
 
 ADAPTER, LORA = 0, 1
@@ -31,15 +31,10 @@ class Node:
 NODE = Node()
 
 
-def file_name() -> str:
-    """Of the module, for the running torch and Python."""
-    return f"_node-{torch.__version__}{sysconfig.get_config_var('EXT_SUFFIX')}"
-
-
 @functools.cache
 def _load() -> Any:
     library = _extension.library_path()
-    path = None if library is None else library.parent / file_name()
+    path = None if library is None else library.parent / node_name(torch.__version__)
     if path is None or not path.is_file() or not isinstance(_environment._raw, dict):
         return None
     return _from(path)
