@@ -197,22 +197,24 @@ class RoutedLoRALinear(nn.Module):
         if self.gate is not None and self.router.uses_gates(self.training):
             out = self._gated(x, rows, added, looking)
             return out if out.shape == base.shape else out.view(base.shape)
+        router, training = self.router, self.training
         a_index = b_index = None
         passes = 0
-        merged = self.router.uses_merged(self.training, self.a_score.requires_grad or self.b_score.requires_grad)
+        lora_a, lora_b = self.lora_a, self.lora_b
+        merged = router.uses_merged(training, self.a_score.requires_grad or self.b_score.requires_grad)
         if merged:
-            lora_a = merged_bank(self.lora_a, self.a_score, self.backend)
-            lora_b = merged_bank(self.lora_b, self.b_score, self.backend)
+            lora_a = merged_bank(lora_a, self.a_score, self.backend)
+            lora_b = merged_bank(lora_b, self.b_score, self.backend)
         else:
-            lora_a, lora_b = self.lora_a, self.lora_b
             batch, tokens, _ = rows.shape
-            passes = self.router.passes_in(batch, self.training)
+            passes = router.passes_in(batch, training)
             if passes:
                 batch, tokens = passes, batch // passes * tokens
-            a_index = self.router.draw(lora_a.shape[0], batch, tokens, x.device, self.training)
+            experts_a, experts_b = lora_a.shape[0], lora_b.shape[0]
+            a_index = router.draw(experts_a, batch, tokens, x.device, training)
             b_index = a_index  # one expert is a pair where gates weigh them
-            if self.gate is None or 1 in (lora_a.shape[0], lora_b.shape[0]):
-                b_index = self.router.draw(lora_b.shape[0], batch, tokens, x.device, self.training)
+            if self.gate is None or 1 in (experts_a, experts_b):
+                b_index = router.draw(experts_b, batch, tokens, x.device, training)
         lora_a, lora_b = cast_like(rows, lora_a, lora_b)
         out = routed_by_pass(
             rows,

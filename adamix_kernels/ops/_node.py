@@ -27,8 +27,14 @@ class Node:
 
     module: Any = None
 
+    def clear(self) -> None:
+        """No kind of calls is known to be served any more."""
+        if self.module is not None:
+            self.module.forget()
+
 
 NODE = Node()
+_direct.Kept.tables.append(NODE)
 
 
 @functools.cache
