@@ -28,7 +28,8 @@ Value = TypeVar("Value")
 class Kept(dict[Any, Value]):
     """At most MOST_PLANS answers by key; `forget_all` empties every one of these tables."""
 
-    tables: ClassVar[list[Kept[Any]]] = []
+    # What else has a clear().
+    tables: ClassVar[list[Any]] = []
 
     def __init__(self) -> None:
         super().__init__()
