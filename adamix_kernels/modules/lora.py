@@ -37,6 +37,7 @@ from ._linear import QKV as QKV
 from ._linear import group_width, qkv_offsets
 from ._linear import linear_sizes as linear_sizes
 
+
 class RoutedLoRALinear(nn.Module):
     """out = base(x) + s (drop(x) A_g[i]^T) B_g[j]^T on the columns of each group g, s = alpha / r or alpha / sqrt(r).
 
