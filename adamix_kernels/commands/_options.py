@@ -7,12 +7,19 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ..recipes.processes import is_main
 
 _FORMAT = "%(levelname)s %(name)s: %(message)s"
 Level = Literal["debug", "info", "warning", "error", "critical"]
+
+
+def option(text: str, default: Any = None, **more: Any) -> Any:
+    """A dataclass's field with its help. A list is made anew for each instance."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text, **more})
+    return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass
@@ -21,8 +28,8 @@ class OutputOptions:
 
     _argument_group_name = "output"
 
-    log_level: Level = field(default="warning", metadata={"help": "what goes to stderr"})
-    disable_tqdm: bool = field(default=False, metadata={"help": "no progress bars"})
+    log_level: Level = option("what goes to stderr", "warning")
+    disable_tqdm: bool = option("no progress bars", False)
 
 
 def set_log_level(level: int) -> None:

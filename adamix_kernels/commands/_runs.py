@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..packs.folder import PACK_NAME
 from ..tasks import Run, load, read_run
 from ..tasks.run_file import RUN_NAME
 from ._kinds import longest_text
-from ._options import quiet
+from ._options import option, quiet
 
 MAX_TOKENS = 512  # of a run without its file, where model and tokenizer take more
 
@@ -28,14 +28,9 @@ MAX_TOKENS = 512  # of a run without its file, where model and tokenizer take mo
 class RunOptions:
     _argument_group_name = "run"
 
-    run: str = field(
-        default="",
-        metadata={"help": "folder of adamix train, adamix merge or save_pretrained, or user/repo on the hub"},
-    )
-    model: str | None = field(
-        default=None, metadata={"help": "hub id or folder of the encoder, where it is another than in training"}
-    )
-    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of user/repo"})
+    run: str = option("folder of adamix train, adamix merge or save_pretrained, or user/repo on the hub", "")
+    model: str | None = option("hub id or folder of the encoder, where it is another than in training")
+    revision: str | None = option("branch, tag or commit of user/repo")
 
 
 @dataclass

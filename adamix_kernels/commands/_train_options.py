@@ -1,14 +1,13 @@
 """The options of adamix train that are not the Trainer's, in the groups that --help shows."""
 
-# ruff: noqa: RUF009 (_option makes a field)
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..models.config import AdaMixConfig
 from ..tasks import DEFAULT_MODEL, EMBEDDED
-from ._options import at_least
+from ._options import at_least, option
 from ._parser import names, numbers
 
 LAST = "last"
@@ -16,32 +15,25 @@ Tasks = Literal["auto", "classification", "regression", "generation"]
 Poolings = Literal["auto", "mean", "model"]
 
 
-def _option(text: str, default: Any = None, **more: Any) -> Any:
-    """A field with its help. A list is made anew for each instance."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text, **more})
-    return field(default=default, metadata={"help": text, **more})
-
-
 @dataclass
 class DataOptions:
     _argument_group_name = "model and data"
 
-    model: str = _option("hub id or folder", DEFAULT_MODEL)
-    data: str = _option(
+    model: str = option("hub id or folder", DEFAULT_MODEL)
+    data: str = option(
         "'remarks', a file or a folder (TSV, CSV, JSONL, Parquet; GLUE's own files too), or a hub data set", EMBEDDED
     )
-    task: Tasks = _option("what the labels are: classes, numbers, or texts to write; auto: by the labels", "auto")
-    text_column: str | None = _option("column of the text, or of what a generation reads")
-    text_pair_column: str | None = _option("column of the second text of a pair")
-    label_column: str | None = _option("column of the label, or of the text to write")
-    dev_fraction: float = _option(
+    task: Tasks = option("what the labels are: classes, numbers, or texts to write; auto: by the labels", "auto")
+    text_column: str | None = option("column of the text, or of what a generation reads")
+    text_pair_column: str | None = option("column of the second text of a pair")
+    label_column: str | None = option("column of the label, or of the text to write")
+    dev_fraction: float = option(
         "of the training rows, the same ones whatever the seed, where the data has no dev split", 0.1
     )
-    max_tokens: int = _option("longer texts are cut", 128)
-    max_train_rows: int = _option("a sample of so many training rows, drawn by the seed; 0 is all", 0)
-    max_eval_rows: int = _option("a sample of so many dev rows; 0 is all", 0)
-    pooling: Poolings = _option(
+    max_tokens: int = option("longer texts are cut", 128)
+    max_train_rows: int = option("a sample of so many training rows, drawn by the seed; 0 is all", 0)
+    max_eval_rows: int = option("a sample of so many dev rows; 0 is all", 0)
+    pooling: Poolings = option(
         "what the head reads: the mean of the hidden states, or what the model's own head does; auto: the mean "
         "where that is a pooler or the first token",
         "auto",
@@ -54,28 +46,28 @@ class AdaptationOptions:
 
     _argument_group_name = "AdaMix"
 
-    method: str = _option("adapter or lora", "adapter")
-    num_experts: int = _option("M, the experts of a side that is not shared", 4)
-    bottleneck: int = _option("adapter width", 16)
-    r: int = _option("LoRA rank", 4, aliases=["--lora_r", "--lora-r"])
-    alpha: float = _option("LoRA scaling is alpha / r", 32.0, aliases=["--lora_alpha", "--lora-alpha"])
-    lora_dropout: float = _option("on the LoRA input", 0.0)
-    share: str = _option("the shared side: up, down or none", "up")
-    routing: str = _option("experts drawn per batch, sample or token; or learned: gates weigh them", "batch")
-    consistency_weight: float | None = _option("weight of the KL term; 0 is one pass (default: 1; 0 with learned)")
-    router: str = _option("with learned, what makes the gates: linear, threshold, sentence or arrow", "linear")
-    top_k: int = _option("with learned, experts a token is sent to; 0 is all", 0)
-    mix: str = _option("with learned, what the gates weigh: outputs, or weights", "outputs")
-    balance_weight: float = _option("with learned, weight of the load-balance loss", 0.01)
-    z_weight: float = _option("with learned, weight of the router's z-loss", 0.0)
-    experts_pattern: list[str] = _option("with learned, experts by depth (2 4 6 8: MoLA)", [])
-    target_modules: list[str] = _option(
+    method: str = option("adapter or lora", "adapter")
+    num_experts: int = option("M, the experts of a side that is not shared", 4)
+    bottleneck: int = option("adapter width", 16)
+    r: int = option("LoRA rank", 4, aliases=["--lora_r", "--lora-r"])
+    alpha: float = option("LoRA scaling is alpha / r", 32.0, aliases=["--lora_alpha", "--lora-alpha"])
+    lora_dropout: float = option("on the LoRA input", 0.0)
+    share: str = option("the shared side: up, down or none", "up")
+    routing: str = option("experts drawn per batch, sample or token; or learned: gates weigh them", "batch")
+    consistency_weight: float | None = option("weight of the KL term; 0 is one pass (default: 1; 0 with learned)")
+    router: str = option("with learned, what makes the gates: linear, threshold, sentence or arrow", "linear")
+    top_k: int = option("with learned, experts a token is sent to; 0 is all", 0)
+    mix: str = option("with learned, what the gates weigh: outputs, or weights", "outputs")
+    balance_weight: float = option("with learned, weight of the load-balance loss", 0.01)
+    z_weight: float = option("with learned, weight of the router's z-loss", 0.0)
+    experts_pattern: list[str] = option("with learned, experts by depth (2 4 6 8: MoLA)", [])
+    target_modules: list[str] = option(
         "layers to adapt: names (a b or a,b), one regular expression, or all-linear; by the model's type when empty", []
     )
-    exclude_modules: list[str] = _option("layers to leave out: names, or one regular expression", [])
-    layers_to_transform: list[str] = _option("numbers of the transformer layers to adapt (0 1 or 0,1)", [])
-    layers_pattern: list[str] = _option("names that may stand before the layer's number", [])
-    modules_to_save: list[str] = _option("modules trained and saved whole; the task head when empty", [])
+    exclude_modules: list[str] = option("layers to leave out: names, or one regular expression", [])
+    layers_to_transform: list[str] = option("numbers of the transformer layers to adapt (0 1 or 0,1)", [])
+    layers_pattern: list[str] = option("names that may stand before the layer's number", [])
+    modules_to_save: list[str] = option("modules trained and saved whole; the task head when empty", [])
 
     def config(self) -> AdaMixConfig:
         saved = names("modules_to_save", self.modules_to_save)
@@ -112,18 +104,16 @@ class AdaptationOptions:
 class FitOptions:
     _argument_group_name = "training and evaluation"
 
-    metrics: list[str] = _option(
+    metrics: list[str] = option(
         "accuracy, f1, matthews; pearson, spearman; bleu, nist, meteor, rouge_l, cider, ter, chrf. The first one leads",
         [],
     )
-    early_stopping: int = _option("end after so many evaluations without a better score; 0 does not", 0)
-    head_learning_rate: float = _option("of the task head; 0 is --learning_rate", 0.0)
-    max_new_tokens: int = _option("of a generated text", 64)
-    beams: int = _option("of the beam search that generates a text", 4)
-    no_baselines: bool = _option("do not measure the majority class and the frozen encoder beside the run", False)
-    resume: str = _option(
-        "go on from a checkpoint folder; alone, from the last one in --out", "", nargs="?", const=LAST
-    )
+    early_stopping: int = option("end after so many evaluations without a better score; 0 does not", 0)
+    head_learning_rate: float = option("of the task head; 0 is --learning_rate", 0.0)
+    max_new_tokens: int = option("of a generated text", 64)
+    beams: int = option("of the beam search that generates a text", 4)
+    no_baselines: bool = option("do not measure the majority class and the frozen encoder beside the run", False)
+    resume: str = option("go on from a checkpoint folder; alone, from the last one in --out", "", nargs="?", const=LAST)
 
 
 def check_amounts(data: DataOptions, fit: FitOptions, arguments: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from ..recipes.processes import is_main
 from ..routing import LEARNED
 from ..tasks import Run, TextSplit, load_split, load_task
 from ._kinds import checked_metrics, make_kind, written
-from ._options import OutputOptions, at_least, same_file, shows_bars, start
+from ._options import OutputOptions, at_least, option, same_file, shows_bars, start
 from ._parser import OptionParser
 from ._runs import RunOptions, open_run, the_run
 
@@ -25,23 +25,19 @@ from ._runs import RunOptions, open_run, the_run
 class EvalOptions:
     _argument_group_name = "evaluation"
 
-    data: str | None = field(
-        default=None, metadata={"help": "as in adamix train; what it was trained on, if not given"}
+    data: str | None = option("as in adamix train; what it was trained on, if not given")
+    split: Literal["train", "dev", "test"] = option("which part; of another file than the training's, every row", "dev")
+    metrics: list[str] = option("as in adamix train", [])
+    text_column: str | None = option("where --data has other names than in training")
+    text_pair_column: str | None = option("likewise")
+    label_column: str | None = option("likewise")
+    routing: Literal["merged", "batch", "sample", "token"] = option(
+        "merged experts, or one drawn at random per batch, sample or token", "merged"
     )
-    split: Literal["train", "dev", "test"] = field(
-        default="dev", metadata={"help": "which part; of another file than the training's, every row"}
-    )
-    metrics: list[str] = field(default_factory=list, metadata={"help": "as in adamix train"})
-    text_column: str | None = field(default=None, metadata={"help": "where --data has other names than in training"})
-    text_pair_column: str | None = field(default=None, metadata={"help": "likewise"})
-    label_column: str | None = field(default=None, metadata={"help": "likewise"})
-    routing: Literal["merged", "batch", "sample", "token"] = field(
-        default="merged", metadata={"help": "merged experts, or one drawn at random per batch, sample or token"}
-    )
-    seed: int = field(default=0, metadata={"help": "of random routing"})
-    batch_size: int = field(default=64, metadata={"help": "texts of a batch"})
-    max_rows: int | None = field(default=None, metadata={"help": "a sample of so many rows"})
-    json: bool = field(default=False, metadata={"help": "print one JSON object instead of a sentence"})
+    seed: int = option("of random routing", 0)
+    batch_size: int = option("texts of a batch", 64)
+    max_rows: int | None = option("a sample of so many rows")
+    json: bool = option("print one JSON object instead of a sentence", False)
 
 
 def main(argv: Sequence[str]) -> int:

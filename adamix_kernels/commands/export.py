@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..models.state import adamix_state
 from ..tasks import DEFAULT_MODEL, Run
 from ..tasks.encoders import DEFAULT_HUB_ID
-from ._options import OutputOptions, needs_out, start
+from ._options import OutputOptions, needs_out, option, start
 from ._parser import OptionParser
 from ._runs import RunOptions, open_run, the_run
 
@@ -20,14 +20,12 @@ FORMATS = {"lora": "peft", "adapter": "adapterhub"}
 class ExportOptions:
     _argument_group_name = "export"
 
-    out: str = field(default="", metadata={"help": "folder for the exported files"})
-    format: Literal["auto", "peft", "adapterhub"] = field(
-        default="auto", metadata={"help": "auto: peft for --method lora, adapterhub for --method adapter"}
+    out: str = option("folder for the exported files", "")
+    format: Literal["auto", "peft", "adapterhub"] = option(
+        "auto: peft for --method lora, adapterhub for --method adapter", "auto"
     )
-    no_head: bool = field(default=False, metadata={"help": "peft: leave the trained head out"})
-    base_model: str | None = field(
-        default=None, metadata={"help": "hub id of the encoder to write into the files; without it, none of a folder"}
-    )
+    no_head: bool = option("peft: leave the trained head out", False)
+    base_model: str | None = option("hub id of the encoder to write into the files; without it, none of a folder")
 
 
 def format_of(method: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..models.checkpoint import save_adamix
@@ -12,7 +12,7 @@ from ..models.header import CHECKPOINT_NAME, read_header
 from ..models.merging import merge
 from ..models.state import adamix_state
 from ..tasks import write_run
-from ._options import OutputOptions, needs_out, same_file, start
+from ._options import OutputOptions, needs_out, option, same_file, start
 from ._parser import OptionParser
 from ._runs import RunOptions, open_run, the_run
 
@@ -21,10 +21,8 @@ from ._runs import RunOptions, open_run, the_run
 class MergeOptions:
     _argument_group_name = "merge"
 
-    out: str = field(default="", metadata={"help": "folder for the merged checkpoint"})
-    gates: str = field(
-        default="", metadata={"help": "mean: of a run with learned gates, the experts at their mean gates"}
-    )
+    out: str = option("folder for the merged checkpoint", "")
+    gates: str = option("mean: of a run with learned gates, the experts at their mean gates", "")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..models.header import CHECKPOINT_NAME
@@ -14,7 +14,7 @@ from ..packs.pack import pack
 from ..packs.reading import called
 from ..packs.state import Pack, check_name
 from ..tasks import Run, load_base, read_run, write_run
-from ._options import OutputOptions, needs_out, quiet, start
+from ._options import OutputOptions, needs_out, option, quiet, start
 from ._parser import OptionParser
 from ._runs import run_folder
 
@@ -25,13 +25,11 @@ RUNS = "names"  # of a pack: a folder a name, with the name's run file
 class PackOptions:
     _argument_group_name = "pack"
 
-    out: str = field(default="", metadata={"help": "folder for the pack"})
-    model: str | None = field(
-        default=None, metadata={"help": "hub id or folder of the encoder, where the first folder does not lead to it"}
-    )
-    capacity: int | None = field(default=None, metadata={"help": "slots, to add names later; as many as names"})
-    max_rank: int = field(default=1, metadata={"help": "ranks that later names may have, if more than these"})
-    max_labels: int = field(default=1, metadata={"help": "labels that later names may have, if more than these"})
+    out: str = option("folder for the pack", "")
+    model: str | None = option("hub id or folder of the encoder, where the first folder does not lead to it")
+    capacity: int | None = option("slots, to add names later; as many as names")
+    max_rank: int = option("ranks that later names may have, if more than these", 1)
+    max_labels: int = option("labels that later names may have, if more than these", 1)
 
 
 def main(argv: Sequence[str]) -> int:

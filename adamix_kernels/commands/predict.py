@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from ..tasks import InputRow, Run, read_inputs
 from ._kinds import Kind, make_kind
-from ._options import OutputOptions, at_least, same_file, shows_bars, start
+from ._options import OutputOptions, at_least, option, same_file, shows_bars, start
 from ._packs import open_pack
 from ._parser import OptionParser
 from ._predictions import Lines, Printed, Sink, chunks
@@ -27,32 +27,22 @@ BATCHES = 16  # of a chunk: sorted by length together, written together
 class PredictOptions:
     _argument_group_name = "texts and predictions"
 
-    pair: list[str] = field(default_factory=list, metadata={"help": "the second text of each TEXT, for text pairs"})
-    file: str | None = field(
-        default=None, metadata={"help": "txt (a text a line), csv, tsv, jsonl or parquet; - is standard input, as txt"}
-    )
-    text_column: str | None = field(default=None, metadata={"help": "of the file; by its name, if not given"})
-    text_pair_column: str | None = field(default=None, metadata={"help": "likewise, of the second text of a pair"})
-    out: str | None = field(default=None, metadata={"help": "JSON-lines file, a line a text; printed, if not given"})
-    overwrite: bool = field(default=False, metadata={"help": "replace --out if it is there"})
-    resume: bool = field(
-        default=False, metadata={"help": "go on behind the last line of --out: the same file as at once"}
-    )
-    json: bool = field(default=False, metadata={"help": "print JSON lines"})
-    batch_size: int | None = field(
-        default=None, metadata={"help": "texts of a batch; 64, or 8 where texts are generated"}
-    )
-    max_new_tokens: int | None = field(default=None, metadata={"help": "of a generated text, if not as in training"})
-    pack: str | None = field(default=None, metadata={"help": "folder of adamix pack, in the place of --run"})
-    adapter: str | None = field(default=None, metadata={"help": "pack: the name for all texts"})
-    adapter_column: str | None = field(default=None, metadata={"help": "pack: the column of --file with each name"})
-    route: Literal["nearest"] | None = field(
-        default=None, metadata={"help": "pack: nearest: each text's name by the training texts it is most like"}
-    )
-    threshold: str | None = field(
-        default=None, metadata={"help": "pack: with --route, the least cosine, or auto; texts below it get no label"}
-    )
-    beams: int | None = field(default=None, metadata={"help": "of the beam search, if not as in training"})
+    pair: list[str] = option("the second text of each TEXT, for text pairs", [])
+    file: str | None = option("txt (a text a line), csv, tsv, jsonl or parquet; - is standard input, as txt")
+    text_column: str | None = option("of the file; by its name, if not given")
+    text_pair_column: str | None = option("likewise, of the second text of a pair")
+    out: str | None = option("JSON-lines file, a line a text; printed, if not given")
+    overwrite: bool = option("replace --out if it is there", False)
+    resume: bool = option("go on behind the last line of --out: the same file as at once", False)
+    json: bool = option("print JSON lines", False)
+    batch_size: int | None = option("texts of a batch; 64, or 8 where texts are generated")
+    max_new_tokens: int | None = option("of a generated text, if not as in training")
+    pack: str | None = option("folder of adamix pack, in the place of --run")
+    adapter: str | None = option("pack: the name for all texts")
+    adapter_column: str | None = option("pack: the column of --file with each name")
+    route: Literal["nearest"] | None = option("pack: nearest: each text's name by the training texts it is most like")
+    threshold: str | None = option("pack: with --route, the least cosine, or auto; texts below it get no label")
+    beams: int | None = option("of the beam search, if not as in training")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._options import OutputOptions, at_least, shows_bars, start
+from ._options import OutputOptions, at_least, option, shows_bars, start
 from ._parser import OptionParser
 from ._words import closest
 
@@ -31,18 +31,16 @@ RECIPE = (
 class RecipeOptions:
     _argument_group_name = "changes of the recipe"
 
-    recipe: str = field(default="", metadata={"help": "name or JSON file; also as the word after the action"})
-    model: str | None = field(default=None, metadata={"help": "hub id or folder, in place of the recipe's"})
-    data: str | None = field(default=None, metadata={"help": "folder or hub data set, in place of the recipe's"})
-    epochs: float | None = field(default=None, metadata={"help": "in place of the recipe's, for every method"})
-    set: list[str] = field(
-        default_factory=list,
-        metadata={
-            "nargs": 2,
-            "action": "append",
-            "metavar": ("KEY", "VALUE"),
-            "help": "change a field, dotted: --set adamix.num_experts 8 --set methods.full.learning_rate 2e-5",
-        },
+    recipe: str = option("name or JSON file; also as the word after the action", "")
+    model: str | None = option("hub id or folder, in place of the recipe's")
+    data: str | None = option("folder or hub data set, in place of the recipe's")
+    epochs: float | None = option("in place of the recipe's, for every method")
+    set: list[str] = option(
+        "change a field, dotted: --set adamix.num_experts 8 --set methods.full.learning_rate 2e-5",
+        [],
+        nargs=2,
+        action="append",
+        metavar=("KEY", "VALUE"),
     )
 
 
@@ -50,29 +48,22 @@ class RecipeOptions:
 class RunOptions:
     _argument_group_name = "runs"
 
-    methods: list[str] = field(
-        default_factory=lambda: ["default"], metadata={"help": "names, or default, baselines, ablations, controls"}
-    )
-    seeds: int | None = field(default=None, metadata={"help": "seeds 0 to N-1; the recipe's number by default"})
-    results: str = field(default="results.jsonl", metadata={"help": "JSON-lines file of finished runs"})
-    train_rows: int | None = field(
-        default=None, metadata={"help": "N training rows, drawn by the seed, classes in proportion"}
-    )
-    dev_rows: int | None = field(default=None, metadata={"help": "N dev rows, drawn once for all seeds"})
-    shots: int | None = field(
-        default=None, metadata={"help": "K labelled training rows, drawn by the seed evenly over the classes"}
-    )
-    reports: str | None = field(default=None, metadata={"help": "a folder for a training report of every AdaMix run"})
+    methods: list[str] = option("names, or default, baselines, ablations, controls", ["default"])
+    seeds: int | None = option("seeds 0 to N-1; the recipe's number by default")
+    results: str = option("JSON-lines file of finished runs", "results.jsonl")
+    train_rows: int | None = option("N training rows, drawn by the seed, classes in proportion")
+    dev_rows: int | None = option("N dev rows, drawn once for all seeds")
+    shots: int | None = option("K labelled training rows, drawn by the seed evenly over the classes")
+    reports: str | None = option("a folder for a training report of every AdaMix run")
 
 
 @dataclass
 class ReportOptions:
     _argument_group_name = "report"
 
-    out: str = field(default="recipe_report", metadata={"help": "folder for the table and the plots"})
-    against: list[str] = field(
-        default_factory=list,
-        metadata={"help": "methods: differences.md has every method minus these, seed by seed, with 95%% intervals"},
+    out: str = option("folder for the table and the plots", "recipe_report")
+    against: list[str] = option(
+        "methods: differences.md has every method minus these, seed by seed, with 95%% intervals", []
     )
 
 

@@ -1,42 +1,27 @@
-"""Calls of gated_lora below its public function, and what is drawn for them."""
+"""Calls of gated_lora below its public function, drawn as plain_gates.py draws them."""
 
 import torch
+from plain_gates import gated_lora_case
 from poison import poisoned_memory
 
 # Experts of A and of B; 1 is a bank of one.
 BANKS = {"both": (4, 4), "shared A": (1, 4), "shared B": (4, 1), "one": (1, 1)}
+SIZES = dict(batch=3, tokens=7, features=21, rank=4, per_group=9, dtype=torch.float32, gates_dtype=torch.float32)
 
 
-def draw_gates(
-    device, banks="both", kind="chosen", per="token", groups=1, batch=3, tokens=7, features=21, rank=4, per_group=9,
-    slots=2, experts=None, dtype=torch.float32, gates_dtype=None, index_dtype=torch.int64, scales=True, same=True,
-    seed=0,
-):  # fmt: skip
+def draw_gates(device, banks="both", kind="chosen", per="token", groups=1, experts=None, scales=True, same=True, **how):
     """([x, A, B, gates, base, dy], dict of the other tensors and options); the last expert is chosen by no one.
 
     same: one index for both sides; else slot k has two ids.
     """
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape, of=dtype):
-        return torch.randn(*shape, generator=generator).to(of).to(device)
-
-    of_a, of_b = (experts if experts and m > 1 else m for m in BANKS[banks])
-    m, lead = max(of_a, of_b), (batch,) if per == "sample" else (batch, tokens)
-    offsets = [0] if groups == 1 else [2 * g * per_group for g in range(groups)]
-    width = max(offsets) + per_group + (1 if groups > 1 else 0)
-    draw = lambda: torch.randint(max(1, m - 1), (*lead, slots), generator=generator).to(device, index_dtype)  # noqa: E731
-    indices = (None, None)
-    if kind == "chosen":
-        index = draw()
-        indices = (index if of_a > 1 else None, (index if same else draw()) if of_b > 1 else None)
-    gates = randn(*lead, m if kind == "dense" else slots, of=gates_dtype or torch.float32)
-    tensors = [
-        randn(batch, tokens, features), randn(of_a, groups * rank, features), randn(of_b, groups * per_group, rank),
-        gates, randn(batch, tokens, width), randn(batch, tokens, width),
-    ]  # fmt: skip
-    scale = torch.rand(m, generator=generator).to(device) + 0.5 if scales else None
-    return tensors, dict(indices=indices, scales=scale, groups=groups, offsets=offsets)
+    of = tuple(experts if experts and m > 1 else m for m in BANKS[banks])
+    how = SIZES | dict(groups=groups, scales=scales, device=device, used=max(1, max(of) - 1)) | how
+    (x, a, b, i, j), given = gated_lora_case(f"{kind}, {per}", of, **how)
+    scale = given["scaling"] if scales else None
+    tensors = [t.detach() for t in (x, a, b, given["gates"], given["base"])]
+    j = i if same and i is not None and j is not None else j
+    dy = torch.randn(tensors[4].shape, generator=torch.Generator().manual_seed(1)).to(tensors[4])
+    return [*tensors, dy], dict(indices=(i, j), scales=scale, groups=groups, offsets=list(given["output_offsets"]))
 
 
 def run_gates(impl, options, mix="outputs", dropout_p=0.0, seed=11, needs=(True, True, True, True), inplace=False):
