@@ -167,7 +167,8 @@ class Server:
         found = []
         for i, (name, row) in enumerate(zip(chosen, chances, strict=True)):
             probability, label = row.max(-1)
-            one = {"name": name, "label": self.names[name].labels[label], "probability": probability.item()}
+            labels = self.names[name].labels
+            one = {"name": name, "label": labels[label] if labels else int(label), "probability": probability.item()}
             found.append(one if names[i] else {**one, "similarity": routed.similarity[i]})
         return found
 

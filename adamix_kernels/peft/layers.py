@@ -110,13 +110,10 @@ class LoraForward:
             if name not in downs:
                 continue
             down, up, dropout = downs[name], ups[name], dropouts[name]
-            if name in variants or type(down) is not nn.Linear or type(up) is not nn.Linear:
+            if name in variants or type(down) is not nn.Linear or type(up) is not nn.Linear or up.bias is not None:
                 return None
-            lora_a, upper = down._parameters["weight"], up._parameters
-            if upper["bias"] is not None:
-                return None
-            drops = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-            used.append(_Adapter(name, lora_a, upper["weight"], float(scaling[name]), drops))
+            drops = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+            used.append(_Adapter(name, down.weight, up.weight, float(scaling[name]), drops))
         if len({(one.lora_a.dtype, one.lora_a.device) for one in used}) > 1:
             return None
         several = names is None and len(used) > 1

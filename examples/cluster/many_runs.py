@@ -14,7 +14,8 @@ line (the extra "ray"):
     python examples/cluster/many_runs.py runs.txt --ray http://127.0.0.1:8265
 
 Slurm (`sbatch --array=0-15 --wrap "python examples/cluster/many_runs.py runs.txt"`) and AWS Batch tell index and size
-by themselves; elsewhere give them, as in `--array-index $PBS_ARRAY_INDEX --array-size 16`, counted from 0.
+by themselves; elsewhere give them, as in `--array-index $PBS_ARRAY_INDEX --array-size 16`, counted from 0. All of them
+run in the present folder, which the machines share.
 
 A command that ended well is not run again: `runs.txt.state/<digest>.done` says so, and `<digest>.log` beside it holds
 what it printed; a changed command is another one. The exit status is 1 where one failed; the others are run all the

@@ -6,7 +6,7 @@ Every name is pinned to one shard, whose replicas alone hold it: name k of the p
 --pin books=0 songs=1 says. Each replica is one process with the base, its own names and its own bounded queue; the
 entrance is the same FastAPI application, and sends a text with a name to that name's shard. A text without a name goes
 to all shards, and the most similar name of all answers. Answers also tell the "shard". A replica that dies is started
-anew by Ray; until then its names answer 503, and the others go on.
+anew by Ray; until then its names, and texts without a name, answer 503, and the others go on.
 
 --replicas starts so many of every shard; --address auto joins a cluster that runs, where the pack, this package and
 these examples are at the same paths on every machine. `serve status` and Ray's dashboard show the deployments.
@@ -32,6 +32,7 @@ import ray
 import torch
 from fastapi_app import application
 from ray import serve
+from ray.serve.exceptions import RayServeException
 from serve_pack import Busy, Server, load_test
 
 from adamix_kernels import load
@@ -79,7 +80,9 @@ class Shards:
         begun = [getattr(serve.get_deployment_handle(f"shard-{n}", APP), method).remote(*arguments) for n in numbers]
         try:
             return [one.result(timeout_s=timeout) for one in begun]
-        except ray.exceptions.RayError as error:
+        except ray.exceptions.RayTaskError:
+            raise  # an error of the forward itself
+        except (ray.exceptions.RayError, RayServeException) as error:
             raise ConnectionError(f"a shard does not answer: {type(error).__name__}") from None
 
     def ask(self, text, name=None, timeout=60):
