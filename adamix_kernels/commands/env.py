@@ -121,7 +121,11 @@ def _short(path: Path) -> str:
 def _library_in_words(facts: dict[str, Any]) -> str:
     if facts["problem"]:
         return str(facts["problem"])
-    nodes = "; autograd's nodes in C++" if facts["node"] else "; autograd's nodes in Python (no module for this torch and Python)"
+    nodes = (
+        "; autograd's nodes in C++"
+        if facts["node"]
+        else "; autograd's nodes in Python (no module for this torch and Python)"
+    )
     if facts["architectures"] is None:
         built_for = "the CPU" if _extension.on_host() else torch.ops.adamix_cuda.build_info()
         return f"{facts['path']}, for {built_for}{nodes}"
