@@ -146,7 +146,7 @@ def build_host(variant: str, output: Path | None = None, *, jobs: int | None = N
         libraries = ["-Wl,--no-as-needed", *fill(LIBRARIES, csrc, torch), "-pthread"]
         link(["g++", "-shared", *HOST_FLAGS[variant]], objects, libraries, output)
     if (csrc / NODE_FOLDER).is_dir():
-        build_node(output.parent, torch, csrc, parallel(jobs))
+        build_node(output.parent, torch, csrc, parallel(jobs), strict=True)
     return output
 
 
@@ -161,8 +161,9 @@ def _node_beside(output: Path, torch: Torch, csrc: Path, jobs: int) -> str:
 
 
 def sources_fingerprint(csrc: Path) -> str:
-    """Of everything in csrc/ that the CUDA library is made of."""
-    return fingerprint([path for source in sources(csrc) for path in with_includes(source, csrc)])
+    """Of everything in csrc/ that the CUDA library and the module beside it are made of."""
+    files = [path for source in sources(csrc) for path in with_includes(source, csrc)]
+    return fingerprint([*files, *(csrc / NODE_FOLDER).glob("*")])
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -13,11 +13,11 @@ from .toolchain import BuildError, Torch, run
 
 # All of torch's C++, which takes C++20 from 2.13 on.
 _FLAGS = (
-    *("-c", "-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"),
-    *("-Wno-unused-parameter", "-I{csrc}", "-isystem", "{torch}/include"),
+    *("-c", "-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-I{csrc}", "-isystem", "{torch}/include"),
     *("-isystem", "{torch}/include/torch/csrc/api/include", "-isystem", "{python}"),
     *("-ffile-prefix-map={csrc}=csrc", "-ffile-prefix-map={torch}=torch"),
 )
+_STRICT = ("-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter")
 _LIBRARIES = ("-L{torch}/lib", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10")
 
 
@@ -39,8 +39,11 @@ def node_obstacle(torch: Torch, csrc: Path) -> str | None:
     return None
 
 
-def build_node(folder: Path, torch: Torch, csrc: Path, jobs: int) -> Path:
-    """Compiles the module, and puts it into `folder`, whole or not at all; its path. Raises BuildError."""
+def build_node(folder: Path, torch: Torch, csrc: Path, jobs: int, *, strict: bool = False) -> Path:
+    """Compiles the module, and puts it into `folder`, whole or not at all; its path. strict: warnings are errors.
+
+    Raises BuildError.
+    """
     problem = node_obstacle(torch, csrc)
     if problem is not None:
         raise BuildError(problem)
@@ -48,7 +51,7 @@ def build_node(folder: Path, torch: Torch, csrc: Path, jobs: int) -> Path:
     versions = run("g++", "-dumpfullversion").strip(), torch.version
     files = sorted((csrc / NODE_FOLDER).glob("*.cpp"))
     with objects_folder(csrc, NODE_FOLDER) as kept:
-        flags = _filled(_FLAGS, places)
+        flags = [*_filled(_FLAGS, places), *(_STRICT if strict else ())]
         objects = [planned(["g++"], flags, file, with_includes(file, csrc), kept, versions) for file in files]
         output = folder / node_name(torch.version)
         link(["g++", "-shared"], compile_all(objects, jobs), _filled(_LIBRARIES, places), output)

@@ -191,12 +191,12 @@ class RoutedLoRALinear(nn.Module):
         router, training = self.router, self.training
         a_index = b_index = None
         passes = 0
-        lora_a, lora_b = self.lora_a, self.lora_b
         merged = router.uses_merged(training, self.a_score.requires_grad or self.b_score.requires_grad)
         if merged:
-            lora_a = merged_bank(lora_a, self.a_score, self.backend)
-            lora_b = merged_bank(lora_b, self.b_score, self.backend)
+            lora_a = merged_bank(self.lora_a, self.a_score, self.backend)
+            lora_b = merged_bank(self.lora_b, self.b_score, self.backend)
         else:
+            lora_a, lora_b = self.lora_a, self.lora_b
             batch, tokens, _ = rows.shape
             passes = router.passes_in(batch, training)
             if passes:

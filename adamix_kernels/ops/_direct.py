@@ -28,8 +28,7 @@ Value = TypeVar("Value")
 class Kept(dict[Any, Value]):
     """At most MOST_PLANS answers by key; `forget_all` empties every one of these tables."""
 
-    # What else has a clear().
-    tables: ClassVar[list[Any]] = []
+    tables: ClassVar[list[Kept[Any]]] = []
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,12 +42,14 @@ class Kept(dict[Any, Value]):
 
 
 _SERVED: Kept[Any] = Kept()
+# What else forgets with them.
+OTHERS: list[Callable[[], None]] = []
 
 
 def forget_all() -> None:
     """No call is known any more: for tests, and for who changes what a plan does not ask for."""
-    for table in Kept.tables:
-        table.clear()
+    for forget in (*(table.clear for table in Kept.tables), *OTHERS):
+        forget()
 
 
 @contextlib.contextmanager

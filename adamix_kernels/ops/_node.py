@@ -27,14 +27,14 @@ class Node:
 
     module: Any = None
 
-    def clear(self) -> None:
+    def forget(self) -> None:
         """No kind of calls is known to be served any more."""
         if self.module is not None:
             self.module.forget()
 
 
 NODE = Node()
-_direct.Kept.tables.append(NODE)
+_direct.OTHERS.append(NODE.forget)
 
 
 @functools.cache

@@ -21,6 +21,8 @@ import torch.distributed as dist
 Ahead = dict[tuple[int, tuple[int, ...], torch.device], list[torch.Tensor]]
 LEVELS = ("batch", "sample", "token")
 LEARNED = "learned"
+# Of those that saved tensors go through; torch 2.6 does not tell.
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _DISTRIBUTED = dist.is_available()
 
 
@@ -174,7 +176,8 @@ def _is_recomputed() -> bool:
     return (
         not torch.is_grad_enabled()
         or torch._C._current_graph_task_id() != -1
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or _top_hooks is None
+        or _top_hooks(True) is not None
     )
 
 

@@ -1,7 +1,6 @@
 // The Python module: routed ops as one call from Python, for tensors and threads that only autograd looks at.
-#include <Python.h>
-
 #include <ATen/ops/randint.h>
+#include <Python.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -131,8 +130,7 @@ PyObject* adapter(PyObject*, PyObject* const* given, Py_ssize_t count) {
 PyObject* lora(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   Lora call;
-  at::Tensor* tensors[] = {&call.x,       &call.lora_a, &call.lora_b, &call.a_index,
-                           &call.b_index, &call.base,   &call.seed};
+  at::Tensor* tensors[] = {&call.x, &call.lora_a, &call.lora_b, &call.a_index, &call.b_index, &call.base, &call.seed};
   TORCH_CHECK(count == 15, "lora: got ", count, " arguments, expected 15");
   if (is_watched() || is_switched_off()) Py_RETURN_NONE;
   for (int n = 0; n < 7; ++n) {
@@ -140,9 +138,9 @@ PyObject* lora(PyObject*, PyObject* const* given, Py_ssize_t count) {
   }
   if (!read(given[7], call.scaling) || !read(given[8], call.groups) || !read(given[9], call.offsets) ||
       !read(given[10], call.dropout) || !PyBool_Check(given[11]) || !read(given[13], call.passes) ||
-      !read(given[14], call.backend) ||
-      !is_served(kLora, call.backend, call.x, call.lora_a) || !call.lora_b.defined() || call.lora_b.dim() != 3 ||
-      !std::isfinite(call.scaling) || !(call.dropout >= 0 && call.dropout < 1)) {
+      !read(given[14], call.backend) || !is_served(kLora, call.backend, call.x, call.lora_a) ||
+      !call.lora_b.defined() || call.lora_b.dim() != 3 || !std::isfinite(call.scaling) ||
+      !(call.dropout >= 0 && call.dropout < 1)) {
     Py_RETURN_NONE;
   }
   if (call.dropout == 0) {

@@ -1,7 +1,7 @@
 #include "autograd/nodes.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -157,8 +157,8 @@ struct AdapterBackward : Node {
       Tensor given = x.unpack();
       Stack stack;
       stack.reserve(13);
-      for (const Tensor& t : {folded(gradient, passes), folded(given, passes), pre.unpack(), down_weight.unpack(),
-                              up_weight.unpack()}) {
+      for (const Tensor& t :
+           {folded(gradient, passes), folded(given, passes), pre.unpack(), down_weight.unpack(), up_weight.unpack()}) {
         stack.emplace_back(t);
       }
       stack.emplace_back(optional(down_index.unpack()));
@@ -200,8 +200,8 @@ struct LoraBackward : Node {
       Tensor given = x.unpack();
       Stack stack;
       stack.reserve(16);
-      for (const Tensor& kept : {folded(gradient, passes), folded(given, passes), t.unpack(), lora_a.unpack(),
-                                 lora_b.unpack()}) {
+      for (const Tensor& kept :
+           {folded(gradient, passes), folded(given, passes), t.unpack(), lora_a.unpack(), lora_b.unpack()}) {
         stack.emplace_back(kept);
       }
       for (const SavedVariable* kept : {&a_index, &b_index, &seed}) stack.emplace_back(optional(kept->unpack()));
