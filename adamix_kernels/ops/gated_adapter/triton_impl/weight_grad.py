@@ -119,7 +119,7 @@ def _store(
 
 
 @triton.jit
-def sample_gates(row_grads, dgates, b, tokens, K: tl.constexpr, KP: tl.constexpr, CHUNK: tl.constexpr):
+def _sample(row_grads, dgates, b, tokens, K: tl.constexpr, KP: tl.constexpr, CHUNK: tl.constexpr):
     """The gates' gradient of sample b: the sum over its tokens."""
     slot = tl.arange(0, KP)
     found = tl.zeros([KP], tl.float32)
@@ -174,4 +174,4 @@ def gated_adapter_weight_grad_kernel(
             )  # fmt: skip
     if row_grads is not None:  # noqa: SIM102
         if program >= down_programs + up_programs:
-            sample_gates(row_grads, dgates, program - down_programs - up_programs, div, K, KP, CHUNK)
+            _sample(row_grads, dgates, program - down_programs - up_programs, div, K, KP, CHUNK)
