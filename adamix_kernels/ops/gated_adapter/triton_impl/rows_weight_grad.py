@@ -49,7 +49,7 @@ def _plane(
             sums += tl.sum(g_tile.to(tl.float32), axis=0)
         else:
             own = row
-            if M > 1:
+            if M > 1 and K > 0:
                 own = row // K
             z_mask = valid[:, None]
             if C == 0 or C % COLS != 0:
