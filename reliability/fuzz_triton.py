@@ -48,7 +48,7 @@ def _is_kernel(module, name: str) -> bool:
 
 @functools.cache
 def _modules():
-    found = []
+    found = [importlib.import_module(f"adamix_kernels.ops.{shared}") for shared in ("_adapter_planes", "_gated_sum")]
     for op in _OPS:
         package = importlib.import_module(f"adamix_kernels.ops.{op}.triton_impl")
         found.append(package)
@@ -126,12 +126,10 @@ def _gated(op: str, cases) -> list[Group]:
         for name in vars(module)
         if _is_kernel(module, name) and getattr(module, name).fn.__module__.startswith(package)
     )
-    by_rows = tuple(dict.fromkeys(name for name in own if "rows" in name))
+    by_rows = (*dict.fromkeys(name for name in own if "rows" in name), "gated_rows_sum_kernel")
     one_tile = tuple(dict.fromkeys(name for name in own if "rows" not in name))
     made = ((op, False, one_tile), (f"{op}, many experts", True, by_rows))
-    return [
-        Group(about, cases(HALVES_AND_FLOAT, Sizes(), many=many), kernels) for about, many, kernels in made if kernels
-    ]
+    return [Group(about, cases(HALVES_AND_FLOAT, Sizes(), many=many), kernels) for about, many, kernels in made]
 
 
 def _plan(op: str, module: str = "plan"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 
-from .._triton_utils import narrow
+from .._triton_utils import launch, narrow
 
 # Programs that fill a GPU (three on each of 132 multiprocessors, and somewhat more), tiles that make a split worth its
 # plane, and most planes.
@@ -61,3 +64,16 @@ def adapter_plane_sum_kernel(
     if UP_BIAS > 0:  # noqa: SIM102
         if block >= c:
             _sum_planes(up_bias_plane, up_bias_grad, up_splits, block - c, UP_BIAS, CHUNK, COLS)
+
+
+def sum_planes(
+    x: torch.Tensor, planes: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], down_splits: int, up_splits: int
+) -> None:
+    """Fills both banks' and biases' gradients from their planes; what one split has written is the gradient."""
+    sizes = [0 if plane is out else out.numel() for plane, out in zip(planes, outputs)]
+    if any(sizes):
+        launch(
+            adapter_plane_sum_kernel, (sum(-(-n // SUM_COLS) for n in sizes),), x.device,
+            *planes, *outputs, down_splits, up_splits,
+            DOWN=sizes[0], DOWN_BIAS=sizes[1], UP=sizes[2], UP_BIAS=sizes[3], CHUNK=SUM_CHUNK, COLS=SUM_COLS,
+        )  # fmt: skip

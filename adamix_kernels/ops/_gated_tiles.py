@@ -72,6 +72,17 @@ def wrong_rows(index, div, rows, valid, K: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
+def any_wrong(index, at, valid, M: tl.constexpr, SLOTS: tl.constexpr):
+    """[ROWS] rows one of whose ids is outside the bank of M."""
+    wrong = at < 0
+    if index is not None:
+        for slot in range(SLOTS):
+            ids = tl.load(index + at * SLOTS + slot, mask=valid, other=0)
+            wrong = wrong | (ids < 0) | (ids >= M)
+    return wrong
+
+
+@triton.jit
 def expert_gates(
     gates, index, div, rows, valid, K: tl.constexpr, M: tl.constexpr, GP: tl.constexpr, SIDE: tl.constexpr
 ):  # fmt: skip

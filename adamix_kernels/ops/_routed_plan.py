@@ -120,15 +120,28 @@ def sort_rows(key: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tensor]
     return perm, torch.searchsorted(ordered, torch.arange(keys + 1, device=key.device))
 
 
+def same_ids(first, second) -> bool:
+    """Whether slot k has one id on both sides, as far as that can be seen without their values."""
+    if first is None or second is None:
+        return first is second
+    where = [(i.data_ptr(), i.shape, i.stride(), i.dtype) for i in (first, second)]
+    return first is second or where[0] == where[1]
+
+
 def group_rows(plan: Plan, rows: int) -> Groups:
-    """Tiles of at most `rows` rows of one group; as many tiles as any routing could need, the spare ones empty."""
+    """Tiles of at most `rows` rows of one group."""
     if plan.key is None:
         return Groups(None, None, None, plan.batch * -(-plan.span // rows))
-    perm, edges = sort_rows(plan.key, plan.keys)
+    return group_tiles(*sort_rows(plan.key, plan.keys), plan.span, rows)
+
+
+def group_tiles(perm: torch.Tensor, edges: torch.Tensor, span: int, rows: int) -> Groups:
+    """As many tiles of at most `rows` of the `span` sorted rows as any routing could need, the spare ones empty."""
+    keys = len(edges) - 1
     needed = torch.div(edges.diff() + (rows - 1), rows, rounding_mode="floor")
     last = needed.cumsum(0)
-    tiles = -(-plan.span // rows) + min(plan.span, plan.keys)
+    tiles = -(-span // rows) + min(span, keys)
     tile = torch.arange(tiles, device=perm.device)
-    group = torch.searchsorted(last, tile, right=True).clamp_(max=plan.keys - 1)
+    group = torch.searchsorted(last, tile, right=True).clamp_(max=keys - 1)
     start = edges[group] + (tile - (last - needed)[group]) * rows
     return Groups(perm, start, edges[group + 1], tiles)

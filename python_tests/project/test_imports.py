@@ -13,7 +13,7 @@ OPS = ("routed_adapter", "routed_lora", "gated_adapter", "gated_lora", "merge", 
 # The public function of the first hands calls with gates to the second.
 HANDED_ON = {("routed_adapter", "gated_adapter"), ("routed_lora", "gated_lora")}
 # What Triton's kernels of several ops share.
-TRITON_ROOMS = ("_triton_utils", "_routed_tiles", "_gated_tiles", "_row_tiles", "_adapter_planes")
+TRITON_ROOMS = ("_triton_utils", "_routed_tiles", "_gated_tiles", "_row_tiles", "_adapter_planes", "_gated_sum")
 # A room may import rooms of a lower floor, and its own.
 FLOORS = {
     "_environment": -1, "_version": 0, "_extras": 0, "_build": 0, "_extension": 0, "_triton_utils": 0,

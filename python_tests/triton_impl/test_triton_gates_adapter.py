@@ -15,15 +15,15 @@ from plain_gates import ACTIVATIONS, BANKS, FORMS, by_slot_adapter, gated_adapte
 from poison import poisoned_memory
 from suite_size import NIGHTLY
 
-from adamix_kernels import BackendUnavailableError
 from adamix_kernels._triton_utils import INTERPRETING
 from adamix_kernels.functional import routed_adapter
+from adamix_kernels.ops import _adapter_planes, _gated_sum
 from adamix_kernels.ops.gated_adapter import triton_impl
-from adamix_kernels.ops.gated_adapter.triton_impl import tables, weights
+from adamix_kernels.ops.gated_adapter.triton_impl import by_rows, tables, weights
 from adamix_kernels.testing import assert_in_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-spied_launches = functools.partial(launches, triton_impl, weights)
+spied_launches = functools.partial(launches, triton_impl, weights, by_rows, _adapter_planes, _gated_sum)
 BACKWARD = ["gated_adapter_input_grad_kernel", "gated_adapter_weight_grad_kernel"]
 
 
@@ -61,14 +61,23 @@ def run(backend, tensors, indices, options):
     return call
 
 
-def check(tensors, indices, options):
+def rows_launches(banks):
+    """What is launched where a tile cannot hold all experts: at most two more, forward and backward."""
+    summed = ["gated_rows_sum_kernel"]
+    forward = ["gated_adapter_rows_shrink_kernel", "gated_adapter_rows_forward_kernel", *summed * (banks[1] > 1)]
+    middle = ["gated_adapter_rows_shrink_kernel", "gated_adapter_rows_grad_kernel", *summed * (banks[0] > 1)]
+    return [*forward, *middle, "gated_adapter_rows_weight_grad_kernel"]
+
+
+def check(tensors, indices, options, names_wanted=("gated_adapter_forward_kernel", *BACKWARD)):
     # The maximum over few elements is luck; without TF32 a GPU takes three TF32 products, see CONTRIBUTING, law 9.
     given = [t for t in tensors if t is not None]
     runs = [run(backend, tensors, indices, options) for backend in ("triton", "reference")]
     with spied_launches() as names:
         assert_in_budget(*runs, *given, multiple=8.0)
-    assert names[:3] == ["gated_adapter_forward_kernel", *BACKWARD]
-    assert names[3:] in ([], ["adapter_plane_sum_kernel"])
+    wanted = len(names_wanted)
+    assert names[:wanted] == list(names_wanted)
+    assert names[wanted:] in ([], ["adapter_plane_sum_kernel"])
 
 
 @pytest.mark.parametrize(
@@ -117,10 +126,13 @@ def test_every_shape(case):
     check(tensors, indices, options)
 
 
-@pytest.mark.parametrize("form", ["dense, sample", "chosen, token"])
-def test_several_splits_of_the_rows(form):
-    with mock.patch.object(weights, "count_splits", return_value=5), spied_launches() as names:
-        check(*draw(form, (4, 4), dtype=torch.bfloat16, tokens=90))
+@pytest.mark.parametrize(("form", "rank"), [("dense, sample", 5), ("chosen, token", 5), ("chosen, sample", 70)])
+def test_several_splits_of_the_rows(form, rank):
+    wanted = {} if rank == 5 else dict(names_wanted=rows_launches((4, 4)))
+    module = weights if rank == 5 else by_rows
+    # By rows an expert has its share of the splits.
+    with mock.patch.object(module, "count_splits", return_value=5 if rank == 5 else 12), spied_launches() as names:
+        check(*draw(form, (4, 4), rank=rank, dtype=torch.bfloat16, tokens=90 if rank == 5 else 40), **wanted)
     assert "adapter_plane_sum_kernel" in names
 
 
@@ -131,18 +143,24 @@ def test_it_is_the_formula(mix):
     torch.testing.assert_close(got, by_slot_adapter(x, *banks, *indices, gates=gates, mix=mix, residual=x))
 
 
+# Columns of 4 experts that one tile holds, and more.
+BOTH_WAYS = pytest.mark.parametrize("rank", [5, 70])
+
+
+@BOTH_WAYS
 @pytest.mark.parametrize("form", ["chosen, sample", "chosen, token"])
-def test_an_expert_no_slot_names_gets_an_exactly_zero_gradient(form):
-    tensors, indices, options = draw(form, (4, 4), used=2)
+def test_an_expert_no_slot_names_gets_an_exactly_zero_gradient(form, rank):
+    tensors, indices, options = draw(form, (4, 4), used=2, rank=rank, tokens=7)
     _, _, *grads = run("triton", tensors, indices, options)(*tensors)
     for grad in grads[:4]:
         assert grad[2:].eq(0).all()
         assert grad[:2].ne(0).any()
 
 
-def test_infinite_weights_do_not_reach_rows_that_name_other_experts():
+@BOTH_WAYS
+def test_infinite_weights_do_not_reach_rows_that_name_other_experts(rank):
     """Bit for bit what finite weights there give."""
-    tensors, _, options = draw("chosen, token", (4, 4), tokens=11)
+    tensors, _, options = draw("chosen, token", (4, 4), tokens=11, rank=rank)
     rows = torch.arange(22, device=DEVICE).view(2, 11)
     index = torch.stack([rows % 3, (rows + 1) % 3], -1)
     clean = run("triton", tensors, [index, index], options)(*tensors)
@@ -159,8 +177,9 @@ def test_infinite_weights_do_not_reach_rows_that_name_other_experts():
         assert grad[3].eq(0).all()
 
 
-def test_infinite_rows_do_not_reach_experts_they_do_not_name():
-    tensors, _, options = draw("chosen, sample", (4, 4), batch=3, tokens=5)
+@BOTH_WAYS
+def test_infinite_rows_do_not_reach_experts_they_do_not_name(rank):
+    tensors, _, options = draw("chosen, sample", (4, 4), batch=3, tokens=5, rank=rank)
     index = torch.tensor([[0, 0], [1, 2], [2, 1]], device=DEVICE)
     tensors[0][0] = tensors[-1][0] = float("inf")
     out, dx, *grads = run("triton", tensors, [index, index], options)(*tensors)
@@ -172,9 +191,11 @@ def test_infinite_rows_do_not_reach_experts_they_do_not_name():
 
 
 @pytest.mark.parametrize("value", [-1, 4, 2**32 + 1])
-@pytest.mark.parametrize("side", [0, 1])
-def test_rows_with_a_wrong_id_are_nan_and_teach_nothing(side, value):
-    (x, *banks, gates, dy), indices, _ = draw("chosen, token", (4, 4), tokens=5)
+@pytest.mark.parametrize(("side", "rank"), [(0, 5), (1, 5), (0, 70), (1, 70)])
+def test_rows_with_a_wrong_id_are_nan_and_teach_nothing(side, rank, value):
+    if rank > 64 and value > 4 and not NIGHTLY:
+        pytest.skip("repeats at night")
+    (x, *banks, gates, dy), indices, _ = draw("chosen, token", (4, 4), tokens=5, rank=rank)
     broken = [index.clone() for index in indices]
     broken[side][0, 1, 1] = value
     results = []
@@ -192,8 +213,9 @@ def test_rows_with_a_wrong_id_are_nan_and_teach_nothing(side, value):
     assert all(t.isfinite().all() for t in (*got, *grads))
 
 
-def test_only_what_is_needed_is_computed_with_the_same_bits():
-    (x, *banks, gates, dy), indices, _ = draw("chosen, sample", (4, 4))
+@BOTH_WAYS
+def test_only_what_is_needed_is_computed_with_the_same_bits(rank):
+    (x, *banks, gates, dy), indices, _ = draw("chosen, sample", (4, 4), rank=rank, tokens=7)
     _, pre = triton_impl.forward(x, *banks, *indices, gates, None, True, "gelu", "outputs")
     arguments = (dy, x, pre, banks[0], banks[2], banks[3], *indices, gates)
     want = triton_impl.backward(*arguments, True, True, True, True, True, "gelu", "outputs")
@@ -230,9 +252,10 @@ def test_an_empty_batch_gives_zero_gradients(batch, tokens):
     assert names == []
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("form", FORMS)
-def test_no_tensor_value_reaches_python(form):
-    (x, *banks, gates, dy), indices, _ = draw(form, (4, 4))
+def test_no_tensor_value_reaches_python(form, rank):
+    (x, *banks, gates, dy), indices, _ = draw(form, (4, 4), rank=rank)
     x, *banks, gates, dy = (t.to("meta") for t in (x, *banks, gates, dy))
     indices = [t if t is None else t.to("meta") for t in indices]
     with spied_launches(run=False) as names:
@@ -241,13 +264,39 @@ def test_no_tensor_value_reaches_python(form):
         dx, *grads, dgates = triton_impl.backward(*arguments, True, True, True, True, True, "gelu", "outputs")
     assert [out.shape, dx.shape, dgates.shape] == [dy.shape, x.shape, gates.shape]
     assert [g.shape for g in grads] == [b.shape for b in banks]
-    assert names == ["gated_adapter_forward_kernel", *BACKWARD]
+    assert names == (["gated_adapter_forward_kernel", *BACKWARD] if rank == 5 else rows_launches((4, 4)))
 
 
-def test_more_columns_than_a_tile_holds_are_refused_with_the_way_out():
-    tensors, indices, options = draw("dense, token", (4, 4), rank=70)
-    with pytest.raises(BackendUnavailableError, match=r"at most 256 narrow columns.*backend='reference'"):
-        run("triton", tensors, indices, options)(*tensors)
+# name -> how the call is drawn; all have more than 256 columns on one side at least.
+ROWS = {
+    "dense": dict(form="dense, token", tokens=9),
+    "dense weights": dict(form="dense, sample", mix="weights"),
+    "chosen": dict(form="chosen, token", slots=3),
+    "chosen weights": dict(form="chosen, token", mix="weights"),
+    "chosen sample": dict(form="chosen, sample", banks=(3, 4), rank=80, index_dtype=torch.int32),
+    "chosen sample weights": dict(form="chosen, sample", banks=(3, 4), rank=80, mix="weights"),
+    "one down": dict(form="dense, token", banks=(1, 3)),
+    "one down, chosen": dict(form="chosen, token", banks=(1, 3), mix="weights"),
+    "one up": dict(form="dense, sample", banks=(3, 1)),
+    "one up, chosen": dict(form="chosen, token", banks=(3, 1)),
+    "one up, weights": dict(form="chosen, token", banks=(3, 1), mix="weights"),
+    "no slot": dict(form="chosen, token", slots=0),
+    "no slot, one up": dict(form="chosen, token", banks=(3, 1), slots=0, mix="weights"),
+    "one row": dict(form="chosen, token", batch=1, tokens=1),
+    "wider than a tile": dict(form="chosen, token", banks=(2, 2), rank=300, tokens=3),
+    "primes": dict(form="chosen, token", tokens=37, features=41, out=37),
+    "many experts": dict(
+        form="chosen, token", banks=(33, 33), rank=8, tokens=2, dtype=torch.bfloat16, gates_dtype=torch.float32
+    ),
+    "float16 weights": dict(form="dense, token", dtype=torch.float16, mix="weights"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_more_columns_than_a_tile_holds(case):
+    how = dict(banks=(3, 3), rank=100, tokens=3) | ROWS[case]
+    tensors, indices, options = draw(how.pop("form"), banks := how.pop("banks"), **how)
+    check(tensors, indices, options, rows_launches(banks))
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="nothing is launched")

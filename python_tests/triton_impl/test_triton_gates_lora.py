@@ -13,13 +13,14 @@ needs_triton()
 from gates_lora_cases import BANKS, draw_gates, run_gates
 from poison import poisoned_memory
 
+from adamix_kernels.ops import _gated_sum
 from adamix_kernels.ops.gated_lora import reference, triton_impl
 from adamix_kernels.ops.gated_lora.triton_impl import by_rows, one_tile
 from adamix_kernels.ops.routed_lora.triton_impl import weights
 from adamix_kernels.testing import assert_in_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-spied_launches = functools.partial(launches, one_tile, by_rows, weights)
+spied_launches = functools.partial(launches, one_tile, by_rows, weights, _gated_sum)
 draw = functools.partial(draw_gates, DEVICE)
 TILE = ["gated_lora_forward_kernel", "gated_lora_dx_kernel", "lora_grads_kernel"]
 

@@ -1,6 +1,7 @@
 """Triton backend of the gated adapter.
 
-Launches: one forward, at most three backward (two where one split of the rows is enough).
+Launches: one forward, at most three backward (two where one split of the rows is enough), where a tile holds the
+narrow columns of all experts; else the slots of all rows are grouped by expert on the device first (by_rows.py).
 """
 
 from __future__ import annotations
@@ -9,12 +10,11 @@ from typing import Any
 
 import torch
 
-from ...._backends import BackendUnavailableError
 from ...._triton_utils import capability, dot_dtype, launch, memory, precision
 from ...._triton_utils import problem as unsupported
 from ..._gates import slots_of
-from ..._routed_plan import MAX_WIDTH
 from ..._row_tiles import row_tile, tile_options
+from . import by_rows
 from .forward import gated_adapter_forward_kernel
 from .input_grad import gated_adapter_input_grad_kernel
 from .plan import Plan, make_plan
@@ -33,7 +33,12 @@ def forward(
     residual = x if add_input else _contiguous(residual)
     if batch * tokens == 0:
         return out, pre
-    plan = _planned(x, r, down_index, up_index, gates, md, mu, mix)
+    plan = make_plan(x, r, down_index, up_index, gates, md, mu, mix)
+    if plan is None:
+        call = by_rows.Call(x, r, down_index, up_index, gates, md, mu, mix, _activation(activation, x.dtype))
+        biases = (_contiguous(down_bias), up_weight, _contiguous(up_bias))
+        by_rows.forward(call, x, down_weight, *biases, residual, out, pre)
+        return out, pre
     kernel = gated_adapter_forward_kernel
     meta = _tile_meta(kernel, plan, x, r, hidden, add_input and plan.up.kind != "chosen")
     launch(
@@ -57,7 +62,13 @@ def backward(
     if batch * tokens == 0:
         grads = (*outputs(x, down_weight.shape, need_down), *outputs(x, up_weight.shape, need_up))
         return dx, *(grad.zero_() for grad in grads), dgates.zero_()
-    plan = _planned(x, r, down_index, up_index, gates, md, mu, mix)
+    plan = make_plan(x, r, down_index, up_index, gates, md, mu, mix)
+    if plan is None:
+        call = by_rows.Call(x, r, down_index, up_index, gates, md, mu, mix, _activation(activation, x.dtype))
+        wanted = (dx if need_input else None, dgates if need_gates else None)
+        weights = (down_weight, up_weight, _contiguous(up_bias))
+        grads = by_rows.backward(call, grad_out, x, pre, *weights, need_down, need_up, add_input, *wanted)
+        return dx, *grads, dgates
     dpre = memory(x, batch, tokens, md * r) if need_down else None
     h = memory(x, batch, tokens, mu * r) if need_up else None
     weights = memory(x, plan.rows, plan.biases) if need_up else None
@@ -76,16 +87,6 @@ def backward(
     )  # fmt: skip
     grads = weight_grads(plan, x, dpre, grad_out, h, weights, row_grads, dgates, down_weight.shape, up_weight.shape)
     return dx, *grads, dgates
-
-
-def _planned(x, r, down_index, up_index, gates, md, mu, mix) -> Plan:
-    plan = make_plan(x, r, down_index, up_index, gates, md, mu, mix)
-    if plan is None:
-        raise BackendUnavailableError(
-            f"backend: got 'triton' for {max(md, mu)} gated experts of r {r}, expected at most {MAX_WIDTH} narrow "
-            "columns, both numbers rounded up to powers of 2; backend='reference' takes any"
-        )
-    return plan
 
 
 def _activation(activation: str, dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ from ..._triton_aot import POINTERS, AotCase, make_case
 from .forward import gated_adapter_forward_kernel
 from .input_grad import gated_adapter_input_grad_kernel
 from .plan import Plan, make_plan
+from .rows_aot import rows_cases
 from .tables import TABLES, config, may_stay
 from .weight_grad import gated_adapter_weight_grad_kernel
 from .weights import CHUNK
@@ -40,6 +41,7 @@ def aot_cases(capability: int = 90) -> Iterator[AotCase]:
     for dtype, pointer in POINTERS.items():
         plan = _plan("dense", 4, 16, 4)._replace(weights=True)
         yield from _tile_cases("weights_m4_r16_k4", dtype, pointer, plan, 16, capability)
+        yield from rows_cases(dtype, pointer, capability)
 
 
 def _plan(form: str, experts: int, r: int, slots: int) -> Plan:

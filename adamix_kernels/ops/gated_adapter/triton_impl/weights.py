@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...._triton_utils import capability, dot_dtype, launch, memory, precision
-from ..._adapter_planes import SUM_CHUNK, SUM_COLS, adapter_plane_sum_kernel, count_splits
+from ..._adapter_planes import count_splits, sum_planes
 from ..._routed_plan import power_of_2
 from .plan import Plan
 from .tables import config
@@ -47,14 +47,7 @@ def weight_grads(plan: Plan, x, dpre, grad_out, h, weights, row_grads, dgates, d
         ROWS=chosen.rows, COLS=chosen.cols, CHUNK=CHUNK,
         num_warps=chosen.num_warps, num_stages=chosen.num_stages,
     )  # fmt: skip
-    # What one split has written is the gradient.
-    sizes = [0 if plane is out else out.numel() for plane, out in zip(planes, (*down, *up))]
-    if any(sizes):
-        launch(
-            adapter_plane_sum_kernel, (sum(-(-n // SUM_COLS) for n in sizes),), x.device,
-            *planes, *down, *up, splits, splits,
-            DOWN=sizes[0], DOWN_BIAS=sizes[1], UP=sizes[2], UP_BIAS=sizes[3], CHUNK=SUM_CHUNK, COLS=SUM_COLS,
-        )  # fmt: skip
+    sum_planes(x, planes, (*down, *up), splits, splits)
     return *down, *up
 
 

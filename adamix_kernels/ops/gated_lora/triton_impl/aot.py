@@ -7,15 +7,15 @@ from collections.abc import Iterator
 import torch
 
 from ...._triton_utils import DTYPES, precision
+from ..._gated_sum import SUM_COLUMNS, SUM_ROWS, gated_rows_sum_kernel
 from ..._routed_plan import power_of_2
 from ..._triton_aot import POINTERS, AotCase, make_case
 from ...routed_lora.triton_impl.plan import RESIDENT, RESIDENT_WIDTH, padded_rank, row_blocks
 from ...routed_lora.triton_impl.tables import MAX_REGISTERS, config
 from ...routed_lora.triton_impl.weight_grad import lora_grads_kernel
-from .by_rows import SUM_COLUMNS, SUM_ROWS
 from .forward import gated_lora_forward_kernel
 from .input_grad import gated_lora_dx_kernel
-from .rows import gated_rows_dx_kernel, gated_rows_forward_kernel, gated_rows_sum_kernel
+from .rows import gated_rows_dx_kernel, gated_rows_forward_kernel
 
 _HIDDEN = 1024
 # name -> (experts of A, experts of B, r, slots, chosen, dropout, weights)
@@ -50,7 +50,7 @@ def _cases(capability: int) -> Iterator[AotCase]:
 
 
 def _common(dtype: torch.dtype, r: int, slots: int, dropout: bool, index: str | None) -> dict:
-    pointers = ("x", "a", "b", "base", "out", "t", "grad", "dx", "dt", "p")
+    pointers = ("x", "a", "b", "base", "out", "t", "grad", "dx", "u", "dt", "p")
     return dict.fromkeys((f"{name}_ptr" for name in pointers), POINTERS[dtype]) | dict(
         a_index_ptr=index, b_index_ptr=index, gates_ptr="*fp32", dgates_ptr="*fp32", scales_ptr=None,
         seed_ptr="*i64" if dropout else None, keys_ptr="*i32" if dropout else None, span="i32", divisor="i32",
@@ -89,7 +89,10 @@ def _rows_cases(name, dtype, capability, experts, r, slots, dropout):
     for fn, like in ((gated_rows_forward_kernel, "lora_forward_kernel"), (gated_rows_dx_kernel, "lora_dx_kernel")):
         chosen = config(like, capability, dtype.itemsize, power_of_2(r))
         blocks = dict(BLOCK_M=chosen.rows, BLOCK_C=chosen.cols, STAGES=chosen.num_stages)
-        yield _case(fn, name, dtype, chosen, arguments | blocks, power_of_2(r))
+        yield _case(fn, name, dtype, chosen, arguments | dict(u_ptr=None) | blocks, power_of_2(r))
+        # The second launch where weights are mixed.
+        blocks |= dict(x_ptr=None, grad_ptr=None, z_ptr=POINTERS[dtype] if r > rp else None)
+        yield _case(fn, f"{name}_mixed", dtype, chosen, arguments | blocks, power_of_2(r))
     sides = {}
     for side in "AB":
         sides |= {f"{side}_MODE": "sorted", f"{side}_EXPERTS": experts, f"{side}_PADDED": 1, f"{side}_RP": rp}

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
+from ..._gated_tiles import any_wrong
 from ..._routed_tiles import keep_own, poison, spread, tile_rows
 from ...routed_lora.triton_impl.tiles import expand, group_columns, row_keys, shrink
-from .tiles import any_wrong, copies, load_slots, slot_of, store_slots, sums, weigh
+from .tiles import copies, load_slots, slot_of, store_slots, sums, weigh
 
 
 @triton.jit(do_not_specialize=["span", "divisor", "threshold"])

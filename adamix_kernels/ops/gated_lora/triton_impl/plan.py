@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...._triton_utils import capability
-from ..._routed_plan import MAX_WIDTH, Plan, Side, power_of_2
+from ..._routed_plan import MAX_WIDTH, Plan, Side, power_of_2, same_ids
 from ...routed_lora.triton_impl.plan import MAX_RANK, MAX_ROWS, Call
 
 # Most slots of a tile of all experts, which looks at one after the other.
@@ -20,16 +20,8 @@ def in_one_tile(lora_a, lora_b, a_index, b_index, slots: int, mix: str) -> bool:
     if power_of_2(max(banks)) * power_of_2(packed) > MAX_WIDTH or packed > MAX_RANK:
         return False
     dense = a_index is None and b_index is None
-    apart = min(banks) > 1 and mix == "outputs" and not _same(a_index, b_index)
+    apart = min(banks) > 1 and mix == "outputs" and not same_ids(a_index, b_index)
     return dense or not (slots > MAX_SLOTS or apart)
-
-
-def _same(a_index, b_index) -> bool:
-    """Whether slot k has one id on both sides, as far as that can be seen without their values."""
-    if a_index is None or b_index is None:
-        return a_index is b_index
-    where = [(i.data_ptr(), i.shape, i.stride(), i.dtype) for i in (a_index, b_index)]
-    return a_index is b_index or where[0] == where[1]
 
 
 def tile_call(x, lora_a, lora_b, a_index, b_index, gates, offsets, width: int) -> Call:
@@ -54,7 +46,7 @@ def rows_call(x, lora_a, lora_b, a_index, b_index, gates, offsets, width: int) -
     if a_index is None and b_index is None:
         every = torch.arange(slots, device=x.device).expand(batch, tokens, slots)
         a_index, b_index = (every if m > 1 else None for m in banks)
-    same = _same(a_index, b_index)
+    same = same_ids(a_index, b_index)
     indices: list[torch.Tensor | None] = []
     key, keys = None, 1
     for number, (index, m) in enumerate(zip((a_index, b_index), banks, strict=True)):

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
+from ..._gated_tiles import any_wrong, times
 from ..._routed_tiles import poison, tile_experts, tile_rows
 from ...routed_lora.triton_impl.tiles import expand, group_columns, row_keys, shrink
-from .tiles import any_wrong
 
 
 @triton.jit
@@ -31,6 +31,27 @@ def _factors(
         return tl.load(gates + at, mask=valid, other=0.0).to(tl.float32) * scale, scale
 
 
+@triton.jit
+def _over_slots(
+    z, gates, scales, index, own, valid, divisor, at, inside, R: tl.constexpr, RP: tl.constexpr, SLOTS: tl.constexpr,
+    BY_SAMPLE: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """Of each row of x the sum of gate (times scale) times z [., R] over its slots, columns `at`, float32."""
+    total = tl.zeros([own.shape[0], RP], tl.float32)
+    for slot in range(SLOTS):
+        row = own * SLOTS + slot
+        if BY_SAMPLE:
+            gate = tl.load(gates + own // divisor * SLOTS + slot, mask=valid, other=0.0).to(tl.float32)
+        else:
+            gate = tl.load(gates + row, mask=valid, other=0.0).to(tl.float32)
+        if scales is not None:
+            ids = tl.load(index + row, mask=valid, other=0)
+            gate *= tl.load(scales + ids, mask=(ids >= 0) & (ids < EXPERTS), other=0.0)
+        one = tl.load(z + (row * R)[:, None] + at[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
+        total += one.to(tl.float32) * gate[:, None]
+    return total
+
+
 @triton.jit(do_not_specialize=["span", "divisor", "threshold"])
 def gated_rows_forward_kernel(
     x_ptr, a_ptr, b_ptr, a_index_ptr, b_index_ptr, gates_ptr, scales_ptr, seed_ptr, z_ptr, out_ptr, t_ptr,
@@ -40,9 +61,10 @@ def gated_rows_forward_kernel(
     A_EXPERTS: tl.constexpr, B_EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """t = dropout(x) A[i]^T; out [rows, groups * NG] = scaling * g s t B[j]^T, or of z [N, R] in t's place.
+    """t = dropout(x) A[i]^T; out [rows, groups * NG] = scaling * g s t B[j]^T.
 
-    No x_ptr: t is not made. No out_ptr: nothing else is. Grid (row tiles, column splits).
+    No out_ptr: nothing else is made. No x_ptr: t is given, and in its place stands z = sum_k g_k t_k of the row of x,
+    kept in z_ptr [rows, R] where R is more than a chunk. Grid (row tiles, column splits).
     """
     GROUPS: tl.constexpr = len(OFFSETS)
     R: tl.constexpr = GROUPS * RANK
@@ -75,10 +97,19 @@ def gated_rows_forward_kernel(
         factor, _ = _factors(
             gates_ptr, scales_ptr, i, j, rows, own, valid, divisor, SLOTS, BY_SAMPLE, B_EXPERTS
         )  # fmt: skip
-        if z_ptr is not None:
-            t_ptrs = z_ptr + own * R
-            t = tl.load(t_ptrs[:, None] + k[None, :], mask=valid[:, None] & (k < R)[None, :], other=0.0)
-        elif CHUNKS > 1:
+        if x_ptr is None:
+            if CHUNKS > 1:
+                t_ptrs = z_ptr + long * R
+            for chunk in tl.static_range(CHUNKS):
+                at = chunk * RP + k
+                t = _over_slots(
+                    t_ptr, gates_ptr, None, None, own, valid, divisor, at, at < R, R, RP, SLOTS, BY_SAMPLE, B_EXPERTS
+                )  # fmt: skip
+                t = narrow(t, t_ptr.dtype.element_ty)
+                if CHUNKS > 1:
+                    # Every split writes the same bits.
+                    tl.store(t_ptrs[:, None] + at[None, :], t, mask=valid[:, None] & (at < R)[None, :])
+        if CHUNKS > 1:
             tl.debug_barrier()
         t = poison(t.to(DOT), wrong)
         for g in tl.static_range(GROUPS):
@@ -94,7 +125,7 @@ def gated_rows_forward_kernel(
 @triton.jit(do_not_specialize=["span", "divisor", "threshold"])
 def gated_rows_dx_kernel(
     grad_ptr, t_ptr, a_ptr, b_ptr, a_index_ptr, b_index_ptr, gates_ptr, scales_ptr, seed_ptr,
-    dx_ptr, dt_ptr, p_ptr, dgates_ptr, keys_ptr, perm_ptr, start_ptr, stop_ptr,
+    dx_ptr, u_ptr, dt_ptr, p_ptr, dgates_ptr, keys_ptr, perm_ptr, start_ptr, stop_ptr,
     span, divisor, threshold, inv_keep, scaling,
     K: tl.constexpr, RANK: tl.constexpr, NG: tl.constexpr, WIDTH: tl.constexpr, OFFSETS: tl.constexpr,
     RP: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr, BY_SAMPLE: tl.constexpr,
@@ -103,7 +134,8 @@ def gated_rows_dx_kernel(
 ):  # fmt: skip
     """dt = g s u, p = g s t [rows, R], dgates = s <t, u> and dx [rows, K]; u = scaling * dy B[j]. As input_grad.py.
 
-    No grad_ptr: dt is given. No t_ptr: neither p nor dgates. keys: row_keys [N, 2]. Grid (row tiles, column splits).
+    No t_ptr: dt is u itself, and neither p nor dgates is made. No grad_ptr: u [rows, R] is given, and the rest is that
+    of mixed weights. keys: row_keys [N, 2]. Grid (row tiles, column splits).
     """
     GROUPS: tl.constexpr = len(OFFSETS)
     R: tl.constexpr = GROUPS * RANK
@@ -154,7 +186,37 @@ def gated_rows_dx_kernel(
         if CHUNKS > 1:
             tl.debug_barrier()
     else:
-        dt = tl.load(dt_ptrs[:, None] + k[None, :], mask=valid[:, None] & (k < R)[None, :], other=0.0)
+        factor, scale = _factors(
+            gates_ptr, scales_ptr, i, j, rows, own, valid, divisor, SLOTS, BY_SAMPLE, B_EXPERTS
+        )  # fmt: skip
+        gate, _ = _factors(gates_ptr, None, i, j, rows, own, valid, divisor, SLOTS, BY_SAMPLE, B_EXPERTS)
+        dg = tl.zeros([BLOCK_M], tl.float32)
+        for chunk in tl.static_range(CHUNKS):
+            at = chunk * RP + k
+            mask = valid[:, None] & (at < R)[None, :]
+            to = (long * R)[:, None] + at[None, :]
+            z = _over_slots(
+                t_ptr, gates_ptr, None, None, own, valid, divisor, at, at < R, R, RP, SLOTS, BY_SAMPLE, B_EXPERTS
+            )  # fmt: skip
+            v = _over_slots(
+                u_ptr, gates_ptr, scales_ptr, b_index_ptr, own, valid, divisor, at, at < R, R, RP, SLOTS, BY_SAMPLE,
+                B_EXPERTS,
+            )  # fmt: skip
+            if dgates_ptr is not None:
+                u = tl.load(u_ptr + to, mask=mask, other=0.0).to(tl.float32)
+                t = tl.load(t_ptr + to, mask=mask, other=0.0).to(tl.float32)
+                dg += tl.sum(times(u, z), axis=1) * scale + tl.sum(times(t, v), axis=1)
+            # Every split writes the same bits.
+            if p_ptr is not None:
+                p = tl.where(wrong[:, None], 0.0, z * factor[:, None])
+                tl.store(p_ptr + to, narrow(p, p_ptr.dtype.element_ty), mask=mask)
+            dt = narrow(tl.where(wrong[:, None], 0.0, v * gate[:, None]), dt_ptr.dtype.element_ty)
+            tl.store(dt_ptr + to, dt, mask=mask)
+        if dgates_ptr is not None:
+            dg = tl.where(wrong, float("nan"), dg)
+            tl.store(dgates_ptr + long, narrow(dg, dgates_ptr.dtype.element_ty), mask=valid)
+        if CHUNKS > 1:
+            tl.debug_barrier()
     key0 = 0
     key1 = 0
     if DROPOUT:
@@ -169,31 +231,3 @@ def gated_rows_dx_kernel(
             tl.program_id(1) * BLOCK_C, tl.num_programs(1) * BLOCK_C, R * K, 0, R, K, 1, K, DROPOUT,
             RP, A_EXPERTS, 1, False, CHUNKS, BLOCK_M, BLOCK_C, STAGES, PRECISION, DOT,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def gated_rows_sum_kernel(
-    y_ptr, base_ptr, out_ptr, num_rows, SLOTS: tl.constexpr, WIDTH: tl.constexpr, NG: tl.constexpr,
-    OFFSETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """out [N, WIDTH] = base + sum over the slots, first to last, of y [N * SLOTS, groups * NG].
-
-    Grid (row tiles, column blocks).
-    """
-    GROUPS: tl.constexpr = len(OFFSETS)
-    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (rows < num_rows)[:, None] & (c < WIDTH)[None, :]
-    source = c
-    for g in tl.static_range(GROUPS if NG != WIDTH else 0):
-        if g == 0:
-            source = tl.zeros([BLOCK_C], tl.int32) - 1
-        source = tl.where((c >= OFFSETS[g]) & (c < OFFSETS[g] + NG), c - OFFSETS[g] + g * NG, source)
-    at = (rows * WIDTH)[:, None] + c[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for slot in range(SLOTS):
-        y = y_ptr + ((rows * SLOTS + slot) * (GROUPS * NG))[:, None] + source[None, :]
-        acc += tl.load(y, mask=mask & (source >= 0)[None, :], other=0.0).to(tl.float32)
-    if base_ptr is not None:
-        acc += tl.load(base_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, narrow(acc, out_ptr.dtype.element_ty), mask=mask)

@@ -8,17 +8,6 @@ import triton.language as tl
 
 
 @triton.jit
-def any_wrong(index, at, valid, M: tl.constexpr, SLOTS: tl.constexpr):
-    """[ROWS] rows one of whose ids is outside the bank of M."""
-    wrong = at < 0
-    if index is not None:
-        for slot in range(SLOTS):
-            ids = tl.load(index + at * SLOTS + slot, mask=valid, other=0)
-            wrong = wrong | (ids < 0) | (ids >= M)
-    return wrong
-
-
-@triton.jit
 def weigh(z, gates, index, scales, at, valid, M: tl.constexpr, SLOTS: tl.constexpr, RP: tl.constexpr, MP: tl.constexpr):
     """z [ROWS, MP * RP] times the gate of each column's expert, and its scale; 0 where no slot names that expert."""
     m = (tl.arange(0, MP * RP) // RP)[None, :]
