@@ -85,6 +85,7 @@ struct GatedTeamGrad {
   ColumnRanges ranges;
   Dropout dropout;
   RowShares shares;
+  bool large;  // blocks of twice the warps
   int features, rank, mixed_pitch;
   Divisor by_rank, by_ranks;
 
@@ -114,6 +115,9 @@ bool gated_team_takes(const GatedInputGrad<T>& params, bool biased, const Device
 
 template <typename T>
 void launch_gated_input_grad_mma(const GatedInputGrad<T>& params, const Device& device);
+
+// Shared memory of a block of the next launch, where it is large.
+size_t gated_large_block_bytes();
 
 template <typename T>
 void launch_gated_weight_grad_mma(const GatedTeamGrad<T>& params, const Device& device);

@@ -155,7 +155,10 @@ void run_in_teams(GatedInputGrad<T>& params, GatedCall& call, const Device& devi
   // Shares that fill the device once; planes cost at most a quarter of what they sum, as in count_shares.
   int64_t jobs = weights.down_jobs() + weights.up_jobs();
   int64_t most = std::min(call.rows / 128, call.rows * row_bytes / (32 * sum.plane_size));
-  int count = static_cast<int>(std::max<int64_t>(1, std::min(2 * device.multiprocessors / jobs, most)));
+  int64_t fill = 2 * device.multiprocessors / jobs;
+  weights.large = fill % 2 == 0 && fill > 0 && fill <= most &&
+                  gated_large_block_bytes() <= static_cast<size_t>(device.shared_bytes);
+  int count = static_cast<int>(std::max<int64_t>(1, weights.large ? fill / 2 : std::min(fill, most)));
   weights.shares = cut_rows(count, 128, call.rows, sum, call.x, planes);
   launch_gated_weight_grad_mma(weights, device);
   if (weights.shares.count > 1) launch_plane_sum("gated_plane_sum", sum, device);

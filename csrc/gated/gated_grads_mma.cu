@@ -2,15 +2,17 @@
 // all experts at once, straight from memory, 8 x 8 elements at a time turned in registers.
 //
 // A block has some columns of one side's wide operand, kChunkRanks narrow ones and one share of the rows. Its warps
-// share out the rows, 16 at a time, and their sums are added in the warps' order.
+// share out the rows, 16 at a time, and their sums are added in the warps' order. One large block of twice as many
+// warps serves where two would run side by side, for half the shares to be added.
 #include "gated/gated_team.h"
 
 namespace adamix {
 
+template <int Warps>
 struct GatedGradSums {
   static constexpr int kTiles = kChunkRanks / 16;
   static constexpr int kPitch = kGatedGradCols + 8;
-  static constexpr int kSlots = kTeamWarps / 2;
+  static constexpr int kSlots = Warps / 2;
   static constexpr int kSlot = kChunkRanks * kPitch;
   static constexpr int kDepth = 2;  // of 16 rows under way at a time
 
@@ -46,22 +48,22 @@ struct GatedGradJob {
 };
 
 // The warp's sums: sums[tile][word], ranks 16 tile + spread(4) and two behind it, columns 8 q + 2 word and the next.
-template <typename T>
+template <int Warps, typename T>
 ADAMIX_DEVICE void add_rows(const GatedGradJob<T>& job, int first_row, int end, const DropoutMask& mask,
-                            float (&sums)[GatedGradSums::kTiles][4][4]) {
-  using Sums = GatedGradSums;
+                            float (&sums)[GatedGradSums<Warps>::kTiles][4][4]) {
+  using Sums = GatedGradSums<Warps>;
   constexpr int kDepth = Sums::kDepth;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   int tiles = ceil_div(job.ranks - job.rank0, 16), col = job.col0 + 8 * q;
   const T* narrow = job.narrow + job.rank0 + 4 * q;
-  for (int first = first_row + 16 * warp; first < end; first += 16 * kTeamWarps * kDepth) {
+  for (int first = first_row + 16 * warp; first < end; first += 16 * Warps * kDepth) {
     uint4 wide[kDepth][2];
     uint2 ranks[kDepth][Sums::kTiles][2];
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
 #pragma unroll
       for (int below = 0; below < 2; ++below) {
-        int row = first + 16 * kTeamWarps * d + 8 * below + g;
+        int row = first + 16 * Warps * d + 8 * below + g;
         bool kept = row < end;
         wide[d][below] =
             kept && col < job.cols ? load_words<uint4>(job.wide.data + job.wide.offset(row) + col) : uint4{0, 0, 0, 0};
@@ -79,7 +81,7 @@ ADAMIX_DEVICE void add_rows(const GatedGradJob<T>& job, int first_row, int end, 
         DropoutMask::EightColumns columns(col);
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
-          wide[d][below] = mask.kept(wide[d][below], mask.of_row(first + 16 * kTeamWarps * d + 8 * below + g), columns);
+          wide[d][below] = mask.kept(wide[d][below], mask.of_row(first + 16 * Warps * d + 8 * below + g), columns);
         }
       }
       const uint4 &upper = wide[d][0], &lower = wide[d][1];
@@ -119,10 +121,11 @@ ADAMIX_DEVICE float sum_of_named(const GatedTeamGrad<T>& p, const GatedGradJob<T
   return sum;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kTeamThreads, 2) gated_weight_grad_mma_kernel(GatedTeamGrad<T> p) {
+template <typename T, int Warps>
+__global__ void __launch_bounds__(32 * Warps, 2 * kTeamWarps / Warps) gated_weight_grad_mma_kernel(GatedTeamGrad<T> p) {
   if constexpr (kHasFragments<T>) {
-    using Sums = GatedGradSums;
+    using Sums = GatedGradSums<Warps>;
+    constexpr int kThreads = 32 * Warps;
     SharedMemory memory;
     Sums team(memory);
     GatedGradJob<T> job(p, blockIdx.x);
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(kTeamThreads, 2) gated_weight_grad_mma_kernel(
     int first = static_cast<int>(from), end = static_cast<int>(from + left);
     float* plane = p.shares.planes == nullptr ? nullptr : p.shares.planes + blockIdx.y * p.shares.plane_size;
     float sums[Sums::kTiles][4][4] = {};
-    add_rows<T>(job, first, end, mask, sums);
+    add_rows<Warps>(job, first, end, mask, sums);
 
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     auto each = [&](auto visit) {
@@ -162,7 +165,7 @@ __global__ void __launch_bounds__(kTeamThreads, 2) gated_weight_grad_mma_kernel(
     float scale = mask.drops() ? dropout.scale : 1.f;
     const SlotExperts& side = job.up ? p.gates.up : p.gates.down;
     int weights = side.experts * p.rank;  // of a group of up; behind them the biases
-    for (int i = threadIdx.x; i < kGatedGradCols * kChunkRanks; i += kTeamThreads) {
+    for (int i = threadIdx.x; i < kGatedGradCols * kChunkRanks; i += kThreads) {
       // Neighbouring threads write neighbouring elements.
       int c = job.up ? i / kChunkRanks : i % kGatedGradCols, of = job.up ? i % kChunkRanks : i / kGatedGradCols;
       int col = job.col0 + c, rank = job.rank0 + of;
@@ -188,27 +191,41 @@ __global__ void __launch_bounds__(kTeamThreads, 2) gated_weight_grad_mma_kernel(
     __syncthreads();
     int of = threadIdx.x % kChunkRanks, part = threadIdx.x / kChunkRanks, rank = job.rank0 + of;
     float sum = 0.f;
-    for (int row = first + part; row < end && rank < job.ranks; row += kTeamThreads / kChunkRanks) {
+    for (int row = first + part; row < end && rank < job.ranks; row += kThreads / kChunkRanks) {
       sum += to_float(job.narrow[static_cast<int64_t>(row) * job.pitch + rank]);
     }
     team.sums[threadIdx.x] = sum;
     __syncthreads();
     if (part > 0 || rank >= job.ranks) return;
 #pragma unroll
-    for (int other = 1; other < kTeamThreads / kChunkRanks; ++other) sum += team.sums[other * kChunkRanks + of];
+    for (int other = 1; other < kThreads / kChunkRanks; ++other) sum += team.sums[other * kChunkRanks + of];
     store_grad(p.down_bias, plane, rank, sum);
   }
 }
 
-template __global__ void gated_weight_grad_mma_kernel<half>(GatedTeamGrad<half>);
-template __global__ void gated_weight_grad_mma_kernel<bfloat16>(GatedTeamGrad<bfloat16>);
+#define ADAMIX_INSTANTIATE(T)                                                             \
+  template __global__ void gated_weight_grad_mma_kernel<T, kTeamWarps>(GatedTeamGrad<T>); \
+  template __global__ void gated_weight_grad_mma_kernel<T, 2 * kTeamWarps>(GatedTeamGrad<T>);
+ADAMIX_INSTANTIATE(half)
+ADAMIX_INSTANTIATE(bfloat16)
+#undef ADAMIX_INSTANTIATE
 
 #if defined(ADAMIX_LAUNCHERS)
+size_t gated_large_block_bytes() { return shared_bytes<GatedGradSums<2 * kTeamWarps>>(); }
+
 template <typename T>
 void launch_gated_weight_grad_mma(const GatedTeamGrad<T>& params, const Device& device) {
   dim3 grid(params.down_jobs() + params.up_jobs(), params.shares.count);
-  launch("gated_weight_grad_mma", gated_weight_grad_mma_kernel<T>, {grid, kTeamThreads, shared_bytes<GatedGradSums>()},
-         device, params);
+  auto run = [&](auto warps) {
+    constexpr int kWarps = decltype(warps)::value;
+    Shape shape{grid, 32 * kWarps, shared_bytes<GatedGradSums<kWarps>>()};
+    launch("gated_weight_grad_mma", gated_weight_grad_mma_kernel<T, kWarps>, shape, device, params);
+  };
+  if (params.large) {
+    run(std::integral_constant<int, 2 * kTeamWarps>{});
+  } else {
+    run(std::integral_constant<int, kTeamWarps>{});
+  }
 }
 
 template void launch_gated_weight_grad_mma(const GatedTeamGrad<half>&, const Device&);

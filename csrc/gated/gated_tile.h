@@ -105,9 +105,20 @@ ADAMIX_DEVICE void gather(const GatedTile<T>& tile, const Gates& gates, const Sl
     visit_patch<float, kNarrow>(tile.stages.patch, [&](int row, int col, const float* sums) {
       if (row >= tile.count || !tile.served[row]) return;
       int64_t at = gates.at(static_cast<int>(tile.first) + row);
+      // Neighbouring columns are of one expert, as a rule.
+      int expert = by_ranks.quotient(col0 + col), rank = col0 + col - expert * ranks;
+      if (side.differ() && col0 + col < cols && rank + Piece<float>::kSize <= ranks) {
+#pragma unroll 1
+        for (int slot = 0; slot < side.slots; ++slot) {
+          if (side.named(at + slot, slot) != expert) continue;
+#pragma unroll
+          for (int e = 0; e < Piece<float>::kSize; ++e) give(row, slot, expert, rank + e, sums[e]);
+        }
+        return;
+      }
 #pragma unroll 1
       for (int e = 0; e < Piece<float>::kSize && col0 + col + e < cols; ++e) {
-        int expert = by_ranks.quotient(col0 + col + e), rank = col0 + col + e - expert * ranks;
+        expert = by_ranks.quotient(col0 + col + e), rank = col0 + col + e - expert * ranks;
         if (!side.differ()) {
           give(row, expert, expert, rank, sums[e]);
           continue;
@@ -125,57 +136,102 @@ ADAMIX_DEVICE void gather(const GatedTile<T>& tile, const Gates& gates, const Sl
 // slots of narrow[row][slot][from + q] times column q of the slot's expert and, where there are bias_gates, of those
 // times its bias: column `rank` of an expert. load_right(tile, col0, expert, experts, k0): kNarrow columns and kInner
 // inner indices of so many experts, their ranks first and then their biases.
+//
+// Experts of a few ranks share a product's inner dimension, where what a row does not name is zero. Pieces that are not
+// finite then are made again, expert by expert, by the rows that name it: no row sees another's infinities.
 template <typename T, Inner Right, typename LoadRight, typename Finish>
 ADAMIX_DEVICE void spread(const GatedTile<T>& tile, const Gates& gates, const SlotExperts& side,
                           const NamedExperts& named, const T* narrow, int pitch, int from, int rank,
                           const Divisor& by_rank, const T* bias_gates, int cols, LoadRight load_right, Finish finish) {
   constexpr int kNarrow = GatedTile<T>::kNarrow, kSize = Piece<T>::kSize, kPieces = kNarrow / kSize;
-  constexpr int kMine = kWarpRows * kPieces / 32, kPitch = pitch_of<T>(kInner<T>);
+  constexpr int kMine = kWarpRows * kPieces / 32, kPitch = pitch_of<T>(kInner<T>), kLefts = kInner<T> / kSize;
+  bool whole = rank % kSize == 0 && pitch % kSize == 0 && reinterpret_cast<uintptr_t>(narrow + from) % 16 == 0;
+  int own_ranks = rank + (bias_gates == nullptr ? 0 : 1);
+  int together = side.differ() ? max_of(1, kInner<T> / max_of(1, own_ranks)) : side.experts;
+  // Calls visit(slot) for the slots of a row that name an expert.
+  auto each_slot = [&](int row, int expert, auto visit) {
+    if (!side.differ()) return visit(expert);
+    int64_t at = gates.at(static_cast<int>(tile.first) + row);
+#pragma unroll 1
+    for (int slot = 0; slot < side.slots; ++slot) {
+      if (side.named(at + slot, slot) == expert) visit(slot);
+    }
+  };
   for (int col0 = 0; col0 < cols; col0 += kNarrow) {
     float totals[kMine][kSize] = {};
-    int experts = side.differ() ? 1 : side.experts;
-    for (int expert = 0; expert < side.experts; expert += experts) {
-      if (!named.any(expert, expert)) continue;
-      int weights = experts * rank, inner = weights + (bias_gates == nullptr ? 0 : experts);
-      auto load_left = [&](T* left, int k0) {
-        for (int i = threadIdx.x; i < kTileRows * kInner<T>; i += kTileThreads) {
-          int row = i / kInner<T>, k = k0 + i % kInner<T>;
-          float value = 0.f;
-          if (k < inner && row < tile.count && tile.served[row]) {
-            int of = k < weights ? static_cast<int>(by_rank.quotient(k)) : k - weights;
-            const T* own = k < weights ? narrow + from + k - of * rank : bias_gates;
-            int apart = k < weights ? pitch : 1;
-            own += (tile.first + row) * side.slots * apart;
-            if (!side.differ()) {
-              value = to_float(own[of * apart]);
-            } else {
-              int64_t at = gates.at(static_cast<int>(tile.first) + row);
-              for (int slot = 0; slot < side.slots; ++slot) {
-                if (side.named(at + slot, slot) == expert) value += to_float(own[slot * apart]);
-              }
+    bool again[kMine] = {};
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+      int experts = pass == 0 ? together : 1;
+      for (int expert = 0; expert < side.experts; expert += experts) {
+        int count = side.experts - expert < experts ? side.experts - expert : experts;
+        if (!named.any(expert, expert + count - 1)) continue;
+        int weights = count * rank, inner = weights + (bias_gates == nullptr ? 0 : count);
+        auto load_left = [&](T* left, int k0) {
+          for (int i = threadIdx.x; i < kTileRows * kLefts; i += kTileThreads) {
+            int row = i / kLefts, k = k0 + i % kLefts * kSize;
+            T* to = left + row * kPitch + i % kLefts * kSize;
+            bool there = k < inner && row < tile.count && tile.served[row];
+            int64_t slot0 = (tile.first + row) * side.slots;
+            if (!there || (whole && k + kSize <= weights)) {
+              float sums[kSize] = {};
+              int of = there ? static_cast<int>(by_rank.quotient(k)) : 0;
+              auto take = [&](int slot) {
+                Piece<T> own = load_piece(narrow + (slot0 + slot) * pitch + from + k - of * rank, kSize, true);
+#pragma unroll
+                for (int e = 0; e < kSize; ++e) sums[e] += to_float(own.values[e]);
+              };
+              if (there) each_slot(row, expert + of, take);
+              Piece<T> piece;
+#pragma unroll
+              for (int e = 0; e < kSize; ++e) piece.values[e] = from_float<T>(sums[e]);
+              store_piece(to, piece, kSize, true);
+              continue;
+            }
+#pragma unroll 1
+            for (int e = 0; e < kSize; ++e) {
+              float sum = 0.f;
+              bool bias = k + e >= weights;
+              int of = bias ? k + e - weights : static_cast<int>(by_rank.quotient(k + e));
+              auto take = [&](int slot) {
+                int64_t at = slot0 + slot;
+                sum += to_float(bias ? bias_gates[at] : narrow[at * pitch + from + k + e - of * rank]);
+              };
+              if (k + e < inner) each_slot(row, expert + of, take);
+              to[e] = from_float<T>(sum);
             }
           }
-          left[row * kPitch + i % kInner<T>] = from_float<T>(value);
+        };
+        narrow_product<T, kNarrow, Right>(
+            tile.stages, inner, load_left, [](T*, int) {},
+            [&](T* right, int k0) { load_right(right, col0, expert, count, k0); });
+#pragma unroll
+        for (int i = 0; i < kMine; ++i) {
+          int piece = i * 32 + this_lane();
+          int row = this_warp() * kWarpRows + piece / kPieces, col = piece % kPieces * kSize;
+          bool takes = row < tile.count && (pass == 0 || again[i]);
+          if (takes && side.differ() && experts == 1) {
+            takes = false;
+            if (tile.served[row]) each_slot(row, expert, [&](int) { takes = true; });
+          }
+          if (!takes) continue;
+          const float* sums = tile.stages.patch + row * kPatchPitch + col;
+#pragma unroll
+          for (int e = 0; e < kSize; ++e) totals[i][e] += sums[e];
         }
-      };
-      narrow_product<T, kNarrow, Right>(
-          tile.stages, inner, load_left, [](T*, int) {},
-          [&](T* right, int k0) { load_right(right, col0, expert, experts, k0); });
+      }
+      if (pass > 0 || !side.differ() || together == 1) break;
+      bool any = false;
 #pragma unroll
       for (int i = 0; i < kMine; ++i) {
-        int piece = i * 32 + this_lane();
-        int row = this_warp() * kWarpRows + piece / kPieces, col = piece % kPieces * kSize;
-        bool takes = row < tile.count && (!side.differ() || tile.served[row]);
-        if (takes && side.differ()) {
-          int64_t at = gates.at(static_cast<int>(tile.first) + row);
-          takes = false;
-          for (int slot = 0; slot < side.slots; ++slot) takes = takes || side.named(at + slot, slot) == expert;
-        }
-        if (!takes) continue;
-        const float* sums = tile.stages.patch + row * kPatchPitch + col;
+        float all = 0.f;
 #pragma unroll
-        for (int e = 0; e < kSize; ++e) totals[i][e] += sums[e];
+        for (int e = 0; e < kSize; ++e) all += totals[i][e] - totals[i][e];
+        again[i] = !(all == 0.f), any = any || again[i];
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) totals[i][e] = again[i] ? 0.f : totals[i][e];
       }
+      if (__syncthreads_or(any) == 0) break;
     }
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {

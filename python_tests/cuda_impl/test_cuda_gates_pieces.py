@@ -41,6 +41,17 @@ def test_other_rows_go_to_the_kernels_for_any(wrong):
     assert not any("_mma_" in name for name in made)
 
 
+@pytest.mark.skipif(not ON_HOST, reason="a GPU keeps no record of launches")
+@pytest.mark.parametrize(("multiprocessors", "summed"), [(4, False), (6, True), (8, True)])
+def test_a_large_block_serves_where_two_would_run_side_by_side(multiprocessors, summed, monkeypatch):
+    """Four blocks have all of the weights' gradients: two large blocks' shares of rows are those of four others."""
+    monkeypatch.setenv("ADAMIX_HOST_MULTIPROCESSORS", str(multiprocessors))
+    drawn = even("dense", batch=2, tokens=256, banks=(2, 2), rank=4, features=64, cols=64)
+    with launches() as made:
+        drawn.check()
+    assert any("plane_sum" in name for name in made) == summed
+
+
 @pytest.mark.skipif(not ON_HOST, reason="a GPU keeps no record of calls")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ["one B, shares of rows", "adapter, chosen"])
