@@ -27,9 +27,10 @@ class How:
         slices of a few instructions ("slices"). blocks: the same of the grid, "slices" a random order. late: whether a
         wgmma reads its operands when it is waited for, not when it is issued.
     seed: of what is random. races: whether they are looked for. statistics: whether memory access is counted.
-    limit: instructions after which a launch is given up. blocks_at_most, enough: only so many blocks run, spread over
-        the grid, and none begins after so many instructions; 0: all of them. zeros: what shared memory begins with, as
-        what other blocks of a cluster would have written there is never written; else NaN that nobody set.
+    limit: instructions after which a launch is given up. blocks_at_most, enough: only so many blocks run, and none
+        begins after so many instructions; those that run are spread over the grid; 0: all of them. zeros: what shared
+        memory begins with, as what other blocks of a cluster would have written there is never written; else NaN that
+        nobody set.
     """
 
     order: str = "forward"
@@ -185,8 +186,9 @@ class Program:
 
 def _blocks(count: int, how: How) -> np.ndarray:
     numbers = np.arange(count, dtype=np.int64)
-    if 0 < how.blocks_at_most < count:
-        numbers = _spread(count, how.blocks_at_most)
+    if 0 < how.blocks_at_most < count or how.enough:
+        # Also where all may run: as few of them as are enough would else be the grid's first, one side of a gradient.
+        numbers = _spread(count, min(count, how.blocks_at_most or count))
     if how.blocks == "slices":
         return np.random.default_rng(how.seed).permutation(numbers)
     return np.ascontiguousarray(numbers[::-1]) if how.blocks == "backward" else numbers

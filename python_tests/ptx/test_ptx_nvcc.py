@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -207,6 +208,25 @@ def test_a_part_of_the_blocks_and_what_they_touch():
     assert np.diff(ran).max() < 25
     few = How(races=False, statistics=True, enough=1)
     assert run(text.executed, argument, [out], grid=(100,), warps=2, shared=256, how=few)[1].blocks == 1
+
+
+@pytest.mark.parametrize("most", [0, 100, 2048])
+def test_blocks_that_are_enough_are_spread_over_the_grid(most):
+    """Also where all may run: the first blocks of a weight gradient are all of one side."""
+    (text,) = nvcc.kernels(HEAD + ARRAYS).values()
+    out = torch.zeros(100 * 64, dtype=torch.int32)
+    argument = struct.pack("<QII", out.data_ptr(), 7, 3) + bytes(8)
+    each = run(text.executed, argument, [out], warps=2, shared=256, how=How(races=False))[1].instructions
+    out.zero_()
+    how = How(races=False, statistics=True, blocks_at_most=most, enough=20 * each)
+    blocks = run(text.executed, argument, [out], grid=(100,), warps=2, shared=256, how=how)[1].blocks
+    ran = np.flatnonzero(out.view(100, 64)[:, 0].numpy())
+    assert blocks == len(ran) == 20
+    assert np.diff([-1, *ran, 100]).max() < 15
+    out.zero_()
+    how = replace(how, enough=2**40)
+    assert run(text.executed, argument, [out], grid=(100,), warps=2, shared=256, how=how)[1].blocks == 100
+    assert out.view(100, 64)[:, 0].all()
 
 
 AGAIN = """
