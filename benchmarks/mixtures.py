@@ -30,7 +30,7 @@ TOLERANCE = 1e-4  # float32, against the same formula in float64, of the largest
 # Shapes by which the bytes of a decoded token are counted: BERT-large's, Llama-2-7B's.
 DEPTHS = {"24 x 1024": (24, 1024, 4096), "32 x 4096": (32, 4096, 11008)}
 _VIEWS = ("view", "reshape", "transpose", "permute", "slice", "select", "unsqueeze", "squeeze", "expand", "alias", "t.")
-_VIEWS += ("detach", "as_strided", "split", "unbind", "lift_fresh", "unsafe_view", "narrow", "chunk")
+_VIEWS += ("detach", "as_strided", "split", "unbind", "lift_fresh", "unsafe_view", "_unsafe_view", "narrow", "chunk")
 
 
 class Layer:

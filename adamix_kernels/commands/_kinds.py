@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..models.targets import saved_modules
 from ..recipes.metrics import CLASS_METRICS, NUMBER_METRICS, TEXT_METRICS, Scores, label_scores, text_scores
 from ..tasks import TextSplit, collator, predict, tokenize
+from ..tasks.batches import with_tasks
 from ..tasks.encoders import positions
 from ..tasks.generation import IGNORED, beam_decode, encode_texts, pair_collator, token_loss
 
@@ -92,9 +93,13 @@ class LabelKind:
         logits = predict(model, rows, self.collate, self.batch_size, progress=progress)
         return self.scores(self.chosen(logits), [row["labels"] for row in rows])
 
-    def predictions(self, model: nn.Module, texts: list[str], pairs: list[str] | None) -> list[dict[str, Any]]:
-        """{"label", "probabilities"} of each text, or its {"score"}."""
-        logits = predict(model, self.encode_inputs(texts, pairs), self.collate, self.batch_size)
+    def predictions(
+        self, model: nn.Module, texts: list[str], pairs: list[str] | None, tasks: list[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """{"label", "probabilities"} of each text, or its {"score"}. tasks: of the texts, for gates by task."""
+        rows = self.encode_inputs(texts, pairs)
+        rows = rows if tasks is None else with_tasks(rows, tasks)
+        logits = predict(model, rows, self.collate, self.batch_size)
         return [self.answer(row) for row in logits]
 
     def answer(self, logits: torch.Tensor) -> dict[str, Any]:
@@ -145,7 +150,9 @@ class GenerationKind:
             scores.missing.update(found.missing)
         return scores
 
-    def predictions(self, model: nn.Module, texts: list[str], pairs: list[str] | None) -> list[dict[str, Any]]:
+    def predictions(
+        self, model: nn.Module, texts: list[str], pairs: list[str] | None, tasks: None = None
+    ) -> list[dict[str, Any]]:
         return [{"generated": text} for text in self._decode(model, contexts(texts, pairs), False)]
 
     def _decode(self, model: nn.Module, texts: list[str], progress: bool) -> list[str]:

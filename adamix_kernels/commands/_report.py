@@ -73,6 +73,8 @@ def next_commands(outcome: Outcome, folder: str) -> list[str]:
     """To be pasted into a shell."""
     run, place = outcome.run, shlex.quote(folder)
     texts = '"some text"' + (' --pair "its second text"' if run.text_pair_column else "")
+    if run.task_names:
+        texts = f"--task_name {shlex.quote(run.task_names[0])} {texts}"
     learned, merged = is_learned(outcome.model), shlex.quote(folder.rstrip("/") + "_merged")
     commands = [
         f"adamix predict --run {place} {texts}",

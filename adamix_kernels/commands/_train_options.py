@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..models.config import AdaMixConfig
+from ..routing import LEARNED
 from ..tasks import DEFAULT_MODEL, EMBEDDED
 from ._options import at_least, option
 from ._parser import names, numbers
 
 LAST = "last"
+NO_PRESET = "none"
+# Of fields whose option has another name.
+_SPELLED = {"dropout": "lora_dropout"}
 Tasks = Literal["auto", "classification", "regression", "generation"]
 Poolings = Literal["auto", "mean", "model"]
+Presets = Literal["none", "hydra_lora", "lora_moe", "mola", "smear"]
 
 
 @dataclass
@@ -27,6 +33,7 @@ class DataOptions:
     text_column: str | None = option("column of the text, or of what a generation reads")
     text_pair_column: str | None = option("column of the second text of a pair")
     label_column: str | None = option("column of the label, or of the text to write")
+    task_column: str | None = option("column of the name of each text's task, for --router task")
     dev_fraction: float = option(
         "of the training rows, the same ones whatever the seed, where the data has no dev split", 0.1
     )
@@ -46,6 +53,10 @@ class AdaptationOptions:
 
     _argument_group_name = "AdaMix"
 
+    preset: Presets = option(
+        "a mixture by name, with its own defaults: hydra_lora, lora_moe, mola or smear; what is given beside it counts",
+        "none",
+    )
     method: str = option("adapter or lora", "adapter")
     num_experts: int = option("M, the experts of a side that is not shared", 4)
     bottleneck: int = option("adapter width", 16)
@@ -55,7 +66,7 @@ class AdaptationOptions:
     share: str = option("the shared side: up, down or none", "up")
     routing: str = option("experts drawn per batch, sample or token; or learned: gates weigh them", "batch")
     consistency_weight: float | None = option("weight of the KL term; 0 is one pass (default: 1; 0 with learned)")
-    router: str = option("with learned, what makes the gates: linear, threshold, sentence or arrow", "linear")
+    router: str = option("with learned, what makes the gates: linear, threshold, sentence, arrow or task", "linear")
     top_k: int = option("with learned, experts a token is sent to; 0 is all", 0)
     mix: str = option("with learned, what the gates weigh: outputs, or weights", "outputs")
     balance_weight: float = option("with learned, weight of the load-balance loss", 0.01)
@@ -69,35 +80,71 @@ class AdaptationOptions:
     layers_pattern: list[str] = option("names that may stand before the layer's number", [])
     modules_to_save: list[str] = option("modules trained and saved whole; the task head when empty", [])
 
-    def config(self) -> AdaMixConfig:
+    def config(self, given: Collection[str] = (), task_column: str | None = None, tasks: int = 0) -> AdaMixConfig:
+        """The configuration of these options.
+
+        Args:
+            given: names of the options that the user set; a preset has defaults of its own for the others.
+            task_column, tasks: the column of each text's task, and how many there are; with it the gates are a table by
+                task and weigh the weights (Polytropon), where the user does not say otherwise.
+
+        Raises ValueError: a value of one, or two that exclude each other.
+        """
+        fields = self._fields()
+        if self.preset != NO_PRESET:
+            fields = {name: value for name, value in fields.items() if _SPELLED.get(name, name) in given}
+        if task_column is not None:
+            fields = _by_task(fields, given, task_column, tasks)
+        elif self.router == "task":
+            raise ValueError(
+                "router: got task, expected --task_column too: the column with the name of each text's task"
+            )
+        if self.preset == "mola" and "num_experts" in given and "experts_pattern" not in given:
+            fields["experts_pattern"] = None  # its own would hide the number that is given
+        make = AdaMixConfig if self.preset == NO_PRESET else getattr(AdaMixConfig, self.preset)
+        made: AdaMixConfig = make(**fields)
+        if self.preset != NO_PRESET and made.routing != LEARNED:
+            raise ValueError(f"preset: got {self.preset} with --routing {made.routing}, expected one of them")
+        return made
+
+    def _fields(self) -> dict[str, Any]:
         saved = names("modules_to_save", self.modules_to_save)
-        if self.router == "task":
-            raise ValueError("router: got task, whose table needs a task id a text, expected another, or AdaMixTrainer")
         weight: dict[str, Any] = {}
         if self.consistency_weight is not None:
             weight["consistency_weight"] = self.consistency_weight
-        return AdaMixConfig(
-            method=self.method,
-            num_experts=self.num_experts,
-            bottleneck=self.bottleneck,
-            r=self.r,
-            alpha=self.alpha,
-            dropout=self.lora_dropout,
-            share=None if self.share.lower() == "none" else self.share,
-            routing=self.routing,
-            router=self.router,
-            top_k=self.top_k or None,
-            mix=self.mix,
-            balance_weight=self.balance_weight,
-            z_weight=self.z_weight,
-            experts_pattern=numbers("experts_pattern", self.experts_pattern),
-            target_modules=names("target_modules", self.target_modules),
-            exclude_modules=names("exclude_modules", self.exclude_modules),
-            layers_to_transform=numbers("layers_to_transform", self.layers_to_transform),
-            layers_pattern=names("layers_pattern", self.layers_pattern),
-            modules_to_save=[saved] if isinstance(saved, str) else saved,
+        return {
+            "method": self.method,
+            "num_experts": self.num_experts,
+            "bottleneck": self.bottleneck,
+            "r": self.r,
+            "alpha": self.alpha,
+            "dropout": self.lora_dropout,
+            "share": None if self.share.lower() == "none" else self.share,
+            "routing": self.routing,
+            "router": self.router,
+            "top_k": self.top_k or None,
+            "mix": self.mix,
+            "balance_weight": self.balance_weight,
+            "z_weight": self.z_weight,
+            "experts_pattern": numbers("experts_pattern", self.experts_pattern),
+            "target_modules": names("target_modules", self.target_modules),
+            "exclude_modules": names("exclude_modules", self.exclude_modules),
+            "layers_to_transform": numbers("layers_to_transform", self.layers_to_transform),
+            "layers_pattern": names("layers_pattern", self.layers_pattern),
+            "modules_to_save": [saved] if isinstance(saved, str) else saved,
             **weight,
-        )
+        }
+
+
+def _by_task(fields: dict[str, Any], given: Collection[str], column: str, tasks: int) -> dict[str, Any]:
+    for name, needed in (("routing", LEARNED), ("router", "task")):
+        if name in given and fields[name] != needed:
+            raise ValueError(
+                f"task_column: got {column!r} with --{name} {fields[name]}, expected --{name} {needed}, or no "
+                "--task_column: only a table by task reads it"
+            )
+    mix = {} if "mix" in given else {"mix": "weights"}
+    return {**fields, "routing": LEARNED, "router": "task", "num_tasks": tasks, **mix}
 
 
 @dataclass

@@ -31,6 +31,7 @@ class EvalOptions:
     text_column: str | None = option("where --data has other names than in training")
     text_pair_column: str | None = option("likewise")
     label_column: str | None = option("likewise")
+    task_column: str | None = option("likewise, of a run with gates by task")
     routing: Literal["merged", "batch", "sample", "token"] = option(
         "merged experts, or one drawn at random per batch, sample or token", "merged"
     )
@@ -90,13 +91,21 @@ def _rows(options: EvalOptions, run: Run, source: str) -> TextSplit:
 
     Raises ValueError for a label that the run does not have, or a split that is not there.
     """
+    if options.task_column and not run.task_names:
+        raise ValueError(f"task_column: got {options.task_column!r}, expected none: this run has no gates by task")
     columns = {name: getattr(options, name) for name in ("text_column", "text_pair_column", "label_column")}
+    task_column = options.task_column or run.task_column
     if source != run.data and not same_file(source, run.data):
-        return load_split(source, options.split, task=run.task, label_names=run.label_names, **columns)
+        return load_split(
+            source, options.split, task=run.task, label_names=run.label_names, task_column=task_column,
+            task_names=run.task_names, **columns,
+        )  # fmt: skip
     known = {name: getattr(options, name) or getattr(run, name) for name in columns}
-    task = load_task(source, task=run.task, dev_fraction=run.dev_fraction, **known)
+    task = load_task(source, task=run.task, dev_fraction=run.dev_fraction, task_column=task_column, **known)
     if run.task == "classification" and task.label_names != run.label_names:
         raise ValueError(f"data: {source!r} has the labels {task.label_names}, the run has {run.label_names}")
+    if list(task.task_names) != run.task_names:
+        raise ValueError(f"data: {source!r} has the tasks {list(task.task_names)}, the run has {run.task_names}")
     split: TextSplit | None = getattr(task, options.split)
     if split is None:
         raise ValueError(f"split: {source!r} has no labelled test split")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,10 @@ from typing import Any, Literal
 
 import torch
 
+from ..models.gate_training import weighs_by_task
 from ..tasks import InputRow, Run, read_inputs
+from ..tasks._task_names import TaskNames
+from ..tasks.inputs import STDIN
 from ._kinds import Kind, make_kind
 from ._options import OutputOptions, at_least, option, same_file, shows_bars, start
 from ._packs import open_pack
@@ -31,6 +35,8 @@ class PredictOptions:
     file: str | None = option("txt (a text a line), csv, tsv, jsonl or parquet; - is standard input, as txt")
     text_column: str | None = option("of the file; by its name, if not given")
     text_pair_column: str | None = option("likewise, of the second text of a pair")
+    task_name: str | None = option("gates by task: the task of all texts, by its name in the training")
+    task_column: str | None = option("gates by task: the column of --file with each; the training's, if not given")
     out: str | None = option("JSON-lines file, a line a text; printed, if not given")
     overwrite: bool = option("replace --out if it is there", False)
     resume: bool = option("go on behind the last line of --out: the same file as at once", False)
@@ -77,12 +83,40 @@ def _single(options: PredictOptions, words: Sequence[str], place: RunOptions) ->
     opened = open_run(place)
     kind = _kind(opened.run, opened.tokenizer, options)
     model = opened.model.cuda() if torch.cuda.is_available() else opened.model
+    tasks = _tasks(options, opened.run, weighs_by_task(model))
 
     def answer(chunk: Sequence[InputRow]) -> list[dict[str, Any]]:
         pairs = [row.pair for row in chunk if row.pair is not None]
-        return kind.predictions(model, [row.text for row in chunk], pairs or None)
+        ids = None if tasks is None else [tasks.id(str(row.name), row.place) for row in chunk]
+        return kind.predictions(model, [row.text for row in chunk], pairs or None, ids)
 
-    return _rows(options, words, opened.run), answer, kind.batch_size * BATCHES
+    rows = _rows(options, words, opened.run, None if tasks is None else tasks.column)
+    if tasks is not None:
+        rows = (dataclasses.replace(row, name=options.task_name or row.name) for row in rows)
+    return rows, answer, kind.batch_size * BATCHES
+
+
+def _tasks(options: PredictOptions, run: Run, needed: bool) -> TaskNames | None:
+    """How the tasks of the texts are told: their names, and the column, "" where --task_name tells it for all."""
+    if not needed:
+        given = "task_name" if options.task_name else "task_column" if options.task_column else None
+        if given:
+            raise ValueError(f"{given}: got {getattr(options, given)!r}, expected none: this run has no gates by task")
+        return None
+    if not run.task_names:
+        raise ValueError("run: got gates by task without their names, expected a run of adamix train, or use_tasks()")
+    known = TaskNames("", tuple(run.task_names))
+    if options.task_name:
+        if options.task_column:
+            raise ValueError("task_name: got --task_column too, expected one of them")
+        known.id(options.task_name, "task_name")
+        return known
+    if not options.file or options.file == STDIN or options.file.lower().endswith(".txt"):
+        raise ValueError(
+            f"task_name: got nothing, expected one of the training's tasks, {', '.join(map(repr, known.names))}: the "
+            "gates are by task"
+        )
+    return TaskNames(options.task_column or str(run.task_column), known.names)
 
 
 def _pack(options: PredictOptions, words: Sequence[str], place: RunOptions) -> Work:
@@ -119,7 +153,7 @@ def _kind(run: Run, tokenizer: Any, options: PredictOptions) -> Kind:
     return make_kind(run.task, run.label_names, tokenizer, run.max_tokens, (), settings, options.batch_size)
 
 
-def _rows(options: PredictOptions, words: Sequence[str], run: Run) -> Iterator[InputRow]:
+def _rows(options: PredictOptions, words: Sequence[str], run: Run, tasks: str | None = None) -> Iterator[InputRow]:
     """The texts; of a file by the given columns, or those of the training where it has them, or by their names.
 
     Raises ValueError, at the row, for a second text that is missing, or that the run knows nothing of.
@@ -127,20 +161,24 @@ def _rows(options: PredictOptions, words: Sequence[str], run: Run) -> Iterator[I
     if not options.file:
         rows = _words(options, words)
     elif options.text_column or options.text_pair_column or not run.text_column:
-        rows = read_inputs(options.file, text_column=options.text_column, text_pair_column=options.text_pair_column)
+        rows = read_inputs(
+            options.file, text_column=options.text_column, text_pair_column=options.text_pair_column,
+            name_column=tasks or None,
+        )  # fmt: skip
     else:
-        rows = _by_training_columns(options.file, run)
+        rows = _by_training_columns(options.file, run, tasks)
     return (_checked(row, run) for row in rows)
 
 
-def _by_training_columns(file: str, run: Run) -> Iterator[InputRow]:
-    rows = read_inputs(file, text_column=run.text_column, text_pair_column=run.text_pair_column)
+def _by_training_columns(file: str, run: Run, tasks: str | None) -> Iterator[InputRow]:
+    more = {"name_column": tasks or None}
+    rows = read_inputs(file, text_column=run.text_column, text_pair_column=run.text_pair_column, **more)
     try:
         first = next(rows, None)
     except ValueError as error:
         if not str(error).startswith("text_"):
             raise
-        return read_inputs(file)
+        return read_inputs(file, **more)
     return rows if first is None else itertools.chain([first], rows)
 
 

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from ..models.centroid import Centroid, sentence_vectors
+from ..models.config import AdaMixConfig
 from ..models.inject import adapt
 from ..models.state import adamix_state
 from ..recipes.processes import is_main
 from ..tasks import Run, TextTask, load_causal, load_classifier, load_task, resolve_model
+from ..tasks.batches import without_tasks
 from . import _defaults
 from ._baselines import Baselines, Work, measure
 from ._kinds import Kind, checked_metrics, longest_text, make_kind, start_at, without_text
@@ -50,6 +52,10 @@ class Options:
     fit: FitOptions
     arguments: Any
     given: frozenset[str]
+
+    def config(self, tasks: int = 1) -> AdaMixConfig:
+        """tasks: names in the column of tasks, where one is given."""
+        return self.adaptation.config(self.given, self.data.task_column, tasks)
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -100,8 +106,9 @@ def main(argv: Sequence[str]) -> int:
     if not is_main():
         transformers.logging.disable_progress_bar()
     needs_out(arguments.output_dir)
-    config, checkpoint = options.adaptation.config(), checkpoint_of(fit.resume, arguments)
+    options.config(), checkpoint_of(fit.resume, arguments)  # what is wrong is answered before anything is read
     encoder, task = resolve_model(data.model), _task(options)
+    config, checkpoint = options.config(len(task.task_names)), checkpoint_of(fit.resume, arguments)
     metrics = checked_metrics(task.kind, fit.metrics)
     transformers.set_seed(arguments.seed)
     with quiet():
@@ -119,15 +126,16 @@ def main(argv: Sequence[str]) -> int:
     notes = [*task.notes, *_notes(run, rows, dev_rows, model, config.method)]
     if longest < data.max_tokens:
         notes.append(f"texts are cut at {longest} tokens, which is all that this model takes")
-    steps = _choose(options, model, task.kind, len(rows))
+    steps = _choose(options, model, task.kind, len(rows), config.method)
     if is_main():
         for note in notes:
             print(f"note: {note}")
         print(_plan(arguments, len(rows), len(dev_rows), steps), flush=True)
-    baselines = _baselines(options, model, kind, rows, dev_rows, steps)
+    bare, bare_dev = (without_tasks(part) for part in (rows, dev_rows))
+    baselines = _baselines(options, model, kind, bare, bare_dev, steps)
     if task.kind == "regression":
         start_at(model, sum(row["labels"] for row in rows) / len(rows))
-    centroid = _centroid(options, model, kind, rows)
+    centroid = _centroid(options, model, kind, bare)
     adapt(model, config)
     adamix_state(model).centroid = centroid
     trained = run_training(model, kind, rows, dev_rows, options, checkpoint, run)
@@ -165,6 +173,7 @@ def _task(options: Options) -> TextTask:
         text_pair_column=data.text_pair_column,
         label_column=data.label_column,
         dev_fraction=data.dev_fraction,
+        task_column=data.task_column,
     )
 
 
@@ -183,6 +192,8 @@ def _run(options: Options, task: TextTask, model: Any, settings: dict[str, Any],
         label_column=task.columns.label,
         generation=settings,
         dev_fraction=options.data.dev_fraction,
+        task_column=options.data.task_column,
+        task_names=list(task.task_names),
     )
 
 
@@ -198,12 +209,12 @@ def _notes(run: Run, rows: list[dict[str, Any]], dev: list[dict[str, Any]], mode
     return notes
 
 
-def _choose(options: Options, model: Any, task: str, rows: int) -> int:
+def _choose(options: Options, model: Any, task: str, rows: int, method: str) -> int:
     """Sets what the user did not, by model and data; returns the optimizer steps of the run, as the Trainer counts."""
     arguments, given = options.arguments, options.given
     size = _rows_an_update(arguments)
     if "learning_rate" not in given:
-        arguments.learning_rate = _defaults.learning_rate(model.config, task, options.adaptation.method)
+        arguments.learning_rate = _defaults.learning_rate(model.config, task, method)
     if "num_train_epochs" not in given:
         arguments.num_train_epochs = float(_defaults.epochs(rows, size))
     steps = math.ceil(float(arguments.num_train_epochs) * _updates_an_epoch(arguments, rows))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .gating import TASK_IDS, gate_losses, is_learned, use_tasks
+from .gating import TASK_IDS, gate_losses, gates_of_layers, is_learned, use_tasks
 from .guards import checkpointable, is_reentrant
 from .state import adamix_state
 
@@ -35,9 +35,17 @@ def with_gates(model: nn.Module, loss: torch.Tensor, steps: int) -> tuple[torch.
     return loss + (found.total / steps).to(loss.device), [values[name].detach() / steps for name in names]
 
 
+def weighs_by_task(model: nn.Module) -> bool:
+    """Whether a forward needs task ids; a merged model, or a bare one, does not."""
+    return (
+        hasattr(model, "adamix") and adamix_state(model).config.num_tasks is not None and bool(gates_of_layers(model))
+    )
+
+
 def tasks_of(model: nn.Module, inputs: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
     """Takes task_ids out of a batch, for a table of tasks: the context in which the forward is to run."""
-    if not is_learned(model) or adamix_state(model).config.num_tasks is None:
+    if not weighs_by_task(model):
+        inputs.pop(TASK_IDS, None)
         return contextlib.nullcontext()
     ids = inputs.pop(TASK_IDS, None)
     if ids is None and adamix_state(model).router.tasks is None:

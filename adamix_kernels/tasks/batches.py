@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..models.gate_training import tasks_of
+from ..models.gating import TASK_IDS
 from .text import TextSplit
 
 
 def tokenize(split: TextSplit, tokenizer: Any, max_tokens: int) -> list[dict[str, Any]]:
-    """One dict a row, unpadded: what the tokenizer makes of it, at most max_tokens ids, and `labels`."""
+    """One dict a row, unpadded: what the tokenizer makes of it, at most max_tokens ids, `labels`; `task_ids` of tasks."""
     pairs = [] if split.pairs is None else [split.pairs]
     encoded = tokenizer(split.texts, *pairs, truncation=True, max_length=max_tokens)
-    return [{**{k: encoded[k][i] for k in encoded}, "labels": label} for i, label in enumerate(split.labels)]
+    rows = [{**{k: encoded[k][i] for k in encoded}, "labels": label} for i, label in enumerate(split.labels)]
+    return rows if split.tasks is None else with_tasks(rows, split.tasks)
+
+
+def with_tasks(rows: list[dict[str, Any]], tasks: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows with `task_ids`, which gates by task take."""
+    return [{**row, TASK_IDS: task} for row, task in zip(rows, tasks, strict=True)]
+
+
+def without_tasks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as a model without gates takes them."""
+    return [{name: value for name, value in row.items() if name != TASK_IDS} for row in rows]
 
 
 def collator(tokenizer: Any) -> Any:
@@ -44,7 +57,9 @@ def predict(
     for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=not progress):
         inputs = dict(collate([rows[i] for i in order[start : start + batch_size]]))
         inputs.pop("labels", None)
-        logits.append(model(**{k: v.to(device) for k, v in inputs.items()}).logits.float().cpu())
+        inputs = {k: v.to(device) for k, v in inputs.items()}
+        with tasks_of(model, inputs):
+            logits.append(model(**inputs).logits.float().cpu())
     return torch.cat(logits)[torch.tensor(order).argsort()]
 
 

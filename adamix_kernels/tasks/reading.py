@@ -10,6 +10,7 @@ from ._draw import dev_rows
 from ._labels import Labels, labels_of, unlabelled
 from ._sources import EMBEDDED, PARTS, Parts, find_parts, is_file
 from ._table import Table
+from ._task_names import TaskNames
 from .table_data import find_tables, rows_as_text
 from .text import KINDS, Columns, TextSplit, TextTask
 
@@ -25,6 +26,7 @@ def load_task(
     label_column: str | None = None,
     dev_fraction: float = 0.1,
     seed: int = 0,
+    task_column: str | None = None,
 ) -> TextTask:
     """Reads train, dev and, where there is one, test.
 
@@ -40,6 +42,8 @@ def load_task(
             text, or a list of them: several references).
         dev_fraction: where there is no dev part, this share of the training rows becomes one, drawn by `seed`:
             each class in proportion, rows of the same text on the same side. A test part is never taken for it.
+        task_column: a column of names or numbers that says which task a row is of, for gates by task; the training part
+            decides which there are. Not in a generation.
 
     TSV is a header line, tabs, and quotes that mean nothing, as in GLUE's files; CSV has quotes; JSONL is an object a
     line. Text is UTF-8. Classes are integers, numbered in ascending order, or names, alphabetically; true and false are
@@ -62,18 +66,24 @@ def load_task(
     given = (text_column, text_pair_column, label_column)
     if task == "generation" and not any(given) and (tables := find_tables(source)) is not None:
         return TextTask(source, task, [], *tables)
+    if task_column is not None and (task == "generation" or task_column in given):
+        wanted = "none in a generation" if task == "generation" else "another column than text and label"
+        raise ValueError(f"task_column: got {task_column!r}, expected {wanted}")
     parts = find_parts(source)
+    tasks: tuple[str, ...] = ()
     if task == "generation" and not any(given) and (written := _written(parts)) is not None:
         columns, names, kind, notes, (train, dev, test) = Columns(None, None, None), [], task, [*parts.notes], written
     else:
-        columns, notes = choose_columns(parts.train.name, parts.train.names, task, *given)
+        columns, notes = choose_columns(parts.train.name, _others(parts.train, task_column), task, *given)
         labels = labels_of(parts.train, str(columns.label), task)
         names, kind, notes = labels.names, labels.kind, [*parts.notes, *notes, *labels.notes]
-        train, dev, test = (_split(table, columns, labels, notes) for table in _labelled(parts, columns, notes))
+        of = None if task_column is None else TaskNames.of(parts.train, task_column)
+        tasks = () if of is None else of.names
+        train, dev, test = (_split(table, columns, labels, notes, of) for table in _labelled(parts, columns, notes))
     assert train is not None  # a source without it is an error
     if dev is None:
         train, dev = _drawn(source, train, kind, dev_fraction, seed, notes)
-    return TextTask(source, kind, names, train, dev, test, columns, tuple(notes))
+    return TextTask(source, kind, names, train, dev, test, columns, tuple(notes), tasks)
 
 
 def load_split(
@@ -85,6 +95,8 @@ def load_split(
     text_column: str | None = None,
     text_pair_column: str | None = None,
     label_column: str | None = None,
+    task_column: str | None = None,
+    task_names: Sequence[str] = (),
 ) -> TextSplit:
     """Labelled rows for a model that is trained already: every row of a file, or one part of anything else.
 
@@ -93,7 +105,7 @@ def load_split(
         split: "train", "dev" or "test", of a source that has parts. None is drawn here: a part that load_task drew from
             the training rows comes from load_task alone, with the same seed.
         task: "classification", "regression" or "generation".
-        label_names: the classes of the model, in id order.
+        label_names: the classes of the model, in id order. task_column, task_names: likewise, of gates by task.
 
     Raises as load_task, and ValueError for a label that is none of label_names, or a part that is not there.
     """
@@ -110,8 +122,9 @@ def load_split(
     table: Table = parts.train if is_file(source) else _there(source, split, tables_of)
     if task == "generation" and not any(given) and (written := rows_as_text(table)) is not None:
         return written
-    columns, _ = choose_columns(table.name, table.names, task, *given)
-    made = _split(table, columns, Labels(task, str(columns.label), list(label_names)), [])
+    columns, _ = choose_columns(table.name, _others(table, task_column), task, *given)
+    of = None if task_column is None else TaskNames(task_column, tuple(task_names))
+    made = _split(table, columns, Labels(task, str(columns.label), list(label_names)), [], of)
     assert made is not None  # as table is
     return made
 
@@ -139,7 +152,13 @@ def _labelled(parts: Parts, columns: Columns, notes: list[str]) -> tuple[Table |
     return parts.train, parts.dev, test
 
 
-def _split(table: Table | None, columns: Columns, labels: Labels, notes: list[str]) -> TextSplit | None:
+def _others(table: Table, task_column: str | None) -> list[str]:
+    return [name for name in table.names if name != task_column]
+
+
+def _split(
+    table: Table | None, columns: Columns, labels: Labels, notes: list[str], tasks: TaskNames | None = None
+) -> TextSplit | None:
     if table is None:
         return None
     rows, values = labels.of(table)
@@ -156,7 +175,7 @@ def _split(table: Table | None, columns: Columns, labels: Labels, notes: list[st
             f"{table.name}: {quoted} texts look quoted, but quotes mean nothing in a TSV file: save it as CSV."
         )
     if labels.kind != "generation":
-        return TextSplit(texts, pairs, values)
+        return TextSplit(texts, pairs, values, None if tasks is None else tasks.ids(table, rows))
     return TextSplit([t for t, v in zip(texts, values) for _ in v], pairs, [text for v in values for text in v])
 
 

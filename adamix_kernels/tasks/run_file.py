@@ -18,6 +18,8 @@ _READABLE = (1, 2, 3)
 _UNSEALED_VERSION = 1  # it holds no digest of itself
 _PLACES = ("model", "data")
 _KINDS = {"model": str, "data": str, "label_names": list, "max_tokens": int, "pooling": str, "generation": dict}
+_KINDS["task_names"] = list
+_NEWER = ("task_column", "task_names")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Run:
         text_column, text_pair_column, label_column: those of the data that were used; None: unknown (older runs).
         generation: how texts are written (max_new_tokens, beams, ...); empty for the other tasks.
         dev_fraction: the share of the training rows that became dev, where the data has no dev part.
+        task_column, task_names: of gates by task, which column tells a row's task, and its names in id order.
     """
 
     model: str
@@ -47,12 +50,15 @@ class Run:
     label_column: str | None = None
     generation: dict[str, Any] = field(default_factory=dict)
     dev_fraction: float = 0.1
+    task_column: str | None = None
+    task_names: list[str] = field(default_factory=list)
 
 
 def write_run(folder: str | os.PathLike[str], run: Run) -> None:
     """Writes the file into an existing folder in one step, with a digest of itself."""
     folder = Path(folder)
-    values = asdict(run)
+    # An older release reads a file that does not need the newer fields.
+    values = {name: value for name, value in asdict(run).items() if value or name not in _NEWER}
     places = with_names({name: values.pop(name) for name in _PLACES}, folder)
     write_sealed_json(folder / RUN_NAME, {"version": _VERSION, **places, **values})
 

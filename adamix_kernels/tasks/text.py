@@ -15,12 +15,13 @@ class TextSplit:
     """One split: texts, the second text of each pair (None for single sentences), and a label for each row.
 
     labels: class ids (int) in a classification, numbers (float) in a regression, texts to write in a generation, where
-    one text with several references is several rows.
+    one text with several references is several rows. tasks: an id of the tasks that the rows are of, for gates by task.
     """
 
     texts: list[str]
     pairs: list[str] | None
     labels: Sequence[int | float | str]
+    tasks: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -28,11 +29,12 @@ class TextSplit:
     def take(self, rows: Sequence[int]) -> TextSplit:
         """Some rows, by their numbers."""
         pairs = None if self.pairs is None else [self.pairs[i] for i in rows]
-        return TextSplit([self.texts[i] for i in rows], pairs, [self.labels[i] for i in rows])
+        tasks = None if self.tasks is None else [self.tasks[i] for i in rows]
+        return TextSplit([self.texts[i] for i in rows], pairs, [self.labels[i] for i in rows], tasks)
 
     def head(self, rows: int | None) -> TextSplit:
         """The first `rows` rows; all of them when rows is None. `sample` is fairer: files are often sorted."""
-        return TextSplit(self.texts[:rows], None if self.pairs is None else self.pairs[:rows], self.labels[:rows])
+        return self.take(range(len(self))[:rows])
 
     def sample(self, rows: int | None, seed: int = 0) -> TextSplit:
         """`rows` rows drawn by the seed without replacement, in the split's order; all when rows is None or more.
@@ -73,6 +75,7 @@ class TextTask:
         kind: "classification", "regression" (label_names is then ["score"]) or "generation" (no label_names).
         columns: those that were read. For a generation, text is what is read, label what is to be written.
         notes: what a person should be told, a sentence each: a dev split drawn from train, rows left out, ...
+        task_names: what the ids of `tasks` are called, where a column tells the rows' tasks.
     """
 
     name: str
@@ -83,6 +86,7 @@ class TextTask:
     test: TextSplit | None = None
     columns: Columns = field(default_factory=lambda: Columns(None, None, None))
     notes: tuple[str, ...] = ()
+    task_names: tuple[str, ...] = ()
 
     @property
     def num_labels(self) -> int:
