@@ -125,6 +125,7 @@ def install(launcher: Callable[[type], type] | None = None) -> Launches:
     import adamix_kernels._backends as backends
     import adamix_kernels._triton_utils as utils
     from adamix_kernels.ops import _checks
+    from adamix_kernels.routing import draws
 
     if utils.INTERPRETING:
         raise RuntimeError("TRITON_INTERPRET: got 1, expected it unset: an interpreted kernel has no launch to measure")
@@ -141,4 +142,5 @@ def install(launcher: Callable[[type], type] | None = None) -> Launches:
     utils.problem = lambda device_type, dtype: problem("cuda", dtype)
     utils.capability = lambda device: ARCH
     _checks.values_at_hand = lambda index: False
+    draws.draws_ahead = lambda device: True
     return Launches(library)

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .objects import PACKAGE, Compiled, fingerprint, link, objects_folder, planned, replacing, sources, with_includes
+from .node import build_node
+from .node import node_name as node_name
+from .objects import NODE_FOLDER, PACKAGE, Compiled, fingerprint, link, objects_folder, planned, replacing, sources, with_includes
 from .objects import source_folder as source_folder
 from .schedule import compile_all, parallel, tell
 from .schedule import find_ninja as find_ninja
@@ -84,7 +86,8 @@ def obstacle(asked: bool = False) -> str | None:
 def build_cuda(
     output: Path = LIBRARY, *, strict: bool = False, architectures: Sequence[str] = (), jobs: int | None = None
 ) -> list[Compiled]:
-    """Compiles csrc/ for every architecture, links `output`, and writes the record beside it.
+    """Compiles csrc/ for every architecture, links `output`, and writes the record beside it; node.py's module, where
+    it can be built, too.
 
     strict: warnings are errors, and ptxas tells registers and spills in the logs. architectures: by default what
     `wanted_architectures` says. jobs: by default what `parallel` says. Raises BuildError; `output` is then what it was.
@@ -109,7 +112,9 @@ def build_cuda(
         made = sources_fingerprint(csrc)
         objects = compile_all([plan(source) for source in files], jobs)
         link([str(nvcc.path), *NVCC_LINK], objects, fill(LIBRARIES, csrc, torch), output)
+    node = _node_beside(output, torch, csrc, jobs)
     facts = {"built": True, "architectures": names, "nvcc": nvcc.version, "torch": torch.version, "sources": made}
+    facts["node"] = node
     write_record(output.parent, facts)
     return objects
 
@@ -140,12 +145,25 @@ def build_host(variant: str, output: Path | None = None, *, jobs: int | None = N
         objects = compile_all([plan(source) for source in sources(csrc, host=True)], parallel(jobs))
         libraries = ["-Wl,--no-as-needed", *fill(LIBRARIES, csrc, torch), "-pthread"]
         link(["g++", "-shared", *HOST_FLAGS[variant]], objects, libraries, output)
+    if (csrc / NODE_FOLDER).is_dir():
+        build_node(output.parent, torch, csrc, parallel(jobs), strict=True)
     return output
 
 
+def _node_beside(output: Path, torch: Torch, csrc: Path, jobs: int) -> str:
+    """The name of node.py's module, or why the library has to do without it."""
+    try:
+        return build_node(output.parent, torch, csrc, jobs).name
+    except BuildError as error:
+        reason = str(error)
+        tell(f"autograd's nodes stay in Python: {reason}")
+        return next((line for line in reason.splitlines() if "error" in line), reason.splitlines()[0])
+
+
 def sources_fingerprint(csrc: Path) -> str:
-    """Of everything in csrc/ that the CUDA library is made of."""
-    return fingerprint([path for source in sources(csrc) for path in with_includes(source, csrc)])
+    """Of everything in csrc/ that the CUDA library and the module beside it are made of."""
+    files = [path for source in sources(csrc) for path in with_includes(source, csrc)]
+    return fingerprint([*files, *(csrc / NODE_FOLDER).glob("*")])
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

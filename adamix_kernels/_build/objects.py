@@ -17,6 +17,8 @@ from pathlib import Path
 from .toolchain import BuildError, run
 
 PACKAGE = Path(__file__).resolve().parent.parent
+# Of csrc/: what becomes a module of its own, for one torch and one Python.
+NODE_FOLDER = "autograd"
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,10 @@ def source_folder() -> Path:
 
 
 def sources(csrc: Path, *, host: bool = False) -> list[Path]:
-    """The files to compile, those of device code first, as they take longest. host: with those of csrc/host/."""
+    """The files of the library, those of device code first, as they take longest. host: with those of csrc/host/."""
     found = [path for pattern in ("*/*.cu", "*.cpp", "*/*.cpp") for path in sorted(csrc.glob(pattern))]
-    found = [path for path in found if host or path.parent.name != "host"]
+    others = {NODE_FOLDER} if host else {NODE_FOLDER, "host"}
+    found = [path for path in found if path.parent.name not in others]
     if not found:
         raise BuildError(f"{csrc} holds no .cu and no .cpp file")
     return found

@@ -49,7 +49,8 @@ def describe() -> dict[str, Any]:
 
 
 def library() -> dict[str, Any]:
-    """The C++/CUDA library: its path, why it is not loaded, what the build wrote down, and whether csrc/ is newer."""
+    """The C++/CUDA library: its path, why it is not loaded, what the build wrote down, whether csrc/ is newer, and
+    whether autograd's nodes are in C++ (node)."""
     path, built = _extension.library_path(), _extension.record() if _extension.library_path() else {}
     changed = False
     if "sources" in built:
@@ -62,6 +63,7 @@ def library() -> dict[str, Any]:
         "nvcc": built.get("nvcc"),
         "torch": built.get("torch"),
         "csrc_changed": changed,
+        "node": bool(path and (path.parent / _build.node_name(torch.__version__)).is_file()),
     }
 
 
@@ -119,12 +121,18 @@ def _short(path: Path) -> str:
 def _library_in_words(facts: dict[str, Any]) -> str:
     if facts["problem"]:
         return str(facts["problem"])
+    nodes = (
+        "; autograd's nodes in C++"
+        if facts["node"]
+        else "; autograd's nodes in Python (no module for this torch and Python)"
+    )
     if facts["architectures"] is None:
-        return f"{facts['path']}, for " + ("the CPU" if _extension.on_host() else torch.ops.adamix_cuda.build_info())
+        built_for = "the CPU" if _extension.on_host() else torch.ops.adamix_cuda.build_info()
+        return f"{facts['path']}, for {built_for}{nodes}"
     words = (
         f"for {', '.join(facts['architectures'])}, by nvcc {facts['nvcc']} with the headers of torch {facts['torch']}"
     )
-    return words + ("; csrc/ has changed since" if facts["csrc_changed"] else "")
+    return words + nodes + ("; csrc/ has changed since" if facts["csrc_changed"] else "")
 
 
 def _cpu() -> str | None:

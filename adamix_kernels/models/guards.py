@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..modules import RoutedAdapter, RoutedLoRALinear
 from .gating import is_learned, note_batch
 from .saving import install_saving
 from .state import adamix_state
@@ -20,7 +23,9 @@ def install_guards(model: nn.Module) -> None:
     """Installs the guards on an adapted model; they travel with it through deepcopy and pickle."""
     state = adamix_state(model)
     state.checkpointable, state.watch = checkpointable(model), PassWatch()
+    state.router.sides = _sides(model)
     model.register_forward_pre_hook(_before_forward)
+    model.register_forward_hook(_after_forward)
     if is_learned(model):
         model.register_forward_pre_hook(note_batch, with_kwargs=True)
     embeddings = _input_embeddings(model) if state.checkpointable else None
@@ -35,8 +40,10 @@ def _before_forward(model: nn.Module, _args: object) -> None:
     if not (model.training and torch.is_grad_enabled()):
         return
     state = adamix_state(model)
-    if not torch.compiler.is_compiling() and state.watch is not None:
-        state.watch.forward(model, state)
+    if not torch.compiler.is_compiling():
+        state.router.begin_forward()
+        if state.watch is not None:
+            state.watch.forward(model, state)
     if state.router.experts is None:
         return
     wrapped = any(hasattr(module, "_checkpoint_wrapped_module") for module in model.modules())
@@ -45,6 +52,18 @@ def _before_forward(model: nn.Module, _args: object) -> None:
             "use_experts: got a training forward under activation checkpointing, expected no checkpointing: the "
             "layers are recomputed in backward, outside the context, and would draw other experts"
         )
+
+
+def _after_forward(model: nn.Module, _args: object, _output: object) -> None:
+    if not torch.compiler.is_compiling():
+        adamix_state(model).router.end_forward()
+
+
+def _sides(model: nn.Module) -> Mapping[int, int]:
+    """How many banks of weights a forward draws experts for, by their number of experts."""
+    parts = [part for part in model.modules() if isinstance(part, (RoutedAdapter, RoutedLoRALinear))]
+    banks = [(p.down_weight, p.up_weight) if isinstance(p, RoutedAdapter) else (p.lora_a, p.lora_b) for p in parts]
+    return Counter(bank.shape[0] for pair in banks for bank in pair)
 
 
 def checkpointable(model: nn.Module) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from torch.nn.modules import module
 from .._backends import check_request
 from ..functional import merge_lora, routed_lora
 from ..ops._checks import autocast_dtype, check_flag
+from ..ops._direct import autocasts
 from ..ops._gates import check_mix
 from ..ops.merge.api import LoraLayer
 from ..ops.routed_lora.api import routed_by_pass
@@ -35,9 +36,6 @@ from ._gated import check_gate, gates_of, mean_factors, refreshed
 from ._linear import QKV as QKV
 from ._linear import group_width, qkv_offsets
 from ._linear import linear_sizes as linear_sizes
-
-# Hooks of a layer, or of all layers, that are given its output.
-_SEEING_HOOKS = ("forward_hooks", "backward_hooks", "backward_pre_hooks")
 
 
 class RoutedLoRALinear(nn.Module):
@@ -184,28 +182,30 @@ class RoutedLoRALinear(nn.Module):
         if not self.router.enabled:
             return base
         rows, added = as_batch(x), as_batch(base)
-        if autocast_dtype(x.device.type) is None:
+        if rows.dtype != added.dtype and autocast_dtype(x.device.type) is None:
             rows = rows.to(added.dtype)
         looking = checking()
         if self.gate is not None and self.router.uses_gates(self.training):
             out = self._gated(x, rows, added, looking)
             return out if out.shape == base.shape else out.view(base.shape)
+        router, training = self.router, self.training
         a_index = b_index = None
         passes = 0
-        merged = self.router.uses_merged(self.training, self.a_score.requires_grad or self.b_score.requires_grad)
+        merged = router.uses_merged(training, self.a_score.requires_grad or self.b_score.requires_grad)
         if merged:
             lora_a = merged_bank(self.lora_a, self.a_score, self.backend)
             lora_b = merged_bank(self.lora_b, self.b_score, self.backend)
         else:
             lora_a, lora_b = self.lora_a, self.lora_b
             batch, tokens, _ = rows.shape
-            passes = self.router.passes_in(batch, self.training)
+            passes = router.passes_in(batch, training)
             if passes:
                 batch, tokens = passes, batch // passes * tokens
-            a_index = self.router.draw(lora_a.shape[0], batch, tokens, x.device, self.training)
+            experts_a, experts_b = lora_a.shape[0], lora_b.shape[0]
+            a_index = router.draw(experts_a, batch, tokens, x.device, training)
             b_index = a_index  # one expert is a pair where gates weigh them
-            if self.gate is None or 1 in (lora_a.shape[0], lora_b.shape[0]):
-                b_index = self.router.draw(lora_b.shape[0], batch, tokens, x.device, self.training)
+            if self.gate is None or 1 in (experts_a, experts_b):
+                b_index = router.draw(experts_b, batch, tokens, x.device, training)
         lora_a, lora_b = cast_like(rows, lora_a, lora_b)
         out = routed_by_pass(
             rows,
@@ -222,6 +222,7 @@ class RoutedLoRALinear(nn.Module):
             None,
             not looking and may_overwrite(self.base, rows, added),
             self.backend,
+            True,
         )
         if looking:
             result = as_batch(out.view(base.shape))
@@ -292,9 +293,13 @@ def may_overwrite(layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> bool:
         return False
     kind = type(layer)
     plain = kind is nn.Linear or (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
-    if not plain or "forward" in vars(layer) or type(out) is not torch.Tensor or not out.is_contiguous():
+    if not plain or "forward" in layer.__dict__ or type(out) is not torch.Tensor or not out.is_contiguous():
         return False
-    if any(getattr(layer, f"_{hooks}") or getattr(module, f"_global_{hooks}") for hooks in _SEEING_HOOKS):
+    if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return False
+    if module._global_forward_hooks or module._global_backward_hooks or module._global_backward_pre_hooks:
+        return False
+    if not autocasts():
+        return out.dtype == x.dtype
     autocast = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
     return out.dtype == (autocast or x.dtype)

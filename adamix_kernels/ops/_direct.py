@@ -42,12 +42,14 @@ class Kept(dict[Any, Value]):
 
 
 _SERVED: Kept[Any] = Kept()
+# What else forgets with them.
+OTHERS: list[Callable[[], None]] = []
 
 
 def forget_all() -> None:
     """No call is known any more: for tests, and for who changes what a plan does not ask for."""
-    for table in Kept.tables:
-        table.clear()
+    for forget in (*(table.clear for table in Kept.tables), *OTHERS):
+        forget()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 Indices are drawn on the device, inside the layer's forward, from the global random generator: then
 activation checkpointing, which restores that generator, redraws the same experts when it recomputes.
-An index kept on a shared object, or a private generator, would give other experts in silence.
+An index kept on a shared object, or a private generator, would give other experts in silence. On a GPU, within one
+forward of an adapted model, all its layers' indices are drawn in one launch by the first that asks; layers that may be
+recomputed (`_is_recomputed`) draw their own.
 
 The threads of a process share that generator: two that train at once draw valid experts, but which ones depends on who
 comes first (use_experts fixes them). For reproducible runs, or activation checkpointing, train one model per process.
@@ -10,11 +12,17 @@ comes first (use_experts fixes them). For reproducible runs, or activation check
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 import torch.distributed as dist
 
+Ahead = dict[tuple[int, tuple[int, ...], torch.device], list[torch.Tensor]]
 LEVELS = ("batch", "sample", "token")
 LEARNED = "learned"
+# Of those that saved tensors go through; torch 2.6 does not tell.
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _DISTRIBUTED = dist.is_available()
 
 
@@ -45,6 +53,11 @@ class Router:
         >>> RoutedAdapter(8, 2, num_experts=4, router=router)(torch.randn(2, 5, 8)).shape
         torch.Size([2, 5, 8])
     """
+
+    # Of a model: how many banks there are of each number of experts. What was drawn and not yet asked for, within one
+    # of its forwards.
+    sides: Mapping[int, int] = MappingProxyType({})
+    _ahead: Ahead | None = None
 
     def __init__(self, level: str = "batch", passes: int = 2):
         check_level("level", level, LEARNED)
@@ -94,10 +107,29 @@ class Router:
         if level == "token":
             return self._randint(num_experts, (batch, tokens), device)
         if level == "sample":
-            return self._randint(num_experts, (batch,), device)
+            return self._drawn(num_experts, (batch,), device)
         passes = self.passes_in(batch, training)
-        index = self._randint(num_experts, (passes,), device)
+        index = self._drawn(num_experts, (passes,), device)
         return index if passes == batch else index.repeat_interleave(batch // passes, output_size=batch)
+
+    def begin_forward(self) -> None:
+        """From here to end_forward, layers share draws: each still has its own, all of them of one launch."""
+        self._ahead = {}
+
+    def end_forward(self) -> None:
+        """What was drawn and not asked for is dropped: a seed set between two forwards decides the second."""
+        self._ahead = None
+
+    def _drawn(self, num_experts: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        ahead = self._ahead
+        if ahead is None or torch.compiler.is_compiling() or not draws_ahead(device) or _is_recomputed():
+            return self._randint(num_experts, shape, device)
+        left = ahead.get((num_experts, shape, device))
+        if not left:
+            rows = self.sides.get(num_experts, 1)
+            left = list(self._randint(num_experts, (rows, *shape), device).unbind())
+            ahead[num_experts, shape, device] = left
+        return left.pop()
 
     def _randint(self, num_experts: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         index = torch.randint(num_experts, shape, device=device)
@@ -129,6 +161,24 @@ class Router:
                 f"{batch // self.passes}"
             )
         return index.repeat(copies, *[1] * (index.dim() - 1))
+
+
+def draws_ahead(device: torch.device) -> bool:
+    """Whether a draw costs a launch: on a CPU a seed gives the same experts whether a model is whole or in parts."""
+    return device.type != "cpu"
+
+
+def _is_recomputed() -> bool:
+    """Whether this forward may be run again, or is run again: activation checkpointing, of either kind.
+
+    The reentrant kind runs without gradients first, and again in a backward; the other saves by hooks, both times.
+    """
+    return (
+        not torch.is_grad_enabled()
+        or torch._C._current_graph_task_id() != -1
+        or _top_hooks is None
+        or _top_hooks(True) is not None
+    )
 
 
 def check_level(name: str, level: str, *more: str) -> None:

@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 #endif
 
+#include <algorithm>
 #include <limits>
 
 #include "common/architectures.h"
@@ -108,6 +109,21 @@ Tensor as_contiguous(const Tensor& tensor) {
 
 Tensor with_contiguous_rows(const Tensor& tensor) {
   return tensor.dim() == 3 && (tensor.stride(2) == 1 || tensor.size(2) == 1) ? tensor : as_contiguous(tensor);
+}
+
+// Not torch::stable::new_empty, which looks its op up by name and costs four times as much.
+Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype) {
+  int32_t code = 0, device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &code));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  if (dtype.has_value()) code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  for (size_t n = sizes.size(); n-- > 0; step *= std::max<int64_t>(sizes[n], 1)) strides[n] = step;
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), code, device, like.get_device(), &made));
+  return Tensor(made);
 }
 
 Routing check_routing(const char* name, const OptionalTensor& index, int64_t batch, int64_t tokens, int64_t experts,

@@ -68,10 +68,8 @@ class DeviceScope {
 
 std::string shape_text(const Tensor& tensor);
 
-inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes,
-                       std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
-}
+// New memory on like's device, in like's dtype if no other is named.
+Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype = std::nullopt);
 
 inline bool is_aligned(const void* pointer, std::initializer_list<int64_t> strides, size_t element) {
   bool aligned = reinterpret_cast<uintptr_t>(pointer) % 16 == 0;

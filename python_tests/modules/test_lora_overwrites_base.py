@@ -67,9 +67,9 @@ def run(layer, shape, inplace=None, dtype=torch.float32):
     seen = []
 
     def spy(*args):
-        *given, asked, backend = args
+        *given, asked, backend, consumed = args
         seen.append(asked)
-        return routed_by_pass(*given, asked if inplace is None else inplace, backend)
+        return routed_by_pass(*given, asked if inplace is None else inplace, backend, consumed)
 
     with mock.patch("adamix_kernels.modules.lora.routed_by_pass", spy):
         torch.manual_seed(1)

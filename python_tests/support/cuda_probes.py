@@ -9,8 +9,10 @@ from cuda_host import DEVICE
 @contextlib.contextmanager
 def count_allocations():
     """Counts the tensors that the library allocates: a function to call behind the block."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        yield lambda: sum(event.name == "aten::new_empty" for event in profile.events())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        yield lambda: sum(
+            event.name() == "[memory]" and event.nbytes() > 0 for event in profile.profiler.kineto_results.events()
+        )
 
 
 def far_apart(*tensors):

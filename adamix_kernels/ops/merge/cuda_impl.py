@@ -8,6 +8,8 @@ products), and all is aligned. LoRA's gradients are PyTorch's matmuls.
 
 from __future__ import annotations
 
+import itertools
+import operator
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ def banks_forward(
 ) -> list[torch.Tensor]:
     if results is None:
         results = Results([bank.shape[1:] for bank in banks], banks[0].dtype, banks[0].device)
-    given = scores if any(score is not None for score in scores) else []
+    given = scores if any(map(operator.is_not, scores, itertools.repeat(None))) else []
     return results.split(_ops.merge_banks_forward(banks, given, results.offsets, results.elements))
 
 

@@ -9,6 +9,7 @@ from .._adapter_arguments import check_adapter
 from .._checks import autocast, check_tensor
 from .._direct import autocasts, may_be_direct
 from .._gates import check_mix
+from .._node import NODE
 from .._passes import fold_passes
 from ..gated_adapter.api import gated_adapter
 from .autograd import routed_adapter_op
@@ -127,6 +128,14 @@ def routed_by_pass(
     """
     add_input = residual is x
     added = None if add_input else residual
+    node = NODE.module
+    if node is not None and not torch.compiler.is_compiling():
+        out = node.adapter(
+            x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, added, add_input, activation, passes,
+            backend,
+        )  # fmt: skip
+        if out is not None:
+            return out
     direct = may_be_direct()
     if not direct or autocasts():
         check_tensor("x", x)

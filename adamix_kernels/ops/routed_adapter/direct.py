@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .. import _checks
+from .. import _checks, _node
 from .._direct import applied, below_autograd, may_be_direct, served
 from .._library import below_autograd as dispatched
 from .._library import once_differentiable
@@ -62,6 +62,7 @@ def call(
             plan = direct.make(*tensors, add_input, kind, passes)
         if plan is None:
             return None
+        _node.serve(direct, _node.ADAPTER, backend, x, down_weight)
         if torch.is_grad_enabled() and (
             x.requires_grad
             or down_weight.requires_grad

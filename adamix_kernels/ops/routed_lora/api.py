@@ -14,6 +14,7 @@ from .._direct import autocasts, may_be_direct
 from .._gates import check_mix
 from .._groups import check_number
 from .._lora_arguments import autocast_lora, check_inplace, check_lora, seed_tensor
+from .._node import NODE
 from .._passes import fold_passes
 from ..gated_lora.api import gated_lora
 from .autograd import routed_lora_inplace, routed_lora_op
@@ -140,11 +141,21 @@ def routed_by_pass(
     seed: int | torch.Tensor | None,
     inplace: bool,
     backend: str,
+    consumed: bool = False,
 ) -> torch.Tensor:
     """routed_lora; with passes > 0 the indices are [passes], one expert for B / passes samples after another.
 
-    For the modules, which know that passes divides B: autograd sees one operation, no views around it.
+    For the modules, which know that passes divides B: autograd sees one operation, no views around it. consumed: who
+    calls does not look at base again, which may then be overwritten and keep its old history.
     """
+    node = NODE.module
+    if node is not None and not torch.compiler.is_compiling():
+        out = node.lora(
+            x, lora_a, lora_b, a_index, b_index, base, seed, scaling, groups, output_offsets, dropout_p,
+            inplace, consumed, passes, backend,
+        )  # fmt: skip
+        if out is not None:
+            return out
     given = base
     direct = may_be_direct()
     if not direct or autocasts():

@@ -33,6 +33,8 @@ class _Direct:
     An error after base was overwritten must not lead to a second attempt.
     """
 
+    has_node = True
+
     def __init__(self) -> None:
         self._inplace: Kept[bool] = Kept()
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .. import _checks
+from .. import _checks, _node
 from .._direct import applied, below_autograd, may_be_direct, served
 from .._library import below_autograd as dispatched
 from .._library import once_differentiable
@@ -77,6 +77,7 @@ def call(
             plan = direct.make(inplace, *tensors, *options, passes)
         if plan is None:
             return None
+        _node.serve(direct, _node.LORA, backend, x, lora_a)
         written = target() if inplace else base
         drawn = seed() if dropout_p > 0 else None
         if torch.is_grad_enabled() and (
