@@ -1,4 +1,4 @@
-"""The sizes of a linear layer, and which of its columns a LoRA adapts."""
+"""A linear layer: its sizes, which of its columns a LoRA adapts, whether its output may be overwritten."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import itertools
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 from torch import nn
+from torch.nn.modules import module
 
+from ..ops._checks import autocast_dtype
+from ..ops._direct import autocasts
 from ._banks import check_positive
 
 QKV = ("q", "k", "v")
@@ -50,3 +54,25 @@ def qkv_offsets(targets: Sequence[str], out_features: int) -> tuple[int, ...]:
     if out_features % len(QKV):
         raise ValueError(f"targets: got a layer of {out_features} columns, expected three equal parts q, k, v")
     return tuple(QKV.index(t) * (out_features // len(QKV)) for t in QKV if t in targets)
+
+
+def may_overwrite(layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether nobody will look again at what `layer` gave, so that the update of x may be added to it in place.
+
+    Sure of the plain linear layers alone: their output is new memory and no backward needs it. A hook or a
+    wrapper may keep it; a compiler shares memory by itself.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    kind = type(layer)
+    plain = kind is nn.Linear or (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+    if not plain or "forward" in layer.__dict__ or type(out) is not torch.Tensor or not out.is_contiguous():
+        return False
+    if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    if module._global_forward_hooks or module._global_backward_hooks or module._global_backward_pre_hooks:
+        return False
+    if not autocasts():
+        return out.dtype == x.dtype
+    autocast = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
+    return out.dtype == (autocast or x.dtype)

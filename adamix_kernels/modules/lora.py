@@ -8,12 +8,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.modules import module
 
 from .._backends import check_request
 from ..functional import merge_lora, routed_lora
 from ..ops._checks import autocast_dtype, check_flag
-from ..ops._direct import autocasts
 from ..ops._gates import check_mix
 from ..ops.merge.api import LoraLayer
 from ..ops.routed_lora.api import routed_by_pass
@@ -36,6 +34,7 @@ from ._gated import check_gate, gates_of, mean_factors, refreshed
 from ._linear import QKV as QKV
 from ._linear import group_width, qkv_offsets
 from ._linear import linear_sizes as linear_sizes
+from ._linear import may_overwrite as may_overwrite
 
 
 class RoutedLoRALinear(nn.Module):
@@ -281,25 +280,3 @@ class RoutedLoRALinear(nn.Module):
             f"share={self.share!r}, dropout={self.dropout}, groups={self.groups}, output_offsets={self.output_offsets}"
             + ("" if self.gate is None else f", mix={self.mix!r}")
         )
-
-
-def may_overwrite(layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> bool:
-    """Whether nobody will look again at what `layer` gave, so that the update of x may be added to it in place.
-
-    Sure of the plain linear layers alone: their output is new memory and no backward needs it. A hook or a
-    wrapper may keep it; a compiler shares memory by itself.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    kind = type(layer)
-    plain = kind is nn.Linear or (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
-    if not plain or "forward" in layer.__dict__ or type(out) is not torch.Tensor or not out.is_contiguous():
-        return False
-    if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return False
-    if module._global_forward_hooks or module._global_backward_hooks or module._global_backward_pre_hooks:
-        return False
-    if not autocasts():
-        return out.dtype == x.dtype
-    autocast = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
-    return out.dtype == (autocast or x.dtype)

@@ -156,8 +156,8 @@ def adamix_loss(
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        An AdaMixLossOutput of scalars, float32 (float64 for float64 logits): loss, cross_entropy, consistency.
-        The last two are the unweighted means and not differentiable. A part without
+        An AdaMixLossOutput of loss, cross_entropy and consistency, scalars of float32 (float64 for float64
+        logits). The last two are the unweighted means and not differentiable. A part without
         rows is 0, with zero gradients.
 
     Memory at the peak, in bytes beyond the arguments, for R rows a pass of V logits of e bytes, the gradient included;
