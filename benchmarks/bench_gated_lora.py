@@ -46,10 +46,18 @@ def _inputs(size: GateSize, draw: Draw) -> Inputs:
     x, base = draw.normal(*lead, size.features), draw.normal(*lead, size.width)
     a = draw.normal(size.experts, size.rank, size.features, scale=size.features**-0.5)
     b = draw.normal(size.experts, size.width, size.rank, scale=size.rank**-0.5)
-    dense = size.slots == size.experts
-    index = None if dense else draw.index(size.experts, *lead, *((size.slots,) if size.slots else ()))
-    gates = [draw.normal(*lead, size.slots).float().softmax(-1)] if size.slots else []
+    index, gates = drawn(size, draw)
     return Inputs((x, a, b, base, *gates), (index,), draw.normal(*base.shape))
+
+
+def drawn(size: GateSize, draw: Draw) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """The index, None where gates are dense, else of experts that differ in a row; and the gates, if there are some."""
+    lead = size.batch, size.tokens
+    if not size.slots:
+        return draw.index(size.experts, *lead), []
+    dense = size.slots == size.experts
+    index = None if dense else draw.normal(*lead, size.experts).float().topk(size.slots, -1).indices
+    return index, [draw.normal(*lead, size.slots).float().softmax(-1)]
 
 
 def _ours(size: GateSize, backend: str):

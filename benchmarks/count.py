@@ -13,7 +13,7 @@ from pathlib import Path
 
 import adamix_kernels
 
-from . import count_page, count_run
+from . import count_gates, count_page, count_run
 from . import count_table as table
 from .count_run import TARGETS
 from .count_table import TABLE, Row
@@ -30,13 +30,12 @@ def counted(
     from . import count_cases, count_cuda, count_row, count_triton
 
     counter = (count_triton.TritonCounter if backend == "triton" else count_cuda.CudaCounter)(target)
-    # Its matrix units have no bfloat16: float16 is what a V100 trains in.
     works = [
         work
         for op in ops
         if op in adamix_kernels.backends()[backend].ops
         for work in count_cases.works(op)
-        if only in f"{work} {backend} sm_{target}" and not (target < 80 and work.dtype == "bfloat16")
+        if only in f"{work} {backend} sm_{target}" and work.compiles_for(target)
         if work.folder in backends()[backend].ops
     ]
     for number, work in enumerate(works, 1):
@@ -69,7 +68,7 @@ def described(row: Row, seconds: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0; 1 where a count has grown, or a row is missing; 2 where nothing can be counted."""
+    """Exit status 0; 1: a count has grown, a row is missing, gates cost too much; 2: nothing can be counted."""
     from .count_cases import OPS
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.count", description=__doc__)
@@ -130,6 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         found += table.problems(list(committed.values()), rows)
         found += [f"{row}: no such case any more" for row in gone]
+    if options.write or options.check:
+        now = committed if options.write else committed | {row.key: row for row in rows}
+        found += count_gates.problems(list(now.values()), {row.key for row in rows})
     if options.out:
         table.write(options.out, rows)
     for line in [*found, *failed]:

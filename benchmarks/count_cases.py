@@ -37,7 +37,7 @@ _LOSSES = ("adamix_loss", "consistency_loss", "adamix_loss_full", "adamix_loss_e
 # Of the files count_*.py, those that decide a row.
 _COUNTERS = ("cases", "cuda", "launch", "loops", "memory", "model", "row", "sass", "triton")
 # Of ops that share csrc/ with others, the folders there.
-_CSRC = dict.fromkeys(("gated_adapter", "gated_lora"), ("gated", "routed_lora"))
+_CSRC = {"gated_adapter": ("gated", "routed_adapter", "routed_lora"), "gated_lora": ("gated", "routed_lora")}
 # A loss scale, for which the forward may write its gradient.
 _SCALE = 1024.0
 
@@ -57,6 +57,11 @@ class Work:
     @property
     def dtype(self) -> str:
         return str(self.case.dtype).removeprefix("torch.")
+
+    def compiles_for(self, target: int) -> bool:
+        """A V100's matrix units have no bfloat16: float16 is what it trains in, and stands for it alone with gates."""
+        gated = self.folder.startswith("gated_") and self.dtype == "float16"
+        return target < 80 if gated else target >= 80 or self.dtype != "bfloat16"
 
     @property
     def floor(self) -> float:

@@ -26,7 +26,7 @@ from ptx.program import Program
 from . import count_cases, count_model
 from .count_cases import Work
 from .count_launch import Counted, counted
-from .count_memory import CountDraw, spans
+from .count_memory import CountDraw, spans, zeroed
 from .count_sass import Code, assembled
 from .count_triton import HOW, disassembler
 from .cuda_compile import ROOT, WHEELS, demangled, nvrtc_version
@@ -56,6 +56,7 @@ class CudaCounter:
     def count(self, work: Work) -> list[Counted]:
         """Its launches, in their order."""
         _on_host(self.target)
+        zeroed(work.folder.startswith("gated_"))
         inputs = work.case.make(CountDraw(work.case.dtype))
         gradient = work.direction != "forward" or "backward" in work.case.traffic
         bound = count_cases.bound(work.case, "cuda", inputs, gradient)

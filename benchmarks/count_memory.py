@@ -39,6 +39,13 @@ class CountDraw(Draw):
         return endless(pattern, size).view(self.dtype)[: size // self.dtype.itemsize].view(shape)
 
 
+def zeroed(yes: bool) -> None:
+    """Whether malloc gives zeros from now on. Blocks that did not run leave their rows unset, and the backward
+    with gates would take a NaN there for a sum to make again: counts would differ from run to run."""
+    # glibc: M_PERTURB, whose complement is what memory is filled with.
+    ctypes.CDLL(None).mallopt(-6, 255 if yes else int(os.environ.get("MALLOC_PERTURB_", "0")))
+
+
 def endless(pattern: torch.Tensor, size: int) -> torch.Tensor:
     """`size` bytes, as uint8, that repeat the pattern's; pages are private once written. The memory is never freed."""
     count = -(-size // PERIOD)

@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import count_gates, plot
 from . import count_model as model
-from . import plot
 from .count_table import Row
 from .record import write_text
 
@@ -50,6 +50,13 @@ _WORDS = (
     "rule sm_90; V100 and A100 have counts of their own in the CSV. Shares are of copy bandwidth; where an op "
     "moves less than a megabyte none is given, as only its launches count."
 )
+_GATES = (
+    "What gates cost beside one expert a token without any, at the same size: instructions, bytes (those that each "
+    "launch moves at least) and device bytes (as above, under the model's L2) over those of routing by token, and "
+    "launches. Up to 256 narrow columns of all experts (M r), `make count` fails above "
+    f"{count_gates.INSTRUCTIONS} of the instructions, {count_gates.BYTES} of the bytes, or a launch more; beyond, "
+    f"above {count_gates.LAUNCHES['wide']} launches more."
+)
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -67,6 +74,9 @@ def page(rows: Sequence[Row]) -> str:
         "## The counts",
         _filled(_WORDS),
         "\n".join(_table(rows)),
+        "## Gates",
+        _filled(_GATES),
+        "\n".join(count_gates.table(rows)),
     ]
     reasons = [_filled(f"{row}: {row.reason}", "- ") for row in rows if row.reason]
     parts += ["## Counts that have grown, and why", "\n".join(reasons)] if reasons else []

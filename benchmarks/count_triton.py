@@ -13,7 +13,7 @@ from ptx.program import How
 from . import count_cases
 from .count_cases import Work
 from .count_launch import Counted, counted
-from .count_memory import CountDraw
+from .count_memory import CountDraw, zeroed
 from .count_sass import Code, assembled
 from .op_check import gradients
 
@@ -33,6 +33,7 @@ class TritonCounter:
 
     def count(self, work: Work) -> list[Counted]:
         """Its launches, in their order."""
+        zeroed(work.folder.startswith("gated_"))
         inputs = work.case.make(CountDraw(work.case.dtype))
         gradient = work.direction != "forward" or "backward" in work.case.traffic
         bound = count_cases.bound(work.case, "triton", inputs, gradient)

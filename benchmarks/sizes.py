@@ -77,7 +77,10 @@ class PackSize:
 
 @dataclass(frozen=True)
 class GateSize:
-    """x [batch, tokens, features] -> [batch, tokens, width] by `slots` of `experts`: all: dense, 0: one, no gate."""
+    """x [batch, tokens, features] -> [batch, tokens, width] by `slots` of `experts`: all: dense, 0: one, no gate.
+
+    shared: one expert up for all of down.
+    """
 
     batch: int
     tokens: int
@@ -88,12 +91,14 @@ class GateSize:
     slots: int
     mix: str = "outputs"
     dtype: str = "bfloat16"
+    shared: bool = False
 
     @property
     def words(self) -> str:
         kind = "token" if not self.slots else "dense" if self.slots == self.experts else f"top{self.slots}"
         sizes = f"{self.batch}x{self.tokens}x{self.features} to {self.width}"
-        return f"{sizes} r{self.rank} M{self.experts} {kind}{' weights' * (self.mix == 'weights')}"
+        kind += " weights" * (self.mix == "weights") + " shared" * self.shared
+        return f"{sizes} r{self.rank} M{self.experts} {kind}"
 
 
 @dataclass(frozen=True)
@@ -218,14 +223,14 @@ LORA_PACK = {
     "smoke": tuple(PackSize(4, 8, 32, 32, 4, 6, routing, "float32") for routing in ("sample", "token", "sorted")),
     "odd": (PackSize(3, 37, 40, 56, 5, 7, "token"),),
 }
-# One expert a token, then all of LoRAMoE's, two of MoLA's, SMEAR's mean; more columns than a tile holds.
+# One expert a token, then all of LoRAMoE's, two of MoLA's, SMEAR's mean; more columns than a tile holds; a V100's.
 GATED_LORA = {
     "gpu": (),
     "count": (
         *(GateSize(8, 512, 1024, 1024, 8, 8, slots) for slots in (0, 8, 2)),
-        *(GateSize(16, 512, 1024, 1024, 8, 8, slots) for slots in (0, 8, 2)),
-        GateSize(16, 512, 1024, 1024, 8, 8, 8, "weights"),
+        GateSize(8, 512, 1024, 1024, 8, 8, 8, "weights"),
         *(GateSize(16, 512, 1024, 1024, 16, 64, slots) for slots in (0, 2)),
+        *(GateSize(8, 512, 1024, 1024, 8, 8, slots, dtype="float16") for slots in (0, 8, 2)),
     ),
     "cpu": (),
     "smoke": (
@@ -234,6 +239,18 @@ GATED_LORA = {
         GateSize(2, 8, 32, 32, 4, 3, 2, dtype="float32"),
         GateSize(2, 8, 32, 32, 4, 3, 3, "weights", dtype="float32"),
     ),
+    "odd": (),
+}
+GATED_ADAPTER = {
+    "gpu": (),
+    "count": (
+        *(GateSize(16, 512, 1024, 1024, r, 8, slots) for r in (8, 16) for slots in (0, 8, 2)),
+        *(GateSize(16, 512, 1024, 1024, r, 8, 8, "weights") for r in (8, 16)),
+        *(GateSize(16, 512, 1024, 1024, 16, 8, slots, shared=True) for slots in (0, 8)),
+        *(GateSize(16, 512, 1024, 1024, 8, 8, slots, dtype="float16") for slots in (0, 8, 2)),
+    ),
+    "cpu": (),
+    "smoke": GATED_LORA["smoke"],
     "odd": (),
 }
 LOSS = {

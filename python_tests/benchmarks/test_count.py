@@ -11,11 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import count_beside, count_loops, count_model, count_sass, count_table, proof_report, record
+from benchmarks import (
+    count_beside,
+    count_gates,
+    count_loops,
+    count_model,
+    count_sass,
+    count_table,
+    proof_report,
+    record,
+)
 from benchmarks.count_model import GPUS, Launch
 from benchmarks.count_table import Row
 
 ROOT = Path(__file__).resolve().parents[2]
+GATED = ("gated_lora",)
 H100 = next(gpu for gpu in GPUS if gpu.name == "H100")
 
 
@@ -213,6 +223,45 @@ def test_growth_needs_a_reason_that_is_new(tmp_path):
         count_table.read(path)
 
 
+def gated(**changed) -> Row:
+    return row(**{"op": "gated_lora/forward", "shape": "8x4x16 to 16 r8 M8 dense", **changed})
+
+
+def by_token(**changed) -> Row:
+    return row(**{"op": "routed_lora_by_token/forward", "shape": "8x4x16 to 16 r8 M8 token", **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"instructions": 1_240_000, "distinct": 1.04}, []),
+        ({"instructions": 1_260_000}, ["1.260 of the instructions, at most 1.25"]),
+        ({"distinct": 1.055}, ["1.055 of the bytes, at most 1.05"]),
+        ({"launches": 3, "shape": "8x4x16 to 16 r8 M8 top2"}, ["1 launches more, at most 0"]),
+        ({"instructions": 1_260_000, "shape": "8x4x16 to 16 r8 M8 dense weights"}, ["1.260 of the instructions"]),
+    ],
+)
+def test_gates_may_cost_so_much_beside_one_expert_a_token(changed, words):
+    mine = gated(**changed)
+    found = count_gates.problems([by_token(), mine], {mine.key})
+    assert len(found) == len(words)
+    assert all(word in line and str(mine) in line for word, line in zip(words, found))
+    # What has not changed is not told; of another target there is nothing to compare with.
+    assert count_gates.problems([by_token(), mine], set()) == []
+    assert len(count_gates.problems([by_token(), mine], {by_token().key})) == len(words)
+    (line,) = count_gates.problems([by_token(target=80), mine], {mine.key})
+    assert line == f"{mine}: no count of one expert a token to compare with"
+
+
+def test_beyond_a_tile_gates_may_take_two_launches_more():
+    wide = {"shape": "8x4x16 to 16 r16 M64 top2", "instructions": 9_000_000}
+    token = by_token(shape="8x4x16 to 16 r16 M64 token")
+    for launches, found in ((4, 0), (5, 1)):
+        assert len(count_gates.problems([token, gated(**wide, launches=launches)], {token.key})) == found
+    (line,) = count_gates.table([token, gated(**wide, launches=4)])[2:]
+    assert line.endswith("| 90 | 9.00 | 1.000 | 1.000 | 4 (+2) |")
+
+
 def measured(value: float, **changed) -> record.Row:
     usual = dict(
         op="adamix_loss/both", backend="triton", shape="2x8x5", dtype="bfloat16", metric="copy_share", unit="1",
@@ -265,9 +314,15 @@ def test_the_committed_rows_are_whole():
         assert all(math.isfinite(getattr(row, name)) for name in count_table.COUNTS), row
     # Every op of every backend on every GPU but Triton's on a V100, which Triton does not compile for.
     found = {(row.op.partition("/")[0], row.backend, gpu) for row in rows for gpu in row.shares}
-    for op in ("adamix_loss", "routed_adapter", "routed_lora", "merge_banks", "merge_experts"):
-        wanted = {("triton", gpu.name) for gpu in GPUS[1:]} | {("cuda", gpu.name) for gpu in GPUS}
+    for op in ("adamix_loss", "routed_adapter", "routed_lora", "merge_banks", "merge_experts", *GATED):
+        wanted = {("cuda", gpu.name) for gpu in GPUS if op not in GATED or gpu.target >= 90}
+        wanted |= set() if op in GATED else {("triton", gpu.name) for gpu in GPUS[1:]}
         assert {(backend, gpu) for name, backend, gpu in found if name == op} >= wanted, op
+
+
+def test_the_committed_gates_cost_no_more_than_they_may():
+    rows = count_table.committed()
+    assert count_gates.problems(rows, {row.key for row in rows}) == []
 
 
 @pytest.mark.parametrize(

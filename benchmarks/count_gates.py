@@ -1,0 +1,90 @@
+"""Counts with gates over those of one expert a token at the same size: what they may be, and a table of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from .count_table import Row
+from .prefer import shape_class
+
+# Of instructions, and of the distinct bytes of every launch, where all experts' narrow columns lie in one tile.
+INSTRUCTIONS, BYTES = 1.25, 1.05
+# Launches more, by the class of shapes: beyond a tile there may be a sort and a sum.
+LAUNCHES = {"narrow": 0, "wide": 2}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A row with gates, and that of one expert a token."""
+
+    gated: Row
+    token: Row
+
+    @property
+    def size(self) -> str:
+        """The class of its shapes."""
+        return shape_class(self.gated.op.partition("/")[0], self.gated.shape)
+
+    @property
+    def instructions(self) -> float:
+        return self.gated.instructions / self.token.instructions
+
+    @property
+    def bytes(self) -> float:
+        return self.gated.distinct / self.token.distinct
+
+    @property
+    def launches(self) -> int:
+        return self.gated.launches - self.token.launches
+
+    def over(self) -> list[str]:
+        """What is more than it may be, in words."""
+        found = []
+        if self.size == "narrow" and self.instructions > INSTRUCTIONS:
+            found.append(f"{self.instructions:.3f} of the instructions, at most {INSTRUCTIONS}")
+        if self.size == "narrow" and self.bytes > BYTES:
+            found.append(f"{self.bytes:.3f} of the bytes, at most {BYTES}")
+        if self.launches > LAUNCHES[self.size]:
+            found.append(f"{self.launches} launches more, at most {LAUNCHES[self.size]}")
+        return found
+
+
+def by_token(row: Row) -> tuple[str, str, str, str, int]:
+    """The key of the row that one with gates is compared with."""
+    op, _, direction = row.op.partition("/")
+    shape = re.sub(r"\b(dense|top\d+)( weights)?", "token", row.shape)
+    name = f"{op.replace('gated', 'routed')}_by_token/{direction}"
+    return name, row.backend, shape, row.dtype, row.target
+
+
+def pairs(rows: Iterable[Row]) -> list[Pair]:
+    """Of every row with gates that has one beside it."""
+    by_key = {row.key: row for row in rows}
+    gated = [row for row in by_key.values() if row.op.startswith("gated_")]
+    return [Pair(row, by_key[by_token(row)]) for row in gated if by_token(row) in by_key]
+
+
+def problems(rows: Collection[Row], changed: Collection[tuple]) -> list[str]:
+    """What costs more than it may beside one expert a token, or has nothing beside it: of the rows whose keys are among
+    `changed`, and those compared with them."""
+    have = pairs(rows)
+    touched = (pair for pair in have if {pair.gated.key, pair.token.key} & set(changed))
+    found = [f"{pair.gated}, over one expert a token: {', '.join(over)}" for pair in touched if (over := pair.over())]
+    alone = {row.key: row for row in rows if row.op.startswith("gated_") and row.key in changed}
+    for pair in have:
+        alone.pop(pair.gated.key, None)
+    return found + [f"{row}: no count of one expert a token to compare with" for row in alone.values()]
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """A Markdown table, a line for a pair."""
+    lines = ["| op, size | backend | sm | instructions | bytes | device | launches |", "|---|---|---|---|---|---|---|"]
+    for pair in pairs(rows):
+        row = pair.gated
+        lines.append(
+            f"| {row.op}, {row.shape}, {row.dtype} | {row.backend} | {row.target} | {pair.instructions:.2f} | "
+            f"{pair.bytes:.3f} | {row.device / pair.token.device:.3f} | {row.launches} ({pair.launches:+d}) |"
+        )
+    return lines
