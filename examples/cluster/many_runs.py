@@ -19,7 +19,7 @@ run in the present folder, which the machines share.
 
 A command that ended well is not run again: `runs.txt.state/<digest>.done` says so, and `<digest>.log` beside it holds
 what it printed; a changed command is another one. The exit status is 1 where one failed; the others are run all the
-same.
+same. An `adamix train` that was stopped goes on from its last checkpoint.
 """
 
 import argparse
@@ -88,6 +88,18 @@ def share(lines, index, size, environment=os.environ):
     return lines[index::size]
 
 
+def resumed(line, log):
+    """["--resume"] where an earlier try of this `adamix train` left a checkpoint in --out, else []."""
+    if line.words[:2] != ["adamix", "train"] or not log.exists():
+        return []
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out", default="")
+    parser.add_argument("--resume", nargs="?", const=True)
+    known, _ = parser.parse_known_args(line.words[2:])
+    begun = known.out and any(Path(known.out).glob("checkpoint-*"))
+    return ["--resume"] if begun and known.resume is None else []
+
+
 def run(line):
     """Whether it ended well, now or before."""
     if line.done.exists():
@@ -96,8 +108,8 @@ def run(line):
     line.state.parent.mkdir(parents=True, exist_ok=True)
     began = time.time()
     log = line.state.with_name(f"{line.state.name}.log")
+    words = [*PROGRAMS[line.words[0]], *line.words[1:], *resumed(line, log)]
     with log.open("wb") as out:
-        words = [*PROGRAMS[line.words[0]], *line.words[1:]]
         status = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT).returncode
     if status == 0:
         line.done.write_text(f"{shlex.join(line.words)}\n{time.time() - began:.1f} s\n", encoding="utf-8")

@@ -72,6 +72,21 @@ def test_what_failed_is_told_and_run_again(many, capsys):
     assert ran() == [0, 1, 1, 1, 2, 3]
 
 
+def test_a_training_that_was_stopped_goes_on(many):
+    lines = ["adamix train --data d --out runs/a", "adamix train --out=runs/b --resume", "adamix merge --out runs/a"]
+    Path("runs.txt").write_text("\n".join(lines))
+    first, *others = many.read(Path("runs.txt"))
+    log = Path("log")
+    Path("runs/a/checkpoint-8").mkdir(parents=True)
+    Path("runs/b/checkpoint-8").mkdir(parents=True)
+    assert many.resumed(first, log) == []  # somebody else's checkpoint
+    log.write_text("begun")
+    assert many.resumed(first, log) == ["--resume"]
+    assert [many.resumed(line, log) for line in others] == [[], []]
+    Path("runs/a/checkpoint-8").rmdir()
+    assert many.resumed(first, log) == []
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
