@@ -110,7 +110,7 @@ def sort_rows(key: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tensor]
     return perm, torch.searchsorted(ordered, torch.arange(keys + 1, device=key.device))
 
 
-def same_ids(first, second) -> bool:
+def same_ids(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
     """Whether slot k has one id on both sides, as far as that can be seen without their values."""
     if first is None or second is None:
         return first is second
