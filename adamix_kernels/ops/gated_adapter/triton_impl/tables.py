@@ -12,9 +12,14 @@ _GRAD: Table = {arch: {**tiles, (2, 64): Config(64, 64, 8, 3)} for arch, tiles i
 # Every block of features reads all experts' columns again: the more features, the fewer times.
 _WEIGHT: Table = {arch: {**tiles, (2, 256): Config(32, 32, 8, 2)} for arch, tiles in WEIGHT_TILES.items()}
 _WEIGHT_ASYNC = {**_WEIGHT[90], (2, 64): Config(64, 128, 4, 3), (2, 128): Config(64, 128, 8, 3)}
-# One expert's 256 columns beside those of its bias: lower tiles spill hundreds of registers.
+# One expert's widest columns beside those of its bias: the row tiles' sizes spill hundreds of registers.
 _SHRINK: Table = {
-    arch: {**ROW_TILES[80 if arch == 90 else arch], (2, 256): Config(64, 64 if 90 <= arch < 120 else 32, 8, 2)}
+    arch: {
+        **ROW_TILES[80 if arch == 90 else arch],
+        (2, 256): Config(64, 64 if 90 <= arch < 120 else 32, 8, 2),
+        (4, 128): Config(16, 16, 8, 2),
+        (4, 256): Config(16, 16, 8, 2),
+    }
     for arch in (80, 90, 100, 120)
 }
 TABLES: dict[str, Table] = {
