@@ -151,7 +151,7 @@ class GenerationKind:
         return scores
 
     def predictions(
-        self, model: nn.Module, texts: list[str], pairs: list[str] | None, tasks: None = None
+        self, model: nn.Module, texts: list[str], pairs: list[str] | None, tasks: list[int] | None = None
     ) -> list[dict[str, Any]]:
         return [{"generated": text} for text in self._decode(model, contexts(texts, pairs), False)]
 
