@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from ..models.checkpoint import save_adamix
+from ..models.gating import is_learned
 from ..models.header import CHECKPOINT_NAME, read_header
 from ..models.merging import merge
 from ..models.state import adamix_state
@@ -40,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
     _keep_experts(run.run, out)
     start(output)
     opened = open_run(run)
+    _check_gates(opened.model, options.gates)
     save_adamix(merge(opened.model, gates=options.gates or None), out)
     opened.tokenizer.save_pretrained(out)
     if opened.filed:
@@ -53,6 +57,15 @@ def main(argv: Sequence[str]) -> int:
         )
     print(f"merged checkpoint: {out}")
     return 0
+
+
+def _check_gates(model: nn.Module, gates: str) -> None:
+    """Raises ValueError where no one expert computes what the run does, with the option that takes one all the same."""
+    if not gates and is_learned(model) and not adamix_state(model).merged:
+        raise ValueError(
+            "run: got one whose gates differ by token or text, which no single expert computes, expected --gates mean, "
+            "which takes the mean gates of the training and says what is lost"
+        )
 
 
 def _keep_experts(run: str, out: Path) -> None:

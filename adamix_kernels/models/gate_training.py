@@ -44,10 +44,12 @@ def weighs_by_task(model: nn.Module) -> bool:
 
 def tasks_of(model: nn.Module, inputs: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
     """Takes task_ids out of a batch, for a table of tasks: the context in which the forward is to run."""
-    if not weighs_by_task(model):
-        inputs.pop(TASK_IDS, None)
+    state = getattr(model, "adamix", None)
+    if state is None or state.config.num_tasks is None:
         return contextlib.nullcontext()
     ids = inputs.pop(TASK_IDS, None)
+    if not weighs_by_task(model):  # merged
+        return contextlib.nullcontext()
     if ids is None and adamix_state(model).router.tasks is None:
         raise ValueError(f"inputs: got {sorted(inputs)}, expected {TASK_IDS!r} [B] among them, for router='task'")
     return contextlib.nullcontext() if ids is None else use_tasks(model, ids)

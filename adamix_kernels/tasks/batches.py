@@ -14,7 +14,7 @@ from .text import TextSplit
 
 
 def tokenize(split: TextSplit, tokenizer: Any, max_tokens: int) -> list[dict[str, Any]]:
-    """One dict a row, unpadded: what the tokenizer makes of it, at most max_tokens ids, `labels`, `task_ids`."""
+    """One dict a row, unpadded: what the tokenizer makes of it, at most max_tokens ids; `labels`, and `task_ids`."""
     pairs = [] if split.pairs is None else [split.pairs]
     encoded = tokenizer(split.texts, *pairs, truncation=True, max_length=max_tokens)
     rows = [{**{k: encoded[k][i] for k in encoded}, "labels": label} for i, label in enumerate(split.labels)]

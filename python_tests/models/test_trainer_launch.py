@@ -86,6 +86,25 @@ def test_parameters_stay_equal_across_ranks(runs, name):
     assert all(entry["loss"] > 0 and entry["consistency"] >= 0 for entry in first["log"])
 
 
+def test_gates_on_two_processes_learn_as_on_one(runs):
+    split, whole = runs["ddp0"]["gates"], runs["single0"]["gates"]
+    assert (split["parameters"] - whole["parameters"]).norm() / whole["parameters"].norm() < 1e-6
+    for mine, alone in zip(split["log"], whole["log"], strict=True):
+        assert mine["z_loss"] == pytest.approx(alone["z_loss"], rel=1e-5)
+    for name in ("gates", "balanced"):
+        assert torch.equal(runs["ddp0"][name]["parameters"], runs["ddp1"][name]["parameters"])
+    resumed = runs["ddp0"]["gates resumed"]
+    assert torch.equal(resumed["parameters"], split["parameters"])
+    assert [entry["z_loss"] for entry in resumed["log"]] == [entry["z_loss"] for entry in split["log"]]
+
+
+def test_each_process_balances_its_own_tokens(runs):
+    """M sum P^2 is convex: the mean of two processes' is above that of all their tokens."""
+    split, whole = (runs[name]["balanced"]["log"][0]["balance_loss"] for name in ("ddp0", "single0"))
+    assert whole < split < whole + 0.5
+    assert split == runs["ddp1"]["balanced"]["log"][0]["balance_loss"]
+
+
 def test_ranks_draw_different_experts(runs):
     first, second = runs["ddp0"]["indices"], runs["ddp1"]["indices"]
     assert len(first) == len(second) == 4 * 2

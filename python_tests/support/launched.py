@@ -76,11 +76,26 @@ def curves(mode, out):
     results["gpt2 checkpointed"] = run(mode, "gpt2", out, **CHECKPOINTING)
     if mode == "ddp":
         results["gpt2 accumulated"] = run(mode, "gpt2", out, gradient_accumulation_steps=2)
+    if mode != "fsdp":
+        results |= with_gates(mode, out / "gates")
     if mode == "fsdp":
         options = {"optim": "adamw_torch", "learning_rate": 0.1}
         results["saved"] = run(mode, "gpt2", out, save_strategy="steps", save_steps=2, **options)
         results["resumed"] = run(mode, "gpt2", out / "again", resume=str(out / "checkpoint-2"), **options)
     Router.draw = draw
+    return results
+
+
+def with_gates(mode, out):
+    """Routers of the two best of three, and of all; on two processes every parameter is to have its gradient."""
+    gates = {"routing": "learned", "share": None, "balance_weight": 0.0, "z_weight": 0.1, "top_k": 2}
+    dense = {**gates, "balance_weight": 1.0, "top_k": None}
+    unused = {} if mode == "single" else {"ddp_find_unused_parameters": False}
+    results = {
+        "gates": run(mode, "bert", out, method=gates, save_strategy="steps", save_steps=2, **unused),
+        "balanced": run(mode, "bert", out, method=dense, **unused),
+    }
+    results["gates resumed"] = run(mode, "bert", out, resume=str(out / "checkpoint-2"), method=gates, **unused)
     return results
 
 

@@ -73,6 +73,11 @@ def routed_adapter(
         reference on a GPU, float32, indices [B, S]: forward `e * B*S * (3*Hout + 2*r)`,
             backward `e * (B*S * (3*H + r) + r * (Md*H + Mu*Hout))`
 
+    With gates the forward saves beside its output, on every backend, the narrow values before the activation and
+    gates, `e * B*S * T` bytes: T is M * r with dense gates, K * r with K chosen, r where the down side is a bank of
+    one. The backward makes `B*S` or `B` times as many values of gates' dtype as there are slots, beside the gradients
+    above.
+
     Raises:
         TypeError, ValueError: an argument's type, dtype, device or shape is wrong; the message names it.
         IndexError: an expert id outside its bank (always on the CPU; on a GPU with ADAMIX_CHECK=1).

@@ -89,6 +89,10 @@ def routed_lora(
         reference, float32, indices [B], dropout: forward `e * B*S * (K + 2*N + r)`,
             backward `B*S * (e * (3*K + r) + K) + e * r * (Ma*K + Mb*N)`
 
+    With gates the forward saves beside its output, on every backend, the narrow values before gates, `e * B*S * T`
+    bytes: T is M * r with dense gates, K * r with K chosen, r where the A side is a bank of one. The backward makes
+    `B*S` or `B` times as many values of gates' dtype as there are slots, beside the gradients above.
+
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong; the message names it.
         IndexError: an expert id outside its bank (always on the CPU; on a GPU with ADAMIX_CHECK=1).

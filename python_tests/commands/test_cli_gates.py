@@ -1,0 +1,126 @@
+"""Presets and tasks on the command line: what they configure, and a small run from train to merge."""
+
+import random
+
+import pytest
+import tiny_text
+
+from adamix_kernels import AdaMixConfig, cli, tasks
+from adamix_kernels.commands import train
+
+MERGED = "merged"
+WORDS = ("the", "film", "meal", "was", "a", "story", "very", "not")
+
+
+def config(*flags, names=2):
+    return train.parse(flags).config(names)
+
+
+@pytest.mark.parametrize("name", ["hydra_lora", "lora_moe", "mola", "smear"])
+def test_a_preset_is_that_of_python(name):
+    assert config("--preset", name) == getattr(AdaMixConfig, name)(target_modules=None)
+
+
+def test_what_is_given_beside_a_preset_counts():
+    assert config("--preset", "mola", "--lora_r", "4", "--lora_alpha", "8") == AdaMixConfig.mola(r=4, alpha=8.0)
+    assert config("--preset", "mola", "--num_experts", "4") == AdaMixConfig.mola(num_experts=4, experts_pattern=None)
+    assert config("--preset", "hydra_lora", "--lora_dropout", "0.1") == AdaMixConfig.hydra_lora(dropout=0.1)
+    by_task = config("--task_column", "domain", names=5)
+    assert (by_task.routing, by_task.router, by_task.num_tasks, by_task.mix) == ("learned", "task", 5, "weights")
+    assert config("--task_column", "domain", "--mix", "outputs").mix == "outputs"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--preset", "mole"], "preset: got 'mole', expected one of 'none', 'hydra_lora'"),
+        (["--preset", "mola", "--routing", "batch"], "preset: got mola with --routing batch|router|top_k"),
+        (["--router", "task", "--routing", "learned"], "router: got task, expected --task_column too"),
+        (
+            ["--task_column", "a", "--router", "linear"],
+            "task_column: got 'a' with --router linear, expected --router task",
+        ),
+        (["--task_column", "a", "--routing", "token"], "--routing token, expected --routing learned"),
+        (["--task_column", "a", "--preset", "mola"], "top_k: got 2 for router='task'"),
+    ],
+)
+def test_what_excludes_each_other_is_named(flags, words):
+    with pytest.raises(ValueError, match=words):
+        config(*flags)
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory):
+    """A run whose label is the opposite in one domain."""
+    folder, draw = tmp_path_factory.mktemp("domains"), random.Random(0)
+    tiny_text.write_encoder(folder / "encoder")
+    lines = ["domain,text,label"]
+    for i in range(48):
+        domain, good = ("shop", "cinema")[i // 2 % 2], i % 2 == 0
+        label = "pos" if good == (domain == "shop") else "neg"
+        lines.append(f"{domain},{' '.join([('bad', 'good')[good], *draw.choices(WORDS, k=4)])},{label}")
+    (folder / "own.csv").write_text("\n".join(lines) + "\n")
+    flags = ["--model", str(folder / "encoder"), "--data", str(folder / "own.csv"), "--out", str(folder / "out")]
+    more = [
+        "--max_steps",
+        "6",
+        "--learning_rate",
+        "2e-2",
+        "--use_cpu",
+        "--disable_tqdm",
+        "--no_baselines",
+        "--task_column",
+        "domain",
+    ]
+    assert cli.main(["train", *flags, *more]) == 0
+    return folder
+
+
+def test_a_run_knows_its_tasks(domains, capsys):
+    run = tasks.read_run(domains / "out")
+    assert (run.task_column, run.task_names, run.text_column) == ("domain", ["cinema", "shop"], "text")
+    assert cli.main(["eval", str(domains / "out"), "--disable_tqdm"]) == 0
+    assert "(learned)" in capsys.readouterr().out
+
+
+def test_predictions_go_by_the_task(domains, capsys):
+    flags = ["predict", "--run", str(domains / "out"), "--json"]
+    answers = []
+    for name in run_names(domains):
+        assert cli.main([*flags, "--task_name", name, "good film"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] != answers[1]
+    (domains / "in.csv").write_text("domain,text\nshop,good film\ncinema,good film\n")
+    assert cli.main([*flags, "--file", str(domains / "in.csv"), "--disable_tqdm"]) == 0
+    assert set(capsys.readouterr().out.splitlines()) == {line.strip() for line in answers}
+    (domains / "in.csv").write_text("domain,text\nbank,good film\n")
+    for more, words in (
+        (["good film"], "task_name: got nothing, expected one of the training's tasks, 'cinema', 'shop'"),
+        (["--task_name", "bank", "good film"], "task_name: got the task 'bank', expected one of the training's"),
+        (["--file", str(domains / "in.csv")], "in.csv, line 2: got the task 'bank'"),
+    ):
+        assert cli.main([*flags, *more]) != 0
+        assert words in capsys.readouterr().err
+
+
+def test_a_merged_run_needs_no_task(domains, capsys):
+    out = str(domains / MERGED)
+    assert cli.main(["merge", str(domains / "out"), "--out", out]) != 0
+    assert "--gates mean" in capsys.readouterr().err
+    assert cli.main(["merge", str(domains / "out"), "--gates", "mean", "--out", out]) == 0
+    assert "the mean gates do not say" in capsys.readouterr().out
+    assert cli.main(["predict", "--run", out, "good film"]) == 0
+    assert cli.main(["eval", out, "--disable_tqdm"]) == 0
+
+
+def run_names(folder):
+    return tasks.read_run(folder / "out").task_names
+
+
+def test_a_column_of_one_task_is_refused(tmp_path):
+    (tmp_path / "one.csv").write_text("domain,text,label\na,x,0\na,y,1\n")
+    with pytest.raises(ValueError, match=r"task_column: got 'domain' of .* with 1 different names"):
+        tasks.load_task(str(tmp_path / "one.csv"), task_column="domain")
+    (tmp_path / "one.csv").write_text("domain,text,label\na,x,0\n,y,1\n")
+    with pytest.raises(ValueError, match="line 3, column 'domain': got '', expected the name of a task"):
+        tasks.load_task(str(tmp_path / "one.csv"), task_column="domain")
