@@ -112,14 +112,17 @@ def _plane(
         else:
             begin, end, first, stop, number = _own_samples(index, m, batch, span, div, tiles, split, splits, 128)
         for b in range(first, stop):
-            low = tl.maximum(begin - number * tiles, 0)
-            high = tl.minimum(end - number * tiles, tiles)
+            # The expert's tiles before this sample. In the address, not in the inner loop's bounds alone: Triton 3.6 takes
+            # a loop's variable that only bounds need for unused, and drops its sum.
+            ahead = number * tiles
+            low = tl.maximum(begin, ahead)
+            high = tl.minimum(end, ahead + tiles)
             if index is not None and not MASKED:
                 mine = tl.load(index + (b * span) // div) == m
                 high = tl.where(mine, high, low)
                 number += mine.to(tl.int32)
             for tile in range(low, high):
-                offset = tile * ROWS + tl.arange(0, ROWS)
+                offset = (tile - ahead) * ROWS + tl.arange(0, ROWS)
                 rows = b * span + offset
                 valid = offset < span
                 if MASKED:
