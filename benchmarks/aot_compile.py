@@ -23,6 +23,7 @@ import adamix_kernels
 from adamix_kernels._backends import OPS
 from adamix_kernels.ops._triton_aot import AotCase
 
+from .aot_loops import lost
 from .aot_table import SHARED_LIMITS, Row
 
 _INSTRUCTIONS = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
@@ -61,7 +62,11 @@ def compile_keys(keys: Sequence[tuple]) -> tuple[list[Row], list[str]]:
     for key in keys:
         row, case = _by_key()[key]
         try:
-            made.append(_compile(row, case))
+            compiled, names = _compile(row, case)
+            made.append(compiled)
+            failed += [
+                f"{row}: Triton drops {name}, which an inner loop's bounds need: use it in an address" for name in names
+            ]
         except (CompilationError, PTXASError, RuntimeError) as error:
             failed.append(f"{row}: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
     return made, failed
@@ -81,12 +86,13 @@ def _described(case: AotCase, target: int) -> Row:
     )  # fmt: skip
 
 
-def _compile(row: Row, case: AotCase) -> Row:
+def _compile(row: Row, case: AotCase) -> tuple[Row, list[str]]:
+    """(the row with its figures, the variables of loops that were lost)."""
     source = ASTSource(case.fn, case.signature, constexprs=case.constexprs, attrs=case.attrs)
     options = dict(num_warps=case.num_warps, num_stages=case.num_stages, maxnreg=case.maxnreg)
     made = triton.compile(source, target=GPUTarget("cuda", row.target, 32), options=options)
     registers, local = _resources(made.asm["cubin"])
-    return replace(
+    filled = replace(
         row,
         registers=registers,
         spills=local // 4,
@@ -94,6 +100,7 @@ def _compile(row: Row, case: AotCase) -> Row:
         tensor_columns=getattr(made.metadata, "tmem_size", None) or 0,
         mma=mma_kinds(made.asm["ttgir"], made.asm["ptx"]),
     )
+    return filled, lost(made.asm["ttir"])
 
 
 def mma_kinds(ttgir: str, ptx: str) -> str:

@@ -120,6 +120,16 @@ def test_more_splits_than_tiles_of_an_expert(case):
     assert "adapter_plane_sum_kernel" in names
 
 
+@pytest.mark.parametrize("splits", [3, 7])
+def test_a_split_may_begin_and_end_within_samples_of_several_tiles(splits):
+    """Compiled, too: there Triton dropped the number of a sample from the loop over samples (benchmarks/aot_loops.py)."""
+    tensors, _ = draw(torch.bfloat16, 6, 300, 32, 4, 4, 1, "sample", None)
+    sample = torch.tensor([0, 3, 3, 1, 3, 3], device=DEVICE)
+    with mock.patch.object(weights, "count_splits", return_value=splits), spied_launches() as names:
+        check(tensors, [sample, None])
+    assert "adapter_plane_sum_kernel" in names
+
+
 def test_planes_cost_at_most_a_quarter_of_what_they_sum():
     for rows, experts, r in ((65536, 5, 16), (8192, 5, 16), (8192, 128, 64), (64, 5, 16)):
         splits = weights.count_splits(rows, 16, 32, experts * r, 4)
