@@ -1,9 +1,10 @@
 """Loop variables that Triton 3.6 drops although they count: `lost(ttir)`.
 
 A pass of Triton's (dead arguments of scf.for) asks which values the operations inside a loop and those behind it need,
-and overlooks the bounds of the loops inside it. A variable that an outer loop carries for an inner loop's bounds alone is
-then taken for unused: its sum goes, the bounds stay those of the first turn, and the result is wrong without a word.
-Interpreted kernels do not show it. The way out is to use the variable in an address or a mask as well.
+and overlooks the bounds of the loops inside it (triton-lang/triton#9036). A variable that an outer
+loop carries for an inner loop's bounds alone is then taken for unused: its sum goes, the bounds stay those of the first
+turn, and the result is wrong without a word. Interpreted kernels do not show it. The way out is to use the variable in
+an address or a mask as well.
 """
 
 from __future__ import annotations
