@@ -1,4 +1,4 @@
-"""Every speed goal of this project, and what the committed measurements say to it."""
+"""Every speed goal but those of host time (readme_host.py), and what the committed measurements say to it."""
 
 from __future__ import annotations
 

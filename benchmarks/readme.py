@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import goals, plot, readme_ops, record
+from . import goals, plot, readme_host, readme_ops, record
 from .contender_names import ADAMIX, TITLES
 from .goals import CPU_LIMITS, RESULTS, Verdict
+from .readme_host import wrapped
 from .record import Row, write_text
 
 ROOT = Path(__file__).parent.parent
@@ -26,28 +27,33 @@ STEPS = RESULTS / "step_cpu.csv"
 EARLIER = RESULTS / "step_cpu_earlier.csv"
 OPS = RESULTS / "ops_cpu.csv"
 MEMORY = RESULTS / "linear_memory_cpu.csv"
+HOST = RESULTS / "host_cpu.csv"
 
 
 def section() -> str:
     """The text between the README's markers."""
-    parts = [_gpu(goals.evaluate(goals.load())), _memory(record.read(MEMORY))]
-    last = "Every op, every goal and how each figure was made: [docs/performance.md](docs/performance.md)."
-    return "\n\n".join([*parts, last])
+    first = (
+        f"{_gpu(goals.evaluate(goals.load()))} Every op, every goal and how each figure was made: "
+        "[docs/performance.md](docs/performance.md)."
+    )
+    measured = [_memory(record.read(MEMORY)), readme_host.sentence(record.read(HOST))]
+    points = ["- " + words.replace("\n", "\n  ") for words in measured if words]
+    return "\n\n".join([wrapped(first), "\n".join(points)])
 
 
 def page() -> str:
     """docs/performance.md."""
     verdicts = goals.evaluate(goals.load())
-    head = (
-        "# Performance\n\nEvery figure here is a row of benchmarks/results, with the command that made it; "
-        "`python -m benchmarks.readme --write`\nwrites this page from them."
+    head = "# Performance\n\n" + wrapped(
+        "Every figure here is a row of benchmarks/results, with the command that made it; the row names the commit, "
+        "and what changed since is not in it. `python -m benchmarks.readme --write` writes this page from them."
     )
     counts = "What kernels do is counted without a GPU, and GPUs' speeds predicted: [counts](counts.md)."
-    parts = [head, _gpu(verdicts), counts, _memory(record.read(MEMORY)), "## A training step on a CPU"]
+    parts = [head, wrapped(_gpu(verdicts)), counts, _memory(record.read(MEMORY)), "## A training step on a CPU"]
     parts += [_cpu_table(record.read(STEPS)), _cpu_words(record.read(STEPS), record.read(EARLIER))]
     command = f"python -m benchmarks.run op NAME --size cpu --out {OPS.relative_to(ROOT)}"
     parts += ["## Ops on a CPU", readme_ops.table(record.read(OPS), command), *_pictures()]
-    parts += ["## Goals", _goals(verdicts)]
+    parts += ["## Host time of a call", readme_host.table(record.read(HOST)), "## Goals", _goals(verdicts)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -65,9 +71,9 @@ def _gpu(verdicts: Sequence[Verdict]) -> str:
     measured = [v for v in on_gpu if v.state != "not measured"]
     if not measured:
         return (
-            f"No GPU figure is claimed: nothing has been measured on one yet, and {len(on_gpu)} goals for GPUs are not "
-            "measured.\n`adamix bench gpu-proof` runs the GPU tests, the sanitizers and every benchmark there, in one "
-            "command with a\nbudget of 9 minutes."
+            f"No GPU figure is claimed: nothing has been measured on one, and {len(on_gpu)} goals for GPUs are "
+            "open. `adamix bench gpu-proof` runs the GPU tests, the sanitizers and every benchmark there, in one "
+            "command with a budget of 9 minutes."
         )
     met = sum(v.state == "met" for v in measured)
     return (
@@ -80,7 +86,7 @@ def _memory(rows: Sequence[Row]) -> str:
     """The linear loss beside the formula on all logits."""
     peaks = {r.backend: r for r in rows if r.metric == "peak_memory" and "trained head" not in r.shape}
     ours, formula = peaks["reference"], peaks["formula"]
-    return _wrapped(
+    return wrapped(
         f"`linear_adamix_loss` needs **{ours.value / formula.value:.0%} of the memory** of the plain formula: "
         f"{ours.value:,.0f} MiB instead of {formula.value:,.0f} MiB at {_loss_size(ours.shape)} "
         "(`python -m benchmarks.bench_linear_memory`, forward and backward, on a CPU)."
@@ -132,7 +138,7 @@ def _cpu_words(rows: Sequence[Row], earlier: Sequence[Row]) -> str:
                 f"{rounds} rounds do not settle them."
             )
     said.append(_earlier(_ratios(earlier), earlier))
-    return _wrapped(" ".join(said))
+    return wrapped(" ".join(said))
 
 
 def _earlier(ratios: dict, rows: Sequence[Row]) -> str:
@@ -164,9 +170,9 @@ def _goals(verdicts: Sequence[Verdict]) -> str:
     lines = goals.markdown(verdicts)
     commands = (
         "Goals 2.8 are the steps' above, 5.2.1 is `python -m benchmarks.bench_linear_memory`'s; "
-        "`adamix bench gpu-proof` measures those of a GPU."
+        "`adamix bench gpu-proof` measures those of a GPU. Those of host time stand in the tables above."
     )
-    return "\n".join([f"{counts}.", "", _wrapped(commands), "", *lines])
+    return "\n".join([f"{counts}.", "", wrapped(commands), "", *lines])
 
 
 def _ratios(rows: Sequence[Row]) -> dict[tuple[str, str, str], float]:
@@ -190,12 +196,6 @@ def _size(shape: str) -> str:
 
 def _seconds(milliseconds: float) -> str:
     return f"{milliseconds / 1e3:.2f} s" if milliseconds >= 1e3 else f"{milliseconds:.0f} ms"
-
-
-def _wrapped(text: str) -> str:
-    import textwrap
-
-    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
