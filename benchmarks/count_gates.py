@@ -118,12 +118,13 @@ def problems(rows: Collection[Row], changed: Collection[tuple]) -> list[str]:
 
 def exceptions(rows: Sequence[Row]) -> list[str]:
     """A line for each of MORE that has a pair: what it may cost, and why."""
-    counted = dict.fromkeys(pair.name for pair in pairs(rows))
-    return [
-        f"{op} {backend} {size}: {instructions} of the instructions, {moved} of the bytes: {why}"
-        for (op, backend, size), (instructions, moved, why) in MORE.items()
-        if (op, backend, size) in counted
-    ]
+    counted, lines = {pair.name for pair in pairs(rows)}, []
+    for name, (instructions, moved, why) in MORE.items():
+        most = [f"{instructions} of the instructions"] if instructions > INSTRUCTIONS else []
+        most += [f"{moved} of the bytes"] if moved > BYTES else []
+        if name in counted:
+            lines.append(f"{' '.join(name)}: at most {', '.join(most)}: {why}")
+    return lines
 
 
 def table(rows: Sequence[Row]) -> list[str]:

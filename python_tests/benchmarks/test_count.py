@@ -346,7 +346,7 @@ def test_an_exception_is_a_limit_of_its_own(monkeypatch):
     monkeypatch.setattr(count_gates, "MORE", {("gated_lora/forward", "triton", "r8 M8 dense"): (1.25, 1.09, "why")})
     assert count_gates.problems([by_token(), mine], {mine.key}) == []
     assert count_gates.exceptions([by_token(), mine]) == [
-        "gated_lora/forward triton r8 M8 dense: 1.25 of the instructions, 1.09 of the bytes: why"
+        "gated_lora/forward triton r8 M8 dense: at most 1.09 of the bytes: why"
     ]
     assert count_gates.exceptions([by_token()]) == []
     other = gated(distinct=1.1)
