@@ -55,7 +55,7 @@ _GATES = (
     "launch moves at least) and device bytes (as above, under the model's L2) over those of routing by token, and "
     "launches. Up to 256 narrow columns of all experts (M r), `make count` fails above "
     f"{count_gates.INSTRUCTIONS} of the instructions, {count_gates.BYTES} of the bytes, or a launch more; beyond, "
-    f"above {count_gates.LAUNCHES['wide']} launches more."
+    f"above {count_gates.LAUNCHES['wide']} launches more. Those that cost more stand below the table, with the reason."
 )
 
 
@@ -77,6 +77,7 @@ def page(rows: Sequence[Row]) -> str:
         "## Gates",
         _filled(_GATES),
         "\n".join(count_gates.table(rows)),
+        *(["\n".join(_filled(line, "- ") for line in more)] if (more := count_gates.exceptions(rows)) else []),
     ]
     reasons = [_filled(f"{row}: {row.reason}", "- ") for row in rows if row.reason]
     parts += ["## Counts that have grown, and why", "\n".join(reasons)] if reasons else []

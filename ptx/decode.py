@@ -111,6 +111,8 @@ def _fence(words: list[str], args: list[str], o: Operands) -> Decoded:
 def _barrier(words: list[str], args: list[str], o: Operands) -> Decoded:
     if words[1] == "warp":
         return Decoded("bar.warp")
+    if words[1:4] == ["red", "or", "pred"] and len(args) == 3 and args[1] == "0":
+        return Decoded("bar", [o.read(args[0], 4)], [o.read(args[2], 4)])
     if "sync" not in words or args != ["0"]:
         raise UnknownPtxError(f"a barrier of its own: {args}")
     return Decoded("bar")

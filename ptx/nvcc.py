@@ -1,7 +1,7 @@
 """PTX of nvcc and NVRTC, which hold many kernels and say some things in their own way, as the executor reads it.
 
 It is for counting, not for checking: a cluster's blocks run one after another, so what one reads or writes in another's
-shared memory is its own, and `bar.red` gives a thread its own predicate. Both decide values, hardly what is executed.
+shared memory is its own. That decides values, hardly what is executed.
 """
 
 from __future__ import annotations
@@ -87,8 +87,7 @@ def _spelled(line: str) -> str:
     line = line.replace("st.shared::cluster.", "st.shared.")
     line = re.sub(r"\bld\.((?:v\d\.)?(?:f32|u32|b32))\b", r"ld.shared.\1", line)
     line = re.sub(r"\bbarrier\.cluster\.arrive[\w.]*;", "fence.acq_rel.gpu;", line)
-    line = re.sub(r"\bbarrier\.cluster\.wait[\w.]*;", "bar.sync 0;", line)
-    return re.sub(r"\bbar\.red\.\w+\.pred\s+(\S+),\s*0,\s*(\S+);", r"bar.sync 0; mov.pred \1, \2;", line)
+    return re.sub(r"\bbarrier\.cluster\.wait[\w.]*;", "bar.sync 0;", line)
 
 
 def _singly(count: str, kind: str, registers: str, base: str, plus: str | None) -> Iterator[str]:

@@ -160,6 +160,23 @@ void start(Warp& w, Block& b, int id) {
   }
 }
 
+// bar.red.or: every thread is given whether one of the block's says yes.
+void combine(Block& b) {
+  const std::vector<Instruction>& code = b.program->code;
+  auto barrier = [&](const Warp& w) -> const Instruction* {
+    if (w.state != State::at_barrier) return nullptr;
+    const Instruction& i = code[(w.diverged ? w.lane_pc[__builtin_ctz(w.alive)] : w.pc) - 1];
+    return i.in.empty() ? nullptr : &i;
+  };
+  bool yes = false, bad = false;
+  for (Warp& w : b.warps)
+    if (const Instruction* i = barrier(w))
+      yes |= predicate(w, i->in[0]) & w.alive, bad |= undefined(w, i->in[0]) & w.alive;
+  for (Warp& w : b.warps)
+    if (const Instruction* i = barrier(w))
+      set_predicate(w, i->out[0], w.alive, yes ? kAll : 0), set_undefined(w, i->out[0], w.alive, bad ? kAll : 0);
+}
+
 // Nobody can run: a barrier that all have reached opens; false where the block has ended.
 bool open_barrier(Block& b) {
   int done = 0, stuck = 0;
@@ -173,6 +190,7 @@ bool open_barrier(Block& b) {
     return true;
   }
   if (done) report(b.warps[0], first, "a barrier after some warps ended", done, 0);
+  combine(b);
   for (Warp& w : b.warps)
     if (w.state == State::at_barrier) w.state = State::running;
   b.epoch++, b.launch->barriers++;

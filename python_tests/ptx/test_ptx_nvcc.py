@@ -69,7 +69,9 @@ ARRAYS = """
 	add.s64 	%rd9, %rd7, %rd8;
 	mov.u32 %r17, %cluster_nctarank;
 	mad.lo.s32 	%r18, %r17, 1000, %r13;
-	mad.lo.s32 	%r19, %r12, 100000, %r18;
+	mad.lo.s32 	%r18, %r12, 100000, %r18;
+	selp.b32 	%r19, 1000000, 0, %p2;
+	add.s32 	%r19, %r18, %r19;
 	st.global.u32 	[%rd9], %r19;
 	ret;
 }
@@ -153,7 +155,7 @@ def run(text: str, argument: bytes, tensors, *, grid=(1,), warps=1, shared=0, ho
     return program, outcome
 
 
-def test_arrays_parameters_and_clusters():
+def test_arrays_parameters_clusters_and_what_a_block_says_together():
     (text,) = nvcc.kernels(HEAD + ARRAYS).values()
     out = torch.zeros(4 * 64, dtype=torch.int32)
     argument = struct.pack("<QII", out.data_ptr(), 7, 3) + bytes(8)
@@ -161,7 +163,8 @@ def test_arrays_parameters_and_clusters():
     run(text.executed, argument, [out], grid=(4,), warps=2, shared=256, cluster=2)
     expected = 7 + 3 * torch.arange(64)
     ranks = torch.arange(4) % 2
-    assert torch.equal(out.view(4, 64).long(), 2000 + 100_000 * ranks[:, None] + expected)
+    # The last: thread 0 of each block says yes, and all hear it.
+    assert torch.equal(out.view(4, 64).long(), 2000 + 100_000 * ranks[:, None] + expected + 1_000_000)
 
 
 def test_each_kernel_stands_alone_with_its_lines():
