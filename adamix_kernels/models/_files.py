@@ -69,6 +69,27 @@ def unsealed(values: dict[str, Any], where: object) -> dict[str, Any]:
     return rest
 
 
+def read_versioned(
+    path: Path, writer: str, kind: str, versions: tuple[int, ...], bare: int | None = None
+) -> dict[str, Any]:
+    """A sealed JSON with a "version", without its seal; one of version `bare` has none.
+
+    Raises ValueError, naming the file, for any other or a damaged one. writer: what writes it. kind: what it holds.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: got no such file, expected {writer}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: got a file that is not JSON ({error}), expected {kind}") from error
+    version = values.get("version") if isinstance(values, dict) else None
+    if version not in versions:
+        wanted = ", ".join(map(str, versions)) + (", the one" if len(versions) == 1 else ", those")
+        raise ValueError(f"{path}: got version {version!r}, expected {wanted} this release reads")
+    rest = values if version == bare else unsealed(values, path)
+    return rest
+
+
 def _digest_of(values: dict[str, Any]) -> str:
     as_read = json.loads(json.dumps(values))
     return hashlib.sha256(json.dumps(as_read, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

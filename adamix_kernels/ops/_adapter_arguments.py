@@ -1,4 +1,4 @@
-"""What the ops behind routed_adapter share: checks of arguments, the memory of a bank's gradients."""
+"""What the ops behind routed_adapter share: checks of arguments."""
 
 from __future__ import annotations
 
@@ -53,8 +53,3 @@ def check_adapter(
     if add_input:
         check_shape("residual", x, "[B, S, Hout]", x.shape[0], x.shape[1], out_features)
     check_choice("activation", activation, ACTIVATIONS)
-
-
-def like_bank(weight: torch.Tensor, needed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory of the gradients of a bank of weights and of its biases; of no elements unless needed."""
-    return weight.new_empty(weight.shape if needed else 0), weight.new_empty(weight.shape[:2] if needed else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -17,8 +18,8 @@ from .._backends import check_request
 from .._version import __version__
 from ..models._files import (
     make_folder,
+    read_versioned,
     remove_temporaries,
-    unsealed,
     write_safetensors_by_digest,
     write_sealed_json,
 )
@@ -104,7 +105,7 @@ def save_pack(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
                 "package_version": __version__,
                 "base_model": base_facts(model, folder),
                 "capacity": state.capacity,
-                "layers": {path: _shape_json(Shape.of(layer)) for path, layer in layers.items()},
+                "layers": {path: dataclasses.asdict(Shape.of(layer)) for path, layer in layers.items()},
                 "heads": {
                     path: {n: part.out_features for n, part in parts.items() if isinstance(part, heads.PackedLinear)}
                     for path, parts in packed.items()
@@ -165,28 +166,7 @@ def load_pack(
 
 def read_pack(folder: Path) -> dict[str, Any]:
     """The JSON of a pack. Raises ValueError, naming the file, for any other or a damaged one."""
-    path = folder / PACK_NAME
-    if not path.is_file():
-        raise ValueError(f"{path}: got no such file, expected a folder written by save_pack")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got a file that is not JSON ({error}), expected a pack") from error
-    version = values.get("version") if isinstance(values, dict) else None
-    if version != _VERSION:
-        raise ValueError(f"{path}: got version {version!r}, expected {_VERSION}, the one this release reads")
-    found: dict[str, Any] = unsealed(values, path)
-    return found
-
-
-def _shape_json(shape: Shape) -> dict[str, Any]:
-    return {
-        "adapter": shape.adapter,
-        "rank": shape.rank,
-        "activation": shape.activation,
-        "offsets": list(shape.offsets),
-        "width": shape.width,
-    }
+    return read_versioned(folder / PACK_NAME, "a folder written by save_pack", "a pack", (_VERSION,))
 
 
 def _write_name(model: nn.Module, entry: Entry, folder: Path, alone: bool) -> dict[str, Any]:

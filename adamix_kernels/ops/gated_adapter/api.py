@@ -8,7 +8,7 @@ from ..._backends import check_request
 from .._adapter_arguments import check_adapter
 from .._checks import autocast, autocast_dtype, check_tensor
 from .._gates import Side, arranged, cast_gates
-from .autograd import gated_adapter_op
+from .op import gated_adapter_op
 
 
 def gated_adapter(

@@ -11,7 +11,7 @@ from .._checks import autocast_dtype, check_flag, check_tensor
 from .._gates import Side, arranged, cast_gates
 from .._groups import check_number
 from .._lora_arguments import autocast_lora, check_inplace, check_lora, seed_tensor
-from .autograd import gated_lora_inplace, gated_lora_op
+from .op import OPS, gated_lora_op
 
 
 def gated_lora(
@@ -57,4 +57,4 @@ def gated_lora(
     if torch.compiler.is_compiling():
         # The compiler decides itself what may share memory.
         return target.copy_(gated_lora_op(*tensors, target, *options)[0])
-    return gated_lora_inplace(*tensors, target, *options).view(base.shape)
+    return OPS.differentiable_inplace(*tensors, target, *options).view(base.shape)

@@ -12,8 +12,8 @@ from .._gates import check_mix
 from .._node import NODE
 from .._passes import fold_passes
 from ..gated_adapter.api import gated_adapter
-from .autograd import routed_adapter_op
 from .direct import call
+from .op import routed_adapter_op
 
 
 def routed_adapter(

@@ -23,8 +23,7 @@ from .._direct import applied, below_autograd, may_be_direct, served
 from .._library import below_autograd as dispatched
 from .._library import once_differentiable
 from .._passes import by_pass
-from .autograd import gradients
-from .op import routed_adapter_backward_op, routed_adapter_op
+from .op import OPS, routed_adapter_backward_op, routed_adapter_op
 
 
 def call(
@@ -83,7 +82,7 @@ def call(
 
 
 class DirectRoutedAdapter(torch.autograd.Function):
-    """RoutedAdapterFunction on a plan; it saves the same. how: direct, passes, add_input, activation, backend."""
+    """The op's derivative on a plan; it saves the same. how: direct, passes, add_input, activation, backend."""
 
     @staticmethod
     def forward(
@@ -118,7 +117,7 @@ class DirectRoutedAdapter(torch.autograd.Function):
         direct, passes, *options = ctx.how
         backward = functools.partial(_backward, direct.backward if may_be_direct() else None, passes, options[-1])
         needs = need_x, need_wd, need_bd, need_wu, need_bu
-        grads = gradients(grad_out, ctx.saved_tensors, needs, tuple(options), backward)
+        grads = OPS.gradients(grad_out, ctx.saved_tensors, needs, options, backward)
         return None, None, *grads, None, None, grad_out if need_residual else None
 
 

@@ -17,8 +17,8 @@ from .._lora_arguments import autocast_lora, check_inplace, check_lora, seed_ten
 from .._node import NODE
 from .._passes import fold_passes
 from ..gated_lora.api import gated_lora
-from .autograd import routed_lora_inplace, routed_lora_op
 from .direct import call
+from .op import OPS, routed_lora_op
 
 
 def routed_lora(
@@ -199,7 +199,7 @@ def routed_by_pass(
         return target.copy_(
             routed_lora_op(*arguments[:5], fold_passes(target, passes), *arguments[6:])[0].view_as(target)
         )
-    return routed_lora_inplace(*arguments).view(base.shape)
+    return OPS.differentiable_inplace(*arguments).view(base.shape)
 
 
 class _Once:

@@ -26,8 +26,7 @@ from .._direct import applied, below_autograd, may_be_direct, served
 from .._library import below_autograd as dispatched
 from .._library import once_differentiable
 from .._passes import by_pass, fold_passes
-from .autograd import gradients
-from .op import routed_lora_backward_op, routed_lora_inplace_op, routed_lora_op
+from .op import OPS, routed_lora_backward_op, routed_lora_inplace_op, routed_lora_op
 
 _NUMBERS = (int, float)
 
@@ -125,7 +124,7 @@ def _run(
 
 
 class DirectRoutedLoRA(torch.autograd.Function):
-    """RoutedLoRAFunction on a plan or, if inplace, RoutedLoRAInPlaceFunction; it saves the same tensors.
+    """The op's derivative on a plan, in place or not; it saves the same tensors.
 
     how: direct, inplace, passes, scaling, groups, offsets, dropout_p, backend.
     """
@@ -159,7 +158,7 @@ class DirectRoutedLoRA(torch.autograd.Function):
         _, _, need_x, need_a, need_b, _, _, need_base, _ = ctx.needs_input_grad
         direct, _, passes, *options = ctx.how
         backward = functools.partial(_backward, direct.backward if may_be_direct() else None, passes, options[-1])
-        grads = gradients(grad_out, ctx.saved_tensors, (need_x, need_a, need_b), tuple(options), backward)
+        grads = OPS.gradients(grad_out, ctx.saved_tensors, (need_x, need_a, need_b), options, backward)
         return None, None, *grads, None, None, grad_out if need_base else None, None
 
 
