@@ -53,7 +53,7 @@ class RoutedOps:
         self.learned = (*layer.learned, "gates") if self.gated else layer.learned
         fields = of_backward._fields
         needs = [n for n, field in enumerate(fields) if field.startswith("need_")]
-        self._needs, self._saved = slice(needs[0], needs[-1] + 1), fields[1 : needs[0]]
+        self._needs, self.saved = slice(needs[0], needs[-1] + 1), fields[1 : needs[0]]
         self._first_option = arguments._fields.index(fields[needs[-1] + 1])
         self.forward = define(name, arguments, "(Tensor, Tensor)", self._forward, self._forward_fake)
         grads = f"({', '.join(['Tensor'] * len(self.learned))})"
@@ -66,6 +66,11 @@ class RoutedOps:
         down, up = (getattr(a, bank) for bank in self.layer.banks)
         return down, up
 
+    def check_values(self, a: Any) -> None:
+        for index, bank in zip(self.layer.indices, self._banks(a), strict=True):
+            check_index_values(index, getattr(a, index), bank.shape[0])
+        check_scale_values(getattr(a, "scales", None))
+
     def _served(self, a: Any, backend: str) -> ModuleType:
         """The class of shapes goes by the narrow columns of all experts, where gated, of the larger bank."""
         down, up = self._banks(a)
@@ -73,9 +78,7 @@ class RoutedOps:
         return select(self.name, backend, a.x.device, a.x.dtype, experts * down.shape[1])
 
     def _run(self, a: Any, backend: str, **how: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        for index, bank in zip(self.layer.indices, self._banks(a), strict=True):
-            check_index_values(index, getattr(a, index), bank.shape[0])
-        check_scale_values(getattr(a, "scales", None))
+        self.check_values(a)
         out: tuple[torch.Tensor, torch.Tensor] = self._served(a, backend).forward(*a, **how)
         return out
 
@@ -153,7 +156,7 @@ class RoutedOps:
 
     def _save(self, ctx: Any, arguments: tuple[Any, ...], kept: torch.Tensor) -> None:
         given = dict(zip(self.arguments._fields, arguments))
-        ctx.save_for_backward(*(given.get(name, kept) for name in self._saved))
+        ctx.save_for_backward(*(given.get(name, kept) for name in self.saved))
         ctx.options = arguments[self._first_option :]
         ctx.set_materialize_grads(False)
 

@@ -157,23 +157,11 @@ def routed_by_pass(
             )  # fmt: skip
             check_request(backend)
         if direct:
-            out = call(
-                x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, added, add_input, activation,
-                backend, passes, checked,
-            )  # fmt: skip
+            tensors = x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, added
+            out = call(tensors, add_input, activation, backend, passes, checked)
             if out is not None:
                 return out
-    out, _ = routed_adapter_op(
-        fold_passes(x, passes),
-        down_weight,
-        down_bias,
-        up_weight,
-        up_bias,
-        down_index,
-        up_index,
-        None if added is None else fold_passes(added, passes),
-        add_input,
-        activation or "",
-        backend,
-    )
+    rows, added = fold_passes(x, passes), None if added is None else fold_passes(added, passes)
+    tensors = rows, down_weight, down_bias, up_weight, up_bias, down_index, up_index, added
+    out, _ = routed_adapter_op(*tensors, add_input, activation or "", backend)
     return out.view(*x.shape[:2], out.shape[2]) if passes else out

@@ -177,9 +177,10 @@ def routed_by_pass(
             check_number("dropout_p", dropout_p, 0, 1, "a Python number, 0 <= dropout_p < 1")
             check_flag("inplace", inplace)
         if direct:
+            over = functools.partial(check_inplace, given, x, lora_a, lora_b)
             out = call(
-                x, lora_a, lora_b, a_index, b_index, base, scaling, groups, offsets, dropout_p, backend, inplace,
-                passes, checked, drawn, functools.partial(check_inplace, given, x, lora_a, lora_b),
+                (x, lora_a, lora_b, a_index, b_index, base), scaling, groups, offsets, dropout_p, backend, inplace,
+                passes, checked, drawn, over,
             )  # fmt: skip
             if out is not None:
                 return out if base is None or out.shape == base.shape else out.view(base.shape)
