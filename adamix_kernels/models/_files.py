@@ -126,6 +126,18 @@ def remove_temporaries(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_unnamed(path: Path, stem: str) -> None:
+    """Removes the tensor files that the JSON at `path` does not name, and what killed processes left beside it."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"names": {}}
+        headers = values["names"].values() if "names" in values else [values]
+        wanted = {header["tensors"]["file"] for header in headers}
+        for file in path.parent.glob(f"{stem}-*.safetensors"):
+            if file.name not in wanted:
+                file.unlink(missing_ok=True)
+        remove_temporaries(path.parent)
+
+
 def _alive(process: int) -> bool:
     try:
         os.kill(process, 0)

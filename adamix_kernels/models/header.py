@@ -83,8 +83,8 @@ def structure(layer: nn.Module) -> dict[str, Any]:
 
 def read_header(path: Path) -> dict[str, Any]:
     """The JSON of a checkpoint. Raises ValueError, naming the file, for any other or a damaged one."""
-    writer, kind = "a folder written by save_adamix", "an AdaMix checkpoint"
-    header = read_versioned(path, writer, kind, _READABLE, UNSEALED_VERSION)
+    writer, content = "a folder written by save_adamix", "an AdaMix checkpoint"
+    header = read_versioned(path, writer, content, _READABLE, UNSEALED_VERSION)
     kinds = {"config": dict, "merged": bool, "base_model": dict, "layers": dict, "tensors": dict}
     for name, kind in {**kinds, "saved_modules": list, "trainable": list}.items():
         if not isinstance(header.get(name), kind):

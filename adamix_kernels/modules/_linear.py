@@ -17,6 +17,20 @@ from ._banks import check_positive
 QKV = ("q", "k", "v")
 
 
+class OnBase(nn.Module):
+    """What stands in the place of a layer, `base`, whose weight and bias model code may look at."""
+
+    base: nn.Module
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return cast("torch.Tensor", self.base.weight)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return cast("torch.Tensor | None", self.base.bias)
+
+
 def linear_sizes(layer: nn.Module) -> tuple[int, int, bool]:
     """(in_features, out_features, fan_in_fan_out) of a linear layer or a Conv1D of transformers."""
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ from .._version import __version__
 from ..models._files import (
     make_folder,
     read_versioned,
-    remove_temporaries,
+    remove_unnamed,
     write_safetensors_by_digest,
     write_sealed_json,
 )
@@ -67,7 +65,7 @@ def unpack(model: nn.Module, name: str, directory: str | os.PathLike[str]) -> Pa
             header = _write_name(model, state.entries[name], folder, True)
             write_sealed_json(folder / CHECKPOINT_NAME, header)
         finally:
-            _tidy(folder, CHECKPOINT_NAME)
+            remove_unnamed(folder / CHECKPOINT_NAME, _STEM)
     return folder
 
 
@@ -114,7 +112,7 @@ def save_pack(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
             }
             write_sealed_json(folder / PACK_NAME, values)
         finally:
-            _tidy(folder, PACK_NAME)
+            remove_unnamed(folder / PACK_NAME, _STEM)
     return folder
 
 
@@ -257,16 +255,3 @@ def _with_labels(base: dict[str, Any], entry: Entry) -> dict[str, Any]:
     config |= {"id2label": names, "label2id": {name: int(number) for number, name in names.items()}}
     config["problem_type"] = entry.problem
     return {**base, "config": config}
-
-
-def _tidy(folder: Path, name: str) -> None:
-    """Removes the tensor files that the JSON on the disk does not name, and what killed processes left."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        path = folder / name
-        values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"names": {}}
-        headers = values["names"].values() if "names" in values else [values]
-        wanted = {header["tensors"]["file"] for header in headers}
-        for file in folder.glob(f"{_STEM}-*.safetensors"):
-            if file.name not in wanted:
-                file.unlink(missing_ok=True)
-        remove_temporaries(folder)

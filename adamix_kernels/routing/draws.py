@@ -112,6 +112,19 @@ class Router:
         index = self._drawn(num_experts, (passes,), device)
         return index if passes == batch else index.repeat_interleave(batch // passes, output_size=batch)
 
+    def draw_sides(
+        self, experts: tuple[int, int], rows: torch.Tensor, training: bool, paired: bool
+    ) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
+        """(passes_in, the index of either bank) for rows [B, S, H]. paired: two banks of several draw one expert."""
+        batch, tokens, _ = rows.shape
+        passes = self.passes_in(batch, training)
+        if passes:
+            batch, tokens = passes, batch // passes * tokens
+        first = self.draw(experts[0], batch, tokens, rows.device, training)
+        if paired and 1 not in experts:
+            return passes, first, first
+        return passes, first, self.draw(experts[1], batch, tokens, rows.device, training)
+
     def begin_forward(self) -> None:
         """From here to end_forward, layers share draws: each still has its own, all of them of one launch."""
         self._ahead = {}
