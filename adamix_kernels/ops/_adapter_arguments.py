@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ._checks import check_bank, check_choice, check_dims, check_index, check_shape, check_tensor
@@ -11,19 +13,10 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", None)
 
 
 def check_adapter(
-    x: torch.Tensor,
-    down_weight: torch.Tensor,
-    down_bias: torch.Tensor | None,
-    up_weight: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    down_index: torch.Tensor | None,
-    up_index: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    add_input: bool,
-    activation: str | None,
-    gates: torch.Tensor | None = None,
+    tensors: tuple[Any, ...], add_input: bool, activation: str | None, gates: torch.Tensor | None = None
 ) -> None:
-    """x to residual in the dtype of the call; add_input: the residual is x."""
+    """tensors: x to residual, in the dtype of the call; add_input: the residual is x."""
+    x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual = tensors
     check_dims("x", x, "[B, S, H]")
     hidden = x.shape[2]
     check_tensor("down_weight", down_weight, x)

@@ -35,9 +35,6 @@ METHODS = {
 }
 BASELINES = ("full", "head", "bitfit", "pfeiffer", "houlsby", "prefix", "lora", "unipelt", "adamix")
 _OPTIONS = {
-    "full": (),
-    "head": (),
-    "bitfit": (),
     "pfeiffer": ("bottleneck",),
     "soup": ("bottleneck", "models"),
     "houlsby": ("bottleneck",),
@@ -116,8 +113,8 @@ def parse_method(text: str) -> Method:
         raise ValueError(f"method: got together={together!r} in {text!r}, expected a part below 1, of drawn experts")
     if name == "adamix":
         AdaMixConfig.from_dict(own)
-    elif unknown := sorted(set(own) - set(_OPTIONS[name])):
-        known = [*_OPTIONS[name], *_TRAINING]
+    elif unknown := sorted(set(own) - set(_OPTIONS.get(name, ()))):
+        known = [*_OPTIONS.get(name, ()), *_TRAINING]
         raise ValueError(f"method: got the options {unknown} for {name}, expected some of {known}")
     models = options.get("models", 2)
     if isinstance(models, bool) or not isinstance(models, int) or models < 2:

@@ -105,10 +105,8 @@ def routed_adapter(
     if mix != "outputs":
         check_mix(mix)
     if gates is not None:
-        return gated_adapter(
-            x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, gates, mix, residual, activation,
-            backend,
-        )  # fmt: skip
+        tensors = x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual
+        return gated_adapter(tensors, gates, mix, activation, backend)
     return routed_by_pass(
         x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, 0, residual, activation, backend
     )  # fmt: skip
@@ -152,9 +150,8 @@ def routed_by_pass(
             check_tensor("x", x)
             with torch.no_grad():
                 folded, other = fold_passes(x, passes), None if added is None else fold_passes(added, passes)
-            check_adapter(
-                folded, down_weight, down_bias, up_weight, up_bias, down_index, up_index, other, add_input, activation
-            )  # fmt: skip
+            between = down_weight, down_bias, up_weight, up_bias, down_index, up_index
+            check_adapter((folded, *between, other), add_input, activation)
             check_request(backend)
         if direct:
             tensors = x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, added

@@ -120,10 +120,8 @@ def routed_lora(
         check_mix(mix)
     # A number's type is told in a third of the time of isinstance with a tensor's class.
     if gates is not None or (type(scaling) not in (int, float) and isinstance(scaling, torch.Tensor)):
-        return gated_lora(
-            x, lora_a, lora_b, a_index, b_index, gates, mix, base, scaling, groups, output_offsets, dropout_p, seed,
-            inplace, backend,
-        )  # fmt: skip
+        tensors = x, lora_a, lora_b, a_index, b_index, base
+        return gated_lora(tensors, gates, mix, scaling, groups, output_offsets, dropout_p, seed, inplace, backend)
     return routed_by_pass(
         x, lora_a, lora_b, a_index, b_index, 0, base, scaling,  # type: ignore[arg-type]  # a number, as was just asked
         groups, output_offsets, dropout_p, seed, inplace, backend,
@@ -172,7 +170,8 @@ def routed_by_pass(
             check_tensor("x", x)
             with torch.no_grad():
                 folded, other = fold_passes(x, passes), None if base is None else fold_passes(base, passes)
-            offsets = check_lora(folded, lora_a, lora_b, a_index, b_index, other, scaling, groups, output_offsets)
+            tensors = folded, lora_a, lora_b, a_index, b_index, other
+            offsets = check_lora(tensors, scaling, groups, output_offsets)
             check_request(backend)
             check_number("dropout_p", dropout_p, 0, 1, "a Python number, 0 <= dropout_p < 1")
             check_flag("inplace", inplace)
