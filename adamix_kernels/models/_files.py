@@ -69,6 +69,14 @@ def unsealed(values: dict[str, Any], where: object) -> dict[str, Any]:
     return rest
 
 
+def read_json(path: Path, kind: str) -> Any:
+    """Raises ValueError, naming the file and the `kind` of content that was wanted, for what is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: got a file that is not JSON ({error}), expected {kind}") from error
+
+
 def read_versioned(
     path: Path, writer: str, kind: str, versions: tuple[int, ...], bare: int | None = None
 ) -> dict[str, Any]:
@@ -78,10 +86,7 @@ def read_versioned(
     """
     if not path.is_file():
         raise ValueError(f"{path}: got no such file, expected {writer}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got a file that is not JSON ({error}), expected {kind}") from error
+    values = read_json(path, kind)
     version = values.get("version") if isinstance(values, dict) else None
     if version not in versions:
         wanted = ", ".join(map(str, versions)) + (", the one" if len(versions) == 1 else ", those")

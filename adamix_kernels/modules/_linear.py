@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module
 
-from ..ops._checks import autocast_dtype
+from ..ops._checks import autocast_dtype, check_positive
 from ..ops._direct import autocasts
-from ._banks import check_positive
 
 QKV = ("q", "k", "v")
 

@@ -11,7 +11,7 @@ from torch import nn
 from .._backends import check_request
 from ..functional import routed_adapter
 from ..ops._adapter_arguments import ACTIVATIONS
-from ..ops._checks import check_choice
+from ..ops._checks import check_choice, check_positive
 from ..ops._gates import check_mix
 from ..ops.routed_adapter.api import routed_by_pass
 from ..routing import GateRouter, Router
@@ -20,7 +20,6 @@ from ._banks import (
     bank_sizes,
     cast_like,
     check_input,
-    check_positive,
     check_router,
     merge_score,
     merged_bank,

@@ -11,7 +11,7 @@ from torch import nn
 
 from .._backends import check_request
 from ..functional import merge_lora, routed_lora
-from ..ops._checks import autocast_dtype, check_flag
+from ..ops._checks import autocast_dtype, check_flag, check_positive
 from ..ops._gates import check_mix
 from ..ops.merge.api import LoraLayer
 from ..ops.routed_lora.api import routed_by_pass
@@ -23,7 +23,6 @@ from ._banks import (
     check_finite,
     check_fraction,
     check_input,
-    check_positive,
     check_router,
     lora_scaling,
     merge_score,

@@ -103,7 +103,7 @@ def parse_method(text: str) -> Method:
         key, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"method: got {part!r} in {text!r}, expected option=value")
-        options[key] = _value(value)
+        options[key] = as_value(value)
     for key in options.keys() & set(_TRAINING):
         if isinstance(options[key], bool) or not isinstance(options[key], (int, float)) or not options[key] > 0:
             raise ValueError(f"method: got {key}={options[key]!r}, expected a number above 0")
@@ -297,7 +297,8 @@ def _partly(model: nn.Module, biases: bool) -> nn.Module:
     return model
 
 
-def _value(text: str) -> Any:
+def as_value(text: str) -> Any:
+    """JSON where it can be, else the word itself."""
     try:
         return json.loads(text)
     except ValueError:

@@ -18,6 +18,8 @@ from types import MappingProxyType
 import torch
 import torch.distributed as dist
 
+from ..ops._checks import check_positive
+
 Ahead = dict[tuple[int, tuple[int, ...], torch.device], list[torch.Tensor]]
 LEVELS = ("batch", "sample", "token")
 LEARNED = "learned"
@@ -61,8 +63,7 @@ class Router:
 
     def __init__(self, level: str = "batch", passes: int = 2):
         check_level("level", level, LEARNED)
-        if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
-            raise ValueError(f"passes: got {passes!r}, expected an int of at least 1")
+        check_positive(passes=passes)
         self.level = level
         self.passes = passes
         self.eval_level = "merged"

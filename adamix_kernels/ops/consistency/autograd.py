@@ -120,14 +120,8 @@ class AheadConsistencyFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        backend, detach_target, _, expected = ctx.options
-        out, ctx.ahead = ctx.ahead, None
-        written = expected or 1.0
-        if out is None:
-            out, written = _places(ctx, *saved[:2]), None
-        module = module_of(backend, saved[0])
-        direct = getattr(module, "direct", None) if may_be_direct() else None
+        _, detach_target, *_ = ctx.options
+        saved, out, written, module, direct = _to_write(ctx, lambda saved: _places(ctx, *saved[:2]))
         if direct is None or direct.consistency_backward(grad, *saved, *out, detach_target, written) is None:
             consistency_write(module, grad, saved, detach_target, out, written)
         return *out, None, None, None
@@ -158,17 +152,25 @@ class AheadAdaMixFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        backend, _, *options, expected = ctx.options
-        out, ctx.ahead = ctx.ahead, None
-        written = expected or 1.0
-        if out is None:
-            out, written = torch.empty_like(saved[0], memory_format=_DENSE), None
-        module = module_of(backend, saved[0])
-        direct = getattr(module, "direct", None) if may_be_direct() else None
+        _, _, *options, _ = ctx.options
+        saved, out, written, module, direct = _to_write(
+            ctx, lambda saved: torch.empty_like(saved[0], memory_format=_DENSE)
+        )
         if direct is None or direct.adamix_backward(grad, *saved, out, *options, written) is None:
             adamix_write(module, grad, saved, tuple(options), out, written)
         return out, None, None, None, None, None
+
+
+def _to_write(ctx: Any, new: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """(what was saved, where the gradient goes, for which incoming one it lies there or None, the module, its direct
+    calls). new: makes the place of saved tensors.
+    """
+    saved = ctx.saved_tensors
+    out, ctx.ahead = ctx.ahead, None
+    written = None if out is None else ctx.options[-1] or 1.0
+    module = module_of(ctx.options[0], saved[0])
+    direct = getattr(module, "direct", None) if may_be_direct() else None
+    return saved, new(saved) if out is None else out, written, module, direct
 
 
 def _places(ctx: Any, *logits: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
