@@ -15,8 +15,8 @@ from torch import nn
 
 from ._official_keys import translate_keys
 from .functional import merge_experts, routed_adapter, routed_lora
-from .modules._banks import check_finite, check_fraction, check_positive
-from .ops._checks import check_choice
+from .modules._banks import check_finite, check_fraction
+from .ops._checks import check_choice, check_positive
 from .routing import Router
 
 _ACTIVATIONS = {

@@ -16,11 +16,10 @@ from ..models.pooling import pooling_of
 from ..packs.folder import PACK_NAME
 from ..packs.route import AUTO, Nearest, nearest
 from ..packs.state import Pack, pack_of
-from ..tasks import InputRow, Run, load, read_run
+from ..tasks import InputRow, Run, read_run
 from ..tasks.run_file import RUN_NAME
 from ._kinds import GenerationKind, Kind, LabelKind, longest_text, make_kind
-from ._options import quiet
-from ._runs import MAX_TOKENS
+from ._runs import MAX_TOKENS, load_whole
 from .pack import RUNS
 
 NEAREST = "nearest"
@@ -125,12 +124,7 @@ def open_pack(
     place = resolve_folder(folder, name="pack")
     if not (place / PACK_NAME).is_file():
         raise ValueError(f"pack: got {folder!r}, which holds no {PACK_NAME}, expected a folder of adamix pack")
-    with quiet():
-        packed, tokenizer = load(place, model=model)
-    if tokenizer is None:
-        raise ValueError(f"{folder}: got no tokenizer in it, nor beside its base model, expected one")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    packed, tokenizer = load_whole(place, folder, model)
     state = pack_of(packed)
     if adapter is not None and adapter not in state.entries:
         raise ValueError(f"adapter: got {adapter!r}, expected one of {', '.join(state.entries)}")

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..models._files import write_json
 from ..models.gating import is_learned
+from ..models.state import adamix_state
 from ..models.summary import count_parameters, summary
 from ..tasks import Run
 from ._baselines import Baselines, not_above
@@ -81,18 +82,12 @@ def next_commands(outcome: Outcome, folder: str) -> list[str]:
         f"adamix eval {place}",
         f"adamix merge {place}{' --gates mean' if learned else ''} --out {merged}",
     ]
-    method = _method(outcome.model)
+    method = adamix_state(outcome.model).config.method
     if not problem(outcome.model, run, method):
         name = format_of(method)
         out = shlex.quote(f"{folder.rstrip('/')}_{name}")
         commands.append(f"adamix export {merged if learned else place} --format {name} --out {out}")
     return commands
-
-
-def _method(model: nn.Module) -> str:
-    from ..models.state import adamix_state
-
-    return adamix_state(model).config.method
 
 
 def _write(outcome: Outcome, folder: Path, warning: str | None) -> None:

@@ -19,7 +19,8 @@ from ..packs.folder import PACK_NAME
 from ..tasks import Run, load, read_run
 from ..tasks.run_file import RUN_NAME
 from ._kinds import longest_text
-from ._options import option, quiet
+from ._options import OutputOptions, option, quiet
+from ._parser import OptionParser
 
 MAX_TOKENS = 512  # of a run without its file, where model and tokenizer take more
 
@@ -53,6 +54,25 @@ def the_run(options: RunOptions, words: Sequence[str], command: str) -> RunOptio
     return dataclasses.replace(options, run=given[0])
 
 
+def run_command(argv: Sequence[str], command: str, kind: type, text: str) -> tuple[RunOptions, Any, OutputOptions]:
+    """The options of a command about one run, which may stand as a word."""
+    types = RunOptions, kind, OutputOptions
+    parsed = OptionParser(command, types, text, words="RUN", aliases={"checkpoint": "run"}).parse(argv)
+    place, options, output = parsed.parts
+    return the_run(place, parsed.words, command), options, output
+
+
+def load_whole(folder: Path, name: object, model: str | None) -> tuple[Any, Any]:
+    """(model, tokenizer), which pads. Raises ValueError where there is no tokenizer."""
+    with quiet():
+        found, tokenizer = load(folder, model=model)
+    if tokenizer is None:
+        raise ValueError(f"{name}: got no tokenizer in it, nor beside its base model, expected one")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return found, tokenizer
+
+
 def open_run(options: RunOptions) -> Opened:
     """Raises ValueError for what is no run, naming what is missing."""
     with _called_run():
@@ -65,12 +85,8 @@ def open_run(options: RunOptions) -> Opened:
         )
     place = run_folder(folder)
     run = None if place is None else read_run(place)  # before the model: a damaged file is answered at once
-    with quiet(), _called_run():
-        model, tokenizer = load(folder, model=options.model)
-    if tokenizer is None:
-        raise ValueError(f"{folder}: got no tokenizer in it, nor beside its base model, expected one")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    with _called_run():
+        model, tokenizer = load_whole(folder, folder, options.model)
     return Opened(model, tokenizer, run or _described(model, tokenizer, folder), folder, place is not None)
 
 

@@ -112,23 +112,17 @@ class AdaptationOptions:
         weight: dict[str, Any] = {}
         if self.consistency_weight is not None:
             weight["consistency_weight"] = self.consistency_weight
+        same = (
+            "method", "num_experts", "bottleneck", "r", "alpha", "routing", "router", "mix", "balance_weight", "z_weight",
+        )  # fmt: skip
+        layers = {name: names(name, getattr(self, name)) for name in ("target_modules", "exclude_modules")}
         return {
-            "method": self.method,
-            "num_experts": self.num_experts,
-            "bottleneck": self.bottleneck,
-            "r": self.r,
-            "alpha": self.alpha,
+            **{name: getattr(self, name) for name in same},
+            **layers,
             "dropout": self.lora_dropout,
             "share": None if self.share.lower() == "none" else self.share,
-            "routing": self.routing,
-            "router": self.router,
             "top_k": self.top_k or None,
-            "mix": self.mix,
-            "balance_weight": self.balance_weight,
-            "z_weight": self.z_weight,
             "experts_pattern": numbers("experts_pattern", self.experts_pattern),
-            "target_modules": names("target_modules", self.target_modules),
-            "exclude_modules": names("exclude_modules", self.exclude_modules),
             "layers_to_transform": numbers("layers_to_transform", self.layers_to_transform),
             "layers_pattern": names("layers_pattern", self.layers_pattern),
             "modules_to_save": [saved] if isinstance(saved, str) else saved,

@@ -16,9 +16,8 @@ from ..recipes.processes import is_main
 from ..routing import LEARNED
 from ..tasks import Run, TextSplit, load_split, load_task
 from ._kinds import checked_metrics, make_kind, written
-from ._options import OutputOptions, at_least, option, same_file, shows_bars, start
-from ._parser import OptionParser
-from ._runs import RunOptions, open_run, the_run
+from ._options import at_least, option, same_file, shows_bars, start
+from ._runs import open_run, run_command
 
 
 @dataclass
@@ -42,16 +41,7 @@ class EvalOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = OptionParser(
-        "eval",
-        (RunOptions, EvalOptions, OutputOptions),
-        "The scores of a saved run.",
-        words="RUN",
-        aliases={"checkpoint": "run"},
-    )
-    parsed = parser.parse(argv)
-    place, options, output = parsed.parts
-    where = the_run(place, parsed.words, "eval")
+    where, options, output = run_command(argv, "eval", EvalOptions, "The scores of a saved run.")
     at_least(1, batch_size=options.batch_size, max_rows=options.max_rows)
     start(output)
     opened = open_run(where)

@@ -9,9 +9,8 @@ from typing import Any, Literal
 from ..models.state import adamix_state
 from ..tasks import DEFAULT_MODEL, Run
 from ..tasks.encoders import DEFAULT_HUB_ID
-from ._options import OutputOptions, needs_out, option, start
-from ._parser import OptionParser
-from ._runs import RunOptions, open_run, the_run
+from ._options import needs_out, option, start
+from ._runs import open_run, run_command
 
 FORMATS = {"lora": "peft", "adapter": "adapterhub"}
 
@@ -44,16 +43,8 @@ def problem(model: Any, run: Run, method: str) -> str | None:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = OptionParser(
-        "export",
-        (RunOptions, ExportOptions, OutputOptions),
-        "Write the merged experts as a PEFT LoRA (method lora) or an AdapterHub adapter (method adapter).",
-        words="RUN",
-        aliases={"checkpoint": "run"},
-    )
-    parsed = parser.parse(argv)
-    place, options, output = parsed.parts
-    run = the_run(place, parsed.words, "export")
+    text = "Write the merged experts as a PEFT LoRA (method lora) or an AdapterHub adapter (method adapter)."
+    run, options, output = run_command(argv, "export", ExportOptions, text)
     needs_out(options.out)
     start(output)
     from .. import convert

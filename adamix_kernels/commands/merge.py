@@ -15,9 +15,8 @@ from ..models.header import CHECKPOINT_NAME, read_header
 from ..models.merging import merge
 from ..models.state import adamix_state
 from ..tasks import write_run
-from ._options import OutputOptions, needs_out, option, same_file, start
-from ._parser import OptionParser
-from ._runs import RunOptions, open_run, the_run
+from ._options import needs_out, option, same_file, start
+from ._runs import open_run, run_command
 
 
 @dataclass
@@ -29,16 +28,9 @@ class MergeOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = OptionParser(
-        "merge",
-        (RunOptions, MergeOptions, OutputOptions),
-        "Average a run's experts: one adapter, or LoRA in the weights.",
-        words="RUN",
-        aliases={"checkpoint": "run"},
-    )
-    parsed = parser.parse(argv)
-    place, options, output = parsed.parts
-    run, out = the_run(place, parsed.words, "merge"), Path(options.out)
+    text = "Average a run's experts: one adapter, or LoRA in the weights."
+    run, options, output = run_command(argv, "merge", MergeOptions, text)
+    out = Path(options.out)
     needs_out(options.out)
     _keep_experts(run.run, out)
     start(output)

@@ -167,6 +167,7 @@ def _report(argv: Sequence[str]) -> int:
 
 def _recipe(options: RecipeOptions, words: Sequence[str]) -> Any:
     from ..recipes import load_recipe
+    from ..recipes.methods import as_value
 
     given = [*([options.recipe] if options.recipe else []), *words]
     if len(given) != 1:
@@ -175,11 +176,4 @@ def _recipe(options: RecipeOptions, words: Sequence[str]) -> Any:
     if options.epochs is not None:
         changes["training.num_train_epochs"] = options.epochs
     pairs: Any = options.set  # appended two by two
-    return load_recipe(given[0]).changed({**changes, **{key: _value(text) for key, text in pairs}})
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    return load_recipe(given[0]).changed({**changes, **{key: as_value(text) for key, text in pairs}})

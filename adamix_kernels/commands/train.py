@@ -166,15 +166,8 @@ def _centroid(options: Options, model: Any, kind: Kind, rows: list[dict[str, Any
 
 def _task(options: Options) -> TextTask:
     data = options.data
-    return load_task(
-        data.data,
-        task=data.task,
-        text_column=data.text_column,
-        text_pair_column=data.text_pair_column,
-        label_column=data.label_column,
-        dev_fraction=data.dev_fraction,
-        task_column=data.task_column,
-    )
+    names = "task", "text_column", "text_pair_column", "label_column", "dev_fraction", "task_column"
+    return load_task(data.data, **{name: getattr(data, name) for name in names})
 
 
 def _run(options: Options, task: TextTask, model: Any, settings: dict[str, Any], longest: int) -> Run:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..models.config import AdaMixConfig
+from ..models.header import listed
 from ..models.inject import adapt, build_layers
 from ..models.state import adamix_state
 from ..models.targets import model_type
@@ -23,7 +24,6 @@ from ._official_format import OfficialFacts, Slot, adapter_slots, is_added, lora
 logger = logging.getLogger(__name__)
 
 _HEAD = "classifier"
-_SHOWN = 6
 
 
 def load_official(
@@ -153,7 +153,7 @@ def _check(values: dict[str, torch.Tensor], slots: dict[str, Any], heads: dict[s
     absent = sorted(set(wanted) - set(values))
     more = sorted({k for k in values if is_added(k) and k not in slots} | {k for k, to in rest.items() if not to})
     if absent or more:
-        raise ValueError(f"path: missing keys {_list(absent)}; unexpected keys {_list(more)}")
+        raise ValueError(f"path: missing keys {listed(absent)}; unexpected keys {listed(more)}")
     for key, targets in {**wanted, **rest}.items():
         for slot in targets:
             if tuple(values[key].shape) != slot.shape:
@@ -186,8 +186,3 @@ def _fill(model: nn.Module, values: dict[str, torch.Tensor], slots: dict[str, li
             target = own.get(slot.name)
             target = by_plain_name[slot.name] if target is None else target
             (target if slot.expert is None else target[slot.expert]).copy_(values[key])
-
-
-def _list(names: list[str]) -> str:
-    shown = ", ".join(names[:_SHOWN]) or "none"
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

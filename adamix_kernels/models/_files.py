@@ -69,6 +69,32 @@ def unsealed(values: dict[str, Any], where: object) -> dict[str, Any]:
     return rest
 
 
+def read_json(path: Path, kind: str) -> Any:
+    """Raises ValueError, naming the file and the `kind` of content that was wanted, for what is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: got a file that is not JSON ({error}), expected {kind}") from error
+
+
+def read_versioned(
+    path: Path, writer: str, kind: str, versions: tuple[int, ...], bare: int | None = None
+) -> dict[str, Any]:
+    """A sealed JSON with a "version", without its seal; one of version `bare` has none.
+
+    Raises ValueError, naming the file, for any other or a damaged one. writer: what writes it. kind: what it holds.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: got no such file, expected {writer}")
+    values = read_json(path, kind)
+    version = values.get("version") if isinstance(values, dict) else None
+    if version not in versions:
+        wanted = ", ".join(map(str, versions)) + (", the one" if len(versions) == 1 else ", those")
+        raise ValueError(f"{path}: got version {version!r}, expected {wanted} this release reads")
+    rest = values if version == bare else unsealed(values, path)
+    return rest
+
+
 def _digest_of(values: dict[str, Any]) -> str:
     as_read = json.loads(json.dumps(values))
     return hashlib.sha256(json.dumps(as_read, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -103,6 +129,18 @@ def remove_temporaries(folder: Path) -> None:
         found = _TEMPORARY.fullmatch(path.name)
         if found is not None and not _alive(int(found.group(1))):
             path.unlink(missing_ok=True)
+
+
+def remove_unnamed(path: Path, stem: str) -> None:
+    """Removes the tensor files that the JSON at `path` does not name, and what killed processes left beside it."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"names": {}}
+        headers = values["names"].values() if "names" in values else [values]
+        wanted = {header["tensors"]["file"] for header in headers}
+        for file in path.parent.glob(f"{stem}-*.safetensors"):
+            if file.name not in wanted:
+                file.unlink(missing_ok=True)
+        remove_temporaries(path.parent)
 
 
 def _alive(process: int) -> bool:

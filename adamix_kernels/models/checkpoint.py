@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -17,7 +15,7 @@ from .._backends import check_request
 from .._version import __version__
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import Router, process_rank
-from ._files import make_folder, remove_temporaries, write_safetensors_by_digest, write_sealed_json
+from ._files import make_folder, remove_unnamed, write_safetensors_by_digest, write_sealed_json
 from .centroid import Centroid
 from .config import AdaMixConfig
 from .factors import NAMES, Factors
@@ -126,7 +124,7 @@ def write_checkpoint(
         tensor_file = {"file": file.name, "bytes": file.stat().st_size, "sha256": digest}
         write_sealed_json(folder / CHECKPOINT_NAME, {**header, "tensors": tensor_file})
     finally:
-        _tidy(folder)
+        remove_unnamed(folder / CHECKPOINT_NAME, "adamix")
     logger.info("Saved the adaptation in %s (%d tensors, %d bytes)", folder, len(tensors), file.stat().st_size)
     return folder
 
@@ -202,17 +200,6 @@ def load_adamix(
     state.lost = "a merged checkpoint was loaded" if merged else ""
     _fill(model, tensors, set(header["trainable"]))
     return model
-
-
-def _tidy(folder: Path) -> None:
-    """Removes the tensor files that the JSON on the disk does not name, and what killed processes left."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        path = folder / CHECKPOINT_NAME
-        wanted = json.loads(path.read_text(encoding="utf-8"))["tensors"]["file"] if path.exists() else None
-        for file in folder.glob("adamix-*.safetensors"):
-            if file.name != wanted:
-                file.unlink(missing_ok=True)
-        remove_temporaries(folder)
 
 
 def _tensors(model: nn.Module, layers: Mapping[str, nn.Module], saved: list[str]) -> dict[str, torch.Tensor]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..modules._banks import SHARES, check_bool, check_finite, check_fraction, check_positive, lora_scaling
-from ..ops._checks import check_choice
+from ..modules._banks import SHARES, check_bool, check_finite, check_fraction, lora_scaling
+from ..ops._checks import check_choice, check_positive
 from ..routing import LEARNED, check_level
 from ._config_checks import check_expression, check_names, several
-from ._files import write_json
+from ._files import read_json, write_json
 from .gate_config import OF_GATES, PATTERNS, Presets, check_gates
 
 CONFIG_VERSION = 1
@@ -255,10 +254,7 @@ class AdaMixConfig(Presets):
         """Reads what save wrote. Raises ValueError, naming the file, for JSON that is not such a config."""
         path = Path(path)
         path = path / CONFIG_NAME if path.is_dir() else path
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: got a file that is not JSON ({error}), expected an AdaMix config") from error
+        return cls.from_dict(read_json(path, "an AdaMix config"))
 
 
 def _readable(alias: str, name: str) -> None:

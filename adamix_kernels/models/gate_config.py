@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..modules._banks import check_finite
-from ..ops._checks import check_choice
+from ..ops._checks import check_choice, check_positive
 from ..ops._gates import check_mix
 from ..routing import LEARNED, ROUTERS
 
@@ -120,8 +120,8 @@ def check_gates(config: AdaMixConfig) -> None:
     tasks = config.num_tasks
     if (tasks is None) == (config.router == "task"):
         raise ValueError(f"num_tasks: got {tasks!r} for router={config.router!r}, expected it for 'task' alone")
-    if tasks is not None and (isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 1):
-        raise ValueError(f"num_tasks: got {tasks!r}, expected an int of at least 1")
+    if tasks is not None:
+        check_positive(num_tasks=tasks)
 
 
 def _check_patterns(config: AdaMixConfig) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from .._extras import needed
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..modules.lora import linear_sizes
-from ._files import sha256, unsealed
+from ._files import read_versioned, sha256
 from .hub import with_names
 from .pooling import MARK, head_reads, pooling_of
 from .sharding import plain_class
@@ -83,18 +83,8 @@ def structure(layer: nn.Module) -> dict[str, Any]:
 
 def read_header(path: Path) -> dict[str, Any]:
     """The JSON of a checkpoint. Raises ValueError, naming the file, for any other or a damaged one."""
-    if not path.is_file():
-        raise ValueError(f"{path}: got no such file, expected a folder written by save_adamix")
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got a file that is not JSON ({error}), expected an AdaMix checkpoint") from error
-    version = header.get("version") if isinstance(header, dict) else None
-    if version not in _READABLE:
-        wanted = ", ".join(map(str, _READABLE))
-        raise ValueError(f"{path}: got version {version!r}, expected {wanted}, those this release reads")
-    if version != UNSEALED_VERSION:
-        unsealed(header, path)
+    writer, content = "a folder written by save_adamix", "an AdaMix checkpoint"
+    header = read_versioned(path, writer, content, _READABLE, UNSEALED_VERSION)
     kinds = {"config": dict, "merged": bool, "base_model": dict, "layers": dict, "tensors": dict}
     for name, kind in {**kinds, "saved_modules": list, "trainable": list}.items():
         if not isinstance(header.get(name), kind):
@@ -102,8 +92,7 @@ def read_header(path: Path) -> dict[str, Any]:
     for name, layer in header["layers"].items():
         if not isinstance(layer, dict):
             raise ValueError(f"{path}: got layers[{name!r}] = {layer!r}, expected a JSON dict")
-    checked: dict[str, Any] = header
-    return checked
+    return header
 
 
 def read_tensors(folder: Path, entry: dict[str, Any]) -> dict[str, torch.Tensor]:

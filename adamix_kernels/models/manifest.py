@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from ._files import sha256, unsealed, write_sealed_json
+from ._files import read_versioned, sha256, write_sealed_json
 from .header import CHECKPOINT_NAME, UNSEALED_VERSION, read_header
 
 logger = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ def check_manifest(folder: str | os.PathLike[str]) -> None:
             f"{folder}: got no {MANIFEST_NAME}, which is written last, expected a finished training checkpoint; the "
             "save was interrupted"
         )
-    for name, facts in _read(path).items():
+    for name, facts in read_versioned(path, "a manifest", "a list of files", (_VERSION,))["files"].items():
         _check_file(folder / name, facts)
 
 
@@ -65,17 +64,6 @@ def newest_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
         else:
             return str(numbered[number])
     return None
-
-
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        values = unsealed(json.loads(path.read_text(encoding="utf-8")), path)
-        if values.get("version") != _VERSION:
-            raise ValueError(f"{path}: got version {values.get('version')!r}, expected {_VERSION}")
-        files: dict[str, dict[str, Any]] = values["files"]
-        return files
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{path}: got a file that is not JSON ({error}), expected a list of files") from error
 
 
 def _check_file(path: Path, facts: dict[str, Any]) -> None:

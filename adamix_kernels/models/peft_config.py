@@ -7,20 +7,11 @@ from typing import Any
 
 from .config import HEAD_TASKS
 
-_CARRIED = {
-    "r": "r",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "use_rslora": "use_rslora",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
-    "target_modules": "target_modules",
-    "exclude_modules": "exclude_modules",
-    "layers_to_transform": "layers_to_transform",
-    "layers_pattern": "layers_pattern",
-    "modules_to_save": "modules_to_save",
-    "task_type": "task_type",
-}
+_SAME = (
+    "r", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "modules_to_save", "task_type",
+)  # fmt: skip
+_CARRIED = {**{name: name for name in _SAME}, "lora_alpha": "alpha", "lora_dropout": "dropout"}
 # Where the adapter came from and how it is run; and fan_in_fan_out, which each layer tells (PEFT corrects it, too).
 _WITHOUT_EFFECT = frozenset(
     (

@@ -16,12 +16,6 @@ from ..routing import Router
 SHARES = ("up", "down", None)
 
 
-def check_positive(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: got {value!r}, expected an int of at least 1")
-
-
 def check_finite(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{name}: got {value!r}, expected a finite number")

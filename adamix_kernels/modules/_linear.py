@@ -10,11 +10,24 @@ import torch
 from torch import nn
 from torch.nn.modules import module
 
-from ..ops._checks import autocast_dtype
+from ..ops._checks import autocast_dtype, check_positive
 from ..ops._direct import autocasts
-from ._banks import check_positive
 
 QKV = ("q", "k", "v")
+
+
+class OnBase(nn.Module):
+    """What stands in the place of a layer, `base`, whose weight and bias model code may look at."""
+
+    base: nn.Module
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return cast("torch.Tensor", self.base.weight)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return cast("torch.Tensor | None", self.base.bias)
 
 
 def linear_sizes(layer: nn.Module) -> tuple[int, int, bool]:

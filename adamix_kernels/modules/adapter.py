@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from .._backends import check_request
 from ..functional import routed_adapter
 from ..ops._adapter_arguments import ACTIVATIONS
-from ..ops._checks import check_choice
+from ..ops._checks import check_choice, check_positive
 from ..ops._gates import check_mix
 from ..ops.routed_adapter.api import routed_by_pass
 from ..routing import GateRouter, Router
@@ -20,7 +20,6 @@ from ._banks import (
     bank_sizes,
     cast_like,
     check_input,
-    check_positive,
     check_router,
     merge_score,
     merged_bank,
@@ -28,6 +27,7 @@ from ._banks import (
 )
 from ._finite import check_output, checking
 from ._gated import check_gate, gates_of, mean_banks
+from ._linear import OnBase
 
 INIT_STD = 0.02
 
@@ -118,14 +118,8 @@ class RoutedAdapter(nn.Module):
             down_weight, down_bias, up_weight, up_bias = self.merged_banks()
         else:
             down_weight, down_bias, up_weight, up_bias = self.banks()
-            batch, tokens, _ = rows.shape
-            passes = self.router.passes_in(batch, self.training)
-            if passes:
-                batch, tokens = passes, batch // passes * tokens
-            down_index = self.router.draw(down_weight.shape[0], batch, tokens, x.device, self.training)
-            up_index = down_index  # one expert is a pair where gates weigh them
-            if self.gate is None or 1 in (down_weight.shape[0], up_weight.shape[0]):
-                up_index = self.router.draw(up_weight.shape[0], batch, tokens, x.device, self.training)
+            sides, paired = (down_weight.shape[0], up_weight.shape[0]), self.gate is not None
+            passes, down_index, up_index = self.router.draw_sides(sides, rows, self.training, paired)
         added = rows if residual is None else as_batch(residual)
         down_weight, down_bias, up_weight, up_bias = cast_like(rows, down_weight, down_bias, up_weight, up_bias)
         out = routed_by_pass(
@@ -217,7 +211,7 @@ def merge_adapters(adapters: Sequence[RoutedAdapter]) -> list[RoutedAdapter]:
     return plain
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(OnBase):
     """out = adapter(base(x)): a frozen layer with a routed adapter behind it.
 
     base: any module that returns one tensor [..., H]; its weight and bias stay reachable here, because
@@ -233,14 +227,6 @@ class AdaptedLayer(nn.Module):
         super().__init__()
         self.base = base
         self.adapter = adapter
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return cast("torch.Tensor", self.base.weight)
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        return cast("torch.Tensor | None", self.base.bias)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         out: torch.Tensor = self.adapter(self.base(*args, **kwargs))

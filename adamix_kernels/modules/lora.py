@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from .._backends import check_request
 from ..functional import merge_lora, routed_lora
-from ..ops._checks import autocast_dtype, check_flag
+from ..ops._checks import autocast_dtype, check_flag, check_positive
 from ..ops._gates import check_mix
 from ..ops.merge.api import LoraLayer
 from ..ops.routed_lora.api import routed_by_pass
@@ -23,7 +23,6 @@ from ._banks import (
     check_finite,
     check_fraction,
     check_input,
-    check_positive,
     check_router,
     lora_scaling,
     merge_score,
@@ -32,12 +31,12 @@ from ._banks import (
 from ._finite import check_output, checking
 from ._gated import check_gate, gates_of, mean_factors, refreshed
 from ._linear import QKV as QKV
-from ._linear import group_width, qkv_offsets
+from ._linear import OnBase, group_width, qkv_offsets
 from ._linear import linear_sizes as linear_sizes
 from ._linear import may_overwrite as may_overwrite
 
 
-class RoutedLoRALinear(nn.Module):
+class RoutedLoRALinear(OnBase):
     """out = base(x) + s (drop(x) A_g[i]^T) B_g[j]^T on the columns of each group g, s = alpha / r or alpha / sqrt(r).
 
     Args:
@@ -166,14 +165,6 @@ class RoutedLoRALinear(nn.Module):
                 nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
         nn.init.zeros_(self.lora_b)
 
-    @property
-    def weight(self) -> torch.Tensor:
-        return cast("torch.Tensor", self.base.weight)
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        return cast("torch.Tensor | None", self.base.bias)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, S, K] (or [N, K]) -> [B, S, N] (or [N, N'])."""
         check_input(x, self.in_features)
@@ -196,15 +187,8 @@ class RoutedLoRALinear(nn.Module):
             lora_b = merged_bank(self.lora_b, self.b_score, self.backend)
         else:
             lora_a, lora_b = self.lora_a, self.lora_b
-            batch, tokens, _ = rows.shape
-            passes = router.passes_in(batch, training)
-            if passes:
-                batch, tokens = passes, batch // passes * tokens
-            experts_a, experts_b = lora_a.shape[0], lora_b.shape[0]
-            a_index = router.draw(experts_a, batch, tokens, x.device, training)
-            b_index = a_index  # one expert is a pair where gates weigh them
-            if self.gate is None or 1 in (experts_a, experts_b):
-                b_index = router.draw(experts_b, batch, tokens, x.device, training)
+            sides = lora_a.shape[0], lora_b.shape[0]
+            passes, a_index, b_index = router.draw_sides(sides, rows, training, self.gate is not None)
         lora_a, lora_b = cast_like(rows, lora_a, lora_b)
         out = routed_by_pass(
             rows,

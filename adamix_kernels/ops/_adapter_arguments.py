@@ -1,6 +1,8 @@
-"""What the ops behind routed_adapter share: checks of arguments, the memory of a bank's gradients."""
+"""What the ops behind routed_adapter share: checks of arguments."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -11,19 +13,10 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", None)
 
 
 def check_adapter(
-    x: torch.Tensor,
-    down_weight: torch.Tensor,
-    down_bias: torch.Tensor | None,
-    up_weight: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    down_index: torch.Tensor | None,
-    up_index: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    add_input: bool,
-    activation: str | None,
-    gates: torch.Tensor | None = None,
+    tensors: tuple[Any, ...], add_input: bool, activation: str | None, gates: torch.Tensor | None = None
 ) -> None:
-    """x to residual in the dtype of the call; add_input: the residual is x."""
+    """tensors: x to residual, in the dtype of the call; add_input: the residual is x."""
+    x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual = tensors
     check_dims("x", x, "[B, S, H]")
     hidden = x.shape[2]
     check_tensor("down_weight", down_weight, x)
@@ -53,8 +46,3 @@ def check_adapter(
     if add_input:
         check_shape("residual", x, "[B, S, Hout]", x.shape[0], x.shape[1], out_features)
     check_choice("activation", activation, ACTIVATIONS)
-
-
-def like_bank(weight: torch.Tensor, needed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory of the gradients of a bank of weights and of its biases; of no elements unless needed."""
-    return weight.new_empty(weight.shape if needed else 0), weight.new_empty(weight.shape[:2] if needed else 0)

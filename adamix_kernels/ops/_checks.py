@@ -20,6 +20,13 @@ def fail(name: str, got: object, expected: str, error: type[Exception] = ValueEr
     raise error(f"{name}: got {got}, expected {expected}")
 
 
+def check_positive(least: int = 1, /, **sizes: object) -> None:
+    """Every one is an int of at least `least`."""
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            fail(name, repr(value), f"an int of at least {least}")
+
+
 def check_tensor(name: str, value: object, like: torch.Tensor | None = None) -> None:
     """`value` is a floating tensor; with `like`, of the same dtype and device."""
     if not isinstance(value, torch.Tensor):

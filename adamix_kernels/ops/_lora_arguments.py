@@ -23,18 +23,14 @@ def autocast_lora(
 
 
 def check_lora(
-    x: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    a_index: torch.Tensor | None,
-    b_index: torch.Tensor | None,
-    base: torch.Tensor | None,
+    tensors: tuple[Any, ...],
     scaling: float | torch.Tensor,
     groups: int,
     output_offsets: Sequence[int],
     gates: torch.Tensor | None = None,
 ) -> list[int]:
-    """x to base in the dtype of the call; the offsets as a list."""
+    """tensors: x to base, in the dtype of the call; the offsets as a list."""
+    x, lora_a, lora_b, a_index, b_index, base = tensors
     check_dims("x", x, "[B, S, K]")
     check_tensor("lora_a", lora_a, x)
     check_bank("lora_a", lora_a, "[Ma, groups * r, K]")

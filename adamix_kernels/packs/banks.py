@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from ..functional import routed_adapter, routed_lora
 from ..models.inject import bank_options
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..modules._banks import as_batch, cast_like
+from ..modules._linear import OnBase
 from ..modules.lora import linear_sizes
 from ..ops._checks import autocast_dtype
 from ..ops._dropout import dropout, keep_mask
@@ -25,7 +26,7 @@ from .slots import RoutedLayer, Shape
 _RANK_AXIS = {"down_weight": 1, "down_bias": 1, "up_weight": 2, "up_bias": None, "lora_a": 2, "lora_b": 2}
 
 
-class TrainedBank(nn.Module):
+class TrainedBank(OnBase):
     """out = the base's, with each row's own expert on it.
 
     Parameters: banks [slots, ...] of zeros, as RoutedAdapter and RoutedLoRALinear name them; lora_b holds the scaling.
@@ -45,14 +46,6 @@ class TrainedBank(nn.Module):
         else:
             groups = len(shape.offsets)
             self.lora_a, self.lora_b = bank(groups * shape.rank, inputs), bank(groups * shape.width, shape.rank)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return cast("torch.Tensor", self.base.weight)
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        return cast("torch.Tensor | None", self.base.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, S, K] or [B, K] -> [B, S, N] or [B, N]."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import dataclasses
 import logging
 import os
 from collections.abc import Sequence
@@ -17,8 +16,8 @@ from .._backends import check_request
 from .._version import __version__
 from ..models._files import (
     make_folder,
-    remove_temporaries,
-    unsealed,
+    read_versioned,
+    remove_unnamed,
     write_safetensors_by_digest,
     write_sealed_json,
 )
@@ -66,7 +65,7 @@ def unpack(model: nn.Module, name: str, directory: str | os.PathLike[str]) -> Pa
             header = _write_name(model, state.entries[name], folder, True)
             write_sealed_json(folder / CHECKPOINT_NAME, header)
         finally:
-            _tidy(folder, CHECKPOINT_NAME)
+            remove_unnamed(folder / CHECKPOINT_NAME, _STEM)
     return folder
 
 
@@ -104,7 +103,7 @@ def save_pack(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
                 "package_version": __version__,
                 "base_model": base_facts(model, folder),
                 "capacity": state.capacity,
-                "layers": {path: _shape_json(Shape.of(layer)) for path, layer in layers.items()},
+                "layers": {path: dataclasses.asdict(Shape.of(layer)) for path, layer in layers.items()},
                 "heads": {
                     path: {n: part.out_features for n, part in parts.items() if isinstance(part, heads.PackedLinear)}
                     for path, parts in packed.items()
@@ -113,7 +112,7 @@ def save_pack(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
             }
             write_sealed_json(folder / PACK_NAME, values)
         finally:
-            _tidy(folder, PACK_NAME)
+            remove_unnamed(folder / PACK_NAME, _STEM)
     return folder
 
 
@@ -165,28 +164,7 @@ def load_pack(
 
 def read_pack(folder: Path) -> dict[str, Any]:
     """The JSON of a pack. Raises ValueError, naming the file, for any other or a damaged one."""
-    path = folder / PACK_NAME
-    if not path.is_file():
-        raise ValueError(f"{path}: got no such file, expected a folder written by save_pack")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got a file that is not JSON ({error}), expected a pack") from error
-    version = values.get("version") if isinstance(values, dict) else None
-    if version != _VERSION:
-        raise ValueError(f"{path}: got version {version!r}, expected {_VERSION}, the one this release reads")
-    found: dict[str, Any] = unsealed(values, path)
-    return found
-
-
-def _shape_json(shape: Shape) -> dict[str, Any]:
-    return {
-        "adapter": shape.adapter,
-        "rank": shape.rank,
-        "activation": shape.activation,
-        "offsets": list(shape.offsets),
-        "width": shape.width,
-    }
+    return read_versioned(folder / PACK_NAME, "a folder written by save_pack", "a pack", (_VERSION,))
 
 
 def _write_name(model: nn.Module, entry: Entry, folder: Path, alone: bool) -> dict[str, Any]:
@@ -277,16 +255,3 @@ def _with_labels(base: dict[str, Any], entry: Entry) -> dict[str, Any]:
     config |= {"id2label": names, "label2id": {name: int(number) for number, name in names.items()}}
     config["problem_type"] = entry.problem
     return {**base, "config": config}
-
-
-def _tidy(folder: Path, name: str) -> None:
-    """Removes the tensor files that the JSON on the disk does not name, and what killed processes left."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        path = folder / name
-        values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"names": {}}
-        headers = values["names"].values() if "names" in values else [values]
-        wanted = {header["tensors"]["file"] for header in headers}
-        for file in folder.glob(f"{_STEM}-*.safetensors"):
-            if file.name not in wanted:
-                file.unlink(missing_ok=True)
-        remove_temporaries(folder)

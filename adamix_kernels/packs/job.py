@@ -10,6 +10,7 @@ from typing import Any
 
 from ..models.config import AdaMixConfig
 from ..models.objectives import MULTI_LABEL, REGRESSION
+from ..ops._checks import check_positive
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PROBLEMS = (REGRESSION, "single_label_classification", MULTI_LABEL, None)
@@ -69,10 +70,9 @@ class PackJob:
             raise ValueError(f"betas: got {self.betas!r}, expected two numbers from 0 to below 1")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: got {self.schedule!r}, expected one of {', '.join(map(repr, SCHEDULES))}")
-        _integer("warmup_steps", self.warmup_steps, 0)
-        _integer("seed", self.seed, 0)
+        check_positive(0, warmup_steps=self.warmup_steps, seed=self.seed)
         if self.total_steps is not None:
-            _integer("total_steps", self.total_steps, 1)
+            check_positive(total_steps=self.total_steps)
         elif self.schedule in ("linear", "cosine"):
             raise ValueError(f"total_steps: got None for the schedule {self.schedule!r}, expected how many updates")
         if self.max_grad_norm is not None:
@@ -108,8 +108,3 @@ def _number(name: str, value: object, above: bool = False) -> None:
 
 def _below_one(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
-
-
-def _integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: got {value!r}, expected an int of at least {least}")

@@ -14,6 +14,7 @@ from ..models.guards import install_guards
 from ..models.inject import check_bare
 from ..models.pooling import pooling_of, set_pooling
 from ..models.state import AdaMixState, adamix_state, check_model, replace_module
+from ..ops._checks import check_positive
 from . import heads, slots
 from .reading import Folder, called, read_source
 from .slots import RoutedLayer, Shape
@@ -69,9 +70,7 @@ def pack(
     wanted = len(folders) if capacity is None else capacity
     if not 1 <= len(folders) <= MOST:
         raise ValueError(f"folders: got {len(folders)}, expected 1 to {MOST}")
-    for key, value in {"capacity": wanted, "max_rank": max_rank, "max_labels": max_labels}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{key}: got {value!r}, expected an int of at least 1")
+    check_positive(capacity=wanted, max_rank=max_rank, max_labels=max_labels)
     if not len(folders) <= wanted <= MOST:
         raise ValueError(f"capacity: got {wanted} for {len(folders)} folders, expected {len(folders)} to {MOST}")
     sources = [read_source(model, check_name(name), folder) for name, folder in folders.items()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from .._extras import needed
+from ..models._files import read_json
 from ..models.targets import named
 from ..modules._banks import lora_scaling
 from ..modules.lora import linear_sizes
@@ -69,10 +69,7 @@ def read_peft(name: str, folder: Path, model: nn.Module) -> Source:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got a file that is not JSON ({error}), expected a LoRA configuration") from error
+    config = read_json(path, "a LoRA configuration")
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path}: got peft_type {kind!r}, expected 'LORA'")

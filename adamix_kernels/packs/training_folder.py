@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from .._version import __version__
-from ..models._files import make_folder, unsealed, write_safetensors_by_digest, write_sealed_json
+from ..models._files import make_folder, read_versioned, write_safetensors_by_digest, write_sealed_json
 from ..models.checkpoint import load_adamix, save_adamix
 from ..models.header import read_tensors
 from .job import PackJob
@@ -61,16 +60,8 @@ def write(own: Own, model: nn.Module, place: Path) -> None:
 def read(folder: Folder) -> Saved:
     """Raises ValueError, naming the file, for one that is missing, damaged or of another version."""
     path = Path(folder) / JOB_NAME
-    if not path.is_file():
-        raise ValueError(f"{path}: got no such file, expected the folder of a name that PackTrainer.save wrote")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got a file that is not JSON ({error}), expected a name's training") from error
-    version = found.get("version") if isinstance(found, dict) else None
-    if version != _VERSION:
-        raise ValueError(f"{path}: got version {version!r}, expected {_VERSION}, the one this release reads")
-    values = unsealed(found, path)
+    writer = "the folder of a name that PackTrainer.save wrote"
+    values = read_versioned(path, writer, "a name's training", (_VERSION,))
     place = path.parent / values["folder"]
     return Saved(PackJob.from_dict(values["job"]), place, values, read_tensors(place, values["tensors"]))
 

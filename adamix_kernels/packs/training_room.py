@@ -16,6 +16,7 @@ from .._backends import check_request
 from ..models.inject import check_bare
 from ..models.merging import unmerge
 from ..models.state import check_model
+from ..ops._checks import check_positive
 from . import training_folder
 from .banks import TrainedBank
 from .job import PackJob
@@ -48,9 +49,7 @@ def checked(
     if not isinstance(jobs, Mapping) or not jobs:
         raise ValueError(f"jobs: got {jobs!r}, expected names with a PackJob or a folder each, one at least")
     room = len(jobs) if capacity is None else capacity
-    for key, value in {"capacity": room, "max_rank": max_rank, "max_experts": max_experts}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{key}: got {value!r}, expected an int of at least 1")
+    check_positive(capacity=room, max_rank=max_rank, max_experts=max_experts)
     if room < len(jobs):
         raise ValueError(f"capacity: got {capacity} for {len(jobs)} jobs, expected as many at least")
     return jobs, room

@@ -104,18 +104,26 @@ def _added(
         factors = torch.tensor(scalings, dtype=gates.dtype, device=gates.device)
         gates = gates * (factors if found.chosen is None else factors[found.chosen])
     index = found.chosen if len(used) > 1 else None
-    in_base = rows.dtype == added.dtype
-    out = routed_lora(
-        rows,
-        torch.stack(downs),
-        torch.stack(ups),
-        index,
-        index,
-        base=added if in_base else None,
-        scaling=scalings[0] if same else 1.0,
-        gates=gates,
-        inplace=in_base and may_overwrite(module.base_layer, rows, added),
-        backend=backend,
-    )
-    out = out if in_base else added + out
+    scaling = scalings[0] if same else 1.0
+    out = add_update(module, rows, added, torch.stack(downs), torch.stack(ups), index, scaling, backend, gates)
     return out.view(result.shape)
+
+
+def add_update(
+    module: Any,
+    rows: torch.Tensor,
+    added: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    index: torch.Tensor | None,
+    scaling: float,
+    backend: str,
+    gates: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """routed_lora on `added`, in place where nobody looks at it again; where their dtypes differ, a sum."""
+    same = rows.dtype == added.dtype
+    out = routed_lora(
+        rows, lora_a, lora_b, index, index, base=added if same else None, scaling=scaling, gates=gates,
+        inplace=same and may_overwrite(module.base_layer, rows, added), backend=backend,
+    )  # fmt: skip
+    return out if same else added + out

@@ -10,10 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..functional import routed_lora
 from ..modules._banks import as_batch
-from ..modules.lora import may_overwrite
-from .gates import arrow_output
+from .gates import add_update, arrow_output
 
 _KEPT = 256  # indices of batches
 HOOKS = "_enable_peft_forward_hooks"
@@ -130,20 +128,8 @@ class LoraForward:
         index = None if names is None else self._index(used, names, x.device)
         lora_a, lora_b, scaling = _stacked(used, names)
         rows, added = as_batch(x), as_batch(result)
-        same = rows.dtype == added.dtype
-        out = routed_lora(
-            rows,
-            lora_a,
-            lora_b,
-            index,
-            index,
-            base=added if same else None,
-            scaling=scaling,
-            inplace=same and may_overwrite(module.base_layer, rows, added),
-            backend=self.backend,
-        )
-        out = out if same else (added + out).to(result.dtype)
-        return out.view(result.shape)
+        out = add_update(module, rows, added, lora_a, lora_b, index, scaling, self.backend)
+        return out.to(result.dtype).view(result.shape)
 
     def _dropped(self, x: torch.Tensor, used: list[_Adapter], names: Sequence[str] | None) -> torch.Tensor:
         """PEFT's own draw where one probability serves; else one mask, each sample with its adapter's."""

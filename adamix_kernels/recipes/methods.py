@@ -35,9 +35,6 @@ METHODS = {
 }
 BASELINES = ("full", "head", "bitfit", "pfeiffer", "houlsby", "prefix", "lora", "unipelt", "adamix")
 _OPTIONS = {
-    "full": (),
-    "head": (),
-    "bitfit": (),
     "pfeiffer": ("bottleneck",),
     "soup": ("bottleneck", "models"),
     "houlsby": ("bottleneck",),
@@ -106,7 +103,7 @@ def parse_method(text: str) -> Method:
         key, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"method: got {part!r} in {text!r}, expected option=value")
-        options[key] = _value(value)
+        options[key] = as_value(value)
     for key in options.keys() & set(_TRAINING):
         if isinstance(options[key], bool) or not isinstance(options[key], (int, float)) or not options[key] > 0:
             raise ValueError(f"method: got {key}={options[key]!r}, expected a number above 0")
@@ -116,8 +113,8 @@ def parse_method(text: str) -> Method:
         raise ValueError(f"method: got together={together!r} in {text!r}, expected a part below 1, of drawn experts")
     if name == "adamix":
         AdaMixConfig.from_dict(own)
-    elif unknown := sorted(set(own) - set(_OPTIONS[name])):
-        known = [*_OPTIONS[name], *_TRAINING]
+    elif unknown := sorted(set(own) - set(_OPTIONS.get(name, ()))):
+        known = [*_OPTIONS.get(name, ()), *_TRAINING]
         raise ValueError(f"method: got the options {unknown} for {name}, expected some of {known}")
     models = options.get("models", 2)
     if isinstance(models, bool) or not isinstance(models, int) or models < 2:
@@ -300,7 +297,8 @@ def _partly(model: nn.Module, biases: bool) -> nn.Module:
     return model
 
 
-def _value(text: str) -> Any:
+def as_value(text: str) -> Any:
+    """JSON where it can be, else the word itself."""
     try:
         return json.loads(text)
     except ValueError:

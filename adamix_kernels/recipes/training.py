@@ -179,19 +179,23 @@ def evaluate(recipe: Recipe, problem: Any, built: Built, seed: int) -> tuple[dic
         return values, {**_details(scores), "spread": {}}
     spread: dict[str, list[float]] = {}
     scores = Scores()
+
+    def note(name: str, runs: list[Scores]) -> None:
+        values[name], spread[name] = _mean(runs), [run.values.get(recipe.metrics[0]) for run in runs]
+
     if "random" in recipe.evaluations:
         runs = []
         for draw in range(DRAWS):
             torch.manual_seed(1000 * seed + draw)
             with eval_routing(model, "sample"):
                 runs.append(scores := problem.scores(model))
-        values["random"], spread["random"] = _mean(runs), [r.values.get(recipe.metrics[0]) for r in runs]
+        note("random", runs)
     if "fixed" in recipe.evaluations:
         runs = []
         for expert in range(adamix_state(model).config.num_experts):
             with use_experts(model, expert):
                 runs.append(scores := problem.scores(model))
-        values["fixed"], spread["fixed"] = _mean(runs), [r.values.get(recipe.metrics[0]) for r in runs]
+        note("fixed", runs)
     if "merged" in recipe.evaluations:
         scores = problem.scores(merge(model).eval())
         values = {"merged": scores.values, **values}

@@ -18,6 +18,8 @@ from types import MappingProxyType
 import torch
 import torch.distributed as dist
 
+from ..ops._checks import check_positive
+
 Ahead = dict[tuple[int, tuple[int, ...], torch.device], list[torch.Tensor]]
 LEVELS = ("batch", "sample", "token")
 LEARNED = "learned"
@@ -61,8 +63,7 @@ class Router:
 
     def __init__(self, level: str = "batch", passes: int = 2):
         check_level("level", level, LEARNED)
-        if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
-            raise ValueError(f"passes: got {passes!r}, expected an int of at least 1")
+        check_positive(passes=passes)
         self.level = level
         self.passes = passes
         self.eval_level = "merged"
@@ -111,6 +112,19 @@ class Router:
         passes = self.passes_in(batch, training)
         index = self._drawn(num_experts, (passes,), device)
         return index if passes == batch else index.repeat_interleave(batch // passes, output_size=batch)
+
+    def draw_sides(
+        self, experts: tuple[int, int], rows: torch.Tensor, training: bool, paired: bool
+    ) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
+        """(passes_in, the index of either bank) for rows [B, S, H]. paired: two banks of several draw one expert."""
+        batch, tokens, _ = rows.shape
+        passes = self.passes_in(batch, training)
+        if passes:
+            batch, tokens = passes, batch // passes * tokens
+        first = self.draw(experts[0], batch, tokens, rows.device, training)
+        if paired and 1 not in experts:
+            return passes, first, first
+        return passes, first, self.draw(experts[1], batch, tokens, rows.device, training)
 
     def begin_forward(self) -> None:
         """From here to end_forward, layers share draws: each still has its own, all of them of one launch."""

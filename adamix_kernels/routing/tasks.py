@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops._checks import check_positive
 from .gates import GateRouter, Gates
 
 _EPS = 1e-12
@@ -42,9 +43,7 @@ class TaskRouter(GateRouter):
     def __init__(
         self, num_tasks: int, num_experts: int, splits: int = 1, *, dtype: torch.dtype | None = None, **more: Any
     ):  # fmt: skip
-        for name, value in (("num_tasks", num_tasks), ("splits", splits)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, expected an int of at least 1")
+        check_positive(num_tasks=num_tasks, splits=splits)
         super().__init__(num_experts, **more)
         self.num_tasks, self.splits = num_tasks, splits
         if splits > 1:

@@ -71,18 +71,11 @@ class Guards:
         self._held.clear()
 
     def _empty_like(
-        self,
-        like: torch.Tensor,
-        *,
-        dtype: torch.dtype | None = None,
-        layout: torch.layout | None = None,
-        device: torch.device | None = None,
-        pin_memory: bool | None = None,
-        memory_format: Any = None,
+        self, like: torch.Tensor, *, dtype: Any = None, device: Any = None, memory_format: Any = None, **rest: Any
     ) -> torch.Tensor:
         dtype, device = dtype or like.dtype, device or like.device
         if like.is_contiguous() and memory_format in (None, torch.preserve_format, torch.contiguous_format):
-            return self._empty(like.shape, dtype=dtype, layout=layout, device=device, pin_memory=pin_memory)
+            return self._empty(like.shape, dtype=dtype, device=device, **rest)
         model = torch.empty_strided(like.shape, like.stride(), dtype=dtype, device="meta")
         strides = torch.empty_like(model, memory_format=memory_format or torch.preserve_format).stride()
         return torch.empty_strided(like.shape, strides, dtype=dtype, device=device)

@@ -8,11 +8,10 @@ from adapter_cases import draw_adapter
 from cuda_probes import captured_graph
 from plain_lora import draw_lora
 
+import adamix_kernels.ops._routed_ops as routed_ops
 import adamix_kernels.ops.consistency.ahead as loss_ahead
 import adamix_kernels.ops.consistency.direct as loss_direct
 import adamix_kernels.ops.consistency.op as loss_op
-import adamix_kernels.ops.routed_adapter.op as adapter_op
-import adamix_kernels.ops.routed_lora.op as lora_op
 from adamix_kernels import functional as F
 from adamix_kernels.ops.merge.api import merge_banks
 
@@ -112,8 +111,7 @@ class Calls:
 
 def as_on_a_gpu(monkeypatch):
     """Without the checks of values that the CPU alone makes unasked."""
-    monkeypatch.setattr(adapter_op, "check_index_values", lambda *_: None)
-    monkeypatch.setattr(lora_op, "check_index_values", lambda *_: None)
+    monkeypatch.setattr(routed_ops, "check_index_values", lambda *_: None)
     monkeypatch.setattr(loss_op, "_check_labels", lambda *_: None)
     monkeypatch.setattr(loss_ahead, "_check_labels", lambda *_: None)
     monkeypatch.setattr(loss_direct, "_check_labels", lambda *_: None)

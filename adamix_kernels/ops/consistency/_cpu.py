@@ -14,57 +14,34 @@ import torch
 
 from ._blocks import At, rows_by_blocks
 from ._rows import divergence, divergence_grad, keep, rows_of, span_of, wide_dtype
+from .signatures import AdaMix, AdaMixBackward, Consistency, ConsistencyBackward
 
 _MANY, _LOG2_E = 1024, 1 / math.log(2)
 _Gradients = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
-def consistency(
-    logits_a: torch.Tensor,
-    logits_b: torch.Tensor,
-    mask: torch.Tensor | None,
-    detach_target: bool,
-    reduction: str,
-    expected: float,
-    to: _Gradients,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def consistency(a: Consistency, expected: float, to: _Gradients) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, scale); to: where the gradients for an incoming one of `expected` go, None where not wanted."""
-    rows, wide = logits_a.shape[:-1].numel(), wide_dtype(logits_a.dtype)
-    if mask is not None and reduction == "batchmean":
-        rows = int(mask.sum())
-    scale = logits_a.new_full((), _over(rows) if reduction == "batchmean" else 1.0, dtype=wide)
+    rows, wide = a.logits_a.shape[:-1].numel(), wide_dtype(a.logits_a.dtype)
+    if a.mask is not None and a.reduction == "batchmean":
+        rows = int(a.mask.sum())
+    scale = a.logits_a.new_full((), _over(rows) if a.reduction == "batchmean" else 1.0, dtype=wide)
     factor = scale.item()
     coefficient = as_stored(expected, wide) * factor
-    twice = _visit_pair(logits_a, logits_b, _or_none(mask), detach_target, coefficient, to)
+    twice = _visit_pair(a.logits_a, a.logits_b, _or_none(a.mask), a.detach_target, coefficient, to)
     return twice.sum().mul_(0.5 * factor), scale
 
 
-def consistency_again(
-    grad: torch.Tensor,
-    logits_a: torch.Tensor,
-    logits_b: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: torch.Tensor,
-    detach_target: bool,
-    to: _Gradients,
-) -> None:
+def consistency_again(a: ConsistencyBackward, to: _Gradients) -> None:
     """The gradients for the incoming one."""
-    _visit_pair(logits_a, logits_b, _or_none(mask), detach_target, grad.item() * scale.item(), to)
+    _visit_pair(a.logits_a, a.logits_b, _or_none(a.mask), a.detach_target, a.grad.item() * a.scale.item(), to)
 
 
 def adamix(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    mask: torch.Tensor | None,
-    num_items: torch.Tensor | None,
-    weight: float,
-    ignore_index: int,
-    label_smoothing: float,
-    detach_target: bool,
-    expected: float,
-    d_logits: torch.Tensor,
+    a: AdaMix, expected: float, d_logits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, cross-entropy, consistency, scales [2]); d_logits as `to` above."""
+    logits, labels, mask, num_items, weight, ignore_index, smoothing, detach_target = a
     counted, selected = _rows_that_count(labels, mask, ignore_index)
     if num_items is not None:
         numbers = [num_items.item()] * 2
@@ -77,29 +54,19 @@ def adamix(
     entropy, pair = scales.tolist()
     grad = as_stored(expected, wide)
     factors = grad * entropy, grad * pair * weight
-    options = label_smoothing, detach_target
-    log_likelihoods, twice = _visit_doubled(logits, labels, counted, selected, *options, factors, d_logits)
+    log_likelihoods, twice = _visit_doubled(
+        logits, labels, counted, selected, smoothing, detach_target, factors, d_logits
+    )
     cross_entropy, divergences = log_likelihoods.sum().mul_(-entropy), twice.sum().mul_(0.5 * pair)
     return torch.add(cross_entropy, divergences, alpha=weight), cross_entropy, divergences, scales
 
 
-def adamix_again(
-    grad: torch.Tensor,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    mask: torch.Tensor | None,
-    scales: torch.Tensor,
-    weight: float,
-    ignore_index: int,
-    label_smoothing: float,
-    detach_target: bool,
-    to: torch.Tensor,
-) -> None:
+def adamix_again(a: AdaMixBackward, to: torch.Tensor) -> None:
     """The gradient for the incoming one."""
-    counted, selected = _rows_that_count(labels, mask, ignore_index)
-    entropy, pair = scales.tolist()
-    factors = grad.item() * entropy, grad.item() * pair * weight
-    _visit_doubled(logits, labels, counted, selected, label_smoothing, detach_target, factors, to)
+    counted, selected = _rows_that_count(a.labels, a.mask, a.ignore_index)
+    entropy, pair = a.scales.tolist()
+    factors = a.grad.item() * entropy, a.grad.item() * pair * a.weight
+    _visit_doubled(a.logits, a.labels, counted, selected, a.label_smoothing, a.detach_target, factors, to)
 
 
 def linear_chunk(

@@ -23,44 +23,27 @@ from .signatures import AdaMix, Consistency, Linear
 _DENSE = torch.contiguous_format
 
 
-def consistency(
-    logits_a: torch.Tensor,
-    logits_b: torch.Tensor,
-    mask: torch.Tensor | None,
-    detach_target: bool,
-    reduction: str,
-    backend: str,
-    expected: float | None,
-) -> torch.Tensor:
-    ahead = False
-    if reduction != "none" and torch.is_grad_enabled() and (logits_a.requires_grad or logits_b.requires_grad):
-        ahead = writer_of(backend, expected, logits_a, logits_b) is not None
-    if ahead:
-        options = backend, detach_target, reduction, expected
-        loss: torch.Tensor = _ahead_consistency(logits_a, logits_b, mask, options, None)
-    else:
-        loss, *_ = consistency_op(logits_a, logits_b, mask, detach_target, reduction, backend)
-    return loss
+def consistency(*arguments: Any) -> torch.Tensor:
+    """Of Consistency, the backend and the expected gradient."""
+    *given, backend, expected = arguments
+    a = Consistency(*given)
+    logits = a.logits_a, a.logits_b
+    needed = a.reduction != "none" and torch.is_grad_enabled() and any(t.requires_grad for t in logits)
+    if needed and writer_of(backend, expected, *logits) is not None:
+        loss: torch.Tensor = _ahead_consistency(*logits, a.mask, (backend, *a[3:], expected), None)
+        return loss
+    return consistency_op(*a, backend)[0]
 
 
-def adamix(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    mask: torch.Tensor | None,
-    num_items: torch.Tensor | None,
-    weight: float,
-    ignore_index: int,
-    label_smoothing: float,
-    detach_target: bool,
-    backend: str,
-    expected: float | None,
-) -> tuple[torch.Tensor, ...]:
-    options = weight, ignore_index, label_smoothing, detach_target
-    ahead = torch.is_grad_enabled() and logits.requires_grad and writer_of(backend, expected, logits) is not None
+def adamix(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    """Of AdaMix, the backend and the expected gradient."""
+    *given, backend, expected = arguments
+    a = AdaMix(*given)
+    ahead = torch.is_grad_enabled() and a.logits.requires_grad and writer_of(backend, expected, a.logits) is not None
     if not ahead:
-        return adamix_loss_op(logits, labels, mask, num_items, *options, backend)[:3]
+        return adamix_loss_op(*a, backend)[:3]
     parts: list[torch.Tensor] = []
-    loss = _ahead_adamix(logits, labels, mask, (backend, num_items, *options, expected), parts, None)
+    loss = _ahead_adamix(*a[:3], (backend, *a[3:], expected), parts, None)
     return loss, *parts
 
 
@@ -117,14 +100,8 @@ class AheadConsistencyFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits_a: torch.Tensor,
-        logits_b: torch.Tensor,
-        mask: torch.Tensor | None,
-        options: Any,
-        planned: Any,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        logits_a, logits_b, mask, options, planned = arguments
         ctx.options = options
         plan, ahead = planned or (None, True)
         made = None if plan is None else plan(logits_a, logits_b, mask)
@@ -134,6 +111,7 @@ class AheadConsistencyFunction(torch.autograd.Function):
             module = module_of(backend, logits_a)
             a = Consistency(logits_a, logits_b, mask, *rest)
             made = (*consistency_grad(module, a, expected, *out), *(g for g in out if g is not None))
+        loss: torch.Tensor
         loss, stats, scale, *grads = made
         ctx.ahead = tuple([grads.pop(0) if need else None for need in ctx.needs_input_grad[:2]]) if ahead else None
         ctx.save_for_backward(logits_a, logits_b, mask, stats, scale)
@@ -142,14 +120,8 @@ class AheadConsistencyFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        backend, detach_target, _, expected = ctx.options
-        out, ctx.ahead = ctx.ahead, None
-        written = expected or 1.0
-        if out is None:
-            out, written = _places(ctx, *saved[:2]), None
-        module = module_of(backend, saved[0])
-        direct = getattr(module, "direct", None) if may_be_direct() else None
+        _, detach_target, *_ = ctx.options
+        saved, out, written, module, direct = _to_write(ctx, lambda saved: _places(ctx, *saved[:2]))
         if direct is None or direct.consistency_backward(grad, *saved, *out, detach_target, written) is None:
             consistency_write(module, grad, saved, detach_target, out, written)
         return *out, None, None, None
@@ -161,15 +133,8 @@ class AheadAdaMixFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        mask: torch.Tensor | None,
-        options: Any,
-        parts: list[torch.Tensor],
-        planned: Any,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        logits, labels, mask, options, parts, planned = arguments
         backend, num_items, *rest, expected = ctx.options = options
         plan, ahead = planned or (None, True)
         made = None if plan is None else plan(logits, labels, mask, num_items)
@@ -177,6 +142,7 @@ class AheadAdaMixFunction(torch.autograd.Function):
             out = torch.empty_like(logits, memory_format=_DENSE) if ahead else None
             a = AdaMix(logits, labels, mask, num_items, *rest)
             made = (*adamix_grad(module_of(backend, logits), a, expected, out), out)
+        loss: torch.Tensor
         loss, cross_entropy, consistency, stats, scales, *grads = made
         ctx.ahead = grads[0] if ahead else None
         parts += cross_entropy, consistency
@@ -186,17 +152,25 @@ class AheadAdaMixFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        backend, _, *options, expected = ctx.options
-        out, ctx.ahead = ctx.ahead, None
-        written = expected or 1.0
-        if out is None:
-            out, written = torch.empty_like(saved[0], memory_format=_DENSE), None
-        module = module_of(backend, saved[0])
-        direct = getattr(module, "direct", None) if may_be_direct() else None
+        _, _, *options, _ = ctx.options
+        saved, out, written, module, direct = _to_write(
+            ctx, lambda saved: torch.empty_like(saved[0], memory_format=_DENSE)
+        )
         if direct is None or direct.adamix_backward(grad, *saved, out, *options, written) is None:
             adamix_write(module, grad, saved, tuple(options), out, written)
         return out, None, None, None, None, None
+
+
+def _to_write(ctx: Any, new: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """(what was saved, where the gradient goes, for which incoming one it lies there or None, the module, its direct
+    calls). new: makes the place of saved tensors.
+    """
+    saved = ctx.saved_tensors
+    out, ctx.ahead = ctx.ahead, None
+    written = None if out is None else ctx.options[-1] or 1.0
+    module = module_of(ctx.options[0], saved[0])
+    direct = getattr(module, "direct", None) if may_be_direct() else None
+    return saved, new(saved) if out is None else out, written, module, direct
 
 
 def _places(ctx: Any, *logits: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -15,7 +15,7 @@ import torch
 
 from ..._extension import unsupported
 from ._chunks import Chunk, linear_loss
-from .signatures import Linear
+from .signatures import AdaMixBackward, ConsistencyBackward, Linear, split
 
 __all__ = [
     "adamix_backward", "adamix_forward", "adamix_forward_grad", "backward", "direct", "forward",
@@ -38,20 +38,10 @@ def forward_grad(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return _ops.consistency_forward(*arguments)
 
 
-def backward(
-    grad: torch.Tensor,
-    logits_a: torch.Tensor,
-    logits_b: torch.Tensor,
-    mask: torch.Tensor | None,
-    stats: torch.Tensor,
-    scale: torch.Tensor,
-    detach_target: bool,
-    out: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
-    expected: float | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    if out is None:
-        out = logits_a.new_empty(logits_a.shape), logits_b.new_empty(logits_b.shape)
-    _ops.consistency_backward(grad, logits_a, logits_b, mask, stats, scale, detach_target, *out, expected)
+def backward(*arguments: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    a, out, expected = split(ConsistencyBackward, arguments)
+    out = (a.logits_a.new_empty(a.logits_a.shape), a.logits_b.new_empty(a.logits_b.shape)) if out is None else out
+    _ops.consistency_backward(*a, *out, expected)
     return out
 
 
@@ -63,23 +53,10 @@ def adamix_forward_grad(*arguments: Any) -> tuple[torch.Tensor, ...]:
     return _ops.adamix_forward(*arguments)
 
 
-def adamix_backward(
-    grad: torch.Tensor,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    mask: torch.Tensor | None,
-    stats: torch.Tensor,
-    scales: torch.Tensor,
-    weight: float,
-    ignore_index: int,
-    label_smoothing: float,
-    detach_target: bool,
-    out: torch.Tensor | None = None,
-    expected: float | None = None,
-) -> torch.Tensor:
-    out = logits.new_empty(logits.shape) if out is None else out
-    options = weight, ignore_index, label_smoothing, detach_target
-    _ops.adamix_backward(grad, logits, labels, mask, stats, scales, *options, out, expected)
+def adamix_backward(*arguments: Any) -> torch.Tensor:
+    a, out, expected = split(AdaMixBackward, arguments)
+    out = a.logits.new_empty(a.logits.shape) if out is None else out
+    _ops.adamix_backward(*a, out, expected)
     return out
 
 

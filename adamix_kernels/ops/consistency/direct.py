@@ -19,6 +19,7 @@ do what the module's functions do, and give a tuple, or None where nothing was d
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -30,23 +31,12 @@ from .op import _check_labels
 _NUMBERS = (int, float)
 
 
-def adamix(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    mask: torch.Tensor | None,
-    num_items: torch.Tensor | int | None,
-    weight: float,
-    ignore_index: int,
-    label_smoothing: float,
-    detach_target: bool,
-    backend: str,
-    expected: float | None,
-    checked: bool,
-) -> tuple[torch.Tensor, ...] | None:
+def adamix(*arguments: Any, checked: bool) -> tuple[torch.Tensor, ...] | None:
     """(loss, cross-entropy, consistency); None: the call must go through api.py's checks and the dispatcher.
 
     checked: whether it went through the checks, so that what is found out about the arguments may be kept.
     """
+    logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, backend, expected = arguments
     try:
         if not (_plain(weight, math.inf) and _plain(label_smoothing, 1) and _plain_expected(expected)):
             return None
@@ -64,10 +54,9 @@ def adamix(
         ahead = needed and direct.writes_gradient(logits.device.type, logits.dtype, expected)
         expected = None if expected is None else float(expected)
         options = float(weight), ignore_index, float(label_smoothing), detach_target, _or_one(expected, needed)
-        arguments = (*tensors, ahead, *options)
-        plan = direct.adamix.find(*arguments)
+        plan = direct.adamix.find(*tensors, ahead, *options)
         if plan is None and checked:
-            plan = direct.adamix.make(*arguments)
+            plan = direct.adamix.make(*tensors, ahead, *options)
         if plan is None:
             return None
         if not needed:
@@ -85,17 +74,9 @@ def adamix(
         return None
 
 
-def consistency(
-    logits_a: torch.Tensor,
-    logits_b: torch.Tensor,
-    mask: torch.Tensor | None,
-    detach_target: bool,
-    reduction: str,
-    backend: str,
-    expected: float | None,
-    checked: bool,
-) -> torch.Tensor | None:
+def consistency(*arguments: Any, checked: bool) -> torch.Tensor | None:
     """The loss; None and `checked` as for `adamix`."""
+    logits_a, logits_b, mask, detach_target, reduction, backend, expected = arguments
     try:
         if reduction == "none" or detach_target.__class__ is not bool or not _plain_expected(expected):
             return None
@@ -110,10 +91,10 @@ def consistency(
         needed = need_a or need_b
         ahead = needed and direct.writes_gradient(logits_a.device.type, logits_a.dtype, expected)
         expected = None if expected is None else float(expected)
-        arguments = (*tensors, ahead and need_a, ahead and need_b, detach_target, reduction, _or_one(expected, needed))
-        plan = direct.consistency.find(*arguments)
+        options = ahead and need_a, ahead and need_b, detach_target, reduction, _or_one(expected, needed)
+        plan = direct.consistency.find(*tensors, *options)
         if plan is None and checked:
-            plan = direct.consistency.make(*arguments)
+            plan = direct.consistency.make(*tensors, *options)
         if plan is None:
             return None
         if not needed:

@@ -49,7 +49,7 @@ from ._rows import (
     softmax,
     wide_dtype,
 )
-from .signatures import AdaMix, Consistency, Linear
+from .signatures import AdaMix, AdaMixBackward, Consistency, ConsistencyBackward, Linear, split
 
 _Means = tuple[torch.Tensor | None, torch.Tensor | None]
 _DENSE = torch.contiguous_format
@@ -82,25 +82,17 @@ def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def forward_grad(*arguments: Any) -> tuple[torch.Tensor, None, torch.Tensor]:
-    each: tuple[Any, ...] = (*arguments[:-2], arguments[-2:])
-    loss, scale = _cpu.consistency(*each)
+    *given, expected, da, db = arguments
+    loss, scale = _cpu.consistency(Consistency(*given), expected, (da, db))
     return loss, None, scale
 
 
-def backward(
-    grad: torch.Tensor,
-    logits_a: torch.Tensor,
-    logits_b: torch.Tensor,
-    mask: torch.Tensor | None,
-    stats: torch.Tensor,
-    scale: torch.Tensor,
-    detach_target: bool,
-    out: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
-    expected: float | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def backward(*arguments: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    a, out, expected = split(ConsistencyBackward, arguments)
+    grad, logits_a, logits_b, mask, stats, scale, _ = a
     if out is not None and logits_a.device.type == "cpu":
         if expected is None or grad.item() != _cpu.as_stored(expected, grad.dtype):
-            _cpu.consistency_again(grad, logits_a, logits_b, mask, scale, detach_target, out)
+            _cpu.consistency_again(a, out)
         return out
     da, db = (torch.empty_like(t, memory_format=_DENSE) for t in (logits_a, logits_b)) if out is None else out
     stats, coefficient = stats.unflatten(0, (-1, 2)), (grad * scale).unsqueeze(-1)
@@ -140,28 +132,17 @@ def adamix_forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
 
 
 def adamix_forward_grad(*arguments: Any) -> tuple[torch.Tensor | None, ...]:
-    *losses, scales = _cpu.adamix(*arguments)
+    *given, expected, d_logits = arguments
+    *losses, scales = _cpu.adamix(AdaMix(*given), expected, d_logits)
     return *losses, None, scales
 
 
-def adamix_backward(
-    grad: torch.Tensor,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    mask: torch.Tensor | None,
-    stats: torch.Tensor,
-    scales: torch.Tensor,
-    weight: float,
-    ignore_index: int,
-    label_smoothing: float,
-    detach_target: bool,
-    out: torch.Tensor | None = None,
-    expected: float | None = None,
-) -> torch.Tensor:
-    options = weight, ignore_index, label_smoothing, detach_target
+def adamix_backward(*arguments: Any) -> torch.Tensor:
+    a, out, expected = split(AdaMixBackward, arguments)
+    grad, logits, labels, mask, stats, scales, weight, ignore_index, label_smoothing, _ = a
     if out is not None and logits.device.type == "cpu":
         if expected is None or grad.item() != _cpu.as_stored(expected, grad.dtype):
-            _cpu.adamix_again(grad, logits, labels, mask, scales, *options, out)
+            _cpu.adamix_again(a, out)
         return out
     counted, selected = rows_of(labels, mask, ignore_index)
     entropy_scale, consistency_scale = grad * scales[0], grad * scales[1] * weight

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+Backward = TypeVar("Backward", bound=tuple[Any, ...])
 
 
 class Consistency(NamedTuple):
@@ -74,3 +76,10 @@ class Linear(NamedTuple):
     need_hidden: bool
     need_weight: bool
     need_bias: bool
+
+
+def split(kind: type[Backward], arguments: tuple[Any, ...]) -> tuple[Backward, Any, Any]:
+    """A backward's arguments, and what may stand behind them: where to write, for what incoming gradient (or None)."""
+    few = len(kind.__annotations__)
+    out, expected = (*arguments[few:], None, None)[:2]
+    return kind(*arguments[:few]), out, expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -11,18 +12,13 @@ from .._checks import autocast_dtype, check_flag, check_tensor
 from .._gates import Side, arranged, cast_gates
 from .._groups import check_number
 from .._lora_arguments import autocast_lora, check_inplace, check_lora, seed_tensor
-from .autograd import gated_lora_inplace, gated_lora_op
+from .op import OPS, gated_lora_op
 
 
 def gated_lora(
-    x: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    a_index: torch.Tensor | None,
-    b_index: torch.Tensor | None,
+    tensors: tuple[Any, ...],
     gates: torch.Tensor | None,
     mix: str,
-    base: torch.Tensor | None,
     scaling: float | torch.Tensor,
     groups: int,
     output_offsets: Sequence[int],
@@ -31,24 +27,22 @@ def gated_lora(
     inplace: bool,
     backend: str,
 ) -> torch.Tensor:
-    """routed_lora, whose docstring says what every argument is."""
+    """routed_lora, whose docstring says what every argument is. tensors: x to base."""
+    x, lora_a, lora_b, a_index, b_index, base = tensors
     given = base
     check_tensor("x", x)
     x, lora_a, lora_b, base = autocast_lora(x, lora_a, lora_b, base)
     gates = cast_gates(gates, autocast_dtype(x.device.type))
-    offsets = check_lora(x, lora_a, lora_b, a_index, b_index, base, scaling, groups, output_offsets, gates)
+    tensors = x, lora_a, lora_b, a_index, b_index, base
+    offsets = check_lora(tensors, scaling, groups, output_offsets, gates)
     check_request(backend)
     check_number("dropout_p", dropout_p, 0, 1, "a Python number, 0 <= dropout_p < 1")
     check_flag("inplace", inplace)
     target = check_inplace(given, x, lora_a, lora_b, gates) if inplace else base
-    first, second = (
-        Side("a_index", a_index, "lora_a", lora_a.shape[0]),
-        Side("b_index", b_index, "lora_b", lora_b.shape[0]),
-    )
-    a_index, b_index, gates = arranged(x, gates, first, second)
+    sides = Side("a_index", a_index, "lora_a", lora_a.shape[0]), Side("b_index", b_index, "lora_b", lora_b.shape[0])
     key = seed_tensor(seed, x) if dropout_p > 0 else None
     scales, factor = (scaling.detach(), 1.0) if isinstance(scaling, torch.Tensor) else (None, scaling)
-    tensors = x, lora_a, lora_b, a_index, b_index, gates, scales
+    tensors = x, lora_a, lora_b, *arranged(x, gates, *sides), scales
     options = key, factor, groups, offsets, dropout_p, mix, backend
     if not inplace:
         return gated_lora_op(*tensors, base, *options)[0]
@@ -57,4 +51,4 @@ def gated_lora(
     if torch.compiler.is_compiling():
         # The compiler decides itself what may share memory.
         return target.copy_(gated_lora_op(*tensors, target, *options)[0])
-    return gated_lora_inplace(*tensors, target, *options).view(base.shape)
+    return OPS.differentiable_inplace(*tensors, target, *options).view(base.shape)

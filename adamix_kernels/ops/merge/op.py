@@ -16,19 +16,19 @@ from ._results import Results
 from .signatures import Banks, Experts, ExpertsBackward, LoRA, LoRABackward, LoRAs
 
 
-def _experts_forward(a: Experts, backend: str) -> torch.Tensor:
-    out: torch.Tensor = _select(a.bank, backend).experts_forward(*a)
-    return out
+def _runs(name: str) -> Callable[[Any, str], Any]:
+    """What the backend's function of that name gives; the first tensor decides which backend."""
+
+    def run(a: Any, backend: str) -> Any:
+        first = a[0][0] if isinstance(a[0], list) else a[0]
+        return getattr(_select(first, backend), name)(*a)
+
+    return run
 
 
 def _experts_forward_fake(a: Experts, backend: str) -> torch.Tensor:
     _select(a.bank, backend)
     return a.bank.new_empty(a.bank.shape[1:])
-
-
-def _experts_backward(a: ExpertsBackward, backend: str) -> tuple[torch.Tensor, ...]:
-    grads: tuple[torch.Tensor, ...] = _select(a.bank, backend).experts_backward(*a)
-    return grads
 
 
 def _experts_backward_fake(a: ExpertsBackward, backend: str) -> tuple[torch.Tensor, ...]:
@@ -90,29 +90,14 @@ def _banks_forward_fake(a: Banks, backend: str) -> list[torch.Tensor]:
     return [_experts_forward_fake(Experts(*pair), backend) for pair in zip(*a, strict=True)]
 
 
-def _lora_forward(a: LoRA, backend: str) -> torch.Tensor:
-    out: torch.Tensor = _select(a.weight, backend).lora_forward(*a)
-    return out
-
-
 def _lora_forward_fake(a: LoRA, backend: str) -> torch.Tensor:
     _select(a.weight, backend)
     return a.weight.new_empty(a.weight.shape)
 
 
-def _loras_forward(a: LoRAs, backend: str) -> torch.Tensor:
-    out: torch.Tensor = _select(a.weights[0], backend).loras_forward(*a)
-    return out
-
-
 def _loras_forward_fake(a: LoRAs, backend: str) -> torch.Tensor:
     _select(a.weights[0], backend)
     return a.weights[0].new_empty((len(a.weights), *a.weights[0].shape))
-
-
-def _lora_backward(a: LoRABackward, backend: str) -> tuple[torch.Tensor, ...]:
-    grads: tuple[torch.Tensor, ...] = _select(a.grad_out, backend).lora_backward(*a)
-    return grads
 
 
 def _lora_backward_fake(a: LoRABackward, backend: str) -> tuple[torch.Tensor, ...]:
@@ -125,17 +110,17 @@ def _select(tensor: torch.Tensor, backend: str) -> ModuleType:
 
 
 # Returns bank's shape without the first axis.
-merge_experts_op = define("merge_experts", Experts, "Tensor", _experts_forward, _experts_forward_fake)
+merge_experts_op = define("merge_experts", Experts, "Tensor", _runs("experts_forward"), _experts_forward_fake)
 # Returns (d bank, d scores); what is not needed is an empty tensor.
 merge_experts_backward_op = define(
-    "merge_experts_backward", ExpertsBackward, "(Tensor, Tensor)", _experts_backward, _experts_backward_fake
+    "merge_experts_backward", ExpertsBackward, "(Tensor, Tensor)", _runs("experts_backward"), _experts_backward_fake
 )
 # merge_experts of every bank with its scores; banks of one device and dtype together. No derivative.
 merge_banks_op = define("merge_banks", Banks, "Tensor[]", _banks_forward, _banks_forward_fake)
-merge_lora_op = define("merge_lora", LoRA, "Tensor", _lora_forward, _lora_forward_fake)
+merge_lora_op = define("merge_lora", LoRA, "Tensor", _runs("lora_forward"), _lora_forward_fake)
 # merge_lora of every layer: [layers, ...]. No derivative.
-merge_loras_op = define("merge_loras", LoRAs, "Tensor", _loras_forward, _loras_forward_fake)
+merge_loras_op = define("merge_loras", LoRAs, "Tensor", _runs("loras_forward"), _loras_forward_fake)
 # Returns (d lora_a, d lora_b); what is not needed is an empty tensor.
 merge_lora_backward_op = define(
-    "merge_lora_backward", LoRABackward, "(Tensor, Tensor)", _lora_backward, _lora_backward_fake
+    "merge_lora_backward", LoRABackward, "(Tensor, Tensor)", _runs("lora_backward"), _lora_backward_fake
 )

@@ -12,8 +12,8 @@ from .._gates import check_mix
 from .._node import NODE
 from .._passes import fold_passes
 from ..gated_adapter.api import gated_adapter
-from .autograd import routed_adapter_op
 from .direct import call
+from .op import routed_adapter_op
 
 
 def routed_adapter(
@@ -105,10 +105,8 @@ def routed_adapter(
     if mix != "outputs":
         check_mix(mix)
     if gates is not None:
-        return gated_adapter(
-            x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, gates, mix, residual, activation,
-            backend,
-        )  # fmt: skip
+        tensors = x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual
+        return gated_adapter(tensors, gates, mix, activation, backend)
     return routed_by_pass(
         x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, 0, residual, activation, backend
     )  # fmt: skip
@@ -152,28 +150,15 @@ def routed_by_pass(
             check_tensor("x", x)
             with torch.no_grad():
                 folded, other = fold_passes(x, passes), None if added is None else fold_passes(added, passes)
-            check_adapter(
-                folded, down_weight, down_bias, up_weight, up_bias, down_index, up_index, other, add_input, activation
-            )  # fmt: skip
+            between = down_weight, down_bias, up_weight, up_bias, down_index, up_index
+            check_adapter((folded, *between, other), add_input, activation)
             check_request(backend)
         if direct:
-            out = call(
-                x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, added, add_input, activation,
-                backend, passes, checked,
-            )  # fmt: skip
+            tensors = x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, added
+            out = call(tensors, add_input, activation, backend, passes, checked)
             if out is not None:
                 return out
-    out, _ = routed_adapter_op(
-        fold_passes(x, passes),
-        down_weight,
-        down_bias,
-        up_weight,
-        up_bias,
-        down_index,
-        up_index,
-        None if added is None else fold_passes(added, passes),
-        add_input,
-        activation or "",
-        backend,
-    )
+    rows, added = fold_passes(x, passes), None if added is None else fold_passes(added, passes)
+    tensors = rows, down_weight, down_bias, up_weight, up_bias, down_index, up_index, added
+    out, _ = routed_adapter_op(*tensors, add_input, activation or "", backend)
     return out.view(*x.shape[:2], out.shape[2]) if passes else out

@@ -17,8 +17,8 @@ from .._lora_arguments import autocast_lora, check_inplace, check_lora, seed_ten
 from .._node import NODE
 from .._passes import fold_passes
 from ..gated_lora.api import gated_lora
-from .autograd import routed_lora_inplace, routed_lora_op
 from .direct import call
+from .op import OPS, routed_lora_op
 
 
 def routed_lora(
@@ -120,10 +120,8 @@ def routed_lora(
         check_mix(mix)
     # A number's type is told in a third of the time of isinstance with a tensor's class.
     if gates is not None or (type(scaling) not in (int, float) and isinstance(scaling, torch.Tensor)):
-        return gated_lora(
-            x, lora_a, lora_b, a_index, b_index, gates, mix, base, scaling, groups, output_offsets, dropout_p, seed,
-            inplace, backend,
-        )  # fmt: skip
+        tensors = x, lora_a, lora_b, a_index, b_index, base
+        return gated_lora(tensors, gates, mix, scaling, groups, output_offsets, dropout_p, seed, inplace, backend)
     return routed_by_pass(
         x, lora_a, lora_b, a_index, b_index, 0, base, scaling,  # type: ignore[arg-type]  # a number, as was just asked
         groups, output_offsets, dropout_p, seed, inplace, backend,
@@ -172,14 +170,16 @@ def routed_by_pass(
             check_tensor("x", x)
             with torch.no_grad():
                 folded, other = fold_passes(x, passes), None if base is None else fold_passes(base, passes)
-            offsets = check_lora(folded, lora_a, lora_b, a_index, b_index, other, scaling, groups, output_offsets)
+            tensors = folded, lora_a, lora_b, a_index, b_index, other
+            offsets = check_lora(tensors, scaling, groups, output_offsets)
             check_request(backend)
             check_number("dropout_p", dropout_p, 0, 1, "a Python number, 0 <= dropout_p < 1")
             check_flag("inplace", inplace)
         if direct:
+            over = functools.partial(check_inplace, given, x, lora_a, lora_b)
             out = call(
-                x, lora_a, lora_b, a_index, b_index, base, scaling, groups, offsets, dropout_p, backend, inplace,
-                passes, checked, drawn, functools.partial(check_inplace, given, x, lora_a, lora_b),
+                (x, lora_a, lora_b, a_index, b_index, base), scaling, groups, offsets, dropout_p, backend, inplace,
+                passes, checked, drawn, over,
             )  # fmt: skip
             if out is not None:
                 return out if base is None or out.shape == base.shape else out.view(base.shape)
@@ -199,7 +199,7 @@ def routed_by_pass(
         return target.copy_(
             routed_lora_op(*arguments[:5], fold_passes(target, passes), *arguments[6:])[0].view_as(target)
         )
-    return routed_lora_inplace(*arguments).view(base.shape)
+    return OPS.differentiable_inplace(*arguments).view(base.shape)
 
 
 class _Once:

@@ -1,0 +1,135 @@
+"""Calls of a routed op past the dispatcher (ops/_direct.py).
+
+A backend that serves them has an object `direct` in its module:
+
+    find(*arguments)       a plan for the op's arguments, of a call that `make` was given before, or None
+    make(*arguments)       the same for arguments that api.py has checked; None where the call cannot be planned
+    backward(*arguments)   the backward op's result for the backward op's arguments, or None
+
+Before LoRA's arguments stands whether the call is in place. Instead of the backend the last argument is `passes`: 0, or
+the number of runs of whole samples that the indices [passes] are of (ops/_passes.py); all results but what is saved are
+as without. A plan takes the tensors among the arguments, and gives (out, kept), in place (kept,); or None: not for
+these addresses.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import _checks, _node
+from ._direct import applied, below_autograd, may_be_direct, served
+from ._library import below_autograd as dispatched
+from ._library import once_differentiable, wrote
+from ._passes import by_pass, fold_passes
+from ._routed_ops import LORA, RoutedOps
+
+
+class RoutedDirect:
+    """The direct calls of one op; node: its number in _node."""
+
+    def __init__(self, ops: RoutedOps, node: int):
+        self.ops, self.node = ops, node
+        fields = ops.arguments._fields
+        self.added = fields.index(ops.layer.added)
+        self.saved = [fields.index(name) if name in fields else None for name in ops.saved]
+        self._op_by_pass = by_pass(functools.partial(dispatched, ops.forward), 0, self.added)
+        self.backward_by_pass = by_pass(ops.backward, 0, 1, 2)
+
+    def call(
+        self,
+        tensors: tuple[Any, ...],
+        options: tuple[Any, ...],
+        backend: str,
+        passes: int,
+        checked: bool,
+        inplace: bool = False,
+        taken: Callable[[], tuple[Any, ...]] | None = None,
+    ) -> torch.Tensor | None:
+        """What the op returns first; None: the call must go through api.py's checks and the dispatcher.
+
+        checked: whether it went through the checks, so that what is found out about the arguments may be kept. taken:
+        gives the tensors to compute with, where they are not those to look up with.
+        """
+        direct = served(self.ops.name, backend, tensors, checked)
+        if direct is None:
+            return None
+        x = tensors[0]
+        if x.is_cpu and _checks.values_at_hand(x):
+            if not checked:
+                return None
+            self.ops.check_values(self.ops.arguments(*tensors, *options))
+        arguments = (*tensors, *options, passes)
+        if self.ops.layer is LORA:
+            arguments = (inplace, *arguments)
+        plan = direct.find(*arguments)
+        if plan is None and checked:
+            plan = direct.make(*arguments)
+        if plan is None:
+            return None
+        _node.serve(direct, self.node, backend, x, tensors[1])
+        tensors = tensors if taken is None else taken()
+        how = direct, inplace, passes, *options, backend
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            if below_autograd():
+                return None
+            out: torch.Tensor = _apply(self, plan, how, *tensors)
+            return out
+        return self.run(plan, how, tensors)[0]
+
+    def run(self, plan: Any, how: tuple[Any, ...], tensors: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        """(out, kept) by the plan or, where it does not fit the addresses, by the op."""
+        _, inplace, passes, *options = how
+        if not inplace:
+            made: tuple[torch.Tensor, ...] | None = plan(*tensors)
+            return self._op_by_pass(*tensors, *options, passes) if made is None else made
+        x, base = tensors[0], tensors[self.added]
+        rows = base if base.shape[:-1] == x.shape[:-1] else base.view(*x.shape[:2], base.shape[-1])
+        made = plan(*tensors[: self.added], rows, *tensors[self.added + 1 :])
+        if made is None:
+            return base, dispatched(self.ops.inplace, fold_passes(x, passes), *tensors[1:], *options)
+        wrote(base)
+        return base, made[0]
+
+
+class DirectRouted(torch.autograd.Function):
+    """The op's derivative on a plan, in place or not; it saves the same tensors.
+
+    how: direct, inplace, passes, the op's options, backend.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, routed: RoutedDirect, plan: Any, how: tuple[Any, ...], *tensors: Any) -> torch.Tensor:
+        out, kept = routed.run(plan, how, tensors)
+        if how[1]:
+            ctx.mark_dirty(out)
+        ctx.save_for_backward(*[kept if n is None else tensors[n] for n in routed.saved])
+        ctx.routed, ctx.how = routed, how
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
+        needs, routed = ctx.needs_input_grad[3:], ctx.routed
+        grads: list[Any] = [None] * len(needs)
+        if grad_out is not None:
+            direct, _, passes, *options = ctx.how
+            learned = len(routed.ops.learned)
+            backward = functools.partial(_backward, routed, direct if may_be_direct() else None, passes, options[-1])
+            grads[:learned] = routed.ops.gradients(grad_out, ctx.saved_tensors, needs[:learned], options, backward)
+            grads[routed.added] = grad_out if needs[routed.added] else None
+        return None, None, None, *grads
+
+
+def _backward(
+    routed: RoutedDirect, direct: Any, passes: int, backend: str, *arguments: Any
+) -> tuple[torch.Tensor, ...] | None:
+    made: tuple[torch.Tensor, ...] | None = None if direct is None else direct.backward(*arguments, passes)
+    return routed.backward_by_pass(*arguments, backend, passes) if made is None and passes else made
+
+
+_apply = applied(DirectRouted)
