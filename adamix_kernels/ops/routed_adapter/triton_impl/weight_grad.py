@@ -112,8 +112,8 @@ def _plane(
         else:
             begin, end, first, stop, number = _own_samples(index, m, batch, span, div, tiles, split, splits, 128)
         for b in range(first, stop):
-            # The expert's tiles before this sample. In the address, not in the inner loop's bounds alone: what those alone
-            # need Triton 3.6 takes for unused, and drops it from the outer loop (triton-lang/triton#9036).
+            # The expert's tiles before this sample. In the address, not in the inner loop's bounds alone: what only
+            # those need Triton 3.6 takes for unused, and drops it from the outer loop (triton-lang/triton#9036).
             ahead = number * tiles
             low = tl.maximum(begin, ahead)
             high = tl.minimum(end, ahead + tiles)
