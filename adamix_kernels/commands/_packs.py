@@ -12,14 +12,13 @@ from torch import nn
 
 from ..models.contexts import use_experts
 from ..models.hub import resolve_folder
-from ..models.pooling import pooling_of
 from ..packs.folder import PACK_NAME
 from ..packs.route import AUTO, Nearest, nearest
 from ..packs.state import Pack, pack_of
 from ..tasks import InputRow, Run, read_run
 from ..tasks.run_file import RUN_NAME
-from ._kinds import GenerationKind, Kind, LabelKind, longest_text, make_kind
-from ._runs import MAX_TOKENS, load_whole
+from ._kinds import GenerationKind, Kind, LabelKind, make_kind
+from ._runs import load_whole, told_run
 from .pack import RUNS
 
 NEAREST = "nearest"
@@ -161,5 +160,4 @@ def _described(name: str, model: Any, tokenizer: Any, state: Pack) -> Run:
     else:
         count = model.config.num_labels
         task, names = "classification", entry.labels or [f"LABEL_{number}" for number in range(count)]
-    most = min(longest_text(model, tokenizer), MAX_TOKENS)
-    return Run(str(getattr(model.config, "_name_or_path", "")), "", names, most, pooling_of(model) or "model", task)
+    return told_run(model, tokenizer, task, names)

@@ -131,6 +131,11 @@ def _described(model: Any, tokenizer: Any, folder: Path) -> Run:
         task, names = "regression", ["score"]
     else:
         task, names = "classification", [config.id2label[i] for i in range(config.num_labels)]
+    return told_run(model, tokenizer, task, names, str(folder))
+
+
+def told_run(model: Any, tokenizer: Any, task: str, names: list[str], place: str = "") -> Run:
+    """The rest of a run that came without its file. place: stands for a base without a name."""
     most = min(longest_text(model, tokenizer), MAX_TOKENS)
-    base = getattr(config, "_name_or_path", None) or str(folder)
+    base = getattr(model.config, "_name_or_path", None) or place
     return Run(base, "", names, most, pooling_of(model) or "model", task)

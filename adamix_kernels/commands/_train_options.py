@@ -113,7 +113,8 @@ class AdaptationOptions:
         if self.consistency_weight is not None:
             weight["consistency_weight"] = self.consistency_weight
         same = (
-            "method", "num_experts", "bottleneck", "r", "alpha", "routing", "router", "mix", "balance_weight", "z_weight",
+            "method", "num_experts", "bottleneck", "r", "alpha", "routing", "router", "mix", "balance_weight",
+            "z_weight",
         )  # fmt: skip
         layers = {name: names(name, getattr(self, name)) for name in ("target_modules", "exclude_modules")}
         return {

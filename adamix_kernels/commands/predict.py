@@ -126,21 +126,18 @@ def _pack(options: PredictOptions, words: Sequence[str], place: RunOptions) -> W
     )  # fmt: skip
     if torch.cuda.is_available():
         opened.model.cuda()
-    if options.file:
-        rows = read_inputs(
-            options.file,
-            text_column=options.text_column,
-            text_pair_column=options.text_pair_column,
-            name_column=options.adapter_column,
-        )
-    else:
-        rows = _words(options, words)
+    rows = _of_file(options, options.adapter_column) if options.file else _words(options, words)
     return (opened.check(row) for row in rows), opened.answers, opened.batch_size * BATCHES
 
 
 def _settings(options: PredictOptions) -> dict[str, Any]:
     changes = {"max_new_tokens": options.max_new_tokens, "beams": options.beams}
     return {name: value for name, value in changes.items() if value is not None}
+
+
+def _of_file(options: PredictOptions, name_column: str | None) -> Iterator[InputRow]:
+    columns = {"text_column": options.text_column, "text_pair_column": options.text_pair_column}
+    return read_inputs(str(options.file), **columns, name_column=name_column)
 
 
 def _words(options: PredictOptions, words: Sequence[str]) -> Iterator[InputRow]:
@@ -161,10 +158,7 @@ def _rows(options: PredictOptions, words: Sequence[str], run: Run, tasks: str | 
     if not options.file:
         rows = _words(options, words)
     elif options.text_column or options.text_pair_column or not run.text_column:
-        rows = read_inputs(
-            options.file, text_column=options.text_column, text_pair_column=options.text_pair_column,
-            name_column=tasks or None,
-        )  # fmt: skip
+        rows = _of_file(options, tasks or None)
     else:
         rows = _by_training_columns(options.file, run, tasks)
     return (_checked(row, run) for row in rows)

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         backends=args.backends,
         seconds=args.seconds,
         again=args.again,
-        progress=_bar if sys.stderr.isatty() else _silent,
+        **({"progress": _bar} if sys.stderr.isatty() else {}),
     )
     if sys.stderr.isatty():
         print(file=sys.stderr, end="\r" + " " * (_width() - 1) + "\r")
@@ -121,10 +121,6 @@ def _bar(done: int, total: int, words: str) -> None:
     share = done / max(1, total)
     line = f"[{'#' * round(20 * share):20}] {done}/{total} {words}"
     print("\r" + line[: _width() - 1].ljust(_width() - 1), end="", file=sys.stderr, flush=True)
-
-
-def _silent(done: int, total: int, words: str) -> None:
-    pass
 
 
 def _width() -> int:

@@ -13,7 +13,7 @@ from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import check_level
 from .gating import routed_layers
 from .merging import check_experts, merge, unmerge
-from .state import adamix_state, check_no_pack
+from .state import adamix_state, check_no_pack, device_of
 
 
 @contextlib.contextmanager
@@ -104,10 +104,8 @@ def use_experts(
     experts = min(part.num_experts for part in routed_layers(model).values())
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < experts:
         raise ValueError(f"index: got ids from {int(index.min())} to {int(index.max())}, expected 0 <= id < {experts}")
-    layer = model.get_submodule(state.paths[0])
-    bank = next(p for name, p in layer.named_parameters() if not name.startswith("base."))
     # Moved once here: each layer's own copy from the host would wait for the device.
-    previous, state.router.experts = state.router.experts, index.to(bank.device, torch.int64)
+    previous, state.router.experts = state.router.experts, index.to(device_of(model), torch.int64)
     try:
         yield model
     finally:

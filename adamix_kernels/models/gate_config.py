@@ -10,6 +10,7 @@ from ..modules._banks import check_finite
 from ..ops._checks import check_choice, check_positive
 from ..ops._gates import check_mix
 from ..routing import LEARNED, ROUTERS
+from ..routing.gates import check_top_k
 
 if TYPE_CHECKING:
     from .config import AdaMixConfig
@@ -114,9 +115,7 @@ def check_gates(config: AdaMixConfig) -> None:
     if config.top_k is not None:
         if config.router in ("task", "threshold"):
             raise ValueError(f"top_k: got {config.top_k!r} for router={config.router!r}, expected None: it weighs all")
-        fewest = min(experts_of(config))
-        if isinstance(config.top_k, bool) or not isinstance(config.top_k, int) or not 1 <= config.top_k <= fewest:
-            raise ValueError(f"top_k: got {config.top_k!r}, expected None (all experts) or 1 <= top_k <= {fewest}")
+        check_top_k(config.top_k, min(experts_of(config)))
     tasks = config.num_tasks
     if (tasks is None) == (config.router == "task"):
         raise ValueError(f"num_tasks: got {tasks!r} for router={config.router!r}, expected it for 'task' alone")

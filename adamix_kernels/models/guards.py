@@ -12,7 +12,7 @@ from torch import nn
 
 from ..modules import RoutedAdapter, RoutedLoRALinear
 from .gating import is_learned, note_batch
-from .saving import install_saving
+from .saving import Guarded, install_saving
 from .state import adamix_state
 from .watch import PassWatch
 
@@ -103,14 +103,11 @@ def is_reentrant(part: nn.Module) -> bool:
     return getattr(function, "keywords", {}).get("use_reentrant") is not False
 
 
-class GuardedGenerate:
+class GuardedGenerate(Guarded):
     """model.generate that never re-routes in silence: in training mode it warns and uses the merged experts.
 
     Learned gates draw nothing, and serve as they are.
     """
-
-    def __init__(self, model: nn.Module):
-        self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model

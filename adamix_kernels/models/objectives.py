@@ -116,19 +116,12 @@ class Objective:
 
         Returns (losses, the model's outputs).
         """
+        options: dict[str, Any] = {"weight": weight, "label_smoothing": label_smoothing, "num_items": num_items}
         if doubled and fuse_head and self.task == CAUSAL and (head := self.plain_head()) is not None:
             outputs = network(**inputs, logits_to_keep=1, output_hidden_states=True, return_dict=True)
             hidden = outputs.hidden_states[-1]
             with autocast():
-                result = linear_adamix_loss(
-                    hidden[:, :-1],
-                    head.weight,
-                    labels[:, 1:],
-                    bias=head.bias,
-                    weight=weight,
-                    label_smoothing=label_smoothing,
-                    num_items=num_items,
-                )
+                result = linear_adamix_loss(hidden[:, :-1], head.weight, labels[:, 1:], bias=head.bias, **options)
             return result, outputs
         outputs = network(**inputs)
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
@@ -141,15 +134,7 @@ class Objective:
             labels = labels.to(torch.float32).view(labels.shape[0], *logits.shape[1:])
         if not doubled:
             return _single_pass(logits, labels, label_smoothing, num_items), outputs
-        result = adamix_loss(
-            logits,
-            labels,
-            weight=weight,
-            label_smoothing=label_smoothing,
-            num_items=num_items,
-            expected_grad=expected_grad,
-        )
-        return result, outputs
+        return adamix_loss(logits, labels, expected_grad=expected_grad, **options), outputs
 
     def _problem(self, labels: torch.Tensor) -> str:
         """problem_type, by transformers' own rule where the configuration leaves it open."""

@@ -104,11 +104,15 @@ def _tensor_names(folder: Path) -> dict[str, str]:
         return dict.fromkeys(tensors.keys(), file)
 
 
-class GuardedSave:
-    """model.save_pretrained that loses nothing: what is not plain Transformers is written as an AdaMix checkpoint."""
+class Guarded:
+    """A method of a model, in the place of its class's."""
 
     def __init__(self, model: nn.Module):
         self.model = model
+
+
+class GuardedSave(Guarded):
+    """model.save_pretrained that loses nothing: what is not plain Transformers is written as an AdaMix checkpoint."""
 
     def __call__(
         self,
@@ -139,11 +143,8 @@ class GuardedSave:
             model.push_to_hub(repository, **options)
 
 
-class GuardedPush:
+class GuardedPush(Guarded):
     """model.push_to_hub of the same files."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
 
     def __call__(
         self,

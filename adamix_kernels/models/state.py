@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import nn
 
 from ..routing import Router
@@ -73,6 +74,12 @@ def adamix_state(model: nn.Module) -> AdaMixState:
     if not isinstance(state, AdaMixState):
         raise ValueError(f"model: got a {type(model).__name__} without AdaMix, expected one returned by adapt()")
     return state
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first layer's banks."""
+    layer = model.get_submodule(adamix_state(model).paths[0])
+    return next(p.device for name, p in layer.named_parameters() if not name.startswith("base."))
 
 
 def check_no_pack(model: nn.Module, asked: str) -> None:

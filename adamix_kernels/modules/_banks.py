@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import overload
 
 import torch
 from torch import nn
@@ -66,13 +65,9 @@ def merge_score(num_experts: int, device: torch.device | None) -> nn.Parameter:
     return nn.Parameter(torch.zeros(num_experts, device=device, dtype=torch.float32), requires_grad=False)
 
 
-@overload
-def merged_bank(bank: torch.Tensor, score: torch.Tensor, backend: str) -> torch.Tensor: ...
-@overload
-def merged_bank(bank: None, score: torch.Tensor, backend: str) -> None: ...
-def merged_bank(bank: torch.Tensor | None, score: torch.Tensor, backend: str) -> torch.Tensor | None:
+def merged_bank(bank: torch.Tensor, score: torch.Tensor, backend: str) -> torch.Tensor:
     """[M, ...] -> [1, ...]: the softmax(score)-weighted mean, as a bank of one."""
-    if bank is None or bank.shape[0] == 1:
+    if bank.shape[0] == 1:
         return bank
     return merge_experts(bank, score, backend=backend).unsqueeze(0)
 
@@ -96,10 +91,6 @@ def as_batch(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
 
-@overload
-def cast_like(x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]: ...
-@overload
-def cast_like(x: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]: ...
-def cast_like(x: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def cast_like(x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Trainable banks stay float32 while a 16-bit model runs: they are cast to x's dtype for the call."""
-    return tuple(t if t is None or t.dtype == x.dtype else t.to(x.dtype) for t in tensors)
+    return tuple(t if t.dtype == x.dtype else t.to(x.dtype) for t in tensors)

@@ -190,23 +190,10 @@ class RoutedLoRALinear(OnBase):
             sides = lora_a.shape[0], lora_b.shape[0]
             passes, a_index, b_index = router.draw_sides(sides, rows, training, self.gate is not None)
         lora_a, lora_b = cast_like(rows, lora_a, lora_b)
-        out = routed_by_pass(
-            rows,
-            lora_a,
-            lora_b,
-            a_index,
-            b_index,
-            passes,
-            added,
-            self.scaling,
-            self.groups,
-            self.output_offsets,
-            self.dropout if self.training else 0.0,
-            None,
-            not looking and may_overwrite(self.base, rows, added),
-            self.backend,
-            True,
-        )
+        options = self.scaling, self.groups, self.output_offsets, self.dropout if self.training else 0.0, None
+        over = not looking and may_overwrite(self.base, rows, added)
+        tensors = rows, lora_a, lora_b, a_index, b_index
+        out = routed_by_pass(*tensors, passes, added, *options, over, self.backend, True)
         if looking:
             result = as_batch(out.view(base.shape))
             check_output(self, result, as_batch(x), as_batch(base), {"a": a_index, "b": b_index}, merged)

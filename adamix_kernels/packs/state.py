@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..models.centroid import Centroid
-from ..models.state import adamix_state
+from ..models.state import device_of
 from ..routing import Router
 from . import route
 
@@ -134,12 +134,6 @@ class Pack:
                 for hook in hooks:
                     hook.remove()
                 self.router.experts, self._depth = before, self._depth - 1
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the first layer's banks."""
-    layer = model.get_submodule(adamix_state(model).paths[0])
-    return next(p.device for name, p in layer.named_parameters() if not name.startswith("base."))
 
 
 def pack_of(model: nn.Module) -> Pack:

@@ -177,7 +177,7 @@ def evaluate(recipe: Recipe, problem: Any, built: Built, seed: int) -> tuple[dic
         if "merged" in recipe.evaluations:
             values["merged"] = problem.scores(merge(model, gates="mean").eval()).values
         return values, {**_details(scores), "spread": {}}
-    spread: dict[str, list[float]] = {}
+    spread: dict[str, list[float | None]] = {}
     scores = Scores()
 
     def note(name: str, runs: list[Scores]) -> None:

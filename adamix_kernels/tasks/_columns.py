@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ._table import listed
 from .text import Columns
@@ -45,9 +45,7 @@ def choose_columns(
     twice; the message has the columns there are and the option.
     """
     given = {"text_column": text, "text_pair_column": pair, "label_column": label}
-    for option, column in given.items():
-        if column is not None and column not in names:
-            raise ValueError(f"{option}: got {column!r}, but {name} has the columns {listed(names)}")
+    _check_there(name, names, given)
     chosen = [column for column in given.values() if column is not None]
     twice = next((column for column in chosen if chosen.count(column) > 1), None)
     if twice is not None:
@@ -68,12 +66,16 @@ def choose_columns(
 
 def text_columns(name: str, names: Sequence[str], text: str | None, pair: str | None) -> tuple[str, str | None]:
     """(text, pair) of inputs without labels, given or by name as in choose_columns."""
-    for option, column in (("text_column", text), ("text_pair_column", pair)):
-        if column is not None and column not in names:
-            raise ValueError(f"{option}: got {column!r}, but {name} has the columns {listed(names)}")
+    _check_there(name, names, {"text_column": text, "text_pair_column": pair})
     if text is None and pair is not None:
         raise ValueError(f"text_pair_column: got {pair!r}, expected text_column to be given with it")
     return (text, pair) if text is not None else _text(name, names, None, [])
+
+
+def _check_there(name: str, names: Sequence[str], given: Mapping[str, str | None]) -> None:
+    for option, column in given.items():
+        if column is not None and column not in names:
+            raise ValueError(f"{option}: got {column!r}, but {name} has the columns {listed(names)}")
 
 
 def _text(name: str, names: Sequence[str], label: str | None, notes: list[str]) -> tuple[str, str | None]:

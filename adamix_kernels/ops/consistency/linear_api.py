@@ -92,22 +92,9 @@ def linear_adamix_loss(
         fail("chunk_rows", repr(chunk_rows), "an int >= 1, or None")
     check_request(backend)
     needs = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, lm_head_weight, bias))
-    loss, cross_entropy, consistency, *_ = linear_adamix_loss_op(
-        hidden,
-        lm_head_weight,
-        bias,
-        labels,
-        mask,
-        num_items,
-        weight,
-        ignore_index,
-        label_smoothing,
-        bool(detach_target),
-        chunk_rows,
-        *needs,
-        backend,
-    )
-    return AdaMixLossOutput(loss, cross_entropy, consistency)
+    tensors = hidden, lm_head_weight, bias, labels, mask, num_items
+    options = weight, ignore_index, label_smoothing, bool(detach_target), chunk_rows
+    return AdaMixLossOutput(*linear_adamix_loss_op(*tensors, *options, *needs, backend)[:3])
 
 
 def _floating(lm_head_weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
