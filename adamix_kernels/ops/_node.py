@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from .. import _auto, _environment, _extension
-from .._build import node_name
 from . import _direct
 
 ADAPTER, LORA = 0, 1
@@ -40,7 +39,9 @@ _direct.OTHERS.append(NODE.forget)
 @functools.cache
 def _load() -> Any:
     library = _extension.library_path()
-    path = None if library is None else library.parent / node_name(torch.__version__)
+    # As _build.node_name names it, which a layout without the build does not have.
+    name = f"_node-{torch.__version__}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    path = None if library is None else library.parent / name
     if path is None or not path.is_file() or not isinstance(_environment._raw, dict):
         return None
     return _from(path)

@@ -34,10 +34,15 @@ def project(x: torch.Tensor, bank: torch.Tensor, bias: torch.Tensor | None, inde
     return out
 
 
+def adds_itself(bank: torch.Tensor, index: torch.Tensor | None) -> bool:
+    """Whether add_product makes no second [B, S, N]."""
+    return bank.shape[0] == 1 or (index is not None and index.dim() == 1)
+
+
 def add_product(out: torch.Tensor, t: torch.Tensor, bank: torch.Tensor, index: torch.Tensor | None, s: float) -> None:
     """out += s t W[i]^T, over out [B, S, N]: where a BLAS adds the product itself, no second [B, S, N] is made."""
     if bank.shape[0] == 1 and out.is_contiguous():
-        out.view(-1, out.shape[2]).addmm_(t.reshape(-1, t.shape[2]), bank[0].t(), alpha=s)
+        out.flatten(0, 1).addmm_(t.flatten(0, 1), bank[0].t(), alpha=s)
     elif bank.shape[0] > 1 and index is not None and index.dim() == 1:
         out.baddbmm_(t, bank.index_select(0, index).transpose(1, 2), alpha=s)
     else:

@@ -34,7 +34,7 @@ def test_a_baseline_that_is_not_beaten_is_named(score, baseline, told):
 )
 def test_the_plan_counts_epochs_as_the_trainer_does(flags, words, tmp_path):
     options = train.parse(["--out", str(tmp_path), *flags])
-    steps = train._choose(options, tiny.tiny_bert(), "classification", 72)
+    steps = train._choose(options, tiny.tiny_bert(), "classification", 72, "adapter")
     assert f"training on 72 texts, 8 for dev: {words}" in train._plan(options.arguments, 72, 8, steps)
 
 

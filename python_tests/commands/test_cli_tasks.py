@@ -133,7 +133,7 @@ def test_rate_epochs_and_warm_up_are_chosen_by_model_and_rows(reviews):
 
     def chosen(*flags):
         options = train.parse(["--use_cpu", *flags])
-        return train._choose(options, model, "classification", 1000), options.arguments
+        return train._choose(options, model, "classification", 1000, options.adaptation.method), options.arguments
 
     steps, arguments = chosen()
     assert (steps, arguments.num_train_epochs, arguments.learning_rate) == (630, 10.0, 3e-3)

@@ -1,12 +1,16 @@
 """Autograd's nodes in C++ (csrc/autograd): the bits of those in Python, and calls that they must leave alone."""
 
+# ruff: noqa: E402 (the module is skipped where the kernels cannot run)
+
 import threading
 
 import pytest
 import torch
-from cuda_host import DEVICE
+from cuda_host import DEVICE, needs_cuda
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+
+needs_cuda()
 
 from adamix_kernels import routed_adapter, routed_lora
 from adamix_kernels.ops import _direct, _node

@@ -86,3 +86,12 @@ def run(body, given, out=None, *, warps=1, grid=(1,), shared=0, number=0, tail=_
 def kinds(outcome) -> set[str]:
     """What the reports of an outcome are about."""
     return {report.split(": ", 1)[1].split(",")[0] for report in outcome.reports}
+
+
+# What nvcc puts before its functions.
+NVCC_HEAD = """
+.version 9.0
+.target sm_90
+.address_size 64
+.extern .shared .align 128 .b8 shared_memory[];
+"""

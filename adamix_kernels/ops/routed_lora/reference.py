@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .._dropout import dropout, keep_mask
-from .._routed_matmul import add_product, project, project_back, weight_grad
+from .._routed_matmul import add_product, adds_itself, project, project_back, weight_grad
 from .signatures import Backward, Forward
 
 
@@ -21,6 +21,10 @@ def forward(*arguments: Any, inplace: bool = False) -> tuple[torch.Tensor, torch
     if inplace and a.base is not None:
         out = a.base
     elif a.base is not None:
+        if a.groups == 1 and a.base.shape[2] == per_group and not adds_itself(a.lora_b, a.b_index):
+            return torch.add(
+                a.base, project(t, a.lora_b, None, a.b_index), alpha=a.scaling
+            ).contiguous(), t.contiguous()
         out = a.base.clone(memory_format=torch.contiguous_format)
     else:
         out = x.new_zeros(x.shape[0], x.shape[1], max(a.offsets) + per_group)
