@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import (
     count_beside,
@@ -21,6 +23,7 @@ from benchmarks import (
     proof_report,
     record,
 )
+from benchmarks.count_memory import spans
 from benchmarks.count_model import GPUS, Launch
 from benchmarks.count_table import Row
 
@@ -370,3 +373,13 @@ def test_a_row_counted_again_has_not_grown(op, only):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(word in done.stderr for word in only.split())
+
+
+def test_what_the_pointers_of_an_argument_lead_to_lies_side_by_side():
+    """Pointers into the midst of an allocation, before a known tensor: each up to the next."""
+    whole = torch.zeros(1 << 20)
+    known, first, second = whole[3000:4000], whole[1000:].data_ptr(), whole[2000:].data_ptr()
+    found = sorted(spans(struct.pack("<QQQ", second, 7, first), [known]), key=lambda span: span.low)
+    assert [(span.low, span.high) for span in found] == [
+        (first, second), (second, known.data_ptr()), (known.data_ptr(), known.data_ptr() + 4000),
+    ]  # fmt: skip
