@@ -74,12 +74,8 @@ class Pair:
     @property
     def name(self) -> tuple[str, str, str]:
         """As in MORE."""
-        row = self.gated
-        return (
-            row.op,
-            f"{row.backend} sm_70" if row.target < 80 else row.backend,
-            row.shape[row.shape.rindex(" r") + 1 :],
-        )
+        row, sizes = self.gated, self.gated.shape[self.gated.shape.rindex(" r") + 1 :]
+        return row.op, row.backend + (" sm_70" if row.target < 80 else ""), sizes
 
     @property
     def most(self) -> tuple[float, float, str]:
