@@ -16,6 +16,7 @@ LAUNCHES = {"narrow": 0, "wide": 2}
 _PRE = "pre of all 128 columns, 256 bytes a row beside the 4,096 of x and out"
 _NARROW = "the gradients of all experts' narrow columns, and their values, go from the first launch to the second"
 _COLUMNS = "128 activations, slopes and addresses a row, one expert's 16 where tokens are routed"
+_V100 = "the kernel for any shape, as a V100 has no m16n8k16: each expert's columns in turn, what is between read again"
 # Of (op and direction, backend, sizes) that cost more: instructions and bytes at most, and why. A V100, whose code is
 # another, is named.
 MORE = {
@@ -44,6 +45,13 @@ MORE = {
     ("gated_adapter/backward", "triton", "r16 M8 dense shared"): (INSTRUCTIONS, 1.08, _NARROW),
     ("gated_lora/backward", "triton", "r8 M8 dense"): (INSTRUCTIONS, 1.06, _NARROW),
     ("gated_lora/backward", "triton", "r8 M8 dense weights"): (INSTRUCTIONS, 1.06, _NARROW),
+    ("gated_lora/forward", "cuda sm_70", "r8 M8 top2"): (1.26, BYTES, _V100),
+    ("gated_lora/backward", "cuda sm_70", "r8 M8 dense"): (1.66, 1.14, _V100),
+    ("gated_lora/backward", "cuda sm_70", "r8 M8 top2"): (1.36, 1.16, _V100),
+    ("gated_adapter/forward", "cuda sm_70", "r8 M8 dense"): (2.2, 1.07, _V100),
+    ("gated_adapter/forward", "cuda sm_70", "r8 M8 top2"): (3.6, BYTES, _V100),
+    ("gated_adapter/backward", "cuda sm_70", "r8 M8 dense"): (2.15, BYTES, _V100),
+    ("gated_adapter/backward", "cuda sm_70", "r8 M8 top2"): (1.6, BYTES, _V100),
 }  # fmt: skip
 
 

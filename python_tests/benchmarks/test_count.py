@@ -318,7 +318,7 @@ def test_the_committed_rows_are_whole():
     # Every op of every backend on every GPU but Triton's on a V100, which Triton does not compile for.
     found = {(row.op.partition("/")[0], row.backend, gpu) for row in rows for gpu in row.shares}
     for op in ("adamix_loss", "routed_adapter", "routed_lora", "merge_banks", "merge_experts", *GATED):
-        wanted = {("cuda", gpu.name) for gpu in GPUS if op not in GATED or gpu.target >= 90}
+        wanted = {("cuda", gpu.name) for gpu in GPUS if op not in GATED or gpu.target != 80}
         wanted |= {("triton", gpu.name) for gpu in GPUS if gpu.target >= 80}
         assert {(backend, gpu) for name, backend, gpu in found if name == op} >= wanted, op
 
