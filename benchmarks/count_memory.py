@@ -68,16 +68,21 @@ def endless(pattern: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def spans(argument: bytes, known: Sequence[torch.Tensor]) -> list[Span]:
-    """The tensors that the pointers in a kernel's argument lead to: those known, or as much as was allocated there."""
+    """The tensors that the pointers in a kernel's argument lead to: those known, or as much as was allocated there; of
+    a pointer into the midst of one, up to the next that is known. None lie over each other."""
     found = [span for t in known for span in extent("known", t)]
     places = _writable()
-    words = np.frombuffer(argument[: len(argument) // 8 * 8], dtype=np.uint64)
-    for word in sorted({int(word) for word in words}):
+    words = sorted({int(word) for word in np.frombuffer(argument[: len(argument) // 8 * 8], dtype=np.uint64)})
+    starts = sorted({*words, *(span.low for span in found)})
+    for word in words:
         region = next(((low, high) for low, high in places if low <= word < high), None)
         if region is None or any(span.low <= word < span.high for span in found):
             continue
+        most = region[1] - word
         size = _allocated(word) if word - region[0] >= 16 else 0
-        found.append(Span(word, word + size if 0 < size <= region[1] - word else region[1], f"0x{word:x}"))
+        if not 0 < size <= most:
+            size = next((start - word for start in starts if start > word), most)
+        found.append(Span(word, word + min(size, most), f"0x{word:x}"))
     return found
 
 
