@@ -16,7 +16,7 @@ from ..models.summary import count_parameters, summary
 from ..tasks import Run
 from ._baselines import Baselines, not_above
 from ._kinds import Kind, written
-from .export import format_of, problem
+from .export import FORMATS, problem
 
 REPORT_NAME = "adamix_report.json"
 FEW = 50  # dev rows, of which each is two points
@@ -84,7 +84,7 @@ def next_commands(outcome: Outcome, folder: str) -> list[str]:
     ]
     method = adamix_state(outcome.model).config.method
     if not problem(outcome.model, run, method):
-        name = format_of(method)
+        name = FORMATS[method]
         out = shlex.quote(f"{folder.rstrip('/')}_{name}")
         commands.append(f"adamix export {merged if learned else place} --format {name} --out {out}")
     return commands

@@ -27,10 +27,6 @@ class ExportOptions:
     base_model: str | None = option("hub id of the encoder to write into the files; without it, none of a folder")
 
 
-def format_of(method: str) -> str:
-    return FORMATS[method]
-
-
 def problem(model: Any, run: Run, method: str) -> str | None:
     """Why the formats cannot say this run, and what to do; None where they can."""
     if run.task != "generation" and run.pooling == "mean":
@@ -51,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
     opened = open_run(run)
     method = adamix_state(opened.model).config.method
-    wanted = format_of(method) if options.format == "auto" else options.format
+    wanted = FORMATS[method] if options.format == "auto" else options.format
     why = problem(opened.model, opened.run, "lora" if wanted == "peft" else "adapter")
     if why and not (options.no_head and wanted == "peft"):
         raise ValueError(f"{run.run}: {why}")
