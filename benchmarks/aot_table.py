@@ -22,7 +22,7 @@ SPILLS = 40
 # Those that hold all experts' columns twice, in float32 or 256 of them; smaller tiles than theirs there are none.
 _MAY_SPILL = {"gated_adapter_input_grad_kernel": 192, "gated_adapter_weight_grad_kernel": 144}
 # Of one expert's 256 columns in float32, which a tile cannot take apart.
-_MAY_SPILL |= dict.fromkeys(("gated_adapter_rows_shrink_kernel", "gated_adapter_rows_weight_grad_kernel"), 80)
+_MAY_SPILL |= dict.fromkeys(("gated_adapter_rows_shrink_kernel", "gated_adapter_rows_weight_grad_kernel"), 96)
 
 
 class Multiprocessor(NamedTuple):

@@ -122,10 +122,7 @@ def test_more_splits_than_tiles_of_an_expert(case):
 
 @pytest.mark.parametrize("splits", [12, 28])
 def test_a_split_may_begin_and_end_within_samples_of_several_tiles(splits):
-    """Compiled, too: Triton dropped the number of a sample from the loop over samples there (benchmarks/aot_loops.py).
-
-    Of so many splits of all tokens an expert's have a quarter.
-    """
+    """Of so many splits an expert has a quarter. Compiled, Triton once dropped a loop's sum (benchmarks/aot_loops.py)."""
     tensors, _ = draw(torch.bfloat16, 6, 300, 32, 4, 4, 1, "sample", None)
     sample = torch.tensor([0, 3, 3, 1, 3, 3], device=DEVICE)
     with mock.patch.object(weights, "count_splits", return_value=splits), spied_launches() as names:

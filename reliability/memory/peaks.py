@@ -134,7 +134,7 @@ def _routed(scale: int) -> Iterator[Peak]:
         yield op("reference, float32, indices [B, S], with T tokens at most to an expert", "[B, S]")
         yield op("reference on a GPU, float32, indices [B, S]", "[B, S]")
         yield op("triton, cuda", "[B]", dtype=torch.bfloat16)
-    yield lora("reference, float32, indices [B], dropout", "[B]", 0.1)
+    yield lora("reference, float32, indices [B], dropout, K >= N", "[B]", 0.1)
     yield lora("triton, cuda", "[B, S]", 0.1, torch.bfloat16)
 
 

@@ -80,13 +80,13 @@ def routed_lora(
     forward counts its output (none if inplace) and what it saves, the backward its gradients:
         triton, cuda: forward `e * B*S * (N + r)`, backward `e * (B*S * (K + r) + r * (Ma*K + Mb*N))`, and a float32
             copy of the banks' gradients for each of the parts that many tokens are split into. Dropout adds nothing.
-        reference, float32, indices [B]: forward `e * B*S * (N + r)`,
+        reference, float32, indices [B]: forward `e * (B*S * (N + r) + B * r * N)`,
             backward `e * (B*S * (K + r) + B * r * K + r * (Ma*K + Mb*N))`
         reference, float32, indices [B, S], with T tokens at most to an expert: forward `e * B*S * (2*N + r)`,
             backward `e * (B*S * (K + r) + T * K + r * (Ma*K + Mb*N))`
         reference on a GPU, float32, indices [B, S]: forward `e * B*S * (3*N + r)`,
             backward `e * (B*S * (3*K + r) + r * (Ma*K + Mb*N))`
-        reference, float32, indices [B], dropout: forward `e * B*S * (K + N + 2*r)`,
+        reference, float32, indices [B], dropout, K >= N: forward `B*S * K * (2*e + 1)`,
             backward `B*S * (e * (3*K + r) + K) + e * r * (Ma*K + Mb*N)`
 
     With gates the forward saves beside its output, on every backend, the narrow values before gates, `e * B*S * T`
