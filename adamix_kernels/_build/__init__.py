@@ -17,7 +17,18 @@ from typing import Any
 
 from .node import build_node
 from .node import node_name as node_name
-from .objects import NODE_FOLDER, PACKAGE, Compiled, fingerprint, link, objects_folder, planned, replacing, sources, with_includes
+from .objects import (
+    NODE_FOLDER,
+    PACKAGE,
+    Compiled,
+    fingerprint,
+    link,
+    objects_folder,
+    planned,
+    replacing,
+    sources,
+    with_includes,
+)
 from .objects import source_folder as source_folder
 from .schedule import compile_all, parallel, tell
 from .schedule import find_ninja as find_ninja

@@ -1,6 +1,6 @@
 """From sources to a shared object: what is to be compiled, what was before, and files that are put in place whole.
 
-Objects are named by contents, not dated as ninja's are: a fresh clone, a changed option and a switched branch find them.
+Objects are named by contents, not dated as those of ninja: a fresh clone, a changed option, another branch find them.
 """
 
 from __future__ import annotations
