@@ -302,6 +302,13 @@ def test_more_columns_than_a_tile_holds(case):
     check(tensors, indices, options, rows_launches(banks))
 
 
+@pytest.mark.parametrize(("batch", "tokens"), [(3, 1), (1, 3)])
+def test_more_columns_with_an_index_that_has_gaps(batch, tokens):
+    tensors, indices, options = draw("chosen, sample", (33, 33), slots=1, rank=8, batch=batch, tokens=tokens)
+    gaps = [torch.stack([index, index + 1], -1)[..., 0] for index in indices]
+    check(tensors, gaps, options, rows_launches((33, 33)))
+
+
 @pytest.mark.skipif(not INTERPRETING, reason="nothing is launched")
 @pytest.mark.parametrize("kernel", tables.TABLES)
 def test_every_shape_class_has_a_configuration_on_every_gpu(kernel):

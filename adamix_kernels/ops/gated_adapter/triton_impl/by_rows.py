@@ -44,7 +44,8 @@ class Side:
             self.edges = torch.arange(experts + 1, device=x.device) * rows
         elif experts > 1 and given is not None:
             whole = given.unsqueeze(1) if given.dim() == 2 else given
-            self.index = whole.expand(*x.shape[:2], slots).reshape(-1)
+            # reshape gives a view where it can, of a strided index or of one sample's that is expanded.
+            self.index = whole.expand(*x.shape[:2], slots).reshape(-1).contiguous()
             # A wrong id goes with the nearest right one: the kernels tell them apart.
             self.perm, self.edges = sort_rows(self.index.long().clamp(0, experts - 1), experts)
 
