@@ -140,8 +140,8 @@ def _how(rows: Sequence[Row]) -> str:
         "`ADAMIX_CUDA_HOST=build/csrc/adamix_host_plain.so ADAMIX_HOST_IDLE=1 python -m benchmarks.run host --rounds "
         f"{rounds} --steps {of_steps} --out benchmarks/results/host_cpu.csv` (`python -m adamix_kernels._build --host "
         f"plain` makes the library): one thread's time on a shared {rows[0].cpu_name}, torch {rows[0].torch}, Triton "
-        f"{rows[0].triton}, commit {', '.join(dict.fromkeys(r.commit for r in rows))}. Load of the machine when a backend was "
-        f"done: {' to '.join(f'{load:.1f}' for load in dict.fromkeys((min(loads), max(loads))))}."
+        f"{rows[0].triton}, commit {', '.join(dict.fromkeys(r.commit for r in rows))}. Load of the machine when a "
+        f"backend was done: {' to '.join(f'{load:.1f}' for load in dict.fromkeys((min(loads), max(loads))))}."
     )
 
 

@@ -81,7 +81,7 @@ def test_met_missed_and_not_settled():
     assert "3 of 6 goals are met; missed by routed_adapter, merge_banks in Triton. Of 2 the spread" in words
     assert "one took about 2.0 us" in words
     assert "--rounds 7 --steps 3 " in words
-    assert "a load of 2.5 when" in words
+    assert "done: 2.5." in words
     assert "commit abc." in words
     said = " ".join(readme_host.sentence(rows).split())
     assert "56 in C++/CUDA, 99 in Triton; 3 of 6 goals are met, of whole steps 1 of 1 (" in said
