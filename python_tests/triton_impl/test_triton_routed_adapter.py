@@ -20,13 +20,14 @@ from poison import poisoned_memory
 from adamix_kernels import BackendUnavailableError, _backends
 from adamix_kernels._triton_utils import INTERPRETING
 from adamix_kernels.functional import routed_adapter
+from adamix_kernels.ops import _adapter_planes
 from adamix_kernels.ops import _routed_plan as plan
 from adamix_kernels.ops.routed_adapter import triton_impl
 from adamix_kernels.ops.routed_adapter.triton_impl import weights
 from adamix_kernels.testing import assert_in_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-spied_launches = functools.partial(launches, triton_impl, weights)
+spied_launches = functools.partial(launches, triton_impl, weights, _adapter_planes)
 
 
 draw = functools.partial(draw_adapter, DEVICE)

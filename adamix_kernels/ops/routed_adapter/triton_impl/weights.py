@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...._triton_utils import capability, dot_dtype, launch, memory, precision
-from ..._adapter_planes import SUM_CHUNK, SUM_COLS, adapter_plane_sum_kernel, count_splits
+from ..._adapter_planes import count_splits, sum_planes
 from ..._routed_plan import MIN_SPAN, fits, per_row, power_of_2, sort_rows
 from .tables import config, sums_by_dot
 from .weight_grad import adapter_weight_grad_kernel
@@ -66,14 +66,7 @@ def weight_grads(x, dpre, grad_out, h, down_index, up_index, down_shape, up_shap
         DOT=dot_dtype(x.dtype), PRECISION=precision(x.dtype), ROWS=chosen.rows, COLS=chosen.cols,
         num_warps=chosen.num_warps, num_stages=chosen.num_stages,
     )  # fmt: skip
-    # What one split has written is the gradient.
-    sizes = [0 if plane is out else out.numel() for plane, out in zip(planes, outputs)]
-    if any(sizes):
-        launch(
-            adapter_plane_sum_kernel, (sum(-(-n // SUM_COLS) for n in sizes),), x.device,
-            *planes, *outputs, down_splits, up_splits,
-            DOWN=sizes[0], DOWN_BIAS=sizes[1], UP=sizes[2], UP_BIAS=sizes[3], CHUNK=SUM_CHUNK, COLS=SUM_COLS,
-        )  # fmt: skip
+    sum_planes(x, planes, outputs, down_splits, up_splits)
     return outputs
 
 
