@@ -9,17 +9,16 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from xml.sax.saxutils import escape
 
 from adamix_kernels import __version__
 from reliability import parts
 from reliability.record import RESULTS, read
 
-from . import record
-from .record import write_text
+from . import ROOT
+from .measure import record
+from .measure.record import write_text
 
-ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "badges.svg"
 GOOD, PLAIN, OPEN = "#2e7d32", "#37568b", "#8a6d1b"
 # Pixels: of a letter at 11 px, around a word, between two badges.

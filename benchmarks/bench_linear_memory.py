@@ -20,11 +20,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from adamix_kernels.functional import adamix_loss, linear_adamix_loss
 
-from . import record
-from .bench_consistency import head_formula
+from . import RESULTS
+from .measure import record
+from .ops.consistency import head_formula
 from .sizes import HEAD_MEMORY, LossSize
 
-RESULT = Path(__file__).parent / "results" / "linear_memory_cpu.csv"
+RESULT = RESULTS / "linear_memory_cpu.csv"
 OP = "linear_adamix_loss/both"
 # The fused path's share of the unfused one's, at most.
 LIMIT = 0.15

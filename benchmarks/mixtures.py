@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adamix_kernels import AdaMixConfig, adapt, routed_lora
 from adamix_kernels.routing import Gates, dense_gates
 
-from . import record
-from .harness import Check, time_paired
+from .measure import record
+from .measure.harness import Check, time_paired
 
 EXPERTS, RANK, SCALING = 8, 8, 2.0
 KINDS = {"dense": None, "top-2": 2}

@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamix_kernels.peft import accelerate
 
-from . import record
+from . import RESULTS
+from .measure import record
 
-RESULTS = Path(__file__).parent / "results" / "peft_loop.csv"
+TABLE = RESULTS / "peft_loop.csv"
 COLUMNS = (
     "scope", "mode", "adapters", "samples", "tokens", "rank", "peft_ms", "our_ms", "speedup", "speedup_p20",
     "speedup_p80", "bound", "peft_ops", "our_ops", "rounds", "threads", "peft", "torch", "cpu_name", "commit",
@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scopes", nargs="+", choices=SCOPES, default=list(SCOPES))
     parser.add_argument("--only", default="", help='cases whose words hold this, as in "inference 16 8"')
     parser.add_argument("--rounds", type=int, default=11, help="of the layer; a whole model takes half as many")
-    parser.add_argument("--write", action="store_true", help=f"put what was measured into {RESULTS.name}")
+    parser.add_argument("--write", action="store_true", help=f"put what was measured into {TABLE.name}")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = {_key(row): row for row in read()} if options.write else {}
@@ -245,15 +245,15 @@ def main(arguments: list[str] | None = None) -> int:
         rows[_key(row)] = row
         print(", ".join(f"{key} {row[key]}" for key in COLUMNS[:14]), flush=True)
         if options.write:
-            record.write_csv(RESULTS, COLUMNS, rows.values())
+            record.write_csv(TABLE, COLUMNS, rows.values())
     return 0
 
 
 def read() -> list[dict[str, Any]]:
     """The committed rows."""
-    if not RESULTS.exists():
+    if not TABLE.exists():
         return []
-    with RESULTS.open(encoding="utf-8", newline="") as file:
+    with TABLE.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 

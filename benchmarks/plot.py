@@ -12,10 +12,10 @@ from pathlib import Path
 
 from adamix_kernels.models._files import replace_file
 
-from . import goals, record
-from .contender_names import ADAMIX, TITLES
-from .goal_sources import OURS
-from .record import Row
+from .measure import goals, record
+from .measure.goal_sources import OURS
+from .measure.record import Row
+from .models.names import ADAMIX, TITLES
 
 BLUE, GREY, ORANGE = "#3b6fb6", "#9aa3ad", "#d9822b"
 # The key under which a picture keeps the digest of the rows it shows.

@@ -13,18 +13,18 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from adamix_kernels._auto import LIMITS, SHAPES
 from adamix_kernels.verifying.machine import DTYPES, KERNELS
 from adamix_kernels.verifying.table import FILE, REFERENCE
 
-from . import count_table, record
-from .record import write_text
+from . import RESULTS, ROOT
+from .count import table as count_table
+from .measure import record
+from .measure.record import write_text
 
-RESULTS = count_table.TABLE.parent
-PAGE = Path(__file__).parent.parent / "docs" / "auto.md"
+PAGE = ROOT / "docs" / "auto.md"
 COMMAND = "python -m benchmarks.prefer --write"
 # 10 * compute capability, and the GPU of each that is predicted.
 GPUS = {70: "V100", 80: "A100", 90: "H100", 100: "B200"}

@@ -8,9 +8,15 @@ import logging
 import sys
 from dataclasses import fields
 
-from . import bench_host, bench_inference, bench_models, bench_step, mixtures, record, run_ops
-from .contenders import TITLES, Workload
-from .harness import RedCheckError
+from . import mixtures
+from .host import bench as bench_host
+from .measure import record
+from .measure.harness import RedCheckError
+from .models import inference as bench_inference
+from .models import step as bench_step
+from .models import workloads as bench_models
+from .models.contenders import TITLES, Workload
+from .ops import run as run_ops
 
 # The sizes that goals are set for: (batch, tokens).
 SIZES = ((32, 64), (2, 16))

@@ -14,19 +14,19 @@ import torch
 
 from adamix_kernels._backends import BackendUnavailableError, select
 
-from .clock import synchronize
-from .ledger import AbsentError
-from .op_bench import fresh_leaves
-from .op_cases import Draw
-from .op_check import gradients
-from .run_ops import OPS
+from .measure.clock import synchronize
+from .measure.ledger import AbsentError
+from .ops.bench import fresh_leaves
+from .ops.cases import Draw
+from .ops.check import gradients
+from .ops.run import OPS
 
 
 def run(device: torch.device, names: Sequence[str]) -> list[str]:
     """Calls the contenders `names` of every case; returns what ran, in words."""
     ran = []
     for op in OPS:
-        for case in importlib.import_module(f"benchmarks.bench_{op}").cases("odd", device):
+        for case in importlib.import_module(f"benchmarks.ops.{op}").cases("odd", device):
             for contender in case.contenders:
                 if contender.name not in names:
                     continue

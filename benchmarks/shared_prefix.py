@@ -21,10 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adamix_kernels import AdaMixConfig, adapt, both_passes, double_batch
 
-from .harness import time_paired
+from . import RESULTS, ROOT
+from .measure.harness import time_paired
 
-RESULTS = Path(__file__).parent / "results" / "shared_prefix.csv"
-PICTURE = Path(__file__).parents[1] / "docs" / "shared_prefix.png"
+TABLE = RESULTS / "shared_prefix.csv"
+PICTURE = ROOT / "docs" / "shared_prefix.png"
 COLUMNS = ("model", "layers", "first", "operations", "shared", "saved", "time_ratio", "time_p20", "time_p80")
 TOKENS = 128
 _ADAPTER = {"method": "adapter", "num_experts": 4}
@@ -150,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = {options.model: [layers // 4, layers // 2, 3 * layers // 4]} if options.time else {}
     made = rows(options.models, chosen, options.rounds)
     if options.write:
-        with RESULTS.open("w", encoding="utf-8", newline="") as file:
+        with TABLE.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(made)

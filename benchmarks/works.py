@@ -25,14 +25,12 @@ from adamix_kernels.verifying import Report, prover
 from adamix_kernels.verifying.machine import DTYPES, Machine, jobs
 from adamix_kernels.verifying.verdicts import Store
 
-from . import record
-from .count_table import TABLE
+from . import RESULTS, ROOT
+from .measure import record
+from .measure.record import write_text
 from .prefer import between
-from .record import write_text
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-RESULTS = TABLE.parent
 VERIFIED = RESULTS / "verified"
 HOST_LIBRARY = ROOT / "build" / "csrc" / "adamix_host_plain.so"
 PAGE = ROOT / "docs" / "auto.md"

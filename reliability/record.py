@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from adamix_kernels.models._files import write_json
-from benchmarks.record import commit
+from benchmarks.measure.record import commit
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "triton", "transformers", "hypothesis")

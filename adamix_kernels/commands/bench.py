@@ -11,7 +11,7 @@ from pathlib import Path
 # The smaller of the two sizes, briefly: seconds, not minutes.
 SMOKE = ("step", "--batch", "2", "--tokens", "16", "--repeats", "3", "--seconds", "0.2")
 # First word of the command -> module of benchmarks.
-MODULES = {"tune": "tune", "gpu-proof": "proof", "goals": "goals"}
+MODULES = {"tune": "tune", "gpu-proof": "proof", "goals": "measure.goals"}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from suite_size import NIGHTLY
 
-from benchmarks import aot, aot_table
-from benchmarks.aot_table import (
+from benchmarks.aot import __main__ as aot
+from benchmarks.aot import table as aot_table
+from benchmarks.aot.table import (
     SHARED_LIMITS,
     Row,
     crowded,
@@ -177,7 +178,7 @@ def test_blocks_on_a_multiprocessor(change, blocks):
 
 @needs_triton
 def test_the_table_holds_what_the_plans_count_on():
-    from benchmarks.aot_compile import described
+    from benchmarks.aot.compile import described
 
     counted_on = {row.key: case.resident for row, case in described()}
     assert max(counted_on.values()) > 1
@@ -230,7 +231,7 @@ def test_interpreted_kernels_are_refused(monkeypatch, capsys):
 
 @needs_triton
 def test_mma_kinds_are_read_from_the_code():
-    from benchmarks.aot_compile import mma_kinds
+    from benchmarks.aot.compile import mma_kinds
 
     dot = "%d = tt.dot %a, %b, %c : tensor<16x32xf16> -> tensor<16x16xf32, {}>"
     assert mma_kinds(dot.format("#blocked"), "fma.rn.f32 %f1;") == "fma"
@@ -244,7 +245,7 @@ def test_mma_kinds_are_read_from_the_code():
 
 @needs_triton
 def test_fingerprints_follow_code_and_not_its_comments():
-    from benchmarks.aot_compile import _tokens
+    from benchmarks.aot.compile import _tokens
 
     plain, names = _tokens('def f(a):\n    """Words."""\n    return g(a)  # why\n')
     assert _tokens("def f(a):\n\n    return g(a)\n") == (plain, names)

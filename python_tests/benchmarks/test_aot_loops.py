@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from benchmarks.aot_loops import lost
+from benchmarks.aot.loops import lost
 
 # Of each expert's samples, those of this split; %number counts the samples that were passed.
 NESTED = """
@@ -37,7 +37,7 @@ def test_a_variable_that_is_named_behind_the_loop_stays():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is missing")
 def test_compiling_a_kernel_names_what_it_lost(monkeypatch):
-    from benchmarks import aot_compile
+    from benchmarks.aot import compile as aot_compile
 
     key = next(key for key in aot_compile._by_key() if key[0] == "pair_count_kernel")
     assert aot_compile.compile_keys([key])[1] == []

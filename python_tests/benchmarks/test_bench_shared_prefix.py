@@ -9,7 +9,7 @@ PAGE = shared_prefix.PICTURE.parent / "training.md"
 
 
 def rows():
-    with shared_prefix.RESULTS.open(encoding="utf-8") as file:
+    with shared_prefix.TABLE.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -11,10 +11,12 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import bench_step, record, run
-from benchmarks.agreement import agreement_problem
-from benchmarks.contenders import ADAMIX, LORA, ONE_EXPERT, ORIGINAL, PLAIN, TITLES, Workload, build, load_base
-from benchmarks.harness import Check, RedCheckError, Timing, spread, time_paired
+from benchmarks import run
+from benchmarks.measure import record
+from benchmarks.measure.harness import Check, RedCheckError, Timing, spread, time_paired
+from benchmarks.models import step as bench_step
+from benchmarks.models.agreement import agreement_problem
+from benchmarks.models.contenders import ADAMIX, LORA, ONE_EXPERT, ORIGINAL, PLAIN, TITLES, Workload, build, load_base
 
 SCHEMA = "op,backend,shape,dtype,metric,unit,value,gpu_name,torch,triton,driver,commit,date"
 TINY = Workload(model="tiny", batch=3, tokens=8, bottleneck=8)
@@ -54,7 +56,7 @@ def test_command_writes_the_schema(tmp_path, capsys):
 
 
 def test_red_check_is_not_timed(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("benchmarks.contenders.adamix_loss", _loss_without_consistency)
+    monkeypatch.setattr("benchmarks.models.contenders.adamix_loss", _loss_without_consistency)
     out = tmp_path / "step.csv"
     sizes = ["--model=tiny", "--batch=2", "--tokens=4", "--bottleneck=8", "--repeats=1", "--threads=1"]
     assert run.main(["step", *sizes, "--no-memory", f"--out={out}"]) == 1
@@ -72,7 +74,7 @@ def test_red_check_runs_no_call():
 
 def test_agreement_is_green_and_sees_a_wrong_loss(base, monkeypatch):
     assert agreement_problem(base, TINY) is None
-    monkeypatch.setattr("benchmarks.contenders.adamix_loss", _loss_without_consistency)
+    monkeypatch.setattr("benchmarks.models.contenders.adamix_loss", _loss_without_consistency)
     assert "errs by" in agreement_problem(base, TINY)
 
 

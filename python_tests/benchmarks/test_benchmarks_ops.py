@@ -10,13 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import clock, op_bench, record, run, sizes
-from benchmarks.ceilings import Ceilings
-from benchmarks.clock import SMOKE
-from benchmarks.ledger import AbsentError, BrokenDeviceError, Item, Ledger, RefusedError
-from benchmarks.op_cases import Case, Contender, Draw, Inputs, absent, bind, of
-from benchmarks.op_check import disagreement, require_agreement
-from benchmarks.run_ops import OPS
+from benchmarks import run, sizes
+from benchmarks.measure import clock, record
+from benchmarks.measure.ceilings import Ceilings
+from benchmarks.measure.clock import SMOKE
+from benchmarks.measure.ledger import AbsentError, BrokenDeviceError, Item, Ledger, RefusedError
+from benchmarks.ops import bench as op_bench
+from benchmarks.ops.cases import Case, Contender, Draw, Inputs, absent, bind, of
+from benchmarks.ops.check import disagreement, require_agreement
+from benchmarks.ops.run import OPS
 from benchmarks.sanitize import run as run_kernels
 
 CPU = torch.device("cpu")
@@ -200,7 +202,7 @@ def test_every_peer_computes_the_formula():
     """Where it is installed: every contender of every tiny case agrees with float64, or says why it is absent."""
     agreed = set()
     for op in OPS:
-        for case in importlib.import_module(f"benchmarks.bench_{op}").cases("smoke", CPU):
+        for case in importlib.import_module(f"benchmarks.ops.{op}").cases("smoke", CPU):
             for contender in case.contenders:
                 # Traced by the end-to-end run; tracing takes seconds.
                 if contender.name.startswith("compile_"):
@@ -226,7 +228,7 @@ def test_every_peer_computes_the_formula():
 
 def test_peft_is_compared_with_one_expert():
     pytest.importorskip("peft")
-    from benchmarks import bench_routed_lora
+    from benchmarks.ops import routed_lora as bench_routed_lora
 
     case = next(iter(bench_routed_lora.cases("smoke", CPU)))
     (peft,) = [c for c in case.contenders if c.name == "peft_lora"]
@@ -272,7 +274,9 @@ def test_unknown_models_are_refused():
 
 def test_traffic_counts_what_must_move():
     """In 2-byte elements: 4NH bytes forward and 6NH backward for the adapter, 8NV for the loss, M + 1 banks merged."""
-    from benchmarks import bench_consistency, bench_merge, bench_routed_adapter
+    from benchmarks.ops import consistency as bench_consistency
+    from benchmarks.ops import merge as bench_merge
+    from benchmarks.ops import routed_adapter as bench_routed_adapter
 
     adapter = next(iter(bench_routed_adapter.cases("gpu", CPU)))
     assert adapter.traffic == {"forward": 4 * 8192 * 1024, "backward": 6 * 8192 * 1024, "both": 10 * 8192 * 1024}

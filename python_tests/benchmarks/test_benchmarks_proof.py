@@ -15,16 +15,19 @@ from suite_size import NIGHTLY
 pytest.importorskip("transformers")
 
 from adamix_kernels.commands import bench
-from benchmarks import proof, proof_report, proof_stages, record
-from benchmarks.proof_run import FAILED, NOT_RUN, PASSED, TIMED_OUT, Stage, run_together
-from benchmarks.proof_stages import count_tests, groups, missing_imports, read_sanitizer, stage_of_tests
+from benchmarks.measure import record
+from benchmarks.proof import __main__ as proof
+from benchmarks.proof import report as proof_report
+from benchmarks.proof import stages as proof_stages
+from benchmarks.proof.run import FAILED, NOT_RUN, PASSED, TIMED_OUT, Stage, run_together
+from benchmarks.proof.stages import count_tests, groups, missing_imports, read_sanitizer, stage_of_tests
 
 ROOT = Path(__file__).parents[2]
 CRASHING = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 import argparse
-from benchmarks.ledger import Item, Ledger
+from benchmarks.measure.ledger import Item, Ledger
 p = argparse.ArgumentParser()
 p.add_argument("--out"); p.add_argument("--resume", action="store_true"); p.add_argument("--seconds", type=float)
 o = p.parse_args()
@@ -227,4 +230,4 @@ def test_bench_gpu_proof_runs_the_proof(monkeypatch):
     assert bench.main(["gpu-proof", "--budget", "60"]) == 3
     assert bench.main(["goals"]) == 3
     assert ran[0][1:] == ["-m", "benchmarks.proof", "--budget", "60"]
-    assert ran[1][1:] == ["-m", "benchmarks.goals"]
+    assert ran[1][1:] == ["-m", "benchmarks.measure.goals"]

@@ -9,9 +9,12 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import goals, plot, readme, readme_ops, record, sizes
-from benchmarks.goals import all_goals, evaluate
-from benchmarks.record import Row
+from benchmarks import plot, sizes
+from benchmarks.measure import goals, record
+from benchmarks.measure.goals import all_goals, evaluate
+from benchmarks.measure.record import Row
+from benchmarks.readme import __main__ as readme
+from benchmarks.readme import ops as readme_ops
 
 ENVIRONMENT = dict(
     torch="2.11.0", triton="3.6.0", driver="1", commit="abc", date="2026-01-01T00:00Z", cpu_name="", note=""

@@ -6,8 +6,10 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import readme, readme_host, record
-from benchmarks.record import Row
+from benchmarks.measure import record
+from benchmarks.measure.record import Row
+from benchmarks.readme import __main__ as readme
+from benchmarks.readme import host as readme_host
 
 NOTE = "thread time, rounds=7 of calls, 3 of steps, load_after=2.5"
 

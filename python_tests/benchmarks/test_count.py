@@ -13,19 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import (
-    count_beside,
-    count_gates,
-    count_loops,
-    count_model,
-    count_sass,
-    count_table,
-    proof_report,
-    record,
-)
-from benchmarks.count_memory import spans
-from benchmarks.count_model import GPUS, Launch
-from benchmarks.count_table import Row
+from benchmarks.count import beside as count_beside
+from benchmarks.count import gates as count_gates
+from benchmarks.count import loops as count_loops
+from benchmarks.count import model as count_model
+from benchmarks.count import sass as count_sass
+from benchmarks.count import table as count_table
+from benchmarks.count.memory import spans
+from benchmarks.count.model import GPUS, Launch
+from benchmarks.count.table import Row
+from benchmarks.measure import record
+from benchmarks.proof import report as proof_report
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = next(gpu for gpu in GPUS if gpu.name == "H100")
@@ -298,7 +296,8 @@ def test_predictions_stand_beside_what_was_measured(monkeypatch):
 
 def test_the_page_and_its_picture_are_of_the_committed_rows():
     pytest.importorskip("matplotlib")
-    from benchmarks import count_page, plot
+    from benchmarks import plot
+    from benchmarks.count import page as count_page
 
     rows = count_table.committed()
     assert count_page.PAGE.read_text(encoding="utf-8") == count_page.page(rows), "python -m benchmarks.count --page"

@@ -16,9 +16,9 @@ import torch
 from adamix_kernels.commands import bench
 from adamix_kernels.ops import _triton_tables
 from adamix_kernels.ops._triton_tables import Config
-from benchmarks import tune
-from benchmarks.tune import Trial, fastest, trials, tune_class
-from benchmarks.tune_table import VARIABLE, ShapeClass, installed, table, write
+from benchmarks.tune import __main__ as tune
+from benchmarks.tune.__main__ import Trial, fastest, trials, tune_class
+from benchmarks.tune.table import VARIABLE, ShapeClass, installed, table, write
 
 ROOT = Path(__file__).parents[2]
 A, B, C, D = Config(16, 32, 4, 2), Config(32, 64, 4, 3), Config(64, 64, 8, 2), Config(128, 128, 8, 3)
@@ -188,8 +188,8 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune.record, "environment", lambda: facts)
     monkeypatch.setattr(tune, "gpu_seconds", lambda workload, repeats: workload.now())
-    monkeypatch.setitem(sys.modules, "benchmarks.tune_workloads", fake)
-    monkeypatch.setattr("benchmarks.tune_workloads", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "benchmarks.tune.workloads", fake)
+    monkeypatch.setattr("benchmarks.tune.workloads", fake, raising=False)
     return SimpleNamespace(times=times, wide=wide, work=fake)
 
 
@@ -260,7 +260,7 @@ from adamix_kernels import _triton_utils
 
 metas, launch = [], _triton_utils.launch
 _triton_utils.launch = lambda k, *a, **meta: (metas.append((k.fn.__name__, meta)), launch(k, *a, **meta))
-from benchmarks import tune, tune_workloads as work
+from benchmarks.tune import __main__ as tune, workloads as work
 
 torch.set_num_threads(1)
 sizes = dict(batch=3, tokens=18, hidden=32, experts=2)

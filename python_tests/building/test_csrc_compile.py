@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from adamix_kernels import _build
-from benchmarks import cuda_compile, volta_compiler
-from benchmarks.cuda_table import SHAPES, TABLE, Row, differences, problems, read, write
+from benchmarks.cuda_compile import compile as cuda_compile
+from benchmarks.cuda_compile import volta_compiler
+from benchmarks.cuda_compile.__main__ import main
+from benchmarks.cuda_compile.table import SHAPES, TABLE, Row, differences, problems, read, write
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -167,7 +169,7 @@ void launch(int* p) { k<<<1, 1>>>(p); }
 
 @needs_compilers
 def test_a_wrong_compiler_is_named(tmp_path, capsys):
-    assert cuda_compile.main(["--nvrtc", str(tmp_path)]) == 2
+    assert main(["--nvrtc", str(tmp_path)]) == 2
     assert f"no NVRTC in {tmp_path}" in capsys.readouterr().err
 
 

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamix_kernels.functional import adamix_loss, linear_adamix_loss
 from adamix_kernels.testing import assert_in_budget
-from benchmarks import bench_linear_memory, record
+from benchmarks import bench_linear_memory
+from benchmarks.measure import record
 from benchmarks.sizes import HEAD_MEMORY
 
 OP = torch.ops.adamix_kernels.linear_adamix_loss.default

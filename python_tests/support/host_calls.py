@@ -3,7 +3,7 @@
 `python host_calls.py FOLDER '[[SEED, COUNT], [SEED, COUNT, PROPERTY, TRAIT]]'`: pairs that differ in that property
 alone, with plans made not to see a trait of tensors, which must show. Each list runs in a fork, so that all is imported
 once, and leaves what it printed in FOLDER/<its number>.<exit status>. The driver launches nothing
-(benchmarks/host_driver.py), so results are compared by their launches: kernel, grid, stream and every argument,
+(benchmarks/host/driver.py), so results are compared by their launches: kernel, grid, stream and every argument,
 addresses by the tensor that they belong to.
 """
 
@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import host_driver
+from benchmarks.host import driver as host_driver
 
 NOTED = []
 # Tensors that were launched on: were they freed, another could have their address.

@@ -122,7 +122,7 @@ def test_more_splits_than_tiles_of_an_expert(case):
 
 @pytest.mark.parametrize("splits", [12, 28])
 def test_a_split_may_begin_and_end_within_samples_of_several_tiles(splits):
-    """An expert has a quarter of so many. Compiled, Triton dropped a loop's sum here (benchmarks/aot_loops.py)."""
+    """An expert has a quarter of so many. Compiled, Triton dropped a loop's sum here (benchmarks/aot/loops.py)."""
     tensors, _ = draw(torch.bfloat16, 6, 300, 32, 4, 4, 1, "sample", None)
     sample = torch.tensor([0, 3, 3, 1, 3, 3], device=DEVICE)
     with mock.patch.object(weights, "count_splits", return_value=splits), spied_launches() as names:

@@ -1,0 +1,153 @@
+"""Counts with gates over those of one expert a token at the same size: what they may be, and a table of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from ..prefer import shape_class
+from .table import Row
+
+# Of instructions, and of the distinct bytes of every launch, where all experts' narrow columns lie in one tile.
+INSTRUCTIONS, BYTES = 1.25, 1.05
+# Launches more, by the class of shapes: beyond a tile there may be a sort and a sum.
+LAUNCHES = {"narrow": 0, "wide": 2}
+_PRE = "pre of all 128 columns, 256 bytes a row beside the 4,096 of x and out"
+_NARROW = "the gradients of all experts' narrow columns, and their values, go from the first launch to the second"
+_COLUMNS = "128 activations, slopes and addresses a row, one expert's 16 where tokens are routed"
+_V100 = "the kernel for any shape, as a V100 has no m16n8k16: each expert's columns in turn, what is between read again"
+# Of (op and direction, backend, sizes) that cost more: instructions and bytes at most, and why. A V100, whose code is
+# another, is named.
+MORE = {
+    ("gated_adapter/forward", "cuda", "r16 M8 dense"): (INSTRUCTIONS, 1.06, _PRE),
+    ("gated_adapter/forward", "cuda", "r16 M8 dense weights"): (INSTRUCTIONS, 1.06, _PRE),
+    ("gated_adapter/forward", "cuda", "r16 M8 dense shared"): (
+        2.6, 1.06, f"{_PRE}; 128 GELUs a row, and x again for each 64 columns, where one bank up is all the rest"
+    ),
+    ("gated_adapter/backward", "cuda", "r16 M8 dense"): (1.36, BYTES, _COLUMNS),
+    ("gated_adapter/backward", "cuda", "r16 M8 top2"): (1.33, BYTES, _COLUMNS),
+    ("gated_adapter/backward", "cuda", "r16 M8 dense weights"): (1.47, BYTES, _COLUMNS),
+    ("gated_adapter/backward", "cuda", "r16 M8 dense shared"): (1.37, BYTES, _COLUMNS),
+    ("gated_adapter/forward", "triton", "r16 M8 dense"): (INSTRUCTIONS, 1.06, _PRE),
+    ("gated_adapter/forward", "triton", "r16 M8 dense weights"): (INSTRUCTIONS, 1.06, _PRE),
+    ("gated_adapter/forward", "triton", "r16 M8 dense shared"): (INSTRUCTIONS, 1.06, _PRE),
+    ("gated_adapter/forward", "triton", "r16 M8 top2"): (
+        1.32, BYTES,
+        "sm_80 alone: 128 columns by mma.sync take 1.6 M more than by wgmma, and spreading two slots 0.8 M more",
+    ),
+    ("gated_adapter/backward", "triton", "r8 M8 dense"): (INSTRUCTIONS, 1.07, _NARROW),
+    ("gated_adapter/backward", "triton", "r8 M8 dense weights"): (INSTRUCTIONS, 1.07, _NARROW),
+    ("gated_adapter/backward", "triton", "r8 M8 top2"): (INSTRUCTIONS, 1.06, _NARROW),
+    ("gated_adapter/backward", "triton", "r16 M8 dense"): (INSTRUCTIONS, 1.13, _NARROW),
+    ("gated_adapter/backward", "triton", "r16 M8 dense weights"): (INSTRUCTIONS, 1.13, _NARROW),
+    ("gated_adapter/backward", "triton", "r16 M8 top2"): (INSTRUCTIONS, 1.11, _NARROW),
+    ("gated_adapter/backward", "triton", "r16 M8 dense shared"): (INSTRUCTIONS, 1.08, _NARROW),
+    ("gated_lora/backward", "triton", "r8 M8 dense"): (INSTRUCTIONS, 1.06, _NARROW),
+    ("gated_lora/backward", "triton", "r8 M8 dense weights"): (INSTRUCTIONS, 1.06, _NARROW),
+    ("gated_lora/forward", "cuda sm_70", "r8 M8 top2"): (1.26, BYTES, _V100),
+    ("gated_lora/backward", "cuda sm_70", "r8 M8 dense"): (1.66, 1.14, _V100),
+    ("gated_lora/backward", "cuda sm_70", "r8 M8 top2"): (1.36, 1.16, _V100),
+    ("gated_adapter/forward", "cuda sm_70", "r8 M8 dense"): (2.2, 1.07, _V100),
+    ("gated_adapter/forward", "cuda sm_70", "r8 M8 top2"): (3.6, BYTES, _V100),
+    ("gated_adapter/backward", "cuda sm_70", "r8 M8 dense"): (2.15, BYTES, _V100),
+    ("gated_adapter/backward", "cuda sm_70", "r8 M8 top2"): (1.6, BYTES, _V100),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A row with gates, and that of one expert a token."""
+
+    gated: Row
+    token: Row
+
+    @property
+    def size(self) -> str:
+        """The class of its shapes."""
+        return shape_class(self.gated.op.partition("/")[0], self.gated.shape)
+
+    @property
+    def instructions(self) -> float:
+        return self.gated.instructions / self.token.instructions
+
+    @property
+    def bytes(self) -> float:
+        return self.gated.distinct / self.token.distinct
+
+    @property
+    def launches(self) -> int:
+        return self.gated.launches - self.token.launches
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        """As in MORE."""
+        row, sizes = self.gated, self.gated.shape[self.gated.shape.rindex(" r") + 1 :]
+        return row.op, row.backend + (" sm_70" if row.target < 80 else ""), sizes
+
+    @property
+    def most(self) -> tuple[float, float, str]:
+        """Instructions and bytes at most; why, where that is more than as a rule."""
+        return MORE.get(self.name, (INSTRUCTIONS, BYTES, ""))
+
+    def over(self) -> list[str]:
+        """What is more than it may be, in words."""
+        found = []
+        instructions, moved, _ = self.most
+        if self.size == "narrow" and self.instructions > instructions:
+            found.append(f"{self.instructions:.3f} of the instructions, at most {instructions}")
+        if self.size == "narrow" and self.bytes > moved:
+            found.append(f"{self.bytes:.3f} of the bytes, at most {moved}")
+        if self.launches > LAUNCHES[self.size]:
+            found.append(f"{self.launches} launches more, at most {LAUNCHES[self.size]}")
+        return found
+
+
+def by_token(row: Row) -> tuple[str, str, str, str, int]:
+    """The key of the row that one with gates is compared with."""
+    op, _, direction = row.op.partition("/")
+    shape = re.sub(r"\b(dense|top\d+)( weights)?", "token", row.shape)
+    name = f"{op.replace('gated', 'routed')}_by_token/{direction}"
+    return name, row.backend, shape, row.dtype, row.target
+
+
+def pairs(rows: Iterable[Row]) -> list[Pair]:
+    """Of every row with gates that has one beside it."""
+    by_key = {row.key: row for row in rows}
+    gated = [row for row in by_key.values() if row.op.startswith("gated_")]
+    return [Pair(row, by_key[by_token(row)]) for row in gated if by_token(row) in by_key]
+
+
+def problems(rows: Collection[Row], changed: Collection[tuple]) -> list[str]:
+    """What costs more than it may beside one expert a token, or has nothing beside it: of the rows whose keys are among
+    `changed`, and those compared with them."""
+    have = pairs(rows)
+    touched = (pair for pair in have if {pair.gated.key, pair.token.key} & set(changed))
+    found = [f"{pair.gated}, over one expert a token: {', '.join(over)}" for pair in touched if (over := pair.over())]
+    alone = {row.key: row for row in rows if row.op.startswith("gated_") and row.key in changed}
+    for pair in have:
+        alone.pop(pair.gated.key, None)
+    return found + [f"{row}: no count of one expert a token to compare with" for row in alone.values()]
+
+
+def exceptions(rows: Sequence[Row]) -> list[str]:
+    """A line for each of MORE that has a pair: what it may cost, and why."""
+    counted, lines = {pair.name for pair in pairs(rows)}, []
+    for name, (instructions, moved, why) in MORE.items():
+        most = [f"{instructions} of the instructions"] if instructions > INSTRUCTIONS else []
+        most += [f"{moved} of the bytes"] if moved > BYTES else []
+        if name in counted:
+            lines.append(f"{' '.join(name)}: at most {', '.join(most)}: {why}")
+    return lines
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """A Markdown table, a line for a pair."""
+    lines = ["| op, size | backend | sm | instructions | bytes | device | launches |", "|---|---|---|---|---|---|---|"]
+    for pair in pairs(rows):
+        row = pair.gated
+        lines.append(
+            f"| {row.op}, {row.shape}, {row.dtype} | {row.backend} | {row.target} | {pair.instructions:.2f} | "
+            f"{pair.bytes:.3f} | {row.device / pair.token.device:.3f} | {row.launches} ({pair.launches:+d}) |"
+        )
+    return lines

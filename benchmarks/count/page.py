@@ -1,0 +1,166 @@
+"""docs/counts.md and its picture, from benchmarks/results/count.csv and the model alone."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import ROOT, plot
+from ..measure.record import write_text
+from . import gates as count_gates
+from . import model
+from .table import Row
+
+PAGE = ROOT / "docs" / "counts.md"
+PICTURE = PAGE.with_suffix(".png")
+# Shapes of a few rows, whose share of copy bandwidth says nothing: only launches count there.
+_SMALL = 1_000_000
+_COLOURS = {"V100": "#9aa3ad", "A100": "#6b8f71", "H100": "#3b6fb6", "H200": "#d9822b", "B200": "#8e5ea2"}
+
+
+_HEAD = (
+    "Nothing on this page was measured on a GPU. What compiled kernels do at the sizes that matter is counted on "
+    "a CPU, and the counts say how fast a GPU can run them. `make count` counts again and fails where a count has "
+    "grown by more than 5%; `python -m benchmarks.count --write` writes "
+    "[benchmarks/results/count.csv](../benchmarks/results/count.csv) and this page. `adamix bench gpu-proof` "
+    "prints the predictions beside what it measures."
+)
+_METHOD = (
+    "A call of the op at its real size, of either backend; its launches run as PTX in the executor of "
+    "[ptx/](../ptx/README.md), Triton's as Triton compiles it, those of csrc/ as nvcc does (NVRTC for the V100). "
+    "Of a launch so many blocks run, evenly spread, until 3 million warp instructions or 2,048 blocks are "
+    "reached; all counts are scaled from those blocks to the grid. Large tensors repeat 4 MB of random numbers "
+    "and take no memory.",
+    "Machine instructions: executed PTX, loop by loop, times the ratio of both codes' instructions in that loop, "
+    "after the assembler (ptxas, nvdisasm). Loops are matched in order by what the assembler leaves alone (loads, "
+    "stores, exponentials, matrix products), which also tell how far it unrolled one.",
+    "Bytes in flight: in the machine code, what a warp has asked for when the first register loaded is used, or "
+    "the groups of cp.async that may be open when one is waited for.",
+    "Not counted: kernels that call functions, as those of the CUDA losses do; the executor runs no calls.",
+    "A cluster's blocks run one after another; what one reads from another's shared memory is its own. A tile of "
+    "wmma counts the bank waves that ldmatrix would take.",
+    "B200: the counts of sm_90's code, as the executor has no sm_100.",
+)
+_WORDS = (
+    "Instructions: of warps, machine code, in all (millions) and for a byte of the op's floor; PTX: machine "
+    "instructions for one of PTX. Loaded: bytes through L2; device: bytes to and from memory under the model's "
+    "L2; both over the floor. Of the launch that takes longest: bytes in flight on a multiprocessor, its blocks "
+    "and warps there, waves, barriers in a step of the main loop, and the limit that binds; banks: passes over "
+    "shared memory over the fewest. The columns before the shares are those of the newest target counted, as a "
+    "rule sm_90; V100 and A100 have counts of their own in the CSV. Shares are of copy bandwidth; where an op "
+    "moves less than a megabyte none is given, as only its launches count."
+)
+_GATES = (
+    "What gates cost beside one expert a token without any, at the same size: instructions, bytes (those that each "
+    "launch moves at least) and device bytes (as above, under the model's L2) over those of routing by token, and "
+    "launches. Up to 256 narrow columns of all experts (M r), `make count` fails above "
+    f"{count_gates.INSTRUCTIONS} of the instructions, {count_gates.BYTES} of the bytes, or a launch more; beyond, "
+    f"above {count_gates.LAUNCHES['wide']} launches more. Those that cost more stand below the table, with the reason."
+)
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The page."""
+    formula = (model.__doc__ or "").partition("\n\n")[2].strip("\n")
+    parts = [
+        "# Counts",
+        _filled(_HEAD),
+        f"[![predicted share of copy bandwidth]({PICTURE.name})]({PICTURE.name})",
+        "## How it is counted",
+        "\n".join(_filled(text, "- ") for text in _METHOD),
+        f"## The model\n\n```text\n{formula}\n```",
+        "\n".join(_gpus()),
+        "\n".join(_filled(f"{name}: {source}.", "- ") for name, source in model.SOURCES.items()),
+        "## The counts",
+        _filled(_WORDS),
+        "\n".join(_table(rows)),
+        "## Gates",
+        _filled(_GATES),
+        "\n".join(count_gates.table(rows)),
+        *(["\n".join(_filled(line, "- ") for line in more)] if (more := count_gates.exceptions(rows)) else []),
+    ]
+    reasons = [_filled(f"{row}: {row.reason}", "- ") for row in rows if row.reason]
+    parts += ["## Counts that have grown, and why", "\n".join(reasons)] if reasons else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _filled(text: str, bullet: str = "") -> str:
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, 118, initial_indent=bullet, subsequent_indent=" " * len(bullet), **options)
+
+
+def _gpus() -> list[str]:
+    lines = [
+        "| GPU | code for | multiprocessors | clock, GHz | copy, TB/s | L2, MB | L2, TB/s | bytes in flight |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for g in model.GPUS:
+        lines.append(
+            f"| {g.name} | sm_{g.target} | {g.multiprocessors} | {g.clock / 1e9:.4g} | {g.copy / 1e12:.3g} | "
+            f"{g.l2 / 1e6:.0f} | {g.l2_rate / 1e12:.3g} | {g.needed / 1e3:.0f} KB |"
+        )
+    return lines
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    names = [g.name for g in model.GPUS]
+    lines = [
+        "| op, size | backend | launches | instructions, M | a byte | PTX | loaded | device | in flight, KB | "
+        f"blocks, warps | waves | barriers | banks | limit | {' | '.join(names)} |",
+        "|---" * (14 + len(names)) + "|",
+    ]
+    for group in grouped(rows).values():
+        row = max(group, key=lambda one: one.target)
+        shares = {name: value for one in group for name, value in one.shares.items()}
+        cells = [f"{shares[n]:.2f}" if n in shares and row.floor >= _SMALL else "" for n in names]
+        lines.append(
+            f"| {row.op}, {row.shape}, {row.dtype} | {row.backend} | {row.launches} | {row.instructions / 1e6:.3g} | "
+            f"{row.a_byte:.3g} | {row.sass_ratio:.2f} | "
+            f"{row.loaded:.2f} | {row.device:.2f} | {row.in_flight / 1e3:.1f} | {row.blocks_an_sm}, "
+            f"{row.warps_an_sm} | {row.waves:.3g} | {row.barriers:.3g} | {row.bank_waves:.2f} | {row.limit} | "
+            f"{' | '.join(cells)} |"
+        )
+    return lines
+
+
+def grouped(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
+    """Rows of one op, size and backend, their targets together."""
+    found: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.op, row.shape, row.dtype, row.backend), []).append(row)
+    return found
+
+
+def picture(rows: Sequence[Row]) -> Path:
+    """Draws the shares, a panel for each backend; returns the file."""
+    plt = plot.pyplot()
+    groups = {k: g for k, g in grouped(rows).items() if g[0].floor >= _SMALL}
+    backends = sorted({key[3] for key in groups}, reverse=True)
+    labels = list(dict.fromkeys(key[:3] for key in groups))
+    figure, axes = plt.subplots(
+        1, max(1, len(backends)), figsize=(6 + 4 * len(backends), 1.5 + 0.3 * len(labels)), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, backend in zip(axes[0], backends):
+        for place, label in enumerate(reversed(labels)):
+            for row in groups.get((*label, backend), []):
+                for name, value in row.shares.items():
+                    axis.plot(value, place, "o", color=_COLOURS[name], markersize=6, alpha=0.9)
+        axis.set(xlim=(0, 1.02), title=backend, xlabel="predicted share of copy bandwidth")
+        axis.set_yticks(
+            range(len(labels)), [f"{op}, {shape}, {dtype}" for op, shape, dtype in reversed(labels)], fontsize=7
+        )
+        axis.margins(y=0.01)
+        axis.grid(axis="x", color="#dddddd")
+        axis.spines[["top", "right"]].set_visible(False)
+    for name, colour in _COLOURS.items():
+        axes[0][0].plot([], [], "o", color=colour, label=name)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=len(_COLOURS))
+    return plot.save(figure, PICTURE, rows)
+
+
+def write(rows: Sequence[Row]) -> None:
+    """The page and the picture."""
+    picture(rows)
+    write_text(PAGE, page(rows))
