@@ -13,6 +13,7 @@ from ..._triton_aot import POINTERS, AotCase, make_case
 from ...routed_lora.triton_impl.plan import RESIDENT, RESIDENT_WIDTH, padded_rank, row_blocks
 from ...routed_lora.triton_impl.tables import MAX_REGISTERS, config
 from ...routed_lora.triton_impl.weight_grad import lora_grads_kernel
+from ...routed_lora.triton_impl.weights import WINDOW
 from .forward import gated_lora_forward_kernel
 from .input_grad import gated_lora_dx_kernel
 from .rows import gated_rows_dx_kernel, gated_rows_forward_kernel
@@ -107,9 +108,14 @@ def _grads_case(name, dtype, capability, arguments, sides, width, order, slots, 
         "a_programs",
         *(f"{side}_{n}" for side in "ab" for n in ("divisor", "share", "splits")),
     ]
-    arguments = arguments | sides | dict.fromkeys(numbers, "i32") | dict(SLOTS=slots, EACH=each)
+    arguments = arguments | sides | dict.fromkeys(numbers, "i32") | dict(SLOTS=slots, EACH=each, WINDOW=WINDOW)
     for side in "ab":
-        arguments |= {f"{side}_perm_ptr": order, f"{side}_edges_ptr": order, f"{side}_plane_ptr": "*fp32"}
+        arguments |= {
+            f"d{side}_ptr": None,
+            f"{side}_perm_ptr": order,
+            f"{side}_edges_ptr": order,
+            f"{side}_plane_ptr": "*fp32",
+        }
     if order is not None:
         arguments |= dict(a_index_ptr=None, b_index_ptr=None)
     arguments |= dict(BLOCK_M=chosen.rows, BLOCK_C=chosen.cols, STAGES=chosen.num_stages)

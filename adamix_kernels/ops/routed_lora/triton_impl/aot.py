@@ -13,7 +13,7 @@ from .plan import RESIDENT, RESIDENT_WIDTH, gaps, padded_rank, row_blocks
 from .plane_sum import lora_sum_kernel
 from .tables import MAX_REGISTERS, config
 from .weight_grad import lora_grads_kernel
-from .weights import SUM_BLOCK
+from .weights import SUM_BLOCK, WIDE_SUM_BLOCK, WINDOW
 
 # Features and columns of a group in the compiled cases: a multiple of every block, as in the models LoRA serves.
 _HIDDEN = 1024
@@ -27,6 +27,11 @@ _SHAPES = {
     "token_m8_r16": (8, 1, 16, True, True),
     "token_m16_r16": (16, 1, 16, True, True),
     "grouped_m64_r16": (64, 1, 16, True, True),
+}
+# Fewer tokens a sample than a program sums; A alone is routed.
+_SHORT = {
+    "short_m4_r16": (4, 1, 16, False, True),
+    "short_m64_r64": (64, 1, 64, False, False),
 }
 
 
@@ -42,6 +47,8 @@ def _cases(capability: int) -> Iterator[AotCase]:
         for name, shape in _SHAPES.items():
             yield from _tile_cases(name, dtype, capability, *shape)
             yield _grads_case(name, dtype, capability, *shape)
+        for name, shape in _SHORT.items():
+            yield _grads_case(name, dtype, capability, *shape, by_sample="samples")
         yield from _inplace_cases("sample_m4_r4_qv", dtype, capability)
         yield from _sum_cases(dtype)
 
@@ -87,7 +94,7 @@ def _inplace_cases(name, dtype, capability):
             yield case._replace(constexprs=case.constexprs | dict(GAPS=()))
 
 
-def _grads_case(name, dtype, capability, experts, groups, r, per_token, dropout):
+def _grads_case(name, dtype, capability, experts, groups, r, per_token, dropout, by_sample="parts"):
     arguments = _common(dtype, experts, groups, r, dropout)
     # (experts, narrow columns, index); B is shared.
     sides = {"A": (experts, groups * r, "*i64"), "B": (1, r, None)}
@@ -95,7 +102,7 @@ def _grads_case(name, dtype, capability, experts, groups, r, per_token, dropout)
     for side, (count, columns, index) in sides.items():
         mode, rp, padded = "all", padded_rank(columns), 1
         if count > 1:
-            mode = "parts" if not per_token else "tokens" if fits(count, columns) else "sorted"
+            mode = by_sample if not per_token else "tokens" if fits(count, columns) else "sorted"
         if mode == "tokens":
             rp = power_of_2(columns)
             padded = max(power_of_2(count), 16 // rp)
@@ -103,12 +110,15 @@ def _grads_case(name, dtype, capability, experts, groups, r, per_token, dropout)
         arguments |= {f"{side}_MODE": mode, f"{side}_EXPERTS": count, f"{side}_PADDED": padded, f"{side}_RP": rp}
         low, order = side.lower(), "*i64" if mode == "sorted" else None
         arguments |= {f"{low}_perm_ptr": order, f"{low}_edges_ptr": order, f"{low}_plane_ptr": "*fp32"}
-        arguments[f"{low}_index_ptr"] = index if mode == "tokens" else None
+        arguments[f"{low}_index_ptr"] = index if mode in ("tokens", "samples") else None
+        arguments[f"d{low}_ptr"] = POINTERS[dtype] if mode == "samples" else None
         arguments |= dict.fromkeys((f"{low}_share", f"{low}_splits"), "i32")
     chosen = config(lora_grads_kernel.__name__, capability, dtype.itemsize, width)
     arguments |= dict.fromkeys(("x_ptr", "grad_ptr", "dt_ptr", "t_ptr"), POINTERS[dtype])
     arguments |= dict.fromkeys(("num_rows", "batch", "a_programs"), "i32")
-    arguments |= dict(BLOCK_M=chosen.rows, BLOCK_C=chosen.cols, STAGES=chosen.num_stages, SLOTS=1, EACH=1)
+    arguments |= dict(
+        BLOCK_M=chosen.rows, BLOCK_C=chosen.cols, STAGES=chosen.num_stages, SLOTS=1, EACH=1, WINDOW=WINDOW
+    )
     arguments["keys_ptr"] = "*i32" if dropout else None
     return _case(lora_grads_kernel, name, dtype, chosen, arguments, width)
 
@@ -117,10 +127,12 @@ def _sum_cases(dtype):
     arguments = dict.fromkeys(("a_plane_ptr", "b_plane_ptr"), "*fp32") | dict(b_index_ptr=None, BLOCK=SUM_BLOCK)
     arguments |= dict.fromkeys(("da_ptr", "db_ptr"), POINTERS[dtype])
     arguments |= dict.fromkeys(("batch", "a_share", "a_splits", "a_programs", "b_share", "b_splits"), "i32")
-    arguments |= dict(A_SIZE=16 * _HIDDEN, A_EXPERTS=4, B_SIZE=16 * _HIDDEN, B_MODE="all", B_EXPERTS=1)
+    arguments |= dict(A_SIZE=16 * _HIDDEN, A_EXPERTS=4, B_SIZE=16 * _HIDDEN, B_MODE="all", B_EXPERTS=1, WINDOW=WINDOW)
     for mode, index in (("parts", "*i64"), ("samples", "*i64"), ("tokens", None)):
         own = dict(A_MODE=mode, a_index_ptr=index)
         yield _case(lora_sum_kernel, mode, dtype, None, arguments | own)
+    own = dict(A_MODE="samples", a_index_ptr="*i64", A_EXPERTS=64, BLOCK=WIDE_SUM_BLOCK)
+    yield _case(lora_sum_kernel, "samples_wide", dtype, None, arguments | own)
 
 
 def _case(fn, name, dtype, chosen, arguments, width=16) -> AotCase:

@@ -6,7 +6,8 @@ x is read once, dy once more than in the first launch. How a side's rows find th
 
     all      the bank has one expert; a plane for each split
     parts    a split is part of a sample: of one expert, which only the sum needs to know; a plane for each split
-    samples  a split is some whole samples: planes [split, expert], of which those it has no sample for stay unwritten
+    samples  the first of every `share` samples of an expert sums them, into the gradient where they are all of its
+             samples, else into a plane (plane_sum.plane_of); the others' programs end at once
     tokens   rows differ in expert: one product with every row's narrow columns in its own expert's place
     sorted   rows are grouped by expert; programs for each, planes [split, expert]
     gated    a row holds the columns of all experts, gated (ops/gated_lora); as tokens, but of every column. With an
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
+from .plane_sum import plane_of
 from .tiles import drop_tile, names
 
 
@@ -67,13 +69,13 @@ def _products(
 
 @triton.jit
 def _side(
-    program, small_ptr, wide_ptr, index_ptr, perm_ptr, edges_ptr, keys_ptr, plane_ptr, k0, cols,
+    program, small_ptr, wide_ptr, index_ptr, perm_ptr, edges_ptr, keys_ptr, plane_ptr, grad_ptr, k0, cols,
     num_rows, batch, span, divisor, share, splits, threshold, scale,
     R: tl.constexpr, RP: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, K_STRIDE: tl.constexpr,
     C_STRIDE: tl.constexpr, SMALL_STRIDE: tl.constexpr, WIDE_STRIDE: tl.constexpr,
     MODE: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
-    SLOTS: tl.constexpr, SLOT: tl.constexpr, EACH: tl.constexpr,
+    SLOTS: tl.constexpr, SLOT: tl.constexpr, EACH: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One block of features, narrow columns k0 : k0 + RP of R, of split `program` (and expert, where sorted)."""
     W: tl.constexpr = PADDED * RP
@@ -93,24 +95,27 @@ def _side(
     mask = k_ok[:, None] & (cols < C)[None, :]
     zeros = tl.zeros([W, BLOCK_C], tl.float32)
     if MODE == "samples":
-        low = program * share
-        high = tl.minimum(low + share, batch)
-        for b in range(low, high):
-            own = tl.load(index_ptr + b)
-            fresh = (own >= 0) & (own < EXPERTS)
-            for e in range(low, b):
-                fresh = fresh & (tl.load(index_ptr + e) != own)
-            if fresh:
-                acc = zeros
-                for e in range(b, high):
-                    end = tl.where(tl.load(index_ptr + e) == own, (e + 1) * span, e * span)
-                    acc = _products(
-                        acc, e * span, end, own, small_ptr, wide_ptr, None, None, keys_ptr, divisor, threshold,
-                        m, k, k_ok, cols, SMALL_STRIDE, WIDE_STRIDE, C, EXPERTS, False, False,
-                        BLOCK_M, BLOCK_C, STAGES, WIDE, DOT, SLOTS, EACH,
-                    )  # fmt: skip
-                at = (program * EXPERTS + own).to(tl.int64) * SIZE
-                tl.store(plane_ptr + at + to, narrow(acc * scale, plane_ptr.dtype.element_ty), mask=mask)
+        at = program // WINDOW * WINDOW + tl.arange(0, WINDOW)
+        own = tl.load(index_ptr + program)
+        mine = tl.load(index_ptr + at, mask=at < batch, other=-1) == own
+        first = tl.sum((mine & (at < program)).to(tl.int32), 0)
+        if (own >= 0) & (own < EXPERTS) & (first % share == 0):
+            count = tl.sum(mine.to(tl.int32), 0)
+            number = tl.cumsum(mine.to(tl.int32), 0) - 1
+            acc = zeros
+            for n in range(first, tl.minimum(first + share, count)):
+                begin = tl.sum(tl.where(mine & (number == n), at, 0), 0) * span
+                acc = _products(
+                    acc, begin, begin + span, own, small_ptr, wide_ptr, None, None, keys_ptr, divisor, threshold,
+                    m, k, k_ok, cols, SMALL_STRIDE, WIDE_STRIDE, C, EXPERTS, False, False,
+                    BLOCK_M, BLOCK_C, STAGES, WIDE, DOT, SLOTS, EACH,
+                )  # fmt: skip
+            acc *= scale
+            if (batch <= WINDOW) & (count <= share):
+                tl.store(grad_ptr + own.to(tl.int64) * SIZE + to, narrow(acc, grad_ptr.dtype.element_ty), mask=mask)
+            else:
+                plane = plane_of(program, own, first, share, EXPERTS, WINDOW).to(tl.int64)
+                tl.store(plane_ptr + plane * SIZE + to, acc, mask=mask)
     else:
         own = program * 0
         plane = program
@@ -162,13 +167,13 @@ def _side(
 )  # fmt: skip
 def lora_grads_kernel(
     x_ptr, grad_ptr, dt_ptr, t_ptr, a_index_ptr, a_perm_ptr, a_edges_ptr, b_index_ptr, b_perm_ptr, b_edges_ptr,
-    keys_ptr, a_plane_ptr, b_plane_ptr, num_rows, batch, span,
+    keys_ptr, a_plane_ptr, b_plane_ptr, da_ptr, db_ptr, num_rows, batch, span,
     a_divisor, a_share, a_splits, a_programs, b_divisor, b_share, b_splits, threshold, inv_keep, scaling,
     K: tl.constexpr, RANK: tl.constexpr, NG: tl.constexpr, WIDTH: tl.constexpr, OFFSETS: tl.constexpr,
     A_MODE: tl.constexpr, A_EXPERTS: tl.constexpr, A_PADDED: tl.constexpr, A_RP: tl.constexpr,
     B_MODE: tl.constexpr, B_EXPERTS: tl.constexpr, B_PADDED: tl.constexpr, B_RP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
-    SLOTS: tl.constexpr, EACH: tl.constexpr,
+    SLOTS: tl.constexpr, EACH: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs of A, then of B); the blocks of a split's features follow each other."""
     GROUPS: tl.constexpr = len(OFFSETS)
@@ -181,10 +186,10 @@ def lora_grads_kernel(
             block = program % A_BLOCKS
             _side(
                 program // A_BLOCKS, dt_ptr, x_ptr, a_index_ptr, a_perm_ptr, a_edges_ptr, keys_ptr, a_plane_ptr,
-                (block // A_COLUMNS) * A_RP, (block % A_COLUMNS) * BLOCK_C + tl.arange(0, BLOCK_C),
+                da_ptr, (block // A_COLUMNS) * A_RP, (block % A_COLUMNS) * BLOCK_C + tl.arange(0, BLOCK_C),
                 num_rows, batch, span, a_divisor, a_share, a_splits, threshold, inv_keep,
                 R, A_RP, K, R * K, K, 1, R * (A_EXPERTS if A_MODE == "gated" else 1), K, A_MODE, A_EXPERTS, A_PADDED,
-                BLOCK_M, BLOCK_C, STAGES, PRECISION, DOT, SLOTS, R, EACH,
+                BLOCK_M, BLOCK_C, STAGES, PRECISION, DOT, SLOTS, R, EACH, WINDOW,
             )  # fmt: skip
     if b_plane_ptr is not None:  # noqa: SIM102
         if program >= a_programs:
@@ -199,8 +204,9 @@ def lora_grads_kernel(
             _side(
                 (program - a_programs) // B_BLOCKS, t_ptr + group * RANK, grad_ptr + offset,
                 b_index_ptr, b_perm_ptr, b_edges_ptr, None, b_plane_ptr + group * (NG * RANK),
+                None if db_ptr is None else db_ptr + group * (NG * RANK),
                 (block // B_COLUMNS % CHUNKS) * B_RP, (block % B_COLUMNS) * BLOCK_C + tl.arange(0, BLOCK_C),
                 num_rows, batch, span, b_divisor, b_share, b_splits, 0, scaling,
                 RANK, B_RP, NG, GROUPS * NG * RANK, 1, RANK, R * (B_EXPERTS if B_MODE == "gated" else 1), WIDTH,
-                B_MODE, B_EXPERTS, B_PADDED, BLOCK_M, BLOCK_C, STAGES, PRECISION, DOT, SLOTS, R, EACH,
+                B_MODE, B_EXPERTS, B_PADDED, BLOCK_M, BLOCK_C, STAGES, PRECISION, DOT, SLOTS, R, EACH, WINDOW,
             )  # fmt: skip

@@ -15,17 +15,17 @@ from .tables import config
 from .weight_grad import lora_grads_kernel
 
 # Fewest rows of a split in tiles, rows of a split whose plane costs little beside them (for narrow columns), and most
-# splits; whole samples that one split may hold.
-MIN_TILES, ROWS, COLUMN_ROWS, MAX_SPLITS, MAX_SAMPLES = 2, 256, 8, 64, 16
-# Elements that a program of the sum of the planes takes.
-SUM_BLOCK = 512
+# splits; whole samples that one program may sum, and samples among which it looks for them, a power of two.
+MIN_TILES, ROWS, COLUMN_ROWS, MAX_SPLITS, MAX_SAMPLES, WINDOW = 2, 256, 8, 64, 16, 128
+# Elements that a program of the sum of the planes takes; the second where few experts of many have planes.
+SUM_BLOCK, WIDE_SUM_BLOCK = 512, 2048
 
 
 class Rows(NamedTuple):
     """How one side's rows are split, and find their expert (`mode`: weight_grad.py).
 
-    index, perm, edges: what the kernel reads for that. share: rows of a split, or samples. planes: [splits, slots],
-    slots 1 or the experts. rp, padded: narrow columns of an expert, and experts held side by side.
+    index, perm, edges: what the kernel reads for that. share: rows of a split, or samples of a program. slots: planes
+    of a split, 1 or the experts. rp, padded: narrow columns of an expert, and experts held side by side.
     """
 
     mode: str
@@ -42,6 +42,13 @@ class Rows(NamedTuple):
     def programs(self) -> int:
         """Of one block of features."""
         return self.splits * (self.slots if self.mode == "sorted" else 1)
+
+    def planes(self, experts: int) -> int:
+        """How many there are (plane_sum.py tells which)."""
+        if self.mode == "samples":
+            shares = -(-WINDOW // self.share)
+            return -(-self.splits // WINDOW) * experts * shares if experts * shares < WINDOW else self.splits
+        return self.splits * self.slots
 
     @property
     def direct(self) -> bool:
@@ -65,16 +72,17 @@ def weight_grads(x, grad_out, dt, t, keys, da, db, threshold: int, inv_keep: flo
         rows = sides[name] = split_rows(call, side, columns, chosen.rows, features)
         planes[name], programs[name] = None, blocks * -(-columns // rows.rp) * rows.programs if grad is not None else 0
         if programs[name]:
-            shape = rows.splits, rows.slots, *grad.shape[1:]
+            shape = rows.planes(side.experts), *grad.shape[1:]
             planes[name] = grad if rows.direct else memory(grad, *shape, dtype=torch.float32)
     a, b = sides["A"], sides["B"]
     launch(
         lora_grads_kernel, (sum(programs.values()),), x.device,
-        x, grad_out, dt, t, *a[1:4], *b[1:4], keys, planes["A"], planes["B"], call.rows, call.batch, call.tokens,
+        x, grad_out, dt, t, *a[1:4], *b[1:4], keys, planes["A"], planes["B"],
+        da if a.mode == "samples" else None, db if b.mode == "samples" else None, call.rows, call.batch, call.tokens,
         plan.down.div, a.share, a.splits, programs["A"], plan.up.div, b.share, b.splits, threshold, inv_keep, scaling,
         **sizes, A_MODE=a.mode, A_EXPERTS=plan.down.experts, A_PADDED=a.padded, A_RP=a.rp,
         B_MODE=b.mode, B_EXPERTS=plan.up.experts, B_PADDED=b.padded, B_RP=b.rp,
-        BLOCK_M=chosen.rows, SLOTS=call.slots or 1, EACH=call.each, **call.block(chosen),
+        BLOCK_M=chosen.rows, SLOTS=call.slots or 1, EACH=call.each, WINDOW=WINDOW, **call.block(chosen),
     )  # fmt: skip
     _sum(x, sides, planes, {"A": da, "B": db}, call)
 
@@ -83,11 +91,14 @@ def _sum(x, sides: dict[str, Rows], planes, grads, call: Call) -> None:
     arguments: dict[str, tuple[Any, ...]] = {}
     constants: dict[str, Any] = {}
     programs = {}
+    chosen = [name for name, grad in grads.items() if grad is not None and sides[name].mode == "samples"]
+    wide = sum(grads[name].numel() for name in chosen) >= 2 * MIN_PROGRAMS * WIDE_SUM_BLOCK
+    block = WIDE_SUM_BLOCK if wide else SUM_BLOCK
     for name, grad in grads.items():
         rows, left = sides[name], planes[name] is not None and not sides[name].direct
         size, experts = (grad[0].numel(), grad.shape[0]) if left else (0, 1)
-        programs[name] = experts * -(-size // SUM_BLOCK)
-        # Splits of a sample, or samples of a split.
+        programs[name] = experts * -(-size // block)
+        # Splits of a sample, or samples of a program.
         share = -(-call.tokens // rows.share) if rows.mode == "parts" else rows.share
         index = rows.index if rows.mode == "parts" or rows.mode == "samples" else None
         arguments[name] = (planes[name], index, grad, share, rows.splits) if left else (None, None, None, 1, 1)
@@ -96,7 +107,7 @@ def _sum(x, sides: dict[str, Rows], planes, grads, call: Call) -> None:
     launch(
         lora_sum_kernel, (sum(programs.values()),), x.device,
         a[0], b[0], a[1], b[1], a[2], b[2], call.batch, *a[3:], programs["A"], *b[3:],
-        **constants, BLOCK=SUM_BLOCK, num_warps=4,
+        **constants, BLOCK=block, WINDOW=WINDOW, num_warps=4,
     )  # fmt: skip
 
 
@@ -134,7 +145,7 @@ def split_rows(call: Call, side: Side, columns: int, tile: int, features: int) -
             part = -(-call.tokens // (call.tokens // share) // tile) * tile
             return Rows("parts", index, None, None, part, call.batch * -(-call.tokens // part), 1, rp, padded)
         several = min(share // call.tokens, MAX_SAMPLES)
-        return Rows(mode, index, None, None, several, -(-call.batch // several), experts, rp, padded)
+        return Rows(mode, index, None, None, several, call.batch, 1, rp, padded)
     if mode == "sorted":
         perm, edges = sort_rows(per_row(side.index, call.batch, call.tokens), experts)
         return Rows(mode, None, perm, edges, share, max(1, rows // (experts * share)), experts, rp, padded)
