@@ -247,6 +247,7 @@ GATED_ADAPTER = {
         *(GateSize(16, 512, 1024, 1024, r, 8, slots) for r in (8, 16) for slots in (0, 8, 2)),
         *(GateSize(16, 512, 1024, 1024, r, 8, 8, "weights") for r in (8, 16)),
         *(GateSize(16, 512, 1024, 1024, 16, 8, slots, shared=True) for slots in (0, 8)),
+        *(GateSize(16, 512, 1024, 1024, 16, 64, slots) for slots in (0, 2)),
         *(GateSize(16, 512, 1024, 1024, 8, 8, slots, dtype="float16") for slots in (0, 8, 2)),
     ),
     "cpu": (),
