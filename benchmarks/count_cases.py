@@ -20,6 +20,7 @@ from . import (
     bench_merge,
     bench_routed_adapter,
     bench_routed_lora,
+    bench_router,
 )
 from .op_cases import Bound, Case, Contender, Inputs, ours
 
@@ -30,6 +31,7 @@ OPS = {
     "merge": bench_merge,
     "routed_adapter": bench_routed_adapter,
     "routed_lora": bench_routed_lora,
+    "router": bench_router,
 }
 # Their time is that of cuBLAS, or of another op here.
 _LEFT_OUT = ("linear_adamix_loss", "frozen_linear")
