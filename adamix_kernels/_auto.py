@@ -19,6 +19,7 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "routed_lora": ("narrow", "wide"),
     "gated_adapter": ("narrow", "wide"),
     "gated_lora": ("narrow", "wide"),
+    "router": ("any",),
     "merge": ("any",),
     "consistency": ("few", "many"),
 }

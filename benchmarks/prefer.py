@@ -30,7 +30,7 @@ COMMAND = "python -m benchmarks.prefer --write"
 GPUS = {70: "V100", 80: "A100", 90: "H100", 100: "B200"}
 OPS = {
     "routed_adapter": "routed_adapter", "routed_lora": "routed_lora", "gated_adapter": "gated_adapter",
-    "gated_lora": "gated_lora", "merge_experts": "merge", "merge_banks": "merge",
+    "gated_lora": "gated_lora", "router": "router", "merge_experts": "merge", "merge_banks": "merge",
     "merge_lora": "merge", "adamix_loss": "consistency", "adamix_loss_expected": "consistency",
     "adamix_loss_full": "consistency", "consistency_loss": "consistency", "linear_adamix_loss": "consistency",
 }  # fmt: skip
@@ -43,7 +43,7 @@ Speeds = dict[tuple[str, str, str, int], dict[str, dict[str, float]]]
 
 def shape_class(op: str, shape: str) -> str:
     """The class of a row's shape, as `_auto.shape_class` has it."""
-    if op == "merge":
+    if len(SHAPES[op]) == 1:
         return SHAPES[op][0]
     rank, experts, groups = (int((re.search(rf"\b{word}(\d+)", shape) or [0, 1])[1]) for word in ("r", "M", "groups"))
     size = int(shape.rpartition("x")[2]) if op == "consistency" else rank * experts * groups

@@ -102,6 +102,23 @@ class GateSize:
 
 
 @dataclass(frozen=True)
+class RouterSize:
+    """x [batch, tokens, features] -> gates of all `experts`, or of the largest `slots`; weights are float32."""
+
+    batch: int
+    tokens: int
+    features: int
+    experts: int
+    slots: int
+    dtype: str = "bfloat16"
+
+    @property
+    def words(self) -> str:
+        kind = "dense" if self.slots == self.experts else f"top{self.slots}"
+        return f"{self.batch}x{self.tokens}x{self.features} M{self.experts} {kind}"
+
+
+@dataclass(frozen=True)
 class LossSize:
     """`rows` pairs of rows (one of each pass) of `vocab` logits; hidden 0: from logits, else through a head."""
 
@@ -252,6 +269,13 @@ GATED_ADAPTER = {
     ),
     "cpu": (),
     "smoke": GATED_LORA["smoke"],
+    "odd": (),
+}
+ROUTER = {
+    "gpu": (),
+    "count": (*(RouterSize(16, 512, 1024, 8, slots) for slots in (8, 2)), RouterSize(1, 1, 1024, 8, 2)),
+    "cpu": (),
+    "smoke": (RouterSize(2, 8, 32, 3, 3, dtype="float32"), RouterSize(2, 8, 32, 3, 2, dtype="float32")),
     "odd": (),
 }
 LOSS = {

@@ -47,6 +47,7 @@ NAMES = {
     "routed_lora": "routed_lora",
     "gated_adapter": "routed_adapter with gates",
     "gated_lora": "routed_lora with gates",
+    "router": "linear routers of gates",
     "merge": "merge_experts, merge_lora",
     "consistency": "consistency_loss, adamix_loss, linear_adamix_loss",
 }
@@ -57,6 +58,7 @@ TRITON_KERNELS = {
     "gated_adapter_": "gated_adapter",
     "gated_lora_": "gated_lora",
     "gated_rows_": "gated_lora",
+    "router": "router",
     "merge_": "merge",
 }
 LOSS_KERNELS = ("pair_", "rescale_")
@@ -64,6 +66,7 @@ CUDA_FILES = {
     "routed_adapter": ("routed_adapter",),
     "routed_lora": ("routed_lora",),
     "gated": ("gated_adapter", "gated_lora"),
+    "router": ("router",),
     "merge": ("merge",),
     "consistency": ("consistency",),
 }

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..modules import RoutedAdapter, RoutedLoRALinear
+from ..routing import LinearRouter
 from ..verifying import verify_for
 
 Need = tuple[str, torch.dtype, int]
@@ -45,6 +46,8 @@ def needed(model: nn.Module, dtypes: Iterable[torch.dtype] = ()) -> dict[torch.d
             mine[f"routed_{name}", dtype, bank.shape[0] * bank.shape[1]] = None
             if layer.gate is not None:
                 mine[f"gated_{name}", dtype, max(bank.shape[0], other.shape[0]) * bank.shape[1]] = None
+            if isinstance(layer.gate, LinearRouter):
+                mine["router", dtype, 0] = None
             for size in classes:
                 mine["consistency", dtype, size] = None
     return {device: list(needs) for device, needs in made.items()}

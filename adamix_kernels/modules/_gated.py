@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from .lora import RoutedLoRALinear
 
 
-def check_gate(gate: object, num_experts: int) -> GateRouter | None:
+def check_gate(gate: object, num_experts: int, backend: str) -> GateRouter | None:
+    """`gate`, which from here on uses the layer's backend."""
     if gate is None:
         return None
     if not isinstance(gate, GateRouter):
         raise TypeError(f"gate: got a {type(gate).__name__}, expected a GateRouter or None")
     if gate.num_experts != num_experts:
         raise ValueError(f"gate: got one of {gate.num_experts} experts, expected num_experts={num_experts}")
+    gate.backend = backend
     return gate
 
 

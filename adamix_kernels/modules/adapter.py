@@ -88,7 +88,7 @@ class RoutedAdapter(nn.Module):
         self.share, self.activation, self.backend = share, activation, backend
         self.router, self.mix = check_router(router), mix
         check_mix(mix)
-        self.gate = check_gate(gate, num_experts)
+        self.gate = check_gate(gate, num_experts, backend)
         self.down_weight = nn.Parameter(torch.empty(down, bottleneck, hidden_size, dtype=dtype, device=device))
         self.down_bias = nn.Parameter(torch.empty(down, bottleneck, dtype=dtype, device=device))
         self.up_weight = nn.Parameter(torch.empty(up, hidden_size, bottleneck, dtype=dtype, device=device))

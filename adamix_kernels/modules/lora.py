@@ -111,7 +111,7 @@ class RoutedLoRALinear(OnBase):
         self.fan_in_fan_out, self.backend = fan_in_fan_out, backend
         self.router, self.mix = check_router(router), mix
         check_mix(mix)
-        self.gate = check_gate(gate, num_experts)
+        self.gate = check_gate(gate, num_experts, backend)
         self.lora_a = nn.Parameter(torch.empty(down, groups * r, in_features, dtype=dtype, device=device))
         self.lora_b = nn.Parameter(torch.empty(up, groups * width, r, dtype=dtype, device=device))
         self.a_score = merge_score(down, device)

@@ -1,5 +1,6 @@
 """Who serves which token: experts drawn at random (Router), and gates that weigh them (the GateRouters)."""
 
+from ..ops.router.api import RouterOutput, router_gates
 from .arrow import ArrowRouter, leading_directions
 from .draws import LEARNED, LEVELS, Router, check_level, process_rank
 from .gates import GateRouter, Gates, balance_loss, dense_gates, z_loss
@@ -16,6 +17,7 @@ __all__ = [
     "Gates",
     "LinearRouter",
     "Router",
+    "RouterOutput",
     "SentenceRouter",
     "TaskRouter",
     "ThresholdRouter",
@@ -25,6 +27,7 @@ __all__ = [
     "gate_router",
     "leading_directions",
     "process_rank",
+    "router_gates",
     "spread_heads",
     "z_loss",
 ]

@@ -50,6 +50,7 @@ class GateRouter(nn.Module):
     """
 
     per_token = True  # False: one set of gates a sample
+    backend = "auto"  # of its ops, if it has some; set by the layer that it serves
     mean_gates: torch.Tensor
     mean_square: torch.Tensor
     batches: torch.Tensor

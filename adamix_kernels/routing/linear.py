@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..ops._checks import autocast_dtype
+from ..ops.router.api import MOST_EXPERTS, router_gates
+from ..ops.router.op import by_kernel
 from .gates import GateRouter, Gates, _softmax, check_top_k, choose
 
 # MixLoRA's and Mixtral's.
@@ -21,7 +24,8 @@ class LinearRouter(GateRouter):
         features: K. num_experts: M. top_k: how many experts serve a token; None: all (dense).
         dtype: of the weight. balance, z, device: see GateRouter.
 
-    Parameters: weight [M, K], drawn from N(0, 0.02^2); no bias. The product is made in x's dtype.
+    Parameters: weight [M, K], drawn from N(0, 0.02^2); no bias. The product is made in x's dtype. Where kernels serve
+    (attribute `backend`, which a layer sets to its own), it is one call of router_gates.
 
     Shapes: x [B, S, K] -> gates [B, S, top_k] with index, or [B, S, M].
 
@@ -46,10 +50,19 @@ class LinearRouter(GateRouter):
         self.weight = _weight(num_experts, features, dtype, self.mean_gates.device)
 
     def gates(self, x: torch.Tensor, mask: torch.Tensor | None, tasks: torch.Tensor | None) -> Gates:
-        logits = F.linear(x, self.weight.to(x.dtype))
-        found = choose(logits, self.top_k)
+        found, logits = self._found(x)
         self._leave(logits, found.chosen, mask)
         return found
+
+    def _found(self, x: torch.Tensor) -> tuple[Gates, torch.Tensor]:
+        """The gates of x [..., K], and the logits [..., M] that they are made of."""
+        dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device.type) or x.dtype
+        if self.num_experts <= MOST_EXPERTS and by_kernel(self.backend, x.device, dtype):
+            weight = self.weight if self.weight.dtype in (dtype, torch.float32) else self.weight.to(dtype)
+            gates, index, logits = router_gates(x, weight, top_k=self.top_k, backend=self.backend)
+            return Gates(gates, index), logits
+        logits = F.linear(x, self.weight.to(x.dtype))
+        return choose(logits, self.top_k), logits
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.num_experts}, top_k={self.top_k}"
@@ -78,8 +91,7 @@ class SentenceRouter(LinearRouter):
         else:
             counted = (mask != 0).to(wide.dtype)
             mean = (wide * counted.unsqueeze(-1)).sum(1) / counted.sum(1, keepdim=True).clamp_min(1)
-        logits = F.linear(mean, self.weight.to(mean.dtype))
-        found = choose(logits, self.top_k)
+        found, logits = self._found(mean)
         self._leave(logits, found.chosen, None)
         return found
 

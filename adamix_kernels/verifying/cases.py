@@ -20,6 +20,7 @@ from ..functional import (
     routed_adapter,
     routed_lora,
 )
+from ..ops.router.api import router_gates
 from . import gated_cases
 from .case import Case, ids, with_seed
 
@@ -138,6 +139,37 @@ def _merge() -> list[Case]:
     ]  # fmt: skip
 
 
+def _router(top_k: int | None = None, whole: bool = False) -> Callable[..., Any]:
+    """whole: of integers, whose logits are exact in every dtype, so that all backends choose alike, ties too."""
+
+    def call(backend: str, leaves: Sequence[Any], extra: Sequence[Any]) -> Any:
+        if whole:
+            leaves = [t if t is None else _rounded(t * (t.shape[-1] ** 0.5 if n else 1)) for n, t in enumerate(leaves)]
+        gates, index, logits = router_gates(*leaves, top_k=top_k, backend=backend)
+        both = torch.cat([gates, logits], -1)
+        return both if index is None else (both, index.to(gates.dtype))
+
+    return call
+
+
+def _rounded(t: torch.Tensor) -> torch.Tensor:
+    """To integers, with the gradient of no rounding."""
+    return t + (t.round() - t).detach()
+
+
+def _routers() -> list[Case]:
+    return [
+        Case("dense, strided", ((4, 17, 64), (8, 64), None), _router(), placed="strided"),
+        Case("dense, tails, misaligned", ((3, 19, 37), (5, 37), (5,)), _router(), placed="misaligned"),
+        Case("dense, many experts", ((3, 21, 64), (256, 64), None), _router()),
+        Case("two of eight", ((4, 17, 64), (8, 64), None), _router(2, whole=True)),
+        Case("one of three, tails", ((3, 19, 37), (3, 37), (3,)), _router(1, whole=True)),
+        Case("five of many", ((3, 21, 64), (256, 64), (256,)), _router(5, whole=True)),
+        Case("one row", ((1, 1, 37), (5, 37), (5,)), _router(3, whole=True)),
+        Case("a model's width", ((2, 130, 1024), (8, 1024), None), _router(), large=True),
+    ]
+
+
 def _loss(**options: Any) -> Callable[..., Any]:
     def call(backend: str, leaves: Sequence[Any], extra: Sequence[Any]) -> Any:
         (logits,), (labels, mask) = leaves, extra
@@ -198,6 +230,7 @@ _CASES: dict[tuple[str, str], Callable[[], Sequence[Case]]] = {
     ("gated_adapter", "wide"): gated_cases.adapter_wide,
     ("gated_lora", "narrow"): gated_cases.lora_narrow,
     ("gated_lora", "wide"): gated_cases.lora_wide,
+    ("router", "any"): _routers,
     ("merge", "any"): _merge,
     ("consistency", "few"): lambda: _losses(few=True),
     ("consistency", "many"): lambda: _losses(few=False),

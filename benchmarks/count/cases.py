@@ -20,6 +20,7 @@ from ..ops import gated_lora as bench_gated_lora
 from ..ops import merge as bench_merge
 from ..ops import routed_adapter as bench_routed_adapter
 from ..ops import routed_lora as bench_routed_lora
+from ..ops import router as bench_router
 from ..ops.cases import Bound, Case, Contender, Inputs, ours
 
 OPS = {
@@ -29,6 +30,7 @@ OPS = {
     "merge": bench_merge,
     "routed_adapter": bench_routed_adapter,
     "routed_lora": bench_routed_lora,
+    "router": bench_router,
 }
 # Their time is that of cuBLAS, or of another op here.
 _LEFT_OUT = ("linear_adamix_loss", "frozen_linear")

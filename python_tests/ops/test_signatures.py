@@ -13,6 +13,7 @@ from adamix_kernels.ops.gated_lora import signatures as gated_lora
 from adamix_kernels.ops.merge.signatures import Experts, ExpertsBackward, LoRA, LoRABackward, LoRAs
 from adamix_kernels.ops.routed_adapter import signatures as routed_adapter
 from adamix_kernels.ops.routed_lora import signatures as routed_lora
+from adamix_kernels.ops.router import signatures as router
 
 ROOT = Path(__file__).parents[2]
 # (op, the C++ library's op, the folder, Triton's function, the list)
@@ -29,6 +30,8 @@ OPS = [
     ),
     ("routed_lora_", "routed_lora_forward_", "routed_lora", "forward", routed_lora.Forward),
     ("gated_lora_", "gated_lora_forward_", "gated_lora", "forward", gated_lora.Forward),
+    ("router", None, "router", "forward", router.Forward),
+    ("router_backward", None, "router", None, router.Backward),
     ("merge_experts", "merge_experts_forward", "merge", "experts_forward", Experts),
     ("merge_experts_backward", "merge_experts_backward", "merge", "experts_backward", ExpertsBackward),
     ("merge_lora", "merge_lora_forward", "merge", "lora_forward", LoRA),

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "adamix_kernels"
 FILES = sorted(PACKAGE.rglob("*.py"))
-OPS = ("routed_adapter", "routed_lora", "gated_adapter", "gated_lora", "merge", "consistency")
+OPS = ("routed_adapter", "routed_lora", "gated_adapter", "gated_lora", "router", "merge", "consistency")
 # The public function of the first hands calls with gates to the second.
 HANDED_ON = {("routed_adapter", "gated_adapter"), ("routed_lora", "gated_lora")}
 # What Triton's kernels of several ops share.

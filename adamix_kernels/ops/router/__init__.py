@@ -1,0 +1,1 @@
+"""The gates of a linear router in one call."""

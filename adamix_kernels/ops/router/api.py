@@ -1,0 +1,96 @@
+"""Public function of the router: documentation and argument checks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..._backends import check_request
+from .._checks import autocast_dtype, check_device, check_shape, check_tensor, fail
+from .autograd import router_op
+
+MOST_EXPERTS = 256
+
+
+class RouterOutput(NamedTuple):
+    """What router_gates gives.
+
+    gates: [..., K] of the chosen, the largest first, or [..., M] where dense. index: int64, their experts, of the gates'
+    shape; None where dense. logits: [..., M]. gates and logits are float32 (float64 for float64).
+
+    Example:
+        >>> from adamix_kernels.routing import router_gates
+        >>> router_gates(torch.randn(2, 5, 8), torch.randn(4, 8)).index is None
+        True
+    """
+
+    gates: torch.Tensor
+    index: torch.Tensor | None
+    logits: torch.Tensor
+
+
+def router_gates(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    top_k: int | None = None,
+    backend: str = "auto",
+) -> RouterOutput:
+    """gates = softmax(x weight^T + bias); with top_k the largest top_k of them, divided by their sum.
+
+    Args:
+        x: [..., H], floating. weight: [M, H], 1 <= M <= 256, x's dtype or float32; rounded to x's dtype, in which the
+            product is made. bias: [M], the weight's dtype, or None.
+        top_k: how many experts a row chooses; None, or M: all, dense. Of equal logits the lower id is the larger; a NaN
+            is chosen as infinity would be, and makes the row's gates NaN.
+        backend: "auto", "reference", "triton" or "cuda": the last two make one launch of the forward, and read x once.
+
+    Returns:
+        RouterOutput(gates, index, logits); the logits for balance_loss and z_loss of adamix_kernels.routing.
+        Differentiable once in x, weight and bias, through gates and logits. Softmax and its gradient are float32
+        (float64 for float64). Under autocast x takes its dtype.
+
+    Memory at the peak, in bytes beyond the arguments, for N rows: forward `4 * N * M` and the gates with their ids; the
+    backward the results, `N * M` numbers of float32 twice and of x's dtype once.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device or shape is wrong; the message names it.
+        BackendUnavailableError: an explicit backend cannot serve the call.
+
+    Source: Mixtral's top-k (arXiv 2401.04088), as MixLoRA (arXiv 2404.15159) and MoLA (arXiv 2402.08562) use it; dense as
+    in LoRAMoE (arXiv 2312.09979).
+
+    Example:
+        >>> from adamix_kernels.routing import router_gates
+        >>> gates, index, logits = router_gates(torch.eye(3), torch.eye(3), top_k=2)
+        >>> index
+        tensor([[0, 1],
+                [1, 0],
+                [2, 0]])
+    """
+    check_tensor("x", x)
+    if x.dim() < 1:
+        fail("x", "shape ()", "[..., H]")
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None and x.dtype != torch.float64:
+        x = x.to(dtype)
+    check_tensor("weight", weight)
+    check_device("weight", weight, x)
+    if weight.dtype not in (x.dtype, torch.float32):
+        fail("weight", weight.dtype, " or ".join(dict.fromkeys((str(x.dtype), "torch.float32"))), TypeError)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or not 1 <= weight.shape[0] <= MOST_EXPERTS:
+        wanted = f"[M, H] with 1 <= M <= {MOST_EXPERTS} and H = {x.shape[-1]}"
+        fail("weight", f"shape {tuple(weight.shape)}", wanted)
+    experts = weight.shape[0]
+    if bias is not None:
+        check_tensor("bias", bias, weight)
+        check_shape("bias", bias, "[M]", experts)
+    wrong = isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= experts
+    if top_k is not None and wrong:
+        fail("top_k", repr(top_k), f"None (all experts) or 1 <= top_k <= {experts}")
+    check_request(backend)
+    chosen = 0 if top_k is None or top_k == experts else top_k
+    gates, index, logits = router_op(x, weight, bias, chosen, backend)
+    return RouterOutput(gates, index if chosen else None, logits)

@@ -1,0 +1,22 @@
+"""Tiles of the router: one size of rows serves every GPU, so that a token alone and a batch are one compiled kernel."""
+
+from __future__ import annotations
+
+import torch
+
+# Two programs of four warps a multiprocessor of an H100 at 8,192 rows.
+ROWS = 32
+
+
+def padded(experts: int) -> int:
+    """Columns of a tile of logits."""
+    return max(16, 1 << (experts - 1).bit_length())
+
+
+def features_at_once(experts: int, dtype: torch.dtype) -> int:
+    """Features a step: both tiles of all steps in flight stay within 99 KiB of shared memory."""
+    return max(16, min(128, 8192 // padded(experts) * 2 // dtype.itemsize))
+
+
+def stages(dtype: torch.dtype) -> int:
+    return 4 if dtype.itemsize == 2 else 3
