@@ -85,6 +85,8 @@ REMEDIES = (
     "routing=sample",
 )  # fmt: skip
 TOGETHER = ("adamix:together=0.5",)
+# The cause: drawn experts want a lower rate than one LoRA, and as many epochs as let each see its labels.
+LONG_RATES = {GATED[0]: (0.003, 0.001), "adamix": (0.003, 0.001, 0.0005)}
 SEARCHED_GATES = (GATED[0], *GATED[2:3], *GATED[4:])
 SHOTS = Limits(shots=30)
 STUDIES = (
@@ -110,6 +112,9 @@ STUDIES = (
           make=dialects.write_dialects_held_back),
     Study("gates_dialects_remedies", "dialects_held_back", [f"adamix:{change}" for change in REMEDIES],
           _epochs(5, ["merged"], 8, adamix=LORAS, **HALF), Limits(train_rows=800, dev_rows=300), seeds=1,
+          make=dialects.write_dialects_held_back),
+    Study("long_dialects_search", "dialects_held_back", [_at(m, r) for m, rates in LONG_RATES.items() for r in rates],
+          _epochs(20, ["merged", "fixed"], 8, adamix=LORAS, **HALF), Limits(train_rows=800, dev_rows=300), seeds=1,
           make=dialects.write_dialects_held_back),
     Study("questions", "e2e_questions", [m for m in (*GATED, *LORA_CONTROLS, *TOGETHER) if m != "equal"],
           _epochs(8, ["merged"], 8, adamix=LORAS, **HALF), Limits(train_rows=200, dev_rows=436),
