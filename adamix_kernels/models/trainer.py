@@ -25,7 +25,7 @@ from .quantised import known_to_train
 from .state import adamix_state
 from .trainer_checkpoints import CheckpointMixin
 from .trainer_checks import check_checkpointing, unsaved_parameters
-from .watch import warn_of_dropout
+from .watch import warn_of_dropout, warn_of_standstill
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,9 @@ class AdaMixTrainerMixin(CheckpointMixin):
         warn_of_dropout(self.model, adamix_state(self.model))
         halves = {torch.bfloat16: self.args.bf16, torch.float16: self.args.fp16}
         settle_backends(self.model, [dtype for dtype, on in halves.items() if on])
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        warn_of_standstill(self.state.log_history, adamix_state(self.model))
+        return result
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

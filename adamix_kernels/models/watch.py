@@ -1,15 +1,17 @@
-"""Warns once where an adapted model trains without its second pass, or with one that measures dropout."""
+"""Warns where an adapted model trains without its second pass, with one that measures dropout, or learns nothing."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..ops._passes import LOOKS
+from ..routing import LEARNED
 from .state import AdaMixState
 
 logger = logging.getLogger(__name__)
@@ -18,6 +20,8 @@ logger = logging.getLogger(__name__)
 _PATIENCE = 4
 # From here on a symmetric KL between two dropout masks outweighs the cross-entropy.
 _LARGE_WEIGHT = 10.0
+# A cross-entropy that ends above this part of its first has not fallen; fewer logs do not tell.
+_STANDSTILL, _LOGS = 0.98, 8
 # Of the head, which is trained.
 _HEADS_OWN = ("classifier_dropout", "summary_first_dropout")
 
@@ -113,3 +117,23 @@ def _dropouts(values: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str,
                 yield from _dropouts(value, f"{outer}{name}.")
         elif ("drop" in name) and name not in _HEADS_OWN and isinstance(value, (int, float)) and 0 < value < 1:
             yield outer + name, value
+
+
+def warn_of_standstill(history: Sequence[Mapping[str, Any]], state: AdaMixState) -> None:
+    """After a training of drawn experts: its last quarter's cross-entropy is where its first quarter's was.
+
+    history: the trainer's logs.
+    """
+    values = [log["cross_entropy"] for log in history if "cross_entropy" in log]
+    quarter = len(values) // 4
+    if state.config.num_experts == 1 or state.config.routing == LEARNED or len(values) < _LOGS:
+        return
+    first, last = mean(values[:quarter]), mean(values[-quarter:])
+    if last > _STANDSTILL * first:
+        logger.warning(
+            "cross-entropy did not fall in this training: %.3f in the first quarter of its steps, %.3f in the last. "
+            "Try a lower learning rate with more epochs: above some rate, which is lower than one adapter's, drawn "
+            "experts drift apart faster than they learn",
+            first,
+            last,
+        )

@@ -23,6 +23,8 @@ from adamix_kernels import (
     use_experts,
 )
 from adamix_kernels.models.doubling import split_passes
+from adamix_kernels.models.state import adamix_state
+from adamix_kernels.models.watch import warn_of_standstill
 
 WARNING = "trains without AdaMix's second pass"
 
@@ -236,3 +238,28 @@ def test_a_loop_of_ones_own_hears_of_dropout_too(caplog):
         told = [r.getMessage() for r in caplog.records if "has dropout" in r.getMessage()]
         assert len(told) == times
         assert not times or "hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "last", "told"),
+    [({}, 0.69, 1), ({}, 0.6, 0), ({"num_experts": 1}, 0.69, 0), ({"routing": "learned"}, 0.69, 0)],
+)
+def test_a_training_whose_cross_entropy_does_not_fall_is_told(caplog, options, last, told):
+    state = adamix_state(adapted(**options))
+    falling = [{"cross_entropy": 0.7 + (last - 0.7) * n / 7, "loss": 1.0} for n in range(8)]
+    warn_of_standstill([*falling, {"train_runtime": 1.0}], state)
+    assert sum("cross-entropy did not fall" in record.getMessage() for record in caplog.records) == told
+    caplog.clear()
+    warn_of_standstill(falling[:7], state)
+    assert not caplog.records
+
+
+def test_the_trainer_tells_of_a_training_that_learned_nothing(caplog, tmp_path):
+    for rate, told in ((0.0, 1), (0.02, 0)):
+        caplog.clear()
+        model = adapted(dropout=0.0)
+        settings = tiny_training.arguments(
+            tmp_path, max_steps=16, per_device_train_batch_size=16, logging_steps=1, learning_rate=rate
+        )
+        AdaMixTrainer(model, settings, train_dataset=rows(model)).train()
+        assert sum("lower learning rate" in record.getMessage() for record in caplog.records) == told
