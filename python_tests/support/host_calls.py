@@ -24,6 +24,8 @@ from benchmarks.host import driver as host_driver
 NOTED = []
 # Tensors that were launched on: were they freed, another could have their address.
 HELD = []
+# Every table of merge_banks, by its address.
+TABLES = {}
 
 
 class Noting:
@@ -45,12 +47,11 @@ class Noting:
 
 
 def addressed(value):
-    if not isinstance(value, torch.Tensor):
-        return value
-    HELD.append(value)
+    if isinstance(value, torch.Tensor):
+        HELD.append(value)
+        value = value.data_ptr()
     # merge_banks' table is what its plan is.
-    table = value.dtype is torch.int64 and value.dim() == 2 and value.shape[0] == 8
-    return tuple(value.flatten().tolist()) if table else value.data_ptr()
+    return tuple(TABLES[value].flatten().tolist()) if value in TABLES else value
 
 
 host_driver.install(lambda _: Noting)
@@ -59,6 +60,7 @@ from host_kinds import KINDS, Adapter, Merge  # noqa: E402
 
 from adamix_kernels.ops import _direct, _triton_plans  # noqa: E402
 from adamix_kernels.ops.merge import op as merge_op  # noqa: E402
+from adamix_kernels.ops.merge import triton_impl as merge_impl  # noqa: E402
 from adamix_kernels.ops.routed_adapter import api  # noqa: E402
 
 
@@ -71,6 +73,15 @@ def held(run):
     return holding
 
 
+def noted(make):
+    def noting(*arguments):
+        table = make(*arguments)
+        return TABLES.setdefault(table.data_ptr(), table)
+
+    return noting
+
+
+merge_impl._table = noted(merge_impl._table)
 # A plan's memory too.
 torch.Tensor.new_empty, torch.empty_like = held(torch.Tensor.new_empty), held(torch.empty_like)
 _triton_plans.Plan.__call__ = held(_triton_plans.Plan.__call__)

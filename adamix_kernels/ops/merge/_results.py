@@ -16,7 +16,7 @@ class Results:
     """The results of banks of one dtype and device, in one allocation. shapes: theirs, one each.
 
     elements: of the allocation. offsets: of each result in it.
-    plans: what a backend wants to find again when it is given the same Results.
+    plans: what a backend wants to find again when it is given the same Results, whose banks are alike in strides too.
     """
 
     def __init__(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,11 +50,23 @@ def _banks_forward(a: Banks, backend: str) -> list[torch.Tensor]:
     return merged
 
 
-# What was looked at before, and where the results of such lists lie.
-_KNOWN: dict[Any, Results] = {}
+class _Known(NamedTuple):
+    """A list of banks that was checked. guard: whether tensors are like its banks and scores, in class, shape, strides,
+    dtype and device; scored: which banks have scores, none for no bank."""
+
+    guard: Callable[..., bool]
+    scored: tuple[bool, ...]
+    device: torch.device
+    dtype: torch.dtype
+    results: Results
+
+
+# Those looked at before, by the number of tensors.
+_KNOWN: dict[int, list[_Known]] = {}
 _MOST_KNOWN = 16
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
-_shape_of = operator.attrgetter("shape")
+# torch.compile's own: one call looks at all tensors.
+_Guards: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
 
 
 def banks_directly(
@@ -61,29 +74,47 @@ def banks_directly(
 ) -> list[torch.Tensor] | None:
     """merge_banks without the dispatcher, of plain tensors of one dtype and device; None where that cannot be.
 
-    check: called where shapes, dtypes or devices are other than those of earlier calls. The results share memory.
+    check: called where the tensors are other than those of earlier calls. The results share memory.
     """
-    given = [score for score in scores if score is not None]
-    plain = _PLAIN.issuperset(map(type, banks)) and _PLAIN.issuperset(map(type, given))
-    if not banks or not plain or not may_be_direct():
+    if not banks or len(scores) != len(banks) or not may_be_direct():
         return None
-    # As the optimisers of torch do: {(device, dtype): ...}.
-    groups = torch._C._group_tensors_by_device_and_dtype([[*banks]], False)
-    if len(groups) > 1:
-        return None
-    ((device, dtype),) = groups
-    facts = tuple([None if s is None else (s.shape, s.dtype, s.device) for s in scores]) if given else ()
-    key = len(scores), dtype, device, tuple(map(_shape_of, banks)), facts
-    results = _KNOWN.get(key)
-    if results is None:
-        check()
-        results = Results([bank.shape[1:] for bank in banks], dtype, device)
-        if len(_KNOWN) >= _MOST_KNOWN:
-            _KNOWN.clear()
-        _KNOWN[key] = results
-    module = select("merge", backend, device, dtype)
+    tensors = banks
+    scored: tuple[bool, ...] = ()
+    if any(map(operator.is_not, scores, itertools.repeat(None))):
+        scored = tuple([score is not None for score in scores])
+        tensors = [*banks, *(score for score in scores if score is not None)]
+    for known in _KNOWN.get(len(tensors), ()):
+        if known.scored == scored and known.guard(*tensors):
+            break
+    else:
+        found = _look_at(banks, scored, tensors, check)
+        if found is None:
+            return None
+        known = found
+    module = select("merge", backend, known.device, known.dtype)
     with torch.no_grad(), torch._C._DisableAutocast():
-        return module.banks_forward(banks, scores, results)
+        return module.banks_forward(banks, scores, known.results)
+
+
+def _look_at(
+    banks: list[torch.Tensor], scored: tuple[bool, ...], tensors: list[torch.Tensor], check: Callable[[], None]
+) -> _Known | None:
+    """A list that is known from now on; None where the dispatcher must see it."""
+    if _Guards is None or not _PLAIN.issuperset(map(type, tensors)):
+        return None
+    check()
+    dtype, device = banks[0].dtype, banks[0].device
+    # A guard knows no tensor that comes twice.
+    once = len(set(map(id, tensors))) == len(tensors)
+    if not once or any(bank.dtype != dtype or bank.device != device for bank in banks):
+        return None
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    guard = _Guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    known = _Known(guard, scored, device, dtype, Results([bank.shape[1:] for bank in banks], dtype, device))
+    if sum(map(len, _KNOWN.values())) >= _MOST_KNOWN:
+        _KNOWN.clear()
+    _KNOWN.setdefault(len(tensors), []).append(known)
+    return known
 
 
 def _banks_forward_fake(a: Banks, backend: str) -> list[torch.Tensor]:

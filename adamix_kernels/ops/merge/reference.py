@@ -5,7 +5,8 @@ What a backend module holds; arguments are checked and on one device:
     experts_forward(bank, scores) -> merged; experts_backward(grad_out, bank, scores, need_bank, need_scores)
         -> (d bank, d scores), empty where not needed
     banks_forward(banks, scores, results) -> [merged], one launch; banks of one dtype and device. results: the same
-        object for the same shapes and dtypes, or None; a backend may put its results there, and remember plans
+        object for the same shapes, strides, dtypes and device, of scores too, or None; a backend may put its results
+        there, and remember plans
     lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out) -> merged weight
     loras_forward(weights, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out) -> merged weights [layers, ...], of
         lists of tensors that are alike in shapes, dtypes and device; one launch
