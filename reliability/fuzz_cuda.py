@@ -49,8 +49,12 @@ _GATED = {
     f"gated_{name}": f"gated_{name}_kernel"
     for name in ("forward", "input_grad", "weight_grad", "forward_mma", "input_grad_mma", "weight_grad_mma")
 }
+_SORTED = {
+    f"gated_{name}": f"gated_{name}_kernel"
+    for name in ("sort", "sorted_forward_mma", "sorted_input_grad_mma", "sorted_weight_grad_mma", "pair_sum")
+}
 if "gated_lora" in backends()["cuda"].ops:
-    KERNELS |= _GATED | {"gated_plane_sum": "plane_sum_kernel"}
+    KERNELS |= _GATED | _SORTED | {"gated_plane_sum": "plane_sum_kernel"}
 
 
 def run(size: str) -> Iterator[Figure]:
@@ -142,6 +146,8 @@ def _gated_groups() -> list[Group]:
             Group(f"{op}, pieces", cases(HALVES_AND_FLOAT[1:], Sizes(features=9, rank=6), whole=True), pieces),
             Group(f"{op}, many experts", cases(HALVES_AND_FLOAT, Sizes(), many=True), plain[:1]),
         ]
+    pieces = gated.gated_lora_cases(HALVES_AND_FLOAT[1:], Sizes(features=9), whole=True, many=True)
+    made.append(Group("gated_lora, sorted slots", pieces, tuple(_SORTED.values())))
     return made
 
 

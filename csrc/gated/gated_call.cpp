@@ -26,6 +26,13 @@ SlotExperts check_experts(const char* name, const OptionalTensor& index, const T
   return side;
 }
 
+bool same_memory(const OptionalTensor& one, const OptionalTensor& other) {
+  if (!one.has_value() || !other.has_value()) return false;
+  auto strides = [](const Tensor& of) { return std::vector<int64_t>(of.strides().begin(), of.strides().end()); };
+  return one->data_ptr() == other->data_ptr() && one->scalar_type() == other->scalar_type() &&
+         strides(*one) == strides(*other);
+}
+
 }  // namespace
 
 GatedCall::GatedCall(const Tensor& of_x, const Tensor& of_down, const Tensor& of_up, int64_t groups, const Names& names)
@@ -77,6 +84,7 @@ void GatedCall::check_gates(const Tensor& values, const OptionalTensor& down_ind
   kept.reserve(4);
   gates.down = check_experts(names.down_index, down_index, values, down_experts, slots, !has_ids, kept);
   gates.up = check_experts(names.up_index, up_index, values, up_experts, slots, !has_ids, kept);
+  one_index = same_memory(down_index, up_index);
   kept.push_back(as_contiguous(values));
   gates.values = kept.back().data_ptr();
   gates.kind = check_kind("gates", values);
@@ -126,6 +134,9 @@ Tensor run_gated_forward(GatedCall& call, const Device& device, OptionalTensor b
     params.bias_gates = data<T>(bias_gates);
     params.width = call.width;
     params.out_aligned = is_aligned(params.out, {call.width}, sizeof(T));
+    if constexpr (sizeof(T) == 2) {
+      if (launch_gated_forward_mma(params, device) || sorted_forward(params, call, device)) return;
+    }
     launch_gated_forward(params, device);
   });
   return t;

@@ -15,6 +15,7 @@ struct GatedCall {
   int64_t down_experts, up_experts;
   int width;  // columns of base, or of the gradient
   bool has_ids;
+  bool one_index = false;  // of both sides, as far as that can be seen without its values
   ColumnRanges ranges{};
   Gates gates{};
   Dropout dropout{nullptr, 0, 1.f};
@@ -68,6 +69,12 @@ struct GatedNeeds {
 struct GatedGrads {
   Tensor x, down, down_bias, up, up_bias, gates;
 };
+// Where pairs of a row and a slot are sorted by expert: launches nothing and returns false where that does not serve.
+template <typename T>
+bool sorted_forward(const GatedForward<T>& whole, GatedCall& call, const Device& device);
+template <typename T>
+bool sorted_backward(const GatedInputGrad<T>& whole, GatedCall& call, const Device& device, const GatedNeeds& needs,
+                     GatedGrads& grads);
 // Biases' gradients are for banks that have biases; of gates of samples, one a row: [B, S, slots] in float32.
 GatedGrads run_gated_backward(GatedCall& call, const Device& device, Tensor grad_out, Tensor t, const GatedNeeds& needs,
                               bool biases);

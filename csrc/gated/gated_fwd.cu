@@ -123,9 +123,6 @@ ADAMIX_INSTANTIATE(bfloat16)
 #if defined(ADAMIX_LAUNCHERS)
 template <typename T>
 void launch_gated_forward(const GatedForward<T>& params, const Device& device) {
-  if constexpr (sizeof(T) == 2) {
-    if (launch_gated_forward_mma(params, device)) return;
-  }
   Shape shape{dim3(count_tiles(params.rows)), kTileThreads, shared_bytes<GatedTile<T>>(params.gates)};
   launch("gated_forward", gated_forward_kernel<T>, shape, device, params);
 }

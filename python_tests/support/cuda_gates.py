@@ -19,14 +19,14 @@ BACKENDS = {
 class Drawn:
     """One call of an op with gates: its floating tensors, and what else it takes.
 
-    kind: "dense" or "chosen"; of: "tokens" or "samples"; banks: how many experts A and B have. The last expert is
-    never named where slots choose.
+    kind: "dense" or "chosen"; of: "tokens" or "samples"; banks: how many experts A and B have; one_index: both have
+    the same ids, in the same memory. The last expert is never named where slots choose.
     """
 
     def __init__(
         self, op="lora", kind="dense", of="tokens", banks=(4, 4), mix="outputs", batch=2, tokens=5, features=20, rank=3,
         cols=7, slots=2, groups=1, dtype=torch.float32, gates_dtype=torch.float32, scales=True, added=True, biases=True,
-        dropout_p=0.0, activation="gelu", seed=0,
+        dropout_p=0.0, activation="gelu", seed=0, one_index=False,
     ):  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
 
@@ -44,10 +44,14 @@ class Drawn:
             else torch.randint(max(bank - 1, 1), shape, generator=generator, dtype=number).to(DEVICE)
             for bank, number in zip(banks, (torch.int64, torch.int32))
         ]
+        if one_index:
+            self.indices[1] = self.indices[0]
         self.offsets = [2 * g * cols for g in range(groups)]
         width = (2 * groups - 1) * cols + (3 if groups > 1 else 0)
         gates = torch.rand(*shape, generator=generator, dtype=torch.float64)
-        self.scales = torch.tensor([0.5, 2.0, -1.0, 1.5, 0.25, 3.0, 1.0, 0.7] * 8)[:most].to(DEVICE) if scales else None
+        self.scales = (
+            torch.tensor([0.5, 2.0, -1.0, 1.5, 0.25, 3.0, 1.0, 0.7] * 10)[:most].to(DEVICE) if scales else None
+        )
         self.seed = torch.tensor(11, device=DEVICE) if dropout_p else None
         self.tensors = [
             randn(batch, tokens, features),

@@ -33,6 +33,8 @@ def _gates(d: Draw, banks: tuple[int, int], batch: int, tokens: int):
         names = ("first index", "second index")
         for side, (experts, name) in enumerate(zip(banks, names, strict=True)):
             indices[side] = d.ids(name, experts, *lead, slots) if wanted[side] else None
+        if None not in indices and banks[0] == banks[1] and d.flag():
+            indices[1] = indices[0]  # one index in memory: slots may be sorted by it
     half = d.dtype == torch.float16
     values = ("normal", "normal", "zeros") if half else ("normal", "normal", "zeros", "huge", "tiny", "one huge")
     dtype = d.choose((d.dtype, torch.float32))
