@@ -86,7 +86,9 @@ REMEDIES = (
 )  # fmt: skip
 TOGETHER = ("adamix:together=0.5",)
 # The cause: drawn experts want a lower rate than one LoRA, and as many epochs as let each see its labels.
-LONG_RATES = {GATED[0]: (0.003, 0.001), "adamix": (0.003, 0.001, 0.0005)}
+LONG_RATES = {
+    GATED[0]: (0.003, 0.001), "adamix": (0.003, 0.001, 0.0005), "adamix:share=up": (0.003, 0.001),
+}  # fmt: skip
 LONG = (GATED[0], _at("adamix", 0.001), _at("adamix:consistency_weight=0", 0.001))
 LOW = (_at("adamix", 0.001), _at(GATED[0], 0.001))
 SEARCHED_GATES = (GATED[0], *GATED[2:3], *GATED[4:])
