@@ -132,8 +132,9 @@ def warn_of_standstill(history: Sequence[Mapping[str, Any]], state: AdaMixState)
     if last > _STANDSTILL * first:
         logger.warning(
             "cross-entropy did not fall in this training: %.3f in the first quarter of its steps, %.3f in the last. "
-            "Try a lower learning rate with more epochs: above some rate, which is lower than one adapter's, drawn "
+            "Try %sa lower learning rate with more epochs: above some rate, which is lower than one adapter's, drawn "
             "experts drift apart faster than they learn",
             first,
             last,
+            "" if state.config.share else "share='up' (one bank for all experts on a side, as published) or ",
         )

@@ -85,10 +85,12 @@ REMEDIES = (
     "routing=sample",
 )  # fmt: skip
 TOGETHER = ("adamix:together=0.5",)
-# The cause: drawn experts want a lower rate than one LoRA, and as many epochs as let each see its labels.
-LONG_RATES = {GATED[0]: (0.003, 0.001), "adamix": (0.003, 0.001, 0.0005)}
-LONG = (GATED[0], _at("adamix", 0.001), _at("adamix:consistency_weight=0", 0.001))
-LOW = (_at("adamix", 0.001), _at(GATED[0], 0.001))
+# What does: B shared, as published, or a lower rate and more epochs.
+SHARED = "adamix:share=up"
+LONG_RATES = {
+    GATED[0]: (0.003, 0.001), "adamix": (0.003, 0.001, 0.0005), SHARED: (0.003, 0.001),
+}  # fmt: skip
+LONG = (GATED[0], SHARED, _at(SHARED, 0.001), _at("adamix", 0.001), _at("adamix:consistency_weight=0", 0.001))
 SEARCHED_GATES = (GATED[0], *GATED[2:3], *GATED[4:])
 SHOTS = Limits(shots=30)
 STUDIES = (
@@ -127,7 +129,7 @@ STUDIES = (
           make=data.write_questions),
     *(Study(f"{name}_{set_}", set_, methods, _epochs(epochs, ["merged"], 8, adamix=LORAS, **HALF), limits, make=make)
       for name, methods in (("gates", GATED), ("lora_controls", LORA_CONTROLS), ("together", TOGETHER),
-                              ("low", LOW))
+                              ("shared", (SHARED, _at(SHARED, 0.001))))
       for set_, epochs, limits, make in (
           ("sst2", 8, Limits(train_rows=200, dev_rows=436), None),
           ("dialects", 5, Limits(train_rows=800), dialects.write_dialects))),

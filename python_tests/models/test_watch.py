@@ -242,13 +242,21 @@ def test_a_loop_of_ones_own_hears_of_dropout_too(caplog):
 
 @pytest.mark.parametrize(
     ("options", "last", "told"),
-    [({}, 0.69, 1), ({}, 0.6, 0), ({"num_experts": 1}, 0.69, 0), ({"routing": "learned"}, 0.69, 0)],
-)
+    [
+        ({}, 0.69, 1),
+        ({"share": None}, 0.69, 1),
+        ({}, 0.6, 0),
+        ({"num_experts": 1}, 0.69, 0),
+        ({"routing": "learned"}, 0.69, 0),
+    ],
+)  # fmt: skip
 def test_a_training_whose_cross_entropy_does_not_fall_is_told(caplog, options, last, told):
     state = adamix_state(adapted(**options))
     falling = [{"cross_entropy": 0.7 + (last - 0.7) * n / 7, "loss": 1.0} for n in range(8)]
     warn_of_standstill([*falling, {"train_runtime": 1.0}], state)
-    assert sum("cross-entropy did not fall" in record.getMessage() for record in caplog.records) == told
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("cross-entropy did not fall" in message for message in messages) == told
+    assert any("share='up'" in message for message in messages) == ("share" in options)
     caplog.clear()
     warn_of_standstill(falling[:7], state)
     assert not caplog.records
