@@ -8,7 +8,7 @@ import logging
 import sys
 from dataclasses import fields
 
-from . import bench_host, bench_inference, bench_models, bench_step, mixtures, record, run_ops
+from . import bench_host, bench_inference, bench_models, bench_paired, bench_step, mixtures, record, run_ops
 from .contenders import TITLES, Workload
 from .harness import RedCheckError
 
@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     step.set_defaults(run=_step)
 
     run_ops.add_parser(commands)
+    bench_paired.add_parser(commands)
     bench_models.add_parser(commands)
     bench_inference.add_parser(commands)
     bench_host.add_parser(commands)
