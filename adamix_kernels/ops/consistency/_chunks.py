@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ def linear_loss(chunk: Callable[..., Chunk], a: Linear) -> tuple[torch.Tensor, .
     [2 * rows, V] are its to overwrite, factors [2] those of both parts' gradients. chunk_rows 0: by _chunk_size.py.
 
     Launches a chunk on a GPU: two products, the loss, and one more where the head is trained or has a bias (the hidden
-    states in a matrix), two more for a trained head (its product, added up).
+    states in a matrix); for a trained head its product, and one more where that does not add to the sum itself.
 
     float16 gradients are held divided by the larger of both parts' factors on a row (1/rows would underflow, a
     weight overflow): that factor, else 1, is returned, and backward applies it with the incoming gradient.
@@ -43,9 +44,10 @@ def linear_loss(chunk: Callable[..., Chunk], a: Linear) -> tuple[torch.Tensor, .
     factor = factors.amax() if hidden.dtype == torch.float16 else factors.new_ones(())
     factors = torch.where(factor > 0, factors / factor, 0)
     chunk_rows = a.chunk_rows
+    inside = a.need_weight and adds_inside(hidden.device, hidden.dtype)
     if not chunk_rows:
         sizes = labels.shape[0], vocab, width, hidden.element_size()
-        chunk_rows = pairs_a_chunk(*sizes, a.need_weight, hidden.device)
+        chunk_rows = pairs_a_chunk(*sizes, a.need_weight, hidden.device, inside)
     # Added up at the end: one rounding a chunk, all in one direction, would be more than PyTorch errs.
     losses: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
     d_hidden = torch.empty_like(pairs, memory_format=torch.contiguous_format) if a.need_hidden else hidden.new_empty(0)
@@ -77,7 +79,9 @@ def linear_loss(chunk: Callable[..., Chunk], a: Linear) -> tuple[torch.Tensor, .
             torch.bmm(passes, lm_head_weight.expand(2, vocab, width), out=d_hidden[:, part])
         elif a.need_hidden:
             d_hidden[:, part] = (d_logits @ lm_head_weight).unflatten(0, (2, -1))
-        if x is not None and a.need_weight and hidden.dtype == torch.bfloat16:
+        if x is not None and inside:
+            add_product(d_weight, d_logits.t(), x)
+        elif x is not None and a.need_weight and hidden.dtype == torch.bfloat16:
             d_weight += d_logits.t() @ x
         elif x is not None and a.need_weight:
             # float16 would overflow in a sum over many rows, before the factor makes it small.
@@ -95,6 +99,24 @@ def linear_loss(chunk: Callable[..., Chunk], a: Linear) -> tuple[torch.Tensor, .
 def multiplies_apart(device: torch.device) -> bool:
     """Whether both passes are a batch of two products, which copies no rows; a CPU takes one product of all rows."""
     return device.type != "cpu"
+
+
+@functools.cache
+def adds_inside(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `add_product` serves: CUDA, of a torch whose addmm takes a sum of float32 with factors of 16 bits."""
+    if device.type != "cuda" or dtype.itemsize != 2:
+        return False
+    total, factor = torch.zeros(8, 8, device=device), torch.zeros(8, 8, dtype=dtype, device=device)
+    try:
+        add_product(total, factor, factor)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right in one product, total of float32, the factors of 16 bits."""
+    torch.addmm(total, left, right, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
 
 
 def _room(hidden: torch.Tensor, pairs: int, vocab: int) -> torch.Tensor:
