@@ -63,6 +63,7 @@ STABLE_TORCH_LIBRARY(adamix_cuda, m) {
       "Tensor? up_bias, Tensor? down_index, Tensor? up_index, Tensor gates, bool need_input, bool need_down, "
       "bool need_up, bool need_gates, bool add_input, str activation, str mix) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("router_forward(Tensor x, Tensor weight, Tensor? bias, int top_k) -> (Tensor, Tensor, Tensor)");
   m.def("merge_banks_forward(Tensor[] banks, Tensor?[] scores, int[] offsets, int elements) -> Tensor");
   m.def("merge_experts_forward(Tensor bank, Tensor? scores) -> Tensor");
   m.def(
@@ -111,6 +112,7 @@ STABLE_TORCH_LIBRARY_IMPL(adamix_cuda, CompositeExplicitAutograd, m) {
   m.impl("gated_lora_backward", TORCH_BOX(&adamix::gated_lora_backward));
   m.impl("gated_adapter_forward", TORCH_BOX(&adamix::gated_adapter_forward));
   m.impl("gated_adapter_backward", TORCH_BOX(&adamix::gated_adapter_backward));
+  m.impl("router_forward", TORCH_BOX(&adamix::router_forward));
   m.impl("merge_banks_forward", TORCH_BOX(&adamix::merge_banks_forward));
   m.impl("merge_experts_forward", TORCH_BOX(&adamix::merge_experts_forward));
   m.impl("merge_experts_backward", TORCH_BOX(&adamix::merge_experts_backward));

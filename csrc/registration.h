@@ -50,6 +50,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_adapter_backwar
     OptionalTensor down_index, OptionalTensor up_index, Tensor gates, bool need_input, bool need_down, bool need_up,
     bool need_gates, bool add_input, std::string activation, std::string mix);
 
+std::tuple<Tensor, Tensor, Tensor> router_forward(Tensor x, Tensor weight, OptionalTensor bias, int64_t top_k);
+
 Tensor merge_banks_forward(std::vector<Tensor> banks, std::vector<OptionalTensor> scores, std::vector<int64_t> offsets,
                            int64_t elements);
 Tensor merge_experts_forward(Tensor bank, OptionalTensor scores);

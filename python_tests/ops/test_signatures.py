@@ -30,7 +30,7 @@ OPS = [
     ),
     ("routed_lora_", "routed_lora_forward_", "routed_lora", "forward", routed_lora.Forward),
     ("gated_lora_", "gated_lora_forward_", "gated_lora", "forward", gated_lora.Forward),
-    ("router", None, "router", "forward", router.Forward),
+    ("router", "router_forward", "router", "forward", router.Forward),
     ("router_backward", None, "router", None, router.Backward),
     ("merge_experts", "merge_experts_forward", "merge", "experts_forward", Experts),
     ("merge_experts_backward", "merge_experts_backward", "merge", "experts_backward", ExpertsBackward),
