@@ -116,7 +116,7 @@ def adds_inside(device: torch.device, dtype: torch.dtype) -> bool:
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """total += left @ right in one product, total of float32, the factors of 16 bits."""
-    torch.addmm(total, left, right, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+    torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
 def _room(hidden: torch.Tensor, pairs: int, vocab: int) -> torch.Tensor:

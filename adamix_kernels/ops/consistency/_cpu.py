@@ -103,7 +103,7 @@ def _visit_doubled(
     factors: of the cross-entropy and of J in the gradient, which goes to `to`, 0 outside selected; None: nowhere.
     """
     first = logits[: labels.shape[0]]
-    into = None if to is None else to.chunk(2)
+    into = (None, None) if to is None else to.chunk(2)
     wide = wide_dtype(logits.dtype)
 
     def read(at: At) -> Sequence[torch.Tensor]:
@@ -120,10 +120,11 @@ def _visit_doubled(
         if label_smoothing:
             log_likelihoods.mul_(1 - label_smoothing).add_(log_p.mean(-1), alpha=label_smoothing)
         twice, slopes = divergence(log_p, log_q, p, q, not detach_target)
-        if into is not None:
-            ga, gb = divergence_grad(p, q, slopes, factors[1])
+        if to is not None:
+            places = _places(into, p.dtype, at)
+            ga, gb = divergence_grad(p, q, slopes, factors[1], places)
             _add_entropy_grad(ga, p, target, here, factors[0], label_smoothing)
-            _write(into, (ga, gb), selected, at)
+            _write(into, (ga, gb), selected, at, places)
         return keep(log_likelihoods, here), twice
 
     log_likelihoods, twice = rows_by_blocks(read, first)
@@ -165,7 +166,8 @@ def _visit_pair(
         log_p, log_q = torch.log_softmax(a, -1, wide), torch.log_softmax(b, -1, wide)
         p, q = _exp(log_p), _exp(log_q)
         twice, slopes = divergence(log_p, log_q, p, q, not detach_target)
-        _write(to, divergence_grad(p, q, slopes, coefficient), mask, at)
+        places = _places(to, p.dtype, at)
+        _write(to, divergence_grad(p, q, slopes, coefficient, places), mask, at, places)
         return (twice,)
 
     return keep(rows_by_blocks(read, logits_a)[0], mask)
@@ -178,13 +180,26 @@ def _exp(log_probs: torch.Tensor) -> torch.Tensor:
     return log_probs.mul(_LOG2_E).exp2_()
 
 
-def _write(to: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor], mask: torch.Tensor | None, at: At) -> None:
-    """The gradients of a block into their places, 0 outside the mask."""
-    for one, g in zip(to, grads, strict=True):
+def _places(to: Sequence[torch.Tensor | None], dtype: torch.dtype, at: At) -> _Gradients:
+    """Of a block, where the gradients go and can be computed, being of their dtype."""
+    a, b = (None if one is None or one.dtype != dtype else one[at] if at else one for one in to)
+    return a, b
+
+
+def _write(
+    to: Sequence[torch.Tensor | None],
+    grads: Sequence[torch.Tensor],
+    mask: torch.Tensor | None,
+    at: At,
+    places: _Gradients,
+) -> None:
+    """The gradients of a block into their places, where they are not there already; 0 outside the mask."""
+    for one, g, place in zip(to, grads, places, strict=True):
         if one is not None:
             if mask is not None:
                 g[~mask[at]] = 0
-            (one[at] if at else one).copy_(g)
+            if place is None:
+                (one[at] if at else one).copy_(g)
 
 
 def _rows_that_count(

@@ -115,9 +115,14 @@ def restored_slopes(
 
 
 def divergence_grad(
-    p: torch.Tensor, q: torch.Tensor, slopes: Slopes, coefficient: torch.Tensor | float
+    p: torch.Tensor,
+    q: torch.Tensor,
+    slopes: Slopes,
+    coefficient: torch.Tensor | float,
+    to: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """coefficient * dJ/da and dJ/db: [..., V]; coefficient broadcasts to them. Overwrites the slopes.
+    """coefficient * dJ/da and dJ/db: [..., V], in `to` where given; coefficient broadcasts to them. Overwrites the
+    slopes.
 
     constant targets: 1/2 (p - q) and its opposite
     otherwise:        1/2 [p (d - E_p d) + p - q] and 1/2 [-q (d - E_q d) - (p - q)]
@@ -125,11 +130,13 @@ def divergence_grad(
     gap, d, mean_p, mean_q = slopes
     half = coefficient * 0.5
     if d is None or mean_p is None or mean_q is None:
-        ga = gap.mul_(half)
-        return ga, ga.neg()
-    ga = (d - mean_p.unsqueeze(-1)).mul_(p).add_(gap).mul_(half)
-    gb = d.sub_(mean_q.unsqueeze(-1)).mul_(q).add_(gap).mul_(-half)
-    return ga, gb
+        ga = torch.mul(gap, half, out=gap if to[0] is None else to[0])
+        return ga, torch.neg(ga, out=to[1])
+    ga = (d - mean_p.unsqueeze(-1)).mul_(p).add_(gap)
+    gb = d.sub_(mean_q.unsqueeze(-1)).mul_(q).add_(gap)
+    return torch.mul(ga, half, out=ga if to[0] is None else to[0]), torch.mul(
+        gb, -half, out=gb if to[1] is None else to[1]
+    )
 
 
 def cross_entropy_rows(

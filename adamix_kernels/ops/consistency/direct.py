@@ -46,10 +46,6 @@ def adamix(*arguments: Any, checked: bool) -> tuple[torch.Tensor, ...] | None:
         direct = served("consistency", backend, tensors, checked)
         if direct is None or not _selects(mask) or (num_items is not None and num_items.requires_grad):
             return None
-        if logits.is_cpu and _checks.values_at_hand(logits):
-            if not checked:
-                return None
-            _check_labels(labels, mask, ignore_index, logits.shape[-1])
         needed = logits.requires_grad and torch.is_grad_enabled()
         ahead = needed and direct.writes_gradient(logits.device.type, logits.dtype, expected)
         expected = None if expected is None else float(expected)
@@ -59,6 +55,8 @@ def adamix(*arguments: Any, checked: bool) -> tuple[torch.Tensor, ...] | None:
             plan = direct.adamix.make(*tensors, ahead, *options)
         if plan is None:
             return None
+        if logits.is_cpu and _checks.values_at_hand(logits):
+            _check_labels(labels, mask, ignore_index, logits.shape[-1])
         if not needed:
             made: tuple[torch.Tensor, ...] | None = plan(*tensors)
             return None if made is None else made[:3]
@@ -83,8 +81,6 @@ def consistency(*arguments: Any, checked: bool) -> torch.Tensor | None:
         tensors = logits_a, logits_b, mask
         direct = served("consistency", backend, tensors, checked)
         if direct is None or not _selects(mask):
-            return None
-        if logits_a.is_cpu and _checks.values_at_hand(logits_a) and not checked:
             return None
         grads = torch.is_grad_enabled()
         need_a, need_b = grads and logits_a.requires_grad, grads and logits_b.requires_grad

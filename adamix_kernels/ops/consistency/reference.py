@@ -35,6 +35,7 @@ import torch
 from . import _cpu
 from ._blocks import At, by_blocks, rows_by_blocks
 from ._chunks import Chunk, linear_loss
+from ._cpu_direct import Direct
 from ._rows import (
     cross_entropy_rows,
     divergence,
@@ -60,6 +61,9 @@ _ALL = (slice(None), *_BOTH)
 
 def writes_gradient(device_type: str, dtype: torch.dtype, expected: float | None) -> bool:
     return device_type == "cpu" and (dtype != torch.float16 or expected is not None)
+
+
+direct = Direct(writes_gradient)
 
 
 def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
