@@ -1,8 +1,9 @@
 """A layer of eight LoRAs with gates against other ways to compute it, and a 24-layer model of them against its base.
 
 `python -m benchmarks.run mixtures`. Times are paired: all ways of a case run right after one another, round by round.
-`calls` are what reaches the dispatcher and computes, views left out: one launch each, or more, on a GPU. `kept` is what
-autograd saves beside arguments, and parameters, until the backward.
+`calls` are what reaches the dispatcher and computes, views left out: one launch each, or more, on a GPU; `calls, kernels`
+the same where kernels serve, a router as one op. `kept` is what autograd saves beside arguments, and parameters, until
+the backward. --table prints what docs/gates.md shows of a CSV.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -19,11 +22,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamix_kernels import AdaMixConfig, adapt, routed_lora
-from adamix_kernels.routing import Gates, dense_gates
+from adamix_kernels.routing import Gates, dense_gates, linear
 
 from .measure import record
 from .measure.harness import Check, time_paired
 
+RESULTS = Path(__file__).parent / "results" / "mixtures_cpu.csv"
 EXPERTS, RANK, SCALING = 8, 8, 2.0
 KINDS = {"dense": None, "top-2": 2}
 TOLERANCE = 1e-4  # float32, against the same formula in float64, of the largest element
@@ -261,6 +265,9 @@ def measure_decoding(width: int, rounds: int | None, seconds: float) -> list[rec
     shape, made = f"24 layers, width {width}, 1 token", []
     for name in models:
         made.append(record.row("decode", name, shape, "float32", "calls", "", calls_of(lambda n=name: steps[n](0))))
+        with mock.patch.object(linear, "by_kernel", lambda *_: True):
+            calls = calls_of(lambda n=name: steps[n](0))
+        made.append(record.row("decode", name, shape, "float32", "calls, kernels", "", calls))
         made.append(
             record.row("decode", name, shape, "float32", "ratio_p50 to base", "", timing.ratio(name, "base").p50)
         )
@@ -272,6 +279,28 @@ def measure_decoding(width: int, rounds: int | None, seconds: float) -> list[rec
             ratio = (base + 2 * layers * banks) / base
             made.append(record.row("decode", name, size, "bfloat16", "weight bytes to base", "", ratio))
     return made
+
+
+def table(rows: list[record.Row]) -> str:
+    """What docs/gates.md shows of a CSV's rows."""
+    found = {(row.op, row.backend, row.shape, row.metric): row.value for row in rows}
+    lines = ["| layer | way | forward | calls | forward and backward | calls | kept, MiB |", "|---|---|---|---|---|---|---|"]
+    shapes = dict.fromkeys(row.shape for row in rows if row.op == "mixture/forward")
+    for shape in shapes:
+        for name in dict.fromkeys(row.backend for row in rows if row.shape == shape):
+            cells = [shape.partition(" ")[0], "ours" if name == "adamix" else name]
+            for op in ("mixture/forward", "mixture/forward+backward"):
+                ratio, calls = (found[op, name, shape, metric] for metric in ("ratio_p50 to adamix", "calls"))
+                cells += [f"{ratio:.2f}", f"{calls:.0f}"]
+            cells.append(f"{found[op, name, shape, 'kept']:.1f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| one token, 24 layers | calls | over the base | time over the base |", "|---|---|---|---|"]
+    for row in rows:
+        if row.metric == "calls, kernels":
+            base, ratio = (found["decode", name, row.shape, metric] for name, metric in (
+                ("base", row.metric), (row.backend, "ratio_p50 to base")))  # fmt: skip
+            lines.append(f"| {row.backend} | {row.value:.0f} | {row.value / base:.3f} | {ratio:.2f} |")
+    return "\n".join(lines)
 
 
 def add_parser(commands: Any) -> None:
@@ -286,10 +315,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="budget for the timed rounds of a case")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--out", help="CSV to write, for example benchmarks/results/mixtures_cpu.csv")
+    parser.add_argument("--table", action="store_true", help=f"measure nothing: the tables of {RESULTS.name}")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.table:
+        print(table(record.read(RESULTS)))
+        return 0
     torch.set_num_threads(options.threads)
     made = measure_layer(options.batch, options.tokens, options.width, options.repeats, options.seconds)
     made += measure_decoding(options.decoder_width, options.repeats, options.seconds)
