@@ -120,8 +120,10 @@ def run(line):
 
 def run_as_jobs(path, lines, address, gpus):
     """One Ray job a line, each this program as an array's element; waits for all, and tells how each ended."""
-    from ray.job_submission import JobStatus, JobSubmissionClient
-
+    try:
+        from ray.job_submission import JobStatus, JobSubmissionClient
+    except ModuleNotFoundError as missing:
+        sys.exit(f"{missing.name}: not installed, expected the extra: pip install 'adamix_kernels[ray]'")
     client = JobSubmissionClient(address)
     before = {job.submission_id: job.status for job in client.list_jobs() if job.submission_id}
     waiting = {}

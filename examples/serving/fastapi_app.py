@@ -24,9 +24,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # examples/, where serve_pack lies
 
-import uvicorn
-from fastapi import FastAPI, HTTPException
-from pydantic import BaseModel, ConfigDict, Field
+try:
+    import uvicorn
+    from fastapi import FastAPI, HTTPException
+    from pydantic import BaseModel, ConfigDict, Field
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"{missing.name}: not installed, expected the extra: pip install 'adamix_kernels[serve]'")
 from serve_pack import Busy, Server, load_test
 
 from adamix_kernels import load

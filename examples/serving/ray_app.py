@@ -28,11 +28,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # examples/, where serve_pack lies
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import ray
+try:
+    import ray
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"{missing.name}: not installed, expected the extra: pip install 'adamix_kernels[ray]'")
 import torch
 from fastapi_app import application
-from ray import serve
-from ray.serve.exceptions import RayServeException
 from serve_pack import Busy, Server, load_test
 
 from adamix_kernels import load
