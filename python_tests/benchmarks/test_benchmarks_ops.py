@@ -14,8 +14,10 @@ from benchmarks import run, sizes
 from benchmarks.measure import clock, record
 from benchmarks.measure.ceilings import Ceilings
 from benchmarks.measure.clock import SMOKE
+from benchmarks.measure.harness import RedCheckError
 from benchmarks.measure.ledger import AbsentError, BrokenDeviceError, Item, Ledger, RefusedError
 from benchmarks.ops import bench as op_bench
+from benchmarks.ops import paired as bench_paired
 from benchmarks.ops.cases import Case, Contender, Draw, Inputs, absent, bind, of
 from benchmarks.ops.check import disagreement, require_agreement
 from benchmarks.ops.run import OPS
@@ -284,3 +286,19 @@ def test_traffic_counts_what_must_move():
     assert loss.traffic["both"] == 8 * 8192 * 50257
     banks = next(iter(bench_merge.cases("gpu", CPU)))
     assert banks.traffic["forward"] == (4 + 1) * 4 * 24 * (2 * 512 * 1024 + 512 + 1024)
+
+
+def test_contenders_take_turns_after_their_results_were_compared(capsys):
+    def double(x, w):
+        return 2 * plain(x, w)
+
+    good = case_of(of("reference", plain), of("again", plain), absent("other", "not here"))
+    timing = bench_paired.measure(good, CPU, rounds=2, seconds=1.0)
+    assert {name: len(taken) for name, taken in timing.seconds.items()} == {"reference": 2, "again": 2}
+    assert all(0 < second < 1 for taken in timing.seconds.values() for second in taken)
+    with pytest.raises(RedCheckError, match="off: result 0 is not the reference's"):
+        bench_paired.measure(case_of(of("reference", plain), of("off", double)), CPU, rounds=1, seconds=1.0)
+    assert run.main(["paired", "merge", "--size", "smoke", "--only", "nothing"]) == 1
+    assert "no case's name holds 'nothing'" in capsys.readouterr().err
+    assert run.main(["paired", "merge", "--size", "smoke", "--only", "merge_lora", "--rounds", "2"]) == 0
+    assert "baddbmm" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -152,6 +153,8 @@ def test_the_count_beside_the_goal():
             assert not trained or narrow.outside < linear_share.share(*given, inside=False).outside
     lines = list(linear_share.table(8192, 50257))
     assert len(lines) == 2 + 4 * len(linear_share.GPUS)
+    page = Path(linear_share.__file__).parent.parent / "docs" / "linear_loss.md"
+    assert "\n".join(lines) in page.read_text()
 
 
 def test_logits_that_fit_l2_are_read_there():
