@@ -1,4 +1,4 @@
-"""Gated calls of more narrow columns than a tile holds: CUDA kernels that sort slots by expert (csrc/gated/sorted.h)."""
+"""Gated calls beyond 256 narrow columns on the CUDA backend: slots sorted by expert (csrc/gated/sorted.h)."""
 
 # ruff: noqa: E402 (the module is skipped where the kernels cannot run)
 
