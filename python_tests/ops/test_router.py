@@ -3,8 +3,15 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from router_cases import SIZES, check_choice, check_compile, check_forward_and_gradients, check_module, check_not_finite
-from router_cases import drawn
+from router_cases import (
+    SIZES,
+    check_choice,
+    check_compile,
+    check_forward_and_gradients,
+    check_module,
+    check_not_finite,
+    drawn,
+)
 
 from adamix_kernels import BackendUnavailableError
 from adamix_kernels.routing import LinearRouter, router_gates

@@ -1,9 +1,8 @@
 """What the tests of every backend of router_gates share: the definition, and what must hold of all."""
 
 import torch
-from torch.nn import functional as F
-
 from poison import poisoned_memory
+from torch.nn import functional as F
 
 from adamix_kernels.routing import LinearRouter, balance_loss, router_gates, z_loss
 from adamix_kernels.testing import assert_in_budget
@@ -107,7 +106,7 @@ def check_not_finite(backend):
 
 
 def check_module(backend):
-    """LinearRouter through the op: the reference path's gates, losses and gradients, in one call of the op a forward."""
+    """LinearRouter through the op: the reference path's gates, losses and gradients."""
     torch.manual_seed(0)
     router = LinearRouter(16, 6, 2, balance=True, z=True).train()
     router.weight.data.mul_(20)

@@ -1,5 +1,7 @@
 """The router's Triton kernel, interpreted or compiled: what test_router.py asks of the reference."""
 
+# ruff: noqa: E402 (the module is skipped where the kernels cannot run)
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -7,8 +9,15 @@ from triton_spy import DTYPES, INTERPRET, launches, needs_triton
 
 needs_triton()
 
-from router_cases import SIZES, check_choice, check_compile, check_forward_and_gradients, check_module, check_not_finite
-from router_cases import drawn
+from router_cases import (
+    SIZES,
+    check_choice,
+    check_compile,
+    check_forward_and_gradients,
+    check_module,
+    check_not_finite,
+    drawn,
+)
 
 from adamix_kernels.ops.router import triton_impl
 from adamix_kernels.routing import router_gates

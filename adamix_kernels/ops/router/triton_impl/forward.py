@@ -41,7 +41,9 @@ def router_kernel(
     if TOP_K == 0:
         value = tl.where(live[None, :], acc, -float("inf"))
         share = tl.exp(value - tl.max(value, axis=1)[:, None])
-        tl.store(gates + to, tl.div_rn(share, tl.broadcast_to(tl.sum(share, axis=1)[:, None], [ROWS, PADDED])), mask=mask)
+        tl.store(
+            gates + to, tl.div_rn(share, tl.broadcast_to(tl.sum(share, axis=1)[:, None], [ROWS, PADDED])), mask=mask
+        )
     else:
         # What is not to be chosen, or no more, is no candidate; a NaN ranks as infinity does.
         rank = tl.where(acc != acc, float("inf"), acc)
