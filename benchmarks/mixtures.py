@@ -1,9 +1,9 @@
 """A layer of eight LoRAs with gates against other ways to compute it, and a 24-layer model of them against its base.
 
 `python -m benchmarks.run mixtures`. Times are paired: all ways of a case run right after one another, round by round.
-`calls` are what reaches the dispatcher and computes, views left out: one launch each, or more, on a GPU; `calls, kernels`
-the same where kernels serve, a router as one op. `kept` is what autograd saves beside arguments, and parameters, until
-the backward. --table prints what docs/gates.md shows of a CSV.
+`calls` are what reaches the dispatcher and computes, views left out: one launch each, or more, on a GPU;
+`calls, kernels` the same where kernels serve, a router as one op. `kept` is what autograd saves beside arguments, and
+parameters, until the backward. --table prints what docs/gates.md shows of a CSV.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ def measure_decoding(width: int, rounds: int | None, seconds: float) -> list[rec
     shape, made = f"24 layers, width {width}, 1 token", []
     for name in models:
         made.append(record.row("decode", name, shape, "float32", "calls", "", calls_of(lambda n=name: steps[n](0))))
-        with mock.patch.object(linear, "by_kernel", lambda *_: True):
+        with mock.patch.object(linear, "by_kernel", return_value=True):
             calls = calls_of(lambda n=name: steps[n](0))
         made.append(record.row("decode", name, shape, "float32", "calls, kernels", "", calls))
         made.append(
@@ -284,7 +284,10 @@ def measure_decoding(width: int, rounds: int | None, seconds: float) -> list[rec
 def table(rows: list[record.Row]) -> str:
     """What docs/gates.md shows of a CSV's rows."""
     found = {(row.op, row.backend, row.shape, row.metric): row.value for row in rows}
-    lines = ["| layer | way | forward | calls | forward and backward | calls | kept, MiB |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| layer | way | forward | calls | forward and backward | calls | kept, MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     shapes = dict.fromkeys(row.shape for row in rows if row.op == "mixture/forward")
     for shape in shapes:
         for name in dict.fromkeys(row.backend for row in rows if row.shape == shape):

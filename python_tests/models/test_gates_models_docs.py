@@ -4,12 +4,14 @@ import copy
 import doctest
 import inspect
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
 import torch
 
 from adamix_kernels import AdaMixConfig, routing
+from adamix_kernels.routing import linear
 from benchmarks import mixtures
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gates.md"
@@ -62,3 +64,22 @@ def test_every_way_of_the_benchmark_computes_the_same(top_k):
     with torch.no_grad():
         layer.gates.mul_(0)
     assert mixtures._wrong(lambda one: one.x, layer)
+
+
+def test_the_calls_of_a_decoded_token_that_the_page_tells():
+    """With a router as one op, as where kernels serve, and on the reference."""
+    page, calls = PAGE.read_text(encoding="utf-8"), {}
+    ids = torch.randint(0, 128, (1, 1))
+    for name, config in {"base": None, **mixtures.configurations()}.items():
+        model = mixtures.decoder(config, 32)
+        for kernels in (False, True):
+            with torch.no_grad(), mock.patch.object(linear, "by_kernel", return_value=kernels):
+                calls[name, kernels] = mixtures.calls_of(lambda model=model: model(input_ids=ids, use_cache=True))
+    base = calls["base", True]
+    fused = {calls[name, True] - base for name in mixtures.configurations()}
+    assert fused == {96}  # a router and a gated call for each of 48 layers
+    assert f"{(881 + 96)} ({(881 + 96) / 881:.3f} of the base)" in page
+    for name, words in (("LoRAMoE", "1,025 (1.163)"), ("MoLA top-2", "1,073 (1.218)")):
+        more = calls[name, False] - base
+        assert f"{881 + more:,} ({(881 + more) / 881:.3f})" == words
+        assert words in page

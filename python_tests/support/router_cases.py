@@ -106,7 +106,7 @@ def check_not_finite(backend):
 
 
 def check_module(backend):
-    """LinearRouter through the op: the reference path's gates, losses and gradients, in one call of the op a forward."""
+    """LinearRouter through the op: the reference path's gates, losses and gradients."""
     torch.manual_seed(0)
     router = LinearRouter(16, 6, 2, balance=True, z=True).train()
     router.weight.data.mul_(20)

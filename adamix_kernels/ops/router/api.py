@@ -16,7 +16,7 @@ MOST_EXPERTS = 256
 class RouterOutput(NamedTuple):
     """What router_gates gives.
 
-    gates: [..., K] of the chosen, the largest first, or [..., M] where dense. index: int64, their experts, of the gates'
+    gates: [..., K] of the chosen, the largest first, or [..., M] where dense. index: int64, their experts, of the same
     shape; None where dense. logits: [..., M]. gates and logits are float32 (float64 for float64).
 
     Example:
@@ -52,15 +52,12 @@ def router_gates(
         Differentiable once in x, weight and bias, through gates and logits. Softmax and its gradient are float32
         (float64 for float64). Under autocast x takes its dtype.
 
-    Memory at the peak, in bytes beyond the arguments, for N rows: forward `4 * N * M` and the gates with their ids; the
-    backward the results, `N * M` numbers of float32 twice and of x's dtype once.
-
     Raises:
         TypeError, ValueError: an argument's type, dtype, device or shape is wrong; the message names it.
         BackendUnavailableError: an explicit backend cannot serve the call.
 
-    Source: Mixtral's top-k (arXiv 2401.04088), as MixLoRA (arXiv 2404.15159) and MoLA (arXiv 2402.08562) use it; dense as
-    in LoRAMoE (arXiv 2312.09979).
+    Source: Mixtral's top-k (arXiv 2401.04088), as MixLoRA (arXiv 2404.15159) and MoLA (arXiv 2402.08562) use it; dense
+    as in LoRAMoE (arXiv 2312.09979).
 
     Example:
         >>> from adamix_kernels.routing import router_gates
