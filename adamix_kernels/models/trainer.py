@@ -108,7 +108,7 @@ class AdaMixTrainerMixin(CheckpointMixin):
         halves = {torch.bfloat16: self.args.bf16, torch.float16: self.args.fp16}
         settle_backends(self.model, [dtype for dtype, on in halves.items() if on])
         result = super().train(resume_from_checkpoint, *args, **kwargs)
-        warn_of_standstill(self.state.log_history, adamix_state(self.model))
+        warn_of_standstill(self.state.log_history, self.model, adamix_state(self.model))
         return result
 
     def compute_loss(

@@ -77,10 +77,13 @@ class PassWatch:
 
 
 def _needs_two_passes(model: nn.Module, state: AdaMixState) -> bool:
+    return state.config.consistency_weight != 0 and state.router.passes == 2 and _draws(model, state)
+
+
+def _draws(model: nn.Module, state: AdaMixState) -> bool:
+    """Whether a training forward draws experts, and the caller or trained merge scores do not say which."""
     router = state.router
-    if state.config.consistency_weight == 0 or router.passes != 2 or state.merged:
-        return False
-    if not router.enabled or router.force_merged or router.experts is not None:
+    if state.merged or not router.enabled or router.force_merged or router.experts is not None:
         return False
     layer = model.get_submodule(state.paths[0])
     scores = (p for name, p in layer.named_parameters() if name.endswith("_score"))
@@ -119,7 +122,7 @@ def _dropouts(values: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str,
             yield outer + name, value
 
 
-def warn_of_standstill(history: Sequence[Mapping[str, Any]], state: AdaMixState) -> None:
+def warn_of_standstill(history: Sequence[Mapping[str, Any]], model: nn.Module, state: AdaMixState) -> None:
     """After a training of drawn experts: its last quarter's cross-entropy is where its first quarter's was.
 
     history: the trainer's logs.
@@ -127,6 +130,8 @@ def warn_of_standstill(history: Sequence[Mapping[str, Any]], state: AdaMixState)
     values = [log["cross_entropy"] for log in history if "cross_entropy" in log]
     quarter = len(values) // 4
     if state.config.num_experts == 1 or state.config.routing == LEARNED or len(values) < _LOGS:
+        return
+    if not _draws(model, state):
         return
     first, last = mean(values[:quarter]), mean(values[-quarter:])
     if last > _STANDSTILL * first:

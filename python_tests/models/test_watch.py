@@ -251,14 +251,26 @@ def test_a_loop_of_ones_own_hears_of_dropout_too(caplog):
     ],
 )  # fmt: skip
 def test_a_training_whose_cross_entropy_does_not_fall_is_told(caplog, options, last, told):
-    state = adamix_state(adapted(**options))
+    model = adapted(**options)
     falling = [{"cross_entropy": 0.7 + (last - 0.7) * n / 7, "loss": 1.0} for n in range(8)]
-    warn_of_standstill([*falling, {"train_runtime": 1.0}], state)
+    warn_of_standstill([*falling, {"train_runtime": 1.0}], model, adamix_state(model))
     messages = [record.getMessage() for record in caplog.records]
     assert sum("cross-entropy did not fall" in message for message in messages) == told
     assert any("share='up'" in message for message in messages) == ("share" in options)
     caplog.clear()
-    warn_of_standstill(falling[:7], state)
+    warn_of_standstill(falling[:7], model, adamix_state(model))
+    assert not caplog.records
+
+
+def test_a_training_that_draws_no_experts_is_told_nothing(caplog):
+    model, logs = adapted(), [{"cross_entropy": 0.7}] * 8
+    warn_of_standstill(logs, model, adamix_state(model))
+    assert caplog.records
+    caplog.clear()
+    with use_experts(model, 0):
+        warn_of_standstill(logs, model, adamix_state(model))
+    learn_merging(model)
+    warn_of_standstill(logs, model, adamix_state(model))
     assert not caplog.records
 
 
