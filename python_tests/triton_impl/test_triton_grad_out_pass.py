@@ -75,7 +75,8 @@ def test_a_wrong_id_is_nan_in_its_rows_and_teaches_no_expert():
     # As the forward leaves it.
     pre = torch.randn(*x.shape[:2], 16, dtype=x.dtype, device=DEVICE).masked_fill(wrong[..., None], 0)
     dx, *grads = triton_impl.backward(dy, x, pre, down, up, *bad, True, True, True, True, "gelu")
-    assert dx[wrong].isnan().all() and dx[~wrong].isfinite().all()
+    assert dx[wrong].isnan().all()
+    assert dx[~wrong].isfinite().all()
     # As if those rows were not there; the down side's id does not concern the up side's bias.
     without = dy.masked_fill(wrong[..., None], 0)
     _, *want = triton_impl.backward(without, x, pre, down, up, *good, True, True, True, True, "gelu")
@@ -98,7 +99,7 @@ def test_an_expert_without_samples_gets_zeros():
     tensors, _ = draw(torch.bfloat16, *CASES["samples within programs"])
     index = torch.tensor([0, 2, 0, 0, 2], device=DEVICE)
     _, _, down, down_bias, *_ = run_adapter("triton", tensors, [index, None])(*tensors)
-    assert not down[1].any() and not down_bias[1].any() and down[0].any() and down_bias[2].any()
+    assert [bool(grad.any()) for grad in down] == [bool(grad.any()) for grad in down_bias] == [True, False, True]
 
 
 @pytest.mark.parametrize(

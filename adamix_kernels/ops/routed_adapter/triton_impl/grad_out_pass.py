@@ -22,10 +22,11 @@ def adapter_grad_out_pass_kernel(
     ADD_GRAD: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, COLS: tl.constexpr,
     ABREAST: tl.constexpr,
 ):  # fmt: skip
-    """dpre = act'(pre) * (dy Wu), dx = dpre Wd[i] (+ dy); planes [programs, H, R] of dy^T act(pre), [programs, H] of dy.
+    """dpre = act'(pre) * (dy Wu), dx = dpre Wd[i] (+ dy); planes of dWu = dy^T act(pre) and of dbu, the sum of dy.
 
-    dpre, dx and the planes may be None. share: tiles of ROWS tokens of a program. PARTS * COLS: H padded; ABREAST: rows
-    that a program's threads hold side by side, whose sums stay apart until the end.
+    dpre, dx and the planes [programs, H, R], [programs, H] may be None. share: tiles of ROWS tokens of a program.
+    PARTS * COLS: H padded. ABREAST: rows that a program's threads hold side by side, whose sums stay apart until the
+    end.
     """
     dtype: tl.constexpr = pre.dtype.element_ty
     c = tl.arange(0, PARTS)[:, None, None] * COLS + tl.arange(0, COLS)[None, None, :]  # [PARTS, 1, COLS]
@@ -60,7 +61,7 @@ def adapter_grad_out_pass_kernel(
             dy = tl.load(grad_out + long[None, :, None] * H + c, mask=mask, other=0.0)
             at = long[:, None] * R + k[None, :]
             at_mask = valid[:, None] & (k < R)[None, :]
-            # One for each thread. The sums of one keep them there: else every warp computes them all, where it wants them.
+            # One for each thread. The sums, of one term, keep them there: else every warp would compute them all.
             z_row = offset0 + flat // RP
             z = tl.load(
                 pre + (b * span + z_row).to(tl.int64) * R + flat % RP, mask=(z_row < span) & (flat % RP < R), other=0.0
