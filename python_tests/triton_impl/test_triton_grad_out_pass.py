@@ -14,21 +14,21 @@ needs_triton()
 from adapter_cases import draw_adapter, run_adapter
 
 from adamix_kernels._triton_utils import capability
-from adamix_kernels.ops import _adapter_planes
+from adamix_kernels.ops import _adapter_planes, _one_read
 from adamix_kernels.ops.routed_adapter import triton_impl
 from adamix_kernels.ops.routed_adapter.triton_impl import one_read, weights
 from adamix_kernels.testing import assert_in_budget
 
 spied_launches = functools.partial(launches, triton_impl, one_read, weights, _adapter_planes)
 draw = functools.partial(draw_adapter, DEVICE)
-pytestmark = pytest.mark.skipif(not one_read.KEEPS, reason="needs Triton 3.3")
+pytestmark = pytest.mark.skipif(not _one_read.KEEPS, reason="needs Triton 3.3")
 
 
 @pytest.fixture(autouse=True)
 def few_rows():
     with (
-        mock.patch.object(one_read, "MIN_ROWS", 1),
-        mock.patch.dict(one_read.PROGRAMS, {capability(torch.device(DEVICE)): 3}),
+        mock.patch.object(_one_read, "MIN_ROWS", 1),
+        mock.patch.dict(_one_read.PROGRAMS, {capability(torch.device(DEVICE)): 3}),
     ):
         yield
 
@@ -102,21 +102,24 @@ def test_an_expert_without_samples_gets_zeros():
     assert [bool(grad.any()) for grad in down] == [bool(grad.any()) for grad in down_bias] == [True, False, True]
 
 
-@pytest.mark.parametrize(
-    ("changed", "why"),
-    [
-        (dict(hidden=1088, width=1088), "more features than registers hold"),
-        (dict(width=256), "dx is not as wide as dy"),
-        (dict(rank=17), "wider than a product"),
-        (dict(rank=0), "no rank"),
-    ],
-)
-def test_dy_is_read_twice_where_it_must(changed, why):
-    plan = triton_impl.make_plan(4, 64, 8, None, None, 1, 1)
-    like = torch.empty(0, dtype=torch.bfloat16, device=DEVICE)
-    sizes = dict(hidden=128, width=128, rank=8)
-    assert one_read.tiles_a_program(plan, like, **sizes) > 0
-    assert one_read.tiles_a_program(plan, like, **sizes | changed) == 0, why
-    assert one_read.tiles_a_program(plan, like.float(), **sizes) == 0
-    with mock.patch.object(one_read, "MIN_ROWS", 86):
-        assert one_read.tiles_a_program(plan, like, **sizes) == 0, "too few rows for planes"
+def test_dy_is_read_twice_where_it_must():
+    here = capability(torch.device(DEVICE))
+    plan = functools.partial(triton_impl.make_plan, 4, 64, 8)
+    one = plan(None, None, 1, 1)
+    assert _one_read.tiles_a_program(one, here, 2, 8, 128) == 6
+    ids = torch.zeros(4, dtype=torch.long, device=DEVICE)
+    tokens = ids[:, None].expand(4, 64)
+    wrong = {
+        "an up side of several experts": (plan(None, ids, 1, 2), here, 2, 8, 128),
+        "an expert a token": (plan(tokens, None, 2, 1), here, 2, 8, 128),
+        "float32": (one, here, 4, 8, 128),
+        "a GPU of little shared memory": (one, 86, 2, 8, 128),
+        "wider than a product": (one, here, 2, 17, 128),
+        "no rank": (one, here, 2, 0, 128),
+        "more features than registers hold": (one, here, 2, 8, 128, 1032),
+        "rows that begin anywhere": (one, here, 2, 8, 132),
+        "no features": (one, here, 2, 8, 0),
+    }
+    assert {why for why, arguments in wrong.items() if _one_read.tiles_a_program(*arguments)} == set()
+    with mock.patch.object(_one_read, "MIN_ROWS", 86):
+        assert _one_read.tiles_a_program(one, here, 2, 8, 128) == 0

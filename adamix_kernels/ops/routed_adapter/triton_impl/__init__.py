@@ -12,13 +12,14 @@ import torch
 
 from ...._triton_utils import capability, dot_dtype, launch, memory, precision
 from ...._triton_utils import problem as unsupported
+from ..._one_read import tiles_a_program
 from ..._passes import by_pass
 from ..._routed_plan import Plan, group_rows, make_plan
 from ..._triton_plans import Planned
 from ..._triton_tables import Config
 from .forward import adapter_forward_kernel
 from .input_grad import adapter_input_grad_kernel
-from .one_read import read_once, tiles_a_program
+from .one_read import read_once
 from .tables import row_tile, tile_options
 from .weights import weight_grads
 
@@ -64,7 +65,8 @@ def backward(
     dpre = memory(x, *pre.shape) if need_down else None
     h, rest, up_planes = pre, activation, None
     plan = make_plan(*x.shape[:2], pre.shape[2], down_index, up_index, down_weight.shape[0], up_weight.shape[0])
-    share = tiles_a_program(plan, x, x.shape[2], grad_out.shape[2], pre.shape[2])
+    alike = x.shape[2] == grad_out.shape[2]
+    share = tiles_a_program(plan, capability(x.device), x.element_size(), pre.shape[2], *x.shape[2:]) if alike else 0
     if share:
         up_planes = read_once(
             plan, share, grad_out, pre, up_weight, down_weight, dpre, dx, need_up,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from ...._triton_utils import DTYPES, precision
 from ..._adapter_planes import SUM_CHUNK, SUM_COLS, adapter_plane_sum_kernel
+from ..._one_read import PROGRAMS
 from ..._routed_plan import power_of_2
 from ..._triton_aot import POINTERS, AotCase, make_case
 from . import one_read
@@ -36,7 +37,7 @@ def aot_cases(capability: int = 90) -> Iterator[AotCase]:
                 yield from _tile_cases(name, dtype, pointer, routing, experts, r, capability)
                 yield _weight_case(name, dtype, pointer, routing, experts, r, capability)
         yield _sum_case(dtype, pointer)
-        if dtype.itemsize == 2 and capability in one_read.PROGRAMS:
+        if dtype.itemsize == 2 and capability in PROGRAMS:
             yield _pass_case(dtype, pointer)
 
 

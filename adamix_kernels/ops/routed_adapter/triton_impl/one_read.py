@@ -1,4 +1,4 @@
-"""When the backward reads dy once (grad_out_pass.py), and the launch that does: decided by shapes and the GPU alone."""
+"""The launch of the backward that reads dy once (grad_out_pass.py), where ops/_one_read.py says so."""
 
 from __future__ import annotations
 
@@ -6,18 +6,13 @@ from typing import NamedTuple
 
 import torch
 
-from ...._triton_utils import capability, dot_dtype, launch, memory
-from ..._routed_plan import Plan, power_of_2
-from ..._row_tiles import KEEPS
+from ...._triton_utils import dot_dtype, launch, memory
+from ..._one_read import RANK, ROWS, WARPS, columns, programs_of
+from ..._routed_plan import Plan
 from .grad_out_pass import adapter_grad_out_pass_kernel
 
-# Programs on GPUs whose multiprocessors hold one of 112 KB: no more than there are multiprocessors.
-PROGRAMS = {80: 108, 90: 128, 100: 144}
-# Fewest rows of a program: its plane, written and read, costs as much as dy's second read of some 50 rows.
-MIN_ROWS = 128
-# Columns of an expert; features: those of dWu that 8 warps hold in registers, and that fill a product of each.
-RANK, MOST, FEWEST = 16, 1024, 128
-ROWS, WARPS, STAGES = 16, 8, 2
+# dy is used in registers, too: loaded ahead by Triton it would lie in shared memory without swizzling.
+STAGES = 1
 
 
 class UpPlanes(NamedTuple):
@@ -28,20 +23,9 @@ class UpPlanes(NamedTuple):
     programs: int
 
 
-def tiles_a_program(plan: Plan, like: torch.Tensor, hidden: int, width: int, rank: int) -> int:
-    """Tiles of ROWS tokens that a program of the launch takes; 0 where dy is read twice."""
-    programs = PROGRAMS.get(capability(like.device), 0)
-    masked = plan.down.masked or plan.up.masked or plan.key is not None or plan.up.experts > 1
-    fits = hidden == width and hidden % 8 == 0 and FEWEST <= power_of_2(hidden) <= MOST and 0 < rank <= RANK
-    if not KEEPS or masked or not fits or like.element_size() != 2 or plan.batch * plan.span < MIN_ROWS * programs:
-        return 0
-    return programs and -(-plan.batch * -(-plan.span // ROWS) // programs)
-
-
-def read_once(plan: Plan, share: int, grad_out, pre, up_weight, down_weight, dpre, dx, need_up, **options):
-    """Fills dpre and dx, which may be None; the up side's planes, None unless need_up."""
-    (_, rank, hidden), like = down_weight.shape, grad_out
-    programs = -(-plan.batch * -(-plan.span // ROWS) // share)
+def read_once(plan: Plan, share: int, grad_out, pre, up_weight, down_weight, dpre, dx, need_up, **options) -> UpPlanes:
+    """Fills dpre and dx, which may be None; the up side's planes, None unless need_up. share: tiles a program."""
+    (_, rank, hidden), like, programs = down_weight.shape, grad_out, programs_of(plan, share)
     planes = UpPlanes(None, None, programs)
     if need_up:
         weight = memory(like, programs, *up_weight.shape, dtype=torch.float32)
@@ -57,8 +41,8 @@ def read_once(plan: Plan, share: int, grad_out, pre, up_weight, down_weight, dpr
 
 def constants(hidden: int, dtype: torch.dtype) -> dict[str, object]:
     """The kernel's block sizes and compile options."""
-    padded = power_of_2(hidden)
+    cols = columns(hidden)
     return dict(
-        RP=RANK, DOT=dot_dtype(dtype), ROWS=ROWS, PARTS=WARPS, COLS=padded // WARPS,
-        ABREAST=min(ROWS, WARPS * 256 // padded), num_warps=WARPS, num_stages=STAGES,
+        RP=RANK, DOT=dot_dtype(dtype), ROWS=ROWS, PARTS=WARPS, COLS=cols, ABREAST=min(ROWS, 256 // cols),
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip

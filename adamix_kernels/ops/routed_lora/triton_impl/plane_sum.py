@@ -5,8 +5,6 @@ import triton.language as tl
 
 from ...._triton_utils import narrow
 
-# Planes asked for at once.
-_AHEAD = tl.constexpr(8)
 # Most samples of a split (weights.MAX_SAMPLES), a power of two.
 _SAMPLES = tl.constexpr(16)
 
@@ -14,7 +12,7 @@ _SAMPLES = tl.constexpr(16)
 @triton.jit
 def _sum_planes(
     plane_ptr, out_ptr, index_ptr, block, batch, share, splits,
-    SIZE: tl.constexpr, MODE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, MODE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Elements of one expert; a plane that holds nothing of it is not read."""
     BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
@@ -22,8 +20,8 @@ def _sum_planes(
     at = (block % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     inside = at < SIZE
     acc = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, splits, _AHEAD):
-        for ahead in tl.static_range(_AHEAD):
+    for start in range(0, splits, AHEAD):
+        for ahead in tl.static_range(AHEAD):
             split = start + ahead
             used = split < splits
             plane = split * EXPERTS + m
@@ -46,17 +44,29 @@ def lora_sum_kernel(
     batch, a_share, a_splits, a_programs, b_share, b_splits,
     A_SIZE: tl.constexpr, A_MODE: tl.constexpr, A_EXPERTS: tl.constexpr,
     B_SIZE: tl.constexpr, B_MODE: tl.constexpr, B_EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of dA, then of dB); a side without planes has none. sizes in elements of an expert."""
     program = tl.program_id(0)
     if a_plane_ptr is not None:  # noqa: SIM102
         if program < a_programs:
             _sum_planes(
-                a_plane_ptr, da_ptr, a_index_ptr, program, batch, a_share, a_splits, A_SIZE, A_MODE, A_EXPERTS, BLOCK
+                a_plane_ptr,
+                da_ptr,
+                a_index_ptr,
+                program,
+                batch,
+                a_share,
+                a_splits,
+                A_SIZE,
+                A_MODE,
+                A_EXPERTS,
+                BLOCK,
+                AHEAD,
             )
     if b_plane_ptr is not None:  # noqa: SIM102
         if program >= a_programs:
             _sum_planes(
                 b_plane_ptr, db_ptr, b_index_ptr, program - a_programs, batch, b_share, b_splits,
-                B_SIZE, B_MODE, B_EXPERTS, BLOCK,
+                B_SIZE, B_MODE, B_EXPERTS, BLOCK, AHEAD,
             )  # fmt: skip

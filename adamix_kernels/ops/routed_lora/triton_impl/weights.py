@@ -17,8 +17,9 @@ from .weight_grad import lora_grads_kernel
 # Fewest rows of a split in tiles, rows of a split whose plane costs little beside them (for narrow columns), and most
 # splits; whole samples that one split may hold.
 MIN_TILES, ROWS, COLUMN_ROWS, MAX_SPLITS, MAX_SAMPLES = 2, 256, 8, 64, 16
-# Elements that a program of the sum of the planes takes.
-SUM_BLOCK = 512
+# Elements that a program of the sum of the planes takes, and planes that it asks for at once; of more than MAX_SPLITS.
+SUM_BLOCK, SUM_AHEAD = 512, 8
+MANY_BLOCK, MANY_AHEAD = 256, 32
 
 
 class Rows(NamedTuple):
@@ -49,8 +50,10 @@ class Rows(NamedTuple):
         return self.splits == 1 and self.mode not in ("parts", "samples")
 
 
-def weight_grads(x, grad_out, dt, t, keys, da, db, threshold: int, inv_keep: float, scaling: float, call: Call) -> None:
-    """Fills da and db; None for one that is not needed."""
+def weight_grads(
+    x, grad_out, dt, t, keys, da, db, threshold: int, inv_keep: float, scaling: float, call: Call, b_planes=None
+) -> None:
+    """Fills da and db; None for one that is not needed. b_planes: dB's, where an earlier launch has made them."""
     sizes, plan = call.sizes, call.plan
     width = max(_narrow(plan.down, call.packed, call)[1:], _narrow(plan.up, sizes["RANK"], call)[1:], key=math.prod)
     width = math.prod(width)
@@ -63,14 +66,19 @@ def weight_grads(x, grad_out, dt, t, keys, da, db, threshold: int, inv_keep: flo
     sides, planes, programs = {}, {}, {}
     for name, (side, columns, blocks, grad) in wanted.items():
         rows = sides[name] = split_rows(call, side, columns, chosen.rows, features)
+        if name == "B" and b_planes is not None:
+            sides[name] = rows._replace(mode="all", splits=b_planes.shape[0], slots=1)
+            planes[name], programs[name] = b_planes, 0
+            continue
         planes[name], programs[name] = None, blocks * -(-columns // rows.rp) * rows.programs if grad is not None else 0
         if programs[name]:
             shape = rows.splits, rows.slots, *grad.shape[1:]
             planes[name] = grad if rows.direct else memory(grad, *shape, dtype=torch.float32)
     a, b = sides["A"], sides["B"]
+    b_here = planes["B"] if programs["B"] else None
     launch(
         lora_grads_kernel, (sum(programs.values()),), x.device,
-        x, grad_out, dt, t, *a[1:4], *b[1:4], keys, planes["A"], planes["B"], call.rows, call.batch, call.tokens,
+        x, grad_out, dt, t, *a[1:4], *b[1:4], keys, planes["A"], b_here, call.rows, call.batch, call.tokens,
         plan.down.div, a.share, a.splits, programs["A"], plan.up.div, b.share, b.splits, threshold, inv_keep, scaling,
         **sizes, A_MODE=a.mode, A_EXPERTS=plan.down.experts, A_PADDED=a.padded, A_RP=a.rp,
         B_MODE=b.mode, B_EXPERTS=plan.up.experts, B_PADDED=b.padded, B_RP=b.rp,
@@ -83,10 +91,12 @@ def _sum(x, sides: dict[str, Rows], planes, grads, call: Call) -> None:
     arguments: dict[str, tuple[Any, ...]] = {}
     constants: dict[str, Any] = {}
     programs = {}
+    many = sides["B"].mode == "all" and sides["B"].splits > MAX_SPLITS
+    block, ahead = (MANY_BLOCK, MANY_AHEAD) if many else (SUM_BLOCK, SUM_AHEAD)
     for name, grad in grads.items():
         rows, left = sides[name], planes[name] is not None and not sides[name].direct
         size, experts = (grad[0].numel(), grad.shape[0]) if left else (0, 1)
-        programs[name] = experts * -(-size // SUM_BLOCK)
+        programs[name] = experts * -(-size // block)
         # Splits of a sample, or samples of a split.
         share = -(-call.tokens // rows.share) if rows.mode == "parts" else rows.share
         index = rows.index if rows.mode == "parts" or rows.mode == "samples" else None
@@ -96,7 +106,7 @@ def _sum(x, sides: dict[str, Rows], planes, grads, call: Call) -> None:
     launch(
         lora_sum_kernel, (sum(programs.values()),), x.device,
         a[0], b[0], a[1], b[1], a[2], b[2], call.batch, *a[3:], programs["A"], *b[3:],
-        **constants, BLOCK=SUM_BLOCK, num_warps=4,
+        **constants, BLOCK=block, AHEAD=ahead, num_warps=4,
     )  # fmt: skip
 
 
