@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import activate, activation_slope, narrow
-from ..._routed_tiles import poison, tile_experts
+from ..._routed_tiles import poison, sum_of_warps, tile_experts
 
 
 @triton.jit(do_not_specialize=["batch", "span", "down_div", "up_div", "share"])
@@ -67,7 +67,7 @@ def adapter_grad_out_pass_kernel(
                 pre + (b * span + z_row).to(tl.int64) * R + flat % RP, mask=(z_row < span) & (flat % RP < R), other=0.0
             ).to(tl.float32)
             slope = tl.reshape(tl.sum(activation_slope(z, ACTIVATION)[:, None], axis=1), [ROWS, RP])
-            g = tl.sum(tl.dot(dy.to(DOT), up.to(DOT)), axis=0) * slope
+            g = sum_of_warps(tl.dot(dy.to(DOT), up.to(DOT)), PARTS, ROWS, RP) * slope
             # As in the forward: NaN in dx, nothing for the experts.
             g = tl.where(wrong[:, None], 0.0, g)
             if dpre is not None:

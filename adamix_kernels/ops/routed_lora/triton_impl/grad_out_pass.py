@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
-from ..._routed_tiles import poison, tile_experts
+from ..._routed_tiles import poison, sum_of_warps, tile_experts
 from .tiles import drop, row_keys
 
 
@@ -59,7 +59,7 @@ def lora_grad_out_pass_kernel(
             at = long[:, None] * R + k[None, :]
             at_mask = valid[:, None] & (k < R)[None, :]
             # As in the forward: NaN in dx, nothing for the experts.
-            dt = tl.sum(tl.dot(dy.to(DOT), b.to(DOT)), axis=0) * scaling
+            dt = sum_of_warps(tl.dot(dy.to(DOT), b.to(DOT)), PARTS, BLOCK_M, RP) * scaling
             dt = narrow(tl.where(wrong[:, None], 0.0, dt), dtype)
             if dt_ptr is not None:
                 tl.store(dt_ptr + at, dt, mask=at_mask)
