@@ -56,12 +56,12 @@ def test_every_cut_of_the_rows(case):
     check(case)
 
 
-@pytest.mark.parametrize("residual", ["none", "other"])
+@pytest.mark.parametrize("residual", ["none", pytest.param("other", marks=pytest.mark.nightly)])
 def test_other_residuals_in_float16(residual):
     check("padded features", residual, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("activation", ["gelu_tanh", "relu", None])
+@pytest.mark.parametrize("activation", [pytest.param("gelu_tanh", marks=pytest.mark.nightly), "relu", None])
 def test_every_activation(activation):
     check("one expert", activation=activation)
 
@@ -84,7 +84,7 @@ def test_a_wrong_id_is_nan_in_its_rows_and_teaches_no_expert():
     assert grads[3].isfinite().all()
 
 
-@pytest.mark.parametrize("needed", [(1, 0, 0), (0, 0, 1), (0, 1, 1)])
+@pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 1)])
 def test_what_is_not_wanted_changes_no_bit_of_the_rest(needed):
     (x, down, _, up, _, dy), (index, _) = draw(torch.bfloat16, *CASES["samples within programs"])
     pre = torch.randn(*x.shape[:2], 16, dtype=x.dtype, device=DEVICE)
@@ -103,7 +103,7 @@ def test_an_expert_without_samples_gets_zeros():
 
 
 def test_dy_is_read_twice_where_it_must():
-    here = capability(torch.device(DEVICE))
+    here = torch.device(DEVICE)
     plan = functools.partial(triton_impl.make_plan, 4, 64, 8)
     one = plan(None, None, 1, 1)
     assert _one_read.tiles_a_program(one, here, 2, 8, 128) == 6
@@ -113,7 +113,6 @@ def test_dy_is_read_twice_where_it_must():
         "an up side of several experts": (plan(None, ids, 1, 2), here, 2, 8, 128),
         "an expert a token": (plan(tokens, None, 2, 1), here, 2, 8, 128),
         "float32": (one, here, 4, 8, 128),
-        "a GPU of little shared memory": (one, 86, 2, 8, 128),
         "wider than a product": (one, here, 2, 17, 128),
         "no rank": (one, here, 2, 0, 128),
         "more features than registers hold": (one, here, 2, 8, 128, 1032),
@@ -122,4 +121,6 @@ def test_dy_is_read_twice_where_it_must():
     }
     assert {why for why, arguments in wrong.items() if _one_read.tiles_a_program(*arguments)} == set()
     with mock.patch.object(_one_read, "MIN_ROWS", 86):
+        assert _one_read.tiles_a_program(one, here, 2, 8, 128) == 0
+    with mock.patch.dict(_one_read.PROGRAMS, clear=True):  # of little shared memory
         assert _one_read.tiles_a_program(one, here, 2, 8, 128) == 0

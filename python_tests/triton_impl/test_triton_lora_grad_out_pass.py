@@ -41,8 +41,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "dropout_p"),
+    [
+        ("samples within programs", 0.3),
+        ("wider than it is long", 0.0),
+        ("one expert", 0.3),
+        *(pytest.param("programs within samples", p, marks=pytest.mark.nightly) for p in (0.0, 0.3)),
+    ],
+)
 def test_every_cut_of_the_rows(case, dropout_p):
     dtype = torch.float16 if case == "wider than it is long" else torch.bfloat16
     tensors, options = draw(**CASES[case], dtype=dtype)
@@ -66,7 +73,7 @@ def backward(needed, wrong=None, dropout_p=0.3):
     return triton_impl.backward(dy, x, t, a, b, index, None, seed, *needed, 2.0, 1, [0], dropout_p)
 
 
-@pytest.mark.parametrize("needed", [(True, False, False), (False, False, True), (False, True, True)])
+@pytest.mark.parametrize("needed", [(True, False, False), (False, True, True)])
 def test_what_is_not_wanted_changes_no_bit_of_the_rest(needed):
     for wanted, some, one in zip(needed, backward(needed), backward((True, True, True)), strict=True):
         assert torch.equal(some, one) if wanted else some.numel() == 0

@@ -66,7 +66,7 @@ def backward(
     h, rest, up_planes = pre, activation, None
     plan = make_plan(*x.shape[:2], pre.shape[2], down_index, up_index, down_weight.shape[0], up_weight.shape[0])
     alike = x.shape[2] == grad_out.shape[2]
-    share = tiles_a_program(plan, capability(x.device), x.element_size(), pre.shape[2], *x.shape[2:]) if alike else 0
+    share = tiles_a_program(plan, x.device, x.element_size(), pre.shape[2], *x.shape[2:]) if alike else 0
     if share:
         up_planes = read_once(
             plan, share, grad_out, pre, up_weight, down_weight, dpre, dx, need_up,

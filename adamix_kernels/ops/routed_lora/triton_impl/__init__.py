@@ -55,7 +55,7 @@ def backward(
     grad_out, x, t, lora_a, lora_b = (z.contiguous() for z in (grad_out, x, t, lora_a, lora_b))
     scalars = call.scalars(dropout_p, scaling)
     dt = keys = b_planes = None
-    share = tiles_of(call)
+    share = tiles_of(call, x.device)
     if need_x or need_a or share:
         dt = memory(t, *t.shape)
         if need_a and seed is not None:

@@ -14,12 +14,12 @@ from .plan import Call
 STAGES = 3
 
 
-def tiles_of(call: Call) -> int:
+def tiles_of(call: Call, device: torch.device) -> int:
     """Tiles a program takes; 0 where dy is read twice: of groups, of columns without any, and by _one_read's rules."""
     sizes = call.sizes
     if len(sizes["OFFSETS"]) > 1 or sizes["WIDTH"] != sizes["NG"]:
         return 0
-    return tiles_a_program(call.plan, call.capability, call.dtype.itemsize, sizes["RANK"], sizes["K"], sizes["NG"])
+    return tiles_a_program(call.plan, device, call.dtype.itemsize, sizes["RANK"], sizes["K"], sizes["NG"])
 
 
 def read_once(call: Call, share: int, grad_out, t, lora_a, lora_b, seed, dx, dt, keys, need_b, scalars):
