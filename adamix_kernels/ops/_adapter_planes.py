@@ -14,6 +14,8 @@ from .._triton_utils import launch, narrow
 # plane, and most planes.
 PROGRAMS, MIN_TILES, MAX_SPLITS = 1024, 4, 64
 SUM_CHUNK, SUM_COLS = 8, 256
+# Of more planes than MAX_SPLITS: as many at once as keep their sum short.
+MANY_CHUNK, MANY_COLS = 32, 128
 
 
 def count_splits(rows: int, blocks: int, tile: int, columns: int, row_bytes: int) -> int:
@@ -72,8 +74,10 @@ def sum_planes(
     """Fills both banks' and biases' gradients from their planes; what one split has written is the gradient."""
     sizes = [0 if plane is out else out.numel() for plane, out in zip(planes, outputs)]
     if any(sizes):
+        many = max(down_splits, up_splits) > MAX_SPLITS
+        chunk, cols = (MANY_CHUNK, MANY_COLS) if many else (SUM_CHUNK, SUM_COLS)
         launch(
-            adapter_plane_sum_kernel, (sum(-(-n // SUM_COLS) for n in sizes),), x.device,
+            adapter_plane_sum_kernel, (sum(-(-n // cols) for n in sizes),), x.device,
             *planes, *outputs, down_splits, up_splits,
-            DOWN=sizes[0], DOWN_BIAS=sizes[1], UP=sizes[2], UP_BIAS=sizes[3], CHUNK=SUM_CHUNK, COLS=SUM_COLS,
+            DOWN=sizes[0], DOWN_BIAS=sizes[1], UP=sizes[2], UP_BIAS=sizes[3], CHUNK=chunk, COLS=cols,
         )  # fmt: skip

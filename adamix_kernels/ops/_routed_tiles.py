@@ -105,6 +105,18 @@ def spread(own, expert, RP: tl.constexpr, MP: tl.constexpr, MASKED: tl.constexpr
 
 
 @triton.jit
+def sum_of_warps(parts, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """[PARTS, ROWS, WIDTH] -> [ROWS, WIDTH], by pairs: tl.sum over warps meets a bank of shared memory 16 times."""
+    parts = tl.permute(parts, (1, 2, 0))
+    left: tl.constexpr = PARTS // 2
+    low, high = tl.split(tl.reshape(parts, [ROWS, WIDTH, left, 2]))
+    if left == 1:
+        return tl.reshape(low + high, [ROWS, WIDTH])
+    else:
+        return sum_of_warps(tl.permute(low + high, (2, 0, 1)), left, ROWS, WIDTH)
+
+
+@triton.jit
 def shrink(
     z, rows, valid, columns, live, STRIDE,
     C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,

@@ -59,6 +59,10 @@ def _adapter_narrow() -> list[Case]:
             "a model's width", ((2, 130, 1024), (4, 16, 1024), (4, 16), (4, 1024, 16), (4, 1024), None), _adapter(),
             ids([3, 1], [0, 3]), large=True,
         ),
+        Case(
+            "many rows, shared above", ((38, 499, 96), (4, 16, 96), (4, 16), (1, 96, 16), (1, 96), None), _adapter(),
+            ids((4, 38), None), large=True,
+        ),
     ]  # fmt: skip
 
 
@@ -104,6 +108,10 @@ def _lora_narrow() -> list[Case]:
         Case(
             "a model's width", ((2, 130, 1024), (4, 16, 1024), (4, 1024, 16), (2, 130, 1024)), _lora(scaling=2.0),
             ids([3, 1], [0, 3]), large=True,
+        ),
+        Case(
+            "many rows, shared above", ((38, 499, 96), (4, 16, 96), (1, 96, 16), None), _lora(dropout_p=0.25),
+            with_seed(ids((4, 38), None)), large=True,
         ),
     ]  # fmt: skip
 

@@ -12,12 +12,14 @@ import torch
 
 from ...._triton_utils import capability, dot_dtype, launch, memory, precision
 from ...._triton_utils import problem as unsupported
+from ..._one_read import tiles_a_program
 from ..._passes import by_pass
 from ..._routed_plan import Plan, group_rows, make_plan
 from ..._triton_plans import Planned
 from ..._triton_tables import Config
 from .forward import adapter_forward_kernel
 from .input_grad import adapter_input_grad_kernel
+from .one_read import read_once
 from .tables import row_tile, tile_options
 from .weights import weight_grads
 
@@ -61,10 +63,18 @@ def backward(
     down_weight, up_weight = down_weight.contiguous(), up_weight.contiguous()
     dx = memory(x, *x.shape) if need_input else None
     dpre = memory(x, *pre.shape) if need_down else None
-    h, rest = pre, activation
-    if x.shape[0] * x.shape[1] and (need_input or need_down):
+    h, rest, up_planes = pre, activation, None
+    plan = make_plan(*x.shape[:2], pre.shape[2], down_index, up_index, down_weight.shape[0], up_weight.shape[0])
+    alike = x.shape[2] == grad_out.shape[2]
+    share = tiles_a_program(plan, x.device, x.element_size(), pre.shape[2], *x.shape[2:]) if alike else 0
+    if share:
+        up_planes = read_once(
+            plan, share, grad_out, pre, up_weight, down_weight, dpre, dx, need_up,
+            ADD_GRAD=add_input, ACTIVATION=activation,
+        )  # fmt: skip
+    elif x.shape[0] * x.shape[1] and (need_input or need_down):
         h = memory(x, *pre.shape) if need_up else None
-        _input_grad(grad_out, pre, down_weight, up_weight, down_index, up_index, dpre, h, dx, add_input, activation)
+        _input_grad(plan, grad_out, pre, down_weight, up_weight, dpre, h, dx, add_input, activation)
         rest = ""
     grads = weight_grads(
         x,
@@ -77,13 +87,13 @@ def backward(
         up_weight.shape,
         need_up,
         rest,
+        up_planes,
     )
     return memory(x, 0) if dx is None else dx, *grads
 
 
-def _input_grad(grad_out, pre, down_weight, up_weight, down_index, up_index, dpre, h, dx, add_input, activation):
-    (batch, tokens, width), (md, r, hidden), mu = grad_out.shape, down_weight.shape, up_weight.shape[0]
-    plan = make_plan(batch, tokens, r, down_index, up_index, md, mu)
+def _input_grad(plan, grad_out, pre, down_weight, up_weight, dpre, h, dx, add_input, activation):
+    width, (_, r, hidden) = grad_out.shape[2], down_weight.shape
     # Also where no dx is wanted: the same bits of all else.
     tile, keep = _row_tile("adapter_input_grad_kernel", plan, pre, width, add_input and not plan.down.masked)
     groups = group_rows(plan, tile.rows)

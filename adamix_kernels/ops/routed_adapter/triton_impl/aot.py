@@ -6,9 +6,12 @@ from collections.abc import Iterator
 
 from ...._triton_utils import DTYPES, precision
 from ..._adapter_planes import SUM_CHUNK, SUM_COLS, adapter_plane_sum_kernel
+from ..._one_read import PROGRAMS
 from ..._routed_plan import power_of_2
 from ..._triton_aot import POINTERS, AotCase, make_case
+from . import one_read
 from .forward import adapter_forward_kernel
+from .grad_out_pass import adapter_grad_out_pass_kernel
 from .input_grad import adapter_input_grad_kernel
 from .tables import RESIDENT, RESIDENT_RANK, config, row_tile, sums_by_dot, tile_options
 from .weight_grad import adapter_weight_grad_kernel
@@ -34,6 +37,8 @@ def aot_cases(capability: int = 90) -> Iterator[AotCase]:
                 yield from _tile_cases(name, dtype, pointer, routing, experts, r, capability)
                 yield _weight_case(name, dtype, pointer, routing, experts, r, capability)
         yield _sum_case(dtype, pointer)
+        if dtype.itemsize == 2 and capability in PROGRAMS:
+            yield _pass_case(dtype, pointer)
 
 
 def _tile_cases(name, dtype, pointer, routing, experts, r, capability):
@@ -87,6 +92,17 @@ def _weight_case(name, dtype, pointer, routing, experts, r, capability):
     options = dict(warps=chosen.num_warps, stages=chosen.num_stages)
     case = make_case(adapter_weight_grad_kernel, name, dtype, arguments, **options)
     return case._replace(resident=RESIDENT if routing == "sample" and r <= RESIDENT_RANK and dtype.itemsize == 2 else 1)
+
+
+def _pass_case(dtype, pointer):
+    arguments = dict(
+        up_index=None, down_index="*i64", up_plane="*fp32", up_bias_plane="*fp32", H=_HIDDEN, R=16, MD=4,
+        ACTIVATION="gelu", ADD_GRAD=True, **one_read.constants(_HIDDEN, dtype),
+    )  # fmt: skip
+    arguments |= dict.fromkeys(("grad_out", "pre", "up_weight", "down_weight", "dpre", "dx"), pointer)
+    arguments |= dict.fromkeys(("batch", "span", "down_div", "up_div", "share"), "i32")
+    options = dict(warps=arguments["num_warps"], stages=arguments["num_stages"])
+    return make_case(adapter_grad_out_pass_kernel, "sample_m4_r16", dtype, arguments, **options)
 
 
 def _sum_case(dtype, pointer):

@@ -9,6 +9,7 @@ import torch
 from ...._triton_utils import capability, dot_dtype, launch, memory, precision
 from ..._adapter_planes import count_splits, sum_planes
 from ..._routed_plan import MIN_SPAN, fits, per_row, power_of_2, sort_rows
+from .one_read import UpPlanes
 from .tables import config, sums_by_dot
 from .weight_grad import adapter_weight_grad_kernel
 
@@ -25,10 +26,12 @@ class _Tokens(NamedTuple):
     div: int
 
 
-def weight_grads(x, dpre, grad_out, h, down_index, up_index, down_shape, up_shape, need_up, activation):
+def weight_grads(
+    x, dpre, grad_out, h, down_index, up_index, down_shape, up_shape, need_up, activation, up_planes: UpPlanes | None
+):
     """(dWd, dbd, dWu, dbu): a side's pair is empty tensors where dpre is None, or not need_up.
 
-    activation: of h, "" where it is applied.
+    activation: of h, "" where it is applied. up_planes: of the up side, where an earlier launch has made them.
     """
     batch, tokens, r = h.shape
     down = _outputs(x, down_shape if dpre is not None else None)
@@ -44,13 +47,15 @@ def weight_grads(x, dpre, grad_out, h, down_index, up_index, down_shape, up_shap
     chosen = config("adapter_weight_grad_kernel", capability(x.device), x.element_size(), rp)
     # A side of no features still has its bias.
     blocks = [max(1, -(-n // chosen.cols)) for n in (down_shape[2], up_shape[1])]
-    need = (dpre is not None, need_up)
+    need = (dpre is not None, need_up and up_planes is None)
     ways = _ways(down_tokens, down_shape[0]), _ways(up_tokens, up_shape[0])
     planes_of = sum(m // way * r for m, way, wanted in zip((down_shape[0], up_shape[0]), ways, need) if wanted)
     features = sum(b for b, wanted in zip(blocks, need) if wanted)
-    splits = count_splits(batch * tokens, features, chosen.rows, planes_of, sum(need) * x.element_size())
+    splits = count_splits(batch * tokens, max(1, features), chosen.rows, planes_of, sum(need) * x.element_size())
     down_splits, up_splits = (max(1, splits // way) for way in ways)
     planes = [*_planes(x, down, down_splits), *_planes(x, up, up_splits)]
+    if need_up and up_planes is not None:
+        planes[2:], up_splits = up_planes[:2], up_planes.programs
     # Of the down side one program more, for the bias.
     programs = need[0] * down_shape[0] * (-(-down_shape[2] // chosen.cols) + 1) * down_splits
     programs += need[1] * up_shape[0] * blocks[1] * up_splits

@@ -15,6 +15,7 @@ from ..._triton_plans import Planned
 from .aot import aot_cases
 from .forward import lora_forward_kernel
 from .input_grad import lora_dx_kernel
+from .one_read import read_once, tiles_of
 from .plan import gaps, make_call
 from .weights import weight_grads
 
@@ -53,12 +54,16 @@ def backward(
     dx, da, db = (grad if wanted else None for grad, (_, wanted) in zip(grads, needed, strict=True))
     grad_out, x, t, lora_a, lora_b = (z.contiguous() for z in (grad_out, x, t, lora_a, lora_b))
     scalars = call.scalars(dropout_p, scaling)
-    dt = keys = None
-    if need_x or need_a:
+    dt = keys = b_planes = None
+    share = tiles_of(call, x.device)
+    if need_x or need_a or share:
         dt = memory(t, *t.shape)
         if need_a and seed is not None:
             # A row's keys of the mask, which each block of features would compute anew.
             keys = memory(x, call.rows, 2, dtype=torch.int32)
+    if share:
+        b_planes = read_once(call, share, grad_out, t, lora_a, lora_b, seed, dx, dt, keys, need_b, scalars)
+    elif need_x or need_a:
         meta, grid, order = call.tiles("lora_dx_kernel", x.shape[2] if need_x else 1)
         launch(
             lora_dx_kernel, grid, x.device,
@@ -66,7 +71,7 @@ def backward(
             *scalars, **meta,
         )  # fmt: skip
     if need_a or need_b:
-        weight_grads(x, grad_out, dt, t, keys, da, db, *scalars[3:], call)
+        weight_grads(x, grad_out, dt, t, keys, da, db, *scalars[3:], call, b_planes)
     return tuple(grads)
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...._triton_utils import DTYPES, precision
+from ..._one_read import PROGRAMS
 from ..._routed_plan import MAX_WIDTH, fits, power_of_2
 from ..._triton_aot import POINTERS, AotCase, make_case
+from . import one_read
 from .forward import lora_forward_kernel
+from .grad_out_pass import lora_grad_out_pass_kernel
 from .input_grad import lora_dx_kernel
 from .plan import RESIDENT, RESIDENT_WIDTH, gaps, padded_rank, row_blocks
 from .plane_sum import lora_sum_kernel
 from .tables import MAX_REGISTERS, config
 from .weight_grad import lora_grads_kernel
-from .weights import SUM_BLOCK, WIDE_SUM_BLOCK, WINDOW
+from .weights import SUM_AHEAD, SUM_BLOCK, WIDE_SUM_BLOCK, WINDOW
 
 # Features and columns of a group in the compiled cases: a multiple of every block, as in the models LoRA serves.
 _HIDDEN = 1024
@@ -51,6 +54,8 @@ def _cases(capability: int) -> Iterator[AotCase]:
             yield _grads_case(name, dtype, capability, *shape, by_sample="samples")
         yield from _inplace_cases("sample_m4_r4_qv", dtype, capability)
         yield from _sum_cases(dtype)
+        if dtype.itemsize == 2 and capability in PROGRAMS:
+            yield _pass_case(dtype)
 
 
 def _common(dtype, experts, groups, r, seed):
@@ -123,8 +128,20 @@ def _grads_case(name, dtype, capability, experts, groups, r, per_token, dropout,
     return _case(lora_grads_kernel, name, dtype, chosen, arguments, width)
 
 
+def _pass_case(dtype):
+    arguments = dict(b_index_ptr=None, K=_HIDDEN, NG=_HIDDEN, R=16, A_EXPERTS=4, inv_keep="fp32", scaling="fp32")
+    arguments |= dict(a_index_ptr="*i64", seed_ptr="*i64", keys_ptr="*i32", plane_ptr="*fp32")
+    arguments |= dict.fromkeys(("grad_ptr", "t_ptr", "a_ptr", "b_ptr", "dx_ptr", "dt_ptr"), POINTERS[dtype])
+    arguments |= dict.fromkeys(("batch", "span", "a_divisor", "b_divisor", "threshold", "share"), "i32")
+    arguments |= one_read.constants(_HIDDEN, _HIDDEN, dtype)
+    options = dict(warps=arguments["num_warps"], stages=arguments["num_stages"])
+    return make_case(lora_grad_out_pass_kernel, "sample_m4_r16", dtype, arguments, **options)
+
+
 def _sum_cases(dtype):
-    arguments = dict.fromkeys(("a_plane_ptr", "b_plane_ptr"), "*fp32") | dict(b_index_ptr=None, BLOCK=SUM_BLOCK)
+    arguments = dict.fromkeys(("a_plane_ptr", "b_plane_ptr"), "*fp32") | dict(
+        b_index_ptr=None, BLOCK=SUM_BLOCK, AHEAD=SUM_AHEAD
+    )
     arguments |= dict.fromkeys(("da_ptr", "db_ptr"), POINTERS[dtype])
     arguments |= dict.fromkeys(("batch", "a_share", "a_splits", "a_programs", "b_share", "b_splits"), "i32")
     arguments |= dict(A_SIZE=16 * _HIDDEN, A_EXPERTS=4, B_SIZE=16 * _HIDDEN, B_MODE="all", B_EXPERTS=1, WINDOW=WINDOW)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ...._triton_utils import narrow
 
-# Planes asked for at once.
+# Planes of samples asked for at once.
 _AHEAD = tl.constexpr(8)
 
 
@@ -22,7 +22,8 @@ def plane_of(b, m, number, share, EXPERTS: tl.constexpr, WINDOW: tl.constexpr):
 @triton.jit
 def _sum_planes(
     plane_ptr, out_ptr, index_ptr, block, batch, share, splits,
-    SIZE: tl.constexpr, MODE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    SIZE: tl.constexpr, MODE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Elements of one expert; a plane that holds nothing of it is not read.
 
@@ -50,8 +51,8 @@ def _sum_planes(
                         acc += tl.load(plane_ptr + plane * SIZE + at, mask=used, other=0.0)
         inside = inside & ((batch > WINDOW) | (count > share) | (count == 0))
     else:
-        for start in range(0, splits, _AHEAD):
-            for ahead in tl.static_range(_AHEAD):
+        for start in range(0, splits, AHEAD):
+            for ahead in tl.static_range(AHEAD):
                 split = start + ahead
                 used = split < splits
                 plane = split * EXPERTS + m
@@ -69,7 +70,7 @@ def lora_sum_kernel(
     batch, a_share, a_splits, a_programs, b_share, b_splits,
     A_SIZE: tl.constexpr, A_MODE: tl.constexpr, A_EXPERTS: tl.constexpr,
     B_SIZE: tl.constexpr, B_MODE: tl.constexpr, B_EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr, AHEAD: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of dA, then of dB); a side without planes has none. sizes in elements of an expert."""
     program = tl.program_id(0)
@@ -77,11 +78,11 @@ def lora_sum_kernel(
         if program < a_programs:
             _sum_planes(
                 a_plane_ptr, da_ptr, a_index_ptr, program, batch, a_share, a_splits, A_SIZE, A_MODE, A_EXPERTS, BLOCK,
-                WINDOW,
+                AHEAD, WINDOW,
             )  # fmt: skip
     if b_plane_ptr is not None:  # noqa: SIM102
         if program >= a_programs:
             _sum_planes(
                 b_plane_ptr, db_ptr, b_index_ptr, program - a_programs, batch, b_share, b_splits,
-                B_SIZE, B_MODE, B_EXPERTS, BLOCK, WINDOW,
+                B_SIZE, B_MODE, B_EXPERTS, BLOCK, AHEAD, WINDOW,
             )  # fmt: skip

@@ -17,8 +17,10 @@ from .weight_grad import lora_grads_kernel
 # Fewest rows of a split in tiles, rows of a split whose plane costs little beside them (for narrow columns), and most
 # splits; whole samples that one program may sum, and samples among which it looks for them, a power of two.
 MIN_TILES, ROWS, COLUMN_ROWS, MAX_SPLITS, MAX_SAMPLES, WINDOW = 2, 256, 8, 64, 16, 128
-# Elements that a program of the sum of the planes takes; the second where few experts of many have planes.
-SUM_BLOCK, WIDE_SUM_BLOCK = 512, 2048
+# Elements that a program of the sum of the planes takes, and planes that it asks for at once: as a rule, where few
+# experts of many have planes, and of more than MAX_SPLITS.
+SUM_BLOCK, WIDE_SUM_BLOCK, MANY_BLOCK = 512, 2048, 256
+SUM_AHEAD, MANY_AHEAD = 8, 32
 
 
 class Rows(NamedTuple):
@@ -56,8 +58,10 @@ class Rows(NamedTuple):
         return self.splits == 1 and self.mode not in ("parts", "samples")
 
 
-def weight_grads(x, grad_out, dt, t, keys, da, db, threshold: int, inv_keep: float, scaling: float, call: Call) -> None:
-    """Fills da and db; None for one that is not needed."""
+def weight_grads(
+    x, grad_out, dt, t, keys, da, db, threshold: int, inv_keep: float, scaling: float, call: Call, b_planes=None
+) -> None:
+    """Fills da and db; None for one that is not needed. b_planes: dB's, where an earlier launch has made them."""
     sizes, plan = call.sizes, call.plan
     width = max(_narrow(plan.down, call.packed, call)[1:], _narrow(plan.up, sizes["RANK"], call)[1:], key=math.prod)
     width = math.prod(width)
@@ -70,14 +74,19 @@ def weight_grads(x, grad_out, dt, t, keys, da, db, threshold: int, inv_keep: flo
     sides, planes, programs = {}, {}, {}
     for name, (side, columns, blocks, grad) in wanted.items():
         rows = sides[name] = split_rows(call, side, columns, chosen.rows, features)
+        if name == "B" and b_planes is not None:
+            sides[name] = rows._replace(mode="all", splits=b_planes.shape[0], slots=1)
+            planes[name], programs[name] = b_planes, 0
+            continue
         planes[name], programs[name] = None, blocks * -(-columns // rows.rp) * rows.programs if grad is not None else 0
         if programs[name]:
             shape = rows.planes(side.experts), *grad.shape[1:]
             planes[name] = grad if rows.direct else memory(grad, *shape, dtype=torch.float32)
     a, b = sides["A"], sides["B"]
+    b_here = planes["B"] if programs["B"] else None
     launch(
         lora_grads_kernel, (sum(programs.values()),), x.device,
-        x, grad_out, dt, t, *a[1:4], *b[1:4], keys, planes["A"], planes["B"],
+        x, grad_out, dt, t, *a[1:4], *b[1:4], keys, planes["A"], b_here,
         da if a.mode == "samples" else None, db if b.mode == "samples" else None, call.rows, call.batch, call.tokens,
         plan.down.div, a.share, a.splits, programs["A"], plan.up.div, b.share, b.splits, threshold, inv_keep, scaling,
         **sizes, A_MODE=a.mode, A_EXPERTS=plan.down.experts, A_PADDED=a.padded, A_RP=a.rp,
@@ -93,7 +102,9 @@ def _sum(x, sides: dict[str, Rows], planes, grads, call: Call) -> None:
     programs = {}
     chosen = [name for name, grad in grads.items() if grad is not None and sides[name].mode == "samples"]
     wide = sum(grads[name].numel() for name in chosen) >= 2 * MIN_PROGRAMS * WIDE_SUM_BLOCK
-    block = WIDE_SUM_BLOCK if wide else SUM_BLOCK
+    block, ahead = WIDE_SUM_BLOCK if wide else SUM_BLOCK, SUM_AHEAD
+    if sides["B"].mode == "all" and sides["B"].splits > MAX_SPLITS:
+        block, ahead = MANY_BLOCK, MANY_AHEAD
     for name, grad in grads.items():
         rows, left = sides[name], planes[name] is not None and not sides[name].direct
         size, experts = (grad[0].numel(), grad.shape[0]) if left else (0, 1)
@@ -107,7 +118,7 @@ def _sum(x, sides: dict[str, Rows], planes, grads, call: Call) -> None:
     launch(
         lora_sum_kernel, (sum(programs.values()),), x.device,
         a[0], b[0], a[1], b[1], a[2], b[2], call.batch, *a[3:], programs["A"], *b[3:],
-        **constants, BLOCK=block, WINDOW=WINDOW, num_warps=4,
+        **constants, BLOCK=block, AHEAD=ahead, WINDOW=WINDOW, num_warps=4,
     )  # fmt: skip
 
 
