@@ -8,9 +8,21 @@ Traffic: dy and dx once, t and dt [N, r], and a plane [Ng, r] a program.
 import triton
 import triton.language as tl
 
-from ...._triton_utils import narrow
+from ...._triton_utils import INTERPRETING, narrow
 from ..._routed_tiles import poison, sum_of_warps, tile_experts
-from .tiles import drop, row_keys
+from .tiles import _DROP_PAIR, row_keys
+
+_INTERPRETING = tl.constexpr(INTERPRETING)
+
+
+@triton.jit
+def _drop(z, h, bound):
+    """drop_tile of tiles.py for z of three axes and its hashes h, uint32: zero where they are below the bound."""
+    if _INTERPRETING or z.dtype == tl.float32:
+        return tl.where(h >= bound, z, 0.0).to(z.dtype)
+    else:
+        bound = tl.full(h.shape, 0, tl.uint32) + bound
+        return tl.inline_asm_elementwise(_DROP_PAIR, "=r,r,r,r,r,r", [z, h, bound], dtype=z.dtype, is_pure=True, pack=2)
 
 
 @triton.jit(do_not_specialize=["batch", "span", "a_divisor", "b_divisor", "threshold", "share"])
@@ -82,7 +94,7 @@ def lora_grad_out_pass_kernel(
                     # A wrong row's NaN is kept everywhere.
                     bound = tl.where(wrong, -2147483648, threshold).to(tl.uint32, bitcast=True) ^ 0x80000000
                     c = a_cols.to(tl.uint32) * 0x9E3779B9
-                    y = drop(y, key0[None, :, None] * (c ^ (c * c | 1)) + key1[None, :, None], bound[None, :, None])
+                    y = _drop(y, key0[None, :, None] * (c ^ (c * c | 1)) + key1[None, :, None], bound[None, :, None])
                 mask = valid[None, :, None]
                 if K < PARTS * A_COLS:
                     mask = mask & (a_cols < K)

@@ -61,19 +61,14 @@ def keep_tile(key0, key1, cols, threshold):
 
 
 @triton.jit
-def drop(z, h, bound):
-    """z of any shape, zero where the hash h is below the bound, both uint32; not scaled."""
-    if _INTERPRETING or z.dtype == tl.float32:
-        return tl.where(h >= bound, z, 0.0).to(z.dtype)
-    else:
-        bound = tl.full(h.shape, 0, tl.uint32) + bound
-        return tl.inline_asm_elementwise(_DROP_PAIR, "=r,r,r,r,r,r", [z, h, bound], dtype=z.dtype, is_pure=True, pack=2)
-
-
-@triton.jit
 def drop_tile(z, key0, key1, cols, threshold):
     """z [BLOCK_M, BLOCK_C], zero where the mask drops; not scaled."""
-    return drop(z, _hash(key0, key1, cols), threshold.to(tl.uint32, bitcast=True) ^ 0x80000000)
+    if _INTERPRETING or z.dtype == tl.float32:
+        return tl.where(keep_tile(key0, key1, cols, threshold), z, 0.0).to(z.dtype)
+    else:
+        h = _hash(key0, key1, cols)
+        bound = tl.full(h.shape, 0, tl.uint32) + (threshold.to(tl.uint32, bitcast=True) ^ 0x80000000)
+        return tl.inline_asm_elementwise(_DROP_PAIR, "=r,r,r,r,r,r", [z, h, bound], dtype=z.dtype, is_pure=True, pack=2)
 
 
 @triton.jit
