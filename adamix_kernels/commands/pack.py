@@ -9,7 +9,7 @@ from pathlib import Path
 from ..models.header import CHECKPOINT_NAME
 from ..models.hub import resolve_folder
 from ..models.state import adamix_state
-from ..packs.folder import save_pack
+from ..packs.folder import PACK_NAME, read_pack, save_pack
 from ..packs.pack import pack
 from ..packs.reading import called
 from ..packs.state import Pack, check_name
@@ -45,6 +45,12 @@ def main(argv: Sequence[str]) -> int:
     needs_out(options.out)
     if (Path(options.out) / CHECKPOINT_NAME).is_file():
         raise ValueError(f"out: {options.out} holds a run, expected another folder")
+    if (Path(options.out) / PACK_NAME).is_file():
+        lost = [name for name in read_pack(Path(options.out))["names"] if name not in folders]
+        if lost:
+            raise ValueError(
+                f"out: {options.out} holds {', '.join(lost)} too, expected all its names, or another folder"
+            )
     start(output)
     runs = {name: _run_of(name, folder) for name, folder in folders.items()}  # damaged files are answered at once
     first = next(iter(folders))

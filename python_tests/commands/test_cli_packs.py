@@ -123,6 +123,7 @@ WRONG = {
     "a: folder: got 'nowhere', no such folder": ["pack", "a=nowhere", "--out", "x"],
     "capacity: got 1 for 2": ["pack", "a=RUN", "b=RUN", "--capacity", "1", "--out", "x"],
     "holds a run, expected another folder": ["pack", "a=RUN", "--out", "RUN"],
+    "holds meals too, expected all its names, or another folder": ["pack", "films=RUN", "--out", "PACK"],
     "pack: got nothing, expected one of --adapter": ["predict", "--pack", "PACK", "text"],
     "pack: got --adapter and --route": ["predict", "--pack", "PACK", "--adapter", "films", "--route", "nearest", "t"],
     "pack: got --run too": ["predict", "--pack", "PACK", "--run", "RUN", "--adapter", "films", "text"],
