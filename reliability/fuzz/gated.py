@@ -65,6 +65,8 @@ def gated_lora_cases(draw, dtypes, sizes: Sizes, whole: bool = False, many: bool
         features, r, per_group, width = 8 * features, 4 * r, 8 * per_group, 8 * width
         offsets = tuple(8 * offset for offset in offsets)
     with_base, dropout_p, mix = d.flag(), d.choose((0, 0, 0.3)), d.choose(("outputs", "weights"))
+    if many and whole:
+        banks, mix = (9, 9), "outputs"  # of rank 32: most such slots may be sorted
     seed, scaling = d.choose((0, -1, 11)), d.choose((1, 1.7, -0.25, 0, "each"))
     inplace = with_base and d.flag()
     width = width if with_base else max(offsets) + per_group
