@@ -297,7 +297,11 @@ def table(rows: list[record.Row]) -> str:
                 cells += [f"{ratio:.2f}", f"{calls:.0f}"]
             cells.append(f"{found[op, name, shape, 'kept']:.1f}")
             lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| one token, 24 layers | calls | over the base | time over the base |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "| one token, 24 layers | calls, kernels | over the base | time over the base, reference, width 256 |",
+        "|---|---|---|---|",
+    ]
     for row in rows:
         if row.metric == "calls, kernels":
             base, ratio = (found["decode", name, row.shape, metric] for name, metric in (

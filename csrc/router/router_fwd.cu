@@ -1,6 +1,4 @@
 // A block has 16 rows of x, which it reads once; its warps share the features, so that a single row is spread as well.
-#include <math.h>
-
 #include "common/fragments.h"
 #include "common/piece.h"
 #include "common/shared_memory.h"
@@ -10,6 +8,8 @@
 namespace adamix {
 
 constexpr int kRouterThreads = 32 * kRouterWarps;
+
+ADAMIX_DEVICE float infinity() { return float_of_bits(0x7f800000u); }
 
 // An expert and what it is chosen by: a NaN as infinity, of equal ones the first.
 struct Ranked {
@@ -141,9 +141,9 @@ ADAMIX_DEVICE void gates_of_row(const Router<T>& p, const float* logits, float* 
   }
   uint32_t taken = 0;
   for (int slot = 0; slot < p.top_k; ++slot) {
-    Ranked mine{-INFINITY, kRouterMostExperts};
+    Ranked mine{-infinity(), kRouterMostExperts};
     for (int m = lane, bit = 0; m < p.experts; m += 32, ++bit) {
-      float rank = logits[m] != logits[m] ? INFINITY : logits[m];
+      float rank = logits[m] != logits[m] ? infinity() : logits[m];
       if ((taken >> bit & 1u) == 0) mine = Larger{}(mine, Ranked{rank, m});
     }
     int id = warp_reduce(mine, Larger{}).id;
