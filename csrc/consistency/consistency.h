@@ -9,6 +9,8 @@
 
 namespace adamix {
 
+constexpr int kPairBlockThreads = 512;  // of a block, at most
+
 // One value a row: data[(row / inner) * outer_stride + (row % inner) * inner_stride].
 template <typename T>
 struct PerRow {
@@ -17,10 +19,17 @@ struct PerRow {
   Divisor inner;
 
   ADAMIX_BOTH int64_t offset(int row) const {
+    if (inner.by == 1) return row * outer_stride;
     int outer = inner.quotient(row);
     return outer * outer_stride + (row - outer * static_cast<int>(inner.by)) * inner_stride;
   }
 };
+
+// Elements to a row of a pair; most rows are evenly spaced.
+template <typename T>
+ADAMIX_BOTH int64_t row_offset(const Rows<T>& rows, int row) {
+  return rows.tokens.by == 1 ? row * rows.batch_stride : rows.offset(row);
+}
 
 // Which rows count, by how much, and where the sums over them go.
 struct PairSums {

@@ -9,20 +9,44 @@
 
 namespace adamix {
 
+// A row, and where it and its gradients lie, in elements: a pointer out of shared memory could lead anywhere. One warp
+// finds the next row of a block's while another joins the sums.
+template <typename T>
+struct PairNext {
+  PairRow<T> row;
+  int64_t a, b, da, db;
+
+  ADAMIX_DEVICE PairNext(const PairLoss<T>& p, int number) : row(p.a, p.b, p.sums, number, p.classes) {
+    a = row.a - p.a.data, b = row.b - p.b.data;
+    da = row.live && p.da.data != nullptr ? row_offset(p.da, number) : 0;
+    db = row.live && p.db.data != nullptr ? row_offset(p.db, number) : 0;
+  }
+  ADAMIX_DEVICE PairRow<T> found(const PairLoss<T>& p) const {
+    PairRow<T> same = row;
+    same.a = p.a.data + a, same.b = p.b.data + b;
+    return same;
+  }
+};
+
 template <typename T>
 struct PairTile {
-  Piece<T>* pieces;  // [teams, 2, slots]
-  PairScratch scratch;
+  static_assert(sizeof(PairNext<T>) <= 2 * kPairBlockThreads / 4 * sizeof(float), "they share their memory");
+
+  PairScratch scratch;  // before what is as large as the launch says: its places are constants
+  PairNext<T>* next;    // where only rows of less than a block have their sums
+  Piece<T>* pieces;     // [teams, 2, slots]
 
   template <typename Memory>
   ADAMIX_BOTH PairTile(Memory& memory, int teams, int slots)
-      : pieces(memory.template take<Piece<T>>(teams * 2 * slots)), scratch(memory) {}
+      : scratch(memory),
+        next(reinterpret_cast<PairNext<T>*>(scratch.teams)),
+        pieces(memory.template take<Piece<T>>(teams * 2 * slots)) {}
 };
 
 // A thread's sums, and whether they had to be taken with care. fresh: the tail's are not among them yet.
-template <bool Full, typename T, int Lanes>
-ADAMIX_DEVICE bool settle(const PairShare<T, Lanes>& share, const PairRow<T>& row, PairStatistics& s, bool totals,
-                          bool fresh, bool tails) {
+template <bool Full, typename T, int Lanes, int Threads>
+ADAMIX_DEVICE bool settle(const PairShare<T, Lanes, Threads>& share, const PairRow<T>& row, PairStatistics& s,
+                          bool totals, bool fresh, bool tails) {
   share.template sums<Full, false>(row, s, totals, fresh);
   if (s.finite()) return false;
   s.start(s.top_a, s.top_b);
@@ -30,23 +54,29 @@ ADAMIX_DEVICE bool settle(const PairShare<T, Lanes>& share, const PairRow<T>& ro
   return true;
 }
 
-template <typename T, int Lanes>
-__global__ void __launch_bounds__(threads_of(Lanes), Lanes == 32 ? 4 : 1) pair_loss_kernel(PairLoss<T> p) {
+// Threads: of a block that takes whole rows, as a constant; 0: what the launch says.
+template <typename T, int Lanes, int Threads>
+__global__ void __launch_bounds__(Threads > 0 ? Threads : threads_of(Lanes), Lanes == 32      ? 4
+                                                                             : Threads == 256 ? 2
+                                                                                              : 1)
+    pair_loss_kernel(PairLoss<T> p) {
   constexpr int kTeams = Lanes == 0 ? 1 : threads_of(Lanes) / Lanes;
   SharedMemory memory;
   PairTile<T> tile(memory, kTeams, p.slots);
-  int threads = Lanes == 0 ? static_cast<int>(blockDim.x) : Lanes;
-  int team = Lanes == 0 ? 0 : threadIdx.x / threads, cluster = Lanes == 0 ? cluster_size() : 1;
+  using Share = PairShare<T, Lanes, Threads>;
+  int team = Lanes == 0 ? 0 : threadIdx.x / Share::threads(), cluster = Lanes == 0 ? cluster_size() : 1;
   int group = blockIdx.x / cluster, groups = gridDim.x / cluster, turn = 0;
-  PairShare<T, Lanes> share{};
+  Share share{};
   share.a = tile.pieces + team * 2 * p.slots, share.b = share.a + p.slots;
-  share.lane = threadIdx.x % threads, share.threads = threads;
+  share.lane = Lanes == 0 ? threadIdx.x : threadIdx.x % Share::threads();
   share.first = Lanes == 0 ? cluster_rank() * p.slots : 0, share.held = p.slots;
   bool gradients = p.da.data != nullptr || p.db.data != nullptr, totals = p.smoothing > 0.f;
   float entropy_sum = 0.f, pair_sum = 0.f;
 
   int tiles = (p.sums.rows + kTeams - 1) / kTeams;
-  PairRow<T> row(p.a, p.b, p.sums, group * kTeams + team, p.classes);
+  PairNext<T> taken(p, group * kTeams + team);
+  PairRow<T> row = taken.row;
+  int64_t at_a = taken.da, at_b = taken.db;
   share.copy(row);
   copy_commit();
   PairScales scales{0.f, 0.f};
@@ -56,7 +86,7 @@ __global__ void __launch_bounds__(threads_of(Lanes), Lanes == 32 ? 4 : 1) pair_l
   if (cluster > 1) cluster_arrive(), cluster_wait();  // others may not run yet
 
   for (int number = group; number < tiles; number += groups) {
-    bool tails = Lanes == 0 && row.pieces > p.slots * cluster;
+    bool tails = Share::kTails && row.pieces > p.slots * cluster;
     share.take(row, tails);
     copy_wait<0>();
 
@@ -107,8 +137,14 @@ __global__ void __launch_bounds__(threads_of(Lanes), Lanes == 32 ? 4 : 1) pair_l
     } else {
       join_lanes<Lanes>(s);
     }
-    bool more = tiles - number > groups;
-    PairRow<T> next(p.a, p.b, p.sums, more ? (number + groups) * kTeams + team : p.sums.rows, p.classes);
+    auto find_next = [&] {
+      return PairNext<T>(p, tiles - number > groups ? (number + groups) * kTeams + team : p.sums.rows);
+    };
+    if constexpr (Lanes == 0) {
+      if (threadIdx.x == 32) *tile.next = find_next();
+    } else {
+      taken = find_next();
+    }
     if (cluster > 1) {
       cluster_wait();
       if (adds) {
@@ -130,19 +166,20 @@ __global__ void __launch_bounds__(threads_of(Lanes), Lanes == 32 ? 4 : 1) pair_l
     if constexpr (Lanes == 0) {
       if (threadIdx.x == 0) *tile.scratch.slopes = slopes;
       __syncthreads();
-      slopes = *tile.scratch.slopes;
+      slopes = *tile.scratch.slopes, taken = *tile.next;
     }
+    const PairRow<T> next = taken.found(p);
 
+    T *da = p.da.data == nullptr ? nullptr : p.da.data + at_a, *db = p.db.data == nullptr ? nullptr : p.db.data + at_b;
     if (!gradients) {
       share.copy(next);
     } else if (!row.flags.selected) {
       if (row.live) {
-        share.clear(place_of(p.da, row.row), p.classes, tails);
-        share.clear(place_of(p.db, row.row), p.classes, tails);
+        share.clear(da, p.classes, tails);
+        share.clear(db, p.classes, tails);
       }
       share.copy(next);
     } else {
-      T *da = place_of(p.da, row.row), *db = place_of(p.db, row.row);
       if (p.full) {
         if constexpr (Lanes != 4) careful = __any_sync(0xffffffffu, careful);
         share.template gradients<true>(row, slopes, da, db, careful, next);
@@ -158,29 +195,33 @@ __global__ void __launch_bounds__(threads_of(Lanes), Lanes == 32 ? 4 : 1) pair_l
       }
     }
     copy_commit();
-    row = next;
+    row = next, at_a = taken.da, at_b = taken.db;
   }
   store_sums<Lanes>(p.sums, scales, tile.scratch, entropy_sum, pair_sum, group, groups);
 }
 
-#define ADAMIX_INSTANTIATE(T)                                   \
-  template __global__ void pair_loss_kernel<T, 0>(PairLoss<T>); \
-  template __global__ void pair_loss_kernel<T, 4>(PairLoss<T>); \
-  template __global__ void pair_loss_kernel<T, 32>(PairLoss<T>);
+#define ADAMIX_INSTANTIATE(T)                                      \
+  template __global__ void pair_loss_kernel<T, 0, 0>(PairLoss<T>); \
+  template __global__ void pair_loss_kernel<T, 4, 0>(PairLoss<T>); \
+  template __global__ void pair_loss_kernel<T, 32, 0>(PairLoss<T>);
 ADAMIX_INSTANTIATE(float)
 ADAMIX_INSTANTIATE(half)
 ADAMIX_INSTANTIATE(bfloat16)
+template __global__ void pair_loss_kernel<half, 0, 256>(PairLoss<half>);
+template __global__ void pair_loss_kernel<half, 0, 512>(PairLoss<half>);
+template __global__ void pair_loss_kernel<bfloat16, 0, 256>(PairLoss<bfloat16>);
+template __global__ void pair_loss_kernel<bfloat16, 0, 512>(PairLoss<bfloat16>);
 #undef ADAMIX_INSTANTIATE
 
 #if defined(ADAMIX_LAUNCHERS)
-template <typename T, int Lanes>
+template <typename T, int Lanes, int Threads = 0>
 static void launch_rows(const PairLoss<T>& params, const PairPlan& plan, const Device& device) {
   int teams = Lanes == 0 ? 1 : threads_of(Lanes) / Lanes;
   bool tails = static_cast<int64_t>(plan.slots) * plan.cluster < pieces_of(params.classes, Piece<T>::kSize);
   const char* name = tails ? "consistency_tail" : plan.cluster > 1 ? "consistency_cluster" : "consistency";
   Shape shape{dim3(static_cast<unsigned>(plan.groups * plan.cluster)), plan.threads,
               shared_bytes<PairTile<T>>(teams, plan.slots), plan.cluster};
-  launch(name, pair_loss_kernel<T, Lanes>, shape, device, params);
+  launch(name, pair_loss_kernel<T, Lanes, Threads>, shape, device, params);
 }
 
 template <typename T>
@@ -188,6 +229,10 @@ void launch_pair_loss(PairLoss<T> params, const PairPlan& plan, const Device& de
   params.slots = plan.slots;
   if (plan.lanes == 4) return launch_rows<T, 4>(params, plan, device);
   if (plan.lanes == 32) return launch_rows<T, 32>(params, plan, device);
+  if constexpr (sizeof(T) == 2) {
+    if (plan.threads == 256) return launch_rows<T, 0, 256>(params, plan, device);
+    if (plan.threads == 512) return launch_rows<T, 0, 512>(params, plan, device);
+  }
   launch_rows<T, 0>(params, plan, device);
 }
 
@@ -197,7 +242,7 @@ template void launch_pair_loss(PairLoss<bfloat16>, const PairPlan&, const Device
 
 template <typename T>
 static const void* cluster_kernel() {
-  return reinterpret_cast<const void*>(pair_loss_kernel<T, 0>);
+  return reinterpret_cast<const void*>(pair_loss_kernel < T, 0, sizeof(T) == 2 ? kPairBlockThreads : 0 >);
 }
 
 template <typename T>

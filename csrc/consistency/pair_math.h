@@ -3,46 +3,12 @@
 
 #include "consistency/consistency.h"
 #include "consistency/pair_piece.h"
+#include "consistency/pair_powers.h"
 
 namespace adamix {
 
 // The maximum to subtract: that of a row without a finite logit is 0, so that such rows become NaN and nothing else.
 ADAMIX_DEVICE float finite_top(float top) { return top == negative_infinity() ? 0.f : top; }
-
-// 2^x by the hardware, within 2^-22 of itself.
-ADAMIX_DEVICE float power_of_2(float x) {
-#if defined(ADAMIX_HOST)
-  return std::exp2(x);
-#else
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-#endif
-}
-
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
-// e^u for u <= 0, of logits in T: for 16-bit ones the product's rounding stays, |u| 2^-24 of the result.
-template <typename T>
-ADAMIX_DEVICE float exp_of(float u) {
-  constexpr float kLog2ERest = 1.925963033500943e-8f;
-  float power = u * kLog2E, result = power_of_2(power);
-  if constexpr (sizeof(T) == 2) return result;
-  float rest = fmaf(u, kLog2ERest, fmaf(u, kLog2E, -power));
-  return result == 0.f ? result : fmaf(result, rest * kLn2, result);
-}
-
-// e^(x - top) of 16-bit logits by one product: 2^(x log2 e - lift) times rest(), which is 1 but for the lift's
-// rounding.
-struct Lifted {
-  float lift, slip;
-  ADAMIX_DEVICE explicit Lifted(float top) : lift(top * kLog2E), slip(fmaf(top, kLog2E, -lift)) {}
-  ADAMIX_DEVICE float power(float x) const { return fmaf(x, kLog2E, -lift); }
-  ADAMIX_DEVICE float rest() const { return power_of_2(-slip); }
-};
-
-// Below it no lift overflows.
-ADAMIX_DEVICE bool may_be_lifted(float top) { return fabsf(top) < 1e37f; }
 
 // With u = a - max a, v = b - max b and c = u - v: c differs from d by `center`, a constant of the row, and is of d's
 // size, not of the logits'. Once the center is known the gaps are counted from it: E_p d and E_q d are then small where
@@ -76,7 +42,7 @@ struct PairStatistics {
   // Columns [begin, end) of both pieces lie within the row, elsewhere both are -inf. Careful: a piece may hold -inf;
   // otherwise one makes both gaps NaN or infinite.
   template <bool Full, bool Careful, typename T>
-  ADAMIX_DEVICE void add(const Piece<T>& a, const Piece<T>& b, bool totals, int begin = 0, int end = Piece<T>::kSize) {
+  ADAMIX_DEVICE void add(const Piece<T>& a, const Piece<T>& b, bool totals = false, int begin = 0, int end = 0) {
     float x = Careful ? finite_top(top_a) : top_a, y = Careful ? finite_top(top_b) : top_b;
     float u[Piece<T>::kSize];
 #pragma unroll
@@ -94,17 +60,26 @@ struct PairStatistics {
         gap_a = fmaf(p, c, gap_a), gap_b = fmaf(q, c, gap_b);
       }
     }
-    if (!totals) return;
+    if constexpr (Careful) {
+      if (!totals) return;
 #pragma unroll
-    for (int e = 0; e < Piece<T>::kSize; ++e) {
-      if (!Careful || (e >= begin && e < end)) total += u[e];
+      for (int e = 0; e < Piece<T>::kSize; ++e) {
+        if (e >= begin && e < end) total += u[e];
+      }
     }
+  }
+
+  // What add() leaves out of a whole piece where it is not careful: seldom asked for.
+  template <typename T>
+  ADAMIX_DEVICE void add_total(const Piece<T>& a) {
+#pragma unroll
+    for (int e = 0; e < Piece<T>::kSize; ++e) total += to_float(a.values[e]) - top_a;
   }
 
   // The same of whole pieces of 16-bit logits for the constant targets' gradient, with 4 instructions less a column, in
   // sums that are lifted: lift() comes before them, and back() after. Rows that may not be lifted come out as NaN.
   template <typename T>
-  ADAMIX_DEVICE void add_lifted(const Lifted& a, const Lifted& b, const Piece<T>& xs, const Piece<T>& ys, bool totals) {
+  ADAMIX_DEVICE void add_lifted(const Lifted& a, const Lifted& b, const Piece<T>& xs, const Piece<T>& ys) {
 #pragma unroll
     for (int e = 0; e < Piece<T>::kSize; e += 2) {
       float x[2], y[2];
@@ -116,9 +91,6 @@ struct PairStatistics {
         gap_a = fmaf(p, c, gap_a), gap_b = fmaf(q, c, gap_b);
       }
     }
-    if (!totals) return;
-#pragma unroll
-    for (int e = 0; e < Piece<T>::kSize; ++e) total += to_float(xs.values[e]) - top_a;
   }
   ADAMIX_DEVICE void lift(const Lifted& a, const Lifted& b) {
     float of_a = power_of_2(a.slip), of_b = power_of_2(b.slip);
@@ -280,7 +252,7 @@ struct LiftedSlopes {
         half_q(s.half_q * b.rest()),
         rest(s.rest) {}
 
-  template <typename T>
+  template <bool Rest, typename T>
   ADAMIX_DEVICE void piece(Piece<T>& xs, Piece<T>& ys) const {
 #pragma unroll
     for (int e = 0; e < Piece<T>::kSize; e += 2) {
@@ -288,8 +260,8 @@ struct LiftedSlopes {
       get_two(xs, e, x[0], x[1]), get_two(ys, e, y[0], y[1]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float p = power_of_2(a.power(x[i])), q = power_of_2(b.power(y[i]));
-        da[i] = fmaf(all_p, p, -fmaf(half_q, q, rest)), db[i] = fmaf(-half_p, p, half_q * q);
+        float p = power_of_2(a.power(x[i])), q = half_q * power_of_2(b.power(y[i]));
+        da[i] = fmaf(all_p, p, Rest ? -(q + rest) : -q), db[i] = fmaf(-half_p, p, q);
       }
       set_two(xs, e, da[0], da[1]), set_two(ys, e, db[0], db[1]);
     }

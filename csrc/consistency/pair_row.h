@@ -23,11 +23,15 @@ struct PairSpan {
   int low, high, end;
 };
 
+// Pieces that a thread has under way: registers hold no more without asynchronous copies.
+constexpr int kPiecesATurn = ADAMIX_ARCH >= 800 ? 2 : 1;
+
 // whole(i) for the whole pieces of a span that are `lane`'s, between(), then edge(i) for its others. Those of both
 // spans alone are whole, and of the larger one none is left out.
 template <typename Whole, typename Between, typename Edge>
 ADAMIX_DEVICE void walk(PairSpan span, int lane, int threads, Whole whole, Between between, Edge edge) {
   int at = lane < span.low ? lane + threads : lane;
+#pragma unroll kPiecesATurn
   for (; at < span.high; at += threads) whole(at);
   between();
   for (int i = lane < span.low ? lane : at; i < span.end; i = i < span.low ? at : i + threads) edge(i);
@@ -59,7 +63,7 @@ struct PairRow {
                         int classes_)
       : a(rows_a.data), b(rows_b.data), row(row_), head(0), pieces(0), classes(classes_), live(row_ < sums.rows) {
     flags = flags_of(sums, row, classes);
-    if (live) a += rows_a.offset(row), b += rows_b.offset(row);
+    if (live) a += row_offset(rows_a, row), b += row_offset(rows_b, row);
     head = head_of(a);
     same = head == head_of(b);
     if (live) pieces = (head + classes + kSize - 1) / kSize;
@@ -160,7 +164,7 @@ struct PairRow {
 // A row's place in a gradient, or null.
 template <typename T>
 ADAMIX_DEVICE T* place_of(const Rows<T>& rows, int row) {
-  return rows.data == nullptr ? nullptr : rows.data + rows.offset(row);
+  return rows.data == nullptr ? nullptr : rows.data + row_offset(rows, row);
 }
 
 }  // namespace adamix

@@ -2,47 +2,30 @@
 // all that is held and is read where it lies.
 #pragma once
 
+#include "consistency/copy_ahead.h"
 #include "consistency/pair_row.h"
 
 namespace adamix {
 
-// bfloat16 is converted by integers on old GPUs, which leaves no registers.
-template <typename T>
-constexpr bool kLoadsAhead = ADAMIX_ARCH > 0 && ADAMIX_ARCH < 800;
-template <>
-constexpr bool kLoadsAhead<bfloat16> = false;
-
-// A copy of 16 bytes into the place of what its thread uses between both calls. Without asynchronous copies the load is
-// under way meanwhile; with them the copy starts when the place is free.
-template <typename T>
-class CopyAhead {
- public:
-  ADAMIX_DEVICE void start(const void* global) {
-    from_ = global;
-    if constexpr (kLoadsAhead<T>) value_ = *static_cast<const uint4*>(global);
-  }
-  ADAMIX_DEVICE void finish(void* shared) const {
-    if constexpr (kLoadsAhead<T>) {
-      *static_cast<uint4*>(shared) = value_;
-    } else {
-      copy_async(shared, from_);
-    }
-  }
-
- private:
-  const void* from_ = nullptr;
-  uint4 value_{};
-};
-
-template <typename T, int Lanes>
+// Threads: of a block, where that is a constant (then it saves instructions), or 0.
+template <typename T, int Lanes, int Threads = 0>
 struct PairShare {
   static constexpr int kSize = Piece<T>::kSize;
+  // A row may be longer than what is held: then blocks have all the threads that they may.
+  static constexpr bool kTails = Lanes == 0 && (Threads == kPairBlockThreads || (Threads == 0 && sizeof(T) == 4));
   static constexpr bool kAcross = Lanes == 0 || Lanes == 32;  // a warp has one row
 
   Piece<T>*a, *b;       // [held]
-  int lane, threads;    // of the row, in this block
+  int lane;             // of the row, in this block
   int first, held;      // of the row's pieces, this block's
   PairSpan span, tail;  // of an unselected row, nothing
+
+  // The lanes of a row in this block.
+  static ADAMIX_DEVICE int threads() {
+    if constexpr (Lanes > 0) return Lanes;
+    if constexpr (Threads > 0) return Threads;
+    return static_cast<int>(blockDim.x);
+  }
 
   ADAMIX_DEVICE void take(const PairRow<T>& row, bool tails) {
     span = tail = {0, 0, 0};
@@ -54,14 +37,15 @@ struct PairShare {
   // All of a row's pieces that the block can hold.
   ADAMIX_DEVICE void copy(const PairRow<T>& row) const {
     int end = row.flags.selected ? row.span(first, held).end : 0;
-    for (int at = lane; at < end; at += threads) row.copy(a + at, b + at, first + at);
+    for (int at = lane; at < end; at += threads()) row.copy(a + at, b + at, first + at);
   }
 
   // Both logits of a column, if it is in a piece of this thread's.
   ADAMIX_DEVICE bool find(const PairRow<T>& row, int column, float& x, float& y) const {
     int piece = (row.head + column) / kSize, at = piece - first;
     bool own = at >= 0 && at < span.end, behind = tail.end > 0 && at >= held;
-    if (behind ? (at - held) % threads != lane : !own || at % threads != lane) return false;
+    if (!own && !behind) return false;
+    if (((behind ? at - held : at) & (threads() - 1)) != lane) return false;  // threads: a power of two
     int e = (row.head + column) % kSize;
     x = to_float(behind ? row.a[column] : a[at].values[e]), y = to_float(behind ? row.b[column] : b[at].values[e]);
     return true;
@@ -70,8 +54,9 @@ struct PairShare {
   // Maxima; those of the tail too where `tails`.
   ADAMIX_DEVICE void tops(const PairRow<T>& row, bool tails, float& top_a, float& top_b) const {
     PieceTop<T> most_a, most_b;
-    for (int at = lane; at < span.end; at += threads) most_a.add(a[at]), most_b.add(b[at]);
-    for (int at = lane; tails && at < tail.end; at += threads) {
+#pragma unroll 4
+    for (int at = lane; at < span.end; at += threads()) most_a.add(a[at]), most_b.add(b[at]);
+    for (int at = lane; tails && at < tail.end; at += threads()) {
       Piece<T> x, y;
       row.read(x, y, held + at);
       most_a.add(x), most_b.add(y);
@@ -79,29 +64,64 @@ struct PairShare {
     top_a = most_a.value(), top_b = most_b.value();
   }
 
+  // body(x, y, at) for the whole pieces of a part of the tail: those of b in one load each where it lies as a does.
+  template <typename Body, typename Between, typename Edge>
+  ADAMIX_DEVICE void walk_tail(const PairRow<T>& row, PairSpan part, Body body, Between between, Edge edge) const {
+    if constexpr (kTails) {
+      const Piece<T>* from_a = reinterpret_cast<const Piece<T>*>(row.a + row.column(held));
+      const Piece<T>* from_b = reinterpret_cast<const Piece<T>*>(row.b + row.column(held));
+      auto same = [&](int at) { body(Piece<T>(from_a[at]), Piece<T>(from_b[at]), at); };
+      auto other = [&](int at) { body(Piece<T>(from_a[at]), row.whole_b(row.column(held + at)), at); };
+      if (row.same) {
+        walk(part, lane, threads(), same, between, edge);
+      } else {
+        walk(part, lane, threads(), other, between, edge);
+      }
+    }
+  }
+
   // The tail's sums, for maxima that rise as it is read; returns its columns.
   ADAMIX_DEVICE float rising_sums(const PairRow<T>& row, PairStatistics& s, bool totals) const {
+    constexpr bool kLifted = sizeof(T) == 2;
     float columns = 0.f;
-    auto rise = [&](const Piece<T>& x, const Piece<T>& y) {
+    Lifted of_a(finite_top(s.top_a)), of_b(finite_top(s.top_b));
+    auto lift = [&] {
+      if constexpr (kLifted) of_a = Lifted(finite_top(s.top_a)), of_b = Lifted(finite_top(s.top_b)), s.lift(of_a, of_b);
+    };
+    auto back = [&] {
+      if constexpr (kLifted) s.back(of_a, of_b);
+    };
+    auto higher = [&](const Piece<T>& x, const Piece<T>& y, float& top_a, float& top_b) {
       PieceTop<T> most_a, most_b;
       most_a.add(x), most_b.add(y);
-      float top_a = most_a.value(), top_b = most_b.value();
-      if (top_a > s.top_a || top_b > s.top_b) s.move_to(fmaxf(top_a, s.top_a), fmaxf(top_b, s.top_b), columns);
+      top_a = most_a.value(), top_b = most_b.value();
+      return top_a > s.top_a || top_b > s.top_b;
     };
-    walk(
-        tail, lane, threads,
-        [&](int at) {
-          Piece<T> x, y;
-          row.read_whole(x, y, held + at);
-          rise(x, y);
-          s.template add<false, false>(x, y, totals);
+    lift();
+    walk_tail(
+        row, tail,
+        [&](const Piece<T>& x, const Piece<T>& y, int) {
+          float top_a, top_b;
+          if (higher(x, y, top_a, top_b)) {
+            back();
+            s.move_to(fmaxf(top_a, s.top_a), fmaxf(top_b, s.top_b), columns);
+            lift();
+          }
+          if constexpr (kLifted) {
+            s.add_lifted(of_a, of_b, x, y);
+          } else {
+            s.template add<false, false>(x, y);
+          }
+          if (totals) s.add_total(x);
           columns += kSize;
         },
+        back,
         [&](int at) {
           Piece<T> x, y;
+          float top_a, top_b;
           int begin = row.begin(held + at), end = row.end(held + at);
           row.read(x, y, held + at);
-          rise(x, y);
+          if (higher(x, y, top_a, top_b)) s.move_to(fmaxf(top_a, s.top_a), fmaxf(top_b, s.top_b), columns);
           s.template add<false, true>(x, y, totals, begin, end);
           columns += static_cast<float>(end - begin);
         });
@@ -121,16 +141,16 @@ struct PairShare {
     };
     PairSpan behind = tails ? tail : PairSpan{0, 0, 0};
     if constexpr (Careful) {
-      for (int at = lane; at < span.end; at += threads) edge(a[at], b[at], first + at);
-      for (int at = lane; at < behind.end; at += threads) tail_edge(at);
+      for (int at = lane; at < span.end; at += threads()) edge(a[at], b[at], first + at);
+      for (int at = lane; at < behind.end; at += threads()) tail_edge(at);
     } else {
       constexpr bool kLifted = sizeof(T) == 2 && !Full;
       const Lifted of_a(s.top_a), of_b(s.top_b);
       auto add = [&](const Piece<T>& x, const Piece<T>& y) {
         if constexpr (kLifted) {
-          s.add_lifted(of_a, of_b, x, y, totals);
+          s.add_lifted(of_a, of_b, x, y);
         } else {
-          s.template add<Full, false>(x, y, totals);
+          s.template add<Full, false>(x, y);
         }
       };
       auto lift = [&] {
@@ -139,25 +159,25 @@ struct PairShare {
       auto back = [&] {
         if constexpr (kLifted) s.back(of_a, of_b);
       };
+      auto nothing = [](int) {};
       lift();
       walk(
-          span, lane, threads,
+          span, lane, threads(),
           [&](int at) {
             // In two loads.
             Piece<T> x = a[at], y = b[at];
             add(x, y);
           },
           back, [&](int at) { edge(a[at], b[at], first + at); });
+      if (totals) {
+        walk(span, lane, threads(), [&](int at) { s.add_total(a[at]); }, nothing);
+      }
       if (!tails) return;
       lift();
-      walk(
-          behind, lane, threads,
-          [&](int at) {
-            Piece<T> x, y;
-            row.read_whole(x, y, held + at);
-            add(x, y);
-          },
-          back, tail_edge);
+      walk_tail(row, behind, [&](const Piece<T>& x, const Piece<T>& y, int) { add(x, y); }, back, tail_edge);
+      if (totals) {
+        walk_tail(row, behind, [&](const Piece<T>& x, const Piece<T>&, int) { s.add_total(x); }, [] {}, nothing);
+      }
     }
   }
 
@@ -177,7 +197,7 @@ struct PairShare {
     const LiftedSlopes lifted(slopes);
     auto slope = [&](Piece<T>& x, Piece<T>& y) {
       if constexpr (kLifted) {
-        lifted.piece(x, y);
+        lifted.template piece<true>(x, y);
       } else {
         slopes.template piece<Full, false>(x, y);
       }
@@ -193,21 +213,25 @@ struct PairShare {
         if (at < span.end) edge(a[at], b[at], first + at);
         if (more && at < ahead.end) next.copy(a + at, b + at, first + at);
       };
-      if (da != nullptr && db != nullptr && more) {
+      if (da != nullptr && db != nullptr && more && (!kLifted || lifted.rest == 0.f)) {
         walk(
-            both_of(span, ahead), lane, threads,
+            both_of(span, ahead), lane, threads(),
             [&](int at) {
               Piece<T> x = a[at], y = b[at];
               CopyAhead<T> next_a, next_b;
               next_a.start(from_a + at), next_b.start(from_b + at);
-              slope(x, y);
+              if constexpr (kLifted) {
+                lifted.template piece<false>(x, y);
+              } else {
+                slope(x, y);
+              }
               to_a[at] = x, to_b[at] = y;
               next_a.finish(a + at), next_b.finish(b + at);
             },
             rest);
       } else {
         walk(
-            both_of(span, ahead), lane, threads,
+            both_of(span, ahead), lane, threads(),
             [&](int at) {
               Piece<T> x = a[at], y = b[at];
               CopyAhead<T> next_a, next_b;
@@ -219,15 +243,14 @@ struct PairShare {
             },
             rest);
       }
-      walk(
-          tail, lane, threads,
-          [&](int at) {
-            Piece<T> x, y;
-            row.read_whole(x, y, held + at);
+      walk_tail(
+          row, tail,
+          [&](Piece<T> x, Piece<T> y, int at) {
             slope(x, y);
             if (da != nullptr) to_a[held + at] = x;
             if (db != nullptr) to_b[held + at] = y;
           },
+          [] {},
           [&](int at) {
             Piece<T> x, y;
             row.read(x, y, held + at);
@@ -241,13 +264,13 @@ struct PairShare {
       if (db != nullptr) row.write(db, y, piece, have, kAcross);
     };
     int end = span.end > ahead.end ? span.end : ahead.end;
-    for (int at = lane; at - lane % 32 < end; at += threads) {
+    for (int at = lane; at - lane % 32 < end; at += threads()) {
       Piece<T> x{}, y{};
       if (at < span.end) x = a[at], y = b[at];
       write(x, y, first + at, at < span.end);
       if (more && at < ahead.end) next.copy(a + at, b + at, first + at);
     }
-    for (int at = lane; at - lane % 32 < tail.end; at += threads) {
+    for (int at = lane; at - lane % 32 < tail.end; at += threads()) {
       Piece<T> x{}, y{};
       if (at < tail.end) row.read(x, y, held + at);
       write(x, y, held + at, at < tail.end);
@@ -259,7 +282,7 @@ struct PairShare {
     if (target == nullptr) return;
     int head = head_of(target), pieces = (head + classes + kSize - 1) / kSize;
     int end = tails || pieces < first + held ? pieces : first + held;
-    for (int piece = first + lane; piece < end; piece += threads) {
+    for (int piece = first + lane; piece < end; piece += threads()) {
       int column = piece * kSize - head;
       if (column >= 0 && column + kSize <= classes) {
         *reinterpret_cast<Piece<T>*>(target + column) = filled<T>(0.f);

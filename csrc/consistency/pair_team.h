@@ -7,7 +7,6 @@
 
 namespace adamix {
 
-constexpr int kPairBlockThreads = 512;  // of a block, at most
 constexpr int kPairWarps = kPairBlockThreads / 32;
 constexpr int kPairSums = 8;     // of a warp's share of a row
 constexpr int kPairValues = 16;  // of a block's share of a row, at most
@@ -39,11 +38,27 @@ struct Larger {
   ADAMIX_DEVICE float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
+// The largest of a warp's values, none of which is NaN.
+ADAMIX_DEVICE float largest_of_warp(float value) {
+#if ADAMIX_ARCH >= 800
+  // Ordered as integers: what is below 0 has its other bits turned round.
+  int bits = __float_as_int(value), order = bits ^ (bits >> 31 & 0x7fffffff);
+  order = __reduce_max_sync(0xffffffffu, order);
+  return __int_as_float(order ^ (order >> 31 & 0x7fffffff));
+#else
+  return warp_reduce<32>(value, Larger{});
+#endif
+}
+
 // Both maxima over the threads of a row in this block; every one of them gets them. A barrier must lie between two
 // calls, as join_sums has one.
 template <int Lanes>
 ADAMIX_DEVICE void join_tops(float& a, float& b, const PairScratch& scratch) {
-  a = warp_reduce<Lanes == 0 ? 32 : Lanes>(a, Larger{}), b = warp_reduce<Lanes == 0 ? 32 : Lanes>(b, Larger{});
+  if constexpr (Lanes == 4) {
+    a = warp_reduce<Lanes>(a, Larger{}), b = warp_reduce<Lanes>(b, Larger{});
+  } else {
+    a = largest_of_warp(a), b = largest_of_warp(b);
+  }
   if constexpr (Lanes == 0) {
     int warps = blockDim.x / 32, lane = threadIdx.x % 32;
     if (lane == 0) scratch.tops[threadIdx.x / 32] = a, scratch.tops[kPairWarps + threadIdx.x / 32] = b;

@@ -12,6 +12,12 @@ namespace adamix {
 struct Leading {
   int64_t outer_stride = 0, inner_stride = 0, inner = 1;
   bool fits = true;  // the inner ones are evenly spaced
+
+  // [outer * inner, 1] where all are, which a kernel finds without a division.
+  Leading flat() const {
+    bool even = inner > 1 && outer_stride == inner * inner_stride;
+    return even ? Leading{inner_stride, 0, 1, fits} : *this;
+  }
 };
 
 inline Leading leading_of(const Tensor& tensor, int64_t dims) {
@@ -43,9 +49,9 @@ inline Tensor with_rows(const Tensor& tensor) {
 
 template <typename T>
 Rows<T> pair_rows(const Tensor& tensor, int64_t skip) {
-  Leading rows = leading_of(tensor, tensor.dim() - 1);
-  return {data<T>(tensor) + skip * rows.outer_stride, rows.outer_stride, rows.inner_stride,
-          divisor(static_cast<int>(rows.inner)), false};
+  Leading rows = leading_of(tensor, tensor.dim() - 1), flat = rows.flat();
+  return {data<T>(tensor) + skip * rows.outer_stride, flat.outer_stride, flat.inner_stride,
+          divisor(static_cast<int>(flat.inner)), false};
 }
 
 // One value a row, or none.
@@ -53,7 +59,7 @@ template <typename T>
 PerRow<T> per_row(OptionalTensor& tensor) {
   if (!tensor.has_value()) return {nullptr, 0, 0, divisor(1)};
   if (!leading_of(*tensor, tensor->dim()).fits) tensor = torch::stable::contiguous(*tensor);
-  Leading rows = leading_of(*tensor, tensor->dim());
+  Leading rows = leading_of(*tensor, tensor->dim()).flat();
   return {static_cast<const T*>(tensor->data_ptr()), rows.outer_stride, rows.inner_stride,
           divisor(static_cast<int>(rows.inner))};
 }

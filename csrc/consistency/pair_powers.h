@@ -1,0 +1,43 @@
+// e^x by powers of two.
+#pragma once
+
+#include "common/dtype.h"
+
+namespace adamix {
+
+// 2^x by the hardware, within 2^-22 of itself.
+ADAMIX_DEVICE float power_of_2(float x) {
+#if defined(ADAMIX_HOST)
+  return std::exp2(x);
+#else
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#endif
+}
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// e^u for u <= 0, of logits in T: for 16-bit ones the product's rounding stays, |u| 2^-24 of the result.
+template <typename T>
+ADAMIX_DEVICE float exp_of(float u) {
+  constexpr float kLog2ERest = 1.925963033500943e-8f;
+  float power = u * kLog2E, result = power_of_2(power);
+  if constexpr (sizeof(T) == 2) return result;
+  float rest = fmaf(u, kLog2ERest, fmaf(u, kLog2E, -power));
+  return result == 0.f ? result : fmaf(result, rest * kLn2, result);
+}
+
+// e^(x - top) of 16-bit logits by one product: 2^(x log2 e - lift) times rest(), which is 1 but for the lift's
+// rounding.
+struct Lifted {
+  float lift, slip;
+  ADAMIX_DEVICE explicit Lifted(float top) : lift(top * kLog2E), slip(fmaf(top, kLog2E, -lift)) {}
+  ADAMIX_DEVICE float power(float x) const { return fmaf(x, kLog2E, -lift); }
+  ADAMIX_DEVICE float rest() const { return power_of_2(-slip); }
+};
+
+// Below it no lift overflows.
+ADAMIX_DEVICE bool may_be_lifted(float top) { return fabsf(top) < 1e37f; }
+
+}  // namespace adamix
