@@ -52,7 +52,7 @@ def check_forward_and_gradients(backend, dtype, lead, features, experts, top_k, 
     """Within the budget of same-dtype PyTorch, of gates and logits and all gradients; x in rows that lie apart."""
     x, weight, b = drawn(lead, features, experts, bias, wide, dtype)
     given = [t for t in (x, weight, b) if t is not None]
-    index = router_gates(x, weight, b, top_k=top_k, backend=backend).index
+    index = router_gates(x, weight, b, top_k=top_k, backend=backend).indices
     grads = [torch.randn(*lead, n, generator=torch.Generator().manual_seed(n)) for n in (
         experts if index is None else top_k, experts)]  # fmt: skip
 
@@ -96,8 +96,8 @@ def check_not_finite(backend):
             want = router_gates(a, w, top_k=top_k, backend="reference")
             assert torch.equal(got.gates.isnan(), want.gates.isnan())
             if top_k:
-                assert torch.equal(got.index, want.index)
-                assert got.index.sort(-1).values.diff().min() > 0
+                assert torch.equal(got.indices, want.indices)
+                assert got.indices.sort(-1).values.diff().min() > 0
             if where == "x":
                 clean = router_gates(x, w, top_k=top_k, backend=backend).gates
                 keep = torch.ones(4, 6, dtype=torch.bool)

@@ -23,7 +23,7 @@ def backward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         through = a.gates * (a.grad_gates - (a.gates * a.grad_gates).sum(-1, keepdim=True))
         if through.shape[-1] != experts:
             # The ids of a row differ.
-            through = through.new_zeros(*through.shape[:-1], experts).scatter(-1, a.index, through)
+            through = through.new_zeros(*through.shape[:-1], experts).scatter(-1, a.indices, through)
         d = through if d is None else d + through
     assert d is not None
     flat = d.reshape(-1, experts)

@@ -16,17 +16,17 @@ MOST_EXPERTS = 256
 class RouterOutput(NamedTuple):
     """What router_gates gives.
 
-    gates: [..., K] of the chosen, the largest first, or [..., M] where dense. index: int64, their experts, of the same
+    gates: [..., K] of the chosen, the largest first, or [..., M] where dense. indices: int64, their experts, of the same
     shape; None where dense. logits: [..., M]. gates and logits are float32 (float64 for float64).
 
     Example:
         >>> from adamix_kernels.routing import router_gates
-        >>> router_gates(torch.randn(2, 5, 8), torch.randn(4, 8)).index is None
+        >>> router_gates(torch.randn(2, 5, 8), torch.randn(4, 8)).indices is None
         True
     """
 
     gates: torch.Tensor
-    index: torch.Tensor | None
+    indices: torch.Tensor | None
     logits: torch.Tensor
 
 
@@ -48,7 +48,7 @@ def router_gates(
         backend: "auto", "reference", "triton" or "cuda": the last two make one launch of the forward, and read x once.
 
     Returns:
-        RouterOutput(gates, index, logits); the logits for balance_loss and z_loss of adamix_kernels.routing.
+        RouterOutput(gates, indices, logits); the logits for balance_loss and z_loss of adamix_kernels.routing.
         Differentiable once in x, weight and bias, through gates and logits. Softmax and its gradient are float32
         (float64 for float64). Under autocast x takes its dtype.
 
@@ -61,8 +61,8 @@ def router_gates(
 
     Example:
         >>> from adamix_kernels.routing import router_gates
-        >>> gates, index, logits = router_gates(torch.eye(3), torch.eye(3), top_k=2)
-        >>> index
+        >>> gates, indices, logits = router_gates(torch.eye(3), torch.eye(3), top_k=2)
+        >>> indices
         tensor([[0, 1],
                 [1, 0],
                 [2, 0]])
@@ -89,5 +89,5 @@ def router_gates(
         fail("top_k", repr(top_k), f"None (all experts) or 1 <= top_k <= {experts}")
     check_request(backend)
     chosen = 0 if top_k is None or top_k == experts else top_k
-    gates, index, logits = router_op(x, weight, bias, chosen, backend)
-    return RouterOutput(gates, index if chosen else None, logits)
+    gates, indices, logits = router_op(x, weight, bias, chosen, backend)
+    return RouterOutput(gates, indices if chosen else None, logits)

@@ -40,11 +40,14 @@ def _select(x: torch.Tensor, backend: str) -> ModuleType:
     return select("router", backend, x.device, x.dtype, 0)
 
 
-@torch.compiler.assume_constant_result
 def by_kernel(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether another backend than the reference serves calls on x of this device and dtype."""
     module = select("router", backend, device, dtype, 0)
     return module.__name__.rpartition(".")[2] != "reference"
+
+
+# As torch.compiler.assume_constant_result marks it, which would import the whole compiler with this package.
+by_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Returns (gates, ids of the chosen, or [0] where dense, logits).

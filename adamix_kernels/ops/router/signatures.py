@@ -17,14 +17,14 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """A gradient that is None is zero. gates, index: what the forward returned, the index [0] where dense."""
+    """A gradient that is None is zero. gates, indices: what the forward returned, indices [0] where dense."""
 
     grad_gates: torch.Tensor | None  # [..., K], or [..., M]
     grad_logits: torch.Tensor | None  # [..., M]
     x: torch.Tensor
     weight: torch.Tensor
     gates: torch.Tensor
-    index: torch.Tensor
+    indices: torch.Tensor
     need_x: bool
     need_weight: bool
     need_bias: bool
