@@ -30,14 +30,16 @@ struct PairNext {
 
 template <typename T>
 struct PairTile {
+  static_assert(sizeof(PairNext<T>) <= 2 * kPairBlockThreads / 4 * sizeof(float), "they share their memory");
+
   PairScratch scratch;  // before what is as large as the launch says: its places are constants
-  PairNext<T>* next;    // [1]
+  PairNext<T>* next;    // where only rows of less than a block have their sums
   Piece<T>* pieces;     // [teams, 2, slots]
 
   template <typename Memory>
   ADAMIX_BOTH PairTile(Memory& memory, int teams, int slots)
       : scratch(memory),
-        next(memory.template take<PairNext<T>>(1)),
+        next(reinterpret_cast<PairNext<T>*>(scratch.teams)),
         pieces(memory.template take<Piece<T>>(teams * 2 * slots)) {}
 };
 

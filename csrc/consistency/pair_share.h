@@ -84,9 +84,9 @@ struct PairShare {
   ADAMIX_DEVICE float rising_sums(const PairRow<T>& row, PairStatistics& s, bool totals) const {
     constexpr bool kLifted = sizeof(T) == 2;
     float columns = 0.f;
-    Lifted of_a(s.top_a), of_b(s.top_b);
+    Lifted of_a(finite_top(s.top_a)), of_b(finite_top(s.top_b));
     auto lift = [&] {
-      if constexpr (kLifted) of_a = Lifted(s.top_a), of_b = Lifted(s.top_b), s.lift(of_a, of_b);
+      if constexpr (kLifted) of_a = Lifted(finite_top(s.top_a)), of_b = Lifted(finite_top(s.top_b)), s.lift(of_a, of_b);
     };
     auto back = [&] {
       if constexpr (kLifted) s.back(of_a, of_b);
