@@ -1,10 +1,9 @@
 """Routed ops whose autograd node is in C++ (csrc/autograd): no Python runs below the call, nor in the backward.
 
 With Triton it launches a call's kernels as a plan says (ops/_triton_plans.py) that Python made for the first such call.
-
-The module lies beside the library, whose kernels it calls, or where that would lie, and its name says which torch and which Python it is for:
-with any other, and where it was not built, calls take the nodes in Python. Calls that something besides autograd
-watches, and those of a kind that Python did not find to be served (`serve`), it leaves alone.
+The module lies beside the library, whose kernels it calls, or where that would lie, and its name says which torch and
+which Python it is for: with any other, and where it was not built, calls take the nodes in Python. Calls that something
+besides autograd watches, and those of a kind that Python did not find to be served (`serve`), it leaves alone.
 """
 
 from __future__ import annotations

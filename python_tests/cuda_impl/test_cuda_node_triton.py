@@ -1,4 +1,4 @@
-"""Triton's kernels launched by the nodes in C++ (csrc/autograd/plans.cpp): what reaches the driver, and what does not."""
+"""Triton's kernels launched by the nodes in C++ (csrc/autograd/plans.cpp): what reaches the driver."""
 
 import json
 import os

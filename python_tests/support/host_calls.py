@@ -112,7 +112,6 @@ from adamix_kernels.ops import _direct, _node, _triton_plans  # noqa: E402
 from adamix_kernels.ops.merge import op as merge_op  # noqa: E402
 from adamix_kernels.ops.routed_adapter import api  # noqa: E402
 
-
 # Calls that the nodes in C++ took, and backwards that they asked Python for.
 BY_NODE, ASKED = [], []
 _ask = _node._backward
@@ -239,7 +238,8 @@ def main(seed, count, changed=None, blind=None):
     if blind is not None:
         blinded(blind)
     for _ in range(count):
-        op = draw.choice([kind for kind in KINDS if changed is None or changed in kind.PROPERTIES][: 2 if NODES else None])()
+        kinds = KINDS[:2] if NODES else KINDS
+        op = draw.choice([kind for kind in kinds if changed is None or changed in kind.PROPERTIES])()
         first = {name: draw.choice(values) for name, values in op.PROPERTIES.items()}
         name = changed or draw.choice(list(op.PROPERTIES))
         values = op.PROPERTIES[name]
