@@ -261,7 +261,7 @@ def main(seed, count, changed=None, blind=None):
     hits = sum(plan is not None for table in _direct.Kept.tables for plan in table.values())
     print(f"{count} pairs, {hits} plans, {len(BY_NODE)} calls and {len(BY_NODE) - len(ASKED)} backwards by nodes")
     if NODES:
-        return 0 if len(BY_NODE) > count // 4 and len(BY_NODE) > 1.5 * len(ASKED) else 2
+        return 0 if len(BY_NODE) - len(ASKED) > count // 8 else 2
     return 0 if hits > count // 8 and (changed or merge_op._KNOWN) else 2
 
 
