@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import HOST_FLAGS, LIBRARY, RECORD, BuildError, build_cuda, build_host, build_node, find_torch, source_folder
+from . import HOST_FLAGS, LIBRARY, RECORD, BuildError, build_cuda, build_host, source_folder
+from .node import build_node
 from .schedule import parallel
+from .toolchain import find_torch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
