@@ -39,6 +39,12 @@ def library_path() -> Path | None:
     return found[0] if found else None
 
 
+def folder() -> Path:
+    """Where the library lies, or would: the module of autograd's nodes (ops/_node.py) lies there too."""
+    path = library_path()
+    return _PACKAGE if path is None else path.parent
+
+
 @functools.cache
 def record() -> dict[str, Any]:
     """What the build wrote down: {"built": True, "architectures", "nvcc", "torch", "sources"}, or {"built": False,

@@ -121,11 +121,11 @@ class Ready:
     The arguments are what `launch` was given before the constants: addresses as integers, 0 for None.
     """
 
-    __slots__ = ("_after", "_before", "_launch", "_middle")
+    __slots__ = ("_after", "_before", "_compiled", "_launch", "_middle")
 
     def __init__(self, compiled: Any, grid: tuple[int, ...], constants: tuple[Any, ...]):
         launcher = compiled.run
-        self._launch = launcher.launch
+        self._compiled, self._launch = compiled, launcher.launch
         self._before = *grid, *(1,) * (3 - len(grid))
         # No scratch memory of Triton's, no hooks.
         self._middle = (
@@ -133,6 +133,15 @@ class Ready:
             compiled.packed_metadata, None, None, None,
         )  # fmt: skip
         self._after = constants
+
+    def described(self) -> tuple[int, tuple[int, ...], int, int, tuple[str, ...]] | None:
+        """(function, grid, threads of a block, bytes of shared memory, kinds of all arguments): what the driver's own
+        launch takes; None for one that needs attributes besides."""
+        metadata, launcher = self._compiled.metadata, self._compiled.run
+        if metadata.num_ctas != 1 or launcher.launch_cooperative_grid or launcher.launch_pdl:
+            return None
+        kinds = tuple(self._compiled.src.signature.values())
+        return self._compiled.function, self._before, 32 * metadata.num_warps, metadata.shared, kinds
 
     def __call__(self, stream: int, *arguments: int | float) -> None:
         self._launch(*self._before, stream, *self._middle, *arguments, *self._after)

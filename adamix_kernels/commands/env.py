@@ -63,7 +63,7 @@ def library() -> dict[str, Any]:
         "nvcc": built.get("nvcc"),
         "torch": built.get("torch"),
         "csrc_changed": changed,
-        "node": bool(path and (path.parent / _build.node_name(torch.__version__)).is_file()),
+        "node": (_extension.folder() / _build.node_name(torch.__version__)).is_file(),
     }
 
 
@@ -120,7 +120,7 @@ def _short(path: Path) -> str:
 
 def _library_in_words(facts: dict[str, Any]) -> str:
     if facts["problem"]:
-        return str(facts["problem"])
+        return str(facts["problem"]) + ("; autograd's nodes in C++" if facts["node"] else "")
     nodes = (
         "; autograd's nodes in C++"
         if facts["node"]

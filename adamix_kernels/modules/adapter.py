@@ -13,6 +13,7 @@ from ..functional import routed_adapter
 from ..ops._adapter_arguments import ACTIVATIONS
 from ..ops._checks import check_choice, check_positive
 from ..ops._gates import check_mix
+from ..ops._node import NODE
 from ..ops.routed_adapter.api import routed_by_pass
 from ..routing import GateRouter, Router
 from ._banks import (
@@ -106,6 +107,11 @@ class RoutedAdapter(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, S, H] (or [N, H]); residual of x's shape, x itself when None. Returns x's shape."""
         check_input(x, self.hidden_size)
+        node = NODE.module
+        if node is not None and not torch.compiler.is_compiling():
+            made: torch.Tensor | None = node.adapter_layer(self, x, residual)
+            if made is not None:
+                return made
         if not self.router.enabled:
             return x if residual is None else residual
         rows = as_batch(x)

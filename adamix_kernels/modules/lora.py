@@ -13,6 +13,7 @@ from .._backends import check_request
 from ..functional import merge_lora, routed_lora
 from ..ops._checks import autocast_dtype, check_flag, check_positive
 from ..ops._gates import check_mix
+from ..ops._node import NODE
 from ..ops.merge.api import LoraLayer
 from ..ops.routed_lora.api import routed_by_pass
 from ..routing import GateRouter, Router
@@ -169,6 +170,11 @@ class RoutedLoRALinear(OnBase):
         """x [B, S, K] (or [N, K]) -> [B, S, N] (or [N, N'])."""
         check_input(x, self.in_features)
         base: torch.Tensor = self.base(x)
+        node = NODE.module
+        if node is not None and not torch.compiler.is_compiling():
+            made: torch.Tensor | None = node.lora_layer(self, x, base)
+            if made is not None:
+                return made
         if not self.router.enabled:
             return base
         rows, added = as_batch(x), as_batch(base)

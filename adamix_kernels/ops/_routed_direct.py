@@ -38,6 +38,7 @@ class RoutedDirect:
         self.saved = [fields.index(name) if name in fields else None for name in ops.saved]
         self._op_by_pass = by_pass(functools.partial(dispatched, ops.forward), 0, self.added)
         self.backward_by_pass = by_pass(ops.backward, 0, 1, 2)
+        _node.BACKWARD[node] = self.planned_backward
 
     def call(
         self,
@@ -71,6 +72,7 @@ class RoutedDirect:
         if plan is None:
             return None
         _node.serve(direct, self.node, backend, x, tensors[1])
+        _node.keep(_node.IN_PLACE if inplace else _node.FORWARDS[self.node], plan, tensors, (*options, passes))
         tensors = tensors if taken is None else taken()
         how = direct, inplace, passes, *options, backend
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -79,6 +81,16 @@ class RoutedDirect:
             out: torch.Tensor = _apply(self, plan, how, *tensors)
             return out
         return self.run(plan, how, tensors)[0]
+
+    def planned_backward(self, kind: int, passes: int, backend: str, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        """The backward of a node in C++ that has no plan for it, or that something watches."""
+        count = len(self.saved) + 1
+        tensors = arguments[:count]
+        direct = served(self.ops.name, backend, (tensors[1], tensors[3]), False) if may_be_direct() else None
+        made = _backward(self, direct, passes, backend, *arguments)
+        if made is not None and direct is not None:
+            _node.keep(kind, direct.backward.find(*arguments, passes), tensors, (*arguments[count:], passes))
+        return self.ops.backward(*arguments, backend) if made is None else made
 
     def run(self, plan: Any, how: tuple[Any, ...], tensors: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         """(out, kept) by the plan or, where it does not fit the addresses, by the op."""

@@ -8,6 +8,7 @@ by their memory, so that it may take parts of what it was given, and is made on 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
@@ -75,7 +76,10 @@ def _whereabouts(t: torch.Tensor | None) -> object:
 class Plan:
     """plan(*tensors): the recorded launches on these tensors and on new memory, which it returns as `run` does."""
 
-    __slots__ = ("_anywhere", "_constants", "_device", "_launches", "_offsets", "_parts", "_results", "_scratch")
+    __slots__ = (
+        *("_anywhere", "_constants", "_device", "_launches", "_offsets", "_parts", "_results", "_scratch", "_slots"),
+        *("_first", "kept"),
+    )
 
     def __init__(
         self,
@@ -84,15 +88,21 @@ class Plan:
         scratch: int,
         offsets: list[int],
         parts: list[tuple[int, int]],
+        first: int,
         constants: list[int | float],
-        launches: list[tuple[Ready, Any]],
+        launches: list[tuple[Ready, list[int]]],
         anywhere: bool,
     ):
         """results: number of a tensor of the same shape and dtype or -1, shape, dtype. scratch: elements of the first
-        tensor's dtype, `offsets` into them in bytes. parts: (number of a tensor or result, bytes into it).
+        tensor's dtype, `offsets` into them in bytes. parts: (number of a tensor or result, bytes into it). first:
+        how many values stand before the constants. launches: with the numbers of the values that each takes.
         """
         self._device, self._results, self._scratch, self._offsets = device, results, scratch, offsets
-        self._parts, self._constants, self._launches, self._anywhere = parts, constants, launches, anywhere
+        self._parts, self._first, self._constants, self._anywhere = parts, first, constants, anywhere
+        self._launches = [(launch, itemgetter(*slots)) for launch, slots in launches]
+        self._slots = [slots for _, slots in launches]
+        # Whether the nodes in C++ were offered it (ops/_node.py).
+        self.kept = False
 
     def __call__(self, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
         stream = current_stream(self._device)
@@ -120,6 +130,43 @@ class Plan:
         for launch, arguments in self._launches:
             launch(stream, *arguments(values))
         return tuple(results)
+
+    def described(self) -> tuple[Any, ...] | None:
+        """The same in numbers, for csrc/autograd/plans.cpp; None where it launches what only Triton's launcher does.
+
+        (device, [(shape, dtype) of each result], scratch, offsets, parts, constants, launches), of a launch (function,
+        grid, threads, shared memory, numbers of values). A constant is its bits, as the kernel takes it.
+        """
+        constants: list[int] = []
+        launches = []
+        for (launch, _), slots in zip(self._launches, self._slots, strict=True):
+            described = launch.described()
+            if described is None or self._anywhere:
+                return None
+            *config, kinds = described
+            taken = []
+            for slot, kind in zip(slots, kinds, strict=False):  # what follows are compile-time constants
+                if kind == "constexpr":
+                    continue
+                if kind.startswith("*"):
+                    if slot >= self._first:
+                        return None
+                    taken.append(slot)
+                elif kind in _FORMATS and slot >= self._first:
+                    value = self._constants[slot - self._first]
+                    taken.append(self._first + len(constants))
+                    constants.append(int.from_bytes(struct.pack(f"<{_FORMATS[kind]}", value), "little"))
+                else:
+                    return None
+            if set(kinds[len(slots) :]) - {"constexpr"}:
+                return None
+            launches.append((*config, tuple(taken)))
+        results = [(shape, dtype) for _, shape, dtype in self._results]
+        return self._device, results, self._scratch, self._offsets, self._parts, constants, launches
+
+
+# Of a scalar that a kernel takes, for struct.
+_FORMATS = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d"}
 
 
 def _apart(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -192,7 +239,7 @@ def _plan(
         found = ready(kernel, grid, device, *args, **meta)
         if found is None:
             return None
-        launches.append((found, itemgetter(*slots)))
+        launches.append((found, slots))
     like = tensors[0]
     assert like is not None
     return Plan(
@@ -201,6 +248,7 @@ def _plan(
         -(-size // like.element_size()),
         offsets,
         parts,
+        first,
         constants,
         launches,
         anywhere,

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ..ops._checks import check_positive
+from ..ops._node import ROUTERS
 
 Ahead = dict[tuple[int, tuple[int, ...], torch.device], list[torch.Tensor]]
 LEVELS = ("batch", "sample", "token")
@@ -175,6 +176,10 @@ class Router:
                 f"{batch // self.passes}"
             )
         return index.repeat(copies, *[1] * (index.dim() - 1))
+
+
+# csrc/autograd/layers.cpp takes what is in _ahead, as _drawn does.
+ROUTERS.add(Router)
 
 
 def draws_ahead(device: torch.device) -> bool:

@@ -51,6 +51,7 @@ class Launches:
     """How many kernels were launched since this was made."""
 
     def __init__(self, library: ctypes.CDLL):
+        self.library = library
         self._read = library.stand_in_launches
         self._read.restype = ctypes.c_long
         self._before = self._read()

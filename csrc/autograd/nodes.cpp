@@ -3,6 +3,7 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/randint.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -11,11 +12,16 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <cmath>
 #include <exception>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <type_traits>
 #include <utility>
+
+#include "autograd/plans.h"
+#include "autograd/served.h"
 
 namespace adamix {
 namespace {
@@ -135,6 +141,7 @@ struct AdapterBackward : Node {
   bool add_input = false;
   std::string activation, backend;
   int64_t passes = 0;
+  bool planned = false;
 
   std::string name() const override { return "RoutedAdapterBackward"; }
 
@@ -144,7 +151,6 @@ struct AdapterBackward : Node {
   }
 
   variable_list apply(variable_list&& grads) override {
-    static const Backward op("routed_adapter_backward");
     std::lock_guard<std::mutex> lock(mutex_);
     Gradients out(6);
     const Tensor& gradient = grads[0];
@@ -155,18 +161,24 @@ struct AdapterBackward : Node {
     bool need_down = need[1] || need[2], need_up = need[3] || need[4];
     if (need[0] || need_down || need_up) {
       Tensor given = x.unpack();
+      int64_t folds = planned ? 0 : passes;
       Stack stack;
       stack.reserve(13);
       for (const Tensor& t :
-           {folded(gradient, passes), folded(given, passes), pre.unpack(), down_weight.unpack(), up_weight.unpack()}) {
+           {folded(gradient, folds), folded(given, folds), pre.unpack(), down_weight.unpack(), up_weight.unpack()}) {
         stack.emplace_back(t);
       }
       stack.emplace_back(optional(down_index.unpack()));
       stack.emplace_back(optional(up_index.unpack()));
       for (bool flag : {need[0], need_down, need_up, add_input}) stack.emplace_back(flag);
       stack.emplace_back(activation);
-      op(stack, backend);
-      out.set(0, unfolded(std::move(stack[0]).toTensor(), given, passes), need[0]);
+      if (planned) {
+        run_planned_backward(PlanKind::kAdapterBackward, stack, passes, backend);
+      } else {
+        static const Backward op("routed_adapter_backward");
+        op(stack, backend);
+      }
+      out.set(0, unfolded(std::move(stack[0]).toTensor(), given, folds), need[0]);
       for (size_t n = 1; n < 5; ++n) out.set(n, std::move(stack[n]).toTensor(), need[n]);
     }
     return once_differentiable(out.take(), gradient);
@@ -179,6 +191,7 @@ struct LoraBackward : Node {
   int64_t groups = 1, passes = 0;
   std::vector<int64_t> offsets;
   std::string backend;
+  bool planned = false;
 
   std::string name() const override { return "RoutedLoRABackward"; }
 
@@ -188,7 +201,6 @@ struct LoraBackward : Node {
   }
 
   variable_list apply(variable_list&& grads) override {
-    static const Backward op("routed_lora_backward");
     std::lock_guard<std::mutex> lock(mutex_);
     Gradients out(4);
     const Tensor& gradient = grads[0];
@@ -198,10 +210,11 @@ struct LoraBackward : Node {
     if (need[3]) out.set(3, gradient);
     if (need[0] || need[1] || need[2]) {
       Tensor given = x.unpack();
+      int64_t folds = planned ? 0 : passes;
       Stack stack;
       stack.reserve(16);
       for (const Tensor& kept :
-           {folded(gradient, passes), folded(given, passes), t.unpack(), lora_a.unpack(), lora_b.unpack()}) {
+           {folded(gradient, folds), folded(given, folds), t.unpack(), lora_a.unpack(), lora_b.unpack()}) {
         stack.emplace_back(kept);
       }
       for (const SavedVariable* kept : {&a_index, &b_index, &seed}) stack.emplace_back(optional(kept->unpack()));
@@ -210,8 +223,13 @@ struct LoraBackward : Node {
       stack.emplace_back(groups);
       stack.emplace_back(offsets);
       stack.emplace_back(dropout);
-      op(stack, backend);
-      out.set(0, unfolded(std::move(stack[0]).toTensor(), given, passes), need[0]);
+      if (planned) {
+        run_planned_backward(PlanKind::kLoraBackward, stack, passes, backend);
+      } else {
+        static const Backward op("routed_lora_backward");
+        op(stack, backend);
+      }
+      out.set(0, unfolded(std::move(stack[0]).toTensor(), given, folds), need[0]);
       for (size_t n = 1; n < 3; ++n) out.set(n, std::move(stack[n]).toTensor(), need[n]);
     }
     return once_differentiable(out.take(), gradient);
@@ -276,12 +294,29 @@ bool is_watched() {
          at::hasCallbacks();
 }
 
-Tensor run_adapter(const Adapter& call) {
-  static const Kernel forward("routed_adapter_forward");
-  if (!is_foldable(call.x, call.passes) || !is_like(call.residual, call.x) ||
-      has_wrong_id(call.down_index, call.down_weight.size(0)) || has_wrong_id(call.up_index, call.up_weight.size(0))) {
-    return {};
+bool is_usual(const Lora& call) { return std::isfinite(call.scaling) && call.dropout >= 0 && call.dropout < 1; }
+
+void draw_seed(Lora& call) {
+  if (call.dropout == 0) {
+    call.seed = Tensor();
+  } else if (!call.seed.defined()) {
+    call.seed = at::randint(0, std::numeric_limits<int64_t>::max(), {}, call.x.options().dtype(at::kLong));
   }
+}
+
+namespace {
+
+// (out, pre); nothing where the long way must be taken.
+std::optional<std::pair<Tensor, Tensor>> forward_adapter(const Adapter& call) {
+  if (call.service == Service::kPlans) {
+    Request request(PlanKind::kAdapter, {call.x, call.down_weight, call.down_bias, call.up_weight, call.up_bias,
+                                         call.down_index, call.up_index, call.residual});
+    request.put(call.add_input), request.put(call.activation), request.put(call.passes);
+    auto made = launch_plan(request);
+    if (!made) return std::nullopt;
+    return std::pair(std::move(made->at(0)), std::move(made->at(1)));
+  }
+  static const Kernel forward("routed_adapter_forward");
   Stack stack;
   stack.reserve(10);
   stack.emplace_back(folded(call.x, call.passes));
@@ -294,33 +329,22 @@ Tensor run_adapter(const Adapter& call) {
   stack.emplace_back(optional(folded(call.residual, call.passes)));
   stack.emplace_back(call.add_input);
   stack.emplace_back(call.activation);
-  if (!launched(forward, stack)) return {};
-  Tensor out = unfolded(std::move(stack[0]).toTensor(), call.x, call.passes);
-  if (!torch::autograd::compute_requires_grad(call.x, call.down_weight, call.down_bias, call.up_weight, call.up_bias,
-                                              call.residual)) {
-    return out;
-  }
-  auto node = make_node<AdapterBackward>();
-  node->set_next_edges(torch::autograd::collect_next_edges(call.x, call.down_weight, call.down_bias, call.up_weight,
-                                                           call.up_bias, call.residual));
-  node->x = saved(call.x), node->pre = saved(stack[1].toTensor());
-  node->down_weight = saved(call.down_weight), node->up_weight = saved(call.up_weight);
-  node->down_index = saved(call.down_index), node->up_index = saved(call.up_index);
-  node->add_input = call.add_input, node->passes = call.passes;
-  node->activation = call.activation, node->backend = call.backend;
-  torch::autograd::set_history(out, node);
-  return out;
+  if (!launched(forward, stack)) return std::nullopt;
+  return std::pair(unfolded(std::move(stack[0]).toTensor(), call.x, call.passes), std::move(stack[1]).toTensor());
 }
 
-Tensor run_lora(const Lora& call, Base base) {
-  static const Kernel forward("routed_lora_forward"), over("routed_lora_forward_");
-  bool inplace = base != Base::kStays;
-  bool recorded = torch::autograd::compute_requires_grad(call.x, call.lora_a, call.lora_b, call.base);
-  if (!is_foldable(call.x, call.passes) || !is_like(call.base, call.x) || (inplace && !is_writable(call)) ||
-      (recorded && base == Base::kOverwritten && call.base.is_view()) ||
-      has_wrong_id(call.a_index, call.lora_a.size(0)) || has_wrong_id(call.b_index, call.lora_b.size(0))) {
-    return {};
+// (out or, in place, nothing; t).
+std::optional<std::pair<Tensor, Tensor>> forward_lora(const Lora& call, bool inplace) {
+  if (call.service == Service::kPlans) {
+    Request request(inplace ? PlanKind::kLoraInPlace : PlanKind::kLora,
+                    {call.x, call.lora_a, call.lora_b, call.a_index, call.b_index, call.base, call.seed});
+    request.put(call.scaling), request.put(call.groups), request.put(call.offsets);
+    request.put(call.dropout), request.put(call.passes);
+    auto made = launch_plan(request);
+    if (!made) return std::nullopt;
+    return std::pair(inplace ? Tensor() : std::move(made->front()), std::move(made->back()));
   }
+  static const Kernel forward("routed_lora_forward"), over("routed_lora_forward_");
   Stack stack;
   stack.reserve(11);
   stack.emplace_back(folded(call.x, call.passes));
@@ -334,22 +358,64 @@ Tensor run_lora(const Lora& call, Base base) {
   stack.emplace_back(call.groups);
   stack.emplace_back(call.offsets);
   stack.emplace_back(call.dropout);
-  if (!launched(inplace ? over : forward, stack)) return {};
+  if (!launched(inplace ? over : forward, stack)) return std::nullopt;
+  Tensor t = std::move(stack.back()).toTensor();
+  return std::pair(inplace ? Tensor() : unfolded(std::move(stack[0]).toTensor(), call.x, call.passes), std::move(t));
+}
+
+}  // namespace
+
+Tensor run_adapter(const Adapter& call) {
+  if (!is_foldable(call.x, call.passes) || !is_like(call.residual, call.x) ||
+      has_wrong_id(call.down_index, call.down_weight.size(0)) || has_wrong_id(call.up_index, call.up_weight.size(0))) {
+    return {};
+  }
+  auto made = forward_adapter(call);
+  if (!made) return {};
+  Tensor out = std::move(made->first);
+  if (!torch::autograd::compute_requires_grad(call.x, call.down_weight, call.down_bias, call.up_weight, call.up_bias,
+                                              call.residual)) {
+    return out;
+  }
+  auto node = make_node<AdapterBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(call.x, call.down_weight, call.down_bias, call.up_weight,
+                                                           call.up_bias, call.residual));
+  node->x = saved(call.x), node->pre = saved(made->second);
+  node->down_weight = saved(call.down_weight), node->up_weight = saved(call.up_weight);
+  node->down_index = saved(call.down_index), node->up_index = saved(call.up_index);
+  node->add_input = call.add_input, node->passes = call.passes;
+  node->activation = call.activation, node->backend = call.backend;
+  node->planned = call.service == Service::kPlans;
+  torch::autograd::set_history(out, node);
+  return out;
+}
+
+Tensor run_lora(const Lora& call, Base base) {
+  bool inplace = base != Base::kStays;
+  bool recorded = torch::autograd::compute_requires_grad(call.x, call.lora_a, call.lora_b, call.base);
+  if (!is_foldable(call.x, call.passes) || !is_like(call.base, call.x) || (inplace && !is_writable(call)) ||
+      (recorded && base == Base::kOverwritten && call.base.is_view()) ||
+      has_wrong_id(call.a_index, call.lora_a.size(0)) || has_wrong_id(call.b_index, call.lora_b.size(0))) {
+    return {};
+  }
+  auto made = forward_lora(call, inplace);
+  if (!made) return {};
   Tensor out = call.base;
   if (inplace) {
     // Whoever saved the old value must find out.
     call.base.unsafeGetTensorImpl()->bump_version();
   } else {
-    out = unfolded(std::move(stack[0]).toTensor(), call.x, call.passes);
+    out = std::move(made->first);
   }
   if (!recorded) return out;
   auto node = make_node<LoraBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(call.x, call.lora_a, call.lora_b, call.base));
-  node->x = saved(call.x), node->t = saved(stack.back().toTensor());
+  node->x = saved(call.x), node->t = saved(made->second);
   node->lora_a = saved(call.lora_a), node->lora_b = saved(call.lora_b);
   node->a_index = saved(call.a_index), node->b_index = saved(call.b_index), node->seed = saved(call.seed);
   node->scaling = call.scaling, node->groups = call.groups, node->offsets = call.offsets;
   node->dropout = call.dropout, node->passes = call.passes, node->backend = call.backend;
+  node->planned = call.service == Service::kPlans;
   if (base == Base::kOverwritten) {
     torch::autograd::rebase_history(out, node);
     return out;

@@ -5,9 +5,13 @@ alone, with plans made not to see a trait of tensors, which must show. Each list
 once, and leaves what it printed in FOLDER/<its number>.<exit status>. The driver launches nothing
 (benchmarks/host/driver.py), so results are compared by their launches: kernel, grid, stream and every argument,
 addresses by the tensor that they belong to.
+
+With ADAMIX_CUDA_HOST, beside whose library the nodes in C++ lie, what reaches the driver is compared: with plans those
+launch (csrc/autograd/plans.cpp), and without Triton's own launcher does.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import random
@@ -54,14 +58,73 @@ def addressed(value):
     return tuple(TABLES[value].flatten().tolist()) if value in TABLES else value
 
 
-host_driver.install(lambda _: Noting)
+NODES = bool(os.environ.get("ADAMIX_CUDA_HOST"))
+# Of the driver's functions, by number: a kernel and the kinds of its arguments.
+FUNCTIONS = {}
+_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+# Grid, block, shared memory; stream, attributes; how many of those.
+_Config = type("_Config", (ctypes.Structure,), {"_fields_": [
+    ("sizes", ctypes.c_uint * 7), ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint)
+]})  # fmt: skip
+_TAKER = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Config), ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
+
+
+@_TAKER
+def taken(config, function, parameters):
+    """cuLaunchKernelEx: what the kernel would have been given, by its own argument types."""
+    kernel, kinds = FUNCTIONS[function]
+    real = [*(kind for kind in kinds if kind != "constexpr"), "*scratch", "*scratch"]
+    values = [_TYPES.get(kind, ctypes.c_uint64).from_address(parameters[n]).value for n, kind in enumerate(real)]
+    config = config.contents
+    NOTED.append(((function, *kernel), (*kinds, "*", "*"), (*config.sizes, config.stream, config.count), values))
+
+
+def numbered(launcher):
+    """Triton's own launcher, whose kernel is told from others by the driver's number of it."""
+
+    class Numbered(launcher):
+        def __init__(self, src, metadata):
+            super().__init__(src, metadata)
+            kernel = src.fn.__name__, tuple(map(str, src.constants.items()))
+            FUNCTIONS[len(FUNCTIONS) + 1] = kernel, tuple(src.signature.values())
+
+    return Numbered
+
+
+def install():
+    if not NODES:
+        host_driver.install(lambda _: Noting)
+        return
+    counted = "return ++launched, 0; }\nint cuCtxGetCurrent"
+    assert counted in host_driver._LIBCUDA
+    host_driver._LIBCUDA = host_driver._LIBCUDA.replace(
+        "int cuLaunchKernelEx", "void (*stand_in_taker)(const void *, void *, void **);\nint cuLaunchKernelEx"
+    ).replace(counted, f"stand_in_taker(config, function, arguments); {counted}")
+    host_driver._Utils.load_binary = lambda *_: (1, len(FUNCTIONS), 0, 0, host_driver.THREADS)
+    count = host_driver.install(numbered)
+    ctypes.c_void_p.in_dll(count.library, "stand_in_taker").value = ctypes.cast(taken, ctypes.c_void_p).value
+
+
+install()
 
 from host_kinds import KINDS, Adapter, Merge  # noqa: E402
 
-from adamix_kernels.ops import _direct, _triton_plans  # noqa: E402
+from adamix_kernels.ops import _direct, _node, _triton_plans  # noqa: E402
 from adamix_kernels.ops.merge import op as merge_op  # noqa: E402
 from adamix_kernels.ops.merge import triton_impl as merge_impl  # noqa: E402
 from adamix_kernels.ops.routed_adapter import api  # noqa: E402
+
+# Calls that the nodes in C++ took, and backwards that they asked Python for.
+BY_NODE, ASKED = [], []
+_ask = _node._backward
+
+
+def asked(*arguments):
+    ASKED.append(1)
+    return _ask(*arguments)
+
+
+_node._backward = asked
 
 
 def held(run):
@@ -82,8 +145,10 @@ def noted(make):
 
 
 merge_impl._table = noted(merge_impl._table)
-# A plan's memory too.
-torch.Tensor.new_empty, torch.empty_like = held(torch.Tensor.new_empty), held(torch.empty_like)
+# A plan's memory too, and copies that a call lets go of before its gradients are made.
+torch.empty_like = held(torch.empty_like)
+for name in ("new_empty", "contiguous", "reshape", "to"):
+    setattr(torch.Tensor, name, held(getattr(torch.Tensor, name)))
 _triton_plans.Plan.__call__ = held(_triton_plans.Plan.__call__)
 
 
@@ -104,6 +169,8 @@ def launched(op, p, arguments, options):
             gradient = torch.zeros_like(out) if p["gradient"] == "contiguous" else out.new_zeros(()).expand_as(out)
             leaves = [t for t in arguments if t is not None and t.requires_grad]
             grads = torch.autograd.grad(out, leaves, gradient)
+            if out.grad_fn.name() in ("RoutedAdapterBackward", "RoutedLoRABackward"):
+                BY_NODE.append(1)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     # merge_banks' own results lie in one memory or not.
@@ -182,22 +249,30 @@ def main(seed, count, changed=None, blind=None):
     if blind is not None:
         blinded(blind)
     for _ in range(count):
-        op = draw.choice([kind for kind in KINDS if changed is None or changed in kind.PROPERTIES])()
+        kinds = KINDS[:2] if NODES else KINDS
+        op = draw.choice([kind for kind in kinds if changed is None or changed in kind.PROPERTIES])()
         first = {name: draw.choice(values) for name, values in op.PROPERTIES.items()}
         name = changed or draw.choice(list(op.PROPERTIES))
         values = op.PROPERTIES[name]
+        if NODES and draw.random() < 0.7:
+            # Else few calls are such as nodes take.
+            first.update(contiguous=True, offset=0, autocast=False, wrong=None, gradient="contiguous")
         second = {**first, name: draw.choice([v for v in values if v != first[name]] if changed else values)}
         calls = [(p, *op.arguments(p)) for p in (first, second)]
         with _direct.switched_off():
             expected = [launched(op, *call) for call in calls]
         for call, wanted in [*zip(calls, expected, strict=True)] * 2:
+            taken_before = len(BY_NODE)
             got = launched(op, *call)
-            if got != wanted:
+            # What goes through the dispatcher lets go of copies whose memory gradients may get.
+            if got != wanted and (not NODES or len(BY_NODE) > taken_before or not call[0]["needs"]):
                 kind, where = type(op).__name__, differing(got, wanted)
                 print(f"{kind}: {name}: {first[name]} and {second[name]} of {first}: {where}")
                 return 1
     hits = sum(plan is not None for table in _direct.Kept.tables for plan in table.values())
-    print(f"{count} pairs, {hits} plans")
+    print(f"{count} pairs, {hits} plans, {len(BY_NODE)} calls and {len(BY_NODE) - len(ASKED)} backwards by nodes")
+    if NODES:
+        return 0 if len(BY_NODE) - len(ASKED) > count // 8 else 2
     return 0 if hits > count // 8 and (changed or merge_op._KNOWN) else 2
 
 

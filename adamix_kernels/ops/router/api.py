@@ -16,8 +16,8 @@ MOST_EXPERTS = 256
 class RouterOutput(NamedTuple):
     """What router_gates gives.
 
-    gates: [..., K] of the chosen, the largest first, or [..., M] where dense. indices: int64, their experts, of the same
-    shape; None where dense. logits: [..., M]. gates and logits are float32 (float64 for float64).
+    gates: [..., K] of the chosen, the largest first, or [..., M] where dense. indices: int64, their experts, of the
+    same shape; None where dense. logits: [..., M]. gates and logits are float32 (float64 for float64).
 
     Example:
         >>> from adamix_kernels.routing import router_gates

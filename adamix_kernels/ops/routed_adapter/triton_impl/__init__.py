@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...._triton_utils import capability, dot_dtype, launch, memory, precision
+from ...._triton_utils import capability, current_stream, dot_dtype, launch, memory, precision
 from ...._triton_utils import problem as unsupported
 from ..._one_read import tiles_a_program
 from ..._passes import by_pass
@@ -130,6 +130,8 @@ def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
 
 class _Direct:
     """Calls without a device-side sort, past the dispatcher and Triton's JIT."""
+
+    has_node, current_stream = True, staticmethod(current_stream)
 
     def __init__(self) -> None:
         planned = Planned(by_pass(forward, 0, 7), 8)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ...._triton_utils import launch, memory
+from ...._triton_utils import current_stream, launch, memory
 from ...._triton_utils import problem as unsupported
 from ..._passes import by_pass
 from ..._triton_plans import Planned
@@ -81,6 +81,8 @@ def _forward_in_place(*arguments):
 
 class _Direct:
     """Calls without a device-side sort, past the dispatcher and Triton's JIT."""
+
+    has_node, current_stream = True, staticmethod(current_stream)
 
     def __init__(self) -> None:
         self._forward = Planned(by_pass(forward, 0, 5), 7)

@@ -1,0 +1,264 @@
+#include "autograd/layers.h"
+
+#include <ATen/SavedTensorHooks.h>
+#include <torch/csrc/Device.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <array>
+#include <utility>
+
+#include "autograd/nodes.h"
+#include "autograd/served.h"
+
+namespace adamix {
+namespace {
+
+// The names of what is looked up; each is an attribute of modules, of a router, or of torch.nn.modules.module.
+struct Names {
+  PyObject *parameters = interned("_parameters"), *modules = interned("_modules"), *training = interned("training"),
+           *gate = interned("gate"), *router = interned("router"), *backend = interned("backend"),
+           *activation = interned("activation"), *scaling = interned("scaling"), *groups = interned("groups"),
+           *offsets = interned("output_offsets"), *dropout = interned("dropout"), *base = interned("base"),
+           *lora_a = interned("lora_a"), *lora_b = interned("lora_b"), *a_score = interned("a_score"),
+           *b_score = interned("b_score"), *down_weight = interned("down_weight"), *down_bias = interned("down_bias"),
+           *up_weight = interned("up_weight"), *up_bias = interned("up_bias"), *down_score = interned("down_score"),
+           *up_score = interned("up_score"), *enabled = interned("enabled"), *experts = interned("experts"),
+           *force_merged = interned("force_merged"), *level = interned("level"), *passes = interned("passes"),
+           *ahead = interned("_ahead"), *forward = interned("forward"), *batch = interned("batch"),
+           *sample = interned("sample");
+  std::array<PyObject*, 3> hooks = {interned("_forward_hooks"), interned("_backward_hooks"),
+                                    interned("_backward_pre_hooks")};
+  std::array<PyObject*, 3> global_hooks = {interned("_global_forward_hooks"), interned("_global_backward_hooks"),
+                                           interned("_global_backward_pre_hooks")};
+};
+
+const Names& names() {
+  static const Names made;
+  return made;
+}
+
+// An object's own attributes, without those of its class.
+class Attributes {
+ public:
+  explicit Attributes(PyObject* object) : dict_(PyObject_GenericGetDict(object, nullptr)) { PyErr_Clear(); }
+  ~Attributes() { Py_XDECREF(dict_); }
+  Attributes(const Attributes&) = delete;
+  Attributes& operator=(const Attributes&) = delete;
+
+  // Borrowed; null where there is none.
+  PyObject* get(PyObject* name) const { return dict_ == nullptr ? nullptr : PyDict_GetItem(dict_, name); }
+  bool has(PyObject* name, PyObject* value) const { return get(name) == value; }
+  bool has_entries(PyObject* name) const {
+    PyObject* found = get(name);
+    return found == nullptr || !PyDict_Check(found) || PyDict_GET_SIZE(found) > 0;
+  }
+  template <typename T>
+  bool read_into(PyObject* name, T& value) const {
+    PyObject* found = get(name);
+    return found != nullptr && read(found, value);
+  }
+
+ private:
+  PyObject* dict_;
+};
+
+bool read_item(PyObject* dict, PyObject* name, at::Tensor& t) {
+  PyObject* found = PyDict_GetItem(dict, name);
+  return found != nullptr && read(found, t) && t.defined();
+}
+
+// A module in training whose experts are drawn, none chosen and none merged.
+struct Layer {
+  Attributes own;
+  PyObject* parameters;
+  PyObject* router;
+
+  explicit Layer(PyObject* module) : own(module), parameters(own.get(names().parameters)), router(nullptr) {
+    if (parameters == nullptr || !PyDict_CheckExact(parameters)) return;
+    if (!own.has(names().training, Py_True) || !own.has(names().gate, Py_None)) return;
+    PyObject* found = own.get(names().router);
+    if (found != nullptr && PySet_Contains(python.routers, reinterpret_cast<PyObject*>(Py_TYPE(found))) == 1) {
+      router = found;
+    }
+  }
+
+  bool parameter(PyObject* name, at::Tensor& t) const { return read_item(parameters, name, t); }
+
+  // Frozen, so that its bank is not merged.
+  bool is_frozen(PyObject* name) const {
+    at::Tensor score;
+    return parameter(name, score) && !score.requires_grad();
+  }
+};
+
+// What routing/draws.py drew for this forward, as Router.draw_sides gives it; what was taken goes back if it is not
+// used.
+class Draws {
+ public:
+  ~Draws() {
+    for (; count_ > 0; --count_) PyList_Append(from_[count_ - 1], taken_[count_ - 1]), Py_DECREF(taken_[count_ - 1]);
+    PyErr_Clear();
+  }
+
+  // False where the router has to be asked. A bank of one leaves its index as it is.
+  bool take(PyObject* router, const at::Tensor& x, std::array<int64_t, 2> experts, std::array<at::Tensor*, 2> index,
+            int64_t& passes) {
+    Attributes of(router);
+    PyObject *ahead = of.get(names().ahead), *level = of.get(names().level);
+    if (ahead == nullptr || !PyDict_CheckExact(ahead) || level == nullptr || !of.has(names().enabled, Py_True) ||
+        !of.has(names().experts, Py_None) || !of.has(names().force_merged, Py_False) || is_recomputed()) {
+      return false;
+    }
+    int64_t drawn = x.size(0);
+    if (PyObject_RichCompareBool(level, names().batch, Py_EQ) == 1) {
+      if (!of.read_into(names().passes, passes) || passes < 1) return false;
+      if (x.size(0) % passes != 0) passes = 1;
+      drawn = passes;
+    } else if (PyObject_RichCompareBool(level, names().sample, Py_EQ) != 1) {
+      return false;
+    }
+    for (size_t n = 0; n < 2; ++n) {
+      if (experts[n] == 1) continue;
+      PyObject* left = found(ahead, experts[n], drawn, x.device());
+      if (left == nullptr || !pop(left, *index[n])) return false;
+    }
+    return true;
+  }
+
+  void keep() {
+    for (; count_ > 0; --count_) Py_DECREF(taken_[count_ - 1]);
+  }
+
+ private:
+  // As draws.py's _is_recomputed.
+  static bool is_recomputed() {
+    return !at::GradMode::is_enabled() || torch::autograd::get_current_graph_task_id() != -1 ||
+           at::SavedTensorDefaultHooks::get_hooks(true).has_value();
+  }
+
+  static PyObject* found(PyObject* ahead, int64_t experts, int64_t drawn, const at::Device& device) {
+    PyObject* key =
+        Py_BuildValue("(L(L)N)", static_cast<long long>(experts), static_cast<long long>(drawn), THPDevice_New(device));
+    PyObject* left = key == nullptr ? nullptr : PyDict_GetItem(ahead, key);
+    Py_XDECREF(key);
+    return left != nullptr && PyList_CheckExact(left) ? left : nullptr;
+  }
+
+  bool pop(PyObject* left, at::Tensor& index) {
+    Py_ssize_t size = PyList_GET_SIZE(left);
+    if (size == 0 || !read(PyList_GET_ITEM(left, size - 1), index)) return false;
+    PyObject* last = PyList_GET_ITEM(left, size - 1);
+    Py_INCREF(last);
+    PyList_SetSlice(left, size - 1, size, nullptr);
+    from_[count_] = left, taken_[count_++] = last;
+    return true;
+  }
+
+  std::array<PyObject*, 2> from_{}, taken_{};
+  size_t count_ = 0;
+};
+
+// As modules/_linear.py's may_overwrite.
+bool may_overwrite(PyObject* base) {
+  if (PySet_Contains(python.linears, reinterpret_cast<PyObject*>(Py_TYPE(base))) != 1) return false;
+  Attributes own(base);
+  if (own.get(names().forward) != nullptr) return false;
+  for (PyObject* hooks : names().hooks) {
+    if (own.has_entries(hooks)) return false;
+  }
+  for (PyObject* hooks : names().global_hooks) {
+    PyObject* found = PyDict_GetItem(python.modules, hooks);
+    if (found == nullptr || !PyDict_Check(found) || PyDict_GET_SIZE(found) > 0) return false;
+  }
+  return true;
+}
+
+// Banks that train in float32 beside a 16-bit model are cast for the call, as cast_like does.
+void cast(at::Tensor& bank, const at::Tensor& x) {
+  if (bank.scalar_type() != x.scalar_type()) bank = bank.to(x.scalar_type());
+}
+
+bool is_batch(const at::Tensor& x, int64_t features) {
+  return x.defined() && x.dim() == 3 && x.is_floating_point() && x.size(2) == features;
+}
+
+}  // namespace
+
+PyObject* lora_layer(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 3, "lora_layer: got ", count, " arguments, expected 3");
+  if (is_watched() || is_switched_off()) Py_RETURN_NONE;
+  Layer layer(given[0]);
+  Lora call;
+  PyObject* modules = layer.own.get(names().modules);
+  if (layer.router == nullptr || modules == nullptr || !read(given[1], call.x) || !read(given[2], call.base) ||
+      !layer.parameter(names().lora_a, call.lora_a) || !layer.parameter(names().lora_b, call.lora_b) ||
+      !layer.is_frozen(names().a_score) || !layer.is_frozen(names().b_score)) {
+    Py_RETURN_NONE;
+  }
+  if (call.lora_a.dim() != 3 || call.lora_b.dim() != 3 || !is_batch(call.x, call.lora_a.size(2)) ||
+      !call.base.defined() || call.base.dim() != 3 || call.base.scalar_type() != call.x.scalar_type() ||
+      !layer.own.read_into(names().scaling, call.scaling) || !layer.own.read_into(names().groups, call.groups) ||
+      !layer.own.read_into(names().offsets, call.offsets) || !layer.own.read_into(names().dropout, call.dropout) ||
+      !layer.own.read_into(names().backend, call.backend) || !is_usual(call)) {
+    Py_RETURN_NONE;
+  }
+  call.service = service_of(kLora, call.backend, call.x, call.lora_a);
+  if (call.service == Service::kNone) {
+    Py_RETURN_NONE;
+  }
+  PyObject* base = PyDict_GetItem(modules, names().base);
+  bool over = base != nullptr && Py_TYPE(given[2]) == reinterpret_cast<PyTypeObject*>(THPVariableClass) &&
+              call.base.is_contiguous() && may_overwrite(base);
+  Draws draws;
+  if (!draws.take(layer.router, call.x, {call.lora_a.size(0), call.lora_b.size(0)}, {&call.a_index, &call.b_index},
+                  call.passes)) {
+    Py_RETURN_NONE;
+  }
+  for (at::Tensor* bank : {&call.lora_a, &call.lora_b}) cast(*bank, call.x);
+  draw_seed(call);
+  at::Tensor out = run_lora(call, over ? Base::kConsumed : Base::kStays);
+  if (out.defined()) draws.keep();
+  return given_back(out);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* adapter_layer(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 3, "adapter_layer: got ", count, " arguments, expected 3");
+  if (is_watched() || is_switched_off()) Py_RETURN_NONE;
+  Layer layer(given[0]);
+  Adapter call;
+  if (layer.router == nullptr || !read(given[1], call.x) || !read(given[2], call.residual) ||
+      !layer.parameter(names().down_weight, call.down_weight) || !layer.parameter(names().down_bias, call.down_bias) ||
+      !layer.parameter(names().up_weight, call.up_weight) || !layer.parameter(names().up_bias, call.up_bias) ||
+      !layer.is_frozen(names().down_score) || !layer.is_frozen(names().up_score)) {
+    Py_RETURN_NONE;
+  }
+  call.add_input = given[2] == Py_None || given[2] == given[1];
+  if (call.add_input) call.residual = at::Tensor();
+  PyObject* activation = layer.own.get(names().activation);
+  if (call.down_weight.dim() != 3 || call.up_weight.dim() != 3 || !is_batch(call.x, call.down_weight.size(2)) ||
+      activation == nullptr || (activation != Py_None && !read(activation, call.activation)) ||
+      !layer.own.read_into(names().backend, call.backend)) {
+    Py_RETURN_NONE;
+  }
+  call.service = service_of(kAdapter, call.backend, call.x, call.down_weight);
+  if (call.service == Service::kNone) {
+    Py_RETURN_NONE;
+  }
+  Draws draws;
+  if (!draws.take(layer.router, call.x, {call.down_weight.size(0), call.up_weight.size(0)},
+                  {&call.down_index, &call.up_index}, call.passes)) {
+    Py_RETURN_NONE;
+  }
+  for (at::Tensor* bank : {&call.down_weight, &call.down_bias, &call.up_weight, &call.up_bias}) cast(*bank, call.x);
+  at::Tensor out = run_adapter(call);
+  if (out.defined()) draws.keep();
+  return given_back(out);
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace adamix

@@ -1,0 +1,422 @@
+#include "autograd/plans.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+#include <dlfcn.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
+
+#include <memory>
+#include <unordered_map>
+#include <utility>
+
+#include "autograd/nodes.h"
+#include "autograd/served.h"
+
+namespace adamix {
+namespace {
+
+// As cuda.h has them; a launch has no attributes here.
+struct LaunchConfig {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  void* attributes;
+  unsigned attribute_count;
+};
+
+struct Driver {
+  int (*launch)(const LaunchConfig*, void* function, void** parameters, void** extra);
+  int (*current_context)(void**);
+  int (*set_context)(void*);
+  int (*retain_context)(void**, int device);
+  int (*device)(int*, int ordinal);
+  int (*error_text)(int, const char**);
+};
+
+struct Launch {
+  void* function;
+  unsigned grid[3], threads, shared;
+  std::vector<size_t> parameters;  // numbers of values
+};
+
+struct Result {
+  std::vector<int64_t> sizes;
+  at::ScalarType dtype;
+};
+
+// The values of a call: addresses of its tensors, of the results, of parts of the scratch memory and of other values,
+// then constants as the kernels take them.
+struct Plan {
+  int64_t device;
+  std::vector<Result> results;
+  int64_t scratch;  // elements of the first tensor's dtype
+  std::vector<int64_t> offsets;
+  std::vector<std::pair<size_t, int64_t>> parts;
+  std::vector<uint64_t> constants;
+  std::vector<Launch> launches;
+  PyObject* source = nullptr;  // holds the kernels
+
+  Plan() = default;
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+  ~Plan() { Py_XDECREF(source); }
+};
+
+constexpr size_t kMostPlans = 4096;
+using Plans = std::unordered_map<std::string, std::shared_ptr<const Plan>>;
+
+// Touched under the GIL alone. It outlives Python, which could free nothing any more.
+Plans& plans() {
+  static Plans* const made = new Plans;
+  return *made;
+}
+
+// Python's error as C++'s, which other threads may hand on.
+[[noreturn]] void raise() {
+  python_error error;
+  error.persist();
+  throw std::move(error);
+}
+
+template <typename F>
+F symbol(void* library, const char* name) {
+  void* found = dlsym(library, name);
+  TORCH_CHECK(found != nullptr, "libcuda.so.1 has no ", name);
+  return reinterpret_cast<F>(found);
+}
+
+const Driver& driver() {
+  static const Driver made = [] {
+    void* library = dlopen("libcuda.so.1", RTLD_LAZY);
+    TORCH_CHECK(library != nullptr, "libcuda.so.1 did not load");
+    return Driver{symbol<decltype(Driver::launch)>(library, "cuLaunchKernelEx"),
+                  symbol<decltype(Driver::current_context)>(library, "cuCtxGetCurrent"),
+                  symbol<decltype(Driver::set_context)>(library, "cuCtxSetCurrent"),
+                  symbol<decltype(Driver::retain_context)>(library, "cuDevicePrimaryCtxRetain"),
+                  symbol<decltype(Driver::device)>(library, "cuDeviceGet"),
+                  symbol<decltype(Driver::error_text)>(library, "cuGetErrorString")};
+  }();
+  return made;
+}
+
+void check(int code) {
+  if (code == 0) return;
+  const char* text = "unknown error";
+  driver().error_text(code, &text);
+  TORCH_CHECK(false, "Triton Error [CUDA]: ", text);
+}
+
+// A thread that has not used the GPU yet has no context, and memory from a cache does not give it one.
+void ensure_context(int ordinal) {
+  void* context = nullptr;
+  check(driver().current_context(&context));
+  if (context != nullptr) return;
+  int device = 0;
+  check(driver().device(&device, ordinal));
+  check(driver().retain_context(&context, device));
+  check(driver().set_context(context));
+}
+
+// What Python's current_stream says: the stream, or nothing.
+std::optional<uint64_t> current_stream(int64_t device) {
+  PyObject* number = PyLong_FromLongLong(device);
+  PyObject* found = number == nullptr ? nullptr : PyObject_CallOneArg(python.current_stream, number);
+  Py_XDECREF(number);
+  if (found == nullptr) raise();
+  std::optional<uint64_t> stream;
+  if (found != Py_None) stream = PyLong_AsUnsignedLongLongMask(found);
+  Py_DECREF(found);
+  return stream;
+}
+
+// What of the process's state a plan depends on, as in _triton_plans.py: the table of block sizes, and TF32.
+bool put_state(Request& request) {
+  PyObject* table = PyDict_GetItem(python.environment, python.table_name);
+  if (table != nullptr && !PyBytes_Check(table)) return false;
+  request.put(table == nullptr ? std::string() : std::string(PyBytes_AS_STRING(table), PyBytes_GET_SIZE(table)));
+  if (request.tensors()[0].scalar_type() != at::kFloat) return true;
+  std::string precision;
+  PyObject* found = PyObject_CallNoArgs(python.precision);
+  bool is_known = found != nullptr && (PyBool_Check(found) || read(found, precision));
+  if (is_known) request.put(precision + (found == Py_True ? "tf32" : ""));
+  Py_XDECREF(found);
+  return PyErr_Clear(), is_known;
+}
+
+// The results' and scratch memory's addresses behind those of the tensors; false where one is no multiple of 16.
+bool add_addresses(const Plan& plan, const std::vector<at::Tensor>& results, const at::Tensor& scratch,
+                   std::vector<uint64_t>& values) {
+  size_t given = values.size();
+  for (const at::Tensor& t : results) values.push_back(t.defined() ? reinterpret_cast<uint64_t>(t.data_ptr()) : 0);
+  uint64_t start = scratch.defined() ? reinterpret_cast<uint64_t>(scratch.data_ptr()) : 0;
+  for (int64_t offset : plan.offsets) values.push_back(start + offset);
+  for (size_t n = given; n < values.size(); ++n) {
+    if (values[n] % 16 != 0) return false;
+  }
+  for (const auto& [n, offset] : plan.parts) values.push_back(values[n] + offset);
+  values.insert(values.end(), plan.constants.begin(), plan.constants.end());
+  return true;
+}
+
+int launch_all(const Plan& plan, uint64_t stream, std::vector<uint64_t>& values) {
+  // Triton hands its kernels two addresses of memory that they do not need.
+  uint64_t none = 0;
+  std::vector<void*> parameters;
+  for (const Launch& launch : plan.launches) {
+    parameters.clear();
+    for (size_t n : launch.parameters) parameters.push_back(&values[n]);
+    parameters.insert(parameters.end(), 2, &none);
+    LaunchConfig config{{launch.grid[0], launch.grid[1], launch.grid[2]},
+                        {launch.threads, 1, 1},
+                        launch.shared,
+                        reinterpret_cast<void*>(stream),
+                        nullptr,
+                        0};
+    int code = driver().launch(&config, launch.function, parameters.data(), nullptr);
+    if (code != 0) return code;
+  }
+  return 0;
+}
+
+bool put_option(PyObject* given, Request& request) {
+  if (PyBool_Check(given)) return request.put(given == Py_True), true;
+  int64_t number = 0;
+  if (read(given, number)) return request.put(number), true;
+  double value = 0;
+  if (PyFloat_CheckExact(given)) return read(given, value), request.put(value), true;
+  std::string text;
+  if (read(given, text)) return request.put(text), true;
+  std::vector<int64_t> numbers;
+  return read(given, numbers) && (request.put(c10::IntArrayRef(numbers)), true);
+}
+
+template <typename T>
+std::vector<T> read_numbers(PyObject* given) {
+  std::vector<int64_t> numbers;
+  TORCH_CHECK(read(given, numbers), "keep_plan: expected a tuple of ints");
+  return {numbers.begin(), numbers.end()};
+}
+
+template <typename F>
+void each(PyObject* items, F take) {
+  TORCH_CHECK(PyTuple_CheckExact(items) || PyList_CheckExact(items), "keep_plan: expected a tuple or a list");
+  for (Py_ssize_t n = 0; n < PySequence_Fast_GET_SIZE(items); ++n) take(PySequence_Fast_GET_ITEM(items, n));
+}
+
+// What Plan.described gives.
+std::shared_ptr<Plan> read_plan(PyObject* described) {
+  PyObject *results, *offsets, *parts, *constants, *launches;
+  long long device = 0, scratch = 0;
+  auto made_plan = std::make_shared<Plan>();
+  Plan& plan = *made_plan;
+  if (!PyArg_ParseTuple(described, "LOLOOOO", &device, &results, &scratch, &offsets, &parts, &constants, &launches)) {
+    raise();
+  }
+  plan.device = device, plan.scratch = scratch, plan.offsets = read_numbers<int64_t>(offsets);
+  each(results, [&](PyObject* item) {
+    PyObject *sizes, *dtype;
+    if (!PyArg_ParseTuple(item, "OO!", &sizes, &THPDtypeType, &dtype)) raise();
+    plan.results.push_back({read_numbers<int64_t>(sizes), reinterpret_cast<THPDtype*>(dtype)->scalar_type});
+  });
+  each(parts, [&](PyObject* item) {
+    auto numbers = read_numbers<int64_t>(item);
+    plan.parts.emplace_back(numbers.at(0), numbers.at(1));
+  });
+  each(constants, [&](PyObject* item) { plan.constants.push_back(PyLong_AsUnsignedLongLongMask(item)); });
+  each(launches, [&](PyObject* item) {
+    unsigned long long function = 0;
+    Launch made{};
+    PyObject* parameters;
+    if (!PyArg_ParseTuple(item, "K(III)IIO", &function, &made.grid[0], &made.grid[1], &made.grid[2], &made.threads,
+                          &made.shared, &parameters)) {
+      raise();
+    }
+    made.function = reinterpret_cast<void*>(function);
+    made.parameters = read_numbers<size_t>(parameters);
+    plan.launches.push_back(std::move(made));
+  });
+  return made_plan;
+}
+
+// A new reference.
+PyObject* to_python(const c10::IValue& value) {
+  if (value.isNone()) Py_RETURN_NONE;
+  if (value.isTensor()) return THPVariable_Wrap(value.toTensor());
+  if (value.isBool()) return PyBool_FromLong(value.toBool());
+  if (value.isInt()) return PyLong_FromLongLong(value.toInt());
+  if (value.isDouble()) return PyFloat_FromDouble(value.toDouble());
+  if (value.isString()) return PyUnicode_FromString(value.toStringRef().c_str());
+  std::vector<int64_t> numbers = value.toIntVector();
+  PyObject* tuple = PyTuple_New(static_cast<Py_ssize_t>(numbers.size()));
+  for (size_t n = 0; n < numbers.size(); ++n) PyTuple_SET_ITEM(tuple, n, PyLong_FromLongLong(numbers[n]));
+  return tuple;
+}
+
+Request request_of(PlanKind kind, const std::vector<c10::IValue>& arguments) {
+  std::vector<at::Tensor> tensors;
+  size_t n = 0;
+  for (; arguments[n].isTensor() || arguments[n].isNone(); ++n) {
+    tensors.push_back(arguments[n].isNone() ? at::Tensor() : arguments[n].toTensor());
+  }
+  Request request(kind, std::move(tensors));
+  for (; n < arguments.size(); ++n) {
+    const c10::IValue& value = arguments[n];
+    if (value.isBool()) {
+      request.put(value.toBool());
+    } else if (value.isInt()) {
+      request.put(value.toInt());
+    } else if (value.isDouble()) {
+      request.put(value.toDouble());
+    } else if (value.isString()) {
+      request.put(value.toStringRef());
+    } else {
+      request.put(c10::IntArrayRef(value.toIntVector()));
+    }
+  }
+  return request;
+}
+
+std::vector<at::Tensor> python_backward(PlanKind kind, const std::vector<c10::IValue>& arguments, int64_t passes,
+                                        const std::string& backend) {
+  at::NoGradGuard no_grad;
+  THPObjectPtr given(PyTuple_New(static_cast<Py_ssize_t>(arguments.size() + 3)));
+  PyTuple_SET_ITEM(given.get(), 0, PyLong_FromLongLong(static_cast<long long>(kind)));
+  PyTuple_SET_ITEM(given.get(), 1, PyLong_FromLongLong(passes));
+  PyTuple_SET_ITEM(given.get(), 2, PyUnicode_FromString(backend.c_str()));
+  for (size_t n = 0; n < arguments.size(); ++n) PyTuple_SET_ITEM(given.get(), n + 3, to_python(arguments[n]));
+  THPObjectPtr made(PyObject_CallObject(python.backward, given.get()));
+  if (!made) raise();
+  std::vector<at::Tensor> results;
+  each(made.get(), [&](PyObject* item) {
+    results.push_back(item == Py_None ? at::Tensor() : at::Tensor(THPVariable_Unpack(item)));
+  });
+  return results;
+}
+
+class Gil {
+ public:
+  Gil() : state_(PyGILState_Ensure()) {}
+  ~Gil() { PyGILState_Release(state_); }
+
+ private:
+  PyGILState_STATE state_;
+};
+
+}  // namespace
+
+Request::Request(PlanKind kind, std::vector<at::Tensor> tensors) : tensors_(std::move(tensors)) {
+  key_.reserve(512);
+  key_ += static_cast<char>(kind);
+  for (const at::Tensor& t : tensors_) {
+    // Every tensor tells its length, so that no two lists of tensors give the same bytes.
+    key_ += static_cast<char>(t.defined() ? t.dim() + 1 : 0);
+    if (!t.defined()) continue;
+    fits_ = fits_ && t.is_contiguous() && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+    key_ += static_cast<char>(t.scalar_type());
+    key_ += static_cast<char>(t.device().type());
+    key_ += static_cast<char>(t.device().index());
+    put_bytes(t.sizes().data(), t.dim() * sizeof(int64_t));
+  }
+}
+
+void Request::put(bool flag) { key_ += flag ? "b1" : "b0"; }
+void Request::put(int64_t number) { key_ += 'i', put_bytes(&number, sizeof(number)); }
+void Request::put(double number) { key_ += 'f', put_bytes(&number, sizeof(number)); }
+void Request::put(const std::string& text) {
+  put(static_cast<int64_t>(text.size()));
+  key_ += text;
+}
+void Request::put(c10::IntArrayRef numbers) {
+  put(static_cast<int64_t>(numbers.size()));
+  put_bytes(numbers.data(), numbers.size() * sizeof(int64_t));
+}
+
+std::optional<std::vector<at::Tensor>> launch_plan(Request& request) {
+  const at::Tensor& like = request.tensors()[0];
+  if (!request.fits() || !put_state(request)) return std::nullopt;
+  auto found = plans().find(request.key());
+  if (found == plans().end()) return std::nullopt;
+  // Another thread may forget it while the GIL is released.
+  std::shared_ptr<const Plan> held = found->second;
+  const Plan& plan = *held;
+  std::optional<uint64_t> stream = current_stream(plan.device);
+  if (!stream) return std::nullopt;
+  at::AutoDispatchBelowADInplaceOrView below;
+  std::vector<at::Tensor> results;
+  results.reserve(plan.results.size());
+  for (const Result& result : plan.results) {
+    bool is_nothing = result.sizes.size() == 1 && result.sizes[0] == 0;
+    results.push_back(is_nothing ? at::Tensor() : at::empty(result.sizes, like.options().dtype(result.dtype)));
+  }
+  at::Tensor scratch = plan.scratch > 0 ? at::empty({plan.scratch}, like.options()) : at::Tensor();
+  std::vector<uint64_t> values;
+  values.reserve(request.tensors().size() + results.size() + plan.offsets.size() + plan.parts.size() +
+                 plan.constants.size());
+  for (const at::Tensor& t : request.tensors()) {
+    values.push_back(t.defined() ? reinterpret_cast<uint64_t>(t.data_ptr()) : 0);
+  }
+  if (!add_addresses(plan, results, scratch, values)) return std::nullopt;
+  int code = 0;
+  // A full queue of the GPU must not hold Python up.
+  PyThreadState* state = PyEval_SaveThread();
+  try {
+    ensure_context(static_cast<int>(plan.device));
+    code = launch_all(plan, *stream, values);
+  } catch (...) {
+    PyEval_RestoreThread(state);
+    throw;
+  }
+  PyEval_RestoreThread(state);
+  check(code);
+  return results;
+}
+
+void run_planned_backward(PlanKind kind, std::vector<c10::IValue>& arguments, int64_t passes,
+                          const std::string& backend) {
+  Gil gil;
+  std::optional<std::vector<at::Tensor>> made;
+  if (!is_watched() && !is_switched_off()) {
+    Request request = request_of(kind, arguments);
+    request.put(passes);
+    made = launch_plan(request);
+  }
+  if (!made) made = python_backward(kind, arguments, passes, backend);
+  arguments.assign(made->begin(), made->end());
+}
+
+PyObject* keep_plan(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  int64_t kind = 0;
+  TORCH_CHECK(count == 4 && read(given[0], kind), "keep_plan: expected a kind, tensors, options and a plan");
+  std::vector<at::Tensor> tensors;
+  bool fits = true;
+  each(given[1], [&](PyObject* item) {
+    tensors.emplace_back();
+    fits = read(item, tensors.back()) && fits;
+  });
+  if (!fits || tensors.empty() || !tensors[0].defined() || plans().size() >= kMostPlans) Py_RETURN_FALSE;
+  Request request(static_cast<PlanKind>(kind), std::move(tensors));
+  each(given[2], [&](PyObject* item) { fits = put_option(item, request) && fits; });
+  if (!fits || !request.fits() || !put_state(request)) Py_RETURN_FALSE;
+  PyObject* described = PyObject_CallMethod(given[3], "described", nullptr);
+  if (described == nullptr) return nullptr;
+  THPObjectPtr owner(described);
+  if (described == Py_None) Py_RETURN_TRUE;
+  std::shared_ptr<Plan> plan = read_plan(described);
+  Py_INCREF(given[3]);
+  plan->source = given[3];
+  plans().emplace(request.key(), std::move(plan));
+  Py_RETURN_TRUE;
+  END_HANDLE_TH_ERRORS
+}
+
+void forget_plans() {
+  Plans gone;
+  gone.swap(plans());
+}
+
+}  // namespace adamix

@@ -1,0 +1,48 @@
+// Which calls the nodes take: tensors and threads that only autograd looks at, of kinds that Python found to be served.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <Python.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "autograd/nodes.h"
+
+namespace adamix {
+
+enum OpId : int64_t { kAdapter, kLora };
+
+// What Python hands over once; borrowed for good. direct, choices, modules: dictionaries of the modules ops/_direct,
+// _auto and torch.nn.modules.module. routers, linears: sets of the classes whose instances do what their name says.
+// current_stream(device): the stream to launch Triton's kernels on, or None. precision(): of float32 products, a name
+// or whether it is TF32. backward(op, passes, backend, *arguments): the backward's results where no plan is known.
+struct Python {
+  PyObject *direct, *choices, *modules, *environment, *check_name, *check_value, *table_name, *routers, *linears,
+      *current_stream, *precision, *backward;
+};
+extern Python python;
+
+// A string that lives for good, for a look into a dictionary.
+PyObject* interned(const char* text);
+
+// What Python gave, if it is exactly that: a tensor of no class of its own or None, an int or a float, a string, ints.
+bool read(PyObject* given, at::Tensor& t);
+bool read(PyObject* given, double& number);
+bool read(PyObject* given, int64_t& number);
+bool read(PyObject* given, std::string& text);
+bool read(PyObject* given, std::vector<int64_t>& numbers);
+
+// Whether every call must go the long way: ADAMIX_CHECK=1, or a test switched direct calls off.
+bool is_switched_off();
+
+// What serves calls of an op like this one, as Python found (`note_served`) since the last `forget_served`.
+Service service_of(OpId op, const std::string& backend, const at::Tensor& x, const at::Tensor& bank);
+void note_served(OpId op, const std::string& backend, const at::Tensor& x, const at::Tensor& bank, Service service);
+void forget_served();
+
+// A new reference to the output, or to None where nothing was done.
+PyObject* given_back(const at::Tensor& out);
+
+}  // namespace adamix
