@@ -4,7 +4,6 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
-#include <dlfcn.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -14,32 +13,15 @@
 #include <unordered_map>
 #include <utility>
 
+#include "autograd/driver.h"
 #include "autograd/nodes.h"
 #include "autograd/served.h"
 
 namespace adamix {
 namespace {
 
-// As cuda.h has them; a launch has no attributes here.
-struct LaunchConfig {
-  unsigned grid[3], block[3], shared;
-  void* stream;
-  void* attributes;
-  unsigned attribute_count;
-};
-
-struct Driver {
-  int (*launch)(const LaunchConfig*, void* function, void** parameters, void** extra);
-  int (*current_context)(void**);
-  int (*set_context)(void*);
-  int (*retain_context)(void**, int device);
-  int (*device)(int*, int ordinal);
-  int (*error_text)(int, const char**);
-};
-
-struct Launch {
-  void* function;
-  unsigned grid[3], threads, shared;
+struct PlannedLaunch {
+  driver::Launch launch;
   std::vector<size_t> parameters;  // numbers of values
 };
 
@@ -57,7 +39,7 @@ struct Plan {
   std::vector<int64_t> offsets;
   std::vector<std::pair<size_t, int64_t>> parts;
   std::vector<uint64_t> constants;
-  std::vector<Launch> launches;
+  std::vector<PlannedLaunch> launches;
   PyObject* source = nullptr;  // holds the kernels
 
   Plan() = default;
@@ -80,45 +62,6 @@ Plans& plans() {
   python_error error;
   error.persist();
   throw std::move(error);
-}
-
-template <typename F>
-F symbol(void* library, const char* name) {
-  void* found = dlsym(library, name);
-  TORCH_CHECK(found != nullptr, "libcuda.so.1 has no ", name);
-  return reinterpret_cast<F>(found);
-}
-
-const Driver& driver() {
-  static const Driver made = [] {
-    void* library = dlopen("libcuda.so.1", RTLD_LAZY);
-    TORCH_CHECK(library != nullptr, "libcuda.so.1 did not load");
-    return Driver{symbol<decltype(Driver::launch)>(library, "cuLaunchKernelEx"),
-                  symbol<decltype(Driver::current_context)>(library, "cuCtxGetCurrent"),
-                  symbol<decltype(Driver::set_context)>(library, "cuCtxSetCurrent"),
-                  symbol<decltype(Driver::retain_context)>(library, "cuDevicePrimaryCtxRetain"),
-                  symbol<decltype(Driver::device)>(library, "cuDeviceGet"),
-                  symbol<decltype(Driver::error_text)>(library, "cuGetErrorString")};
-  }();
-  return made;
-}
-
-void check(int code) {
-  if (code == 0) return;
-  const char* text = "unknown error";
-  driver().error_text(code, &text);
-  TORCH_CHECK(false, "Triton Error [CUDA]: ", text);
-}
-
-// A thread that has not used the GPU yet has no context, and memory from a cache does not give it one.
-void ensure_context(int ordinal) {
-  void* context = nullptr;
-  check(driver().current_context(&context));
-  if (context != nullptr) return;
-  int device = 0;
-  check(driver().device(&device, ordinal));
-  check(driver().retain_context(&context, device));
-  check(driver().set_context(context));
 }
 
 // What Python's current_stream says: the stream, or nothing.
@@ -166,17 +109,11 @@ int launch_all(const Plan& plan, uint64_t stream, std::vector<uint64_t>& values)
   // Triton hands its kernels two addresses of memory that they do not need.
   uint64_t none = 0;
   std::vector<void*> parameters;
-  for (const Launch& launch : plan.launches) {
+  for (const PlannedLaunch& planned : plan.launches) {
     parameters.clear();
-    for (size_t n : launch.parameters) parameters.push_back(&values[n]);
+    for (size_t n : planned.parameters) parameters.push_back(&values[n]);
     parameters.insert(parameters.end(), 2, &none);
-    LaunchConfig config{{launch.grid[0], launch.grid[1], launch.grid[2]},
-                        {launch.threads, 1, 1},
-                        launch.shared,
-                        reinterpret_cast<void*>(stream),
-                        nullptr,
-                        0};
-    int code = driver().launch(&config, launch.function, parameters.data(), nullptr);
+    int code = driver::launch(planned.launch, stream, parameters.data());
     if (code != 0) return code;
   }
   return 0;
@@ -229,13 +166,14 @@ std::shared_ptr<Plan> read_plan(PyObject* described) {
   each(constants, [&](PyObject* item) { plan.constants.push_back(PyLong_AsUnsignedLongLongMask(item)); });
   each(launches, [&](PyObject* item) {
     unsigned long long function = 0;
-    Launch made{};
+    PlannedLaunch made{};
+    driver::Launch& launch = made.launch;
     PyObject* parameters;
-    if (!PyArg_ParseTuple(item, "K(III)IIO", &function, &made.grid[0], &made.grid[1], &made.grid[2], &made.threads,
-                          &made.shared, &parameters)) {
+    if (!PyArg_ParseTuple(item, "K(III)IIO", &function, &launch.grid[0], &launch.grid[1], &launch.grid[2],
+                          &launch.threads, &launch.shared, &parameters)) {
       raise();
     }
-    made.function = reinterpret_cast<void*>(function);
+    launch.function = reinterpret_cast<void*>(function);
     made.parameters = read_numbers<size_t>(parameters);
     plan.launches.push_back(std::move(made));
   });
@@ -364,14 +302,14 @@ std::optional<std::vector<at::Tensor>> launch_plan(Request& request) {
   // A full queue of the GPU must not hold Python up.
   PyThreadState* state = PyEval_SaveThread();
   try {
-    ensure_context(static_cast<int>(plan.device));
+    driver::ensure_context(static_cast<int>(plan.device));
     code = launch_all(plan, *stream, values);
   } catch (...) {
     PyEval_RestoreThread(state);
     throw;
   }
   PyEval_RestoreThread(state);
-  check(code);
+  driver::check(code);
   return results;
 }
 
