@@ -8,10 +8,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+# What other commands, and transformers' examples, call it.
+_ELSEWHERE = {
+    "data": "file", "dataset_name": "data", "file": "data", "model_name_or_path": "model", "output_dir": "out",
+    "train_file": "data",
+}  # fmt: skip
+
 
 def closest(name: str, known: Iterable[str], dashes: str = "") -> str:
     """ "; the closest is NAME", or nothing where no known name is like it."""
-    found = difflib.get_close_matches(name, sorted(set(known)), 1, 0.6)
+    names = sorted(set(known))
+    found = [other for other in (_ELSEWHERE.get(name),) if other in names]
+    found += difflib.get_close_matches(name, names, 1, 0.6)
     return f"; the closest is {dashes}{found[0]}" if found else ""
 
 

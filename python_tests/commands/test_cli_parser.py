@@ -36,6 +36,12 @@ def test_a_switch_does_not_take_the_word_after_it():
     assert parser(words="WORD").parse(["--json", "--", "-5 degrees"]).words == ["-5 degrees"]
 
 
+def test_the_word_of_another_command_is_told_too():
+    assert _words.closest("file", ["data", "fill"], "--") == "; the closest is --data"
+    assert _words.closest("data", ["dates", "file"]) == "; the closest is file"
+    assert _words.closest("output_dir", ["name"]) == ""
+
+
 @pytest.mark.parametrize("suffix", ["json", "yaml", "yml"])
 def test_files_and_flags_that_override_them(tmp_path, suffix):
     path = tmp_path / f"options.{suffix}"
