@@ -6,7 +6,7 @@ import json
 import pytest
 
 from adamix_kernels import cli
-from adamix_kernels.commands import _parser, train
+from adamix_kernels.commands import _parser, _words, train
 from adamix_kernels.commands._runs import RunOptions
 from adamix_kernels.commands._train_options import LAST, SHOWN
 
