@@ -24,6 +24,8 @@ struct PairNext {
   ADAMIX_DEVICE PairRow<T> found(const PairLoss<T>& p) const {
     PairRow<T> same = row;
     same.a = p.a.data + a, same.b = p.b.data + b;
+    ADAMIX_IS_GLOBAL(same.a);
+    ADAMIX_IS_GLOBAL(same.b);
     return same;
   }
 };
@@ -88,6 +90,8 @@ __global__ void __launch_bounds__(Threads > 0 ? Threads : threads_of(Lanes), Lan
   for (int number = group; number < tiles; number += groups) {
     bool tails = Share::kTails && row.pieces > p.slots * cluster;
     share.take(row, tails);
+    ADAMIX_IS_GLOBAL(row.a);
+    ADAMIX_IS_GLOBAL(row.b);
     copy_wait<0>();
 
     PairStatistics s;

@@ -3,7 +3,7 @@
 
 #include "common/dtype.h"
 
-// ADAMIX_IS_GLOBAL: a called function does not see where its pointer comes from.
+// ADAMIX_IS_GLOBAL: of its pointers a called function, or a loop whose rows come out of shared memory, does not see it.
 #if defined(ADAMIX_HOST)
 #define ADAMIX_CALLED
 #define ADAMIX_IS_GLOBAL(pointer)

@@ -7,14 +7,6 @@
 
 namespace adamix {
 
-// The same value. A load of shared memory and one of the GPU's would else become one that may be of either.
-ADAMIX_DEVICE float apart(float value) {
-#if ADAMIX_ARCH > 0
-  asm volatile("" : "+f"(value));
-#endif
-  return value;
-}
-
 // Threads: of a block, where that is a constant (then it saves instructions), or 0.
 template <typename T, int Lanes, int Threads = 0>
 struct PairShare {
@@ -56,7 +48,7 @@ struct PairShare {
     if (((behind ? at - held : at) & (threads() - 1)) != lane) return false;  // threads: a power of two
     int e = (row.head + column) % kSize;
     if (behind) {
-      x = apart(to_float(row.a[column])), y = apart(to_float(row.b[column]));
+      x = to_float(row.a[column]), y = to_float(row.b[column]);
     } else {
       x = to_float(a[at].values[e]), y = to_float(b[at].values[e]);
     }
