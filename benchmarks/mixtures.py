@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -24,10 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adamix_kernels import AdaMixConfig, adapt, routed_lora
 from adamix_kernels.routing import Gates, dense_gates, linear
 
+from . import RESULTS
 from .measure import record
 from .measure.harness import Check, time_paired
 
-RESULTS = Path(__file__).parent / "results" / "mixtures_cpu.csv"
+TABLE = RESULTS / "mixtures_cpu.csv"
 EXPERTS, RANK, SCALING = 8, 8, 2.0
 KINDS = {"dense": None, "top-2": 2}
 TOLERANCE = 1e-4  # float32, against the same formula in float64, of the largest element
@@ -322,13 +322,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="budget for the timed rounds of a case")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--out", help="CSV to write, for example benchmarks/results/mixtures_cpu.csv")
-    parser.add_argument("--table", action="store_true", help=f"measure nothing: the tables of {RESULTS.name}")
+    parser.add_argument("--table", action="store_true", help=f"measure nothing: the tables of {TABLE.name}")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     if options.table:
-        print(table(record.read(RESULTS)))
+        print(table(record.read(TABLE)))
         return 0
     torch.set_num_threads(options.threads)
     made = measure_layer(options.batch, options.tokens, options.width, options.repeats, options.seconds)

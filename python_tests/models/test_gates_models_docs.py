@@ -12,7 +12,8 @@ import torch
 
 from adamix_kernels import AdaMixConfig, routing
 from adamix_kernels.routing import linear
-from benchmarks import mixtures, record
+from benchmarks import mixtures
+from benchmarks.measure import record
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gates.md"
 NAMES = [name for name in routing.__all__ if ">>>" in (inspect.getdoc(getattr(routing, name)) or "")]
@@ -86,7 +87,7 @@ def test_the_calls_of_a_decoded_token_that_the_page_tells():
 
 
 def test_the_page_has_the_committed_rows():
-    rows = record.read(mixtures.RESULTS)
+    rows = record.read(mixtures.TABLE)
     assert mixtures.table(rows) in PAGE.read_text(encoding="utf-8")
     assert {row.backend for row in rows} >= {"adamix", "loop", "einsum", "grouped_mm", "peft x-lora"}
     assert all(row.commit and row.torch for row in rows)
