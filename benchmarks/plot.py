@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measured(folder: Path = goals.RESULTS) -> list[Path]:
-    """The CSVs under `folder` that a picture is drawn of: not those that kept medians alone, nor the mixtures' tables."""
+    """The CSVs under `folder` that a picture is drawn of: not those with medians alone, nor those of mixtures."""
     found = [path for path in sorted(folder.rglob("*.csv")) if record.has_schema(path)]
     timed = ((path, [r for r in record.read(path) if r.metric == "time_p50"]) for path in found)
     return [path for path, rows in timed if any(not r.op.startswith("mixture") for r in rows)]

@@ -59,7 +59,7 @@ def test_each_kind_of_gpu_is_verified_once_and_all_alike_take_the_result(gpus):
     with pytest.warns(RuntimeWarning, match=r"are not used by \"auto\": merge triton float32 any is wrong \(one row"):
         report = adamix_kernels.verify()
     assert gpus == [("cuda:0", 72), ("cuda:2", 72)]
-    assert len(report.of("right")) == 130
+    assert len(report.of("right")) == 142
     # By the table triton on an H100, were it right; the second choice.
     assert table.preferred(90, "merge", "float32", "any").order[:2] == ("triton", "cuda")
     assert [auto("merge", n) for n in range(3)] == ["cuda"] * 3
@@ -140,7 +140,7 @@ def test_env_and_backends_say_right_wrong_and_unknown_since_when_and_why(gpus, s
     text = env.in_words(env.describe())
     assert "  NVIDIA H100: 1 kernels right since 20" in text
     assert "    routed_adapter float32 wide: tokens: was ended by X (20" in text
-    assert "  NVIDIA A100: 33 kernels unknown: adamix verify" in text
+    assert "  NVIDIA A100: 36 kernels unknown: adamix verify" in text
     assert json.dumps(env.describe())
 
 
