@@ -11,7 +11,7 @@ from unittest import mock
 
 from adamix_kernels import _extension, backends
 
-from .fuzz import adapters, gated, loras, losses, merges
+from .fuzz import adapters, gated, loras, losses, merges, routers
 from .fuzz.draws import HALVES_AND_FLOAT, Sizes
 from .fuzz.kernels import Group, run_groups
 from .record import Figure
@@ -44,6 +44,7 @@ KERNELS = {
     "consistency_grad": "pair_grad_kernel",
     "consistency_rescale": "pair_scale_kernel",
     "consistency_finish": "pair_finish_kernel",
+    "router_forward": "router_forward_kernel",
 }
 _GATED = {
     f"gated_{name}": f"gated_{name}_kernel"
@@ -131,6 +132,7 @@ def groups() -> list[Group]:
             losses.consistency_cases(dtypes, Sizes(tokens=4, classes=2, more_rows=1100)),
             ("pair_finish_kernel",), twice=4,
         ),
+        Group("router", routers.router_cases(dtypes, sizes), ("router_forward_kernel",)),
         *_gated_groups(),
     ]  # fmt: skip
 

@@ -13,15 +13,18 @@ import warnings
 from collections.abc import Iterator
 from unittest import mock
 
+import torch
+
 from adamix_kernels import backends
 
-from .fuzz import adapters, gated, loras, losses, merges
+from .fuzz import adapters, gated, loras, losses, merges, routers
 from .fuzz.draws import HALVES_AND_FLOAT, Sizes
 from .fuzz.kernels import Group, all_of, run_groups
 from .record import Figure
 
 TITLE = "Fuzz: every Triton kernel, interpreted on the CPU"
 COUNTS = {"full": 500, "small": 2}
+_HALVES = HALVES_AND_FLOAT[1:]
 _OPS = backends()["triton"].ops
 
 
@@ -93,7 +96,15 @@ def _groups() -> list[Group]:
             "routed_adapter, rows split", adapters.routed_adapter_cases(dtypes, sizes),
             ("adapter_plane_sum_kernel",), _adapter_planes,
         ),
+        Group(
+            "routed_adapter, one read", adapters.routed_adapter_cases(_HALVES, sizes, whole=True, one_up=True),
+            ("adapter_grad_out_pass_kernel",), _one_read,
+        ),
         Group("routed_lora", loras.routed_lora_cases(dtypes, sizes), lora),
+        Group(
+            "routed_lora, one read", loras.routed_lora_cases(_HALVES, sizes, whole=True, one_up=True),
+            ("lora_grad_out_pass_kernel",), _one_read,
+        ),
         Group(
             "routed_lora, rows split", loras.routed_lora_cases(dtypes, many_tokens),
             ("lora_sum_kernel",), _lora_planes,
@@ -112,6 +123,7 @@ def _groups() -> list[Group]:
         ),
         Group("adamix_loss, rows counted first", losses.adamix_cases(dtypes, sizes), ("pair_count_kernel",), _counted),
         Group("linear_adamix_loss", losses.linear_cases(dtypes, sizes), ("pair_rows_kernel",)),
+        Group("router", routers.router_cases(dtypes, sizes), ("router_kernel",)),
         *_gated("gated_adapter", gated.gated_adapter_cases), *_gated("gated_lora", gated.gated_lora_cases),
     ]  # fmt: skip
 
@@ -146,6 +158,13 @@ def _lora_planes():
     real = weights.config
     config = lambda *args: real(*args)._replace(rows=16)  # noqa: E731
     return all_of(mock.patch.object(weights, "config", config), mock.patch.object(weights, "MIN_TILES", 1))
+
+
+def _one_read():
+    """Of few rows, too, by three programs."""
+    planner = importlib.import_module("adamix_kernels.ops._one_read")
+    few = {planner.capability(torch.device("cpu")): 3}
+    return all_of(mock.patch.object(planner, "MIN_ROWS", 1), mock.patch.dict(planner.PROGRAMS, few))
 
 
 def _wide():

@@ -38,6 +38,7 @@ CASES = {
     "programs within samples": dict(batch=2, tokens=60, features=128, rank=5, per_group=128),
     "wider than it is long": dict(batch=3, tokens=20, features=136, rank=8, per_group=72),
     "one expert": dict(a_kind="none", batch=3, tokens=17, features=72, rank=4, per_group=136),
+    "one program": dict(a_kind="none", batch=1, tokens=5, features=72, rank=4, per_group=72),
 }
 
 
@@ -47,6 +48,7 @@ CASES = {
         ("samples within programs", 0.3),
         ("wider than it is long", 0.0),
         ("one expert", 0.3),
+        ("one program", 0.0),
         *(pytest.param("programs within samples", p, marks=pytest.mark.nightly) for p in (0.0, 0.3)),
     ],
 )

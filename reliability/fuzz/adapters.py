@@ -13,8 +13,8 @@ from .draws import FINITE, VALUES, Draw, Sizes
 
 
 @st.composite
-def routed_adapter_cases(draw, dtypes, sizes: Sizes, whole: bool = False) -> Case:
-    """whole: features in whole pieces of 64, ranks of 4, and samples of a tile's rows."""
+def routed_adapter_cases(draw, dtypes, sizes: Sizes, whole: bool = False, one_up: bool = False) -> Case:
+    """whole: features in whole pieces of 64, ranks of 4, and samples of a tile's rows. one_up: one expert above."""
     d = Draw(draw, dtypes)
     batch, tokens = d.size(sizes.batch), d.size(sizes.tokens) + sizes.more_rows
     hidden, r = d.size(sizes.features), d.size(sizes.rank)
@@ -22,6 +22,7 @@ def routed_adapter_cases(draw, dtypes, sizes: Sizes, whole: bool = False) -> Cas
         batch, tokens, hidden, r = max(1, batch), tokens + 8, 64 * d.integer(4, 6), 4 * d.integer(1, 4)
     rows = batch * tokens
     md, mu = (d.integer(1, 4) for _ in range(2))
+    mu = 1 if one_up else mu
     residual = d.choose(("none", "input", "other"))
     out = hidden if whole or residual == "input" else d.choose((hidden, d.size(sizes.features)))
     activation = d.choose(tuple(plain.ACTIVATIONS))

@@ -17,15 +17,17 @@ SCALINGS = (1, 1.7, -0.25, 0, 0.0, 1e-6, 32)
 
 
 @st.composite
-def routed_lora_cases(draw, dtypes, sizes: Sizes, whole: bool = False) -> Case:
-    """whole: features, columns and ranks that fill pieces of 16 bytes."""
+def routed_lora_cases(draw, dtypes, sizes: Sizes, whole: bool = False, one_up: bool = False) -> Case:
+    """whole: features, columns and ranks that fill pieces of 16 bytes. one_up: one expert above, one wide group."""
     d = Draw(draw, dtypes)
     batch, tokens = d.size(sizes.batch), d.size(sizes.tokens) + sizes.more_rows
     features, r = d.size(sizes.features), d.size(sizes.rank)
     rows = batch * tokens
     ma, mb = (d.integer(1, 4) for _ in range(2))
     groups, per_group = d.choose((1, 1, 2, 3)), d.size(sizes.features)
-    offsets, width = offsets_of(d, groups, per_group)
+    if one_up:
+        mb, groups, features, per_group = 1, 1, 9 + features, 9 + per_group
+    offsets, width = ((0,), per_group) if one_up else offsets_of(d, groups, per_group)
     if whole:
         features, r, per_group, width = 8 * features, 4 * r, 8 * per_group, 8 * width
         offsets = tuple(8 * offset for offset in offsets)

@@ -106,7 +106,7 @@ def _sum(x, sides: dict[str, Rows], planes, grads, call: Call) -> None:
     if sides["B"].mode == "all" and sides["B"].splits > MAX_SPLITS:
         block, ahead = MANY_BLOCK, MANY_AHEAD
     for name, grad in grads.items():
-        rows, left = sides[name], planes[name] is not None and not sides[name].direct
+        rows, left = sides[name], planes[name] is not None and planes[name] is not grad
         size, experts = (grad[0].numel(), grad.shape[0]) if left else (0, 1)
         programs[name] = experts * -(-size // block)
         # Splits of a sample, or samples of a program.
