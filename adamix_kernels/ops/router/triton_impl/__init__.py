@@ -25,6 +25,6 @@ def forward(x, weight, bias, top_k):
         index if top_k else None, logits, rows, features,
         EXPERTS=experts, TOP_K=top_k, PADDED=padded(experts), SLOTS=1 << max(0, top_k - 1).bit_length(), ROWS=ROWS,
         FEATURES=features_at_once(experts, x.dtype), DOT=dot_dtype(x.dtype), PRECISION=precision(x.dtype),
-        num_stages=stages(x.dtype),
+        num_stages=stages(experts, x.dtype, weight.dtype),
     )  # fmt: skip
     return gates, index, logits

@@ -24,5 +24,6 @@ def aot_cases(capability: int = 90) -> Iterator[AotCase]:
                 FEATURES=features_at_once(experts, dtype), DOT=DTYPES[dtype],
                 PRECISION="tf32x3" if dtype == torch.float32 else "ieee",
             )  # fmt: skip
+            steps = stages(experts, dtype, torch.float32 if wide else dtype)
             name = f"m{experts}_{f'top{top_k}' if top_k else 'dense'}{'_wide' if wide else ''}"
-            yield make_case(router_kernel, name, dtype, arguments, ("features",), stages=stages(dtype))
+            yield make_case(router_kernel, name, dtype, arguments, ("features",), stages=steps)
