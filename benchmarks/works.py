@@ -103,17 +103,17 @@ def kept() -> list[dict[str, Any]]:
 
 
 def compiled() -> dict[tuple[str, str], list[int]]:
-    """(op, backend) -> targets that all of its kernels were compiled for, 10 * compute capability."""
-    found: dict[tuple[str, str], dict[str, set[int]]] = {}
+    """(op, backend) -> targets that its kernels were compiled for, 10 * compute capability: what is launched there."""
+    found: dict[tuple[str, str], set[int]] = {}
     for row in _rows(RESULTS / "aot.csv"):
         op = next((op for start, op in TRITON_KERNELS.items() if row["kernel"].startswith(start)), None)
         op = "consistency" if row["kernel"].startswith(LOSS_KERNELS) else op
         if op is not None:
-            found.setdefault((op, "triton"), {}).setdefault(row["kernel"], set()).add(int(row["target"]))
+            found.setdefault((op, "triton"), set()).add(int(row["target"]))
     for row in _rows(RESULTS / "cuda_compile.csv"):
         for op in CUDA_FILES.get(row["file"].partition("/")[0], ()):
-            found.setdefault((op, "cuda"), {}).setdefault(row["kernel"], set()).add(int(row["target"]))
-    return {key: sorted(set.intersection(*kernels.values())) for key, kernels in found.items()}
+            found.setdefault((op, "cuda"), set()).add(int(row["target"]))
+    return {key: sorted(targets) for key, targets in found.items()}
 
 
 def cell(op: str, backend: str, records: Iterable[Mapping[str, Any]], targets: Sequence[int]) -> str:
