@@ -98,12 +98,12 @@ def _groups() -> list[Group]:
         ),
         Group(
             "routed_adapter, one read", adapters.routed_adapter_cases(_HALVES, sizes, whole=True, one_up=True),
-            ("adapter_grad_out_pass_kernel",), _one_read,
+            ("adapter_grad_out_pass_kernel",), one_read,
         ),
         Group("routed_lora", loras.routed_lora_cases(dtypes, sizes), lora),
         Group(
             "routed_lora, one read", loras.routed_lora_cases(_HALVES, sizes, whole=True, one_up=True),
-            ("lora_grad_out_pass_kernel",), _one_read,
+            ("lora_grad_out_pass_kernel",), one_read,
         ),
         Group(
             "routed_lora, rows split", loras.routed_lora_cases(dtypes, many_tokens),
@@ -160,10 +160,10 @@ def _lora_planes():
     return all_of(mock.patch.object(weights, "config", config), mock.patch.object(weights, "MIN_TILES", 1))
 
 
-def _one_read():
-    """Of few rows, too, by three programs."""
+def one_read(device: str = "cpu"):
+    """Backwards of few rows, too, read dy once, by three programs."""
     planner = importlib.import_module("adamix_kernels.ops._one_read")
-    few = {planner.capability(torch.device("cpu")): 3}
+    few = {planner.capability(torch.device(device)): 3}
     return all_of(mock.patch.object(planner, "MIN_ROWS", 1), mock.patch.dict(planner.PROGRAMS, few))
 
 

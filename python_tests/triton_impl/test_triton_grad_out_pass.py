@@ -13,11 +13,11 @@ needs_triton()
 
 from adapter_cases import draw_adapter, run_adapter
 
-from adamix_kernels._triton_utils import capability
 from adamix_kernels.ops import _adapter_planes, _one_read
 from adamix_kernels.ops.routed_adapter import triton_impl
 from adamix_kernels.ops.routed_adapter.triton_impl import one_read, weights
 from adamix_kernels.testing import assert_in_budget
+from reliability import fuzz_triton
 
 spied_launches = functools.partial(launches, triton_impl, one_read, weights, _adapter_planes)
 draw = functools.partial(draw_adapter, DEVICE)
@@ -26,10 +26,7 @@ pytestmark = pytest.mark.skipif(not _one_read.KEEPS, reason="needs Triton 3.3")
 
 @pytest.fixture(autouse=True)
 def few_rows():
-    with (
-        mock.patch.object(_one_read, "MIN_ROWS", 1),
-        mock.patch.dict(_one_read.PROGRAMS, {capability(torch.device(DEVICE)): 3}),
-    ):
+    with fuzz_triton.one_read(DEVICE):
         yield
 
 

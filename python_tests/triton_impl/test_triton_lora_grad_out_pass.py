@@ -3,7 +3,6 @@
 # ruff: noqa: E402 (the module is skipped before it imports triton)
 
 import functools
-from unittest import mock
 
 import pytest
 import torch
@@ -13,11 +12,11 @@ needs_triton()
 
 from plain_lora import draw_lora, run_lora
 
-from adamix_kernels._triton_utils import capability
 from adamix_kernels.ops import _one_read
 from adamix_kernels.ops.routed_lora import triton_impl
 from adamix_kernels.ops.routed_lora.triton_impl import one_read, weights
 from adamix_kernels.testing import assert_in_budget
+from reliability import fuzz_triton
 
 spied_launches = functools.partial(launches, triton_impl, one_read, weights)
 draw = functools.partial(draw_lora, DEVICE)
@@ -26,10 +25,7 @@ pytestmark = pytest.mark.skipif(not _one_read.KEEPS, reason="needs Triton 3.3")
 
 @pytest.fixture(autouse=True)
 def few_rows():
-    with (
-        mock.patch.object(_one_read, "MIN_ROWS", 1),
-        mock.patch.dict(_one_read.PROGRAMS, {capability(torch.device(DEVICE)): 3}),
-    ):
+    with fuzz_triton.one_read(DEVICE):
         yield
 
 
