@@ -15,8 +15,9 @@ void shuffle(Warp& w, Instruction& i, Mask m) {
   u32 from[kLanes], within = 0;
   memcpy(from, lanes<u32>(w, i.in[0]), sizeof from);
   const u32 *by = lanes<u32>(w, i.in[1]), *clamps = lanes<u32>(w, i.in[2]), *members = lanes<u32>(w, i.in[3]);
-  Mask source = undefined(w, i.in[0]), control = undefined(w, i.in[1]) | undefined(w, i.in[2]) | undefined(w, i.in[3]);
-  Mask bad = control & m;
+  Parts source = undefined_parts(w, i.in[0]), bad;
+  Mask control = undefined(w, i.in[1]) | undefined(w, i.in[2]) | undefined(w, i.in[3]);
+  bad.fill(control & m);
   for_lanes(m, [&](int l) {
     if ((members[l] & w.alive) != m) report(w, i, "a shuffle executed by other lanes than its mask", members[l], l);
     int segment = clamps[l] >> 8 & 31, least = l & segment;
@@ -41,7 +42,7 @@ void shuffle(Warp& w, Instruction& i, Mask m) {
     else if (!(m >> other & 1))
       report(w, i, "a shuffle from an inactive lane", other, l);
     lanes<u32>(w, i.out[0])[l] = from[other];
-    bad |= (source >> other & 1) << l;
+    for (size_t k = 0; k < bad.size(); k++) bad[k] |= (source[k] >> other & 1) << l;
     within |= static_cast<u32>(inside) << l;
   });
   set_undefined(w, i.out[0], m, bad);

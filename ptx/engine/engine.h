@@ -1,6 +1,7 @@
 // What every part of the executor shares: a program's instructions, the warps that run them, what a launch finds.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <map>
@@ -25,7 +26,8 @@ using Mask = u32;  // a bit for each lane
 
 constexpr int kLanes = 32;
 constexpr Mask kAll = ~0u;
-constexpr u8 kPoison = 0xff;  // NaN in every floating format
+using Parts = std::array<Mask, 4>;  // of a register's 16-bit parts
+constexpr u8 kPoison = 0xff;        // NaN in every floating format
 
 struct Warp;
 struct Instruction;
@@ -133,7 +135,8 @@ enum class State { running, at_barrier, done, at_wgmma_wait };
 
 struct Warp {
   u8* registers;
-  std::vector<Mask> undefined;  // of every register, the lanes whose value nobody set
+  std::vector<Mask> undefined;  // of every register, the lanes whose value, or a part of it, nobody set,
+  std::vector<Parts> parts;     // and in those lanes which parts
   Block* block;
   int id;
   Mask alive;

@@ -38,7 +38,7 @@ void load(Warp& w, Instruction& i, Mask m) {
   int size = static_cast<int>(i.imm[1]), count = static_cast<int>(i.imm[2]), bytes = size * count;
   std::conditional_t<Global, u64, u32> at[kLanes];
   find_counted(w, i, m, bytes, at);
-  Mask bad[8] = {};
+  Parts bad[8] = {};
   for_lanes(m, [&](int l) {
     u8 data[32];
     bool fine;
@@ -57,7 +57,8 @@ void load(Warp& w, Instruction& i, Mask m) {
       memcpy(&v, data + k * size, size);
       put(w, i.out[k], l, i.imm[3] ? static_cast<u64>(sign_extend(v, size)) : v);
       if constexpr (!Global)
-        if (fine && !is_defined(*w.block, at[l] + k * size, size)) bad[k] |= 1u << l;
+        for (int b = 0; b < size && fine; b += 2)
+          if (!is_defined(*w.block, at[l] + k * size + b, std::min(2, size))) bad[k][b / 2] |= 1u << l;
     }
   });
   for (int k = 0; k < count; k++) set_undefined(w, i.out[k], m, bad[k]);
@@ -82,7 +83,9 @@ void store(Warp& w, Instruction& i, Mask m) {
   std::conditional_t<Global, u64, u32> at[kLanes];
   find_counted(w, i, m, bytes, at);
   u8 data[kLanes][32];
+  Parts bad[8];
   for (int k = 0; k < count; k++) {
+    bad[k] = undefined_parts(w, i.in[1 + k]);
     if constexpr (Global) need_defined(w, i, i.in[1 + k], m, "a stored value that nobody set");
     for_lanes(m, [&](int l) {
       u64 v = get(w, i.in[1 + k], l);
@@ -96,7 +99,8 @@ void store(Warp& w, Instruction& i, Mask m) {
     } else if (check_shared(w, i, at[l], bytes, l, true, data[l])) {
       memcpy(&w.block->shared[at[l]], data[l], bytes);
       for (int k = 0; k < count; k++)
-        set_defined(*w.block, at[l] + k * size, size, !(undefined(w, i.in[1 + k]) >> l & 1));
+        for (int b = 0; b < size; b += 2)
+          set_defined(*w.block, at[l] + k * size + b, std::min(2, size), !(bad[k][b / 2] >> l & 1));
     }
   });
 }

@@ -107,12 +107,12 @@ void load_tiles(Warp& w, Instruction& i, Mask m) {
       if (fine) memcpy(values[r], &w.block->shared[row], 16);
       for (int c = 0; c < 8; c++) defined[r][c] = !fine || is_defined(*w.block, row + 2 * c, 2);
     }
-    Mask bad = 0;
+    Parts bad = {};
     for (int l = 0; l < kLanes; l++) {
       u32 v = 0;
       for_places(i.imm[2], l, [&](int r, int c, int half) {
         v |= static_cast<u32>(values[r][c]) << 16 * half;
-        if (!defined[r][c]) bad |= 1u << l;
+        if (!defined[r][c]) bad[half] |= 1u << l;
       });
       lanes<u32>(w, i.out[tile])[l] = v;
     }
@@ -125,17 +125,17 @@ void turn_tile(Warp& w, Instruction& i, Mask m) {
   need_whole_warp(w, i, m);
   u16 values[8][8];
   bool bad[8][8];
+  Parts held = undefined_parts(w, i.in[0]), all = {};
   for (int l = 0; l < kLanes; l++)
     for_places(false, l, [&](int r, int c, int half) {
       values[r][c] = static_cast<u16>(lanes<u32>(w, i.in[0])[l] >> 16 * half);
-      bad[r][c] = undefined(w, i.in[0]) >> l & 1;
+      bad[r][c] = held[half] >> l & 1;
     });
-  Mask all = 0;
   for (int l = 0; l < kLanes; l++) {
     u32 v = 0;
     for_places(true, l, [&](int r, int c, int half) {
       v |= static_cast<u32>(values[r][c]) << 16 * half;
-      if (bad[r][c]) all |= 1u << l;
+      if (bad[r][c]) all[half] |= 1u << l;
     });
     lanes<u32>(w, i.out[0])[l] = v;
   }
@@ -149,10 +149,11 @@ void store_tiles(Warp& w, Instruction& i, Mask m) {
   for (int tile = 0; tile < i.imm[1]; tile++) {
     u16 values[8][8];
     bool defined[8][8];
+    Parts bad = undefined_parts(w, i.in[1 + tile]);
     for (int l = 0; l < kLanes; l++)
       for_places(i.imm[2], l, [&](int r, int c, int half) {
         values[r][c] = static_cast<u16>(lanes<u32>(w, i.in[1 + tile])[l] >> 16 * half);
-        defined[r][c] = !(undefined(w, i.in[1 + tile]) >> l & 1);
+        defined[r][c] = !(bad[half] >> l & 1);
       });
     for (int r = 0; r < 8; r++) {
       u32 row = at[8 * tile + r];

@@ -23,7 +23,25 @@ inline void set_predicate(Warp& w, const Operand& o, Mask m, u32 value) {
 inline Mask undefined(const Warp& w, const Operand& o) { return w.undefined[o.shadow]; }
 
 inline void set_undefined(Warp& w, const Operand& o, Mask m, Mask bad) {
-  if (o.shadow) w.undefined[o.shadow] = (w.undefined[o.shadow] & ~m) | (bad & m);
+  if (!o.shadow) return;
+  w.undefined[o.shadow] = (w.undefined[o.shadow] & ~m) | (bad & m);
+  if (bad & m)
+    for (Mask& part : w.parts[o.shadow]) part |= bad & m;
+}
+
+// The same by parts, for what moves them about: half of a register may be nobody's, and dropped later.
+inline Parts undefined_parts(const Warp& w, const Operand& o) {
+  Parts parts = w.parts[o.shadow];
+  for (Mask& part : parts) part &= undefined(w, o);
+  return parts;
+}
+
+inline void set_undefined(Warp& w, const Operand& o, Mask m, const Parts& bad) {
+  if (!o.shadow) return;
+  Mask any = 0;
+  for (size_t k = 0; k < bad.size(); k++)
+    w.parts[o.shadow][k] = (w.parts[o.shadow][k] & ~m) | (bad[k] & m), any |= bad[k];
+  w.undefined[o.shadow] = (w.undefined[o.shadow] & ~m) | (any & m);
 }
 
 // Reports `kind` where one of these lanes holds a value that nobody set.

@@ -151,6 +151,7 @@ void start(Warp& w, Block& b, int id) {
   memcpy(w.registers, p.image.data(), p.image.size());
   w.undefined.assign(p.registers, kAll);
   w.undefined[0] = 0;
+  w.parts.assign(p.registers, {kAll, kAll, kAll, kAll});
   w.pending_wgmmas = 0, w.pending.assign(p.registers, 0);
   auto special = [&](int n) { return reinterpret_cast<u32*>(w.registers + p.special[n]); };
   for (int l = 0; l < kLanes; l++) {

@@ -129,6 +129,41 @@ def test_what_nobody_set_may_be_moved_about_and_dropped():
     assert torch.equal(out, GIVEN)
 
 
+# %r4's first half is the thread's number, its second nobody's (LLVM pads so where a half lives across a branch).
+HALF = """
+	cvt.u16.u32 	%rs1, %r2;
+	mov.b32 	%r4, {%rs1, %rs2};
+"""
+# Ways on which such a register goes, to %r5 and on to %rs3 and %rs4.
+WAYS = {
+    "a move": "mov.b32 %r5, %r4; mov.b32 {%rs3, %rs4}, %r5;",
+    "a choice": "setp.ge.s32 %p1, %r1, 0; selp.b32 %r5, %r4, %r6, %p1; mov.b32 {%rs3, %rs4}, %r5;",
+    "64 bits": "mov.b64 %rd6, {%r6, %r4}; mov.b64 {%rs5, %rs6, %rs3, %rs4}, %rd6;",
+    "a shuffle": "shfl.sync.bfly.b32 %r5, %r4, 0, 31, -1; mov.b32 {%rs3, %rs4}, %r5;",
+    "shared memory": "shl.b32 %r7, %r1, 2; st.shared.b32 [ %r7 + 0 ], %r4; ld.shared.v2.b16 {%rs3, %rs4}, [ %r7 + 0 ];",
+    "shared memory, in halves": "shl.b32 %r7, %r1, 2; st.shared.v2.b16 [ %r7 + 0 ], {%rs1, %rs2}; ld.shared.b32 %r5, [ %r7 + 0 ]; mov.b32 {%rs3, %rs4}, %r5;",
+    "transposed twice": "movmatrix.sync.aligned.m8n8.trans.b16 %r7, %r4; movmatrix.sync.aligned.m8n8.trans.b16 %r5, %r7; mov.b32 {%rs3, %rs4}, %r5;",
+    "a matrix in shared memory": "and.b32 %r7, %r1, 7; shl.b32 %r7, %r7, 4; stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r7], {%r4}; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r5}, [%r7]; mov.b32 {%rs3, %rs4}, %r5;",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_half_of_a_register_may_be_nobodys(way):
+    first, second = (f"cvt.u32.u16 %r3, %rs{n};" for n in (3, 4))
+    out, outcome = run(HALF + WAYS[way] + first, GIVEN[:32], shared=256)
+    assert outcome.reports == []
+    assert torch.equal(out, GIVEN[:32])
+    _, outcome = run(HALF + WAYS[way] + second, GIVEN[:32], shared=256)
+    assert kinds(outcome) == {"a stored value that nobody set"}
+    _, outcome = run(HALF + "mov.b32 %r3, %r4;", GIVEN[:32], shared=256)
+    assert kinds(outcome) == {"a stored value that nobody set"}
+
+
+def test_what_is_computed_with_half_of_a_register_is_nobodys():
+    _, outcome = run(HALF + "add.u32 %r5, %r4, 1; mov.b32 {%rs3, %rs4}, %r5; cvt.u32.u16 %r3, %rs3;", GIVEN)
+    assert kinds(outcome) == {"a stored value that nobody set"}
+
+
 def test_a_report_says_where_and_how_often():
     _, outcome = run("ld.global.b32 %r3, [ %rd4 + 256 ];", GIVEN, warps=2)
     (report,) = outcome.reports

@@ -18,11 +18,8 @@ _FORMS = ("dense, sample", "dense, token", "chosen, sample", "chosen, token", "c
 _MANY = 33, 8
 
 
-def _gates(d: Draw, banks: tuple[int, int], batch: int, tokens: int, alike: bool = False):
-    """(gates, index of the first side, of the second): of a drawn form, with 0 to 3 slots where experts are chosen.
-
-    alike: both sides may share one index in memory, by which slots are sorted.
-    """
+def _gates(d: Draw, banks: tuple[int, int], batch: int, tokens: int):
+    """(gates, index of the first side, of the second): of a drawn form, with 0 to 3 slots where experts are chosen."""
     # A bank of one with an index, and two of them: what their slots weigh is summed before the op.
     form = "chosen, token" if max(banks) > 4 and d.flag() else d.choose(_FORMS)
     if form.startswith("dense") and min(banks) not in (1, max(banks)):
@@ -36,8 +33,8 @@ def _gates(d: Draw, banks: tuple[int, int], batch: int, tokens: int, alike: bool
         names = ("first index", "second index")
         for side, (experts, name) in enumerate(zip(banks, names, strict=True)):
             indices[side] = d.ids(name, experts, *lead, slots) if wanted[side] else None
-        if alike and None not in indices and banks[0] == banks[1] and d.flag():
-            indices[1] = indices[0]
+        if None not in indices and banks[0] == banks[1] and d.flag():
+            indices[1] = indices[0]  # one index in memory: slots may be sorted by it
     half = d.dtype == torch.float16
     values = ("normal", "normal", "zeros") if half else ("normal", "normal", "zeros", "huge", "tiny", "one huge")
     dtype = d.choose((d.dtype, torch.float32))
@@ -77,7 +74,7 @@ def gated_lora_cases(draw, dtypes, sizes: Sizes, whole: bool = False, many: bool
         experts = banks[0] if banks[1] == 1 else banks[1]
         scaling = torch.rand(experts, generator=d.generator) + 0.5
     layouts = {"layouts": ("contiguous", "misaligned")} if inplace else {}
-    gates, i, j = _gates(d, banks, batch, tokens, alike=many and whole)
+    gates, i, j = _gates(d, banks, batch, tokens)
     tensors = (
         d.tensor("x", batch, tokens, features, values=VALUES if r else FINITE),
         d.tensor("lora_a", banks[0], groups * r, features, values=FINITE),
