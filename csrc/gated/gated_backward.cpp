@@ -201,7 +201,7 @@ GatedGrads run_gated_backward(GatedCall& call, const Device& device, Tensor grad
       if (rows_of<const T>(call.x).aligned && gated_team_takes(params, biased, device)) {
         return run_in_teams(params, call, device, needs, biases, grads);
       }
-      if (sorted_backward(params, call, device, needs, grads)) return;
+      if (sorted_backward(params, call, device, needs, biases, grads)) return;
     }
     run_by_pairs(params, call, device, grad_out, needs, biases, grads);
   });

@@ -115,9 +115,6 @@ void GatedCall::make_banks_contiguous() {
 
 Tensor run_gated_forward(GatedCall& call, const Device& device, OptionalTensor base, const Tensor& out) {
   Tensor t = allocate(call.x, {call.batch, call.tokens, call.gates.down.slots * call.ranks});
-  Tensor mixed = allocate(call.x, {call.rows, call.gates.up.slots, call.ranks});
-  OptionalTensor bias_gates;
-  if (call.up_bias.has_value()) bias_gates = allocate(call.x, {call.rows, call.gates.up.slots});
   call.x = with_contiguous_rows(call.x);
   if (base.has_value()) base = with_contiguous_rows(*base);
   call.make_banks_contiguous();
@@ -130,13 +127,15 @@ Tensor run_gated_forward(GatedCall& call, const Device& device, OptionalTensor b
     params.base = rows_of<const T>(base);
     params.out = data<T>(out);
     params.t = data<T>(t);
-    params.mixed = data<T>(mixed);
-    params.bias_gates = data<T>(bias_gates);
     params.width = call.width;
     params.out_aligned = is_aligned(params.out, {call.width}, sizeof(T));
     if constexpr (sizeof(T) == 2) {
       if (launch_gated_forward_mma(params, device) || sorted_forward(params, call, device)) return;
     }
+    OptionalTensor mixed = allocate(call.x, {call.rows, call.gates.up.slots, call.ranks}), bias_gates;
+    if (call.up_bias.has_value()) bias_gates = allocate(call.x, {call.rows, call.gates.up.slots});
+    params.mixed = data<T>(mixed);
+    params.bias_gates = data<T>(bias_gates);
     launch_gated_forward(params, device);
   });
   return t;

@@ -74,7 +74,7 @@ template <typename T>
 bool sorted_forward(const GatedForward<T>& whole, GatedCall& call, const Device& device);
 template <typename T>
 bool sorted_backward(const GatedInputGrad<T>& whole, GatedCall& call, const Device& device, const GatedNeeds& needs,
-                     GatedGrads& grads);
+                     bool biases, GatedGrads& grads);
 // Biases' gradients are for banks that have biases; of gates of samples, one a row: [B, S, slots] in float32.
 GatedGrads run_gated_backward(GatedCall& call, const Device& device, Tensor grad_out, Tensor t, const GatedNeeds& needs,
                               bool biases);

@@ -40,9 +40,10 @@ struct SortedInputGrad : GatedBanks<T> {
   PairOrder order;
   Rows<const T> grad_out;  // [B, S, N]
   const T* t;
-  T* dt;         // [N, slots, groups * r], the gradient of t; 0 in a row of a wrong id; or null
-  T* mixed;      // the same of what B is multiplied by, or null
-  void* dgates;  // [N, slots], or null
+  T* dt;          // [N, slots, groups * r], the gradient of t; 0 in a row of a wrong id; or null
+  T* mixed;       // the same of what B is multiplied by, or null
+  T* bias_gates;  // [N, slots], the same of what the biases up are multiplied by, or null
+  void* dgates;   // [N, slots], or null
   Kind dgates_kind;
   T* dx;         // [N, slots, K], or null
   bool gathers;  // whether grad_out B is wanted
@@ -64,6 +65,7 @@ struct SortedSide {
   Rows<const T> wide;  // from the first column of a group on
   const T* narrow;     // [N, slots, groups * ranks]; null: nothing is wanted
   T* weight;           // [experts, groups * ranks, cols] if ranks_first, else [experts, groups * cols, ranks]
+  T* bias;             // [experts, ranks] if ranks_first, else [experts, cols], or null
   int groups, cols, ranks;
   bool ranks_first;
 };
@@ -71,6 +73,7 @@ struct SortedSide {
 template <typename T>
 struct SortedWeightGrad {
   SortedSide<T> down, up;
+  const T* bias_gates;  // where up has a bias
   PairOrder order;
   ColumnRanges ranges;
   Dropout dropout;
@@ -127,11 +130,6 @@ struct PairTable {
 };
 
 #if defined(ADAMIX_LAUNCHERS)
-// Whether sorted pairs serve a call of this kind: both sides' ids are one index, gates weigh results, and rows are
-// 16-byte pieces, but for x, base and the results.
-template <typename T>
-bool sorting_takes(const GatedBanks<T>& p, bool one_index, const Device& device);
-
 void launch_gated_sort(const PairSort& params, int experts, const Device& device);
 
 template <typename T>

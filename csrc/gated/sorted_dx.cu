@@ -1,5 +1,5 @@
 // Sorted pairs' u = grad_out B; from it dt = gate * scale * u, what the gradients of both banks take, that of the gate,
-// and dropout'(dt A). As gated_dx_mma.cu, a tile of one expert at a time.
+// and dropout'(dt A); with biases and an activation too. As gated_dx_mma.cu, a tile of one expert at a time.
 #include "gated/sorted.h"
 
 namespace adamix {
@@ -13,6 +13,7 @@ struct SortedGradTeam {
 
   int group_pitch, pitch;
   float* sums;           // [kShares, kTeamRows, pitch], a group's columns at multiples of 16
+  float* bias_sums;      // [kShares, kTeamRows]: grad_out times the bias up
   NarrowRows<T> narrow;  // dt
   PairTable table;
 
@@ -21,6 +22,7 @@ struct SortedGradTeam {
       : group_pitch(round_up(rank, 16)),
         pitch(16 * (groups * ceil_div(rank, 16) | 1)),  // an odd number of 64 bytes: no bank twice
         sums(memory.template take<float>(kShares * kTeamRows * pitch)),
+        bias_sums(memory.template take<float>(kShares * kTeamRows)),
         narrow(memory, 1, groups * rank, 1, 0),
         table(memory) {}
 };
@@ -32,8 +34,10 @@ ADAMIX_DEVICE void multiply_up(const SortedInputGrad<T>& p, const SortedGradTeam
   using Team = SortedGradTeam<T, Tiles>;
   constexpr int kDepth = Team::kDepth, kHalves = Team::kHalves, kShares = Team::kShares;
   int cols = p.ranges.cols, steps = ceil_div(cols, kStep);
-  int share = kHalves == 1 ? at.warp / 2 : at.warp, first = kHalves == 1 ? at.warp % 2 * 2 : 0;  // of the lane's rows
-  float sums[kHalves][Tiles][2][4] = {};
+  int share = kHalves == 1 ? at.warp / 2 : at.warp,
+      first = kHalves == 1 ? at.warp % 2 * 2 : 0;  // of the lane's rows
+  bool biased = p.up_bias != nullptr && p.dgates != nullptr;
+  float sums[kHalves][Tiles][2][4] = {}, of_bias[kHalves][4] = {};
   const T* grad[2 * kHalves];
 #pragma unroll
   for (int i = 0; i < 2 * kHalves; ++i) {
@@ -49,6 +53,18 @@ ADAMIX_DEVICE void multiply_up(const SortedInputGrad<T>& p, const SortedGradTeam
       bool inside = col + 8 * at.q < cols;
 #pragma unroll
       for (int i = 0; i < 2 * kHalves; ++i) rows[d][i] = inside ? load_words<uint4>(grad[i] + col) : uint4{0, 0, 0, 0};
+    }
+    if (biased) {  // the bias is the first column of eight
+#pragma unroll
+      for (int d = 0; d < kDepth; ++d) {
+        int col = (step + d * kShares) * kStep + 8 * at.q;
+        const T* bias = p.up_bias + static_cast<int64_t>(at.expert) * cols + col;
+        uint4 b = at.g == 0 && col < cols ? load_words<uint4>(bias) : uint4{0, 0, 0, 0};
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          multiply_step<T>(of_bias[half], rows[d][2 * half], rows[d][2 * half + 1], b);
+        }
+      }
     }
     // Columns of the products' second operands: ranks 4 q to 4 q + 3 are a lane's sums.
 #pragma unroll
@@ -77,7 +93,9 @@ ADAMIX_DEVICE void multiply_up(const SortedInputGrad<T>& p, const SortedGradTeam
   }
 #pragma unroll
   for (int i = 0; i < 2 * kHalves; ++i) {
-    float* to = team.sums + (share * kTeamRows + at.row(first + i)) * team.pitch + group * team.group_pitch + 4 * at.q;
+    int place = share * kTeamRows + at.row(first + i);
+    if (biased && at.q == 0) team.bias_sums[place] = of_bias[i / 2][i % 2 * 2];
+    float* to = team.sums + place * team.pitch + group * team.group_pitch + 4 * at.q;
 #pragma unroll
     for (int tile = 0; tile < Tiles; ++tile) {
       if (16 * tile >= p.rank) break;
@@ -96,17 +114,19 @@ ADAMIX_DEVICE void leave_narrow(const SortedInputGrad<T>& p, const SortedGradTea
   int ranks = p.ranks(), row = at.thread() / 8;
   int64_t pair = team.table.pair[row];
   bool inside = row < at.count, good = team.table.served[row] != 0;
+  bool activated = p.activation != Activation::kNone;
   float weight = team.table.weights[row], of_gate = 0.f;
 #pragma unroll 1
   for (int col = at.thread() % 8 * 2; col < ranks && inside; col += 16) {
     int group = static_cast<int>(p.by_rank.quotient(col));
     FloatPair t{}, sum{};
-    if (p.mixed != nullptr || p.dgates != nullptr) {
+    if (p.mixed != nullptr || p.dgates != nullptr || activated) {
       uint32_t word = load_words<uint32_t>(p.t + pair * ranks + col);
       t = {low_of<T>(word), high_of<T>(word)};
     }
+    FloatPair h = activated ? FloatPair{activate(p.activation, t.low), activate(p.activation, t.high)} : t;
     if (p.mixed != nullptr) {
-      store_words(p.mixed + pair * ranks + col, good ? word_of<T>(weight * t.low, weight * t.high) : 0u);
+      store_words(p.mixed + pair * ranks + col, good ? word_of<T>(weight * h.low, weight * h.high) : 0u);
     }
     if (!p.gathers) continue;
     const float* from = team.sums + row * team.pitch + group * team.group_pitch + col - group * p.rank;
@@ -115,14 +135,23 @@ ADAMIX_DEVICE void leave_narrow(const SortedInputGrad<T>& p, const SortedGradTea
       FloatPair part = load_words<FloatPair>(from + of * kTeamRows * team.pitch);
       sum = {sum.low + part.low, sum.high + part.high};
     }
-    of_gate += t.low * sum.low;
-    of_gate += t.high * sum.high;
+    of_gate += h.low * sum.low;
+    of_gate += h.high * sum.high;
+    if (activated) {
+      sum = {sum.low * activation_slope(p.activation, t.low), sum.high * activation_slope(p.activation, t.high)};
+    }
     uint32_t dt = word_of<T>(weight * sum.low, weight * sum.high);
     if (p.dt != nullptr) store_words(p.dt + pair * ranks + col, good ? dt : 0u);
     store_words(team.narrow.data + row * team.narrow.pitch + col, dt);
   }
   of_gate = warp_reduce<8>(of_gate, Add{});
-  if (inside && at.lane % 8 == 0 && p.dgates != nullptr) {
+  bool first = inside && at.lane % 8 == 0;
+  if (first && p.bias_gates != nullptr) p.bias_gates[pair] = from_float<T>(good ? weight : 0.f);
+  if (first && p.dgates != nullptr) {
+#pragma unroll
+    for (int of = 0; of < SortedGradTeam<T, Tiles>::kShares && p.up_bias != nullptr; ++of) {
+      of_gate += team.bias_sums[of * kTeamRows + row];
+    }
     store_scalar(p.dgates, p.dgates_kind, pair, good ? of_gate * team.table.scale[row] : not_a_number());
   }
 }

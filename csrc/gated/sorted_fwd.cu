@@ -1,5 +1,5 @@
-// Sorted pairs' t = dropout(x) A^T and results gate * scale * t B^T; as gated_fwd_mma.cu, a tile of one expert at a
-// time.
+// Sorted pairs' t = dropout(x) A^T + bias and results gate * (scale * act(t) B^T + bias); as gated_fwd_mma.cu, a tile
+// of one expert at a time.
 #include "gated/sorted.h"
 
 namespace adamix {
@@ -29,7 +29,8 @@ ADAMIX_DEVICE void multiply_down(const SortedForward<T>& p, const SortedTeam<T, 
   using Team = SortedTeam<T, Tiles>;
   constexpr int kDepth = Team::kDepth, kHalves = Team::kHalves, kShares = Team::kShares;
   int ranks = p.ranks(), steps = ceil_div(p.features, kStep);
-  int share = kHalves == 1 ? at.warp / 2 : at.warp, first = kHalves == 1 ? at.warp % 2 * 2 : 0;  // of the lane's rows
+  int share = kHalves == 1 ? at.warp / 2 : at.warp,
+      first = kHalves == 1 ? at.warp % 2 * 2 : 0;  // of the lane's rows
   float sums[kHalves][Tiles][4] = {};
   const T* x[2 * kHalves];
   DropoutMask mask(p.dropout);
@@ -98,10 +99,18 @@ ADAMIX_DEVICE void add_down(const SortedForward<T>& p, const SortedTeam<T, Tiles
       sum = {sum.low + part.low, sum.high + part.high};
     }
     if (!team.table.served[row]) sum = {not_a_number(), not_a_number()};
-    uint32_t t = word_of<T>(sum.low * scale, sum.high * scale);
+    sum = {sum.low * scale, sum.high * scale};
+    if (p.down_bias != nullptr) {
+      uint32_t bias = load_words<uint32_t>(p.down_bias + static_cast<int64_t>(at.expert) * ranks + col);
+      sum = {sum.low + low_of<T>(bias), sum.high + high_of<T>(bias)};
+    }
+    uint32_t t = word_of<T>(sum.low, sum.high), h = t;
+    if (p.activation != Activation::kNone) {
+      h = word_of<T>(activate(p.activation, low_of<T>(t)), activate(p.activation, high_of<T>(t)));
+    }
     int group = static_cast<int>(p.by_rank.quotient(col));
     store_words(to + col, t);
-    store_words(team.narrow.data + row * team.narrow.pitch + group * team.narrow.group_pitch + col - group * p.rank, t);
+    store_words(team.narrow.data + row * team.narrow.pitch + group * team.narrow.group_pitch + col - group * p.rank, h);
   }
 }
 
@@ -126,6 +135,7 @@ __global__ void __launch_bounds__(kTeamThreads, 2) gated_sorted_forward_mma_kern
     int cols = p.ranges.cols;
     int64_t width = static_cast<int64_t>(p.ranges.groups) * cols;
     const T* bank = p.up + at.expert * width * p.rank + 4 * at.q;
+    const T* bias = p.up_bias + static_cast<int64_t>(at.expert) * cols + 8 * at.q;
     T* to[4];
     float weights[4];
 #pragma unroll
@@ -149,6 +159,15 @@ __global__ void __launch_bounds__(kTeamThreads, 2) gated_sorted_forward_mma_kern
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float wide[4][4] = {};
+        if (p.up_bias != nullptr) {  // of one group; a lane's columns are those of its sums
+          uint4 of_cols = inside ? load_words<uint4>(bias + of.col) : uint4{0, 0, 0, 0};
+          uint32_t words[4] = {of_cols.x, of_cols.y, of_cols.z, of_cols.w};
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            float value = e % 2 == 0 ? low_of<T>(words[e / 2]) : high_of<T>(words[e / 2]);
+            wide[e % 4][e / 4] = value, wide[e % 4][2 + e / 4] = value;
+          }
+        }
 #pragma unroll
         for (int k = 0; k < kInnerTiles; ++k) {
           if (16 * k >= p.rank) break;
@@ -182,18 +201,6 @@ ADAMIX_INSTANTIATE(bfloat16)
 
 #if defined(ADAMIX_LAUNCHERS)
 template <typename T>
-bool sorting_takes(const GatedBanks<T>& p, bool one_index, const Device& device) {
-  const Gates& gates = p.gates;
-  bool fits = device.capability >= kFragmentsFrom<T> && one_index && gates.down.differ() && gates.up.differ() &&
-              gates.down.experts == gates.up.experts && !gates.weights && gates.slots > 0;
-  fits = fits && p.activation == Activation::kNone && p.down_bias == nullptr && p.up_bias == nullptr;
-  fits = fits && p.rank > 0 && p.rank % 4 == 0 && p.ranges.groups * round_up(p.rank, 16) <= kChunkRanks;
-  fits = fits && p.features > 0 && p.features % 8 == 0 && p.ranges.cols > 0 && p.ranges.cols % 8 == 0;
-  for (int group = 0; group < p.ranges.groups; ++group) fits = fits && p.ranges.start[group] % 8 == 0;
-  return fits && p.down_aligned && reinterpret_cast<uintptr_t>(p.up) % 8 == 0;
-}
-
-template <typename T>
 void launch_sorted_forward(const SortedForward<T>& params, int64_t tiles, const Device& device) {
   auto run = [&](auto number) {
     constexpr int kTiles = decltype(number)::value;
@@ -211,12 +218,8 @@ void launch_sorted_forward(const SortedForward<T>& params, int64_t tiles, const 
   }
 }
 
-#define ADAMIX_INSTANTIATE(T)                                             \
-  template bool sorting_takes(const GatedBanks<T>&, bool, const Device&); \
-  template void launch_sorted_forward(const SortedForward<T>&, int64_t, const Device&);
-ADAMIX_INSTANTIATE(half)
-ADAMIX_INSTANTIATE(bfloat16)
-#undef ADAMIX_INSTANTIATE
+template void launch_sorted_forward(const SortedForward<half>&, int64_t, const Device&);
+template void launch_sorted_forward(const SortedForward<bfloat16>&, int64_t, const Device&);
 #endif
 
 }  // namespace adamix

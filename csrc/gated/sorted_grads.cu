@@ -7,7 +7,7 @@ namespace adamix {
 
 ADAMIX_BOTH constexpr int sorted_grad_cols(int tiles) { return tiles == 1 ? 64 : 32; }
 
-// Tiles: of 16 ranks of a group.
+// Tiles: of 16 ranks of a group, and one more where the bias up is summed: its gates are ranks there, the first of 16.
 template <int Tiles>
 struct SortedGradSums {
   static constexpr int kCols = sorted_grad_cols(Tiles);
@@ -30,9 +30,10 @@ ADAMIX_BOTH int sorted_grad_jobs(const SortedSide<T>& side, int tiles) {
 
 // The warp's sums of narrow^T wide: sums[tile][part][word], ranks 16 tile + spread(4) and two behind it, columns
 // 32 part + 8 q + 2 word and the next.
-template <typename T, int Tiles>
-ADAMIX_DEVICE void add_pairs(const SortedSide<T>& side, const PairOrder& order, int group, int col0, int from, int end,
-                             const DropoutMask& mask, float (&sums)[Tiles][SortedGradSums<Tiles>::kParts][4][4]) {
+template <int Biased, typename T, int Tiles>
+ADAMIX_DEVICE void add_pairs(const SortedSide<T>& side, const T* bias_gates, const PairOrder& order, int group,
+                             int col0, int from, int end, const DropoutMask& mask,
+                             float (&sums)[Tiles][SortedGradSums<Tiles>::kParts][4][4]) {
   using Sums = SortedGradSums<Tiles>;
   constexpr int kParts = Sums::kParts, kDepth = Sums::kDepth;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -62,8 +63,11 @@ ADAMIX_DEVICE void add_pairs(const SortedSide<T>& side, const PairOrder& order, 
         }
 #pragma unroll
         for (int tile = 0; tile < Tiles; ++tile) {
-          bool ranked = there && 16 * tile + 4 * q < side.ranks;
+          bool ranked = there && 16 * tile + 4 * q < side.ranks && tile < Tiles - Biased;
           ranks[d][tile][below] = ranked ? load_words<uint2>(of_pair + 16 * tile) : uint2{0, 0};
+        }
+        if (Biased > 0 && bias_gates != nullptr && there && q == 0) {
+          ranks[d][Tiles - 1][below].x = word_of<T>(to_float(bias_gates[pair]), 0.f);
         }
       }
     }
@@ -97,8 +101,9 @@ ADAMIX_DEVICE void add_pairs(const SortedSide<T>& side, const PairOrder& order, 
   }
 }
 
-template <typename T, int Tiles>
-__global__ void __launch_bounds__(kTeamThreads, 2) gated_sorted_weight_grad_mma_kernel(SortedWeightGrad<T> p) {
+template <typename T, int Tiles, int Biased>
+__global__ void __launch_bounds__(kTeamThreads, Tiles > 4 ? 1 : 2)
+    gated_sorted_weight_grad_mma_kernel(SortedWeightGrad<T> p) {
   if constexpr (kHasFragments<T>) {
     using Sums = SortedGradSums<Tiles>;
     SharedMemory memory;
@@ -112,8 +117,8 @@ __global__ void __launch_bounds__(kTeamThreads, 2) gated_sorted_weight_grad_mma_
     if (is_up) side.wide.data += p.ranges.start[group];
     DropoutMask mask(dropout);
     float sums[Tiles][Sums::kParts][4][4] = {};
-    add_pairs<T, Tiles>(side, p.order, group, col0, p.order.edges[2 * expert], p.order.edges[2 * expert + 1], mask,
-                        sums);
+    int from = p.order.edges[2 * expert], end = p.order.edges[2 * expert + 1];
+    add_pairs<Biased>(side, is_up ? p.bias_gates : nullptr, p.order, group, col0, from, end, mask, sums);
 
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     auto each = [&](auto visit) {
@@ -147,21 +152,43 @@ __global__ void __launch_bounds__(kTeamThreads, 2) gated_sorted_weight_grad_mma_
       // Neighbouring threads write neighbouring elements.
       int c = side.ranks_first ? i % Sums::kCols : i / (16 * Tiles);
       int rank = side.ranks_first ? i / Sums::kCols : i % (16 * Tiles), col = col0 + c;
-      if (col >= side.cols || rank >= side.ranks) continue;
+      bool bias = Biased > 0 && is_up && rank == 16 * (Tiles - 1);
+      if (col >= side.cols || (rank >= side.ranks && !bias)) continue;
       float sum = 0.f;
 #pragma unroll
       for (int slot = 0; slot < Sums::kSlots; ++slot) sum += team.sums[slot * Sums::kSlot + rank * Sums::kPitch + c];
       int64_t at = side.ranks_first ? (range * side.ranks + rank) * side.cols + col
                                     : (range * side.cols + col) * side.ranks + rank;
-      side.weight[at] = from_float<T>(scale * sum);
+      if (bias) {
+        side.bias[static_cast<int64_t>(expert) * side.cols + col] = from_float<T>(sum);
+      } else {
+        side.weight[at] = from_float<T>(scale * sum);
+      }
     }
+    if (Biased == 0 || is_up || col0 > 0) return;
+    // Of the bias down, the sums of what is narrow: so many threads a rank.
+    constexpr int kRanks = 16 * (Tiles - Biased), kThreads = kTeamThreads / kRanks;
+    __syncthreads();
+    int rank = threadIdx.x % kRanks, part = threadIdx.x / kRanks;
+    float sum = 0.f;
+    for (int at = from + part; at < end && rank < side.ranks; at += kThreads) {
+      sum += to_float(side.narrow[static_cast<int64_t>(p.order.at[at]) * side.ranks + rank]);
+    }
+    team.sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (part > 0 || rank >= side.ranks) return;
+    for (int of = 1; of < kThreads; ++of) sum += team.sums[of * kRanks + rank];
+    side.bias[static_cast<int64_t>(expert) * side.ranks + rank] = from_float<T>(sum);
   }
 }
 
-#define ADAMIX_INSTANTIATE(T)                                                              \
-  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 1>(SortedWeightGrad<T>); \
-  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 2>(SortedWeightGrad<T>); \
-  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 4>(SortedWeightGrad<T>);
+#define ADAMIX_INSTANTIATE(T)                                                                 \
+  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 1, 0>(SortedWeightGrad<T>); \
+  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 2, 0>(SortedWeightGrad<T>); \
+  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 4, 0>(SortedWeightGrad<T>); \
+  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 2, 1>(SortedWeightGrad<T>); \
+  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 3, 1>(SortedWeightGrad<T>); \
+  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 5, 1>(SortedWeightGrad<T>);
 ADAMIX_INSTANTIATE(half)
 ADAMIX_INSTANTIATE(bfloat16)
 #undef ADAMIX_INSTANTIATE
@@ -169,22 +196,29 @@ ADAMIX_INSTANTIATE(bfloat16)
 #if defined(ADAMIX_LAUNCHERS)
 template <typename T>
 void launch_sorted_weight_grad(const SortedWeightGrad<T>& params, const Device& device) {
-  auto run = [&](auto tiles) {
-    constexpr int kTiles = decltype(tiles)::value;
+  auto run = [&](auto number, auto biased) {
+    constexpr int kBiased = decltype(biased)::value, kTiles = decltype(number)::value + kBiased;
     dim3 grid(sorted_grad_jobs(params.down, kTiles) + sorted_grad_jobs(params.up, kTiles), params.experts);
-    launch("gated_sorted_weight_grad_mma", gated_sorted_weight_grad_mma_kernel<T, kTiles>,
+    launch("gated_sorted_weight_grad_mma", gated_sorted_weight_grad_mma_kernel<T, kTiles, kBiased>,
            {grid, kTeamThreads, shared_bytes<SortedGradSums<kTiles>>()}, device, params);
   };
   int ranks = 0;
   for (const SortedSide<T>* side : {&params.down, &params.up}) {
     if (side->narrow != nullptr) ranks = max_of(ranks, side->ranks);
   }
-  if (ranks <= 16) {
-    run(std::integral_constant<int, 1>{});
-  } else if (ranks <= 32) {
-    run(std::integral_constant<int, 2>{});
+  auto run_of = [&](auto biased) {
+    if (ranks <= 16) {
+      run(std::integral_constant<int, 1>{}, biased);
+    } else if (ranks <= 32) {
+      run(std::integral_constant<int, 2>{}, biased);
+    } else {
+      run(std::integral_constant<int, 4>{}, biased);
+    }
+  };
+  if (params.down.bias != nullptr || params.up.bias != nullptr) {
+    run_of(std::integral_constant<int, 1>{});
   } else {
-    run(std::integral_constant<int, 4>{});
+    run_of(std::integral_constant<int, 0>{});
   }
 }
 

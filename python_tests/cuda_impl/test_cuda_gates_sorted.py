@@ -25,6 +25,13 @@ CASES = {
     "rank 64": dict(banks=(5, 5), tokens=40, features=40, rank=64, cols=40, added=False, scales=False),
     "one row": dict(banks=(9, 9), batch=1, tokens=1, features=32, rank=32, cols=32),
     "one expert twice": dict(banks=(5, 5), slots=4, tokens=3, features=32, rank=52, cols=32, gates_dtype=None),
+    "adapter": dict(op="adapter", banks=(17, 17), tokens=33, features=64, rank=16, cols=64, added=False),
+    "adapter, by samples": dict(
+        op="adapter", banks=(9, 9), of="samples", tokens=19, features=40, rank=40, cols=24, activation="relu"
+    ),
+    "adapter, no biases": dict(
+        op="adapter", banks=(9, 9), slots=3, tokens=9, features=32, rank=32, cols=40, biases=False, activation="silu"
+    ),
 }
 
 
@@ -62,9 +69,9 @@ def test_other_calls_are_not_sorted(other):
     assert not sorted_by(call.check)
 
 
-@pytest.mark.parametrize("wrong", [-1, 5])
-def test_rows_of_wrong_ids_are_nan_and_teach_nobody(wrong):
-    call = drawn("rank 64", tokens=6, dropout_p=0.3)
+@pytest.mark.parametrize(("case", "wrong"), [("rank 64", -1), ("adapter", 17)])
+def test_rows_of_wrong_ids_are_nan_and_teach_nobody(case, wrong):
+    call = drawn(case, tokens=6, dropout_p=0.3)
     index = call.indices[0].clone()
     index[0, 1, 1] = index[1, 2, 0] = wrong
     bad = torch.zeros(index.shape[:2], dtype=torch.bool, device=DEVICE)
@@ -106,14 +113,16 @@ def test_what_others_hold_stays_with_them():
 @pytest.mark.parametrize(
     "needs", [(True, False, False, False), (False, True, False, True), (False, False, True, False)]
 )
-def test_only_what_is_needed_is_computed_with_the_same_bits(needs):
-    call = drawn("two groups", tokens=9)
+@pytest.mark.parametrize("case", ["two groups", "adapter, by samples"])
+def test_only_what_is_needed_is_computed_with_the_same_bits(case, needs):
+    call = drawn(case, tokens=9)
     everything, some = call.run("cuda")(*call.given), call.run("cuda", needs)(*call.given)
-    for needed, whole, part in zip(needs, everything[2:], some[2:], strict=True):
+    kinds = needs if call.op == "lora" else (needs[0], needs[1], needs[1], needs[2], needs[2], needs[3])
+    for needed, whole, part in zip(kinds, everything[2:], some[2:], strict=True):
         assert torch.equal(part, whole) if needed else part.numel() == 0
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("case", ["dropout, three slots", "rank 20 of a group"])
+@pytest.mark.parametrize("case", ["rank 20 of a group", "adapter, no biases", "adapter, by samples"])
 def test_memory_and_barriers(case):
     drawn(case, torch.float16).check()
