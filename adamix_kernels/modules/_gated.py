@@ -37,6 +37,8 @@ def gates_of(layer: RoutedAdapter | RoutedLoRALinear, x: torch.Tensor, rows: tor
     mask = router.decoder_mask if layer.decodes else router.attention_mask
     if mask is not None and mask.shape != rows.shape[:2] and mask.numel() == rows.shape[0] * rows.shape[1]:
         mask = mask.reshape(rows.shape[:2])
+    if mask is not None and mask.device != rows.device:  # layers of one model on several devices
+        mask = mask.to(rows.device)
     found: Gates = gate(rows, mask, router.tasks)
     return found
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from ..ops._checks import check_positive
 from .gates import GateRouter, Gates, check_top_k, choose
 
 
@@ -22,7 +24,8 @@ class ArrowRouter(GateRouter):
 
     Shapes: x [B, S, K] -> gates [B, S, top_k] with index, or [B, S, M]. Differentiable in x.
 
-    Raises ValueError: top_k is not in 1..M; temperature is not above 0; a forward before refresh().
+    Raises ValueError: top_k is not in 1..M; features are below 1; temperature is not finite or not above 0; a forward
+    before refresh().
 
     Source: Arrow (arXiv 2405.11157).
 
@@ -39,14 +42,20 @@ class ArrowRouter(GateRouter):
         self, features: int, num_experts: int, top_k: int | None = None, *, temperature: float = 1.0,
         dtype: torch.dtype | None = None, **more: Any,
     ):  # fmt: skip
+        check_positive(features=features)
         super().__init__(num_experts, **more)
         self.top_k = check_top_k(top_k, num_experts)
-        if not temperature > 0:
-            raise ValueError(f"temperature: got {temperature!r}, expected a number above 0")
+        real = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+        if not (real and 0 < temperature < math.inf):
+            raise ValueError(f"temperature: got {temperature!r}, expected a finite number above 0")
         self.temperature = temperature
         self._of: tuple[tuple[int, int], ...] = ()
         empty = torch.zeros(num_experts, features, dtype=dtype, device=self.mean_gates.device)
         self.register_buffer("directions", empty, persistent=False)
+
+    @property
+    def width(self) -> int:
+        return self.directions.shape[1]
 
     @torch.no_grad()
     def refresh(

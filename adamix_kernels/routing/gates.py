@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..ops._checks import INDEX_DTYPES, check_device, check_tensor, fail
+
 # Of the running means in training, as in batch normalisation.
 _MOMENTUM = 0.01
 
@@ -66,6 +68,11 @@ class GateRouter(nn.Module):
         for name, shape in (("mean_gates", (num_experts,)), ("mean_square", ()), ("batches", ())):
             self.register_buffer(name, torch.zeros(shape, device=device, dtype=torch.float32))
 
+    @property
+    def width(self) -> int | None:
+        """K, the features that it reads; None: any."""
+        return None
+
     def gates(self, x: torch.Tensor, mask: torch.Tensor | None, tasks: torch.Tensor | None) -> Gates:
         raise NotImplementedError
 
@@ -76,7 +83,13 @@ class GateRouter(nn.Module):
 
         Args:
             x: [B, S, K]. mask: [B, S], 0 or False where a token is padding; None: none is. tasks: int64 [B].
+
+        Raises TypeError, ValueError: a type, dtype, device or width is wrong; the message names the argument.
         """
+        check_tensor("x", x)
+        if self.width is not None and (x.dim() < 1 or x.shape[-1] != self.width):
+            fail("x", f"shape {tuple(x.shape)}", f"[..., K] with K = {self.width}, the router's features")
+        _check_mask(mask, x)
         if not _recomputes():
             self.last.balance = self.last.z = None
         found = self.gates(x, mask, tasks)
@@ -120,6 +133,8 @@ def balance_loss(
 
     Returns a scalar, differentiable in probabilities.
 
+    Raises TypeError, ValueError: an argument's type, dtype, device or shape is wrong; the message names it.
+
     Source: Switch Transformer (arXiv 2101.03961), equation 4, as MixLoRA and MoLA use it.
 
     Example:
@@ -127,6 +142,10 @@ def balance_loss(
         >>> balance_loss(torch.full((3, 4), 0.25)).item()
         1.0
     """
+    check_tensor("probabilities", probabilities)
+    _check_mask(mask, probabilities)
+    if index is not None:
+        _check_chosen(index, probabilities)
     weights = token_weights(probabilities, mask)
     over = tuple(range(probabilities.dim() - 1))
     mean = (probabilities * weights).sum(over)
@@ -142,6 +161,8 @@ def z_loss(logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tens
 
     Args: logits [..., M]; mask as in balance_loss.
 
+    Raises TypeError, ValueError: an argument's type, dtype or device is wrong; the message names it.
+
     Source: ST-MoE (arXiv 2202.08906), equation 5.
 
     Example:
@@ -149,6 +170,8 @@ def z_loss(logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tens
         >>> z_loss(torch.zeros(3, 1)).item()
         0.0
     """
+    check_tensor("logits", logits)
+    _check_mask(mask, logits)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     squares = wide.logsumexp(-1, keepdim=True).square()
     return (squares * token_weights(squares, mask)).sum()
@@ -188,6 +211,24 @@ def check_top_k(top_k: int | None, num_experts: int) -> int | None:
     if top_k is not None and wrong:
         raise ValueError(f"top_k: got {top_k!r}, expected None (all experts) or 1 <= top_k <= {num_experts}")
     return top_k
+
+
+def _check_mask(mask: object, values: torch.Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        fail("mask", type(mask).__name__, "a torch.Tensor or None", TypeError)
+    check_device("mask", mask, values)
+
+
+def _check_chosen(index: object, probabilities: torch.Tensor) -> None:
+    if not isinstance(index, torch.Tensor):
+        fail("index", type(index).__name__, "a torch.Tensor or None", TypeError)
+    if index.dtype not in INDEX_DTYPES:
+        fail("index", index.dtype, "int32 or int64", TypeError)
+    check_device("index", index, probabilities)
+    if index.dim() != probabilities.dim() or index.shape[:-1] != probabilities.shape[:-1]:
+        fail("index", f"shape {tuple(index.shape)}", f"{[*probabilities.shape[:-1], 'K']}, the chosen of each row")
 
 
 def _recomputes() -> bool:

@@ -24,7 +24,7 @@ def gate_router(
     Raises ValueError for another name, or for what that router has no use for.
     """
     if kind not in ROUTERS:
-        raise ValueError(f"router: got {kind!r}, expected one of {', '.join(map(repr, ROUTERS))}")
+        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(map(repr, ROUTERS))}")
     if top_k is not None and kind in ("task", "threshold"):
         raise ValueError(f"top_k: got {top_k} for router={kind!r}, expected None: it weighs every expert")
     if (num_tasks is None) == (kind == "task"):

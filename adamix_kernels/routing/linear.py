@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..ops._checks import autocast_dtype
+from ..ops._checks import autocast_dtype, check_positive
 from ..ops.router.api import MOST_EXPERTS, router_gates
 from ..ops.router.op import by_kernel
 from .gates import GateRouter, Gates, _softmax, check_top_k, choose
@@ -29,7 +29,7 @@ class LinearRouter(GateRouter):
 
     Shapes: x [B, S, K] -> gates [B, S, top_k] with index, or [B, S, M].
 
-    Raises ValueError: top_k is not in 1..M, or M is below 2.
+    Raises ValueError: top_k is not in 1..M, M is below 2, or features below 1.
 
     Source: LoRAMoE (arXiv 2312.09979) and HydraLoRA (arXiv 2404.19245), dense; MixLoRA (arXiv 2404.15159) and MoLA
     (arXiv 2402.08562), top 2.
@@ -45,9 +45,14 @@ class LinearRouter(GateRouter):
         self, features: int, num_experts: int, top_k: int | None = None, *, dtype: torch.dtype | None = None,
         **more: Any,
     ):  # fmt: skip
+        check_positive(features=features)
         super().__init__(num_experts, **more)
         self.top_k = check_top_k(top_k, num_experts)
         self.weight = _weight(num_experts, features, dtype, self.mean_gates.device)
+
+    @property
+    def width(self) -> int:
+        return self.weight.shape[1]
 
     def gates(self, x: torch.Tensor, mask: torch.Tensor | None, tasks: torch.Tensor | None) -> Gates:
         found, logits = self._found(x)
@@ -122,7 +127,7 @@ class ThresholdRouter(LinearRouter):
 
     def __init__(self, features: int, num_experts: int, *, limit: float | None = None, **more: Any):
         super().__init__(features, num_experts, None, **more)
-        if limit is not None and not 0 < limit < 1:
+        if limit is not None and not (isinstance(limit, float) and 0 < limit < 1):
             raise ValueError(f"limit: got {limit!r}, expected a number between 0 and 1, or None for 1 / num_experts")
         self.limit = 1 / num_experts if limit is None else limit
         device, dtype = self.weight.device, self.weight.dtype

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops._checks import check_positive
+from ..ops._checks import INDEX_DTYPES, check_positive, fail
 from .gates import GateRouter, Gates
 
 _EPS = 1e-12
@@ -27,7 +27,7 @@ class TaskRouter(GateRouter):
     training, beside each other (beams) in evaluation.
 
     Raises:
-        ValueError: sizes below 1; at the call, no tasks, or of another number.
+        ValueError: sizes below 1; at the call, no tasks, or of another number. TypeError: tasks are no integers.
         IndexError: a task outside the table (on a GPU, as torch reports it).
 
     Source: Polytropon and MHR (arXiv 2202.13914, 2211.03831), mixed as weights (mix="weights").
@@ -56,6 +56,10 @@ class TaskRouter(GateRouter):
         batch = x.shape[0]
         if tasks is None:
             raise ValueError("tasks: got None, expected a task id [B] a sample: task_ids in the batch, or use_tasks")
+        if not isinstance(tasks, torch.Tensor):
+            fail("tasks", type(tasks).__name__, "a torch.Tensor", TypeError)
+        if tasks.dtype not in INDEX_DTYPES:
+            fail("tasks", tasks.dtype, "int32 or int64", TypeError)
         if tasks.dim() != 1 or not tasks.shape[0] or batch % tasks.shape[0]:
             raise ValueError(f"tasks: got shape {tuple(tasks.shape)} for a batch of {batch}, expected [{batch}]")
         table = self.logits if self.logits.dtype == torch.float64 else self.logits.float()

@@ -185,7 +185,7 @@ def test_running_means_are_those_of_batch_normalisation_and_travel():
         (lambda: ro.ThresholdRouter(K, M, limit=1.5), "limit: got 1.5"),
         (lambda: ro.ArrowRouter(K, M, temperature=0), "temperature: got 0"),
         (lambda: ro.TaskRouter(0, M), "num_tasks: got 0"),
-        (lambda: ro.gate_router("best", K, M), "router: got 'best'"),
+        (lambda: ro.gate_router("best", K, M), "kind: got 'best'"),
         (lambda: ro.gate_router("task", K, M), "num_tasks: got None"),
         (lambda: ro.gate_router("linear", K, M, num_tasks=2), "num_tasks: got 2"),
         (lambda: ro.gate_router("threshold", K, M, top_k=2), "top_k: got 2"),

@@ -19,12 +19,13 @@ WANTED = 200
 
 def run(size: str) -> Iterator[Figure]:
     """Every size makes every mistake: all of them together take seconds."""
-    from . import loss_kinds, model_kinds, module_kinds, op_kinds, option_kinds
+    from . import gate_kinds, loss_kinds, model_kinds, module_kinds, op_kinds, option_kinds
 
     total = 0
     for about, table in (
         ("routed ops and merging", op_kinds.kinds),
         ("losses", loss_kinds.kinds),
+        ("gates: ops, routers, configuration, models", gate_kinds.kinds),
         ("modules, routing, configuration", module_kinds.kinds),
         ("whole models, checkpoints, converters, trainer", model_kinds.kinds),
         ("commands, recipes, data", option_kinds.kinds),
