@@ -35,10 +35,12 @@ class OutputOptions:
 def set_log_level(level: int) -> None:
     """Sends the records of this package and of transformers at `level` and above to stderr."""
     import transformers
+    from huggingface_hub.utils import logging as hub_logging
 
     logging.basicConfig(format=_FORMAT)
-    # It has a handler of its own; where CI is set its records reach the root's as well.
+    # Each has a handler of its own; the Hub's records, and transformers' where CI is set, reach the root's as well.
     transformers.logging.disable_propagation()
+    hub_logging.disable_propagation()
     logging.getLogger("adamix_kernels").setLevel(level)
 
 

@@ -14,7 +14,7 @@ import torch
 from ..models.gate_training import weighs_by_task
 from ..tasks import InputRow, Run, read_inputs
 from ..tasks._task_names import TaskNames
-from ..tasks.inputs import STDIN
+from ..tasks.inputs import has_columns
 from ._kinds import Kind, make_kind
 from ._options import OutputOptions, at_least, option, same_file, shows_bars, start
 from ._packs import open_pack
@@ -25,6 +25,7 @@ from ._runs import RunOptions, open_run
 Answer = Callable[[Sequence[InputRow]], list[dict[str, Any]]]
 Work = tuple[Iterator[InputRow], Answer, int]  # what is read, what answers, rows of a chunk
 BATCHES = 16  # of a chunk: sorted by length together, written together
+BAR_AFTER = 1.0  # seconds: what is done by then needs no bar
 
 
 @dataclass
@@ -111,7 +112,7 @@ def _tasks(options: PredictOptions, run: Run, needed: bool) -> TaskNames | None:
             raise ValueError("task_name: got --task_column too, expected one of them")
         known.id(options.task_name, "task_name")
         return known
-    if not options.file or options.file == STDIN or options.file.lower().endswith(".txt"):
+    if not options.file or not has_columns(options.file):
         raise ValueError(
             f"task_name: got nothing, expected one of the training's tasks, {', '.join(map(repr, known.names))}: the "
             "gates are by task"
@@ -126,7 +127,8 @@ def _pack(options: PredictOptions, words: Sequence[str], place: RunOptions) -> W
     )  # fmt: skip
     if torch.cuda.is_available():
         opened.model.cuda()
-    rows = _of_file(options, options.adapter_column) if options.file else _words(options, words)
+    named = options.adapter_column
+    rows = _called("adapter_column", _of_file(options, named)) if options.file else _words(options, words)
     return (opened.check(row) for row in rows), opened.answers, opened.batch_size * BATCHES
 
 
@@ -138,6 +140,16 @@ def _settings(options: PredictOptions) -> dict[str, Any]:
 def _of_file(options: PredictOptions, name_column: str | None) -> Iterator[InputRow]:
     columns = {"text_column": options.text_column, "text_pair_column": options.text_pair_column}
     return read_inputs(str(options.file), **columns, name_column=name_column)
+
+
+def _called(option: str, rows: Iterator[InputRow]) -> Iterator[InputRow]:
+    """read_inputs calls the column of the names name_column."""
+    try:
+        yield from rows
+    except ValueError as error:
+        if not str(error).startswith("name_column:"):
+            raise
+        raise ValueError(f"{option}{str(error).removeprefix('name_column')}") from error
 
 
 def _words(options: PredictOptions, words: Sequence[str]) -> Iterator[InputRow]:
@@ -161,7 +173,7 @@ def _rows(options: PredictOptions, words: Sequence[str], run: Run, tasks: str | 
         rows = _of_file(options, tasks or None)
     else:
         rows = _by_training_columns(options.file, run, tasks)
-    return (_checked(row, run) for row in rows)
+    return (_checked(row, run) for row in _called("task_column", rows))
 
 
 def _by_training_columns(file: str, run: Run, tasks: str | None) -> Iterator[InputRow]:
@@ -193,7 +205,7 @@ def _run(answer: Answer, rows: Iterator[InputRow], sink: Sink, size: int, progre
 
     error: ValueError | None = None
     try:
-        with tqdm(unit="row", disable=not progress) as bar:
+        with tqdm(unit="row", disable=not progress, delay=BAR_AFTER) as bar:
             for chunk, wrong in chunks(rows, size):
                 error = wrong
                 if chunk and sink.wants(chunk):
@@ -223,6 +235,10 @@ def _check_pack(options: PredictOptions, place: RunOptions) -> None:
         raise ValueError(f"pack: got {got}, expected one of --adapter NAME, --adapter_column COLUMN, --route nearest")
     if options.adapter_column and not options.file:
         raise ValueError("adapter_column: got it for TEXT, expected --file, or --adapter NAME")
+    if options.adapter_column and not has_columns(str(options.file)):
+        raise ValueError(
+            f"adapter_column: got {options.adapter_column!r} for {options.file}, expected a file with columns"
+        )
     if options.threshold is not None and not options.route:
         raise ValueError("threshold: got it without --route nearest, expected both")
 

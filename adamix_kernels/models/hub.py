@@ -73,7 +73,8 @@ def _snapshot(repository: str, revision: str | None, name: str) -> Path:
     except Exception as error:  # the Hub's own, the client's, the system's: all mean that there is no folder
         why = next(text for kind, text in ways if isinstance(error, kind))
         first = next(iter(str(error).strip().splitlines()), "")
-        detail = f" ({type(error).__name__}: {first})" if first else f" ({type(error).__name__})"
+        known = any(isinstance(error, kind) for kind, _ in ways[:-1])
+        detail = "" if known else f" ({': '.join(filter(None, [type(error).__name__, first]))})"
         raise ValueError(f"{name}: got {repository!r}, which is no folder here, and {why}{detail}") from error
     return Path(found)
 

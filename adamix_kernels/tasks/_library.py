@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,8 @@ def hub_splits(source: str) -> Any:
     name, _, config = source.partition(":")
     library = _datasets(source)
     try:
-        return library.load_dataset(name, config or None)
+        with _said_once():
+            return library.load_dataset(name, config or None)
     except Exception as error:
         raise ValueError(
             f"data: {source!r} is neither a file nor a folder here, and as a hub data set datasets.load_dataset "
@@ -69,6 +73,24 @@ def reasons(error: BaseException) -> str:
         current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     shown = said if len(said) < 3 else [said[0], said[-1]]
     return "; because of ".join(s if len(s) <= _LONGEST else s[:_LONGEST] + " ..." for s in shown)
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """Of what the Hub's client warns of at each of its tries, the first: it goes on for half a minute."""
+    source, said = logging.getLogger("huggingface_hub.utils._http"), set[str]()
+
+    def keep(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        known = text in said or text.startswith("Retrying in")
+        said.add(text)
+        return not known
+
+    source.addFilter(keep)
+    try:
+        yield
+    finally:
+        source.removeFilter(keep)
 
 
 def _datasets(source: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ._columns import text_columns
 from ._rows import PLAIN, SUFFIXES, Rows, cut_end, open_rows, text_lines
+from ._table import listed
 from .reading import checked_text
 
 STDIN = "-"
@@ -47,7 +48,7 @@ def read_inputs(
         ValueError: another kind of file, at the call; and when the row is reached that cannot be read, after those
             before it were given: the message has the file, the line and what was expected.
     """
-    if name_column is not None and (str(path) == STDIN or str(path).lower().endswith(".txt")):
+    if name_column is not None and not has_columns(str(path)):
         raise ValueError(f"name_column: got {name_column!r} for {path}, expected a file with columns")
     if str(path) == STDIN:
         return _lines(sys.stdin.buffer, "standard input")
@@ -60,6 +61,11 @@ def read_inputs(
     if suffix == ".txt":
         return _text_file(file)
     return _table_file(file, text_column, text_pair_column, name_column)
+
+
+def has_columns(path: str) -> bool:
+    """Whether read_inputs reads `path` as a table, and not as a text a line."""
+    return path != STDIN and not path.lower().endswith(".txt")
 
 
 def _text_file(path: Path) -> Iterator[InputRow]:
@@ -82,7 +88,7 @@ def _table_file(path: Path, text: str | None, pair: str | None, name: str | None
                 continue
             if chosen is None:
                 names = list(row) if found.columns == [PLAIN] else found.columns
-                chosen = text_columns(found.name, [n for n in names if n != name or n == text], text, pair)
+                chosen = _texts(found.name, names, text, pair, name)
             first, second = chosen
             yield InputRow(
                 _cell(row, first, found, number),
@@ -90,6 +96,27 @@ def _table_file(path: Path, text: str | None, pair: str | None, name: str | None
                 place,
                 None if name is None else _cell(row, name, found, number),
             )
+
+
+def _texts(
+    file: str, names: list[str], text: str | None, pair: str | None, name: str | None
+) -> tuple[str, str | None]:  # fmt: skip
+    """The columns of the texts, none of which is that of the names. Raises ValueError for names that are no column, or
+    the only one that can be the text."""
+    if name is None:
+        return text_columns(file, names, text, pair)
+    if name not in names:
+        raise ValueError(f"name_column: got {name!r}, but {file} has the columns {listed(names)}")
+    others = [column for column in names if column != name]
+    try:
+        return text_columns(file, others if name not in (text, pair) else names, text, pair)
+    except ValueError:
+        if text is None and name in text_columns(file, names, text, pair):
+            raise ValueError(
+                f"name_column: got {name!r}, which {file} has its texts in, expected the column of the names, one of "
+                f"{listed(others) or 'more columns'}"
+            ) from None
+        raise
 
 
 def _cell(row: dict[str, Any], column: str, found: Rows, number: int) -> str:

@@ -69,6 +69,12 @@ def test_a_mixed_file_by_its_column_of_names(folder, capsys, tmp_path):
     assert cli.main(["predict", "--pack", str(folder / "pack"), "--adapter", "meals", TEXTS[1]]) == 0
     words = capsys.readouterr().out.rstrip("\n").split("\t")
     assert words == ["meals", want[1]["label"], f"{want[1]['probabilities'][want[1]['label']]:.4f}", TEXTS[1]]
+    assert "row" not in capsys.readouterr().err  # no bar for what is done within a second
+    for column in ("text", "none"):
+        assert cli.main([*call[:-1], column]) == 2
+    texts, none = capsys.readouterr().err.splitlines()
+    assert texts.endswith(f"{file} has its texts in, expected the column of the names, one of 'domain'")
+    assert none.endswith(f"adapter_column: got 'none', but {file} has the columns 'text', 'domain'")
     file.write_text("text,domain\ngood film,films\nbad film,plays\n")
     assert cli.main([*call, "--json"]) == 2
     printed = capsys.readouterr()
@@ -131,6 +137,9 @@ WRONG = {
     "adapter: got 'x', expected one of films, meals": ["predict", "--pack", "PACK", "--adapter", "x", "text"],
     "adapter: got it without --pack": ["predict", "--run", "RUN", "--adapter", "films", "text"],
     "adapter_column: got it for TEXT": ["predict", "--pack", "PACK", "--adapter_column", "domain", "text"],
+    "adapter_column: got 'a' for b.txt, expected a file with columns": [
+        *["predict", "--pack", "PACK", "--adapter_column", "a", "--file", "b.txt"]
+    ],
     "threshold: got it without --route": ["predict", "--pack", "PACK", "--adapter", "films", "--threshold", "0", "t"],
     "threshold: got 'x', expected a cosine": [
         "predict",

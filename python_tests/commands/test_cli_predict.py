@@ -198,9 +198,12 @@ def test_ctrl_c_says_how_far_it_came(folder, tmp_path, capsys, monkeypatch):
     assert [row["text"] for row in rows_of(out)] == texts(40)
 
 
-def test_a_bar_for_files_alone_and_on_stderr(folder, tmp_path, capsys):
+def test_a_bar_for_files_alone_and_on_stderr_and_not_at_once(folder, tmp_path, capsys, monkeypatch):
     path = tmp_path / "in.txt"
     path.write_text("good\n")
+    assert call(folder, "--file", path) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(predict, "BAR_AFTER", 0)
     assert call(folder, "--file", path) == 0
     assert "row/s" in capsys.readouterr().err
     for more in (["good"], ["--file", path, "--disable_tqdm"]):

@@ -1,6 +1,7 @@
 """load_task: every layout of files and folders, its columns, and the parts it makes of them."""
 
 import json
+import logging
 import sys
 
 import pyarrow
@@ -216,22 +217,33 @@ def test_a_folder_that_datasets_saved_and_one_in_its_layout(tmp_path, monkeypatc
     assert len(load_task("json").train) == 20  # "json" is a builder of datasets too
 
 
-def test_a_hub_refusal_keeps_its_reasons(monkeypatch):
+def test_a_hub_refusal_keeps_its_reasons_and_tells_of_its_tries_once(monkeypatch):
     import datasets
 
     def refuse(name, config):
+        for number in range(3):
+            logging.getLogger("huggingface_hub.utils._http").warning("no route, thrown while requesting")
+            logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry %d/5].", number)
         try:
             raise TypeError("Couldn't cast label: string to int64")
         except TypeError as error:
             raise RuntimeError(f"An error occurred with {name}\nand {config}") from error
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
+    client, said = logging.getLogger("huggingface_hub.utils._http"), []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: said.append(record.getMessage()))
+    client.addHandler(handler)
     message = (
         r"data: 'some/set:rte' is neither a file nor a folder here.*refused it: RuntimeError: An error occurred with "
         r"some/set and rte; because of TypeError: Couldn't cast label: string to int64$"
     )
     with pytest.raises(ValueError, match=message):
         load_task("some/set:rte")
+    client.warning("and afterwards all")
+    client.warning("and afterwards all")
+    client.removeHandler(handler)
+    assert said == ["no route, thrown while requesting", *["and afterwards all"] * 2]
 
 
 def test_one_part_for_a_trained_model(tmp_path):
