@@ -27,7 +27,7 @@ _Gradients = tuple[torch.Tensor, ...]
 
 
 def pair(logits_a: Any, logits_b: Any, backend: str, expected: float | None) -> torch.Tensor | None:
-    """consistency_loss with constant targets, of all rows, as their mean; None: not served here. Where may_be_direct."""
+    """consistency_loss with constant targets, of all rows, as their mean; None: not served. Where may_be_direct."""
     if not (_served(logits_a, backend, expected) and _fit(logits_b)):
         return None
     shape = logits_a.shape
