@@ -128,7 +128,7 @@ def _capturing(device: torch.device) -> bool:
 def _adds_rightly(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `add_product` takes such a product and gives, to the bit, sums that 16 bits cannot hold."""
     n = torch.arange(8.0)
-    left, right, unit = 2 * n[:, None] + n + 1, n * n - n[:, None], 2.0**-14
+    left, right, unit = 16 * n[:, None] + n + 1, n * n - n[:, None], 2.0**-14
     total, turned = torch.ones(8, 8, device=device), (left.t() * unit).contiguous().to(device, dtype)
     try:
         add_product(total, turned.t(), right.to(device, dtype))
