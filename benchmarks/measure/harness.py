@@ -71,6 +71,7 @@ def time_paired(
     seconds: float = 60.0,
     warmup: int = 2,
     clock: Callable[[], float] = time.perf_counter,
+    between: Callable[[], object] = lambda: None,
 ) -> Timing:
     """Times `calls` against each other in interleaved rounds, after all `checks` came out green.
 
@@ -81,6 +82,7 @@ def time_paired(
         seconds: budget for the timed rounds when `rounds` is None.
         warmup: untimed rounds before.
         clock: seconds, monotonic.
+        between: runs before every timed call, untimed.
 
     The order rotates from round to round and turns round every other one, so that no call always
     follows the same neighbour or stands first. Drift of the machine's speed hits all calls of a
@@ -94,6 +96,7 @@ def time_paired(
     for k in range(warmup):
         last = -clock()
         for name in names:
+            between()
             calls[name](k)
         last += clock()
     if rounds is None:
@@ -101,6 +104,7 @@ def time_paired(
     taken: dict[str, list[float]] = {name: [] for name in names}
     for k in range(rounds):
         for name in _order(names, k):
+            between()
             start = clock()
             calls[name](k)
             taken[name].append(clock() - start)

@@ -1,7 +1,8 @@
 """`python -m benchmarks.run paired consistency`: how many times as fast as its peers an op is, on one core of a CPU.
 
 `run op` times one contender after the other, which a busy machine tells apart from each other by its load. Here they
-take turns, call by call, in processor time, and every ratio is of neighbours.
+take turns, call by call, in processor time, and every ratio is of neighbours. Small calls run many times on end, so
+that each finds its code in the caches; with --cold none does, as in a training, where other work comes between.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--only", default="", help="cases whose op and shape hold this, as in 'adamix_loss 2x64x2'")
     parser.add_argument("--rounds", type=int, help="samples of every contender (default: what fits into --seconds)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of a case")
+    parser.add_argument("--cold", action="store_true", help="one call a sample, after other work: as in a training")
     parser.set_defaults(run=run)
 
 
@@ -45,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
             continue
         found += 1
         try:
-            timing = measure(case, device, options.rounds, options.seconds)
+            timing = measure(case, device, options.rounds, options.seconds, options.cold)
         except RedCheckError as error:
             print(f"paired: {error}", file=sys.stderr)
             return 1
@@ -59,8 +61,11 @@ def run(options: argparse.Namespace) -> int:
     return 0 if found else 1
 
 
-def measure(case: Case, device: torch.device, rounds: int | None, seconds: float) -> Timing:
-    """Of every contender that this machine has: forward, and backward where the case has one. Times are a call's."""
+def measure(case: Case, device: torch.device, rounds: int | None, seconds: float, cold: bool = False) -> Timing:
+    """Of every contender that this machine has: forward, and backward where the case has one. Times are a call's.
+
+    cold: other work (`_other_work`) has the caches before every sample, which is one call.
+    """
     made, backward = case.make(Draw(device, case.dtype, seed=2)), "both" in case.traffic
     results: dict[str, tuple[torch.Tensor, ...]] = {}
     whole: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {}
@@ -75,15 +80,28 @@ def measure(case: Case, device: torch.device, rounds: int | None, seconds: float
             results[contender.name] = result
         whole[contender.name] = call
     # As often for all: what runs on right after itself finds its code in the caches.
-    repeats = max(map(_repeats, whole.values()))
+    repeats = 1 if cold else max(map(_repeats, whole.values()))
     calls = {name: functools.partial(_repeat, call, repeats) for name, call in whole.items()}
     wanted = results["reference"]
     checks = [
         Check(f"{case.op}, {case.shape}, {name}", functools.partial(_problem, found, wanted))
         for name, found in results.items()
     ]
-    timing = time_paired(calls, checks, rounds=rounds, seconds=seconds, clock=time.thread_time)
+    other = {"between": _other_work()} if cold else {}
+    timing = time_paired(calls, checks, rounds=rounds, seconds=seconds, clock=time.thread_time, **other)
     return Timing({name: [taken / repeats for taken in all_of_it] for name, all_of_it in timing.seconds.items()})
+
+
+def _other_work() -> Callable[[], None]:
+    """A step of a small encoder layer, and a pass over 8 MB: neither code nor data of an earlier call stays near."""
+    layer, x = torch.nn.TransformerEncoderLayer(128, 4, 256, batch_first=True), torch.randn(4, 32, 128)
+    memory = torch.zeros(2**21)
+
+    def work() -> None:
+        memory.add_(1)
+        layer(x).sum().backward()
+
+    return work
 
 
 def _whole(bound: Bound, inputs: Inputs, backward: bool) -> Callable[[], tuple[torch.Tensor, ...]]:

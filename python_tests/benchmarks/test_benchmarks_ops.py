@@ -293,7 +293,8 @@ def test_contenders_take_turns_after_their_results_were_compared(capsys):
         return 2 * plain(x, w)
 
     good = case_of(of("reference", plain), of("again", plain), absent("other", "not here"))
-    timing = bench_paired.measure(good, CPU, rounds=2, seconds=1.0)
+    for cold in (True, False):
+        timing = bench_paired.measure(good, CPU, rounds=2, seconds=1.0, cold=cold)
     assert {name: len(taken) for name, taken in timing.seconds.items()} == {"reference": 2, "again": 2}
     assert all(0 < second < 1 for taken in timing.seconds.values() for second in taken)
     with pytest.raises(RedCheckError, match="off: result 0 is not the reference's"):

@@ -76,18 +76,49 @@ def test_which_products_add_to_a_sum_of_float32(monkeypatch):
         # TypeError: a torch without it.
         _chunks.add_product(total, factor, factor.new_empty(3, 4))
     assert not _chunks.adds_inside(CPU, torch.bfloat16)
-    for dtype, refused, expected in (
-        (torch.bfloat16, None, True), (torch.float16, None, True), (torch.float32, None, False),
-        (torch.bfloat16, RuntimeError("self and mat2 must have the same dtype"), False),
-        (torch.float16, TypeError("addmm() got an unexpected keyword argument 'out_dtype'"), False),
-    ):  # fmt: skip
-        asked = mock.Mock(side_effect=refused)
-        monkeypatch.setattr(_chunks, "add_product", asked)
-        monkeypatch.setattr(torch, "zeros", lambda *shape, **_: torch.empty(shape))
-        _chunks.adds_inside.cache_clear()
-        assert _chunks.adds_inside(GPU, dtype) == expected
-        assert asked.called == (dtype != torch.float32)
-    _chunks.adds_inside.cache_clear()
+
+    def refuses(*_):
+        raise RuntimeError("self and mat2 must have the same dtype")
+
+    def knows_no_such_argument(*_):
+        raise TypeError("addmm() got an unexpected keyword argument 'out_dtype'")
+
+    def adds(total, left, right):
+        total.add_(left.float() @ right.float())
+
+    def rounds(total, left, right):
+        total.copy_((total + left.float() @ right.float()).to(left.dtype))
+
+    def rounds_the_product(total, left, right):
+        total.add_((left.float() @ right.float()).to(left.dtype))
+
+    def turns(total, left, right):
+        total.add_(left.float().t() @ right.float())
+
+    for dtype in (torch.bfloat16, torch.float16):
+        for product in (adds, refuses, knows_no_such_argument, rounds, rounds_the_product, turns, lambda *_: None):
+            monkeypatch.setattr(_chunks, "add_product", product)
+            assert _chunks._adds_rightly(CPU, dtype) == (product is adds)
+
+
+def test_a_gpu_is_asked_once_and_never_while_a_graph_is_captured(monkeypatch):
+    asked, capturing = mock.Mock(return_value=True), mock.Mock(return_value=True)
+    monkeypatch.setattr(_chunks, "_adds_rightly", asked)
+    monkeypatch.setattr(_chunks, "_capturing", capturing)
+    monkeypatch.setattr(_chunks, "_ADDS", {})
+    # Before anything was asked: the safe way, and nothing is kept.
+    assert not _chunks.adds_inside(GPU, torch.bfloat16)
+    asked.assert_not_called()
+    capturing.return_value = False
+    assert _chunks.adds_inside(GPU, torch.bfloat16)
+    capturing.return_value = True
+    assert _chunks.adds_inside(GPU, torch.bfloat16)
+    asked.assert_called_once_with(GPU, torch.bfloat16)
+    assert not _chunks.adds_inside(GPU, torch.float32)
+    assert not _chunks.adds_inside(GPU, torch.float16)
+    asked.return_value = capturing.return_value = False
+    assert not _chunks.adds_inside(GPU, torch.float16)
+    assert asked.call_count == 2
 
 
 class Launches(TorchDispatchMode):

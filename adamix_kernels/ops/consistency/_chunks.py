@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -101,17 +100,41 @@ def multiplies_apart(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-@functools.cache
+# By device and dtype, what was asked once.
+_ADDS: dict[tuple[torch.device, torch.dtype], bool] = {}
+
+
 def adds_inside(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `add_product` serves: CUDA, of a torch whose addmm takes a sum of float32 with factors of 16 bits."""
+    """Whether `add_product` serves: CUDA, of a torch whose addmm takes a sum of float32 with factors of 16 bits.
+
+    Asked at the first call, which waits for the GPU. While a graph is captured that cannot be: a first call there
+    keeps the sum beside its product, and the next one outside asks.
+    """
     if device.type != "cuda" or dtype.itemsize != 2:
         return False
-    total, factor = torch.zeros(8, 8, device=device), torch.zeros(8, 8, dtype=dtype, device=device)
+    key = device, dtype
+    if key not in _ADDS:
+        if _capturing(device):
+            return False
+        _ADDS[key] = _adds_rightly(device, dtype)
+    return _ADDS[key]
+
+
+def _capturing(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _adds_rightly(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `add_product` takes such a product and gives, to the bit, sums that 16 bits cannot hold."""
+    n = torch.arange(8.0)
+    left, right, unit = 16 * n[:, None] + n + 1, n * n - n[:, None], 2.0**-14
+    total, turned = torch.ones(8, 8, device=device), (left.t() * unit).contiguous().to(device, dtype)
     try:
-        add_product(total, factor, factor)
+        add_product(total, turned.t(), right.to(device, dtype))
     except (RuntimeError, TypeError):
         return False
-    return True
+    return torch.equal(total.cpu(), 1 + unit * (left @ right))
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from ._blocks import At, rows_by_blocks
 from ._rows import divergence, divergence_grad, keep, rows_of, span_of, wide_dtype
 from .signatures import AdaMix, AdaMixBackward, Consistency, ConsistencyBackward
 
-_MANY, _LOG2_E = 1024, 1 / math.log(2)
+MANY, _LOG2_E = 1024, 1 / math.log(2)
 _Gradients = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
@@ -175,7 +175,7 @@ def _visit_pair(
 
 def _exp(log_probs: torch.Tensor) -> torch.Tensor:
     """exp, for many float32 classes by way of exp2, which PyTorch computes three times as fast on a CPU."""
-    if log_probs.dtype == torch.float64 or log_probs.shape[-1] < _MANY:
+    if log_probs.dtype == torch.float64 or log_probs.shape[-1] < MANY:
         return log_probs.exp()
     return log_probs.mul(_LOG2_E).exp2_()
 

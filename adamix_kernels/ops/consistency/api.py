@@ -8,7 +8,7 @@ from ..._backends import check_request
 from .._checks import check_choice, check_flag, check_tensor, fail
 from .._direct import may_be_direct
 from .._passes import looked
-from . import direct
+from . import _few, direct
 from ._arguments import (
     as_expected,
     as_mask,
@@ -97,9 +97,13 @@ def consistency_loss(
     looked()
     directly = not inplace and may_be_direct()
     if directly:
-        known = direct.consistency(
-            logits_a, logits_b, mask, detach_target, reduction, backend, expected_grad, checked=False
-        )  # fmt: skip
+        known = None
+        if mask is None and detach_target is True and reduction == "batchmean":
+            known = _few.pair(logits_a, logits_b, backend, expected_grad)
+        if known is None:
+            known = direct.consistency(
+                logits_a, logits_b, mask, detach_target, reduction, backend, expected_grad, checked=False
+            )  # fmt: skip
         if known is not None:
             return known
     check_tensor("logits_a", logits_a)
@@ -198,10 +202,14 @@ def adamix_loss(
     looked()
     directly = not inplace and may_be_direct()
     if directly:
-        known = direct.adamix(
-            logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, backend,
-            expected_grad, checked=False,
-        )  # fmt: skip
+        known = None
+        if mask is None and num_items is None and detach_target is True and label_smoothing == 0:
+            known = _few.doubled(logits, labels, weight, ignore_index, backend, expected_grad)
+        if known is None:
+            known = direct.adamix(
+                logits, labels, mask, num_items, weight, ignore_index, label_smoothing, detach_target, backend,
+                expected_grad, checked=False,
+            )  # fmt: skip
         if known is not None:
             return AdaMixLossOutput(*known)
     check_tensor("logits", logits)
