@@ -1,7 +1,7 @@
 """A child of test_direct_calls.py: calls that differ in one property, planned before and not, by what they launch.
 
 `python host_calls.py FOLDER '[[SEED, COUNT], [SEED, COUNT, PROPERTY, TRAIT]]'`: pairs that differ in that property
-alone, with plans made not to see a trait of tensors, which must show. Each list runs in a fork, so that all is imported
+alone, with plans made not to see a trait of tensors, which must show; a fifth, true: calls with gates. Each list runs in a fork, so that all is imported
 once, and leaves what it printed in FOLDER/<its number>.<exit status>. The driver launches nothing
 (benchmarks/host/driver.py), so results are compared by their launches: kernel, grid, stream and every argument,
 addresses by the tensor that they belong to.
@@ -107,6 +107,7 @@ def install():
 
 install()
 
+from host_gated_kinds import GATED  # noqa: E402
 from host_kinds import KINDS, Adapter, Merge  # noqa: E402
 
 from adamix_kernels.ops import _direct, _node, _triton_plans  # noqa: E402
@@ -243,13 +244,13 @@ def without(trait, real):
     return lambda t: t if t is None else tuple(v for n, v in enumerate(real(t)) if n != trait)
 
 
-def main(seed, count, changed=None, blind=None):
+def main(seed, count, changed=None, blind=None, gated=False):
     draw = random.Random(seed)
     past_the_dispatcher()
     if blind is not None:
         blinded(blind)
     for _ in range(count):
-        kinds = KINDS[:2] if NODES else KINDS
+        kinds = GATED if gated else KINDS[:2] if NODES else KINDS
         op = draw.choice([kind for kind in kinds if changed is None or changed in kind.PROPERTIES])()
         first = {name: draw.choice(values) for name, values in op.PROPERTIES.items()}
         name = changed or draw.choice(list(op.PROPERTIES))
@@ -273,7 +274,7 @@ def main(seed, count, changed=None, blind=None):
     print(f"{count} pairs, {hits} plans, {len(BY_NODE)} calls and {len(BY_NODE) - len(ASKED)} backwards by nodes")
     if NODES:
         return 0 if len(BY_NODE) - len(ASKED) > count // 8 else 2
-    return 0 if hits > count // 8 and (changed or merge_op._KNOWN) else 2
+    return 0 if hits > count // 8 and (changed or gated or merge_op._KNOWN) else 2
 
 
 def forked(arguments, path):

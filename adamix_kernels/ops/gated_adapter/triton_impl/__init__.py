@@ -12,6 +12,7 @@ import torch
 
 from ...._triton_utils import capability, dot_dtype, launch, memory, precision
 from ...._triton_utils import problem as unsupported
+from ..._gated_plans import PlannedGated
 from ..._gates import slots_of
 from ..._row_tiles import row_tile, tile_options
 from . import by_rows
@@ -21,7 +22,7 @@ from .plan import Plan, make_plan
 from .tables import TABLES, may_stay
 from .weights import outputs, weight_grads
 
-__all__ = ["backward", "forward", "unsupported"]
+__all__ = ["backward", "direct", "forward", "unsupported"]
 
 
 def forward(
@@ -108,3 +109,6 @@ def _tile_meta(kernel: Any, plan: Plan, like: torch.Tensor, r: int, features: in
 
 def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
     return None if t is None else t.contiguous()
+
+
+direct = PlannedGated(forward, backward, (9, 9), (5, 6))

@@ -1,0 +1,132 @@
+"""Calls of a gated op past the dispatcher (ops/_direct.py), as ops/_routed_direct.py has them: without passes, and with
+a node in Python.
+
+A backend that serves them has an object `direct` in its module, with find(inplace, *arguments), make(inplace,
+*arguments) and backward(*arguments), arguments those of the op without the backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import _auto
+from .._backends import select
+from . import _checks
+from ._direct import PLAIN, Kept, applied, below_autograd, may_be_direct
+from ._library import below_autograd as dispatched
+from ._library import once_differentiable, wrote
+from ._routed_ops import RoutedOps
+
+
+class GatedDirect:
+    """The direct calls of one op."""
+
+    def __init__(self, ops: RoutedOps):
+        fields = ops.arguments._fields
+        self.ops, self.added = ops, fields.index(ops.layer.added)
+        self.banks = [fields.index(name) for name in ops.layer.banks]
+        self.indices = [fields.index(name) for name in ops.layer.indices]
+        self.learned = [fields.index(name) for name in ops.learned]
+        self.saved = [fields.index(name) if name in fields else None for name in ops.saved]
+        self._served: Kept[Any] = Kept()
+
+    def as_given(self, tensors: tuple[Any, ...]) -> bool:
+        """Whether the op takes these arguments of its public function as they are: a bank of one has no index."""
+        pairs = zip(self.banks, self.indices, strict=True)
+        return all(tensors[index] is None or tensors[bank].shape[0] > 1 for bank, index in pairs)
+
+    def call(
+        self,
+        tensors: tuple[Any, ...],
+        options: tuple[Any, ...],
+        backend: str,
+        checked: bool,
+        inplace: bool = False,
+        taken: Callable[[], tuple[Any, ...]] | None = None,
+    ) -> torch.Tensor | None:
+        """What the op returns first; None: the call must go through api.py's checks and the dispatcher.
+
+        checked: whether it went through the checks, so that what is found out about the arguments may be kept. taken:
+        gives the tensors to compute with, where they are not those to look up with.
+        """
+        direct = self._serving(tensors, backend, checked)
+        if direct is None:
+            return None
+        if tensors[0].is_cpu and _checks.values_at_hand(tensors[0]):
+            if not checked:
+                return None
+            self.ops.check_values(self.ops.arguments(*tensors, *options))
+        plan = direct.find(inplace, *tensors, *options)
+        if plan is None and checked:
+            plan = direct.make(inplace, *tensors, *options)
+        if plan is None:
+            return None
+        tensors = tensors if taken is None else taken()
+        how = direct, inplace, *options, backend
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            if below_autograd():
+                return None
+            out: torch.Tensor = _apply(self, plan, how, *tensors)
+            return out
+        return self.run(plan, how, tensors)[0]
+
+    def _serving(self, tensors: tuple[Any, ...], backend: str, checked: bool) -> Any:
+        """As _direct.served; the class of shapes goes by the narrow columns of all experts of the larger bank."""
+        x, (down, up) = tensors[0], (tensors[n] for n in self.banks)
+        size = max(down.shape[0], up.shape[0]) * down.shape[1]
+        key = backend, x.device, x.dtype, size, _auto.table
+        found = self._served.get(key)
+        if found is None and checked and key not in self._served:
+            module = select(self.ops.name, backend, x.device, x.dtype, size)
+            found = self._served.keep(key, getattr(module, "direct", None))
+        return found if PLAIN.issuperset(map(type, tensors)) else None
+
+    def run(self, plan: Any, how: tuple[Any, ...], tensors: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        """(out, kept) by the plan or, where it does not fit the addresses, by the op."""
+        _, inplace, *options = how
+        if not inplace:
+            made: tuple[torch.Tensor, ...] | None = plan(*tensors)
+            return dispatched(self.ops.forward, *tensors, *options) if made is None else made
+        x, base = tensors[0], tensors[self.added]
+        rows = base if base.shape[:-1] == x.shape[:-1] else base.view(*x.shape[:2], base.shape[-1])
+        made = plan(*tensors[: self.added], rows, *tensors[self.added + 1 :])
+        if made is None:
+            return base, dispatched(self.ops.inplace, *tensors, *options)
+        wrote(base)
+        return base, made[0]
+
+
+class DirectGated(torch.autograd.Function):
+    """The op's derivative on a plan, in place or not; it saves the same tensors. how: direct, inplace, the op's
+    options, backend."""
+
+    @staticmethod
+    def forward(ctx: Any, gated: GatedDirect, plan: Any, how: tuple[Any, ...], *tensors: Any) -> torch.Tensor:
+        out, kept = gated.run(plan, how, tensors)
+        if how[1]:
+            ctx.mark_dirty(out)
+        ctx.save_for_backward(*[kept if n is None else tensors[n] for n in gated.saved])
+        ctx.gated, ctx.how = gated, how
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
+        needs, gated = ctx.needs_input_grad[3:], ctx.gated
+        grads: list[Any] = [None] * len(needs)
+        if grad_out is not None:
+            direct, _, *options = ctx.how
+            backward = direct.backward if may_be_direct() else None
+            wanted = [needs[n] for n in gated.learned]
+            made = gated.ops.gradients(grad_out, ctx.saved_tensors, wanted, options, backward)
+            for n, grad in zip(gated.learned, made, strict=True):
+                grads[n] = grad
+            grads[gated.added] = grad_out if needs[gated.added] else None
+        return None, None, None, *grads
+
+
+_apply = applied(DirectGated)
