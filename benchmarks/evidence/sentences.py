@@ -16,8 +16,8 @@ LENGTHS = (6, 18)
 LONGEST = 20
 FORMS = {"is": "are", "are": "is", "has": "have", "have": "has", "a": "an", "an": "a", "serves": "serve",
          "offers": "offer", "located": "locate", "rated": "rate", "called": "call", "was": "were"}  # fmt: skip
-SMALL = {"is", "the", "a", "an", "of", "in", "to", "and", "with", "by", "at", "has", "it", "as", "for", "on", "was", "are",
-         "be", "that", "from"}  # fmt: skip
+SMALL = {"is", "the", "a", "an", "of", "in", "to", "and", "with", "by", "at", "has", "it", "as", "for", "on", "was",
+         "are", "be", "that", "from"}  # fmt: skip
 SLOTS = ("area", "family friendly", "food")
 
 
