@@ -5,7 +5,7 @@
     python -m benchmarks.evidence                          tables and plots alone, from the rows that are there
     python -m benchmarks.evidence --check                  whether tables and plots say what the rows say
 
-FOLDER holds sst2/ and cola/ (train.tsv and dev.tsv, as GLUE has them) and e2e/ (the challenge's valid.txt, test.txt).
+FOLDER holds sst2/ (train.tsv and dev.tsv, as GLUE has them) and e2e/ (the challenge's valid.txt, test.txt).
 A study whose data is not there is named and left out.
 """
 

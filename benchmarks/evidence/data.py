@@ -1,4 +1,4 @@
-"""Data of docs/evidence that is made from other data: a part of training held back, pairs, questions about texts."""
+"""Data of docs/evidence made from other data: a part of training held back, its first rows, questions about texts."""
 
 from __future__ import annotations
 
@@ -23,31 +23,6 @@ def first_rows(folder: Path, out: Path) -> None:
     write_table(out / "dev.tsv", (folder / "sst2" / "dev.tsv").read_text(encoding="utf-8").splitlines())
 
 
-def write_pairs(folder: Path, out: Path) -> None:
-    """A pair task out of E2E: is the text about this meaning, or has one of the meaning's values been changed?
-
-    One text for each meaning, first as it is (label 1), then with one value replaced by another that this slot has
-    elsewhere (label 0). Meanings of valid.txt are train.tsv, those of test.txt dev.tsv.
-    """
-    for name, file in (("train", "valid.txt"), ("dev", "test.txt")):
-        generator, meanings = random.Random(0), _meanings(folder / "e2e" / file)
-        values: dict[str, list[str]] = {}
-        for slots, _ in meanings:
-            for slot, value in slots.items():
-                if value not in values.setdefault(slot, []):
-                    values[slot].append(value)
-        lines = ["meaning\ttext\tlabel"]
-        for slots, text in meanings:
-            lines.append(f"{_words(slots)}\t{text}\t1")
-            several = [s for s in slots if len(values[s]) > 1]
-            if not several:
-                continue
-            slot = generator.choice(several)
-            other = generator.choice([v for v in values[slot] if v != slots[slot]])
-            lines.append(f"{_words({**slots, slot: other})}\t{text}\t0")
-        write_table(out / f"{name}.tsv", lines)
-
-
 # A question about a text: the slot that answers it, what means yes, what means no.
 QUESTIONS = {
     "Is it for families ?": ("family friendly", ("yes",), ("no",)),
@@ -65,7 +40,7 @@ def write_questions(folder: Path, out: Path) -> None:
     test.txt dev.tsv.
     """
     for name, file in (("train", "valid.txt"), ("dev", "test.txt")):
-        generator, pairs = random.Random(0), _pairs(folder / "e2e" / file)
+        generator, pairs = random.Random(0), read_pairs(folder / "e2e" / file)
         lines = ["question\ttext\tlabel"]
         for question, (slot, *answers) in QUESTIONS.items():
             some = {text: slots.get(slot) for slots, text in pairs if len(text.split()) <= LONGEST}
@@ -76,15 +51,7 @@ def write_questions(folder: Path, out: Path) -> None:
         write_table(out / f"{name}.tsv", lines)
 
 
-def _meanings(path: Path) -> list[tuple[dict[str, str], str]]:
-    """(slots, its first text) of every meaning."""
-    found: dict[str, tuple[dict[str, str], str]] = {}
-    for slots, text in _pairs(path):
-        found.setdefault(_words(slots), (slots, text))
-    return list(found.values())
-
-
-def _pairs(path: Path) -> list[tuple[dict[str, str], str]]:
+def read_pairs(path: Path) -> list[tuple[dict[str, str], str]]:
     """(slots, text) of every line of a file of `name : X | area : Y||text`."""
     found = []
     for line in filter(None, path.read_text(encoding="utf-8").splitlines()):
@@ -92,10 +59,6 @@ def _pairs(path: Path) -> list[tuple[dict[str, str], str]]:
         pairs = [slot.split(" : ", 1) for slot in meaning.strip().split(" | ")]
         found.append(({slot.strip(): value.strip() for slot, value in pairs}, " ".join(text.split())))
     return found
-
-
-def _words(slots: dict[str, str]) -> str:
-    return ", ".join(f"{slot}: {value}" for slot, value in slots.items())
 
 
 def write_table(path: Path, lines: list[str]) -> None:

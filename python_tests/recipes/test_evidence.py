@@ -7,7 +7,7 @@ import tiny_recipes
 
 from adamix_kernels.recipes import load_recipe, read_rows
 from benchmarks.evidence import __main__ as command
-from benchmarks.evidence import data, dialects, studies
+from benchmarks.evidence import data, dialects, sentences, studies
 from benchmarks.evidence.plots import PICTURE
 from benchmarks.evidence.tables import MARK, table, written
 
@@ -100,18 +100,67 @@ def test_every_study_is_a_comparison_that_the_recipe_knows():
         assert studies.expand_methods(study.methods, recipe)
 
 
-def test_pairs_match_or_have_one_value_changed(tmp_path):
-    folder = tmp_path / "e2e"
-    folder.mkdir()
+def e2e_files(folder):
+    """Files as the challenge's, of 60 texts each."""
+    (folder / "e2e").mkdir()
+    places = [("north", "riverside"), ("south", "city centre")]
     for name in ("valid", "test"):
-        lines = ["name : A | area : north||A is north .", "name : A | area : north||north : A", "name : B||B is it ."]
-        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    data.write_pairs(tmp_path, tmp_path / "pairs")
-    lines = (tmp_path / "pairs" / "dev.tsv").read_text().splitlines()
-    assert lines == [
-        "meaning\ttext\tlabel", "name: A, area: north\tA is north .\t1", "name: B, area: north\tA is north .\t0",
-        "name: B\tB is it .\t1", "name: A\tB is it .\t0",
-    ]  # fmt: skip
+        lines = [
+            f"name : A{i} | area : {area} | price : low||A{i} is a cheap place that has some {said} of {name} ."
+            for i in range(30)
+            for said, area in places
+        ]
+        (folder / "e2e" / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {line.partition("||")[2]: line.split(" | ")[1] for line in lines}
+
+
+def table_rows(path):
+    head, *rows = path.read_text(encoding="utf-8").splitlines()
+    return head, [row.split("\t") for row in rows]
+
+
+def test_an_unacceptable_sentence_has_one_fault(tmp_path):
+    texts = e2e_files(tmp_path)
+    sentences.write_acceptable(tmp_path, tmp_path / "out")
+    head, rows = table_rows(tmp_path / "out" / "dev.tsv")
+    assert head == "sentence\tlabel"
+    whole, faulty = ({text for text, label in rows if label == kind} for kind in "10")
+    assert len(rows) == len(whole) + len(faulty) == len(texts)
+    assert whole < set(texts)
+    known = {}
+    for words in (text.split() for text in set(texts) - whole):
+        for i, word in enumerate(words):
+            before, after = words[:i], words[i + 1 :]
+            if word in sentences.SMALL:
+                known[" ".join(before + after)] = "missing"
+            if word in sentences.FORMS:
+                known[" ".join([*before, sentences.FORMS[word], *after])] = "form"
+            if after and after[0] != word:
+                known[" ".join([*before, after[0], word, *after[1:]])] = "order"
+    assert faulty <= set(known)
+    assert {known[text] for text in faulty} == {"missing", "form", "order"}
+
+
+def test_a_claim_is_the_texts_own_value_or_another(tmp_path):
+    texts = e2e_files(tmp_path)
+    sentences.write_claims(tmp_path, tmp_path / "out")
+    head, rows = table_rows(tmp_path / "out" / "dev.tsv")
+    assert head == "claim\ttext\tlabel"
+    assert sorted(text for _, text, _ in rows) == sorted(texts)
+    assert {label for *_, label in rows} == {"0", "1"}
+    for claim, text, label in rows:
+        assert claim in ("area : riverside", "area : city centre")
+        assert (claim == texts[text]) == (label == "1")
+
+
+def test_what_settings_are_searched_on_is_a_part_of_training(tmp_path, monkeypatch):
+    e2e_files(tmp_path)
+    monkeypatch.setattr(sentences, "HELD_BACK", 20)
+    sentences.write_claims(tmp_path, tmp_path / "all")
+    sentences.held_back(sentences.write_claims)(tmp_path, tmp_path / "some")
+    parts = [table_rows(tmp_path / "some" / f"{name}.tsv")[1] for name in ("train", "dev")]
+    assert [len(part) for part in parts] == [40, 20]
+    assert parts[0] + parts[1] == table_rows(tmp_path / "all" / "train.tsv")[1]
 
 
 def test_questions_have_as_many_with_yes_as_with_no(tmp_path):
