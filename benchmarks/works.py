@@ -1,7 +1,8 @@
 """`python -m benchmarks.works --write`: the README's table of what works where, from records alone.
 
     --run interpreted    verifies every kernel on a stand-in for a GPU (interpreted, ptx80, ptx90, csrc) and keeps what
-                         was found out in benchmarks/results/verified; --ops and --dtypes take a part
+                         was found out in benchmarks/results/verified; --ops and --dtypes take a part, beside which
+                         what was found out before stands on
     --write              writes the table between the README's markers, from that folder, aot.csv and cuda_compile.csv
 
 What `adamix verify --export FILE` wrote on a GPU belongs into that folder, too: the table then names the GPU.
@@ -97,6 +98,20 @@ def run(kind: str, ops: Sequence[str], dtypes: Sequence[str], progress: prover.P
     return {"stand_in": kind, "commit": record.commit(RESULTS), **made}
 
 
+def joined(before: Mapping[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """What was found out, with the verdicts of before that no new one replaces, if torch and Triton are the same."""
+    versions = [[one["environment"]["versions"][name] for name in ("torch", "triton")] for one in (before, made)]
+    if versions[0] != versions[1]:
+        return made
+    key = lambda v: (v["op"], v["backend"], v["dtype"], v["shape"], v["gpu"])  # noqa: E731
+    anew = {key(verdict) for verdict in made["verdicts"]}
+    verdicts = [verdict for verdict in before["verdicts"] if key(verdict) not in anew]
+    if not verdicts:
+        return made
+    commits = dict.fromkeys([*before["commit"].split(", "), made["commit"]])
+    return {**made, "commit": ", ".join(commits), "verdicts": [*verdicts, *made["verdicts"]]}
+
+
 def kept() -> list[dict[str, Any]]:
     """What has been verified."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(VERIFIED.glob("*.json"))]
@@ -185,7 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.run:
         made = run(args.run, args.ops, args.dtypes, _say)
         VERIFIED.mkdir(exist_ok=True)
-        write_text(VERIFIED / f"{args.run}.json", json.dumps(made, indent=1) + "\n")
+        file = VERIFIED / f"{args.run}.json"
+        whole = joined(json.loads(file.read_text(encoding="utf-8")), made) if file.is_file() else made
+        write_text(file, json.dumps(whole, indent=1) + "\n")
         bad = [verdict for verdict in made["verdicts"] if verdict["state"] != "right"]
         for verdict in bad:
             print(*(verdict[word] for word in ("op", "backend", "dtype", "shape", "state", "why")), file=sys.stderr)

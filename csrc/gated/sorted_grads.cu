@@ -7,17 +7,18 @@ namespace adamix {
 
 ADAMIX_BOTH constexpr int sorted_grad_cols(int tiles) { return tiles == 1 ? 64 : 32; }
 
-// Tiles: of 16 ranks of a group, and one more where the bias up is summed: its gates are ranks there, the first of 16.
-template <int Tiles>
+// Tiles: of 16 ranks of a group. Biased: the biases' gradients are wanted, of one group.
+template <int Tiles, bool Biased>
 struct SortedGradSums {
   static constexpr int kCols = sorted_grad_cols(Tiles);
   static constexpr int kParts = kCols / kStep;  // pieces that a lane has of a row
   static constexpr int kPitch = kCols + 8;
   static constexpr int kSlots = kTeamWarps / 2;
-  static constexpr int kSlot = 16 * Tiles * kPitch;
-  static constexpr int kDepth = Tiles > 2 ? 1 : 2;  // of 16 pairs under way at a time
+  static constexpr int kRanks = 16 * Tiles;
+  static constexpr int kSlot = (kRanks + Biased) * kPitch;
+  static constexpr int kDepth = Tiles > 2 || Biased ? 1 : 2;  // of 16 pairs under way at a time
 
-  float* sums;  // [kSlots, 16 * Tiles, kPitch]
+  float* sums;  // [kSlots, kRanks and one of the bias up, kPitch]
 
   template <typename Memory>
   ADAMIX_BOTH explicit SortedGradSums(Memory& memory) : sums(memory.template take<float>(kSlots * kSlot)) {}
@@ -29,12 +30,13 @@ ADAMIX_BOTH int sorted_grad_jobs(const SortedSide<T>& side, int tiles) {
 }
 
 // The warp's sums of narrow^T wide: sums[tile][part][word], ranks 16 tile + spread(4) and two behind it, columns
-// 32 part + 8 q + 2 word and the next.
-template <int Biased, typename T, int Tiles>
+// 32 part + 8 q + 2 word and the next; of_bias: of gates^T wide the same columns, in the lanes of g = 0.
+template <bool Biased, typename T, int Tiles>
 ADAMIX_DEVICE void add_pairs(const SortedSide<T>& side, const T* bias_gates, const PairOrder& order, int group,
                              int col0, int from, int end, const DropoutMask& mask,
-                             float (&sums)[Tiles][SortedGradSums<Tiles>::kParts][4][4]) {
-  using Sums = SortedGradSums<Tiles>;
+                             float (&sums)[Tiles][SortedGradSums<Tiles, Biased>::kParts][4][4],
+                             float (&of_bias)[SortedGradSums<Tiles, Biased>::kParts][4][2]) {
+  using Sums = SortedGradSums<Tiles, Biased>;
   constexpr int kParts = Sums::kParts, kDepth = Sums::kDepth;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   int narrow_cols = side.groups * side.ranks;
@@ -43,6 +45,7 @@ ADAMIX_DEVICE void add_pairs(const SortedSide<T>& side, const T* bias_gates, con
   for (int first = from + 16 * warp; first < end; first += 16 * kTeamWarps * kDepth) {
     uint4 wide[kDepth][kParts][2];
     uint2 ranks[kDepth][Tiles][2];
+    uint32_t gates[kDepth][2] = {};  // a pair's is the first of eight
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
 #pragma unroll
@@ -63,11 +66,11 @@ ADAMIX_DEVICE void add_pairs(const SortedSide<T>& side, const T* bias_gates, con
         }
 #pragma unroll
         for (int tile = 0; tile < Tiles; ++tile) {
-          bool ranked = there && 16 * tile + 4 * q < side.ranks && tile < Tiles - Biased;
+          bool ranked = there && 16 * tile + 4 * q < side.ranks;
           ranks[d][tile][below] = ranked ? load_words<uint2>(of_pair + 16 * tile) : uint2{0, 0};
         }
-        if (Biased > 0 && bias_gates != nullptr && there && q == 0) {
-          ranks[d][Tiles - 1][below].x = word_of<T>(to_float(bias_gates[pair]), 0.f);
+        if (Biased && bias_gates != nullptr && there && q == 0) {
+          gates[d][below] = word_of<T>(to_float(bias_gates[pair]), 0.f);
         }
       }
     }
@@ -82,6 +85,10 @@ ADAMIX_DEVICE void add_pairs(const SortedSide<T>& side, const T* bias_gates, con
           a[tile][2 * below + 1] = transposed(ranks[d][tile][below].y);
         }
       }
+      if (Biased && bias_gates != nullptr) {
+#pragma unroll
+        for (int below = 0; below < 2; ++below) gates[d][below] = transposed(gates[d][below]);
+      }
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         const uint4 &upper = wide[d][part][0], &lower = wide[d][part][1];
@@ -91,6 +98,11 @@ ADAMIX_DEVICE void add_pairs(const SortedSide<T>& side, const T* bias_gates, con
           for (int tile = 0; tile < Tiles; ++tile) {
             multiply<T>(sums[tile][part][word], a[tile][0], a[tile][1], a[tile][2], a[tile][3], b0, b1);
           }
+          if (!Biased || bias_gates == nullptr) return;
+          float (&to)[2] = of_bias[part][word];
+          float with[4] = {to[0], to[1], 0.f, 0.f};
+          multiply<T>(with, gates[d][0], 0, gates[d][1], 0, b0, b1);
+          to[0] = with[0], to[1] = with[1];
         };
         add(0, upper.x, lower.x);
         add(1, upper.y, lower.y);
@@ -101,11 +113,10 @@ ADAMIX_DEVICE void add_pairs(const SortedSide<T>& side, const T* bias_gates, con
   }
 }
 
-template <typename T, int Tiles, int Biased>
-__global__ void __launch_bounds__(kTeamThreads, Tiles > 4 ? 1 : 2)
-    gated_sorted_weight_grad_mma_kernel(SortedWeightGrad<T> p) {
+template <typename T, int Tiles, bool Biased>
+__global__ void __launch_bounds__(kTeamThreads, 2) gated_sorted_weight_grad_mma_kernel(SortedWeightGrad<T> p) {
   if constexpr (kHasFragments<T>) {
-    using Sums = SortedGradSums<Tiles>;
+    using Sums = SortedGradSums<Tiles, Biased>;
     SharedMemory memory;
     Sums team(memory);
     int number = blockIdx.x, expert = blockIdx.y, of_down = sorted_grad_jobs(p.down, Tiles);
@@ -116,9 +127,9 @@ __global__ void __launch_bounds__(kTeamThreads, Tiles > 4 ? 1 : 2)
     int chunks = ceil_div(side.cols, Sums::kCols), group = number / chunks, col0 = number % chunks * Sums::kCols;
     if (is_up) side.wide.data += p.ranges.start[group];
     DropoutMask mask(dropout);
-    float sums[Tiles][Sums::kParts][4][4] = {};
+    float sums[Tiles][Sums::kParts][4][4] = {}, of_bias[Sums::kParts][4][2] = {};
     int from = p.order.edges[2 * expert], end = p.order.edges[2 * expert + 1];
-    add_pairs<Biased>(side, is_up ? p.bias_gates : nullptr, p.order, group, col0, from, end, mask, sums);
+    add_pairs<Biased>(side, is_up ? p.bias_gates : nullptr, p.order, group, col0, from, end, mask, sums, of_bias);
 
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     auto each = [&](auto visit) {
@@ -136,6 +147,15 @@ __global__ void __launch_bounds__(kTeamThreads, Tiles > 4 ? 1 : 2)
           }
         }
       }
+      if (!Biased || !is_up || g > 0) return;
+#pragma unroll
+      for (int part = 0; part < Sums::kParts; ++part) {
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          const float* own = of_bias[part][word];
+          visit(slot + Sums::kRanks * Sums::kPitch + part * kStep + 2 * word, FloatPair{own[0], own[1]});
+        }
+      }
     };
     if (warp >= Sums::kSlots) each([](float* to, FloatPair own) { store_words(to, own); });
     __syncthreads();
@@ -148,47 +168,52 @@ __global__ void __launch_bounds__(kTeamThreads, Tiles > 4 ? 1 : 2)
     __syncthreads();
     float scale = mask.drops() ? dropout.scale : 1.f;
     int64_t range = static_cast<int64_t>(expert) * side.groups + group;
-    for (int i = threadIdx.x; i < Sums::kCols * 16 * Tiles; i += kTeamThreads) {
-      // Neighbouring threads write neighbouring elements.
-      int c = side.ranks_first ? i % Sums::kCols : i / (16 * Tiles);
-      int rank = side.ranks_first ? i / Sums::kCols : i % (16 * Tiles), col = col0 + c;
-      bool bias = Biased > 0 && is_up && rank == 16 * (Tiles - 1);
-      if (col >= side.cols || (rank >= side.ranks && !bias)) continue;
+    auto sum_of = [&](int rank, int c) {
       float sum = 0.f;
 #pragma unroll
       for (int slot = 0; slot < Sums::kSlots; ++slot) sum += team.sums[slot * Sums::kSlot + rank * Sums::kPitch + c];
+      return sum;
+    };
+    for (int i = threadIdx.x; i < Sums::kCols * Sums::kRanks; i += kTeamThreads) {
+      // Neighbouring threads write neighbouring elements.
+      int c = side.ranks_first ? i % Sums::kCols : i / Sums::kRanks;
+      int rank = side.ranks_first ? i / Sums::kCols : i % Sums::kRanks, col = col0 + c;
+      if (col >= side.cols || rank >= side.ranks) continue;
       int64_t at = side.ranks_first ? (range * side.ranks + rank) * side.cols + col
                                     : (range * side.cols + col) * side.ranks + rank;
-      if (bias) {
-        side.bias[static_cast<int64_t>(expert) * side.cols + col] = from_float<T>(sum);
-      } else {
-        side.weight[at] = from_float<T>(scale * sum);
-      }
+      side.weight[at] = from_float<T>(scale * sum_of(rank, c));
     }
-    if (Biased == 0 || is_up || col0 > 0) return;
+    if (!Biased) return;
+    int thread = threadIdx.x;
+    if (is_up) {
+      if (thread >= Sums::kCols || col0 + thread >= side.cols) return;
+      side.bias[static_cast<int64_t>(expert) * side.cols + col0 + thread] = from_float<T>(sum_of(Sums::kRanks, thread));
+      return;
+    }
+    if (col0 > 0) return;
     // Of the bias down, the sums of what is narrow: so many threads a rank.
-    constexpr int kRanks = 16 * (Tiles - Biased), kThreads = kTeamThreads / kRanks;
+    constexpr int kThreads = kTeamThreads / Sums::kRanks;
     __syncthreads();
-    int rank = threadIdx.x % kRanks, part = threadIdx.x / kRanks;
+    int rank = thread % Sums::kRanks, part = thread / Sums::kRanks;
     float sum = 0.f;
     for (int at = from + part; at < end && rank < side.ranks; at += kThreads) {
       sum += to_float(side.narrow[static_cast<int64_t>(p.order.at[at]) * side.ranks + rank]);
     }
-    team.sums[threadIdx.x] = sum;
+    team.sums[thread] = sum;
     __syncthreads();
     if (part > 0 || rank >= side.ranks) return;
-    for (int of = 1; of < kThreads; ++of) sum += team.sums[of * kRanks + rank];
+    for (int of = 1; of < kThreads; ++of) sum += team.sums[of * Sums::kRanks + rank];
     side.bias[static_cast<int64_t>(expert) * side.ranks + rank] = from_float<T>(sum);
   }
 }
 
-#define ADAMIX_INSTANTIATE(T)                                                                 \
-  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 1, 0>(SortedWeightGrad<T>); \
-  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 2, 0>(SortedWeightGrad<T>); \
-  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 4, 0>(SortedWeightGrad<T>); \
-  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 2, 1>(SortedWeightGrad<T>); \
-  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 3, 1>(SortedWeightGrad<T>); \
-  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 5, 1>(SortedWeightGrad<T>);
+#define ADAMIX_INSTANTIATE(T)                                                                     \
+  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 1, false>(SortedWeightGrad<T>); \
+  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 2, false>(SortedWeightGrad<T>); \
+  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 4, false>(SortedWeightGrad<T>); \
+  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 1, true>(SortedWeightGrad<T>);  \
+  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 2, true>(SortedWeightGrad<T>);  \
+  template __global__ void gated_sorted_weight_grad_mma_kernel<T, 4, true>(SortedWeightGrad<T>);
 ADAMIX_INSTANTIATE(half)
 ADAMIX_INSTANTIATE(bfloat16)
 #undef ADAMIX_INSTANTIATE
@@ -197,10 +222,11 @@ ADAMIX_INSTANTIATE(bfloat16)
 template <typename T>
 void launch_sorted_weight_grad(const SortedWeightGrad<T>& params, const Device& device) {
   auto run = [&](auto number, auto biased) {
-    constexpr int kBiased = decltype(biased)::value, kTiles = decltype(number)::value + kBiased;
+    constexpr bool kBiased = decltype(biased)::value;
+    constexpr int kTiles = decltype(number)::value;
     dim3 grid(sorted_grad_jobs(params.down, kTiles) + sorted_grad_jobs(params.up, kTiles), params.experts);
     launch("gated_sorted_weight_grad_mma", gated_sorted_weight_grad_mma_kernel<T, kTiles, kBiased>,
-           {grid, kTeamThreads, shared_bytes<SortedGradSums<kTiles>>()}, device, params);
+           {grid, kTeamThreads, shared_bytes<SortedGradSums<kTiles, kBiased>>()}, device, params);
   };
   int ranks = 0;
   for (const SortedSide<T>* side : {&params.down, &params.up}) {
@@ -216,9 +242,9 @@ void launch_sorted_weight_grad(const SortedWeightGrad<T>& params, const Device& 
     }
   };
   if (params.down.bias != nullptr || params.up.bias != nullptr) {
-    run_of(std::integral_constant<int, 1>{});
+    run_of(std::true_type{});
   } else {
-    run_of(std::integral_constant<int, 0>{});
+    run_of(std::false_type{});
   }
 }
 

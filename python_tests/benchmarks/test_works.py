@@ -23,7 +23,7 @@ def made(backend, gpu, stand_in=None, wrong=0):
     for verdict in [v for v in verdicts if v["op"] == "merge"][:wrong]:
         verdict["state"] = "wrong"
     versions = {"torch": "2.13.0", "triton": "3.6.0"}
-    return {"stand_in": stand_in, "verdicts": verdicts, "environment": {"versions": versions}}
+    return {"stand_in": stand_in, "commit": "0", "verdicts": verdicts, "environment": {"versions": versions}}
 
 
 def test_a_cell_says_what_the_records_show():
@@ -50,6 +50,23 @@ def test_every_kernel_counts_for_what_is_compiled():
     assert all(80 in targets and 90 in targets for targets in found.values())
     assert 70 in found["merge", "cuda"]
     assert 70 not in found["merge", "triton"]
+
+
+def test_a_part_that_is_run_again_leaves_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(works, "VERIFIED", tmp_path)
+    (tmp_path / "ptx80.json").write_text(json.dumps(made("triton", "PTX", "ptx80", wrong=2)))
+    again = made("triton", "PTX", "ptx80")
+    again["verdicts"] = [v for v in again["verdicts"] if v["op"] == "merge"]
+    again["commit"] = "1"
+    monkeypatch.setattr(works, "run", lambda *_: again)
+    assert works.main(["--run", "ptx80", "--ops", "merge"]) == 0
+    (record,) = works.kept()
+    assert record["commit"] == "0, 1"
+    assert len(record["verdicts"]) == len(made("triton", "PTX")["verdicts"])
+    assert all(verdict["state"] == "right" for verdict in record["verdicts"])
+    again["environment"] = {"versions": {"torch": "2.14.0", "triton": "3.6.0"}}
+    works.main(["--run", "ptx80", "--ops", "merge"])
+    assert works.kept() == [again]
 
 
 def test_a_readme_is_written_between_its_markers(tmp_path, monkeypatch):
