@@ -1,7 +1,7 @@
 // Whether a backward goes in one pass, and how its tiles are shared out.
 #pragma once
 
-#include "routed_adapter/one_pass.h"
+#include "common/one_pass.h"
 
 namespace adamix {
 
@@ -55,6 +55,30 @@ PassPlan pass_plan(int64_t batch, int64_t tokens, int64_t hidden, int64_t rank, 
   // Planes that nobody would want: of many experts, small samples.
   bool large = plan.planes() > 2 * batch * tokens * hidden;
   return large || !(plan.keeps || fits(false)) ? PassPlan{} : plan;
+}
+
+// What both launches know from the plan; planes: plan.floats() of them.
+template <typename T>
+void follow(const PassPlan& plan, float* planes, int64_t tokens, int64_t hidden, int64_t rank, OnePass<T>& pass,
+            PassSum<T>& sum) {
+  pass.planes = planes;
+  pass.experts = reinterpret_cast<int*>(planes + plan.planes());
+  pass.planes_size = plan.planes_size;
+  pass.slots = plan.slots;
+  pass.tokens = static_cast<int>(tokens);
+  pass.tiles = plan.tiles;
+  pass.tiles_a_block = plan.tiles_a_block;
+  pass.tiles_a_sample = divisor(plan.tiles_a_sample);
+  pass.hidden = static_cast<int>(hidden);
+  pass.rank = static_cast<int>(rank);
+  sum.planes = pass.planes;
+  sum.experts = pass.experts;
+  sum.planes_size = plan.planes_size;
+  sum.blocks = plan.blocks;
+  sum.slots = plan.slots;
+  sum.hidden = pass.hidden;
+  sum.rank = pass.rank;
+  sum.down_scale = sum.up_scale = 1.f;
 }
 
 }  // namespace adamix
