@@ -20,7 +20,7 @@ struct PassPlan {
 // once, so that few planes are written; where samples hold a multiple of that, a block sees one expert a side.
 template <typename T>
 PassPlan pass_plan(int64_t batch, int64_t tokens, int64_t hidden, int64_t rank, const Routing& down, const Routing& up,
-                   const Device& device) {
+                   bool biases, const Device& device) {
   constexpr int kMostWarps = kPassThreads / 32;
   auto of_samples = [&](const Routing& routing) {
     return routing.ids == nullptr || static_cast<int64_t>(routing.rows_per_id.by) == tokens;
@@ -46,7 +46,7 @@ PassPlan pass_plan(int64_t batch, int64_t tokens, int64_t hidden, int64_t rank, 
   while (round_up(plan.blocks, plan.cluster) > device.multiprocessors) plan.cluster /= 2;
   plan.blocks = round_up(plan.blocks, plan.cluster);
   plan.slots = static_cast<int>(samples < experts ? samples : experts);
-  plan.planes_size = (rank * hidden + (rank > hidden ? rank : hidden) + 3) / 4 * 4;
+  plan.planes_size = rank * hidden + (biases ? hidden : 0);
   auto fits = [&](bool keeps) {
     return shared_bytes<PassMemory<T>>(static_cast<int>(warps), plan.slots, plan.tiles_a_block, keeps) <=
            static_cast<size_t>(device.shared_bytes);

@@ -28,7 +28,7 @@ bool launch_in_one_pass(DType dtype, const Tensor& grad_out, const Tensor& x, co
       params.down_weight = data<const T>(down_weight);
       params.up_weight = data<const T>(up_weight);
       params.dx = need_input ? data<T>(dx) : nullptr;
-      PassPlan plan = pass_plan<T>(x.size(0), x.size(1), hidden, rank, down, up, device);
+      PassPlan plan = pass_plan<T>(x.size(0), x.size(1), hidden, rank, down, up, true, device);
       if (plan.blocks == 0 || !params.grad_out.aligned || !params.x.aligned ||
           !is_aligned(params.narrow, {}, sizeof(T)) || !is_aligned(params.down_weight, {hidden}, sizeof(T)) ||
           !is_aligned(params.up_weight, {}, sizeof(T)) || !is_aligned(params.dx, {hidden}, sizeof(T))) {

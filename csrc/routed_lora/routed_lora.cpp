@@ -154,7 +154,7 @@ bool launch_in_one_pass(const Call& call, const Device& device, const Tensor& gr
       params.down_weight = data<const T>(lora_a);
       params.up_weight = data<const T>(lora_b);
       params.dx = need_x ? data<T>(dx) : nullptr;
-      PassPlan plan = pass_plan<T>(call.batch, call.tokens, call.features, call.rank, call.a, call.b, device);
+      PassPlan plan = pass_plan<T>(call.batch, call.tokens, call.features, call.rank, call.a, call.b, false, device);
       if (plan.blocks == 0 || !params.grad_out.aligned || !params.x.aligned ||
           !is_aligned(params.narrow, {}, sizeof(T)) || !is_aligned(params.down_weight, {}, sizeof(T)) ||
           !is_aligned(params.up_weight, {}, sizeof(T)) || !is_aligned(params.dx, {}, sizeof(T))) {
