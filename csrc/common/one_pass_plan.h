@@ -3,6 +3,7 @@
 
 #include "common/one_pass.h"
 
+#if defined(ADAMIX_LAUNCHERS)
 namespace adamix {
 
 // blocks 0: in two passes.
@@ -82,3 +83,4 @@ void follow(const PassPlan& plan, float* planes, int64_t tokens, int64_t hidden,
 }
 
 }  // namespace adamix
+#endif

@@ -38,10 +38,10 @@ def backward(tensors, options, needs=(True, True, True), dropout_p=0.3):
     return cuda_impl.backward(dy, x, t, a, b, *tail, seed, *needs, *last)
 
 
-@pytest.mark.parametrize(("dtype", "dropout_p"), [(torch.float16, 0.3), (torch.bfloat16, 0.0), (torch.bfloat16, 0.3)])
-@pytest.mark.parametrize("case", SHAPES)
-def test_every_shape(case, dtype, dropout_p):
-    check(*draw_lora(DEVICE, dtype=dtype, **SHAPES[case]), dropout_p)
+@pytest.mark.parametrize("number", range(len(SHAPES)), ids=list(SHAPES))
+def test_every_shape(number):
+    case = list(SHAPES.values())[number]
+    check(*draw_lora(DEVICE, dtype=HALVES[number % 2], **case), 0.3 if number in (0, 2) else 0.0)
 
 
 @pytest.mark.sanitize
@@ -64,29 +64,28 @@ def test_it_is_two_launches(case):
     "other", [dict(per_group=248), dict(rank=20), dict(rank=6), dict(a_kind="token"), dict(features=264, per_group=264)]
 )
 def test_other_calls_read_grad_out_twice(other):
-    sizes = dict(batch=2, tokens=20, features=256, rank=8, per_group=256) | other
+    sizes = dict(batch=1, tokens=8, features=256, rank=8, per_group=256) | other
     tensors, options = draw_lora(DEVICE, dtype=torch.bfloat16, **sizes)
     with launch_names() as names:
         check(tensors, options, 0.3)
     assert "routed_lora_one_pass" not in names
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("needs", [(True, False, True), (False, True, False), (False, False, True)])
-def test_only_what_is_needed_is_computed_with_the_same_bits(needs, dropout_p):
+def test_only_what_is_needed_is_computed_with_the_same_bits(needs):
     tensors, options = draw_lora(DEVICE, dtype=torch.bfloat16, **MANY)
-    want, got = (backward(tensors, options, n, dropout_p) for n in ((True, True, True), needs))
+    want, got = (backward(tensors, options, n) for n in ((True, True, True), needs))
     for mine, full, needed in zip(got, want, needs):
         assert torch.equal(mine, full if needed else full.new_empty(0))
 
 
-@pytest.mark.skipif(not ON_HOST, reason="a GPU orders its threads itself, and has the clusters it has")
-@pytest.mark.parametrize("setting", [("ADAMIX_HOST_ORDER", "reverse"), ("ADAMIX_HOST_ORDER", "2")])
-def test_the_same_bits_in_any_order(setting, monkeypatch):
+@pytest.mark.skipif(not ON_HOST, reason="a GPU orders its threads itself")
+def test_the_same_bits_in_any_order(monkeypatch):
     tensors, options = draw_lora(DEVICE, dtype=torch.bfloat16, **MANY)
     want = backward(tensors, options)
-    monkeypatch.setenv(*setting)
-    assert all(torch.equal(a, b) for a, b in zip(backward(tensors, options), want))
+    for order in ("reverse", "2"):
+        monkeypatch.setenv("ADAMIX_HOST_ORDER", order)
+        assert all(torch.equal(a, b) for a, b in zip(backward(tensors, options), want))
 
 
 @pytest.mark.skipif(not ON_HOST, reason="the device is pretended")
@@ -94,7 +93,6 @@ def test_the_same_bits_in_any_order(setting, monkeypatch):
     "device",
     [
         {"ADAMIX_HOST_CLUSTER": "1"},
-        {"ADAMIX_HOST_CAPABILITY": "80", "ADAMIX_HOST_SHARED": "166912"},
         {"ADAMIX_HOST_SHARED": "54000"},  # no room for the weights
         {"ADAMIX_HOST_MULTIPROCESSORS": "3"},
     ],
