@@ -33,6 +33,8 @@ KERNELS = {
     "routed_lora_input_grad_mma": "routed_lora_input_grad_mma_kernel",
     "routed_lora_weight_grad_mma": "routed_lora_weight_grad_mma_kernel",
     "routed_lora_plane_sum": "plane_sum_kernel",
+    "routed_lora_one_pass": "routed_lora_one_pass_kernel",
+    "routed_lora_pass_sum": "routed_lora_pass_sum_kernel",
     "merge_banks": "merge_banks_kernel",
     "merge_grad": "merge_grad_kernel",
     "merge_scores_grad": "merge_scores_grad_kernel",
@@ -107,6 +109,11 @@ def groups() -> list[Group]:
         ),
         Group("routed_lora", loras.routed_lora_cases(dtypes, sizes), lora),
         Group("routed_lora, pieces", loras.routed_lora_cases(dtypes[1:], pieces, whole=True), lora_pieces),
+        Group(
+            "routed_lora, one pass",
+            loras.routed_lora_cases(dtypes[1:], Sizes(batch=2, tokens=9, more_rows=8), square=True),
+            ("routed_lora_one_pass_kernel", "routed_lora_pass_sum_kernel"),
+        ),
         Group(
             "routed_adapter, rows shared out", adapters.routed_adapter_cases(dtypes, shared_out), ("plane_sum_kernel",),
         ),

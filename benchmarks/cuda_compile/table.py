@@ -25,6 +25,7 @@ _FROM = {
     "routed_adapter_resident_forward_kernel": 75,
     "routed_adapter_resident_input_grad_kernel": 75,
     "routed_adapter_one_pass_kernel": 75,
+    "routed_lora_one_pass_kernel": 75,
     "router_forward_kernel": 75,
     "gated_forward_mma_kernel": 75,
     "gated_input_grad_mma_kernel": 75,

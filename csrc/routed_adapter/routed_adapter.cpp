@@ -5,7 +5,6 @@
 #include "common/checks.h"
 #include "common/row_shares.h"
 #include "registration.h"
-#include "routed_adapter/one_pass_plan.h"
 
 namespace adamix {
 namespace {
@@ -22,44 +21,27 @@ bool launch_in_one_pass(DType dtype, const Tensor& grad_out, const Tensor& x, co
     using T = typename decltype(type)::type;
     if constexpr (kFragmentsFrom<T> > 0) {
       int64_t hidden = x.size(2), rank = pre.size(2);
-      RoutedAdapterOnePass<T> params{};
+      OnePass<T> params{};
       params.grad_out = rows_of<const T>(grad_out);
       params.x = rows_of<const T>(x);
-      params.pre = data<const T>(pre);
+      params.narrow = data<const T>(pre);
       params.down_weight = data<const T>(down_weight);
       params.up_weight = data<const T>(up_weight);
       params.dx = need_input ? data<T>(dx) : nullptr;
-      PassPlan plan = pass_plan<T>(x.size(0), x.size(1), hidden, rank, down, up, device);
-      if (plan.blocks == 0 || !params.grad_out.aligned || !params.x.aligned || !is_aligned(params.pre, {}, sizeof(T)) ||
-          !is_aligned(params.down_weight, {hidden}, sizeof(T)) || !is_aligned(params.up_weight, {}, sizeof(T)) ||
-          !is_aligned(params.dx, {hidden}, sizeof(T))) {
+      PassPlan plan = pass_plan<T>(x.size(0), x.size(1), hidden, rank, down, up, true, device);
+      if (plan.blocks == 0 || !params.grad_out.aligned || !params.x.aligned ||
+          !is_aligned(params.narrow, {}, sizeof(T)) || !is_aligned(params.down_weight, {hidden}, sizeof(T)) ||
+          !is_aligned(params.up_weight, {}, sizeof(T)) || !is_aligned(params.dx, {hidden}, sizeof(T))) {
         return;
       }
       Tensor planes = allocate(x, {plan.floats()}, ScalarType::Float);
-      params.planes = data<float>(planes);
-      params.experts = reinterpret_cast<int*>(params.planes + plan.planes());
-      params.planes_size = plan.planes_size;
+      PassSum<T> sum{};
+      follow(plan, data<float>(planes), x.size(1), hidden, rank, params, sum);
       params.down = down;
       params.up = up;
-      params.slots = plan.slots;
-      params.tokens = static_cast<int>(x.size(1));
-      params.tiles = plan.tiles;
-      params.tiles_a_block = plan.tiles_a_block;
-      params.tiles_a_sample = divisor(plan.tiles_a_sample);
-      params.hidden = static_cast<int>(hidden);
-      params.rank = static_cast<int>(rank);
       params.activation = activation;
       params.add_input = add_input, params.need_down = need_down, params.need_up = need_up;
-      launch_routed_adapter_one_pass(params, plan.blocks, plan.cluster, plan.keeps, device);
-
-      RoutedAdapterPassSum<T> sum{};
-      sum.planes = params.planes;
-      sum.experts = params.experts;
-      sum.planes_size = plan.planes_size;
-      sum.blocks = plan.blocks;
-      sum.slots = plan.slots;
-      sum.hidden = params.hidden;
-      sum.rank = params.rank;
+      launch_routed_adapter_one_pass(params, plan, device);
       sum.down_weight = data<T>(ddown_weight), sum.down_bias = data<T>(ddown_bias);
       sum.up_weight = data<T>(dup_weight), sum.up_bias = data<T>(dup_bias);
       launch_routed_adapter_pass_sum(sum, need_down ? static_cast<int>(down_weight.size(0)) : 0,

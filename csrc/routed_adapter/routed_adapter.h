@@ -4,8 +4,8 @@
 #include "common/activation.h"
 #include "common/grad_side.h"
 #include "common/launch.h"
+#include "common/one_pass_plan.h"
 #include "common/rows.h"
-#include "routed_adapter/one_pass.h"
 
 namespace adamix {
 
@@ -62,13 +62,11 @@ void launch_routed_adapter_weight_grad(const RoutedAdapterWeightGrad<T>& params,
 
 // half and bfloat16 alone.
 template <typename T>
-void launch_routed_adapter_one_pass(const RoutedAdapterOnePass<T>& params, int blocks, int cluster, bool keeps,
-                                    const Device& device);
+void launch_routed_adapter_one_pass(const OnePass<T>& params, const PassPlan& plan, const Device& device);
 
 // down_experts, up_experts: 0 where that side is not wanted.
 template <typename T>
-void launch_routed_adapter_pass_sum(RoutedAdapterPassSum<T> params, int down_experts, int up_experts,
-                                    const Device& device);
+void launch_routed_adapter_pass_sum(const PassSum<T>& params, int down_experts, int up_experts, const Device& device);
 #endif
 
 }  // namespace adamix

@@ -8,6 +8,7 @@
 #include "common/lora_checks.h"
 #include "common/row_shares.h"
 #include "registration.h"
+#include "routed_lora/routed_lora_pass.h"
 
 namespace adamix {
 namespace {
@@ -136,6 +137,48 @@ Tensor run_forward(Call& call, const Device& device, Tensor x, Tensor lora_a, Te
   return t;
 }
 
+// The backward in one pass, where pass_plan has one and all lies at multiples of 16 bytes; whether it was launched. Its
+// tensors' rows are contiguous.
+bool launch_in_one_pass(const Call& call, const Device& device, const Tensor& grad_out, const Tensor& x,
+                        const Tensor& t, const Tensor& lora_a, const Tensor& lora_b, const Tensor& dx, const Tensor& da,
+                        const Tensor& db, bool need_x, bool need_a, bool need_b) {
+  bool launched = false, square = call.features == call.ranges.cols && call.features == call.width;
+  if (call.ranges.groups != 1 || !square || !(need_a || need_b)) return false;
+  dispatch(call.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (kFragmentsFrom<T> > 0) {
+      OnePass<T> params{};
+      params.grad_out = rows_of<const T>(grad_out);
+      params.x = rows_of<const T>(x);
+      params.narrow = data<const T>(t);
+      params.down_weight = data<const T>(lora_a);
+      params.up_weight = data<const T>(lora_b);
+      params.dx = need_x ? data<T>(dx) : nullptr;
+      PassPlan plan = pass_plan<T>(call.batch, call.tokens, call.features, call.rank, call.a, call.b, false, device);
+      if (plan.blocks == 0 || !params.grad_out.aligned || !params.x.aligned ||
+          !is_aligned(params.narrow, {}, sizeof(T)) || !is_aligned(params.down_weight, {}, sizeof(T)) ||
+          !is_aligned(params.up_weight, {}, sizeof(T)) || !is_aligned(params.dx, {}, sizeof(T))) {
+        return;
+      }
+      Tensor planes = allocate(x, {plan.floats()}, ScalarType::Float);
+      PassSum<T> sum{};
+      follow(plan, data<float>(planes), call.tokens, call.features, call.rank, params, sum);
+      params.down = call.a;
+      params.up = call.b;
+      params.dropout = call.dropout;
+      params.scaling = call.scaling;
+      params.need_down = need_a, params.need_up = need_b;
+      launch_routed_lora_one_pass(params, plan, device);
+      sum.down_weight = data<T>(da), sum.up_weight = data<T>(db);
+      sum.down_scale = call.dropout.seed == nullptr ? 1.f : call.dropout.scale, sum.up_scale = call.scaling;
+      launch_routed_lora_pass_sum(sum, need_a ? static_cast<int>(call.experts_a) : 0,
+                                  need_b ? static_cast<int>(call.experts_b) : 0, device);
+      launched = true;
+    }
+  });
+  return launched;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> routed_lora_forward(Tensor x, Tensor lora_a, Tensor lora_b, OptionalTensor a_index,
@@ -176,11 +219,14 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora_backward(Tensor grad_out, Tensor 
   Tensor dx = gradient(need_x, {call.batch, call.tokens, call.features});
   Tensor da = gradient(need_a, {call.experts_a, call.ranks, call.features});
   Tensor db = gradient(need_b, {call.experts_b, groups * call.ranges.cols, call.rank});
-  OptionalTensor dt = need_a ? OptionalTensor(allocate(x, {call.batch, call.tokens, call.ranks})) : std::nullopt;
-  OptionalTensor planes;
   x = with_contiguous_rows(x), grad_out = with_contiguous_rows(grad_out), t = as_contiguous(t);
   lora_a = as_contiguous(lora_a), lora_b = as_contiguous(lora_b);
   DeviceScope scope(device);
+  if (launch_in_one_pass(call, device, grad_out, x, t, lora_a, lora_b, dx, da, db, need_x, need_a, need_b)) {
+    return {dx, da, db};
+  }
+  OptionalTensor dt = need_a ? OptionalTensor(allocate(x, {call.batch, call.tokens, call.ranks})) : std::nullopt;
+  OptionalTensor planes;
   dispatch(call.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     PlaneSum<T> sum{};

@@ -17,8 +17,11 @@ SCALINGS = (1, 1.7, -0.25, 0, 0.0, 1e-6, 32)
 
 
 @st.composite
-def routed_lora_cases(draw, dtypes, sizes: Sizes, whole: bool = False, one_up: bool = False) -> Case:
-    """whole: features, columns and ranks that fill pieces of 16 bytes. one_up: one expert above, one wide group."""
+def routed_lora_cases(
+    draw, dtypes, sizes: Sizes, whole: bool = False, one_up: bool = False, square: bool = False
+) -> Case:
+    """whole: features, columns and ranks that fill pieces of 16 bytes. one_up: one expert above, one wide group.
+    square: as many columns as features, in steps of 64."""
     d = Draw(draw, dtypes)
     batch, tokens = d.size(sizes.batch), d.size(sizes.tokens) + sizes.more_rows
     features, r = d.size(sizes.features), d.size(sizes.rank)
@@ -31,6 +34,9 @@ def routed_lora_cases(draw, dtypes, sizes: Sizes, whole: bool = False, one_up: b
     if whole:
         features, r, per_group, width = 8 * features, 4 * r, 8 * per_group, 8 * width
         offsets = tuple(8 * offset for offset in offsets)
+    if square:
+        features, r = 64 * d.integer(4, 6), 4 * d.integer(1, 4)
+        groups, offsets, per_group, width = 1, (0,), features, features
     with_base, dropout_p = d.flag(), d.choose((0, 0.0, 0.3, 0.99))
     seed, scaling = d.choose((0, -1, 2**63 - 1, 11)), d.choose(SCALINGS)
     if d.dtype == torch.float16:

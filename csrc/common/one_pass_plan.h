@@ -1,8 +1,9 @@
 // Whether a backward goes in one pass, and how its tiles are shared out.
 #pragma once
 
-#include "routed_adapter/one_pass.h"
+#include "common/one_pass.h"
 
+#if defined(ADAMIX_LAUNCHERS)
 namespace adamix {
 
 // blocks 0: in two passes.
@@ -20,7 +21,7 @@ struct PassPlan {
 // once, so that few planes are written; where samples hold a multiple of that, a block sees one expert a side.
 template <typename T>
 PassPlan pass_plan(int64_t batch, int64_t tokens, int64_t hidden, int64_t rank, const Routing& down, const Routing& up,
-                   const Device& device) {
+                   bool biases, const Device& device) {
   constexpr int kMostWarps = kPassThreads / 32;
   auto of_samples = [&](const Routing& routing) {
     return routing.ids == nullptr || static_cast<int64_t>(routing.rows_per_id.by) == tokens;
@@ -46,7 +47,7 @@ PassPlan pass_plan(int64_t batch, int64_t tokens, int64_t hidden, int64_t rank, 
   while (round_up(plan.blocks, plan.cluster) > device.multiprocessors) plan.cluster /= 2;
   plan.blocks = round_up(plan.blocks, plan.cluster);
   plan.slots = static_cast<int>(samples < experts ? samples : experts);
-  plan.planes_size = (rank * hidden + (rank > hidden ? rank : hidden) + 3) / 4 * 4;
+  plan.planes_size = rank * hidden + (biases ? hidden : 0);
   auto fits = [&](bool keeps) {
     return shared_bytes<PassMemory<T>>(static_cast<int>(warps), plan.slots, plan.tiles_a_block, keeps) <=
            static_cast<size_t>(device.shared_bytes);
@@ -57,4 +58,29 @@ PassPlan pass_plan(int64_t batch, int64_t tokens, int64_t hidden, int64_t rank, 
   return large || !(plan.keeps || fits(false)) ? PassPlan{} : plan;
 }
 
+// What both launches know from the plan; planes: plan.floats() of them.
+template <typename T>
+void follow(const PassPlan& plan, float* planes, int64_t tokens, int64_t hidden, int64_t rank, OnePass<T>& pass,
+            PassSum<T>& sum) {
+  pass.planes = planes;
+  pass.experts = reinterpret_cast<int*>(planes + plan.planes());
+  pass.planes_size = plan.planes_size;
+  pass.slots = plan.slots;
+  pass.tokens = static_cast<int>(tokens);
+  pass.tiles = plan.tiles;
+  pass.tiles_a_block = plan.tiles_a_block;
+  pass.tiles_a_sample = divisor(plan.tiles_a_sample);
+  pass.hidden = static_cast<int>(hidden);
+  pass.rank = static_cast<int>(rank);
+  sum.planes = pass.planes;
+  sum.experts = pass.experts;
+  sum.planes_size = plan.planes_size;
+  sum.blocks = plan.blocks;
+  sum.slots = plan.slots;
+  sum.hidden = pass.hidden;
+  sum.rank = pass.rank;
+  sum.down_scale = sum.up_scale = 1.f;
+}
+
 }  // namespace adamix
+#endif

@@ -1,4 +1,5 @@
-// The whole backward in one pass over x and grad_out, for at most 16 ranks and one expert a side in every sample.
+// A routed op's whole backward in one pass over x and grad_out, for at most 16 ranks and one expert a side in every
+// sample. The down side is the adapter's first weight, or LoRA's A; the up side the second one, or B.
 //
 // A block walks tiles of 16 rows, each of one sample. Its warps have 64 columns each, of the tile and of both weight
 // gradients, whose sums stay in registers until the expert changes; a second launch adds up what the blocks leave.
@@ -6,10 +7,12 @@
 
 #include "common/activation.h"
 #include "common/divisor.h"
+#include "common/dropout.h"
 #include "common/fragment_shape.h"
 #include "common/launch.h"
 #include "common/rows.h"
 #include "common/shared_memory.h"
+#include "common/tile_sizes.h"
 
 namespace adamix {
 
@@ -18,10 +21,11 @@ constexpr int kPassThreads = 512;  // at most, of a block
 constexpr int kPassSumThreads = 256;
 constexpr int kPassSumParts = 4;  // of the planes, summed side by side
 
+// The adapter has biases, an activation and the input's own gradient to add; LoRA a scaling and a dropout.
 template <typename T>
-struct RoutedAdapterOnePass {
+struct OnePass {
   Rows<const T> grad_out, x;  // [B, S, H]
-  const T* pre;               // [N, r]
+  const T* narrow;            // [N, r]: values before the activation, or dropout(x) A^T
   const T* down_weight;       // [Md, r, H]
   const T* up_weight;         // [Mu, H, r]
   T* dx;                      // [N, H] or null
@@ -33,19 +37,22 @@ struct RoutedAdapterOnePass {
   int tokens, tiles, tiles_a_block;
   Divisor tiles_a_sample;
   int hidden, rank;
+  Dropout dropout;
+  float scaling;
   Activation activation;
   bool add_input, need_down, need_up;
 };
 
 template <typename T>
-struct RoutedAdapterPassSum {
+struct PassSum {
   const float* planes;
   const int* experts;
   int64_t planes_size;
   int blocks, slots;  // of the first launch
   int hidden, rank;
-  int down_jobs, chunks;  // blocks of this launch for the down side, and for an expert
-  T *down_weight, *down_bias, *up_weight, *up_bias;
+  int down_jobs, chunks;                             // blocks of this launch for the down side, and for an expert
+  T *down_weight, *down_bias, *up_weight, *up_bias;  // no bias: null
+  float down_scale, up_scale;                        // of the sums
 };
 
 // A warp's two stages of 16 rows of 64 columns of both tensors; a block's sums and narrow tiles.
@@ -54,9 +61,9 @@ struct PassMemory {
   static constexpr int kTile = kFragmentRows * kPassCols;
   T* stages;       // [warps, 2, tensor, kTile]
   float* sums;     // [warps, 16, 16]
-  uint32_t* dpre;  // [16, 8]
-  uint32_t* h;     // [16, 8]
+  T* narrow;       // [2, 16, 16]: the gradient of the narrow values, and what they become
   float* bias;     // [16, 16]
+  TwoWords* keys;  // [16]: of the rows' dropout
   int* slots;      // [side, slots]
   int* experts;    // [tiles, side]
   int* held;       // [side, 2]: the expert of the sums held at the end, and its slot
@@ -66,9 +73,9 @@ struct PassMemory {
   ADAMIX_BOTH PassMemory(Memory& memory, int warps, int slot_count, int tiles, bool keeps)
       : stages(memory.template take<T>(warps * 4 * kTile)),
         sums(memory.template take<float>(warps * kFragmentRows * kFragmentRanks)),
-        dpre(memory.template take<uint32_t>(kFragmentRows * 8)),
-        h(memory.template take<uint32_t>(kFragmentRows * 8)),
+        narrow(memory.template take<T>(2 * kFragmentRows * kFragmentRanks)),
         bias(memory.template take<float>(kFragmentRows * kFragmentRanks)),
+        keys(memory.template take<TwoWords>(kFragmentRows)),
         slots(memory.template take<int>(2 * slot_count)),
         experts(memory.template take<int>(2 * tiles)),
         held(memory.template take<int>(4)),

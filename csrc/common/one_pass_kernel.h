@@ -2,20 +2,20 @@
 // with those of its cluster's other blocks.
 #pragma once
 
-#include "routed_adapter/one_pass_block.h"
+#include "common/one_pass_block.h"
 
 namespace adamix {
 
 // Where a block's sums go.
-template <typename T, bool Keeps>
+template <typename T, bool Lora, bool Keeps>
 struct PassPlanes {
-  PassBlock<T, Keeps>& block;
+  using Block = PassBlock<T, Lora, Keeps>;
+  Block& block;
   int64_t plane0;  // of the block
   PassSlots down, up;
 
-  ADAMIX_DEVICE explicit PassPlanes(PassBlock<T, Keeps>& of)
-      : block(of), plane0(static_cast<int64_t>(blockIdx.x) * 2 * of.p.slots) {
-    const RoutedAdapterOnePass<T>& p = of.p;
+  ADAMIX_DEVICE explicit PassPlanes(Block& of) : block(of), plane0(static_cast<int64_t>(blockIdx.x) * 2 * of.p.slots) {
+    const OnePass<T>& p = of.p;
     down = {of.memory.slots, p.planes + plane0 * p.planes_size, p.planes_size};
     up = {of.memory.slots + p.slots, p.planes + (plane0 + p.slots) * p.planes_size, p.planes_size};
   }
@@ -34,22 +34,22 @@ struct PassPlanes {
 
   ADAMIX_DEVICE void flush_down() const {
     if (block.down_now == kNoExpert || !block.p.need_down) return;
-    block.join_down_bias();
+    if constexpr (!Lora) block.join_down_bias();
     __syncthreads();
     down.flush(block.down_now, [&](float* plane, bool fresh) {
       block.of_down.leave(plane, block.p.rank, block.p.hidden, fresh);
-      leave_bias(plane, fresh, block.p.rank, 1);
+      if constexpr (!Lora) leave_bias(plane, fresh, block.p.rank, 1);
     });
     block.of_down.clear();
   }
 
   ADAMIX_DEVICE void flush_up() const {
     if (block.up_now == kNoExpert || !block.p.need_up) return;
-    block.join_up_bias();
+    if constexpr (!Lora) block.join_up_bias();
     __syncthreads();
     up.flush(block.up_now, [&](float* plane, bool fresh) {
       block.of_up.leave(plane, block.p.rank, block.p.hidden, fresh);
-      leave_bias(plane, fresh, block.p.hidden, 1);
+      if constexpr (!Lora) leave_bias(plane, fresh, block.p.hidden, 1);
     });
     block.of_up.clear();
   }
@@ -79,7 +79,7 @@ struct PassPlanes {
  private:
   template <typename JoinBias, typename Flush>
   ADAMIX_DEVICE void join(int side, const PassSums& sums, JoinBias join_bias, int biases, Flush flush) const {
-    const RoutedAdapterOnePass<T>& p = block.p;
+    const OnePass<T>& p = block.p;
     int blocks = cluster_size(), number = cluster_rank(), *held = block.memory.held + 2 * side;
     int expert = *cluster_at(held, 0), slot = *cluster_at(held + 1, 0);
     bool alike = expert != kNoExpert;
@@ -91,7 +91,7 @@ struct PassPlanes {
       flush();
       return;
     }
-    join_bias();
+    if constexpr (!Lora) join_bias();
     // The sums lie where the tiles were: every warp has done with them.
     auto place = [&](int n) {
       return reinterpret_cast<Piece<float>*>(block.memory.stages) + n * static_cast<int>(blockDim.x) + threadIdx.x;
@@ -111,24 +111,31 @@ struct PassPlanes {
       }
       PassSums::leave_tile(plane, p.rank, p.hidden, fresh, n, sum);
     }
-    if (number == 0) leave_bias(plane, fresh, biases, blocks);
+    if constexpr (!Lora) {
+      if (number == 0) leave_bias(plane, fresh, biases, blocks);
+    }
     cluster_arrive(), cluster_wait();
     if (number == 0 && threadIdx.x == 0) slots[slot] = expert;
   }
 };
 
-template <typename T, bool Keeps>
-__global__ void __launch_bounds__(kPassThreads) routed_adapter_one_pass_kernel(RoutedAdapterOnePass<T> p) {
+template <typename T, bool Lora, bool Keeps>
+ADAMIX_DEVICE void one_pass(const OnePass<T>& p) {
   if constexpr (kHasFragments<T>) {
     SharedMemory shared;
     PassMemory<T> memory(shared, blockDim.x / 32, p.slots, p.tiles_a_block, Keeps);
-    PassBlock<T, Keeps> block(p, memory);
-    PassPlanes<T, Keeps> planes(block);
-    PassWeights<T, Keeps, true> up_weights{memory.weights + block.warp * 8 * 32};
-    PassWeights<T, Keeps, false> down_weights{memory.weights + block.warp * 8 * 32 + 4 * 32};
+    PassBlock<T, Lora, Keeps> block(p, memory);
+    PassPlanes<T, Lora, Keeps> planes(block);
+    PassWeights<T, Keeps, true> up_weights{memory.weights + block.warp * 8 * 32, nullptr, p.hidden, p.rank};
+    PassWeights<T, Keeps, false> down_weights{memory.weights + block.warp * 8 * 32 + 4 * 32, nullptr, p.hidden, p.rank};
     int begin = static_cast<int>(blockIdx.x) * p.tiles_a_block;
     int end = p.tiles - begin < p.tiles_a_block ? max_of(begin, p.tiles) : begin + p.tiles_a_block;
-    if (begin < end) block.load(begin);
+    T *stage = block.stages, *other = stage + 2 * PassMemory<T>::kTile;
+    PassTile at = block.place(begin);
+    if (begin < end) {
+      block.seek(at);
+      block.load(stage, at);
+    }
     copy_commit();
     for (int i = threadIdx.x; i < 2 * p.slots; i += blockDim.x) memory.slots[i] = kNoExpert;
     for (int i = threadIdx.x; i < end - begin; i += blockDim.x) {
@@ -138,32 +145,34 @@ __global__ void __launch_bounds__(kPassThreads) routed_adapter_one_pass_kernel(R
     }
     __syncthreads();
 
-    int64_t bank_size = static_cast<int64_t>(p.rank) * p.hidden;
     for (int tile = begin; tile < end; ++tile) {
+      PassTile next = block.after(at), now = at;
       __syncwarp();
-      if (tile + 1 < end) block.load(tile + 1);
+      if (tile + 1 < end) {
+        if (next.sample != at.sample) block.seek(next);
+        block.load(other, next);
+      }
       copy_commit();
-      PassTile at = block.place(tile);
+      at = next;
+      T* dy = stage;
+      stage = other, other = dy;
       int down = memory.experts[2 * (tile - begin)], up = memory.experts[2 * (tile - begin) + 1];
       if (down == kNoExpert || up == kNoExpert) {
         copy_wait<1>();
-        block.poison(at);
+        block.poison(now);
         continue;
       }
-      ResidentBank<T> down_bank{p.down_weight + down * bank_size, p.hidden, p.rank};
-      ResidentBank<T> up_bank{p.up_weight + up * bank_size, p.hidden, p.rank};
       if (down != block.down_now) {
         planes.flush_down();
-        down_weights.keep(down_bank, block.col0);
+        down_weights.take(p.down_weight, down);
       }
       if (up != block.up_now) {
         planes.flush_up();
-        up_weights.keep(up_bank, block.col0);
+        up_weights.take(p.up_weight, up);
       }
       block.down_now = down, block.up_now = up;
-      const T* dy = block.stage(tile);
-      block.narrow(dy, at, up_weights, up_bank);
-      block.wide(dy, at, down_weights, down_bank);
+      block.narrow(dy, now, up_weights);
+      block.wide(dy, now, down_weights);
       block.add(dy);
     }
     planes.finish();

@@ -1,0 +1,110 @@
+// The second launch of one_pass.h, which sums the planes that the first one leaves, and how both are launched.
+#pragma once
+
+#include "common/one_pass_kernel.h"
+#include "common/one_pass_plan.h"
+
+namespace adamix {
+
+// Every gradient = the sum of its planes, in the order of the blocks that left them, times its scale; zero where none
+// did.
+template <typename T>
+ADAMIX_DEVICE void pass_sum(const PassSum<T>& p) {
+  SharedMemory memory;
+  int planes = p.blocks * p.slots;
+  int* found = memory.take<int>(planes + 1);
+  bool up = static_cast<int>(blockIdx.x) >= p.down_jobs;
+  int job = static_cast<int>(blockIdx.x) - (up ? p.down_jobs : 0);
+  int expert = job / p.chunks, side = up ? p.slots : 0;
+  if (threadIdx.x < 32) {
+    int count = 0;
+    for (int from = 0; from < planes; from += 32) {
+      int at = from + static_cast<int>(threadIdx.x), plane = at / p.slots * 2 * p.slots + side + at % p.slots;
+      bool mine = at < planes && p.experts[plane] == expert;
+      uint32_t all = __ballot_sync(0xffffffffu, mine);
+      if (mine) found[1 + count + __popc(all & ((1u << threadIdx.x) - 1))] = plane;
+      count += __popc(all);
+    }
+    if (threadIdx.x == 0) found[0] = count;
+  }
+  __syncthreads();
+  // Each quarter of the threads adds up a quarter of the planes.
+  constexpr int kSize = Piece<float>::kSize, kPieces = kPassSumThreads / kPassSumParts;
+  int piece = threadIdx.x % kPieces, part = threadIdx.x / kPieces;
+  int at = (job % p.chunks * kPieces + piece) * kSize;
+  int weights = p.rank * p.hidden, biases = p.down_bias == nullptr && p.up_bias == nullptr ? 0 : up ? p.hidden : p.rank;
+  int count = found[0];
+  int a_part = ceil_div(count, kPassSumParts), last = count < (part + 1) * a_part ? count : (part + 1) * a_part;
+  float sums[kSize] = {};
+  if (at < weights + biases) {
+#pragma unroll 8
+    for (int i = part * a_part; i < last; ++i) {
+      Piece<float> one = *reinterpret_cast<const Piece<float>*>(p.planes + found[1 + i] * p.planes_size + at);
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) sums[e] += one.values[e];
+    }
+  }
+  float* all = memory.take<float>(kPassSumThreads * kSize);
+#pragma unroll
+  for (int e = 0; e < kSize; ++e) all[threadIdx.x * kSize + e] = sums[e];
+  __syncthreads();
+  if (part > 0 || at >= weights + biases) return;
+#pragma unroll
+  for (int other = 1; other < kPassSumParts; ++other) {
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) sums[e] += all[(other * kPieces + piece) * kSize + e];
+  }
+  T* weight = up ? p.up_weight : p.down_weight;
+  T* bias = up ? p.up_bias : p.down_bias;
+#pragma unroll
+  for (int e = 0; e < kSize; ++e) {
+    int element = at + e;
+    if (element >= weights + biases) return;
+    T value = from_float<T>(sums[e] * (up ? p.up_scale : p.down_scale));
+    if (element >= weights) {
+      bias[static_cast<int64_t>(expert) * biases + element - weights] = value;
+    } else if (up) {
+      weight[static_cast<int64_t>(expert) * weights + element % p.hidden * p.rank + element / p.hidden] = value;
+    } else {
+      weight[static_cast<int64_t>(expert) * weights + element] = value;
+    }
+  }
+}
+
+#if defined(ADAMIX_LAUNCHERS)
+template <typename T>
+void launch_one_pass(const char* name, void (*kernel)(OnePass<T>), const OnePass<T>& params, const PassPlan& plan,
+                     const Device& device) {
+  int warps = params.hidden / kPassCols;
+  Shape shape{dim3(plan.blocks), warps * 32,
+              shared_bytes<PassMemory<T>>(warps, params.slots, params.tiles_a_block, plan.keeps)};
+  const void* any = reinterpret_cast<const void*>(kernel);
+  shape.cluster = plan.cluster;
+  if (plan.cluster > 1) {
+    int largest = largest_cluster(name, any, shape.threads, device);
+    while (shape.cluster > largest) shape.cluster /= 2;
+  }
+  try {
+    launch(name, kernel, shape, device, params);
+  } catch (const ClusterError&) {
+    rule_out_cluster(any, device, shape.cluster);
+    shape.cluster = 1;
+    launch(name, kernel, shape, device, params);
+  }
+}
+
+// down_experts, up_experts: 0 where that side is not wanted.
+template <typename T>
+void launch_pass_sum(const char* name, void (*kernel)(PassSum<T>), PassSum<T> params, int down_experts, int up_experts,
+                     const Device& device) {
+  constexpr int kBlock = kPassSumThreads / kPassSumParts * Piece<float>::kSize;
+  params.chunks = ceil_div(static_cast<int>(params.planes_size), kBlock);
+  params.down_jobs = down_experts * params.chunks;
+  size_t planes = static_cast<size_t>(params.blocks) * params.slots + 1;
+  size_t bytes = (planes * sizeof(int) + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment +
+                 kPassSumThreads * sizeof(Piece<float>);
+  launch(name, kernel, {dim3(params.down_jobs + up_experts * params.chunks), kPassSumThreads, bytes}, device, params);
+}
+#endif
+
+}  // namespace adamix

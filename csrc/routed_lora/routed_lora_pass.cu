@@ -1,0 +1,45 @@
+// Routed LoRA's backward in one pass: what common/one_pass.h describes, then the sum of its planes.
+#include "common/one_pass_launch.h"
+#include "routed_lora/routed_lora_pass.h"
+
+namespace adamix {
+
+template <typename T, bool Keeps>
+__global__ void __launch_bounds__(kPassThreads) routed_lora_one_pass_kernel(OnePass<T> p) {
+  one_pass<T, true, Keeps>(p);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kPassSumThreads) routed_lora_pass_sum_kernel(PassSum<T> p) {
+  pass_sum(p);
+}
+
+#define ADAMIX_INSTANTIATE(T)                                                 \
+  template __global__ void routed_lora_one_pass_kernel<T, true>(OnePass<T>);  \
+  template __global__ void routed_lora_one_pass_kernel<T, false>(OnePass<T>); \
+  template __global__ void routed_lora_pass_sum_kernel<T>(PassSum<T>);
+ADAMIX_INSTANTIATE(half)
+ADAMIX_INSTANTIATE(bfloat16)
+#undef ADAMIX_INSTANTIATE
+
+#if defined(ADAMIX_LAUNCHERS)
+template <typename T>
+void launch_routed_lora_one_pass(const OnePass<T>& params, const PassPlan& plan, const Device& device) {
+  auto kernel = plan.keeps ? routed_lora_one_pass_kernel<T, true> : routed_lora_one_pass_kernel<T, false>;
+  launch_one_pass("routed_lora_one_pass", kernel, params, plan, device);
+}
+
+template <typename T>
+void launch_routed_lora_pass_sum(const PassSum<T>& params, int a_experts, int b_experts, const Device& device) {
+  launch_pass_sum("routed_lora_pass_sum", routed_lora_pass_sum_kernel<T>, params, a_experts, b_experts, device);
+}
+
+#define ADAMIX_INSTANTIATE(T)                                                                   \
+  template void launch_routed_lora_one_pass(const OnePass<T>&, const PassPlan&, const Device&); \
+  template void launch_routed_lora_pass_sum(const PassSum<T>&, int, int, const Device&);
+ADAMIX_INSTANTIATE(half)
+ADAMIX_INSTANTIATE(bfloat16)
+#undef ADAMIX_INSTANTIATE
+#endif
+
+}  // namespace adamix
