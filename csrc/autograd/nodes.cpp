@@ -180,6 +180,9 @@ Tensor run_lora(const Lora& call, Base base) {
       has_wrong_id(call.a_index, call.lora_a.size(0)) || has_wrong_id(call.b_index, call.lora_b.size(0))) {
     return {};
   }
+  // Before base's version moves: a view would then be asked for its history anew, and give as_strided's.
+  torch::autograd::edge_list edges;
+  if (recorded) edges = torch::autograd::collect_next_edges(call.x, call.lora_a, call.lora_b, call.base);
   auto made = forward_lora(call, inplace);
   if (!made) return {};
   Tensor out = call.base;
@@ -191,7 +194,7 @@ Tensor run_lora(const Lora& call, Base base) {
   }
   if (!recorded) return out;
   auto node = make_node<LoraBackward>();
-  node->set_next_edges(torch::autograd::collect_next_edges(call.x, call.lora_a, call.lora_b, call.base));
+  node->set_next_edges(std::move(edges));
   node->x = saved(call.x), node->t = saved(made->second);
   node->lora_a = saved(call.lora_a), node->lora_b = saved(call.lora_b);
   node->a_index = saved(call.a_index), node->b_index = saved(call.b_index), node->seed = saved(call.seed);

@@ -166,6 +166,23 @@ def test_chosen_experts_and_reads_of_the_base_are_seen(spy):
         layer(torch.zeros(2, 3, 5, device=DEVICE))
 
 
+def test_what_is_overwritten_keeps_its_history(spy):
+    # A view whose version moved has as_strided's, whose backward copies the whole gradient.
+    model = build("lora")
+    layer = model.get_submodule(model.adamix.paths[-1])
+    seen = []
+    layer.base.register_forward_hook(lambda module, given, out: None)
+    handle = layer.register_forward_hook(lambda module, given, out: seen.append(out.grad_fn))
+    step(model, spy)  # a hook on the base: beside it
+    layer.base._forward_hooks.clear()
+    step(model, spy)
+    handle.remove()
+    assert spy.served[-1]
+    names = [[before.name() for before, _ in grad_fn.next_functions] for grad_fn in seen]
+    assert names[0] == names[1]
+    assert names[1][-1] == "ViewBackward0"
+
+
 def test_draws_that_were_taken_for_a_call_that_fails_go_back(spy):
     model = build("lora, both sides")
     router, layer = model.adamix.router, model.get_submodule(model.adamix.paths[0])
