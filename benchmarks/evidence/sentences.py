@@ -1,24 +1,20 @@
-"""Two small tasks written out of E2E's texts: is a sentence whole (as CoLA asks), does a text bear out a claim."""
+"""A small task written out of E2E's texts: is a sentence whole, as CoLA asks."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 from .data import read_pairs, write_table
 
 PARTS = {"train": "valid.txt", "dev": "test.txt"}
 HELD_BACK = 300
-# Words of a sentence, and of a text beside its claim.
-LENGTHS = (6, 18)
-LONGEST = 20
+LENGTHS = (6, 18)  # words of a sentence
 FORMS = {"is": "are", "are": "is", "has": "have", "have": "has", "a": "an", "an": "a", "serves": "serve",
          "offers": "offer", "located": "locate", "rated": "rate", "called": "call", "was": "were"}  # fmt: skip
 SMALL = {"is", "the", "a", "an", "of", "in", "to", "and", "with", "by", "at", "has", "it", "as", "for", "on", "was",
          "are", "be", "that", "from"}  # fmt: skip
-SLOTS = ("area", "family friendly", "food")
 
 
 def write_acceptable(folder: Path, out: Path) -> None:
@@ -60,35 +56,9 @@ def _neighbours(words: list[str]) -> list[int]:
     return [i for i, (a, b) in pairs if a.isalpha() and b.isalpha() and a.lower() != b.lower()]
 
 
-def write_claims(folder: Path, out: Path) -> None:
-    """A pair task, train.tsv and dev.tsv of `claim, text, label`: a slot's value, and 1 where it is the text's.
-
-    Of the slots SLOTS one that the text's meaning has, drawn; its value or, half of the time, another that the slot has
-    in this file. Each text once, at most LONGEST words. valid.txt makes train.tsv, test.txt dev.tsv.
-    """
-    for name, file in PARTS.items():
-        generator, lines, values = random.Random(0), ["claim\ttext\tlabel"], dict[str, set[str]]()
-        texts = {text: slots for slots, text in read_pairs(folder / "e2e" / file) if len(text.split()) <= LONGEST}
-        for slots in texts.values():
-            for slot in slots.keys() & set(SLOTS):
-                values.setdefault(slot, set()).add(slots[slot])
-        for text in generator.sample(sorted(texts), len(texts)):
-            slots = texts[text]
-            known = [slot for slot in SLOTS if slot in slots and len(values[slot]) > 1]
-            if known:
-                slot, true = generator.choice(known), generator.random() < 0.5
-                value = slots[slot] if true else generator.choice(sorted(values[slot] - {slots[slot]}))
-                lines.append(f"{slot} : {value}\t{text}\t{int(true)}")
-        write_table(out / f"{name}.tsv", lines)
-
-
-def held_back(write: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
-    """The same task with the last HELD_BACK rows of its train.tsv as dev.tsv: what settings are searched on."""
-
-    def make(folder: Path, out: Path) -> None:
-        write(folder, out)
-        head, *rows = (out / "train.tsv").read_text(encoding="utf-8").splitlines()
-        write_table(out / "train.tsv", [head, *rows[:-HELD_BACK]])
-        write_table(out / "dev.tsv", [head, *rows[-HELD_BACK:]])
-
-    return make
+def write_acceptable_held_back(folder: Path, out: Path) -> None:
+    """The same with the last HELD_BACK rows of its train.tsv as dev.tsv: what settings are searched on."""
+    write_acceptable(folder, out)
+    head, *rows = (out / "train.tsv").read_text(encoding="utf-8").splitlines()
+    write_table(out / "train.tsv", [head, *rows[:-HELD_BACK]])
+    write_table(out / "dev.tsv", [head, *rows[-HELD_BACK:]])

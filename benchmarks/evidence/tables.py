@@ -4,6 +4,7 @@ A table stands between `<!-- table: KIND FILES OPTIONS -->` and `<!-- end of tab
 
     scores sst2                             every line of the comparison: mean and deviation over the seeds, sizes, cost
     differences sst2 pfeiffer adamix        every line minus these, seed by seed, with 95% intervals
+    adds sst2/pfeiffer/adamix two/lora/adamix   a line for each FILES/ONE/ADAMIX: what second pass and mixture add
     runs search                             one line a row
     train train_defaults seed               runs of `adamix train`, by these of their options
     sources sst2 sst2_30_shots              where the rows come from: commits, versions, hours
@@ -21,7 +22,7 @@ from typing import Any
 
 from adamix_kernels.recipes import read_rows
 from adamix_kernels.recipes.methods import PASSES, parse_method
-from adamix_kernels.recipes.paired import differences_table
+from adamix_kernels.recipes.paired import differences, differences_table, find_line
 from adamix_kernels.recipes.summary import Group, Line, group_rows
 from adamix_kernels.reports.figures import deviation
 
@@ -57,6 +58,35 @@ def _scores(folder: Path, names: str) -> str:
 
 def _differences(folder: Path, names: str, *against: str) -> str:
     return differences_table(_group(folder, names), against)
+
+
+ADDS = {
+    "second pass": ("adamix:num_experts=1", "{one}"), "more steps": ("{longer}", "{one}"),
+    "mixture": ("{adamix}", "adamix:num_experts=1"), "mixture, at equal compute": ("{adamix}", "{longer}"),
+    "all of it": ("{adamix}", "{one}"),
+}  # fmt: skip
+
+
+def _adds(folder: Path, *comparisons: str) -> str:
+    """Of each comparison the differences ADDS, empty where a side has no rows."""
+    rows = [["rows", *ADDS]]
+    for comparison in comparisons:
+        names, one, adamix = comparison.split("/")
+        group, longer = _group(folder, names), f"{one}{',' if ':' in one else ':'}times_epochs={PASSES}"
+        known = {line.method for line in group.lines}
+        cells = []
+        for sides in ADDS.values():
+            high, low = (side.format(one=one, adamix=adamix, longer=longer) for side in sides)
+            found = differences(group, low) if {high, low} <= known else ()
+            line = find_line(group, high) if found else None
+            cells.append("".join(difference.text for difference in found if difference.line is line))
+        rows.append([_what(group), *cells])
+    return _markdown(rows)
+
+
+def _what(group: Group) -> str:
+    row = group.lines[0].rows[0]
+    return f"{row['data']}, {row['train_rows']:,} rows, {row['epochs']:g} epochs"
 
 
 def _runs(folder: Path, names: str) -> str:
@@ -95,7 +125,7 @@ def _sources(folder: Path, *names: str) -> str:
 
 
 KINDS: dict[str, Callable[..., str]] = {
-    "scores": _scores, "differences": _differences, "runs": _runs, "train": _train, "sources": _sources,
+    "scores": _scores, "differences": _differences, "adds": _adds, "runs": _runs, "train": _train, "sources": _sources,
 }  # fmt: skip
 
 
