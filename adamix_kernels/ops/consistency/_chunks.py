@@ -34,14 +34,18 @@ def linear_loss(chunk: Callable[..., Chunk], a: Linear) -> tuple[torch.Tensor, .
     """
     hidden, lm_head_weight, bias = a.hidden, a.lm_head_weight, a.bias
     vocab, width = lm_head_weight.shape
-    counted, selected = (rows.reshape(-1) for rows in rows_of(a.labels, a.mask, a.ignore_index))
+    counted, selected = rows_of(a.labels, a.mask, a.ignore_index)
+    as_one = selected is counted
+    counted = counted.reshape(-1)
+    selected = counted if as_one else selected.reshape(-1)
     labels = a.labels.reshape(-1)
     pairs = hidden.reshape(2, labels.shape[0], width)
     dtype = wide_dtype(hidden.dtype)
-    scales = scales_of(counted, selected, a.num_items, dtype)
-    factors = torch.stack([scales[0], scales[1] * a.weight])
+    scales = _scales(counted, selected, a.num_items, dtype)
+    factors = torch.stack([scales[0], scales[1] if a.weight == 1 else scales[1] * a.weight])
     factor = factors.amax() if hidden.dtype == torch.float16 else factors.new_ones(())
-    factors = torch.where(factor > 0, factors / factor, 0)
+    if hidden.dtype == torch.float16:
+        factors = torch.where(factor > 0, factors / factor, 0)
     chunk_rows = a.chunk_rows
     inside = a.need_weight and adds_inside(hidden.device, hidden.dtype)
     if not chunk_rows:
@@ -50,16 +54,23 @@ def linear_loss(chunk: Callable[..., Chunk], a: Linear) -> tuple[torch.Tensor, .
     # Added up at the end: one rounding a chunk, all in one direction, would be more than PyTorch errs.
     losses: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
     d_hidden = torch.empty_like(pairs, memory_format=torch.contiguous_format) if a.need_hidden else hidden.new_empty(0)
-    d_weight = hidden.new_zeros((vocab, width) if a.need_weight else 0, dtype=dtype)
-    d_bias = hidden.new_zeros(vocab if a.need_bias else 0, dtype=dtype)
+    d_weight, d_bias = (hidden.new_empty(0, dtype=dtype) for _ in range(2))
+    if a.need_weight:
+        # Where products add, the first has nothing to add to.
+        new = hidden.new_empty if inside and labels.shape[0] else hidden.new_zeros
+        d_weight = new(vocab, width, dtype=dtype)
+    if a.need_bias:
+        d_bias = hidden.new_zeros(vocab, dtype=dtype)
     need_grad = a.need_hidden or a.need_weight or a.need_bias
     # A number in its place would be a launch for each chunk.
-    apart, zero = multiplies_apart(hidden.device), hidden.new_zeros(())
+    apart = multiplies_apart(hidden.device)
+    as_matrix = a.need_weight or bias is not None or not apart
+    zero = hidden.new_zeros(()) if as_matrix else hidden
     room = _room(hidden, min(chunk_rows, labels.shape[0]), vocab) if apart else None
     for start in range(0, labels.shape[0], chunk_rows):
         part = slice(start, start + chunk_rows)
         states, x = pairs[:, part], None
-        if a.need_weight or bias is not None or not apart:
+        if as_matrix:
             # A masked row's hidden states may be NaN: zero them, or 0 * NaN reaches d_weight.
             x = torch.where(selected[part].unsqueeze(-1), states, zero).flatten(0, 1)
         logits = _logits(states, x, lm_head_weight, bias, room)
@@ -79,7 +90,7 @@ def linear_loss(chunk: Callable[..., Chunk], a: Linear) -> tuple[torch.Tensor, .
         elif a.need_hidden:
             d_hidden[:, part] = (d_logits @ lm_head_weight).unflatten(0, (2, -1))
         if x is not None and inside:
-            add_product(d_weight, d_logits.t(), x)
+            add_product(d_weight, d_logits.t(), x, start > 0)
         elif x is not None and a.need_weight and hidden.dtype == torch.bfloat16:
             d_weight += d_logits.t() @ x
         elif x is not None and a.need_weight:
@@ -87,9 +98,14 @@ def linear_loss(chunk: Callable[..., Chunk], a: Linear) -> tuple[torch.Tensor, .
             d_weight.addmm_(d_logits.t().to(dtype), x.to(dtype))
         # Or the next chunk's logits are made while these still live.
         del x, logits, out, d_logits
-    totals = [torch.cat(found).sum() if found else factors.new_zeros(()) for found in losses]
+    if losses[0]:
+        rows = sum(map(torch.Tensor.numel, losses[0]))
+        both = torch.cat([*losses[0], *losses[1]])
+        totals = both[:rows].sum(), both[rows:].sum()
+    else:
+        totals = factors.new_zeros(()), factors.new_zeros(())
     cross_entropy, consistency = totals[0] * scales[0], totals[1] * scales[1]
-    loss = cross_entropy + a.weight * consistency
+    loss = cross_entropy + (consistency if a.weight == 1 else a.weight * consistency)
     if a.need_hidden:
         d_hidden = d_hidden.view(hidden.shape)
     return loss, cross_entropy, consistency, d_hidden, d_weight, d_bias, factor
@@ -129,17 +145,29 @@ def _adds_rightly(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `add_product` takes such a product and gives, to the bit, sums that 16 bits cannot hold."""
     n = torch.arange(8.0)
     left, right, unit = 16 * n[:, None] + n + 1, n * n - n[:, None], 2.0**-14
-    total, turned = torch.ones(8, 8, device=device), (left.t() * unit).contiguous().to(device, dtype)
+    total, turned = torch.full((8, 8), torch.nan, device=device), (left.t() * unit).contiguous().to(device, dtype)
     try:
-        add_product(total, turned.t(), right.to(device, dtype))
+        add_product(total, torch.eye(8, dtype=dtype, device=device), torch.ones_like(turned), False)
+        add_product(total, turned.t(), right.to(device, dtype), True)
     except (RuntimeError, TypeError):
         return False
     return torch.equal(total.cpu(), 1 + unit * (left @ right))
 
 
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right in one product, total of float32, the factors of 16 bits."""
-    torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, adds: bool) -> None:
+    """total += left @ right in one product, total of float32, the factors of 16 bits; = where it does not add."""
+    torch.addmm(total, left, right, beta=int(adds), out_dtype=torch.float32, out=total)
+
+
+def _scales(
+    counted: torch.Tensor, selected: torch.Tensor, num_items: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of scales_of, in few launches: one over a number of rows is infinite for none, whose scale is 0."""
+    if num_items is not None:
+        first, second = scales_of(counted, selected, num_items, dtype).unbind()
+        return first, second
+    first = counted.sum(dtype=dtype).reciprocal_().nan_to_num_(posinf=0.0)
+    return first, first if selected is counted else selected.sum(dtype=dtype).reciprocal_().nan_to_num_(posinf=0.0)
 
 
 def _room(hidden: torch.Tensor, pairs: int, vocab: int) -> torch.Tensor:
