@@ -69,8 +69,9 @@ ADAMIX_DEVICE void add_pairs(const SortedSide<T>& side, const T* bias_gates, con
           bool ranked = there && 16 * tile + 4 * q < side.ranks;
           ranks[d][tile][below] = ranked ? load_words<uint2>(of_pair + 16 * tile) : uint2{0, 0};
         }
-        if (Biased && bias_gates != nullptr && there && q == 0) {
-          gates[d][below] = word_of<T>(to_float(bias_gates[pair]), 0.f);
+        if constexpr (Biased) {
+          bool first = bias_gates != nullptr && there && q == 0;
+          if (first) gates[d][below] = word_of<T>(to_float(bias_gates[pair]), 0.f);
         }
       }
     }
@@ -86,8 +87,7 @@ ADAMIX_DEVICE void add_pairs(const SortedSide<T>& side, const T* bias_gates, con
         }
       }
       if (Biased && bias_gates != nullptr) {
-#pragma unroll
-        for (int below = 0; below < 2; ++below) gates[d][below] = transposed(gates[d][below]);
+        gates[d][0] = transposed(gates[d][0]), gates[d][1] = transposed(gates[d][1]);
       }
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
@@ -98,11 +98,13 @@ ADAMIX_DEVICE void add_pairs(const SortedSide<T>& side, const T* bias_gates, con
           for (int tile = 0; tile < Tiles; ++tile) {
             multiply<T>(sums[tile][part][word], a[tile][0], a[tile][1], a[tile][2], a[tile][3], b0, b1);
           }
-          if (!Biased || bias_gates == nullptr) return;
-          float (&to)[2] = of_bias[part][word];
-          float with[4] = {to[0], to[1], 0.f, 0.f};
-          multiply<T>(with, gates[d][0], 0, gates[d][1], 0, b0, b1);
-          to[0] = with[0], to[1] = with[1];
+          if constexpr (Biased) {
+            if (bias_gates == nullptr) return;
+            float (&to)[2] = of_bias[part][word];
+            float with[4] = {to[0], to[1], 0.f, 0.f};
+            multiply<T>(with, gates[d][0], 0, gates[d][1], 0, b0, b1);
+            to[0] = with[0], to[1] = with[1];
+          }
         };
         add(0, upper.x, lower.x);
         add(1, upper.y, lower.y);
@@ -111,6 +113,24 @@ ADAMIX_DEVICE void add_pairs(const SortedSide<T>& side, const T* bias_gates, con
       }
     }
   }
+}
+
+// The bias down's gradient, the sums of what is narrow: so many threads a rank. sums: a float for each thread.
+template <int Ranks, typename T>
+ADAMIX_DEVICE void leave_bias(const SortedSide<T>& side, const PairOrder& order, float* sums, int expert, int from,
+                              int end) {
+  constexpr int kThreads = kTeamThreads / Ranks;
+  __syncthreads();
+  int thread = threadIdx.x, rank = thread % Ranks, part = thread / Ranks;
+  float sum = 0.f;
+  for (int at = from + part; at < end && rank < side.ranks; at += kThreads) {
+    sum += to_float(side.narrow[static_cast<int64_t>(order.at[at]) * side.ranks + rank]);
+  }
+  sums[thread] = sum;
+  __syncthreads();
+  if (part > 0 || rank >= side.ranks) return;
+  for (int of = 1; of < kThreads; ++of) sum += sums[of * Ranks + rank];
+  side.bias[static_cast<int64_t>(expert) * side.ranks + rank] = from_float<T>(sum);
 }
 
 template <typename T, int Tiles, bool Biased>
@@ -147,13 +167,15 @@ __global__ void __launch_bounds__(kTeamThreads, 2) gated_sorted_weight_grad_mma_
           }
         }
       }
-      if (!Biased || !is_up || g > 0) return;
+      if constexpr (Biased) {
+        if (!is_up || g > 0) return;
 #pragma unroll
-      for (int part = 0; part < Sums::kParts; ++part) {
+        for (int part = 0; part < Sums::kParts; ++part) {
 #pragma unroll
-        for (int word = 0; word < 4; ++word) {
-          const float* own = of_bias[part][word];
-          visit(slot + Sums::kRanks * Sums::kPitch + part * kStep + 2 * word, FloatPair{own[0], own[1]});
+          for (int word = 0; word < 4; ++word) {
+            const float* own = of_bias[part][word];
+            visit(slot + Sums::kRanks * Sums::kPitch + part * kStep + 2 * word, FloatPair{own[0], own[1]});
+          }
         }
       }
     };
@@ -183,27 +205,16 @@ __global__ void __launch_bounds__(kTeamThreads, 2) gated_sorted_weight_grad_mma_
                                     : (range * side.cols + col) * side.ranks + rank;
       side.weight[at] = from_float<T>(scale * sum_of(rank, c));
     }
-    if (!Biased) return;
-    int thread = threadIdx.x;
-    if (is_up) {
-      if (thread >= Sums::kCols || col0 + thread >= side.cols) return;
-      side.bias[static_cast<int64_t>(expert) * side.cols + col0 + thread] = from_float<T>(sum_of(Sums::kRanks, thread));
-      return;
+    if constexpr (Biased) {
+      int thread = threadIdx.x;
+      if (is_up) {
+        if (thread >= Sums::kCols || col0 + thread >= side.cols) return;
+        side.bias[static_cast<int64_t>(expert) * side.cols + col0 + thread] =
+            from_float<T>(sum_of(Sums::kRanks, thread));
+      } else if (col0 == 0) {
+        leave_bias<Sums::kRanks>(side, p.order, team.sums, expert, from, end);
+      }
     }
-    if (col0 > 0) return;
-    // Of the bias down, the sums of what is narrow: so many threads a rank.
-    constexpr int kThreads = kTeamThreads / Sums::kRanks;
-    __syncthreads();
-    int rank = thread % Sums::kRanks, part = thread / Sums::kRanks;
-    float sum = 0.f;
-    for (int at = from + part; at < end && rank < side.ranks; at += kThreads) {
-      sum += to_float(side.narrow[static_cast<int64_t>(p.order.at[at]) * side.ranks + rank]);
-    }
-    team.sums[thread] = sum;
-    __syncthreads();
-    if (part > 0 || rank >= side.ranks) return;
-    for (int of = 1; of < kThreads; ++of) sum += team.sums[of * Sums::kRanks + rank];
-    side.bias[static_cast<int64_t>(expert) * side.ranks + rank] = from_float<T>(sum);
   }
 }
 

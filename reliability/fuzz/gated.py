@@ -120,6 +120,8 @@ def gated_adapter_cases(draw, dtypes, sizes: Sizes, whole: bool = False, many: b
     if whole:
         batch, hidden, r = max(1, batch), 64 * d.integer(1, 3), 4 * d.integer(1, 4)
     residual, mix = d.choose(("none", "input", "other")), d.choose(("outputs", "weights"))
+    if many and whole:
+        banks, r, mix = (_MANY[0], _MANY[0]), 2 * r, "outputs"  # most such slots may be sorted
     out = hidden if whole or residual == "input" else d.choose((hidden, d.size(sizes.features)))
     activation = d.choose(tuple(plain.ACTIVATIONS))
     gates, i, j = _gates(d, banks, batch, tokens)
