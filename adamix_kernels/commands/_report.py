@@ -45,12 +45,13 @@ def tell(outcome: Outcome, folder: str) -> None:
     print(f"training loss {losses['loss']:.4f}, mean of the run" + (f"; at its end {parts}" if parts else ""))
     values = ", ".join(written(name, value) for name, value in outcome.scores.items())
     served = "experts by their gates" if is_learned(outcome.model) else "merged experts"
-    print(f"dev {values} ({served}, {outcome.dev_rows} texts)")
+    texts = f"{outcome.dev_rows} text{'' if outcome.dev_rows == 1 else 's'}"
+    print(f"dev {values} ({served}, {texts})")
     absent = [name for name in outcome.kind.metrics if name not in outcome.scores]
     if absent:
         print(f"  {', '.join(absent)}: no score on these texts; adamix eval says why")
     if outcome.kind.kind == "classification" and outcome.dev_rows < FEW:
-        print(f"  {outcome.dev_rows} dev texts are few: each of them is {100 / outcome.dev_rows:.0f} points")
+        print(f"  dev has only {texts}: each is {100 / outcome.dev_rows:.0f} points")
     warning = None
     if outcome.baselines is not None:
         for name, found in outcome.baselines.values.items():

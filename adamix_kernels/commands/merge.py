@@ -35,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
     _keep_experts(run.run, out)
     start(output)
     opened = open_run(run)
+    if adamix_state(opened.model).merged:
+        raise ValueError(f"run: got {run.run!r}, which is merged already, expected a run with its experts")
     _check_gates(opened.model, options.gates)
     save_adamix(merge(opened.model, gates=options.gates or None), out)
     opened.tokenizer.save_pretrained(out)
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _check_gates(model: nn.Module, gates: str) -> None:
     """Raises ValueError where no one expert computes what the run does, with the option that takes one all the same."""
-    if not gates and is_learned(model) and not adamix_state(model).merged:
+    if not gates and is_learned(model):
         raise ValueError(
             "run: got one whose gates differ by token or text, which no single expert computes, expected --gates mean, "
             "which takes the mean gates of the training and says what is lost"

@@ -106,9 +106,10 @@ def main(argv: Sequence[str]) -> int:
     if not is_main():
         transformers.logging.disable_progress_bar()
     needs_out(arguments.output_dir)
-    options.config(), checkpoint_of(fit.resume, arguments)  # what is wrong is answered before anything is read
+    options.config()  # what is wrong is answered before anything is read
+    checkpoint = checkpoint_of(fit.resume, arguments)
     encoder, task = resolve_model(data.model), _task(options)
-    config, checkpoint = options.config(len(task.task_names)), checkpoint_of(fit.resume, arguments)
+    config = options.config(len(task.task_names))
     metrics = checked_metrics(task.kind, fit.metrics)
     transformers.set_seed(arguments.seed)
     with quiet():

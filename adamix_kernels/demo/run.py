@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings(args.epochs, args.batch_size, args.lr, args.adamix_lr, args.head_lr, args.consistency)
     print(
         f"{args.model} on {args.data}: {len(data[0].train)} training and {len(data[0].dev)} dev texts, "
-        f"{task.num_labels} classes; {args.seeds} seeds, {torch.get_num_threads()} threads"
+        f"{task.num_labels} classes; {args.seeds} seeds, threads: {torch.get_num_threads()}"
     )
     start = time.perf_counter()
     results = run(encoder, task.label_names, data, settings, args)

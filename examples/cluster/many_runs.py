@@ -4,7 +4,7 @@ runs.txt, where # begins a comment:
 
     adamix train --data books.csv --out runs/books
     adamix train --data songs.csv --out runs/songs --method lora
-    adamix recipe run sst2 --methods adamix --results runs/sst2.jsonl
+    adamix recipe run glue/bert-base/sst2 --methods adamix --results runs/sst2.jsonl
 
 One after the other on this machine; as an array of any scheduler, whose elements share the lines; as Ray jobs, one a
 line (the extra "ray"):

@@ -70,6 +70,8 @@ def test_merge_writes_a_plain_adapter_of_the_same_accuracy(trained, capsys):
         assert cli.main(["eval", str(trained / name), "--json"]) == 0
         results.append(json.loads(capsys.readouterr().out)["accuracy"])
     assert results[0] == results[1]
+    assert cli.main(["merge", str(trained / "merged"), "--out", str(trained / "again")]) == 2
+    assert "which is merged already, expected a run with its experts" in capsys.readouterr().err
 
 
 def test_merge_refuses_to_overwrite_the_experts(trained, capsys):

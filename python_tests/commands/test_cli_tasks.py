@@ -209,7 +209,7 @@ def test_a_dev_part_too_small_for_a_correlation(numbers, capsys):
     more = ["--num_train_epochs", "2", "--load_best_model_at_end", "--no_baselines"]
     assert run(numbers, numbers / "encoder", str(numbers / "few.tsv"), *columns, *more, out="few") == 0
     out = capsys.readouterr().out
-    assert "(merged experts, 1 texts)\n  pearson, spearman: no score on these texts; adamix eval says why\n" in out
+    assert "(merged experts, 1 text)\n  pearson, spearman: no score on these texts; adamix eval says why\n" in out
     values = json.loads((numbers / "few" / "adamix_report.json").read_text())
     assert list(values["scores"]) == ["rmse"]
     assert cli.main(["eval", str(numbers / "few"), "--json"]) == 0
