@@ -56,8 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--data", default=EMBEDDED, help="a file or folder of labelled texts, or a hub data set (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for results (default: %(default)s)")
-    parser.add_argument("--seeds", type=_positive, default=3, help="number of seeds (default: %(default)s)")
-    parser.add_argument("--epochs", type=_positive, default=30, help="default: %(default)s")
+    parser.add_argument("--seeds", type=_positive, default=2, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--epochs", type=_positive, default=60, help="default: %(default)s")
     parser.add_argument("--batch-size", type=_positive, default=8, help="default: %(default)s")
     parser.add_argument("--max-tokens", type=_positive, default=48, help="longer texts are cut (default: %(default)s)")
     parser.add_argument("--experts", type=_positive, default=4, help="M (default: %(default)s)")
@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--consistency", type=float, default=1.0, help="weight of the KL term (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="of the plain adapter (default: %(default)s)")
     parser.add_argument("--adamix-lr", type=float, default=3e-3, help="of the experts (default: %(default)s)")
-    parser.add_argument("--head-lr", type=float, default=2e-2, help="of the head, in every row (default: %(default)s)")
+    parser.add_argument("--head-lr", type=float, default=3e-3, help="of the head, in every row (default: %(default)s)")
     parser.add_argument(
         "--shots", "--max-train", type=int, default=30, metavar="N",
         help="N training rows, drawn by each seed, classes in proportion; 0: all (default: %(default)s)",
