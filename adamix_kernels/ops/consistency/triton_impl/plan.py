@@ -14,9 +14,10 @@ FEW, TILE, MAX_ROWS, ALONE = 4096, 1024, 2048, 16384
 # Programs of the kernels for few classes that share all tiles between them.
 GRID = 1056
 # Beyond FEW, a program takes row after row. Row pairs of up to WIDE bytes: two programs of 8 warps on a multiprocessor;
-# beyond, one of 16. So are pairs of 16-bit logits of HELD steps or more that are read twice: the fewer programs, the
-# more of their rows is in L2 still; the first HELD steps stay in registers.
-WIDE, HELD = 1 << 18, 4
+# beyond, one of 16. So are pairs of 16-bit logits of at least LARGE such steps that are read twice: the fewer
+# programs, the more of their rows is in L2 still. Of those, registers hold up to HELD steps, or fewer where options
+# take registers.
+WIDE, LARGE, HELD, HELD_FULL = 1 << 18, 4, 6, 3
 # Pieces of a row pair: those that are copied ahead, and the one in use. Registers of a thread: without a limit of its
 # own ptxas spills a few to reach its next step of occupancy.
 STAGES, WIDE_REGISTERS, MAX_REGISTERS = 4, 128, 255
@@ -104,8 +105,8 @@ def make_tiles(rows: int, classes: int) -> Tiles:
 
 
 def kept_steps(gradient: bool, full: bool, smooth: bool) -> int:
-    """How many of a row's steps registers hold from one pass to the next, besides what these options need."""
-    return 0 if not gradient else HELD // 2 if full or smooth else HELD
+    """How many of a row's steps registers can hold from one pass to the next."""
+    return 0 if not gradient else HELD_FULL if full or smooth else HELD
 
 
 def make_wide(classes: int, itemsize: int, aligned: bool = True, keep: int = 0) -> Wide:
@@ -116,8 +117,10 @@ def make_wide(classes: int, itemsize: int, aligned: bool = True, keep: int = 0) 
     vector, keep = 16 // itemsize, keep if itemsize == 2 else 0
     # Of any row, whose first columns may lie before its first vector.
     steps = (classes - vector + 1) // (32 * vector)
-    warps, resident = (16, 1) if (steps >= 16 * keep if keep else 2 * classes * itemsize > WIDE) else (8, 2)
-    held = min(keep, 1 << ((steps // warps).bit_length() - 1)) if keep else 0
+    warps, resident = (16, 1) if (steps >= 16 * LARGE if keep else 2 * classes * itemsize > WIDE) else (8, 2)
+    steps //= warps
+    # The others are taken two at a time.
+    held = min(steps, keep - max(0, steps - keep) % 2) if keep else 0
     return Wide(32 * warps * vector, vector, warps, WIDE_REGISTERS, resident, held)
 
 

@@ -1,8 +1,8 @@
 """One row pair of many classes: a program's passes over it, in steps of aligned 16-byte vectors.
 
-A row begins anywhere: `head` columns lie before its first 16-byte boundary, `whole` ones in full steps behind it, less
-than a step in the rest, and what is left of the head and of a last vector in the edge, a column a lane. Rest, edge and
-the first HELD steps are loaded before the others, and stay in registers for both passes.
+A row begins anywhere: `head` columns lie before its first 16-byte boundary, `whole` ones in full steps behind it, as
+many in every row, up to a step in the rest, and what is left of the head and of the end in the edge, a column a lane.
+Rest, edge and the first HELD steps are loaded before the others, and stay in registers for both passes.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from .pieces import means, pair_grads, pinned, point
 
 @triton.jit
 def span(at, phase, V, COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
-    """(head, whole, columns in whole vectors); unless ALIGNED rows are taken from their first column on."""
+    """(head, whole, columns in steps and rest); unless ALIGNED rows are taken from their first column on."""
     head = 0
+    whole = V // COLS * COLS
     if ALIGNED:
         head = (-(at + phase) & (VECTOR - 1)).to(tl.int32)
-    return head, (V - head) // COLS * COLS, (V - head) // VECTOR * VECTOR
+        whole = (V - (VECTOR - 1)) // COLS * COLS
+    return head, whole, tl.minimum((V - head) // VECTOR * VECTOR, whole + COLS)
 
 
 @triton.jit
@@ -66,19 +68,20 @@ def load_words(first, start, mask, COLS: tl.constexpr, VECTOR: tl.constexpr, ALI
 def load_kept(
     first, whole, in_rest, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
-    """(a row's first HELD steps, [lanes, HELD, VECTOR / 2] words, or a number; its rest). In this order Triton gives a
-    thread all of its lane's."""
+    """(a row's first HELD steps in words, [lanes, steps, VECTOR / 2], or a number; its rest). In this order Triton
+    gives a thread all of its lane's. There are as many steps as a power of two; those beyond HELD take no registers."""
     held = 0
     if HELD > 0:
-        words = first.to(tl.pointer_type(tl.int32), bitcast=True) + (tl.arange(0, HELD) * (COLS // 2))[None, :, None]
-        held = tl.load(words + tile(COLS // 2, VECTOR // 2)[:, None, :])
+        number = tl.arange(0, triton.next_power_of_2(HELD))[None, :, None]
+        words = first.to(tl.pointer_type(tl.int32), bitcast=True) + number * (COLS // 2)
+        held = tl.load(words + tile(COLS // 2, VECTOR // 2)[:, None, :], mask=number < HELD, other=0)
     return held, load_words(first, whole, in_rest, COLS, VECTOR, ALIGNED)
 
 
 @triton.jit
-def held_step(held, number: tl.constexpr, HELD: tl.constexpr):
+def held_step(held, number: tl.constexpr):
     """One of those steps, [lanes, VECTOR / 2]. Which others are 0 is known to the compiler, so that it adds nothing."""
-    return tl.sum(tl.where((tl.arange(0, HELD) == number)[None, :, None], held, 0), axis=1)
+    return tl.sum(tl.where((tl.arange(0, held.shape[1]) == number)[None, :, None], held, 0), axis=1)
 
 
 @triton.jit
@@ -142,19 +145,21 @@ def statistics(
     gap_b = sum_a
     total = sum_a
     count = sum_a
-    for start in tl.range(HELD * COLS, whole, COLS, num_stages=STAGES):
-        x = load_tile(a, start, COLS, VECTOR, ALIGNED)
-        y = load_tile(b, start, COLS, VECTOR, ALIGNED)
-        top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count = fold(
-            x, y, None,
-            top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count, EXACT, SMOOTH,
-        )  # fmt: skip
+    TURN: tl.constexpr = 2 if HELD > 0 else 1
+    for start in tl.range(HELD * COLS, whole, TURN * COLS, num_stages=STAGES):
+        for part in tl.static_range(TURN):
+            x = load_tile(a, start + part * COLS, COLS, VECTOR, ALIGNED)
+            y = load_tile(b, start + part * COLS, COLS, VECTOR, ALIGNED)
+            top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count = fold(
+                x, y, None,
+                top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count, EXACT, SMOOTH,
+            )  # fmt: skip
     for number in tl.static_range(HELD):
         # One step after the other, or many are in float32 at a time.
         after = sum_b.to(tl.int32, bitcast=True)[:, None]
         top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count = fold(
-            widened(anew(held_step(x_held, number, HELD), after), DTYPE),
-            widened(anew(held_step(y_held, number, HELD), after), DTYPE), None,
+            widened(anew(held_step(x_held, number), after), DTYPE),
+            widened(anew(held_step(y_held, number), after), DTYPE), None,
             top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count, EXACT, SMOOTH,
         )  # fmt: skip
     x_rest = widened(x_rest, DTYPE)
@@ -234,18 +239,20 @@ def _write(
     flat = pinned(share * (smoothing / V))
     low_a, low_b, half_p, half_q, at_p, at_q = slopes(top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, FULL)
     # Backwards: what was read last is in L2 most likely.
-    for gone in tl.range(HELD * COLS, whole, COLS, num_stages=STAGES):
-        start = whole + (HELD - 1) * COLS - gone
-        x = load_tile(a, start, COLS, VECTOR, ALIGNED)
-        y = load_tile(b, start, COLS, VECTOR, ALIGNED)
-        ga, gb = _grads(
-            x, y, low_a, low_b, half_p, half_q, at_p, at_q, flat,
-            top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, EXACT, ENTROPY, FULL, SMOOTH,
-        )  # fmt: skip
-        _store(da, db, to_a, to_b, start + off, ga, gb, None, STORES)
+    TURN: tl.constexpr = 2 if HELD > 0 else 1
+    for gone in tl.range(HELD * COLS, whole, TURN * COLS, num_stages=STAGES):
+        for part in tl.static_range(TURN):
+            start = whole + (HELD - 1 - part) * COLS - gone
+            x = load_tile(a, start, COLS, VECTOR, ALIGNED)
+            y = load_tile(b, start, COLS, VECTOR, ALIGNED)
+            ga, gb = _grads(
+                x, y, low_a, low_b, half_p, half_q, at_p, at_q, flat,
+                top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, EXACT, ENTROPY, FULL, SMOOTH,
+            )  # fmt: skip
+            _store(da, db, to_a, to_b, start + off, ga, gb, None, STORES)
     for number in tl.static_range(HELD):
         ga, gb = _grads(
-            widened(held_step(x_held, number, HELD), DTYPE), widened(held_step(y_held, number, HELD), DTYPE),
+            widened(held_step(x_held, number), DTYPE), widened(held_step(y_held, number), DTYPE),
             low_a, low_b, half_p, half_q, at_p, at_q, flat,
             top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, EXACT, ENTROPY, FULL, SMOOTH,
         )  # fmt: skip
