@@ -1,7 +1,7 @@
 """A row pair of many classes, by lanes: each lane of a program keeps its own statistics, of every so many columns.
 
 A tile is [lanes, 16 bytes of columns]. `exact` works in natural units, as PyTorch does; else in powers of two, with one
-multiply-add where `exact` has two roundings, without a thought for -inf in both passes or for maxima beyond 1e38:
+multiply-add where `exact` has two roundings, without a thought for -inf in both passes or for maxima beyond 1e8:
 `join` says where a row needs `exact`.
 """
 
@@ -101,11 +101,23 @@ def fold(
 
 
 @triton.jit
+def _sums(a, b, c, d):
+    """Sums over lanes, as of one tensor: every tl.max or tl.sum over warps takes a register throughout the kernel."""
+    if _INTERPRETING:
+        # NumPy adds along a last axis alone by halves.
+        return tl.sum(a, axis=0), tl.sum(b, axis=0), tl.sum(c, axis=0), tl.sum(d, axis=0)
+    else:
+        first, second = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), axis=0))
+        sum_a, sum_b = tl.split(first)
+        sum_c, sum_d = tl.split(second)
+        return sum_a, sum_b, sum_c, sum_d
+
+
+@triton.jit
 def join(
     top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count, V, EXACT: tl.constexpr, SMOOTH: tl.constexpr
 ):  # fmt: skip
     """A row's (max a, max b, logs of the sums, E_p d, E_q d, J, sum of a - max a, whether that is to be trusted)."""
-    # As one tensor: a tl.max or tl.sum over warps takes a register of its own throughout the kernel.
     max_a, max_b = tl.split(tl.max(tl.join(top_a, top_b), axis=0))
     if EXACT:
         max_a = finite_top(max_a)
@@ -123,10 +135,7 @@ def join(
         shift = over_a - over_b
     gap_a = (gap_a + sum_a * shift) * keep_a
     gap_b = (gap_b + sum_b * shift) * keep_b
-    both = tl.join(tl.join(sum_a * keep_a, sum_b * keep_b), tl.join(gap_a, gap_b))
-    sums, gaps = tl.split(tl.sum(both, axis=0))
-    sum_a, sum_b = tl.split(sums)
-    gap_a, gap_b = tl.split(gaps)
+    sum_a, sum_b, gap_a, gap_b = _sums(sum_a * keep_a, sum_b * keep_b, gap_a, gap_b)
     mean_p = gap_a / sum_a
     mean_q = gap_b / sum_b
     if SMOOTH:
@@ -155,8 +164,8 @@ def join(
 
 @triton.jit
 def plain(top_a, top_b):
-    """Whether a row's maxima can be told in powers of two."""
-    return (tl.abs(top_a) < 1e38) & (tl.abs(top_b) < 1e38)
+    """Whether a row's maxima can be told in powers of two: what rounding takes from them there is no large power."""
+    return (tl.abs(top_a) < 1e8) & (tl.abs(top_b) < 1e8)
 
 
 @triton.jit
