@@ -158,6 +158,26 @@ def test_large_logits_stay_exact(kind, detach, classes, dtype):
 
 
 @pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_steps_beyond_those_that_are_held(dtype, detach):
+    """Of rows of 16 warps' steps, two at a time."""
+    a, b = randn(1, 33003, dtype=dtype), randn(1, 33003, dtype=dtype)
+    gradients(lambda backend, *x: consistency_loss(*x, detach_target=detach, backend=backend), WIDE, a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_logit_of_1e38_does_not_make_the_loss_overflow(dtype):
+    a, b = randn(2, 12301, dtype=dtype), randn(2, 12301, dtype=dtype)
+    a[0, 5] = 1e38
+    found = {}
+    for backend in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (a, b)]
+        loss = consistency_loss(*leaves, backend=backend)
+        found[backend] = loss.detach(), *torch.autograd.grad(loss, leaves)
+    torch.testing.assert_close(found["triton"], found["reference"], rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("detach", [True, False])
 @pytest.mark.parametrize("classes", [7, 9001])
 def test_a_masked_vocabulary_adds_nothing(classes, detach):
     """-inf in both passes, here in whole chunks and at the front."""
@@ -287,6 +307,16 @@ def test_sixteen_warps_a_multiprocessor(classes, itemsize, resident):
     assert (wide.resident, wide.resident * wide.num_warps) == (resident, 16)
     assert wide.vector * itemsize == 16
     assert wide.cols == wide.vector * 32 * wide.num_warps
+
+
+@pytest.mark.parametrize("keep", [plan.HELD, plan.HELD_FULL])
+def test_held_steps_are_in_every_row_and_leave_pairs(keep):
+    for classes in (*range(plan.FEW + 1, 9 * 4096, 61), 50257, 128256):
+        wide = plan.make_wide(classes, 2, keep=keep)
+        steps = (classes - (wide.vector - 1)) // wide.cols
+        assert 1 <= wide.held <= min(steps, keep)
+        assert (steps - wide.held) % 2 == 0
+        assert wide.resident * wide.num_warps == 16
 
 
 @pytest.mark.parametrize(("begin", "gap"), [(0, 0), (0, 7), (1, 7), (5, 7), (5, 2)])

@@ -31,6 +31,7 @@ from .plan import (
     as_pairs,
     as_rows,
     in_step,
+    kept_steps,
     make_rows,
     make_tiles,
     make_wide,
@@ -180,11 +181,12 @@ def _forward(rows: Rows, num_items, found, into, out, options: Options, expected
             COLS=tiles.cols, num_warps=tiles.num_warps, maxnreg=MAX_REGISTERS, **options.meta,
         )  # fmt: skip
     else:
-        grid, where, meta = _wide(rows, into)
+        keep = kept_steps(any(g is not None for g in into), not options.detach_target, options.smoothing > 0)
+        grid, where, held, meta = _wide(rows, into, keep)
         launch(
             pair_wide_kernel, grid, rows.a.device,
             *rows, *found, *into, *out, ticket, *rows.sizes, where, *options[1:3], options.weight, expected,
-            FINISH=finish, INPLACE=inplace, **meta, **options.meta,
+            FINISH=finish, INPLACE=inplace, HELD=held, **meta, **options.meta,
         )  # fmt: skip
 
 
@@ -205,7 +207,7 @@ def _gradient(rows: Rows, logits, grad, stats, scales, gradients, options: Optio
                 ROWS=tiles.rows, COLS=tiles.cols, num_warps=tiles.num_warps, maxnreg=MAX_REGISTERS, **rest,
             )  # fmt: skip
         else:
-            grid, where, meta = _wide(rows, into)
+            grid, where, _, meta = _wide(rows, into)
             launch(
                 pair_wide_grad_kernel, grid, rows.a.device,
                 grad, *rows, stats, scales, *into, *sizes, where, *options[1:3], options.weight, expected or 1.0,
@@ -213,17 +215,17 @@ def _gradient(rows: Rows, logits, grad, stats, scales, gradients, options: Optio
             )  # fmt: skip
 
 
-def _wide(rows: Rows, into) -> tuple[tuple[int], int, dict[str, int]]:
-    """(grid, phase of a, constants) of the kernels for many classes; into: the gradients or Nones."""
+def _wide(rows: Rows, into, keep: int = 0) -> tuple[tuple[int], int, int, dict[str, int]]:
+    """(grid, phase of a, steps held, constants) of the kernels for many classes; into: the gradients or Nones."""
     size = rows.a.element_size()
     aligned = in_step(rows.a, rows.b, 16 // size)
-    wide = make_wide(rows.classes, size, aligned)
+    wide = make_wide(rows.classes, size, aligned, keep)
     stores = aligned and all(in_step(rows.a, as_rows(g), wide.vector) for g in into if g is not None)
     meta = dict(
         ALIGNED=aligned, STORES=stores, COLS=wide.cols, VECTOR=wide.vector, STAGES=STAGES, num_warps=wide.num_warps,
         maxnreg=wide.registers,
     )  # fmt: skip
-    return (wide_programs(rows.count, wide, rows.a.device),), phase(rows.a, wide.vector), meta
+    return (wide_programs(rows.count, wide, rows.a.device),), phase(rows.a, wide.vector), wide.held, meta
 
 
 @contextlib.contextmanager

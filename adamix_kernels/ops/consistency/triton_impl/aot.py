@@ -9,7 +9,7 @@ from ..._triton_aot import POINTERS, AotCase, make_case
 from .backward import pair_grad_kernel, rescale_kernel
 from .finish import pair_count_kernel
 from .forward import pair_rows_kernel
-from .plan import MAX_REGISTERS, STAGES, make_tiles, make_wide
+from .plan import MAX_REGISTERS, STAGES, kept_steps, make_tiles, make_wide
 from .wide import pair_wide_grad_kernel, pair_wide_kernel
 
 # name -> (classes, row pairs, whether V and the rows' strides are multiples of 16)
@@ -62,15 +62,21 @@ def _few(dtype, pointer: str) -> Iterator[AotCase]:
 
 def _many(dtype, pointer: str) -> Iterator[AotCase]:
     for name, (classes, even) in _MANY.items():
-        wide = make_wide(classes, dtype.itemsize)
+        once = make_wide(classes, dtype.itemsize)
 
-        def case(kernel, label, arguments, even=even, wide=wide):
+        def case(kernel, label, arguments, wide=None, even=even, classes=classes, once=once):
             divisible = ("V", *_STRIDES[:4]) if even else ()
+            if wide is None and kernel is pair_wide_kernel:
+                keep = kept_steps(arguments["da"] is not None, arguments["FULL"], arguments["SMOOTH"])
+                wide = make_wide(classes, dtype.itemsize, keep=keep)
+            wide = wide or once
+            arguments = arguments | dict(COLS=wide.cols, VECTOR=wide.vector)
+            if kernel is pair_wide_kernel:
+                arguments |= dict(HELD=wide.held)
             made = make_case(kernel, label, dtype, arguments, divisible, wide.num_warps, wide.registers)
             return made._replace(resident=wide.resident)
 
-        common = _common(pointer) | dict(phase="i32", ALIGNED=True, STORES=True, INPLACE=False)
-        common |= dict(COLS=wide.cols, VECTOR=wide.vector, STAGES=STAGES)
+        common = _common(pointer) | dict(phase="i32", ALIGNED=True, STORES=True, INPLACE=False, STAGES=STAGES)
         none, grads = dict(da=None, db=None), dict(da=pointer, db=pointer)
         forward, backward = common | _finish(), common | grads | _incoming()
         yield case(pair_wide_kernel, f"{name}_grads", forward | grads)
@@ -82,8 +88,7 @@ def _many(dtype, pointer: str) -> Iterator[AotCase]:
             yield case(pair_wide_kernel, f"{name}_over", forward | grads | dict(INPLACE=True))
             yield case(pair_wide_kernel, f"{name}_pairs", forward | grads | _ONE)
             apart = make_wide(classes, dtype.itemsize, False)
-            unlike = dict(ALIGNED=False, STORES=False, COLS=apart.cols, VECTOR=apart.vector)
-            yield case(pair_wide_kernel, f"{name}_apart", forward | grads | unlike, wide=apart)
+            yield case(pair_wide_kernel, f"{name}_apart", forward | grads | dict(ALIGNED=False, STORES=False), apart)
             yield case(pair_wide_kernel, f"{name}_stores", forward | grads | dict(STORES=False))
             yield case(pair_wide_grad_kernel, f"{name}_correct", backward | dict(CORRECT=True))
             yield case(pair_wide_grad_kernel, f"{name}_over", backward | dict(INPLACE=True))

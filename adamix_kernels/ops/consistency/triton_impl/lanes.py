@@ -1,7 +1,7 @@
 """A row pair of many classes, by lanes: each lane of a program keeps its own statistics, of every so many columns.
 
 A tile is [lanes, 16 bytes of columns]. `exact` works in natural units, as PyTorch does; else in powers of two, with one
-multiply-add where `exact` has two roundings, without a thought for -inf in both passes or for maxima beyond 1e38:
+multiply-add where `exact` has two roundings, without a thought for -inf in both passes or for maxima beyond 1e8:
 `join` says where a row needs `exact`.
 """
 
@@ -18,6 +18,8 @@ LOG2E = tl.constexpr(1.4426950216293335)
 LN2 = tl.constexpr(0.6931471805599453)
 # No lane's maximum is below: a maximum of -inf would make -inf into NaN.
 LOWEST = tl.constexpr(-1e38)
+# Of differences of logits, where a million of them must not add up to inf.
+SMALL = tl.constexpr(2.0**-20)
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
 
@@ -45,8 +47,9 @@ def fold(
     """Takes one tile x, y in: -inf where not `here`, or None for everywhere.
 
     A lane's state: maxima; the same in powers of two; sums of ea, eb, ea c, eb c, with ea = exp(a - max a) and
-    c = (a - max a) - (b - max b), in powers of two unless EXACT; sum and number of a - max a. c differs from d by a
-    constant and is of d's size, not of the logits', which is what keeps J = 1/2 (E_p c - E_q c) exact.
+    c = (a - max a) - (b - max b), in powers of two, or SMALL times that if EXACT; sum and number of a - max a. c
+    differs from d by a constant and is of d's size, not of the logits', which is what keeps
+    J = 1/2 (E_p c - E_q c) exact.
     """
     x = x.to(tl.float32)
     y = y.to(tl.float32)
@@ -62,7 +65,7 @@ def fold(
         keep_a = tl.exp(top_a - to_a)
         keep_b = tl.exp(top_b - to_b)
         # -inf in both is a class neither can choose; -inf in one alone must not meet a weight of 0.
-        c = tl.where(x == y, 0.0, x - y)
+        c = tl.where(x == y, 0.0, (x - y) * SMALL)
         more_a = tl.where(ea == 0, 0.0, ea * c)
         more_b = tl.where(eb == 0, 0.0, eb * c)
     else:
@@ -80,6 +83,8 @@ def fold(
         more_a = ea * c
         more_b = eb * c
     shift = (to_a - low_a) - (to_b - low_b)
+    if EXACT:
+        shift *= SMALL
     gap_a = (gap_a - sum_a * shift) * keep_a + tl.sum(more_a, axis=1)
     gap_b = (gap_b - sum_b * shift) * keep_b + tl.sum(more_b, axis=1)
     sum_a = sum_a * keep_a + tl.sum(ea, axis=1)
@@ -96,12 +101,24 @@ def fold(
 
 
 @triton.jit
+def _sums(a, b, c, d):
+    """Sums over lanes, as of one tensor: every tl.max or tl.sum over warps takes a register throughout the kernel."""
+    if _INTERPRETING:
+        # NumPy adds along a last axis alone by halves.
+        return tl.sum(a, axis=0), tl.sum(b, axis=0), tl.sum(c, axis=0), tl.sum(d, axis=0)
+    else:
+        first, second = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), axis=0))
+        sum_a, sum_b = tl.split(first)
+        sum_c, sum_d = tl.split(second)
+        return sum_a, sum_b, sum_c, sum_d
+
+
+@triton.jit
 def join(
     top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count, V, EXACT: tl.constexpr, SMOOTH: tl.constexpr
 ):  # fmt: skip
     """A row's (max a, max b, logs of the sums, E_p d, E_q d, J, sum of a - max a, whether that is to be trusted)."""
-    max_a = tl.max(top_a, axis=0)
-    max_b = tl.max(top_b, axis=0)
+    max_a, max_b = tl.split(tl.max(tl.join(top_a, top_b), axis=0))
     if EXACT:
         max_a = finite_top(max_a)
         max_b = finite_top(max_b)
@@ -109,15 +126,16 @@ def join(
         over_b = low_b - max_b
         keep_a = tl.exp(top_a - max_a)
         keep_b = tl.exp(top_b - max_b)
+        shift = (over_a - over_b) * SMALL
     else:
         over_a = low_a - powers(max_a)
         over_b = low_b - powers(max_b)
         keep_a = tl.exp2(over_a)
         keep_b = tl.exp2(over_b)
-    gap_a = tl.sum((gap_a + sum_a * (over_a - over_b)) * keep_a, axis=0)
-    gap_b = tl.sum((gap_b + sum_b * (over_a - over_b)) * keep_b, axis=0)
-    sum_a = tl.sum(sum_a * keep_a, axis=0)
-    sum_b = tl.sum(sum_b * keep_b, axis=0)
+        shift = over_a - over_b
+    gap_a = (gap_a + sum_a * shift) * keep_a
+    gap_b = (gap_b + sum_b * shift) * keep_b
+    sum_a, sum_b, gap_a, gap_b = _sums(sum_a * keep_a, sum_b * keep_b, gap_a, gap_b)
     mean_p = gap_a / sum_a
     mean_q = gap_b / sum_b
     if SMOOTH:
@@ -127,6 +145,8 @@ def join(
     if EXACT:
         log_a = pinned(tl.log(sum_a))
         log_b = pinned(tl.log(sum_b))
+        mean_p /= SMALL
+        mean_q /= SMALL
         sound = max_a == max_a
     else:
         # What `powers` rounded off is in every term.
@@ -144,8 +164,8 @@ def join(
 
 @triton.jit
 def plain(top_a, top_b):
-    """Whether a row's maxima can be told in powers of two."""
-    return (tl.abs(top_a) < 1e38) & (tl.abs(top_b) < 1e38)
+    """Whether a row's maxima can be told in powers of two: what rounding takes from them there is no large power."""
+    return (tl.abs(top_a) < 1e8) & (tl.abs(top_b) < 1e8)
 
 
 @triton.jit

@@ -13,9 +13,11 @@ import torch
 FEW, TILE, MAX_ROWS, ALONE = 4096, 1024, 2048, 16384
 # Programs of the kernels for few classes that share all tiles between them.
 GRID = 1056
-# Beyond FEW, a program takes row after row. Row pairs of up to WIDE bytes: two programs of 8 warps on a multiprocessor,
-# whose rows fit into L2 together; beyond, one of 16.
-WIDE = 1 << 18
+# Beyond FEW, a program takes row after row. Row pairs of up to WIDE bytes: two programs of 8 warps on a multiprocessor;
+# beyond, one of 16. So are pairs of 16-bit logits of at least LARGE such steps that are read twice: the fewer
+# programs, the more of their rows is in L2 still. Of those, registers hold up to HELD steps, or fewer where options
+# take registers.
+WIDE, LARGE, HELD, HELD_FULL = 1 << 18, 4, 6, 3
 # Pieces of a row pair: those that are copied ahead, and the one in use. Registers of a thread: without a limit of its
 # own ptxas spills a few to reach its next step of occupancy.
 STAGES, WIDE_REGISTERS, MAX_REGISTERS = 4, 128, 255
@@ -35,13 +37,14 @@ class Tiles(NamedTuple):
 
 class Wide(NamedTuple):
     """cols: of a step, `vector` of them a lane, 16 bytes; registers of a thread; resident: programs that a
-    multiprocessor holds."""
+    multiprocessor holds; held: steps of a row that stay in registers, of every row there are as many."""
 
     cols: int
     vector: int
     num_warps: int
     registers: int
     resident: int
+    held: int
 
 
 class Rows(NamedTuple):
@@ -101,13 +104,24 @@ def make_tiles(rows: int, classes: int) -> Tiles:
     return Tiles(height, cols, 8 if cols * height > 2 * TILE else 4, tiles, programs)
 
 
-def make_wide(classes: int, itemsize: int, aligned: bool = True) -> Wide:
-    vector = 16 // itemsize
-    warps, resident = (8, 2) if 2 * classes * itemsize <= WIDE else (16, 1)
+def kept_steps(gradient: bool, full: bool, smooth: bool) -> int:
+    """How many of a row's steps registers can hold from one pass to the next."""
+    return 0 if not gradient else HELD_FULL if full or smooth else HELD
+
+
+def make_wide(classes: int, itemsize: int, aligned: bool = True, keep: int = 0) -> Wide:
+    """keep: steps to hold, at most; 0: a row is read once."""
     if not aligned:
         # Element by element: addresses take registers, so that fewer are in flight.
-        return Wide(32 * 8 * 4, 4, 8, MAX_REGISTERS, 1)
-    return Wide(32 * warps * vector, vector, warps, WIDE_REGISTERS, resident)
+        return Wide(32 * 8 * 4, 4, 8, MAX_REGISTERS, 1, 0)
+    vector, keep = 16 // itemsize, keep if itemsize == 2 else 0
+    # Of any row, whose first columns may lie before its first vector.
+    steps = (classes - vector + 1) // (32 * vector)
+    warps, resident = (16, 1) if (steps >= 16 * LARGE if keep else 2 * classes * itemsize > WIDE) else (8, 2)
+    steps //= warps
+    # The others are taken two at a time.
+    held = min(steps, keep - max(0, steps - keep) % 2) if keep else 0
+    return Wide(32 * warps * vector, vector, warps, WIDE_REGISTERS, resident, held)
 
 
 def wide_programs(rows: int, wide: Wide, device: torch.device) -> int:

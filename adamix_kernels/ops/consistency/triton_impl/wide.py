@@ -11,7 +11,19 @@ import triton.language as tl
 
 from .finish import arrives_last, load_scales, store_scalars, sum_rows
 from .pieces import label_logit, load_row, offsets, row_flags, row_losses, store_row
-from .wide_row import clear, edge_columns, first_vector, load_tile, rest_mask, row_means, span, statistics, write_row
+from .wide_row import (
+    anew,
+    clear,
+    edge_columns,
+    first_vector,
+    load_kept,
+    load_words,
+    rest_mask,
+    row_means,
+    span,
+    statistics,
+    write_row,
+)
 
 _SIZES = ["n", "inner", "l_outer", "m_outer", "g_outer", "phase", "ignore_index"]
 
@@ -22,14 +34,15 @@ def pair_wide_kernel(
     n, inner, a_outer, a_inner, b_outer, b_inner, l_outer, l_inner, m_outer, m_inner, V, phase, ignore_index,
     smoothing, weight, expected,
     FINISH: tl.constexpr, INPLACE: tl.constexpr, SMOOTH: tl.constexpr, FULL: tl.constexpr, ALIGNED: tl.constexpr,
-    STORES: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    STORES: tl.constexpr, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Losses and statistics of row pairs; with da or db also those gradients, INPLACE over a and b, for an
     incoming one of `expected`.
 
     Traffic: each logit once; for the gradients once more, from L2 where the rows fit, and one write; FULL in float32
     once more. scales: of the cross-entropy and of J. FINISH: the last program writes the scalars. phase: of a; ALIGNED:
-    b's rows lie as far from 16-byte boundaries as a's; STORES: so do da's and db's.
+    b's rows lie as far from 16-byte boundaries as a's; STORES: so do da's and db's. HELD: a row's first steps, which
+    stay in registers.
     """
     ENTROPY: tl.constexpr = labels is not None
     GRADS: tl.constexpr = da is not None or db is not None
@@ -53,22 +66,25 @@ def pair_wide_kernel(
         if selected:
             first_a = first_vector(a, at_a + head, ALIGNED)
             first_b = first_vector(b, at_b + head, ALIGNED)
-            x_rest = load_tile(first_a, whole, in_rest, COLS, VECTOR, ALIGNED)
-            y_rest = load_tile(first_b, whole, in_rest, COLS, VECTOR, ALIGNED)
+            x_held, x_rest = load_kept(first_a, whole, in_rest, HELD, COLS, VECTOR, ALIGNED)
+            y_held, y_rest = load_kept(first_b, whole, in_rest, HELD, COLS, VECTOR, ALIGNED)
             x_edge = tl.load(first_a + (edge - head), mask=in_edge, other=-float("inf"))
             y_edge = tl.load(first_b + (edge - head), mask=in_edge, other=-float("inf"))
             x_label = label_logit(a, at_a, label, counted, V)
             y_label = label_logit(b, at_b, label, counted, V)
             top_a, top_b, log_a, log_b, mean_p, mean_q, pair, total, sound = statistics(
-                first_a, first_b, whole, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, V,
-                EXACT, SMOOTH, ALIGNED, COLS, VECTOR, STAGES,
+                first_a, first_b, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, V,
+                EXACT, SMOOTH, ALIGNED, HELD, COLS, VECTOR, STAGES,
             )  # fmt: skip
             if not EXACT:  # noqa: SIM102 (one is a constant)
                 if not sound:
                     top_a, top_b, log_a, log_b, mean_p, mean_q, pair, total, sound = statistics(
-                        first_a, first_b, whole, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, V,
-                        True, SMOOTH, ALIGNED, COLS, VECTOR, 1,
+                        first_a, first_b, whole, None, None, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, V,
+                        True, SMOOTH, ALIGNED, 0, COLS, VECTOR, 1,
                     )  # fmt: skip
+                    # Once more, so that no register keeps them meanwhile.
+                    x_held, x_rest = load_kept(first_a, whole, in_rest, HELD, COLS, VECTOR, ALIGNED)
+                    y_held, y_rest = load_kept(first_b, whole, in_rest, HELD, COLS, VECTOR, ALIGNED)
             entropy, pair = row_losses(
                 x_label, counted, selected, top_a, log_a, pair, total, V, smoothing, ENTROPY, SMOOTH
             )
@@ -84,10 +100,11 @@ def pair_wide_kernel(
                 share = tl.where(counted, expected * entropy_scale, 0.0)
                 half = 0.5 * (expected * pair_scale * weight)
                 write_row(
-                    first_a, first_b, da, db, to_a, to_b, head, whole, x_rest, y_rest, in_rest,
+                    first_a, first_b, da, db, to_a, to_b, head, whole, anew(x_held, n), anew(y_held, n),
+                    anew(x_rest, n), anew(y_rest, n), in_rest,
                     x_edge, y_edge, in_edge, edge, x_label, y_label, label, counted & (label >= 0) & (label < V),
                     top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-                    ENTROPY, FULL, SMOOTH, STORES, ALIGNED, COLS, VECTOR, STAGES,
+                    ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, STAGES,
                 )  # fmt: skip
         else:
             store_row(stats, rows, row, row < n, n, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, ENTROPY, FULL)
@@ -138,8 +155,8 @@ def pair_wide_grad_kernel(
         if selected:
             first_a = first_vector(a, at_a + head, ALIGNED)
             first_b = first_vector(b, at_b + head, ALIGNED)
-            x_rest = load_tile(first_a, whole, in_rest, COLS, VECTOR, ALIGNED)
-            y_rest = load_tile(first_b, whole, in_rest, COLS, VECTOR, ALIGNED)
+            x_rest = load_words(first_a, whole, in_rest, COLS, VECTOR, ALIGNED)
+            y_rest = load_words(first_b, whole, in_rest, COLS, VECTOR, ALIGNED)
             x_edge = tl.load(first_a + (edge - head), mask=in_edge, other=-float("inf"))
             y_edge = tl.load(first_b + (edge - head), mask=in_edge, other=-float("inf"))
             x_label = label_logit(a, at_a, label, counted, V)
@@ -152,10 +169,10 @@ def pair_wide_grad_kernel(
                 # The row's rest and edge and the label's logit are read by all before any is overwritten.
                 tl.debug_barrier()
             write_row(
-                first_a, first_b, da, db, to_a, to_b, head, whole, x_rest, y_rest, in_rest,
+                first_a, first_b, da, db, to_a, to_b, head, whole, None, None, x_rest, y_rest, in_rest,
                 x_edge, y_edge, in_edge, edge, x_label, y_label, label, counted & (label >= 0) & (label < V),
                 top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-                ENTROPY, FULL, SMOOTH, STORES, ALIGNED, COLS, VECTOR, STAGES,
+                ENTROPY, FULL, SMOOTH, STORES, ALIGNED, 0, COLS, VECTOR, STAGES,
             )  # fmt: skip
         else:
             clear(da, db, to_a, to_b, head, whole, in_rest, in_edge, edge, STORES, COLS, VECTOR)

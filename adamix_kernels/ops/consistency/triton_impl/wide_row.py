@@ -1,8 +1,8 @@
 """One row pair of many classes: a program's passes over it, in steps of aligned 16-byte vectors.
 
-A row begins anywhere: `head` columns lie before its first 16-byte boundary, `whole` ones in full steps behind it, less
-than a step in the rest, and what is left of the head and of a last vector in the edge, a column a lane. Rest and edge
-are loaded before the steps, for both passes.
+A row begins anywhere: `head` columns lie before its first 16-byte boundary, `whole` ones in full steps behind it, as
+many in every row, up to a step in the rest, and what is left of the head and of the end in the edge, a column a lane.
+Rest, edge and the first HELD steps are loaded before the others, and stay in registers for both passes.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from .pieces import means, pair_grads, pinned, point
 
 @triton.jit
 def span(at, phase, V, COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
-    """(head, whole, columns in whole vectors); unless ALIGNED rows are taken from their first column on."""
+    """(head, whole, columns in steps and rest); unless ALIGNED rows are taken from their first column on."""
     head = 0
+    whole = V // COLS * COLS
     if ALIGNED:
         head = (-(at + phase) & (VECTOR - 1)).to(tl.int32)
-    return head, (V - head) // COLS * COLS, (V - head) // VECTOR * VECTOR
+        whole = (V - (VECTOR - 1)) // COLS * COLS
+    return head, whole, tl.minimum((V - head) // VECTOR * VECTOR, whole + COLS)
 
 
 @triton.jit
@@ -39,30 +41,76 @@ def tile(COLS: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_tile(first, start, mask, COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
-    """[lanes, VECTOR] in float32 from column `start` on; -inf where not mask [lanes, 1], which is None or of lanes.
-
-    Two bfloat16 are one word: two instructions widen both.
-    """
+def load_words(first, start, mask, COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
+    """[lanes, VECTOR] from column `start` on; -inf where not mask [lanes, 1], which is None or of lanes. Two 16-bit
+    logits are one word, [lanes, VECTOR / 2]: half the registers, and two instructions widen both."""
     LANES: tl.constexpr = COLS // VECTOR
-    if ALIGNED and first.dtype.element_ty == tl.bfloat16:
+    if ALIGNED and first.dtype.element_ty.primitive_bitwidth == 16:
         words = first.to(tl.pointer_type(tl.int32), bitcast=True) + start // 2
         off = (tl.arange(0, LANES) * (VECTOR // 2))[:, None] + tl.arange(0, VECTOR // 2)[None, :]
         if mask is None:
-            pair = tl.load(words + off)
-        else:
+            x = tl.load(words + off)
+        elif first.dtype.element_ty == tl.bfloat16:
             # -inf twice
-            pair = tl.load(words + off, mask=mask, other=-8323200)
-        low = (pair << 16).to(tl.float32, bitcast=True)
-        high = (pair & -65536).to(tl.float32, bitcast=True)
-        x = tl.interleave(low, high)
+            x = tl.load(words + off, mask=mask, other=-8323200)
+        else:
+            x = tl.load(words + off, mask=mask, other=-67044352)
     else:
         off = tile(COLS, VECTOR)
         if mask is None:
-            x = tl.load(first + start + off).to(tl.float32)
+            x = tl.load(first + start + off)
         else:
-            x = tl.load(first + start + off, mask=mask, other=-float("inf")).to(tl.float32)
+            x = tl.load(first + start + off, mask=mask, other=-float("inf"))
     return x
+
+
+@triton.jit
+def load_kept(
+    first, whole, in_rest, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """(a row's first HELD steps in words, [lanes, steps, VECTOR / 2], or a number; its rest). In this order Triton
+    gives a thread all of its lane's. There are as many steps as a power of two; those beyond HELD take no registers."""
+    held = 0
+    if HELD > 0:
+        number = tl.arange(0, triton.next_power_of_2(HELD))[None, :, None]
+        words = first.to(tl.pointer_type(tl.int32), bitcast=True) + number * (COLS // 2)
+        held = tl.load(words + tile(COLS // 2, VECTOR // 2)[:, None, :], mask=number < HELD, other=0)
+    return held, load_words(first, whole, in_rest, COLS, VECTOR, ALIGNED)
+
+
+@triton.jit
+def held_step(held, number: tl.constexpr):
+    """One of those steps, [lanes, VECTOR / 2]. Which others are 0 is known to the compiler, so that it adds nothing."""
+    return tl.sum(tl.where((tl.arange(0, held.shape[1]) == number)[None, :, None], held, 0), axis=1)
+
+
+@triton.jit
+def widened(x, DTYPE: tl.constexpr):
+    """What load_words found, of DTYPE, in float32."""
+    if x.dtype == tl.int32:
+        if DTYPE == tl.bfloat16:  # noqa: SIM300 (DTYPE is no constant here)
+            low = (x << 16).to(tl.float32, bitcast=True)
+            high = (x & -65536).to(tl.float32, bitcast=True)
+        else:
+            low = x.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            high = (x >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        x = tl.interleave(low, high)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def anew(x, n):
+    """x, by way of n, which is never negative. No compiler knows, so nothing is done with x before n is there, and
+    what widens words for one pass over them is not kept in registers for the next."""
+    if x.dtype == tl.int32:
+        x = x | (n >> 31)
+    return x
+
+
+@triton.jit
+def load_tile(first, start, COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
+    """One step, [lanes, VECTOR] in float32."""
+    return widened(load_words(first, start, None, COLS, VECTOR, ALIGNED), first.dtype.element_ty)
 
 
 @triton.jit
@@ -80,11 +128,12 @@ def edge_columns(head, vectors, V, COLS: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def statistics(
-    a, b, whole, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, V,
+    a, b, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, V,
     EXACT: tl.constexpr, SMOOTH: tl.constexpr, ALIGNED: tl.constexpr,
-    COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`join` of a row whose first whole vectors lie at a and b."""
+    DTYPE: tl.constexpr = a.dtype.element_ty
     LANES: tl.constexpr = COLS // VECTOR
     top_a = tl.full([LANES], -float("inf"), tl.float32)
     top_b = top_a
@@ -96,13 +145,25 @@ def statistics(
     gap_b = sum_a
     total = sum_a
     count = sum_a
-    for start in tl.range(0, whole, COLS, num_stages=STAGES):
-        x = load_tile(a, start, None, COLS, VECTOR, ALIGNED)
-        y = load_tile(b, start, None, COLS, VECTOR, ALIGNED)
+    TURN: tl.constexpr = 2 if HELD > 0 else 1
+    for start in tl.range(HELD * COLS, whole, TURN * COLS, num_stages=STAGES):
+        for part in tl.static_range(TURN):
+            x = load_tile(a, start + part * COLS, COLS, VECTOR, ALIGNED)
+            y = load_tile(b, start + part * COLS, COLS, VECTOR, ALIGNED)
+            top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count = fold(
+                x, y, None,
+                top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count, EXACT, SMOOTH,
+            )  # fmt: skip
+    for number in tl.static_range(HELD):
+        # One step after the other, or many are in float32 at a time.
+        after = sum_b.to(tl.int32, bitcast=True)[:, None]
         top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count = fold(
-            x, y, None,
+            widened(anew(held_step(x_held, number), after), DTYPE),
+            widened(anew(held_step(y_held, number), after), DTYPE), None,
             top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count, EXACT, SMOOTH,
         )  # fmt: skip
+    x_rest = widened(x_rest, DTYPE)
+    y_rest = widened(y_rest, DTYPE)
     top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count = fold(
         x_rest, y_rest, in_rest, top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count, EXACT, SMOOTH
     )
@@ -122,8 +183,8 @@ def row_means(
     mean_q = mean_p
     for start in tl.range(0, whole, COLS, num_stages=STAGES):
         p, q, gap, d = point(
-            load_tile(a, start, None, COLS, VECTOR, ALIGNED),
-            load_tile(b, start, None, COLS, VECTOR, ALIGNED),
+            load_tile(a, start, COLS, VECTOR, ALIGNED),
+            load_tile(b, start, COLS, VECTOR, ALIGNED),
             top_a,
             top_b,
             log_a,
@@ -167,27 +228,37 @@ def _grads(
 
 @triton.jit
 def _write(
-    a, b, da, db, to_a, to_b, head, whole, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
+    a, b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
     x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
     EXACT: tl.constexpr, ENTROPY: tl.constexpr, FULL: tl.constexpr, SMOOTH: tl.constexpr, STORES: tl.constexpr,
-    ALIGNED: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A row's gradients; a and b, da + to_a and db + to_b: where its first whole vectors lie."""
+    DTYPE: tl.constexpr = a.dtype.element_ty
     off = tile(COLS, VECTOR)
     flat = pinned(share * (smoothing / V))
     low_a, low_b, half_p, half_q, at_p, at_q = slopes(top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, FULL)
     # Backwards: what was read last is in L2 most likely.
-    for gone in tl.range(0, whole, COLS, num_stages=STAGES):
-        start = whole - COLS - gone
-        x = load_tile(a, start, None, COLS, VECTOR, ALIGNED)
-        y = load_tile(b, start, None, COLS, VECTOR, ALIGNED)
+    TURN: tl.constexpr = 2 if HELD > 0 else 1
+    for gone in tl.range(HELD * COLS, whole, TURN * COLS, num_stages=STAGES):
+        for part in tl.static_range(TURN):
+            start = whole + (HELD - 1 - part) * COLS - gone
+            x = load_tile(a, start, COLS, VECTOR, ALIGNED)
+            y = load_tile(b, start, COLS, VECTOR, ALIGNED)
+            ga, gb = _grads(
+                x, y, low_a, low_b, half_p, half_q, at_p, at_q, flat,
+                top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, EXACT, ENTROPY, FULL, SMOOTH,
+            )  # fmt: skip
+            _store(da, db, to_a, to_b, start + off, ga, gb, None, STORES)
+    for number in tl.static_range(HELD):
         ga, gb = _grads(
-            x, y, low_a, low_b, half_p, half_q, at_p, at_q, flat,
+            widened(held_step(x_held, number), DTYPE), widened(held_step(y_held, number), DTYPE),
+            low_a, low_b, half_p, half_q, at_p, at_q, flat,
             top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, EXACT, ENTROPY, FULL, SMOOTH,
         )  # fmt: skip
-        _store(da, db, to_a, to_b, start + off, ga, gb, None, STORES)
+        _store(da, db, to_a, to_b, number * COLS + off, ga, gb, None, STORES)
     ga, gb = _grads(
-        x_rest, y_rest, low_a, low_b, half_p, half_q, at_p, at_q, flat,
+        widened(x_rest, DTYPE), widened(y_rest, DTYPE), low_a, low_b, half_p, half_q, at_p, at_q, flat,
         top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, EXACT, ENTROPY, FULL, SMOOTH,
     )  # fmt: skip
     _store(da, db, to_a, to_b, whole + off, ga, gb, in_rest, STORES)
@@ -210,30 +281,30 @@ def _write(
 
 @triton.jit
 def write_row(
-    a, b, da, db, to_a, to_b, head, whole, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
+    a, b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
     x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
     ENTROPY: tl.constexpr, FULL: tl.constexpr, SMOOTH: tl.constexpr, STORES: tl.constexpr,
-    ALIGNED: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`_write` in powers of two where the dtype and the row let it."""
     EXACT: tl.constexpr = a.dtype.element_ty == tl.float32
     if EXACT:
         _write(
-            a, b, da, db, to_a, to_b, head, whole, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
-            x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-            True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, COLS, VECTOR, STAGES,
+            a, b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge,
+            edge, x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
+            True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, STAGES,
         )  # fmt: skip
     elif plain(top_a, top_b):
         _write(
-            a, b, da, db, to_a, to_b, head, whole, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
-            x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-            False, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, COLS, VECTOR, STAGES,
+            a, b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge,
+            edge, x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
+            False, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, STAGES,
         )  # fmt: skip
     else:
         _write(
-            a, b, da, db, to_a, to_b, head, whole, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
-            x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-            True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, COLS, VECTOR, 1,
+            a, b, da, db, to_a, to_b, head, whole, None, None, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge,
+            edge, x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
+            True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, 0, COLS, VECTOR, 1,
         )  # fmt: skip
 
 
