@@ -2,7 +2,8 @@
 
 ADAMIX_CUDA=auto (the default) builds it where a GPU, nvcc and a torch with CUDA are, and else makes a package without
 it and says why; =0 builds none; =1 builds it without a GPU too, and fails where it cannot. MAX_JOBS: files compiled at
-a time. ADAMIX_ARCHITECTURES="80;90+PTX": what it is compiled for. torch is found, and not imported.
+a time. ADAMIX_ARCHITECTURES="80;90+PTX": what it is compiled for. torch is found, and not imported. Without nvcc, g++
+makes at least the module of autograd's nodes, where a GPU is; an installation never fails because of it.
 """
 
 import importlib.util
@@ -10,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -36,6 +37,7 @@ except _build.BuildError as error:
 REASON = "ADAMIX_CUDA=0" if MODE == "0" else _build.obstacle(asked=MODE == "1")
 if REASON and MODE == "1":
     sys.exit(f"ADAMIX_CUDA=1, but the C++/CUDA library cannot be built: {REASON}")
+NO_NODES = "ADAMIX_CUDA=0" if MODE == "0" else _build.node_alone_obstacle() if REASON else None
 
 
 def _without_library(folder: Path, reason: str) -> None:
@@ -44,6 +46,10 @@ def _without_library(folder: Path, reason: str) -> None:
     if not list(folder.glob("_C*.so")):
         lines = reason.splitlines()
         _build.write_record(folder, {"built": False, "reason": next((x for x in lines if "error" in x), lines[0])})
+    problem = NO_NODES or _build.build_node_alone(folder)
+    if problem:
+        again = "python -m adamix_kernels._build --node builds them with g++ alone"
+        print(f"adamix_kernels: autograd's nodes stay in Python: {problem} ({again})", file=sys.stderr)
 
 
 class BuildPackage(build_py):
@@ -63,6 +69,8 @@ class BuildLibrary(build_ext):
     """Runs nvcc; under ADAMIX_CUDA=auto a failure leaves a package without the library."""
 
     def run(self):
+        if not self.extensions:
+            return
         output = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve()
         if not self.inplace:
             output.unlink(missing_ok=True)
@@ -74,8 +82,16 @@ class BuildLibrary(build_ext):
             _without_library(output.parent, f"csrc/ does not compile: {error}")
 
 
+class Package(Distribution):
+    """A wheel with nodes alone is of this platform and this Python."""
+
+    def has_ext_modules(self):
+        return super().has_ext_modules() or not NO_NODES
+
+
 library = [] if REASON else [Extension("adamix_kernels._C", ["csrc/registration.cpp"], py_limited_api=True)]
 setup(
+    distclass=Package,
     ext_modules=library,
     cmdclass={"build_py": BuildPackage, "build_ext": BuildLibrary},
     # For an isolated build; elsewhere, without ninja, the compilers run in threads.

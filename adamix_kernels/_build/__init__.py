@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .node import build_node
+from .node import build_node, node_obstacle
 from .node import node_name as node_name
 from .objects import (
     NODE_FOLDER,
@@ -159,6 +159,28 @@ def build_host(variant: str, output: Path | None = None, *, jobs: int | None = N
     if (csrc / NODE_FOLDER).is_dir():
         build_node(output.parent, torch, csrc, parallel(jobs), strict=True)
     return output
+
+
+def node_alone_obstacle() -> str | None:
+    """Why an installation without the library is not given node.py's module, which Triton uses, or None."""
+    if not has_gpu():
+        return "no NVIDIA GPU in this machine"
+    try:
+        torch = find_torch()
+        if torch.cuda is None:
+            return f"torch {torch.version} is made without CUDA"
+        return node_obstacle(torch, source_folder())
+    except BuildError as error:
+        return str(error)
+
+
+def build_node_alone(folder: Path) -> str | None:
+    """Compiles node.py's module into `folder`, of a package without the library; why it could not, or None."""
+    try:
+        build_node(folder, find_torch(), source_folder(), parallel())
+    except (BuildError, OSError) as error:
+        return str(error)
+    return None
 
 
 def _node_beside(output: Path, torch: Torch, csrc: Path, jobs: int) -> str:

@@ -106,12 +106,12 @@ class RoutedAdapter(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, S, H] (or [N, H]); residual of x's shape, x itself when None. Returns x's shape."""
-        check_input(x, self.hidden_size)
         node = NODE.module
         if node is not None and not torch.compiler.is_compiling():
             made: torch.Tensor | None = node.adapter_layer(self, x, residual)
             if made is not None:
                 return made
+        check_input(x, self.hidden_size)
         if not self.router.enabled:
             return x if residual is None else residual
         rows = as_batch(x)

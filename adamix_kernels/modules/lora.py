@@ -169,9 +169,11 @@ class RoutedLoRALinear(OnBase):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, S, K] (or [N, K]) -> [B, S, N] (or [N, N'])."""
         check_input(x, self.in_features)
-        base: torch.Tensor = self.base(x)
-        node = NODE.module
-        if node is not None and not torch.compiler.is_compiling():
+        node = None if torch.compiler.is_compiling() else NODE.module
+        # Not self.base: nn.Module finds its modules last, after all else.
+        layer = None if node is None else self._modules.get("base")
+        base: torch.Tensor = self.base(x) if layer is None else layer(x)
+        if node is not None:
             made: torch.Tensor | None = node.lora_layer(self, x, base)
             if made is not None:
                 return made

@@ -61,14 +61,8 @@ def _from(path: Path) -> Any:
     namespace = __package__.removesuffix(".ops").replace(".", "_")
     tables = vars(_direct), vars(_auto), vars(torch.nn.modules.module), _environment._raw
     names = _environment._check, _environment._one, _environment._table
-    module.setup(namespace, *tables, *names, ROUTERS, LINEARS, _precision(), _backward)
+    module.setup(namespace, *tables, *names, ROUTERS, LINEARS, _backward)
     return module
-
-
-def _precision() -> Callable[[], object]:
-    """What _environment.tf32 asks for, told apart more finely, in a third of its time."""
-    getter = getattr(torch._C, "_get_fp32_precision_getter", None)
-    return _environment.tf32 if getter is None else functools.partial(getter, "cuda", "matmul")
 
 
 # By op, its direct calls (ops/_routed_direct.py): what a backward asks that has no plan.

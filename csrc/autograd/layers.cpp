@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <array>
+#include <tuple>
 #include <utility>
 
 #include "autograd/nodes.h"
@@ -138,11 +139,19 @@ class Draws {
            at::SavedTensorDefaultHooks::get_hooks(true).has_value();
   }
 
+  // The key of the last look stays: all layers of a model ask for the same.
   static PyObject* found(PyObject* ahead, int64_t experts, int64_t drawn, const at::Device& device) {
-    PyObject* key =
-        Py_BuildValue("(L(L)N)", static_cast<long long>(experts), static_cast<long long>(drawn), THPDevice_New(device));
-    PyObject* left = key == nullptr ? nullptr : PyDict_GetItem(ahead, key);
-    Py_XDECREF(key);
+    static PyObject* key = nullptr;
+    static std::tuple<int64_t, int64_t, at::Device> known(-1, -1, at::kCPU);
+    std::tuple<int64_t, int64_t, at::Device> wanted(experts, drawn, device);
+    if (key == nullptr || known != wanted) {
+      PyObject* made = Py_BuildValue("(L(L)N)", static_cast<long long>(experts), static_cast<long long>(drawn),
+                                     THPDevice_New(device));
+      if (made == nullptr) return nullptr;
+      Py_XDECREF(key);
+      key = made, known = wanted;
+    }
+    PyObject* left = PyDict_GetItem(ahead, key);
     return left != nullptr && PyList_CheckExact(left) ? left : nullptr;
   }
 

@@ -82,10 +82,10 @@ PyObject* forget(PyObject*, PyObject*) {
 PyObject* setup(PyObject*, PyObject* given) {
   HANDLE_TH_ERRORS
   const char* name = nullptr;
-  if (!PyArg_ParseTuple(given, "sO!O!O!O!OOOO!O!OO", &name, &PyDict_Type, &python.direct, &PyDict_Type, &python.choices,
+  if (!PyArg_ParseTuple(given, "sO!O!O!O!OOOO!O!O", &name, &PyDict_Type, &python.direct, &PyDict_Type, &python.choices,
                         &PyDict_Type, &python.modules, &PyDict_Type, &python.environment, &python.check_name,
                         &python.check_value, &python.table_name, &PySet_Type, &python.routers, &PySet_Type,
-                        &python.linears, &python.precision, &python.backward)) {
+                        &python.linears, &python.backward)) {
     return nullptr;
   }
   Py_INCREF(given);

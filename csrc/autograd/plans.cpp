@@ -1,10 +1,10 @@
 #include "autograd/plans.h"
 
+#include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_ops.h>
 #include <c10/util/Exception.h>
-#include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
@@ -15,38 +15,11 @@
 
 #include "autograd/driver.h"
 #include "autograd/nodes.h"
+#include "autograd/plan.h"
 #include "autograd/served.h"
 
 namespace adamix {
 namespace {
-
-struct PlannedLaunch {
-  driver::Launch launch;
-  std::vector<size_t> parameters;  // numbers of values
-};
-
-struct Result {
-  std::vector<int64_t> sizes;
-  at::ScalarType dtype;
-};
-
-// The values of a call: addresses of its tensors, of the results, of parts of the scratch memory and of other values,
-// then constants as the kernels take them.
-struct Plan {
-  int64_t device;
-  std::vector<Result> results;
-  int64_t scratch;  // elements of the first tensor's dtype
-  std::vector<int64_t> offsets;
-  std::vector<std::pair<size_t, int64_t>> parts;
-  std::vector<uint64_t> constants;
-  std::vector<PlannedLaunch> launches;
-  PyObject* source = nullptr;  // holds the kernels
-
-  Plan() = default;
-  Plan(const Plan&) = delete;
-  Plan& operator=(const Plan&) = delete;
-  ~Plan() { Py_XDECREF(source); }
-};
 
 constexpr size_t kMostPlans = 4096;
 using Plans = std::unordered_map<std::string, std::shared_ptr<const Plan>>;
@@ -55,13 +28,6 @@ using Plans = std::unordered_map<std::string, std::shared_ptr<const Plan>>;
 Plans& plans() {
   static Plans* const made = new Plans;
   return *made;
-}
-
-// Python's error as C++'s, which other threads may hand on.
-[[noreturn]] void raise() {
-  python_error error;
-  error.persist();
-  throw std::move(error);
 }
 
 // What Python's current_stream says: the stream, or nothing.
@@ -82,12 +48,8 @@ bool put_state(Request& request) {
   if (table != nullptr && !PyBytes_Check(table)) return false;
   request.put(table == nullptr ? std::string() : std::string(PyBytes_AS_STRING(table), PyBytes_GET_SIZE(table)));
   if (request.tensors()[0].scalar_type() != at::kFloat) return true;
-  std::string precision;
-  PyObject* found = PyObject_CallNoArgs(python.precision);
-  bool is_known = found != nullptr && (PyBool_Check(found) || read(found, precision));
-  if (is_known) request.put(precision + (found == Py_True ? "tf32" : ""));
-  Py_XDECREF(found);
-  return PyErr_Clear(), is_known;
+  auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+  return request.put(static_cast<int64_t>(precision)), true;
 }
 
 // The results' and scratch memory's addresses behind those of the tensors; false where one is no multiple of 16.
@@ -103,6 +65,13 @@ bool add_addresses(const Plan& plan, const std::vector<at::Tensor>& results, con
   for (const auto& [n, offset] : plan.parts) values.push_back(values[n] + offset);
   values.insert(values.end(), plan.constants.begin(), plan.constants.end());
   return true;
+}
+
+// As at::empty for a tensor like `like`, which is asked for its device here, and not by a trip of its own.
+at::Tensor new_memory(const at::Tensor& like, c10::IntArrayRef sizes, at::ScalarType dtype) {
+  c10::DispatchKey key = like.is_cpu() ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA;
+  return at::_ops::empty_memory_format::redispatch(c10::DispatchKeySet(key), c10::fromIntArrayRefSlow(sizes), dtype,
+                                                   std::nullopt, like.device(), std::nullopt, std::nullopt);
 }
 
 int launch_all(const Plan& plan, uint64_t stream, std::vector<uint64_t>& values) {
@@ -129,55 +98,6 @@ bool put_option(PyObject* given, Request& request) {
   if (read(given, text)) return request.put(text), true;
   std::vector<int64_t> numbers;
   return read(given, numbers) && (request.put(c10::IntArrayRef(numbers)), true);
-}
-
-template <typename T>
-std::vector<T> read_numbers(PyObject* given) {
-  std::vector<int64_t> numbers;
-  TORCH_CHECK(read(given, numbers), "keep_plan: expected a tuple of ints");
-  return {numbers.begin(), numbers.end()};
-}
-
-template <typename F>
-void each(PyObject* items, F take) {
-  TORCH_CHECK(PyTuple_CheckExact(items) || PyList_CheckExact(items), "keep_plan: expected a tuple or a list");
-  for (Py_ssize_t n = 0; n < PySequence_Fast_GET_SIZE(items); ++n) take(PySequence_Fast_GET_ITEM(items, n));
-}
-
-// What Plan.described gives.
-std::shared_ptr<Plan> read_plan(PyObject* described) {
-  PyObject *results, *offsets, *parts, *constants, *launches;
-  long long device = 0, scratch = 0;
-  auto made_plan = std::make_shared<Plan>();
-  Plan& plan = *made_plan;
-  if (!PyArg_ParseTuple(described, "LOLOOOO", &device, &results, &scratch, &offsets, &parts, &constants, &launches)) {
-    raise();
-  }
-  plan.device = device, plan.scratch = scratch, plan.offsets = read_numbers<int64_t>(offsets);
-  each(results, [&](PyObject* item) {
-    PyObject *sizes, *dtype;
-    if (!PyArg_ParseTuple(item, "OO!", &sizes, &THPDtypeType, &dtype)) raise();
-    plan.results.push_back({read_numbers<int64_t>(sizes), reinterpret_cast<THPDtype*>(dtype)->scalar_type});
-  });
-  each(parts, [&](PyObject* item) {
-    auto numbers = read_numbers<int64_t>(item);
-    plan.parts.emplace_back(numbers.at(0), numbers.at(1));
-  });
-  each(constants, [&](PyObject* item) { plan.constants.push_back(PyLong_AsUnsignedLongLongMask(item)); });
-  each(launches, [&](PyObject* item) {
-    unsigned long long function = 0;
-    PlannedLaunch made{};
-    driver::Launch& launch = made.launch;
-    PyObject* parameters;
-    if (!PyArg_ParseTuple(item, "K(III)IIO", &function, &launch.grid[0], &launch.grid[1], &launch.grid[2],
-                          &launch.threads, &launch.shared, &parameters)) {
-      raise();
-    }
-    launch.function = reinterpret_cast<void*>(function);
-    made.parameters = read_numbers<size_t>(parameters);
-    plan.launches.push_back(std::move(made));
-  });
-  return made_plan;
 }
 
 // A new reference.
@@ -246,33 +166,6 @@ class Gil {
 
 }  // namespace
 
-Request::Request(PlanKind kind, std::vector<at::Tensor> tensors) : tensors_(std::move(tensors)) {
-  key_.reserve(512);
-  key_ += static_cast<char>(kind);
-  for (const at::Tensor& t : tensors_) {
-    // Every tensor tells its length, so that no two lists of tensors give the same bytes.
-    key_ += static_cast<char>(t.defined() ? t.dim() + 1 : 0);
-    if (!t.defined()) continue;
-    fits_ = fits_ && t.is_contiguous() && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
-    key_ += static_cast<char>(t.scalar_type());
-    key_ += static_cast<char>(t.device().type());
-    key_ += static_cast<char>(t.device().index());
-    put_bytes(t.sizes().data(), t.dim() * sizeof(int64_t));
-  }
-}
-
-void Request::put(bool flag) { key_ += flag ? "b1" : "b0"; }
-void Request::put(int64_t number) { key_ += 'i', put_bytes(&number, sizeof(number)); }
-void Request::put(double number) { key_ += 'f', put_bytes(&number, sizeof(number)); }
-void Request::put(const std::string& text) {
-  put(static_cast<int64_t>(text.size()));
-  key_ += text;
-}
-void Request::put(c10::IntArrayRef numbers) {
-  put(static_cast<int64_t>(numbers.size()));
-  put_bytes(numbers.data(), numbers.size() * sizeof(int64_t));
-}
-
 std::optional<std::vector<at::Tensor>> launch_plan(Request& request) {
   const at::Tensor& like = request.tensors()[0];
   if (!request.fits() || !put_state(request)) return std::nullopt;
@@ -288,9 +181,9 @@ std::optional<std::vector<at::Tensor>> launch_plan(Request& request) {
   results.reserve(plan.results.size());
   for (const Result& result : plan.results) {
     bool is_nothing = result.sizes.size() == 1 && result.sizes[0] == 0;
-    results.push_back(is_nothing ? at::Tensor() : at::empty(result.sizes, like.options().dtype(result.dtype)));
+    results.push_back(is_nothing ? at::Tensor() : new_memory(like, result.sizes, result.dtype));
   }
-  at::Tensor scratch = plan.scratch > 0 ? at::empty({plan.scratch}, like.options()) : at::Tensor();
+  at::Tensor scratch = plan.scratch > 0 ? new_memory(like, {plan.scratch}, like.scalar_type()) : at::Tensor();
   std::vector<uint64_t> values;
   values.reserve(request.tensors().size() + results.size() + plan.offsets.size() + plan.parts.size() +
                  plan.constants.size());

@@ -16,11 +16,11 @@ enum OpId : int64_t { kAdapter, kLora };
 
 // What Python hands over once; borrowed for good. direct, choices, modules: dictionaries of the modules ops/_direct,
 // _auto and torch.nn.modules.module. routers, linears: sets of the classes whose instances do what their name says.
-// current_stream(device): the stream to launch Triton's kernels on, or None. precision(): of float32 products, a name
-// or whether it is TF32. backward(op, passes, backend, *arguments): the backward's results where no plan is known.
+// current_stream(device): the stream to launch Triton's kernels on, or None. backward(op, passes, backend, *arguments):
+// the backward's results where no plan is known.
 struct Python {
   PyObject *direct, *choices, *modules, *environment, *check_name, *check_value, *table_name, *routers, *linears,
-      *current_stream, *precision, *backward;
+      *current_stream, *backward;
 };
 extern Python python;
 

@@ -17,6 +17,11 @@ from adamix_kernels._build import BuildError, toolchain
 EDITABLE = "from setuptools import build_meta; print(build_meta.build_editable('dist'))"
 WHEEL = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
 FACTS = "import json; from adamix_kernels.commands import env; print(json.dumps(env.describe()))"
+NODE = """
+#include <Python.h>
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_node"};
+PyMODINIT_FUNC PyInit__node() { return PyModule_Create(&definition); }
+"""
 
 
 def _nvcc_problem():
@@ -90,6 +95,27 @@ def test_without_nvcc_the_package_is_pure_python_and_says_why(project, tmp_path_
     for words in (facts["cuda_library"]["problem"], facts["backends"]["cuda"]["reason"]):
         assert "not built into this installation: no nvcc: /nowhere/bin/nvcc is not there" in words
     assert facts["backends"]["reference"]["usable"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_without_nvcc_gxx_builds_autograds_nodes_where_a_gpu_is(project, tmp_path_factory):
+    found = {"PATH": tiny_csrc.nvidia_smi(project), "CUDA_HOME": "/nowhere"}
+    found["PYTHONPATH"] = f"{tiny_csrc.torch(project)}{os.pathsep}{project}"
+    node = project / "csrc/autograd/module.cpp"
+    node.parent.mkdir()
+    node.write_text("#error not today\n")
+    wheel, names, printed = _wheel(project, **found)
+    assert "autograd's nodes stay in Python: status 1 from" in printed
+    assert "python -m adamix_kernels._build --node" in printed
+    assert not [name for name in names if name.endswith(".so")]
+    node.write_text(NODE)
+    wheel, names, printed = _wheel(project, **found)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert f"adamix_kernels/_node-2.13.0{suffix}" in names
+    assert "none-any" not in wheel.name
+    assert "nodes stay in Python" not in printed
+    _, names, printed = _wheel(project, **found, ADAMIX_CUDA="0")
+    assert "autograd's nodes stay in Python: ADAMIX_CUDA=0" in printed
 
 
 def test_a_library_that_was_asked_for_and_cannot_be_built_is_an_error(project):

@@ -70,9 +70,8 @@ def project(folder: Path) -> Path:
     """A copy of the project whose csrc/ is the one above."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, folder / name)
-    shutil.copytree(
-        ROOT / "adamix_kernels", folder / "adamix_kernels", ignore=shutil.ignore_patterns("__pycache__", "_C*")
-    )
+    left = shutil.ignore_patterns("__pycache__", "_C*", "_node-*")
+    shutil.copytree(ROOT / "adamix_kernels", folder / "adamix_kernels", ignore=left)
     for name, text in FILES.items():
         path = folder / "csrc" / name
         path.parent.mkdir(parents=True, exist_ok=True)
