@@ -37,7 +37,7 @@ ADAMIX_DEVICE void multiply_up(const SortedInputGrad<T>& p, const SortedGradTeam
   int share = kHalves == 1 ? at.warp / 2 : at.warp,
       first = kHalves == 1 ? at.warp % 2 * 2 : 0;  // of the lane's rows
   bool biased = p.up_bias != nullptr && p.dgates != nullptr;
-  float sums[kHalves][Tiles][2][4] = {}, of_bias[kHalves][4] = {};
+  float sums[kHalves][Tiles][2][4] = {}, of_bias[kHalves][2] = {};
   const T* grad[2 * kHalves];
 #pragma unroll
   for (int i = 0; i < 2 * kHalves; ++i) {
@@ -62,7 +62,9 @@ ADAMIX_DEVICE void multiply_up(const SortedInputGrad<T>& p, const SortedGradTeam
         uint4 b = at.g == 0 && col < cols ? load_words<uint4>(bias) : uint4{0, 0, 0, 0};
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
-          multiply_step<T>(of_bias[half], rows[d][2 * half], rows[d][2 * half + 1], b);
+          float with[4] = {of_bias[half][0], 0.f, of_bias[half][1], 0.f};
+          multiply_step<T>(with, rows[d][2 * half], rows[d][2 * half + 1], b);
+          of_bias[half][0] = with[0], of_bias[half][1] = with[2];
         }
       }
     }
@@ -94,7 +96,7 @@ ADAMIX_DEVICE void multiply_up(const SortedInputGrad<T>& p, const SortedGradTeam
 #pragma unroll
   for (int i = 0; i < 2 * kHalves; ++i) {
     int place = share * kTeamRows + at.row(first + i);
-    if (biased && at.q == 0) team.bias_sums[place] = of_bias[i / 2][i % 2 * 2];
+    if (biased && at.q == 0) team.bias_sums[place] = of_bias[i / 2][i % 2];
     float* to = team.sums + place * team.pitch + group * team.group_pitch + 4 * at.q;
 #pragma unroll
     for (int tile = 0; tile < Tiles; ++tile) {

@@ -7,7 +7,7 @@ namespace adamix {
 
 ADAMIX_BOTH constexpr int sorted_grad_cols(int tiles) { return tiles == 1 ? 64 : 32; }
 
-// Tiles: of 16 ranks of a group. Biased: the biases' gradients are wanted, of one group.
+// Tiles: of 16 ranks of a group. Biased: the biases' gradients are wanted, of one group, and nothing is dropped.
 template <int Tiles, bool Biased>
 struct SortedGradSums {
   static constexpr int kCols = sorted_grad_cols(Tiles);
@@ -56,12 +56,13 @@ ADAMIX_DEVICE void add_pairs(const SortedSide<T>& side, const T* bias_gates, con
         const T* of_row = from_wide + side.wide.offset(row);
         const T* of_pair = narrow + static_cast<int64_t>(pair) * narrow_cols;
         DropoutMask::RowKeys keys{};
-        if (mask.drops()) keys = mask.of_row(row);
+        if (!Biased && mask.drops()) keys = mask.of_row(row);
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
           bool inside = there && col0 + part * kStep + 8 * q < side.cols;
           uint4 piece = inside ? load_words<uint4>(of_row + part * kStep) : uint4{0, 0, 0, 0};
-          if (mask.drops()) piece = mask.kept(piece, keys, DropoutMask::EightColumns(col0 + part * kStep + 8 * q));
+          if (!Biased && mask.drops())
+            piece = mask.kept(piece, keys, DropoutMask::EightColumns(col0 + part * kStep + 8 * q));
           wide[d][part][below] = piece;
         }
 #pragma unroll
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(kTeamThreads, 2) gated_sorted_weight_grad_mma_
       });
     }
     __syncthreads();
-    float scale = mask.drops() ? dropout.scale : 1.f;
+    float scale = !Biased && mask.drops() ? dropout.scale : 1.f;
     int64_t range = static_cast<int64_t>(expert) * side.groups + group;
     auto sum_of = [&](int rank, int c) {
       float sum = 0.f;
