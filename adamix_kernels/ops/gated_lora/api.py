@@ -43,8 +43,8 @@ def gated_lora(
     over = functools.partial(check_inplace, given, x, lora_a, lora_b, gates)
     if direct and gates is not None and not (scales is not None and scaling.requires_grad):  # type: ignore[union-attr]
         tensors = x, lora_a, lora_b, a_index, b_index, gates, scales, base
-        options = factor, groups, output_offsets, dropout_p, mix, backend, inplace
-        out = call(tensors, *options, False, key, over)
+        numbers = factor, groups, output_offsets, dropout_p
+        out = call(tensors, *numbers, mix, backend, inplace, False, key, over)
         if out is not None:
             return out if base is None or out.shape == base.shape else out.view(base.shape)
     check_tensor("x", x)
