@@ -223,5 +223,5 @@ def test_a_training_forward_makes_few_calls():
     router = ro.LinearRouter(K, M, 2, balance=True, z=True).train()
     with Calls() as made:
         router(torch.randn(2, 5, K), torch.ones(2, 5))
-    # product, to float32 or not, top 2 and its softmax; tokens 5; balance 8; z 4; means 12
-    assert made.count <= 34
+    # Product and top 2 with its softmax, tokens counted, balance, z, means: 54 before these shared what they read.
+    assert made.count <= 36
