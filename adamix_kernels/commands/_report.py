@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..models._files import write_json
-from ..models.gating import is_learned
+from ..models.gating import gates_of_layers, is_learned
 from ..models.state import adamix_state
 from ..models.summary import count_parameters, summary
 from ..tasks import Run
@@ -47,6 +47,11 @@ def tell(outcome: Outcome, folder: str) -> None:
     served = "experts by their gates" if is_learned(outcome.model) else "merged experts"
     texts = f"{outcome.dev_rows} text{'' if outcome.dev_rows == 1 else 's'}"
     print(f"dev {values} ({served}, {texts})")
+    gates = mean_gates(outcome.model)
+    if gates:
+        shares = [(share, number, path) for path, row in gates.items() for number, share in enumerate(row)]
+        least, most = ("{:.0%} (expert {} of {})".format(*found) for found in (min(shares), max(shares)))
+        print(f"mean gates from {least} to {most}; all of them: {REPORT_NAME}")
     absent = [name for name in outcome.kind.metrics if name not in outcome.scores]
     if absent:
         print(f"  {', '.join(absent)}: no score on these texts; adamix eval says why")
@@ -69,6 +74,12 @@ def tell(outcome: Outcome, folder: str) -> None:
     print(f"checkpoint: {folder}\nnext:")
     for command in next_commands(outcome, folder):
         print(f"  {command}")
+
+
+def mean_gates(model: nn.Module) -> dict[str, list[float]]:
+    """path -> each expert's mean gate over the last training batches; empty without gates."""
+    gates = {path: gate for path, gate in gates_of_layers(model).items() if bool(gate.batches)}
+    return {path: [round(share, 6) for share in gate.mean_gates.tolist()] for path, gate in gates.items()}
 
 
 def next_commands(outcome: Outcome, folder: str) -> list[str]:
@@ -101,6 +112,7 @@ def _write(outcome: Outcome, folder: Path, warning: str | None) -> None:
         "baselines": {} if baselines is None else {**baselines.values, **{n: None for n in baselines.absent}},
         "warning": warning,
         "training": outcome.losses,
+        **({"mean_gates": gates} if (gates := mean_gates(outcome.model)) else {}),
         "trainable_parameters": trainable,
         "parameters": total,
         "notes": outcome.notes,

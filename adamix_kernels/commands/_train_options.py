@@ -105,6 +105,8 @@ class AdaptationOptions:
         made: AdaMixConfig = make(**fields)
         if self.preset != NO_PRESET and made.routing != LEARNED:
             raise ValueError(f"preset: got {self.preset} with --routing {made.routing}, expected one of them")
+        if "router" in given and made.routing != LEARNED:
+            raise ValueError(f"router: got {self.router} with --routing {made.routing}, expected --routing learned")
         return made
 
     def _fields(self) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from pathlib import Path
 from torch import nn
 
 from .._version import __version__
+from ..routing import LEARNED
 from ._files import replace_file
+from .config import AdaMixConfig
+from .gate_config import experts_of
 from .state import adamix_state
 from .targets import model_type
 
@@ -49,7 +52,7 @@ def adamix_card(model: nn.Module, tags: Sequence[str] = ()) -> str:
         facts=["library_name: adamix_kernels"],
         tags=["adamix", config.method, *filter(None, [model_type(model)]), *tags],
         title=f"{type(model).__name__}, fine-tuned with AdaMix",
-        what=f"{kind[0].upper()}{kind[1:]}: {many}{config.num_experts} experts, shared side: {config.share or 'none'}. "
+        what=f"{kind[0].upper()}{kind[1:]}: {many}{_experts(config)}, shared side: {config.share or 'none'}. "
         "The folder holds what was trained, not the base model; AutoModel.from_pretrained does not read it.",
         usage=[
             "from adamix_kernels import load  # with its extra [hf]",
@@ -57,6 +60,23 @@ def adamix_card(model: nn.Module, tags: Sequence[str] = ()) -> str:
             'model, tokenizer = load("THIS_FOLDER_OR_REPOSITORY")',
         ],
     )
+
+
+def _experts(config: AdaMixConfig) -> str:
+    """How many, where layers may have other numbers."""
+    found = experts_of(config)
+    if isinstance(config.experts_pattern, list):
+        return f"{', '.join(map(str, found))} experts by depth"
+    return f"{found[0] if len(set(found)) == 1 else f'{min(found)} to {max(found)}'} experts"
+
+
+def _method(model: nn.Module) -> str:
+    state = adamix_state(model)
+    if state.config.routing != LEARNED:
+        return "experts routed at random in training, averaged afterwards"
+    chosen = "" if state.config.top_k is None else f", the {state.config.top_k} largest of a token"
+    merged = ", merged by the mean of these" if state.merged else ""
+    return f"here its experts are weighed by learned gates (router: {state.config.router}{chosen}){merged}"
 
 
 def card(model: nn.Module, facts: Sequence[str], tags: Sequence[str], title: str, what: str, usage: list[str]) -> str:
@@ -76,7 +96,7 @@ def card(model: nn.Module, facts: Sequence[str], tags: Sequence[str], title: str
         what,
         "",
         f"Base model: `{base}` ({type(model).__name__}). Made by adamix_kernels {__version__}; the method is",
-        f"[AdaMix]({_PAPER}): experts routed at random in training, averaged afterwards.",
+        f"[AdaMix]({_PAPER}): {_method(model)}.",
         "",
         "```python",
         *usage,

@@ -30,6 +30,8 @@ class _Losses:
     def __init__(self) -> None:
         self.balance: torch.Tensor | None = None
         self.z: torch.Tensor | None = None
+        # Of tokens, for the running means, until the end of the forward.
+        self.weights: torch.Tensor | None = None
 
     def __reduce__(self) -> tuple[type[_Losses], tuple[()]]:
         return _Losses, ()
@@ -91,32 +93,39 @@ class GateRouter(nn.Module):
             fail("x", f"shape {tuple(x.shape)}", f"[..., K] with K = {self.width}, the router's features")
         _check_mask(mask, x)
         if not _recomputes():
-            self.last.balance = self.last.z = None
+            self.last.balance = self.last.z = self.last.weights = None
         found = self.gates(x, mask, tasks)
         if self.training and not _recomputes():
             self._note(found, mask)
+            self.last.weights = None
         return found
 
     def _leave(self, logits: torch.Tensor, index: torch.Tensor | None, mask: torch.Tensor | None) -> None:
         """Keeps the losses of these logits that are asked for. What recomputes makes them, too, and forgets them."""
-        if not self.training:
+        if not self.training or not (self.balance or self.z):
             return
         kept = _Losses() if _recomputes() else self.last
+        wide = _wide(logits)
+        weights = kept.weights = token_weights(wide, mask)
         if self.balance:
-            kept.balance = balance_loss(_softmax(logits), index, mask)
+            used = None if index is None else torch.zeros_like(wide).scatter_(-1, index, 1.0)
+            kept.balance = _balance(_softmax(logits), used, weights)
         if self.z:
-            kept.z = z_loss(logits, mask)
+            kept.z = _z(wide, weights)
 
     @torch.no_grad()
     def _note(self, found: Gates, mask: torch.Tensor | None) -> None:
-        dense = dense_gates(found, self.num_experts).float()
-        weights = token_weights(dense, mask)
-        mean = (dense * weights).sum(tuple(range(dense.dim() - 1)))
-        square = (dense.square().sum(-1, keepdim=True) * weights).sum()
+        gates, chosen = found.gates.float(), found.chosen
+        weights = token_weights(gates, mask) if self.last.weights is None else self.last.weights.float()
+        dense = gates
+        if chosen is not None:
+            dense = gates.new_zeros(*gates.shape[:-1], self.num_experts).scatter_(-1, chosen, gates)
         self.batches += 1
         share = self.batches.reciprocal().clamp_min(_MOMENTUM)
-        self.mean_gates += (mean - self.mean_gates) * share
-        self.mean_square += (square - self.mean_square) * share
+        mean, square = (dense * weights).sum(tuple(range(gates.dim() - 1))), (gates.square() * weights).sum()
+        # A model may have been cast as a whole.
+        self.mean_gates.lerp_(mean.to(self.mean_gates.dtype), share)
+        self.mean_square.lerp_(square.to(self.mean_square.dtype), share)
 
 
 def balance_loss(
@@ -146,14 +155,18 @@ def balance_loss(
     _check_mask(mask, probabilities)
     if index is not None:
         _check_chosen(index, probabilities)
-    weights = token_weights(probabilities, mask)
+    used = None
+    if index is not None:
+        used = dense_gates(Gates(torch.ones_like(index, dtype=probabilities.dtype), index), probabilities.shape[-1])
+    return _balance(probabilities, used, token_weights(probabilities, mask))
+
+
+def _balance(probabilities: torch.Tensor, used: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
+    """used: [..., M], 1 where a token chose the expert; None: dense."""
     over = tuple(range(probabilities.dim() - 1))
     mean = (probabilities * weights).sum(over)
-    used = mean.detach()
-    if index is not None:
-        chosen = dense_gates(Gates(torch.ones_like(index, dtype=probabilities.dtype), index), probabilities.shape[-1])
-        used = (chosen * weights).sum(over)
-    return probabilities.shape[-1] * (used * mean).sum()
+    share = mean.detach() if used is None else (used * weights).sum(over)
+    return probabilities.shape[-1] * (share * mean).sum()
 
 
 def z_loss(logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -172,9 +185,12 @@ def z_loss(logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tens
     """
     check_tensor("logits", logits)
     _check_mask(mask, logits)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    squares = wide.logsumexp(-1, keepdim=True).square()
-    return (squares * token_weights(squares, mask)).sum()
+    wide = _wide(logits)
+    return _z(wide, token_weights(wide, mask))
+
+
+def _z(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return (logits.logsumexp(-1, keepdim=True).square() * weights).sum()
 
 
 def dense_gates(found: Gates, num_experts: int) -> torch.Tensor:
@@ -190,7 +206,11 @@ def token_weights(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tens
     if mask is not None and mask.shape == values.shape[:-1]:
         counted = (mask != 0).to(values.dtype)
         return (counted / counted.sum().clamp_min(1)).unsqueeze(-1)
-    return values.new_tensor(1 / max(1, values.shape[:-1].numel()))
+    return values.new_full((), 1 / max(1, values.shape[:-1].numel()))  # made on the device
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _softmax(logits: torch.Tensor) -> torch.Tensor:

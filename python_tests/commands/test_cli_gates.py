@@ -1,5 +1,6 @@
 """Presets and tasks on the command line: what they configure, and a small run from train to merge."""
 
+import json
 import random
 
 import pytest
@@ -36,6 +37,7 @@ def test_what_is_given_beside_a_preset_counts():
         (["--preset", "mole"], "preset: got 'mole', expected one of 'none', 'hydra_lora'"),
         (["--preset", "mola", "--routing", "batch"], "preset: got mola with --routing batch|router|top_k"),
         (["--router", "task", "--routing", "learned"], "router: got task, expected --task_column too"),
+        (["--router", "linear"], "router: got linear with --routing batch, expected --routing learned"),
         (
             ["--task_column", "a", "--router", "linear"],
             "task_column: got 'a' with --router linear, expected --router task",
@@ -74,6 +76,14 @@ def domains(tmp_path_factory):
     ]
     assert cli.main(["train", *flags, *more]) == 0
     return folder
+
+
+def test_the_report_has_every_mean_gate_and_the_card_says_what_it_is(domains):
+    report, card = (domains / "out" / name for name in ("adamix_report.json", "README.md"))
+    gates = json.loads(report.read_text())["mean_gates"]
+    assert [len(row) for row in gates.values()] == [4] * 2
+    assert all(abs(sum(row) - 1) < 1e-3 for row in gates.values())
+    assert "experts are weighed by learned gates (router: task)." in card.read_text()
 
 
 def test_a_run_knows_its_tasks(domains, capsys):

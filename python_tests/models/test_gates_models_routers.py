@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from adamix_kernels import routing as ro
+from benchmarks.mixtures import Calls
 
 B, S, K, M = 3, 5, 8, 4
 
@@ -205,3 +206,22 @@ def test_every_router_is_made_by_its_name(kind):
     assert found.gates.dim() == (3 if router.per_token else 2)
     empty = router(tokens()[:0] if kind != "task" else tokens(), mask()[:0], torch.zeros(B, dtype=torch.long))
     assert torch.isfinite(empty.gates).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_running_means_of_a_model_cast_as_a_whole(dtype):
+    router = ro.LinearRouter(K, M, 2, balance=True, z=True).train().to(dtype)
+    for _ in range(3):
+        router(torch.randn(2, 5, K, dtype=dtype), torch.tensor([[1, 1, 1, 0, 0], [1] * 5]))
+    assert router.batches.item() == 3
+    assert router.mean_gates.sum().item() == pytest.approx(1, abs=0.02)
+    assert router.last.weights is None
+
+
+def test_a_training_forward_makes_few_calls():
+    """What counts on a GPU, where each is a launch: of the losses and the running means, not of the router itself."""
+    router = ro.LinearRouter(K, M, 2, balance=True, z=True).train()
+    with Calls() as made:
+        router(torch.randn(2, 5, K), torch.ones(2, 5))
+    # Product and top 2 with its softmax, tokens counted, balance, z, means: 54 before these shared what they read.
+    assert made.count <= 36

@@ -1,8 +1,9 @@
 """A child of test_direct_calls.py: calls that differ in one property, planned before and not, by what they launch.
 
 `python host_calls.py FOLDER '[[SEED, COUNT], [SEED, COUNT, PROPERTY, TRAIT]]'`: pairs that differ in that property
-alone, with plans made not to see a trait of tensors, which must show; a fifth, true: calls with gates. Each list runs in a fork, so that all is imported
-once, and leaves what it printed in FOLDER/<its number>.<exit status>. The driver launches nothing
+alone, with plans made not to see a trait of tensors, which must show; a fifth, true: calls with gates. Each list runs
+in a fork, so that all is imported once, and leaves what it printed in FOLDER/<its number>.<exit status>. The driver
+launches nothing
 (benchmarks/host/driver.py), so results are compared by their launches: kernel, grid, stream and every argument,
 addresses by the tensor that they belong to.
 

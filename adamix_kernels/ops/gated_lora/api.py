@@ -39,12 +39,18 @@ def gated_lora(
         x, lora_a, lora_b, base = autocast_lora(x, lora_a, lora_b, base)
         gates = cast_gates(gates, autocast_dtype(x.device.type))
     scales, factor = (scaling.detach(), 1.0) if isinstance(scaling, torch.Tensor) else (None, scaling)
-    key = functools.cache(functools.partial(seed_tensor, seed, x))
+    drawn: list[torch.Tensor] = []
+
+    def key() -> torch.Tensor:
+        if not drawn:
+            drawn.append(seed_tensor(seed, x))
+        return drawn[0]
+
     over = functools.partial(check_inplace, given, x, lora_a, lora_b, gates)
     if direct and gates is not None and not (scales is not None and scaling.requires_grad):  # type: ignore[union-attr]
         tensors = x, lora_a, lora_b, a_index, b_index, gates, scales, base
-        options = factor, groups, output_offsets, dropout_p, mix, backend, inplace
-        out = call(tensors, *options, False, key, over)
+        numbers = factor, groups, output_offsets, dropout_p
+        out = call(tensors, *numbers, mix, backend, inplace, False, key, over)
         if out is not None:
             return out if base is None or out.shape == base.shape else out.view(base.shape)
     check_tensor("x", x)
