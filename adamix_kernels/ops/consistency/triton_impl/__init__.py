@@ -1,10 +1,10 @@
 """Triton backend of the consistency losses.
 
 Launches: forward one where few rows of few classes are one program's, else two, of which the first numbers the rows;
-the gradient comes with it where one is wanted. Backward one, whose programs return at once where the forward's gradient
-is right already. The logits are read once, for the gradient of many classes once more (from L2 where the rows fit), and
-their gradient is written once. linear_adamix_loss: one launch a chunk, which reads the chunk's logits and writes their
-gradient over them.
+the gradient comes with it where one is wanted. Backward one, whose programs return at once where the forward's
+gradient is right already. The logits are read once, for the gradient of many classes once more (16-bit rows but for
+what registers hold; from L2 where the rows fit), and their gradient is written once. linear_adamix_loss: one launch a
+chunk, which reads the chunk's logits and writes their gradient over them.
 """
 
 from __future__ import annotations
