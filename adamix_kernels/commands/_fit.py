@@ -77,7 +77,6 @@ def run_training(
         head_learning_rate=fit.head_learning_rate,
     )
     if trainer.is_world_process_zero():
-        os.makedirs(arguments.output_dir, exist_ok=True)
         write_run(arguments.output_dir, run)  # so that a checkpoint of an interrupted run can be used, too
     try:
         done = trainer.train(resume_from_checkpoint=checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -21,6 +22,7 @@ from ..tasks import Run, TextTask, load_causal, load_classifier, load_task, reso
 from ..tasks.batches import without_tasks
 from . import _defaults
 from ._baselines import Baselines, Work, measure
+from ._folder import alone_in
 from ._kinds import Kind, checked_metrics, longest_text, make_kind, start_at, without_text
 from ._options import needs_out, quiet, set_log_level
 from ._parser import OptionParser
@@ -132,20 +134,22 @@ def main(argv: Sequence[str]) -> int:
         for note in notes:
             print(f"note: {note}")
         print(_plan(arguments, len(rows), len(dev_rows), steps), flush=True)
-    bare, bare_dev = (without_tasks(part) for part in (rows, dev_rows))
-    baselines = _baselines(options, model, kind, bare, bare_dev, steps)
-    if task.kind == "regression":
-        start_at(model, sum(row["labels"] for row in rows) / len(rows))
-    centroid = _centroid(options, model, kind, bare)
-    adapt(model, config)
-    adamix_state(model).centroid = centroid
-    trained = run_training(model, kind, rows, dev_rows, options, checkpoint, run)
-    if is_main():
-        scores = trained.scores
-        if task.kind == "generation":  # per token, which the Trainer's is not, and the decoded texts
-            with quiet():
-                scores = kind.evaluate(model, dev, not arguments.disable_tqdm).values
-        tell(Outcome(model, kind, run, scores, trained.losses, baselines, notes, len(dev_rows)), arguments.output_dir)
+    with alone_in(arguments.output_dir) if is_main() else contextlib.nullcontext():
+        bare, bare_dev = (without_tasks(part) for part in (rows, dev_rows))
+        baselines = _baselines(options, model, kind, bare, bare_dev, steps)
+        if task.kind == "regression":
+            start_at(model, sum(row["labels"] for row in rows) / len(rows))
+        centroid = _centroid(options, model, kind, bare)
+        adapt(model, config)
+        adamix_state(model).centroid = centroid
+        trained = run_training(model, kind, rows, dev_rows, options, checkpoint, run)
+        if is_main():
+            scores = trained.scores
+            if task.kind == "generation":  # per token, which the Trainer's is not, and the decoded texts
+                with quiet():
+                    scores = kind.evaluate(model, dev, not arguments.disable_tqdm).values
+            outcome = Outcome(model, kind, run, scores, trained.losses, baselines, notes, len(dev_rows))
+            tell(outcome, arguments.output_dir)
     return 0
 
 

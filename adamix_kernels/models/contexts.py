@@ -93,6 +93,8 @@ def use_experts(
         raise ValueError(f'threshold: got {threshold!r}, expected it for a pack and "nearest" alone')
     if state.merged:
         raise ValueError("model: got a merged model, expected one that still has its experts")
+    if isinstance(index, str) or (isinstance(index, Sequence) and any(isinstance(name, str) for name in index)):
+        raise TypeError(f"index: got {index!r} for a model that is no pack, expected expert ids [], [B] or [B, S]")
     try:
         index = torch.as_tensor(index)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -36,6 +36,9 @@ PassPlan pass_plan(int64_t batch, int64_t tokens, int64_t hidden, int64_t rank, 
   plan.tiles_a_sample = static_cast<int>((tokens + kFragmentRows - 1) / kFragmentRows);
   int64_t tiles = batch * plan.tiles_a_sample;
   int64_t a_block = (tiles + device.multiprocessors - 1) / device.multiprocessors;
+  // Where samples are many and short, planes would be most of what moves: whole samples a block.
+  bool many = 3 * batch >= device.multiprocessors && 4 * a_block < rank;
+  if (many && a_block < plan.tiles_a_sample) a_block = plan.tiles_a_sample;
   int64_t samples =
       plan.tiles_a_sample % a_block == 0 ? 1 : (a_block + plan.tiles_a_sample - 2) / plan.tiles_a_sample + 1;
   int64_t experts = down.experts > up.experts ? down.experts : up.experts;

@@ -18,6 +18,7 @@ import torch
 from adamix_kernels import __version__, cli, commands, load_adamix, tasks
 from adamix_kernels.commands import _options, bench
 from adamix_kernels.commands import env as commands_env
+from adamix_kernels.commands._folder import alone_in
 
 SCRIPT = Path(__file__).resolve().parents[1] / "support" / "launched_cli.py"
 
@@ -163,6 +164,16 @@ def train_flags(trained, out, *more):
     flags = ["--model", str(trained / "encoder"), "--data", str(trained / "data"), "--out", str(out), "--use-cpu"]
     flags += ["--num-train-epochs", "3", "--pooling", "model"]
     return ["train", *flags, "--per-device-train-batch-size", "4", "--disable-tqdm", "true", *more]
+
+
+def test_two_trainings_do_not_write_to_one_folder(trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    with alone_in(str(out)):
+        assert cli.main(train_flags(trained, out)) == 2
+    assert f"out: got {str(out)!r}, to which another training is writing" in capsys.readouterr().err
+    assert not list(out.iterdir())
+    with alone_in(str(out)):  # the lock went with its context
+        pass
 
 
 def test_train_resumes(trained, tmp_path, capsys):

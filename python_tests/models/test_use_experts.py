@@ -144,6 +144,9 @@ def test_contexts_nest_and_end():
         assert torch.equal(model(**batch).logits, merged)
         with pytest.raises(KeyError), use_experts(model, 1):
             raise KeyError
+        for names in ("leases", ["leases", "patents"]):
+            with pytest.raises(TypeError, match="for a model that is no pack"), use_experts(model, names):
+                pass
         assert torch.equal(model(**batch).logits, merged)
     with pytest.raises(ValueError, match="got a merged model"), use_experts(merge(model), 1):
         pass
