@@ -16,6 +16,7 @@ from ..models.state import adamix_state
 from ..models.trainer import AdaMixTrainer
 from ..tasks import Run, write_run
 from ._kinds import FALLING, Kind, LabelKind
+from ._lines import tell_by_lines
 from ._train_options import LAST
 
 FINISHED = "adamix_checkpoint.json"
@@ -76,6 +77,8 @@ def run_training(
         callbacks=[EarlyStoppingCallback(fit.early_stopping)] if fit.early_stopping else None,
         head_learning_rate=fit.head_learning_rate,
     )
+    asked = {"eval_strategy", "eval_steps"} & options.given
+    tell_by_lines(trainer, lambda logs: _scores(logs, kind), bool(asked))
     if trainer.is_world_process_zero():
         write_run(arguments.output_dir, run)  # so that a checkpoint of an interrupted run can be used, too
     try:

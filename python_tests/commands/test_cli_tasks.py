@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import tiny_recipes
@@ -116,7 +117,11 @@ def test_what_a_short_run_prints(reviews, capfd):
     assert "note: There is no dev part" in out
     assert "AdaMix adapter, 4 experts" in out
     assert "training loss " in out
-    assert "'loss': " in out  # also in a run shorter than logging_steps
+    # Also in a run shorter than logging_steps.
+    assert re.search(r"^epoch \S+: loss \d.*, cross-entropy \d.*, learning rate ", out, re.M)
+    assert re.search(r"^epoch \S+: dev loss \d.*, accuracy 50.00 %$", out, re.M)
+    assert re.search(r"^trained in \d+ s, ", out, re.M)
+    assert "{'" not in out
     assert "dev accuracy 50.00 % (merged experts, 6 texts)" in out
     assert f"{_baselines.MAJORITY}: accuracy 50.00 %" in out
     assert f"WARNING: AdaMix is not better than: {_baselines.MAJORITY}" in out
