@@ -155,7 +155,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.run $(or $(BENCH),step)
 
 clean:
-	rm -rf $(VENV) demo_out docs_out build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis adamix_kernels/_C.*
+	rm -rf $(VENV) demo_out docs_out build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis adamix_kernels/_C.* adamix_kernels/_node-*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.torch:

@@ -48,6 +48,9 @@ def _without_library(folder: Path, reason: str) -> None:
         _build.write_record(folder, {"built": False, "reason": next((x for x in lines if "error" in x), lines[0])})
     problem = NO_NODES or _build.build_node_alone(folder)
     if problem:
+        if not list(folder.glob("_C*.so")):
+            for old in folder.glob("_node-*"):  # of sources that are there no more
+                old.unlink()
         again = "python -m adamix_kernels._build --node builds them with g++ alone"
         print(f"adamix_kernels: autograd's nodes stay in Python: {problem} ({again})", file=sys.stderr)
 

@@ -163,6 +163,8 @@ def build_host(variant: str, output: Path | None = None, *, jobs: int | None = N
 
 def node_alone_obstacle() -> str | None:
     """Why an installation without the library is not given node.py's module, which Triton uses, or None."""
+    if not sys.platform.startswith("linux"):
+        return f"it is built on Linux alone, this is {sys.platform}"
     if not has_gpu():
         return "no NVIDIA GPU in this machine"
     try:

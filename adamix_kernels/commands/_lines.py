@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from ._kinds import written
 
 MOST = 20  # lines of evaluations, where nobody asked for a number of them
 WORDS = {"cross_entropy": "cross-entropy", "grad_norm": "gradient norm"}
+SAY = functools.partial(print, flush=True)  # to a file, too
 Scores = Callable[[dict[str, float]], dict[str, float]]
 
 
@@ -23,7 +25,7 @@ class Lines(TrainerCallback):
 
     def __init__(self, scores: Scores, all_of_them: bool):
         self._scores, self._all, self._evaluated, self._ended = scores, all_of_them, 0, False
-        self.say: Callable[[str], Any] = print
+        self.say: Callable[[str], Any] = SAY
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not logs or not state.is_world_process_zero:
@@ -60,7 +62,7 @@ class LinesBesideBar(ProgressCallback):
         self._lines = lines
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self._lines.say = print if self.training_bar is None else self.training_bar.write
+        self._lines.say = SAY if self.training_bar is None else self.training_bar.write
         self._lines.on_log(args, state, control, logs, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -170,21 +170,22 @@ def _rows(options: PredictOptions, words: Sequence[str], run: Run, tasks: str | 
     if not options.file:
         rows = _words(options, words)
     elif options.text_column or options.text_pair_column or not run.text_column:
-        rows = _of_file(options, tasks or None)
+        rows = _called("task_column", _of_file(options, tasks or None))
     else:
         rows = _by_training_columns(options.file, run, tasks)
-    return (_checked(row, run) for row in _called("task_column", rows))
+    return (_checked(row, run) for row in rows)
 
 
 def _by_training_columns(file: str, run: Run, tasks: str | None) -> Iterator[InputRow]:
     more = {"name_column": tasks or None}
-    rows = read_inputs(file, text_column=run.text_column, text_pair_column=run.text_pair_column, **more)
+    columns = {"text_column": run.text_column, "text_pair_column": run.text_pair_column}
+    rows = _called("task_column", read_inputs(file, **columns, **more))
     try:
         first = next(rows, None)
     except ValueError as error:
         if not str(error).startswith("text_"):
             raise
-        return read_inputs(file, **more)
+        return _called("task_column", read_inputs(file, **more))
     return rows if first is None else itertools.chain([first], rows)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
@@ -98,17 +97,26 @@ def parse(argv: Sequence[str]) -> Options:
 
 def main(argv: Sequence[str]) -> int:
     options = parse(argv)
-    arguments, data, fit = options.arguments, options.data, options.fit
+    arguments = options.arguments
     import transformers
-
-    from ._fit import checkpoint_of, run_training
-    from ._report import Outcome, tell
 
     set_log_level(logging.WARNING if arguments.log_level == "passive" else arguments.get_process_log_level())
     if not is_main():
         transformers.logging.disable_progress_bar()
     needs_out(arguments.output_dir)
     options.config()  # what is wrong is answered before anything is read
+    with alone_in(arguments.output_dir, arguments.use_cpu):
+        _train(options)
+    return 0
+
+
+def _train(options: Options) -> None:
+    arguments, data, fit = options.arguments, options.data, options.fit
+    import transformers
+
+    from ._fit import checkpoint_of, run_training
+    from ._report import Outcome, tell
+
     checkpoint = checkpoint_of(fit.resume, arguments)
     encoder, task = resolve_model(data.model), _task(options)
     config = options.config(len(task.task_names))
@@ -134,23 +142,21 @@ def main(argv: Sequence[str]) -> int:
         for note in notes:
             print(f"note: {note}")
         print(_plan(arguments, len(rows), len(dev_rows), steps), flush=True)
-    with alone_in(arguments.output_dir) if is_main() else contextlib.nullcontext():
-        bare, bare_dev = (without_tasks(part) for part in (rows, dev_rows))
-        baselines = _baselines(options, model, kind, bare, bare_dev, steps)
-        if task.kind == "regression":
-            start_at(model, sum(row["labels"] for row in rows) / len(rows))
-        centroid = _centroid(options, model, kind, bare)
-        adapt(model, config)
-        adamix_state(model).centroid = centroid
-        trained = run_training(model, kind, rows, dev_rows, options, checkpoint, run)
-        if is_main():
-            scores = trained.scores
-            if task.kind == "generation":  # per token, which the Trainer's is not, and the decoded texts
-                with quiet():
-                    scores = kind.evaluate(model, dev, not arguments.disable_tqdm).values
-            outcome = Outcome(model, kind, run, scores, trained.losses, baselines, notes, len(dev_rows))
-            tell(outcome, arguments.output_dir)
-    return 0
+    bare, bare_dev = (without_tasks(part) for part in (rows, dev_rows))
+    baselines = _baselines(options, model, kind, bare, bare_dev, steps)
+    if task.kind == "regression":
+        start_at(model, sum(row["labels"] for row in rows) / len(rows))
+    centroid = _centroid(options, model, kind, bare)
+    adapt(model, config)
+    adamix_state(model).centroid = centroid
+    trained = run_training(model, kind, rows, dev_rows, options, checkpoint, run)
+    if is_main():
+        scores = trained.scores
+        if task.kind == "generation":  # per token, which the Trainer's is not, and the decoded texts
+            with quiet():
+                scores = kind.evaluate(model, dev, not arguments.disable_tqdm).values
+        outcome = Outcome(model, kind, run, scores, trained.losses, baselines, notes, len(dev_rows))
+        tell(outcome, arguments.output_dir)
 
 
 def _centroid(options: Options, model: Any, kind: Kind, rows: list[dict[str, Any]]) -> Centroid | None:

@@ -30,6 +30,7 @@ def peft_card(model: nn.Module, expert: int | None) -> str:
             f"base = {type(model).__name__}.from_pretrained({base_or_blank(model)!r}{labels})",
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
         ],
+        method=None if expert is None else "experts trained together, of which this is one",
     )
 
 

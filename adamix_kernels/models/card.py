@@ -74,12 +74,23 @@ def _method(model: nn.Module) -> str:
     state = adamix_state(model)
     if state.config.routing != LEARNED:
         return "experts routed at random in training, averaged afterwards"
-    chosen = "" if state.config.top_k is None else f", the {state.config.top_k} largest of a token"
+    router, top_k = state.config.router, state.config.top_k
+    chosen = "" if top_k is None else f", the {top_k} largest of a {'text' if router == 'sentence' else 'token'}"
     merged = ", merged by the mean of these" if state.merged else ""
-    return f"here its experts are weighed by learned gates (router: {state.config.router}{chosen}){merged}"
+    gates = "gates out of the experts themselves" if router == "arrow" else "learned gates"
+    return f"here its experts are weighed by {gates} (router: {router}{chosen}){merged}"
 
 
-def card(model: nn.Module, facts: Sequence[str], tags: Sequence[str], title: str, what: str, usage: list[str]) -> str:
+def card(
+    model: nn.Module,
+    facts: Sequence[str],
+    tags: Sequence[str],
+    title: str,
+    what: str,
+    usage: list[str],
+    method: str | None = None,
+) -> str:
+    """method: in place of what the model's configuration says that it was trained by."""
     base = base_or_blank(model)
     named = getattr(getattr(model, "config", None), "_name_or_path", None)
     on_hub = base == named and base.count("/") <= 1
@@ -96,7 +107,7 @@ def card(model: nn.Module, facts: Sequence[str], tags: Sequence[str], title: str
         what,
         "",
         f"Base model: `{base}` ({type(model).__name__}). Made by adamix_kernels {__version__}; the method is",
-        f"[AdaMix]({_PAPER}): {_method(model)}.",
+        f"[AdaMix]({_PAPER}): {method or _method(model)}.",
         "",
         "```python",
         *usage,

@@ -63,7 +63,7 @@ def _snapshot(repository: str, revision: str | None, name: str) -> Path:
         ),
         (errors.RepositoryNotFoundError, "the Hub has no such repository, or it is private (hf auth login)"),
         (errors.RevisionNotFoundError, f"its repository on the Hub has no revision {revision!r}"),
-        (errors.LocalEntryNotFoundError, "it is not in the cache of this machine, and the Hub cannot be reached"),
+        (errors.LocalEntryNotFoundError, f"it is not in the cache of this machine, and {_unreached()}"),
         (Exception, "the Hub did not give it"),
     ]
     try:
@@ -72,11 +72,19 @@ def _snapshot(repository: str, revision: str | None, name: str) -> Path:
         )
     except Exception as error:  # the Hub's own, the client's, the system's: all mean that there is no folder
         why = next(text for kind, text in ways if isinstance(error, kind))
-        first = next(iter(str(error).strip().splitlines()), "")
-        known = any(isinstance(error, kind) for kind, _ in ways[:-1])
-        detail = "" if known else f" ({': '.join(filter(None, [type(error).__name__, first]))})"
+        # What kept the Hub from answering: its own 429 or 5xx, or the network.
+        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+        told = cause is None or any(isinstance(cause, kind) for kind, _ in ways[:-1])
+        first = "" if told else next(iter(str(cause).strip().splitlines()), "")
+        detail = "" if told else f" ({': '.join(filter(None, [type(cause).__name__, first]))})"
         raise ValueError(f"{name}: got {repository!r}, which is no folder here, and {why}{detail}") from error
     return Path(found)
+
+
+def _unreached() -> str:
+    from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE keeps the Hub away" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
 
 
 def with_names(values: dict[str, str], folder: Path) -> dict[str, str]:

@@ -36,7 +36,7 @@ class GatedDirect:
     def as_given(self, tensors: tuple[Any, ...]) -> bool:
         """Whether the op takes these arguments of its public function as they are: a bank of one has no index."""
         pairs = zip(self.banks, self.indices, strict=True)
-        return all(tensors[index] is None or tensors[bank].shape[0] > 1 for bank, index in pairs)
+        return all(tensors[index] is None or tensors[bank].shape[:1] > (1,) for bank, index in pairs)
 
     def call(
         self,
@@ -76,6 +76,8 @@ class GatedDirect:
     def _serving(self, tensors: tuple[Any, ...], backend: str, checked: bool) -> Any:
         """As _direct.served; the class of shapes goes by the narrow columns of all experts of the larger bank."""
         x, (down, up) = tensors[0], (tensors[n] for n in self.banks)
+        if down.dim() != 3 or up.dim() != 3:
+            return None
         size = max(down.shape[0], up.shape[0]) * down.shape[1]
         key = backend, x.device, x.dtype, size, _auto.table
         found = self._served.get(key)

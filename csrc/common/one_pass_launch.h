@@ -100,9 +100,7 @@ void launch_pass_sum(const char* name, void (*kernel)(PassSum<T>), PassSum<T> pa
   constexpr int kBlock = kPassSumThreads / kPassSumParts * Piece<float>::kSize;
   params.chunks = ceil_div(static_cast<int>(params.planes_size), kBlock);
   params.down_jobs = down_experts * params.chunks;
-  size_t planes = static_cast<size_t>(params.blocks) * params.slots + 1;
-  size_t bytes = (planes * sizeof(int) + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment +
-                 kPassSumThreads * sizeof(Piece<float>);
+  size_t bytes = pass_sum_bytes(params.blocks, params.slots);
   launch(name, kernel, {dim3(params.down_jobs + up_experts * params.chunks), kPassSumThreads, bytes}, device, params);
 }
 #endif

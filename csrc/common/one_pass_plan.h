@@ -17,6 +17,12 @@ struct PassPlan {
   int64_t floats() const { return planes() + static_cast<int64_t>(blocks) * 2 * slots; }
 };
 
+// Shared memory of the launch that adds the planes: their list, and a sum a thread.
+inline size_t pass_sum_bytes(int blocks, int slots) {
+  size_t list = (static_cast<size_t>(blocks) * slots + 1) * sizeof(int);
+  return (list + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment + kPassSumThreads * sizeof(Piece<float>);
+}
+
 // Every sample has one expert a side: ids of samples, or none. Blocks take as many tiles as fill the multiprocessors
 // once, so that few planes are written; where samples hold a multiple of that, a block sees one expert a side.
 template <typename T>
@@ -53,7 +59,8 @@ PassPlan pass_plan(int64_t batch, int64_t tokens, int64_t hidden, int64_t rank, 
   plan.planes_size = rank * hidden + (biases ? hidden : 0);
   auto fits = [&](bool keeps) {
     return shared_bytes<PassMemory<T>>(static_cast<int>(warps), plan.slots, plan.tiles_a_block, keeps) <=
-           static_cast<size_t>(device.shared_bytes);
+               static_cast<size_t>(device.shared_bytes) &&
+           pass_sum_bytes(plan.blocks, plan.slots) <= static_cast<size_t>(device.shared_bytes);
   };
   plan.keeps = fits(true);
   // Planes that nobody would want: of many experts, small samples.

@@ -17,6 +17,7 @@ from adamix_kernels._build import BuildError, toolchain
 EDITABLE = "from setuptools import build_meta; print(build_meta.build_editable('dist'))"
 WHEEL = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
 FACTS = "import json; from adamix_kernels.commands import env; print(json.dumps(env.describe()))"
+HEADER = Path(sysconfig.get_paths()["include"], "Python.h")
 NODE = """
 #include <Python.h>
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_node"};
@@ -97,7 +98,7 @@ def test_without_nvcc_the_package_is_pure_python_and_says_why(project, tmp_path_
     assert facts["backends"]["reference"]["usable"]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.skipif(shutil.which("g++") is None or not HEADER.is_file(), reason="no g++, or no Python.h")
 def test_without_nvcc_gxx_builds_autograds_nodes_where_a_gpu_is(project, tmp_path_factory):
     found = {"PATH": tiny_csrc.nvidia_smi(project), "CUDA_HOME": "/nowhere"}
     found["PYTHONPATH"] = f"{tiny_csrc.torch(project)}{os.pathsep}{project}"

@@ -201,6 +201,7 @@ def test_ctrl_c_says_how_far_it_came(folder, tmp_path, capsys, monkeypatch):
 def test_a_bar_for_files_alone_and_on_stderr_and_not_at_once(folder, tmp_path, capsys, monkeypatch):
     path = tmp_path / "in.txt"
     path.write_text("good\n")
+    monkeypatch.setattr(predict, "BAR_AFTER", 600)  # as if a slow machine were quick
     assert call(folder, "--file", path) == 0
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(predict, "BAR_AFTER", 0)

@@ -143,9 +143,9 @@ def _capturing(device: torch.device) -> bool:
 
 def _adds_rightly(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `add_product` takes such a product and gives, to the bit, sums that 16 bits cannot hold."""
-    n = torch.arange(8.0)
+    n = torch.arange(8, dtype=torch.float32)
     left, right, unit = 16 * n[:, None] + n + 1, n * n - n[:, None], 2.0**-14
-    total, turned = torch.full((8, 8), torch.nan, device=device), (left.t() * unit).contiguous().to(device, dtype)
+    total, turned = torch.full_like(left, torch.nan, device=device), (left.t() * unit).contiguous().to(device, dtype)
     try:
         add_product(total, torch.eye(8, dtype=dtype, device=device), torch.ones_like(turned), False)
         add_product(total, turned.t(), right.to(device, dtype), True)

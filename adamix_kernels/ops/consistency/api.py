@@ -203,7 +203,7 @@ def adamix_loss(
     directly = not inplace and may_be_direct()
     if directly:
         known = None
-        if mask is None and num_items is None and detach_target is True and label_smoothing == 0:
+        if mask is None and num_items is None and detach_target is True and _is_zero(label_smoothing):
             known = _few.doubled(logits, labels, weight, ignore_index, backend, expected_grad)
         if known is None:
             known = direct.adamix(
@@ -233,3 +233,7 @@ def adamix_loss(
     args = logits, labels, mask, num_items, *options
     losses = direct.adamix(*args, checked=True) if directly else None
     return AdaMixLossOutput(*(adamix(*args) if losses is None else losses))
+
+
+def _is_zero(value: object) -> bool:
+    return value.__class__ in (int, float) and value == 0

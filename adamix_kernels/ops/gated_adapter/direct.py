@@ -17,7 +17,7 @@ def call(
 ) -> torch.Tensor | None:
     """See GatedDirect.call. tensors: x to residual."""
     try:
-        if not (checked or _DIRECT.as_given(tensors)):
+        if activation == "" or not (checked or _DIRECT.as_given(tensors)):
             return None
         return _DIRECT.call(tensors, (add_input, "" if activation is None else activation, mix), backend, checked)
     except (AttributeError, TypeError, RuntimeError):

@@ -18,6 +18,8 @@ def call(
 ) -> torch.Tensor | None:
     """See RoutedDirect.call. tensors: x to residual."""
     try:
+        if activation == "":
+            return None
         return _DIRECT.call(tensors, (add_input, "" if activation is None else activation), backend, passes, checked)
     except (AttributeError, TypeError, RuntimeError):
         # Not a tensor, or sizes that a plan with checks of its own refuses: api.py has the words for it.

@@ -9,7 +9,7 @@ from ..._triton_aot import POINTERS, AotCase, make_case
 from .backward import pair_grad_kernel, rescale_kernel
 from .finish import pair_count_kernel
 from .forward import pair_rows_kernel
-from .plan import MAX_REGISTERS, STAGES, kept_steps, make_tiles, make_wide
+from .plan import MAX_REGISTERS, kept_steps, make_tiles, make_wide, stages
 from .wide import pair_wide_grad_kernel, pair_wide_kernel
 
 # name -> (classes, row pairs, whether V and the rows' strides are multiples of 16)
@@ -71,12 +71,13 @@ def _many(dtype, pointer: str) -> Iterator[AotCase]:
                 wide = make_wide(classes, dtype.itemsize, keep=keep)
             wide = wide or once
             arguments = arguments | dict(COLS=wide.cols, VECTOR=wide.vector)
+            arguments |= dict(STAGES=stages(arguments["ALIGNED"], arguments["STORES"]))
             if kernel is pair_wide_kernel:
                 arguments |= dict(HELD=wide.held)
             made = make_case(kernel, label, dtype, arguments, divisible, wide.num_warps, wide.registers)
             return made._replace(resident=wide.resident)
 
-        common = _common(pointer) | dict(phase="i32", ALIGNED=True, STORES=True, INPLACE=False, STAGES=STAGES)
+        common = _common(pointer) | dict(phase="i32", ALIGNED=True, STORES=True, INPLACE=False)
         none, grads = dict(da=None, db=None), dict(da=pointer, db=pointer)
         forward, backward = common | _finish(), common | grads | _incoming()
         yield case(pair_wide_kernel, f"{name}_grads", forward | grads)

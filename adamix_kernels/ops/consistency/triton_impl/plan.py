@@ -124,6 +124,11 @@ def make_wide(classes: int, itemsize: int, aligned: bool = True, keep: int = 0) 
     return Wide(32 * warps * vector, vector, warps, WIDE_REGISTERS, resident, held)
 
 
+def stages(aligned: bool, stores: bool) -> int:
+    """Vectors of gradients that begin elsewhere than the logits' are made in shared memory, in place of a piece."""
+    return STAGES - 1 if aligned and not stores else STAGES
+
+
 def wide_programs(rows: int, wide: Wide, device: torch.device) -> int:
     return max(1, min(rows, wide.resident * _processors(device.type, device.index)))
 

@@ -1,7 +1,7 @@
 """Kernels for many classes: a program takes one row pair after another.
 
 A row is read from its own 16-byte boundary on: where in 16 bytes it begins decides the order of its sums, and so may
-change their last bits.
+change their last bits. So may whether the gradient is written with the loss, which decides a step's width.
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ def pair_wide_kernel(
                     # Once more, so that no register keeps them meanwhile.
                     x_held, x_rest = load_kept(first_a, whole, in_rest, HELD, COLS, VECTOR, ALIGNED)
                     y_held, y_rest = load_kept(first_b, whole, in_rest, HELD, COLS, VECTOR, ALIGNED)
+                    if INPLACE:
+                        tl.debug_barrier()  # before gradients take their place
             entropy, pair = row_losses(
                 x_label, counted, selected, top_a, log_a, pair, total, V, smoothing, ENTROPY, SMOOTH
             )

@@ -62,7 +62,7 @@ def backward(
         scaling, offsets, dropout_p, mix,
     )  # fmt: skip
     if dgates is None:
-        return *grads, gates.new_empty(0)
+        return *grads, memory(gates, 0)
     # The gate of a sample gets the sum over its tokens: of float32, in a fixed order.
     return *grads, dgates.sum(1).to(gates.dtype) if by_sample else dgates
 
