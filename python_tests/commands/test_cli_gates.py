@@ -108,6 +108,7 @@ def test_predictions_go_by_the_task(domains, capsys):
         (["good film"], "task_name: got nothing, expected one of the training's tasks, 'cinema', 'shop'"),
         (["--task_name", "bank", "good film"], "task_name: got the task 'bank', expected one of the training's"),
         (["--file", str(domains / "in.csv")], "in.csv, line 2: got the task 'bank'"),
+        (["--file", str(domains / "in.csv"), "--task_column", "none"], "task_column: got 'none', but"),
     ):
         assert cli.main([*flags, *more]) != 0
         assert words in capsys.readouterr().err

@@ -148,7 +148,8 @@ def test_few_classes_leave_to_others_what_is_unusual():
             with pytest.raises(LookupError):
                 adamix_loss(a, torch.tensor(wrong))
         for options in ({"weight": -1.0}, {"weight": "1"}, {"ignore_index": 1}, {"num_items": 7},
-                        {"label_smoothing": 0.1}, {"ignore_index": 1.5}, {"weight": math.nan}):  # fmt: skip
+                        {"label_smoothing": 0.1}, {"label_smoothing": False}, {"label_smoothing": torch.zeros(2)},
+                        {"ignore_index": 1.5}, {"weight": math.nan}):  # fmt: skip
             with pytest.raises(LookupError):
                 adamix_loss(a, labels, **options)
         for infinite in (math.inf, -math.inf, math.nan):

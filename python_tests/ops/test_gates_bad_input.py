@@ -48,6 +48,8 @@ LORA = [
     (dict(lora_b=torch.ones(3, 3, 2, dtype=F64), A=None, B=None, gates=torch.ones(3, 2, 4)), ValueError,
      "lora_b: got a bank of 3, expected 1 or 4 experts, as lora_a: without an index"),
     (dict(lora_a=torch.ones(1, 2, 4, dtype=F64), A=INDEX + 1), IndexError, "a_index: got expert id 1, expected"),
+    (dict(lora_a=torch.ones(4, dtype=F64)), ValueError, r"lora_a: got shape \(4,\)"),
+    (dict(lora_b=torch.ones((), dtype=F64)), ValueError, r"lora_b: got shape \(\)"),
     (dict(dropout_p=1.0), ValueError, "dropout_p: got 1.0"),
     (dict(inplace=2), TypeError, "inplace: got 2"),
     (dict(inplace=True, base=None), TypeError, "base: got None"),
@@ -56,6 +58,9 @@ ADAPTER = [
     (dict(down_weight=torch.ones(3, 2, 4, dtype=F64), down_bias=None, A=None, B=None, gates=torch.ones(3, 2, 4)),
      ValueError, "down_weight: got a bank of 3, expected 1 or 4 experts, as up_weight"),
     (dict(activation="tanh"), ValueError, "activation: got 'tanh'"),
+    (dict(activation=""), ValueError, "activation: got ''"),
+    (dict(down_weight=torch.ones(4, dtype=F64)), ValueError, r"down_weight: got shape \(4,\)"),
+    (dict(up_weight=torch.ones((), dtype=F64)), ValueError, r"up_weight: got shape \(\)"),
     (dict(residual=torch.ones(3, 2, 5, dtype=F64)), ValueError, r"residual: got shape \(3, 2, 5\)"),
 ]  # fmt: skip
 
