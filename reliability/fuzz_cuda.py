@@ -155,8 +155,8 @@ def _gated_groups() -> list[Group]:
             Group(f"{op}, pieces", cases(HALVES_AND_FLOAT[1:], Sizes(features=9, rank=6), whole=True), pieces),
             Group(f"{op}, many experts", cases(HALVES_AND_FLOAT, Sizes(), many=True), plain[:1]),
         ]
-        pieces = cases(HALVES_AND_FLOAT[1:], Sizes(features=9), whole=True, many=True)
-        made.append(Group(f"{op}, sorted slots", pieces, tuple(_SORTED.values())))
+        slots = cases(HALVES_AND_FLOAT[1:], Sizes(features=9), whole=True, many=True)
+        made.append(Group(f"{op}, sorted slots", slots, tuple(_SORTED.values())))
     return made
 
 
