@@ -50,7 +50,8 @@ class Lines(TrainerCallback):
     @staticmethod
     def _every(args: Any, state: Any) -> int:
         """Of how many evaluations one is told."""
-        number = state.num_train_epochs if args.eval_strategy == "epoch" else state.max_steps / max(1, state.eval_steps)
+        steps = args.eval_strategy == "steps"
+        number: float = state.max_steps / max(1, state.eval_steps) if steps else state.num_train_epochs
         return max(1, math.ceil(number / MOST))
 
 
@@ -66,7 +67,8 @@ class LinesBesideBar(ProgressCallback):
         self._lines.on_log(args, state, control, logs, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_end(args, state, control, **kwargs)
+        theirs: Any = super()
+        theirs.on_train_end(args, state, control, **kwargs)
         self._lines.on_train_end()
 
 
