@@ -15,9 +15,10 @@ import torch
 from .. import _auto
 from .._backends import select
 from . import _checks
-from ._direct import PLAIN, Kept, applied, below_autograd, may_be_direct
+from ._direct import PLAIN, Kept, below_autograd, may_be_direct
+from ._direct_function import apply
 from ._library import below_autograd as dispatched
-from ._library import once_differentiable, wrote
+from ._library import wrote
 from ._routed_ops import RoutedOps
 
 
@@ -69,7 +70,7 @@ class GatedDirect:
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             if below_autograd():
                 return None
-            out: torch.Tensor = _apply(self, plan, how, *tensors)
+            out: torch.Tensor = apply(self, plan, how, *tensors)
             return out
         return self.run(plan, how, tensors)[0]
 
@@ -100,35 +101,7 @@ class GatedDirect:
         wrote(base)
         return base, made[0]
 
-
-class DirectGated(torch.autograd.Function):
-    """The op's derivative on a plan, in place or not; it saves the same tensors. how: direct, inplace, the op's
-    options, backend."""
-
-    @staticmethod
-    def forward(ctx: Any, gated: GatedDirect, plan: Any, how: tuple[Any, ...], *tensors: Any) -> torch.Tensor:
-        out, kept = gated.run(plan, how, tensors)
-        if how[1]:
-            ctx.mark_dirty(out)
-        ctx.save_for_backward(*[kept if n is None else tensors[n] for n in gated.saved])
-        ctx.gated, ctx.how = gated, how
-        ctx.set_materialize_grads(False)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
-        needs, gated = ctx.needs_input_grad[3:], ctx.gated
-        grads: list[Any] = [None] * len(needs)
-        if grad_out is not None:
-            direct, _, *options = ctx.how
-            backward = direct.backward if may_be_direct() else None
-            wanted = [needs[n] for n in gated.learned]
-            made = gated.ops.gradients(grad_out, ctx.saved_tensors, wanted, options, backward)
-            for n, grad in zip(gated.learned, made, strict=True):
-                grads[n] = grad
-            grads[gated.added] = grad_out if needs[gated.added] else None
-        return None, None, None, *grads
-
-
-_apply = applied(DirectGated)
+    def backward(self, how: tuple[Any, ...]) -> tuple[Callable[..., tuple[torch.Tensor, ...] | None] | None, list[Any]]:
+        """See _direct_function.Calls; how: direct, inplace, the op's options, backend."""
+        direct, _, *options = how
+        return direct.backward if may_be_direct() else None, options

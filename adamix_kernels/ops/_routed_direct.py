@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from . import _checks, _node
-from ._direct import applied, below_autograd, may_be_direct, served
+from ._direct import below_autograd, may_be_direct, served
+from ._direct_function import apply
 from ._library import below_autograd as dispatched
-from ._library import once_differentiable, wrote
+from ._library import wrote
 from ._passes import by_pass, fold_passes
 from ._routed_ops import LORA, RoutedOps
 
@@ -35,6 +36,7 @@ class RoutedDirect:
         self.ops, self.node = ops, node
         fields = ops.arguments._fields
         self.added = fields.index(ops.layer.added)
+        self.learned = range(len(ops.learned))
         self.saved = [fields.index(name) if name in fields else None for name in ops.saved]
         self._op_by_pass = by_pass(functools.partial(dispatched, ops.forward), 0, self.added)
         self.backward_by_pass = by_pass(ops.backward, 0, 1, 2)
@@ -78,7 +80,7 @@ class RoutedDirect:
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             if below_autograd():
                 return None
-            out: torch.Tensor = _apply(self, plan, how, *tensors)
+            out: torch.Tensor = apply(self, plan, how, *tensors)
             return out
         return self.run(plan, how, tensors)[0]
 
@@ -106,35 +108,11 @@ class RoutedDirect:
         wrote(base)
         return base, made[0]
 
-
-class DirectRouted(torch.autograd.Function):
-    """The op's derivative on a plan, in place or not; it saves the same tensors.
-
-    how: direct, inplace, passes, the op's options, backend.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, routed: RoutedDirect, plan: Any, how: tuple[Any, ...], *tensors: Any) -> torch.Tensor:
-        out, kept = routed.run(plan, how, tensors)
-        if how[1]:
-            ctx.mark_dirty(out)
-        ctx.save_for_backward(*[kept if n is None else tensors[n] for n in routed.saved])
-        ctx.routed, ctx.how = routed, how
-        ctx.set_materialize_grads(False)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
-        needs, routed = ctx.needs_input_grad[3:], ctx.routed
-        grads: list[Any] = [None] * len(needs)
-        if grad_out is not None:
-            direct, _, passes, *options = ctx.how
-            learned = len(routed.ops.learned)
-            backward = functools.partial(_backward, routed, direct if may_be_direct() else None, passes, options[-1])
-            grads[:learned] = routed.ops.gradients(grad_out, ctx.saved_tensors, needs[:learned], options, backward)
-            grads[routed.added] = grad_out if needs[routed.added] else None
-        return None, None, None, *grads
+    def backward(self, how: tuple[Any, ...]) -> tuple[Callable[..., tuple[torch.Tensor, ...] | None], list[Any]]:
+        """See _direct_function.Calls; how: direct, inplace, passes, the op's options, backend."""
+        direct, _, passes, *options = how
+        asked = direct if may_be_direct() else None
+        return functools.partial(_backward, self, asked, passes, options[-1]), options
 
 
 def _backward(
@@ -142,6 +120,3 @@ def _backward(
 ) -> tuple[torch.Tensor, ...] | None:
     made: tuple[torch.Tensor, ...] | None = None if direct is None else direct.backward(*arguments, passes)
     return routed.backward_by_pass(*arguments, backend, passes) if made is None and passes else made
-
-
-_apply = applied(DirectRouted)

@@ -152,6 +152,6 @@ def tokenizer_for(folder: Path, base: Encoder, config: Any) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         if own:
             raise ValueError(f"{folder / _TOKENIZER}: cannot load the tokenizer: {first_line(error)}") from error
-        if hasattr(config.get_text_config(), "vocab_size"):
+        if hasattr(config.get_text_config(decoder=True), "vocab_size"):
             logger.warning("No tokenizer in %s, nor with its base: %s", folder, first_line(error))
         return None

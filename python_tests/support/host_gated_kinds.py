@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 import torch
-from host_kinds import DTYPES, made
+from host_kinds import DTYPES, adapter_tensors, made
 
 from adamix_kernels import routed_adapter, routed_lora
 
@@ -41,22 +41,7 @@ class GatedAdapter:
 
     def arguments(self, p):
         (down_index, up_index), gates, (down, up) = chosen(p)
-        width = p["width"] or p["hidden"]
-        x = made((p["batch"], p["tokens"], p["hidden"]), p["dtype"], p["offset"], p["contiguous"])
-        banks = (
-            made((down, p["rank"], p["hidden"]), p["dtype"]),
-            made((down, p["rank"]), p["dtype"]) if p["down_bias"] else None,
-            made((up, width, p["rank"]), p["dtype"]),
-            made((up, width), p["dtype"]) if p["up_bias"] else None,
-        )
-        for needed, tensors in (("x", (x,)), ("d", banks[:2]), ("u", banks[2:])):
-            for t in tensors:
-                if t is not None and needed in p["needs"]:
-                    t.requires_grad_()
-        columns = width + 8 * (p["wrong"] == "residual")
-        residual = made((p["batch"], p["tokens"], columns), p["dtype"]) if p["residual"] == "other" else None
-        if p["residual"] == "x" and width == p["hidden"]:
-            residual = x
+        x, banks, residual = adapter_tensors(p, down, up)
         options = {"residual": residual, "activation": p["activation"], "mix": p["mix"]}
         return [x, *banks, down_index, up_index, gates], options
 

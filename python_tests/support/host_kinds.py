@@ -12,6 +12,27 @@ from adamix_kernels.ops.routed_lora.api import routed_by_pass as lora_by_pass
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def adapter_tensors(p, down, up):
+    """x, the four banks of so many experts down and up, and the residual."""
+    width = p["width"] or p["hidden"]
+    x = made((p["batch"], p["tokens"], p["hidden"]), p["dtype"], p["offset"], p["contiguous"])
+    banks = (
+        made((down, p["rank"], p["hidden"]), p["dtype"]),
+        made((down, p["rank"]), p["dtype"]) if p["down_bias"] else None,
+        made((up, width, p["rank"]), p["dtype"]),
+        made((up, width), p["dtype"]) if p["up_bias"] else None,
+    )
+    for needed, tensors in (("x", (x,)), ("d", banks[:2]), ("u", banks[2:])):
+        for t in tensors:
+            if t is not None and needed in p["needs"]:
+                t.requires_grad_()
+    columns = width + 8 * (p["wrong"] == "residual")
+    residual = made((p["batch"], p["tokens"], columns), p["dtype"]) if p["residual"] == "other" else None
+    if p["residual"] == "x" and width == p["hidden"]:
+        residual = x
+    return x, banks, residual
+
+
 class Adapter:
     """One call of routed_adapter in plain values; `changed` differs from it in one of them."""
 
@@ -28,7 +49,6 @@ class Adapter:
 
     def arguments(self, p):
         experts = p["experts"]
-        width = p["width"] or p["hidden"]
         down, up = (experts if p[side] else 1 for side in ("down_index", "up_index"))
 
         passes = passes_of(p)
@@ -37,21 +57,7 @@ class Adapter:
             shape = (passes or p["batch"]) + (p["wrong"] == "index"), p["tokens"]
             return None if dim is None else torch.zeros(shape[: 1 if passes else dim], dtype=p["index_dtype"])
 
-        x = made((p["batch"], p["tokens"], p["hidden"]), p["dtype"], p["offset"], p["contiguous"])
-        banks = (
-            made((down, p["rank"], p["hidden"]), p["dtype"]),
-            made((down, p["rank"]), p["dtype"]) if p["down_bias"] else None,
-            made((up, width, p["rank"]), p["dtype"]),
-            made((up, width), p["dtype"]) if p["up_bias"] else None,
-        )
-        for needed, tensors in (("x", (x,)), ("d", banks[:2]), ("u", banks[2:])):
-            for t in tensors:
-                if t is not None and needed in p["needs"]:
-                    t.requires_grad_()
-        columns = width + 8 * (p["wrong"] == "residual")
-        residual = made((p["batch"], p["tokens"], columns), p["dtype"]) if p["residual"] == "other" else None
-        if p["residual"] == "x" and width == p["hidden"]:
-            residual = x
+        x, banks, residual = adapter_tensors(p, down, up)
         chosen = [index(p["down_index"]), index(p["up_index"])]
         if p["one_index"] and None not in chosen:
             chosen[1] = chosen[0]

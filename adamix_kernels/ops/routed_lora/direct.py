@@ -1,23 +1,18 @@
-"""Calls of routed LoRA past the dispatcher (ops/_routed_direct.py).
-
-Which seed is drawn decides nothing about a plan: one that is looked up with stands for all.
-"""
+"""Calls of routed LoRA past the dispatcher (ops/_routed_direct.py, ops/_lora_direct.py)."""
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from .. import _node
+from .._lora_direct import Taken, call_lora
 from .._routed_direct import RoutedDirect
 from .op import OPS
 
 _DIRECT = RoutedDirect(OPS, _node.LORA)
-_NUMBERS = (int, float)
 
 
 def call(
@@ -33,30 +28,9 @@ def call(
     seed: Callable[[], torch.Tensor],
     target: Callable[[], torch.Tensor],
 ) -> torch.Tensor | None:
-    """See RoutedDirect.call. tensors: x to base. seed: gives the seed, always the same. target: checks base, and gives
-    the tensor to write if inplace.
-    """
-    try:
-        # Numbers of other classes, and a zero that may be negative, are not worth a key.
-        if scaling.__class__ not in _NUMBERS or not 0 < abs(scaling) < math.inf or groups.__class__ is not int:
-            return None
-        if dropout_p.__class__ not in _NUMBERS or not 0 <= dropout_p < 1:
-            return None
-        like = _any_seed(tensors[0].device) if dropout_p > 0 else None
-        options = float(scaling), groups, tuple(offsets), float(dropout_p)
+    """See RoutedDirect.call and call_lora."""
 
-        def taken() -> tuple[Any, ...]:
-            written = target() if inplace else tensors[-1]
-            return *tensors[:-1], written, seed() if dropout_p > 0 else None
+    def run(tensors: tuple[Any, ...], options: tuple[Any, ...], taken: Taken) -> torch.Tensor | None:
+        return _DIRECT.call(tensors, options, backend, passes, checked, inplace, taken)
 
-        return _DIRECT.call((*tensors, like), options, backend, passes, checked, inplace, taken)
-    except (AttributeError, TypeError, RuntimeError):
-        # Not a tensor, or sizes that a plan with checks of its own refuses: api.py has the words for it.
-        if checked:
-            raise
-        return None
-
-
-@functools.cache
-def _any_seed(device: torch.device) -> torch.Tensor:
-    return torch.empty((), dtype=torch.int64, device=device)
+    return call_lora(run, tensors, scaling, groups, offsets, dropout_p, inplace, checked, seed, target)
