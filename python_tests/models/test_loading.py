@@ -235,15 +235,19 @@ def test_a_repository_and_a_revision(repository, encoder, tmp_path):
         load("me/other")
 
 
+NOT_CACHED = errors.LocalEntryNotFoundError("not in the cache")
+# HF_HUB_OFFLINE, what the Hub's client raises, and the answer.
 FAILURES = {
-    "offline": (errors.LocalEntryNotFoundError("not in the cache"), "of this machine, and the Hub cannot be reached$"),
-    "wire": (ConnectionError("no route\nmore"), r"the Hub did not give it \(ConnectionError: no route\)$"),
+    "no network": (False, NOT_CACHED, "in the cache of this machine, and the Hub cannot be reached$"),
+    "offline": (True, NOT_CACHED, "in the cache of this machine, and HF_HUB_OFFLINE keeps the Hub away$"),
+    "wire": (False, ConnectionError("no route\nmore"), r"the Hub did not give it \(ConnectionError: no route\)$"),
 }
 
 
 @pytest.mark.parametrize("case", FAILURES)
 def test_what_the_hub_does_not_give_is_one_sentence(case, monkeypatch):
-    error, message = FAILURES[case]
+    offline, error, message = FAILURES[case]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
 
     def fail(*_args, **_options):
         raise error
