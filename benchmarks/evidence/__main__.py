@@ -3,7 +3,7 @@
     python -m benchmarks.evidence --data FOLDER            trains what the rows lack, for days, then writes all
     python -m benchmarks.evidence --data FOLDER --only sst2_30_shots
     python -m benchmarks.evidence                          tables and plots alone, from the rows that are there
-    python -m benchmarks.evidence --check                  whether tables and plots say what the rows say
+    python -m benchmarks.evidence --check                  whether tables, plots and sentences say what the rows say
 
 FOLDER holds sst2/ (train.tsv and dev.tsv, as GLUE has them) and e2e/ (the challenge's valid.txt, test.txt).
 A study whose data is not there is named and left out.
@@ -19,6 +19,7 @@ from pathlib import Path
 from adamix_kernels.models._files import replace_file
 
 from .plots import draw, stale
+from .prose import unbacked
 from .studies import FOLDER, STUDIES
 from .tables import written
 from .trainings import E2E, TRAIN, run_e2e, run_train
@@ -27,7 +28,7 @@ PAGES = (FOLDER / "README.md", FOLDER / "gates.md")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0; 1 when --check finds a table or a plot that differs from its rows, or a study had no data."""
+    """Exit status 0; 1 when --check finds what differs from its rows, or a study had no data."""
     names = [*(study.name for study in STUDIES), *TRAIN, E2E]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -54,8 +55,11 @@ def _differs(page: Path) -> bool:
     text = page.read_text(encoding="utf-8")
     found = ["a table differs from its rows"] if written(text, FOLDER) != text else []
     found += [f"{name}.png is not of {name}.jsonl" for name in stale(text, FOLDER)]
+    found = [f"{what}: python -m benchmarks.evidence" for what in found]
+    pages = [each.read_text(encoding="utf-8") for each in PAGES]
+    found += [f"no table says {said}" for said in unbacked(text, pages)]
     for what in found:
-        print(f"{page.name}: {what}: python -m benchmarks.evidence", file=sys.stderr)
+        print(f"{page.name}: {what}", file=sys.stderr)
     return bool(found)
 
 

@@ -9,6 +9,7 @@ from adamix_kernels.recipes import load_recipe, read_rows
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import data, dialects, sentences, studies
 from benchmarks.evidence.plots import PICTURE
+from benchmarks.evidence.prose import SAID, unbacked
 from benchmarks.evidence.tables import MARK, table, written
 
 pytest.importorskip("sklearn")
@@ -36,6 +37,23 @@ def test_a_table_that_differs_from_its_rows_is_found_and_put_right(tmp_path, mon
         with pytest.raises(ValueError, match=r"table: got|against: got"):
             table(order, studies.FOLDER)
     assert written("no table", tmp_path) == "no table"
+
+
+def test_a_sentence_whose_interval_no_table_has_is_found(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "README.md"
+    table = "<!-- table: scores x -->\n\n| a | -1.8 (-3.0 to -0.6) |\n\n<!-- end of table -->"
+    text = f"merged {{}} above (+0.6\nto +3.0)\n\n{table}\n"
+    monkeypatch.setattr(command, "PAGES", (page,))
+    monkeypatch.setattr(command, "written", lambda text, folder: text)
+    for mean, status in (("1.8", 0), ("-1.8", 0), ("1.9", 1), ("", 1)):
+        page.write_text(text.format(mean), encoding="utf-8")
+        assert command.main(["--check"]) == status
+        assert ("no table says" in capsys.readouterr().err) == bool(status)
+    readme = (studies.ROOT / "README.md").read_text(encoding="utf-8")
+    assert SAID.search(readme)
+    pages = [page.read_text(encoding="utf-8") for page in studies.FOLDER.glob("*.md")]
+    assert not unbacked(readme, pages)
+    assert unbacked("merged is 1.8 above (+0.6 to +3.1)", pages) == ["1.8 (+0.6 to +3.1)"]
 
 
 def test_a_plot_of_other_rows_is_found_and_drawn_again(tmp_path, monkeypatch, capsys):
