@@ -10,23 +10,25 @@ import triton.language as tl
 
 from .._triton_utils import launch, narrow
 
-# Programs that fill a GPU (three on each of 132 multiprocessors, and somewhat more), tiles that make a split worth its
-# plane, and most planes.
-PROGRAMS, MIN_TILES, MAX_SPLITS = 1024, 4, 64
+# Programs that fill a GPU (three on each of 132 multiprocessors, and somewhat more) and that are few, tiles that make a
+# split worth its plane, and most planes.
+PROGRAMS, FEW_PROGRAMS, MIN_TILES, MAX_SPLITS = 1024, 64, 4, 64
 SUM_CHUNK, SUM_COLS = 8, 256
 # Of more planes than MAX_SPLITS: as many at once as keep their sum short.
 MANY_CHUNK, MANY_COLS = 32, 128
 
 
-def count_splits(rows: int, blocks: int, tile: int, columns: int, row_bytes: int) -> int:
+def count_splits(rows: int, blocks: int, tile: int, columns: int, row_bytes: int, share: int = 4) -> int:
     """How many parts all tokens are split into, from sizes and the tile alone; those of one of M experts have 1/M.
 
     The tile is that of the GPU's architecture: there the same inputs give the same bits, on another one perhaps not.
 
-    Enough programs, each with enough tiles, and float32 planes [splits, columns] that hold at most a
-    quarter of the bytes they sum: `row_bytes` a row, both for one feature of every side that is wanted.
+    Enough programs, each with enough tiles, and float32 planes [splits, columns] that hold at most a quarter of the
+    bytes they sum, or 1/share of them from FEW_PROGRAMS programs on: `row_bytes` a row, both for one feature of every
+    side that is wanted.
     """
-    affordable = rows * row_bytes // max(1, 4 * 4 * columns)
+    cheap, affordable = (rows * row_bytes // max(1, 4 * part * columns) for part in (share, 4))
+    affordable = max(cheap, min(affordable, FEW_PROGRAMS // blocks))
     return max(1, min(PROGRAMS // blocks, -(-rows // (tile * MIN_TILES)), affordable, MAX_SPLITS))
 
 

@@ -136,6 +136,14 @@ def test_several_splits_of_the_rows(form, rank):
     assert "adapter_plane_sum_kernel" in names
 
 
+def test_planes_of_all_experts_are_few():
+    # blocks, columns of both sides, bytes of a row: as at the counted sizes, on a 9.0.
+    of = weights.count_splits
+    assert [of(8192, 16, 64, 2 * 8 * r, 4, weights.PLANES) for r in (16, 8)] == [5, 10]
+    # Of fewer rows as many as without gates, until there are enough programs.
+    assert [of(rows, 16, 64, 256, 4, part) for rows in (2048, 4096) for part in (weights.PLANES, 4)] == [2, 2, 4, 4]
+
+
 @pytest.mark.parametrize("mix", ["outputs", "weights"])
 def test_it_is_the_formula(mix):
     (x, *banks, gates, _), indices, _ = draw("chosen, token", (4, 4), slots=3, mix=mix, tokens=5)

@@ -11,6 +11,8 @@ from .plan import Plan
 from .tables import config
 from .weight_grad import gated_adapter_weight_grad_kernel
 
+# Planes of all experts hold at most this part of what they sum: with more the launches take no less time.
+PLANES = 6
 # Tokens of a sample whose gates' gradients are summed at a time.
 CHUNK = 64
 
@@ -31,7 +33,8 @@ def weight_grads(plan: Plan, x, dpre, grad_out, h, weights, row_grads, dgates, d
     blocks = [max(1, -(-n // chosen.cols)) for n in (hidden, width)]
     features = sum(b for b, wanted in zip(blocks, need) if wanted)
     columns = sum(m * r for m, wanted in zip((md, mu), need) if wanted)
-    splits = count_splits(plan.rows, max(1, features), chosen.rows, columns, sum(need) * x.element_size())
+    row_bytes = sum(need) * x.element_size()
+    splits = count_splits(plan.rows, max(1, features), chosen.rows, columns, row_bytes, PLANES)
     planes = [t if splits == 1 else memory(x, splits, *t.shape, dtype=torch.float32) for t in (*down, *up)]
     samples = 0 if row_grads is None else plan.rows // plan.div
     programs = need[0] * (-(-hidden // chosen.cols) + 1) * splits + need[1] * blocks[1] * splits + samples

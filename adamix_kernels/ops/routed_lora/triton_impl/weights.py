@@ -17,6 +17,8 @@ from .weight_grad import lora_grads_kernel
 # Fewest rows of a split in tiles, rows of a split whose plane costs little beside them (for narrow columns), and most
 # splits; whole samples that one program may sum, and samples among which it looks for them, a power of two.
 MIN_TILES, ROWS, COLUMN_ROWS, MAX_SPLITS, MAX_SAMPLES, WINDOW = 2, 256, 8, 64, 16, 128
+# With gates planes are of all experts: rows for each narrow column, and programs that are enough.
+GATED_ROWS, GATED_PROGRAMS = 10, 192
 # Elements that a program of the sum of the planes takes, and planes that it asks for at once: as a rule, where few
 # experts of many have planes, and of more than MAX_SPLITS.
 SUM_BLOCK, WIDE_SUM_BLOCK, MANY_BLOCK = 512, 2048, 256
@@ -147,8 +149,9 @@ def split_rows(call: Call, side: Side, columns: int, tile: int, features: int) -
     experts, rows = side.experts, call.rows
     written = columns * (experts if mode in ("tokens", "gated") else 1)
     # Enough programs, and planes that are small beside the rows they sum.
-    few = rows // -(-MIN_PROGRAMS // max(features, 1))
-    share = max(-(-rows // MAX_SPLITS), min(max(ROWS, COLUMN_ROWS * written), max(MIN_TILES * tile, few)))
+    column_rows, programs = (GATED_ROWS, GATED_PROGRAMS) if mode == "gated" else (COLUMN_ROWS, MIN_PROGRAMS)
+    few = rows // -(-programs // max(features, 1))
+    share = max(-(-rows // MAX_SPLITS), min(max(ROWS, column_rows * written), max(MIN_TILES * tile, few)))
     share = -(-share // tile) * tile
     if mode == "samples":
         index = side.index
