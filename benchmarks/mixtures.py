@@ -46,6 +46,8 @@ class Layer:
         self.base = nn.Linear(width, width).requires_grad_(False)
         self.a = nn.Parameter(torch.randn(EXPERTS, RANK, width) / width**0.5)
         self.b = nn.Parameter(torch.randn(EXPERTS, width, RANK) / RANK**0.5)
+        # The loop's: an expert's own parameters, as its trainers hold them.
+        self.each = [(nn.Parameter(a.clone()), nn.Parameter(b.clone())) for a, b in zip(self.a.data, self.b.data)]
         scores = torch.randn(batch, tokens, EXPERTS)
         found = Gates(scores.softmax(-1), None)
         if top_k is not None:
@@ -59,7 +61,7 @@ class Layer:
         return dense_gates(Gates(self.gates, self.index), EXPERTS)
 
     def leaves(self) -> list[torch.Tensor]:
-        return [self.x, self.a, self.b, self.gates]
+        return [self.x, self.a, self.b, self.gates, *(factor for pair in self.each for factor in pair)]
 
     def wanted(self) -> torch.Tensor:
         x, a, b, g = (t.detach().double() for t in (self.x, self.a, self.b, self.dense))
@@ -81,12 +83,12 @@ def python_loop(layer: Layer) -> torch.Tensor:
     flat = layer.x.flatten(0, 1)
     out = layer.base(flat)
     gates = layer.gates.flatten(0, 1)
-    for e in range(EXPERTS):
+    for e, (a, b) in enumerate(layer.each):
         if layer.index is None:
-            out = out + F.linear(F.linear(flat, layer.a[e]), layer.b[e]) * (SCALING * gates[:, e : e + 1])
+            out = out + F.linear(F.linear(flat, a), b) * (SCALING * gates[:, e : e + 1])
             continue
         rows, slot = torch.where(layer.index.flatten(0, 1) == e)
-        delta = F.linear(F.linear(flat[rows], layer.a[e]), layer.b[e]) * (SCALING * gates[rows, slot].unsqueeze(-1))
+        delta = F.linear(F.linear(flat[rows], a), b) * (SCALING * gates[rows, slot].unsqueeze(-1))
         out = out.index_add(0, rows, delta)
     return out.view(layer.x.shape)
 
@@ -126,9 +128,8 @@ def peft_xlora(layer: Layer) -> Callable[[Layer], torch.Tensor] | None:
         model.add_adapter(str(e), config)
     model.base_model.set_adapter([str(e) for e in range(EXPERTS)])
     target: Any = model.base_model.model[0]
-    for e in range(EXPERTS):
-        target.lora_A[str(e)].weight = nn.Parameter(layer.a[e].detach().clone())
-        target.lora_B[str(e)].weight = nn.Parameter(layer.b[e].detach().clone())
+    for e, (a, b) in enumerate(layer.each):
+        target.lora_A[str(e)].weight, target.lora_B[str(e)].weight = a, b
     mixed: Any = XLoraLinearLayer(SimpleNamespace(disabled=False), target, target.forward, 0, peft.XLoraConfig())
     return lambda one: mixed.forward(one.x, scalings=one.dense.unsqueeze(2))
 

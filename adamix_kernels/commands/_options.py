@@ -80,6 +80,17 @@ def may_write(option: str, given: str, path: str) -> None:
         raise PermissionError(f"{option}: {given!r}: nothing may be written to {path!r}, expected another place")
 
 
+def needs_file(option: str, given: str) -> None:
+    """Raises, before any work, OSError where no file `given` can be written."""
+    path = os.path.abspath(given)
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{option}: {folder!r}: no such folder")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{option}: got {given!r}, a folder, expected a file in it")
+    may_write(option, given, path if os.path.exists(path) else folder)
+
+
 def same_file(one: str, other: str) -> bool:
     return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 

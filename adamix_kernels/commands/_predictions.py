@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from ..tasks import InputRow
-from ._options import may_write
+from ._options import needs_file
 
 TOLERANCE = 1e-3  # of a number that is predicted again
 SUFFIX = ".jsonl"
@@ -64,9 +64,7 @@ class Lines:
             raise ValueError(f"out: got {path!r}, expected a name that ends in {SUFFIX}: predictions are JSON lines")
         if self._path.is_dir() or (self._path.exists() and not overwrite and not resume):
             raise ValueError(f"out: {path!r} is there already, expected another name, --overwrite, or --resume")
-        if not self._path.parent.is_dir():
-            raise FileNotFoundError(f"out: {str(self._path.parent)!r}: no such folder")
-        may_write("out", path, str(self._path if self._path.exists() else self._path.parent))
+        needs_file("out", path)
         self._old = self._path.open("rb") if resume and self._path.exists() else None
         self._kept_end = 0  # bytes of whole lines
         self._read = False  # to the end

@@ -17,7 +17,8 @@ MODULES = {"tune": "tune", "gpu-proof": "proof", "goals": "measure.goals"}
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="adamix bench",
-        description="Run python -m benchmarks.run in the source tree. Or, by the first word: gpu-proof, every GPU test "
+        description="Run python -m benchmarks.run in a clone of the sources: the one that this folder is in, or that "
+        "the package is installed from (pip install -e). Or, by the first word: gpu-proof, every GPU test "
         "and benchmark in one command; goals, what the committed measurements say to each goal; tune, the Triton "
         "kernels' block sizes for this GPU.",
     )
@@ -28,9 +29,16 @@ def main(argv: Sequence[str]) -> int:
         "adamix bench gpu-proof --help",
     )
     args = parser.parse_args(argv)
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "benchmarks" / "run.py").is_file():
-        raise FileNotFoundError("the benchmarks are not part of an installed package: clone the source tree")
+    here, installed = Path.cwd(), Path(__file__).resolve().parents[2]
+    # The package as well: it is the clone's that is measured.
+    parts = "benchmarks/run.py", "adamix_kernels/__init__.py"
+    places = (place for place in (here, *here.parents, installed) if all((place / part).is_file() for part in parts))
+    root = next(places, None)
+    if root is None:
+        raise FileNotFoundError(
+            "the benchmarks are not part of the installed package, and this folder is in no clone of its sources, "
+            "expected adamix bench in one (git clone, then cd adamix_kernels)"
+        )
     arguments, module = list(args.arguments or SMOKE), "benchmarks.run"
     if arguments[0] in MODULES:
         module = f"benchmarks.{MODULES[arguments.pop(0)]}"

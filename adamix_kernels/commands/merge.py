@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import nn
 
-from ..models.checkpoint import save_adamix
 from ..models.gating import is_learned
 from ..models.header import CHECKPOINT_NAME, read_header
 from ..models.merging import merge
+from ..models.saving import save_folder
 from ..models.state import adamix_state
 from ..tasks import write_run
 from ._options import needs_out, option, same_file, start
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     if adamix_state(opened.model).merged:
         raise ValueError(f"run: got {run.run!r}, which is merged already, expected a run with its experts")
     _check_gates(opened.model, options.gates)
-    save_adamix(merge(opened.model, gates=options.gates or None), out)
+    save_folder(merge(opened.model, gates=options.gates or None), out)
     opened.tokenizer.save_pretrained(out)
     if opened.filed:
         write_run(out, opened.run)

@@ -84,7 +84,7 @@ def _top() -> argparse.ArgumentParser:
         prog="adamix recipe",
         usage="adamix recipe ACTION ...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=(__doc__ or "").partition(": ")[2].strip(),
+        description="The paper's experiments, their baselines and ablations; tables and plots of their results.",
         epilog="actions:\n" + "\n".join(f"  {name:9}{text}" for name, text in ACTIONS.items())
         + "\n\nadamix recipe ACTION --help shows an action's options.",
     )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import textwrap
@@ -15,10 +14,12 @@ import torch
 
 from .. import verifying
 from .._auto import SHAPES
+from ..models._files import write_json
 from ..verifying import Report
 from ..verifying.machine import DTYPES, KERNELS
 from ..verifying.verdicts import CRASHED, UNKNOWN, WRONG, Store, cache_folder
 from . import env
+from ._options import needs_file
 
 # Beside those of every command.
 BAD, INCOMPLETE = 1, 3
@@ -34,15 +35,19 @@ def main(argv: Sequence[str]) -> int:
         epilog="exit status: 0 every kernel that can run here is right; 1 one is wrong or crashed, and not used; 3 "
         "nothing, or not everything, could be verified here; 2 wrong usage.",
     )
-    parser.add_argument("--ops", nargs="+", choices=tuple(SHAPES), default=tuple(SHAPES))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--backends", nargs="+", choices=KERNELS, default=KERNELS)
-    parser.add_argument("--seconds", type=float, default=verifying.prover.EVERYTHING, help="for each kind of GPU")
+    for name, choices in (("ops", tuple(SHAPES)), ("dtypes", DTYPES), ("backends", KERNELS)):
+        text, one = f"these alone, of: {', '.join(choices)}", name[:-1].upper()
+        parser.add_argument(f"--{name}", nargs="+", choices=choices, default=choices, metavar=one, help=text)
+    seconds = verifying.prover.EVERYTHING
+    text = f"the most, for each kind of GPU (default: {seconds:g})"
+    parser.add_argument("--seconds", type=float, default=seconds, metavar="X", help=text)
     parser.add_argument("--again", action="store_true", help="verify what has a verdict, too")
     parser.add_argument("--export", metavar="FILE", help="write everything as JSON, to attach to an issue")
     args = parser.parse_args(argv)
     if not args.seconds > 0:
         raise ValueError(f"--seconds: got {args.seconds:g}, expected more than 0")
+    if args.export:
+        needs_file("--export", args.export)
     report = verifying.verify(
         ops=args.ops,
         dtypes=[getattr(torch, name) for name in args.dtypes],
@@ -55,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         print(file=sys.stderr, end="\r" + " " * (_width() - 1) + "\r")
     print(in_words(report))
     if args.export:
-        Path(args.export).write_text(json.dumps(exported(report), indent=1) + "\n", encoding="utf-8")
+        write_json(Path(args.export), exported(report))
         print(f"\nWritten to {args.export}")
     return status(report)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,10 @@ ALLOWED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.jinja", "*.
 _IGNORED = ("checkpoint-*/*", "runs/*")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LOCAL = "_path"
+_PATIENCE = 10.0  # seconds
+_MISSING = "the Hub has no such repository, or it is private (hf auth login)"
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_folder(source: str | os.PathLike[str], revision: str | None = None, name: str = "source") -> Path:
@@ -61,9 +66,9 @@ def _snapshot(repository: str, revision: str | None, name: str) -> Path:
             errors.GatedRepoError,
             "the Hub asks for its owner's leave: accept its terms there, and log in (hf auth login)",
         ),
-        (errors.RepositoryNotFoundError, "the Hub has no such repository, or it is private (hf auth login)"),
+        (errors.RepositoryNotFoundError, _MISSING),
         (errors.RevisionNotFoundError, f"its repository on the Hub has no revision {revision!r}"),
-        (errors.LocalEntryNotFoundError, f"it is not in the cache of this machine, and {_unreached()}"),
+        (errors.LocalEntryNotFoundError, f"it is not in the cache of this machine, and {unreached()}"),
         (Exception, "the Hub did not give it"),
     ]
     try:
@@ -81,7 +86,34 @@ def _snapshot(repository: str, revision: str | None, name: str) -> Path:
     return Path(found)
 
 
-def _unreached() -> str:
+def hub_answers(repository: str, name: str, kind: str = "model") -> bool:
+    """Whether the Hub can be asked for a repository: one question, before a library asks file by file, half a minute
+    of tries each. Where it cannot, a warning says so, and the cache of this machine is all there is.
+
+    Args:
+        repository: a model's or a data set's name. name: what messages call it. kind: "model" or "dataset".
+
+    Raises ValueError: the Hub has no such repository.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        HfApi().repo_info(repository, repo_type=kind, timeout=_PATIENCE)
+    except errors.RepositoryNotFoundError as error:
+        if not isinstance(error, errors.GatedRepoError):  # of which the library says what to do
+            raise ValueError(f"{name}: got {repository!r}, which is no folder here, and {_MISSING}") from error
+    except (errors.HFValidationError, errors.HfHubHTTPError):  # the library's to name, or to try again
+        pass
+    except Exception as error:  # the network's, by whichever client
+        why = f"{unreached()} ({type(error).__name__})"
+        logger.warning("%s: %r is looked for in the cache of this machine alone", why, repository)
+        return False
+    return True
+
+
+def unreached() -> str:
     from huggingface_hub import constants
 
     return "HF_HUB_OFFLINE keeps the Hub away" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,12 +97,15 @@ class CheckpointMixin(_Trainer):
             write_manifest(folder)
 
     def _delete_old_checkpoints(self, run_folder: str) -> None:
+        # As transformers decides it, with a warning: checkpoints of one second are in the order of their steps.
+        times = [path.stat().st_mtime for path in Path(run_folder).glob("checkpoint-*")]
+        by_time = bool(times) and max(times) - min(times) >= 1
         if hasattr(self, "_rotate_checkpoints"):  # transformers 4
-            self._rotate_checkpoints(use_mtime=True, output_dir=run_folder)
+            self._rotate_checkpoints(use_mtime=by_time, output_dir=run_folder)
             return
         from transformers.trainer_utils import rotate_checkpoints
 
-        rotate_checkpoints(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        rotate_checkpoints(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=by_time)
 
     def _checked_resume(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:
         """The folder to go on from. Raises ValueError where it is not a whole checkpoint."""

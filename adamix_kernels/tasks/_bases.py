@@ -12,7 +12,7 @@ from ..models.header import CHECKPOINT_NAME, read_header
 from ..models.hub import resolve_folder, with_paths
 from ..packs.folder import read_pack
 from ..packs.peft_folder import CONFIG_NAME, head_rows
-from ._pretrained import first_line, from_pretrained, tokenizer_of
+from ._pretrained import first_line, from_pretrained, out_of_reach, tokenizer_of
 from .encoders import Encoder, load_causal, load_classifier, resolve_model
 from .run_file import RUN_NAME, read_run
 
@@ -114,12 +114,13 @@ def _built(base: Encoder, header: dict[str, Any]) -> Any:
         )
     config_class: Any = kind.config_class
     config = config_class.from_dict(dict(facts["config"]))
-    options: dict[str, Any] = {"config": config, "local_files_only": base.packaged}
+    options: dict[str, Any] = {"config": config}
     if facts.get("dtype") is not None and "quantization_config" not in facts["config"]:
         options["dtype"] = facts["dtype"]
     try:
         # A head that was trained comes with the checkpoint; any other is the base's.
         head = bool(header["saved_modules"])
+        options["local_files_only"] = base.packaged or out_of_reach(base.path)
         model = from_pretrained(kind, base.path, unread=_unread(facts), new_head=head, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
@@ -148,7 +149,8 @@ def _older(folder: Path, base: Encoder) -> tuple[Any, Any]:
 def tokenizer_for(folder: Path, base: Encoder, config: Any) -> Any:
     own = (folder / _TOKENIZER).is_file()
     try:
-        return tokenizer_of(str(folder) if own else base.path, own or base.packaged, config=config)
+        local = own or base.packaged or out_of_reach(base.path)
+        return tokenizer_of(str(folder) if own else base.path, local, config=config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if own:
             raise ValueError(f"{folder / _TOKENIZER}: cannot load the tokenizer: {first_line(error)}") from error

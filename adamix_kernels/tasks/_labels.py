@@ -24,6 +24,7 @@ class Labels:
     column: str
     names: list[str]  # in id order; [SCORE] in a regression, [] in a generation
     notes: list[str] = field(default_factory=list)
+    hint: str = ""  # for errors: what these labels rather are
 
     def of(self, table: Table) -> tuple[list[int], list[Any]]:
         """(rows, labels): the rows that have a label, and ids, numbers or lists of texts for them.
@@ -45,7 +46,7 @@ class Labels:
             known = listed(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
             raise ValueError(
                 f"{_where(table, row, self.column)}: got {name!r}, expected one of the training labels: {known}; "
-                "mend or remove the row, or add such rows to the training part"
+                f"mend or remove the row, or add such rows to the training part{self.hint}"
             ) from None
 
     @cached_property
@@ -87,7 +88,11 @@ def labels_of(train: Table, column: str, kind: str) -> Labels:
     if kind == "regression":
         return Labels(kind, column, [SCORE], notes)
     names = _class_names(train, column, [(row, values[row]) for row in rows], notes)
-    return Labels(kind, column, names, notes)
+    if len(names) < 3 or 2 * len(names) <= len(rows) or not any(" " in name.strip() for name in names):
+        return Labels(kind, column, names, notes)
+    notes.append(f"{len(names)} classes are trained on {len(rows)} rows; for texts to write: --task generation.")
+    hint = f"; {len(names)} different labels in {len(rows)} rows may be texts to write: --task generation"
+    return Labels(kind, column, names, notes, hint)
 
 
 def class_name(table: Table, row: int, column: str, value: Any) -> str:

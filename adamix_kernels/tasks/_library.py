@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._extras import install_line
+from ..models.hub import hub_answers, unreached
 from ._sources import Parts
 from ._table import Table, listed
 
@@ -33,10 +34,16 @@ def hub_splits(source: str) -> Any:
     """What load_dataset gives for a hub name. Raises as hub_parts."""
     name, _, config = source.partition(":")
     library = _datasets(source)
+    reached = hub_answers(name, "data", "dataset")
     try:
-        with _said_once():
+        with _said_once(), contextlib.nullcontext() if reached else _from_its_cache(library):
             return library.load_dataset(name, config or None)
     except Exception as error:
+        if not reached and isinstance(error, OSError):
+            raise ValueError(
+                f"data: {source!r} is neither a file nor a folder here, nor a data set that datasets has in its cache "
+                f"of this machine, and {unreached()}"
+            ) from error
         raise ValueError(
             f"data: {source!r} is neither a file nor a folder here, and as a hub data set datasets.load_dataset "
             f"refused it: {reasons(error)}"
@@ -91,6 +98,16 @@ def _said_once() -> Iterator[None]:
         yield
     finally:
         source.removeFilter(keep)
+
+
+@contextlib.contextmanager
+def _from_its_cache(library: Any) -> Iterator[None]:
+    """Within it `datasets` asks the Hub nothing, as with HF_HUB_OFFLINE."""
+    previous, library.config.HF_HUB_OFFLINE = library.config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        library.config.HF_HUB_OFFLINE = previous
 
 
 def _datasets(source: str) -> Any:

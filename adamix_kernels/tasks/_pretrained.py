@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from ..models.hub import hub_answers, unreached
+
 logger = logging.getLogger(__name__)
 
 # transformers 5's report and 4's warning.
@@ -51,14 +53,23 @@ def tokenizer_of(path: str, local: bool, **options: Any) -> Any:
     from transformers.utils.hub import cached_file
 
     found = os.path.isdir(path)
-    if not found and (path.startswith((".", "/", "~", "\\")) or path.count("/") > 1):  # no name of the hub
+    if not found and not _may_be_on_hub(path):
         raise OSError(f"{path}: no such folder")
     here = {"local_files_only": local, "_raise_exceptions_for_missing_entries": False}
     if not any(cached_file(path, name, **here) for name in _TOKENIZERS):
         files = f"no file of a tokenizer ({', '.join(_TOKENIZERS[:_SHOWN])}, ...)"
-        place = "" if found else "no such folder here, and on the Hub, or in this machine's cache of it, "
-        raise OSError(f"{path}: {place}{files}")
+        beside = f" in the cache of this machine, and {unreached()}" if local else " on the Hub"
+        raise OSError(f"{path}: {files}" if found else f"{path}: no such folder here, {files}{beside}")
     return AutoTokenizer.from_pretrained(path, local_files_only=local, **options)
+
+
+def out_of_reach(path: str) -> bool:
+    """Whether `path` is a name of the Hub, which cannot be asked. Raises ValueError: it has no such repository."""
+    return not os.path.isdir(path) and _may_be_on_hub(path) and not hub_answers(path, "model")
+
+
+def _may_be_on_hub(path: str) -> bool:
+    return not path.startswith((".", "/", "~", "\\")) and path.count("/") <= 1
 
 
 def first_line(error: BaseException) -> str:

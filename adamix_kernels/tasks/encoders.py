@@ -12,7 +12,7 @@ from typing import Any
 from .._extras import install_line, needed
 from ..models._files import sha256
 from ..models.pooling import POOLINGS, set_pooling
-from ._pretrained import first_line, from_pretrained, tokenizer_of
+from ._pretrained import first_line, from_pretrained, out_of_reach, tokenizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -146,8 +146,9 @@ def known_settings(encoder: Encoder, wanted: Mapping[str, Any]) -> dict[str, Any
         return {}
     with needed("known_settings"):
         from transformers import AutoConfig  # type: ignore[attr-defined]
+    local = encoder.packaged or out_of_reach(encoder.path)
     try:
-        config: Any = AutoConfig.from_pretrained(encoder.path, local_files_only=encoder.packaged)
+        config: Any = AutoConfig.from_pretrained(encoder.path, local_files_only=local)
     except (OSError, ValueError) as error:
         raise ValueError(f"model: cannot load {encoder.name!r}: {first_line(error)}") from error
     unknown = [name for name in wanted if not hasattr(config, name)]
@@ -175,7 +176,7 @@ def load_model(kind: Any, encoder: Encoder, **options: Any) -> tuple[Any, Any]:
     Raises ValueError: the hub or the folder cannot give the model; the message keeps the first line of why.
     """
     # The packaged folder is complete: nothing may look further than this disk.
-    local = encoder.packaged
+    local = encoder.packaged or out_of_reach(encoder.path)
     try:
         tokenizer = tokenizer_of(encoder.path, local)
         model = from_pretrained(kind, encoder.path, local_files_only=local, **options)

@@ -71,18 +71,20 @@ def load_task(
         raise ValueError(f"task_column: got {task_column!r}, expected {wanted}")
     parts = find_parts(source)
     tasks: tuple[str, ...] = ()
+    hint = ""
     if task == "generation" and not any(given) and (written := _written(parts)) is not None:
         columns, names, kind, notes, (train, dev, test) = Columns(None, None, None), [], task, [*parts.notes], written
     else:
         columns, notes = choose_columns(parts.train.name, _others(parts.train, task_column), task, *given)
         labels = labels_of(parts.train, str(columns.label), task)
-        names, kind, notes = labels.names, labels.kind, [*parts.notes, *notes, *labels.notes]
+        names, kind, hint = labels.names, labels.kind, labels.hint
+        notes = [*parts.notes, *notes, *labels.notes]
         of = None if task_column is None else TaskNames.of(parts.train, task_column)
         tasks = () if of is None else of.names
         train, dev, test = (_split(table, columns, labels, notes, of) for table in _labelled(parts, columns, notes))
     assert train is not None  # a source without it is an error
     if dev is None:
-        train, dev = _drawn(source, train, kind, dev_fraction, seed, notes)
+        train, dev = _drawn(source, train, kind, dev_fraction, seed, notes, hint)
     return TextTask(source, kind, names, train, dev, test, columns, tuple(notes), tasks)
 
 
@@ -204,7 +206,7 @@ def checked_text(value: Any, place: Any) -> str:
 
 
 def _drawn(
-    source: str, train: TextSplit, kind: str, fraction: float, seed: int, notes: list[str]
+    source: str, train: TextSplit, kind: str, fraction: float, seed: int, notes: list[str], hint: str = ""
 ) -> tuple[TextSplit, TextSplit]:
     contents: list[Any] = list(train.texts) if train.pairs is None else list(zip(train.texts, train.pairs))
     classes = train.labels if kind == "classification" else [0] * len(train)
@@ -212,7 +214,7 @@ def _drawn(
     if not chosen:
         raise ValueError(
             f"data: {source!r} has no dev part, and its {len(set(contents))} different training texts are too few to "
-            f"draw {fraction:g} of them for one, expected more rows, a dev part, or a greater dev_fraction"
+            f"draw {fraction:g} of them for one, expected more rows, a dev part, or a greater dev_fraction{hint}"
         )
     aside = set(chosen)
     rest = [row for row in range(len(train)) if row not in aside]

@@ -15,9 +15,9 @@ from tiny_saved import TEXTS, adapted, logits, randomise
 
 from adamix_kernels import AdaMixConfig, adapt, load, load_adamix, merge, save_adamix
 from adamix_kernels.models.checkpoint import CHECKPOINT_NAME
-from adamix_kernels.models.hub import resolve_folder
+from adamix_kernels.models.hub import hub_answers, resolve_folder
 from adamix_kernels.models.pooling import pooling_of
-from adamix_kernels.tasks import Run, load_causal, resolve_model, write_run
+from adamix_kernels.tasks import Run, load_causal, load_classifier, resolve_model, write_run
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -256,6 +256,50 @@ def test_what_the_hub_does_not_give_is_one_sentence(case, monkeypatch):
     with pytest.raises(ValueError, match=message) as found:
         resolve_folder("some/run")
     assert "\n" not in str(found.value)
+
+
+GATED = errors.GatedRepoError("403", response=mock.Mock())
+# What the one question gives; whether the Hub is then asked for files, or the message.
+ANSWERS = {
+    "there": (None, True),
+    "gated": (GATED, True),
+    "busy": (errors.HfHubHTTPError("503", response=mock.Mock()), True),
+    "no name": (errors.HFValidationError("a name"), True),
+    "no network": (ConnectionError("no route"), False),
+    "missing": (errors.RepositoryNotFoundError("404", response=mock.Mock()), "^model: got 'my/base'.*no such reposit"),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_the_hub_is_asked_once_before_a_library_asks_for_every_file(case, monkeypatch, caplog):
+    given, wanted = ANSWERS[case]
+    asked = []
+
+    def repo_info(_self, name, repo_type, timeout):
+        asked.append((name, repo_type, timeout <= 10))
+        if given is not None:
+            raise given
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
+    assert not hub_answers("my/base", "model")
+    assert not asked  # HF_HUB_OFFLINE
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    if isinstance(wanted, str):
+        with pytest.raises(ValueError, match=wanted):
+            hub_answers("my/base", "model")
+    else:
+        assert hub_answers("my/base", "model") == wanted
+        assert ("'my/base' is looked for in the cache of this machine alone" in caplog.text) == (not wanted)
+    assert asked == [("my/base", "model", True)]
+
+
+def test_a_model_without_a_network_is_looked_for_in_the_cache_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", mock.Mock(side_effect=ConnectionError("no route")))
+    message = r"^model: cannot load 'my/base': my/base: no such folder here, no file .*, and the Hub cannot be reached$"
+    monkeypatch.setattr("socket.socket.connect", mock.Mock(side_effect=AssertionError("asked")))
+    with pytest.raises(ValueError, match=message):
+        load_classifier(resolve_model("my/base"), ["a", "b"])
 
 
 def test_the_cache_of_huggingface_hub_itself(encoder, tmp_path, monkeypatch):

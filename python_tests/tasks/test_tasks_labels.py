@@ -99,6 +99,20 @@ def test_a_label_that_training_lacks(tmp_path):
         load_task(_lines(tmp_path, ["a", "b"], dev=["a", "c"]))
 
 
+def test_texts_to_write_are_no_classes(tmp_path):
+    """Generation data without --task generation: every way it ends names the flag."""
+    written = [f"{name} serves {food} ." for name in ("blue", "red") for food in ("fish", "meat", "tea")]
+    way = r"6 different labels in 6 rows may be texts to write: --task generation$"
+    (tmp_path / "one.csv").write_text("\n".join(["text,label", *(f"text {i},{w}" for i, w in enumerate(written))]))
+    with pytest.raises(ValueError, match=r"6 different training texts are too few.*" + way):
+        load_task(str(tmp_path / "one.csv"))
+    with pytest.raises(ValueError, match=r"got 'green serves rice \.', expected one of the training labels.*" + way):
+        load_task(_lines(tmp_path, written, dev=["green serves rice ."]))
+    notes = load_task(_lines(tmp_path, written, dev=written[:1])).notes
+    assert "6 classes are trained on 6 rows; for texts to write: --task generation." in notes
+    assert not load_task(_lines(tmp_path, ["a", "b", "c"] * 2, dev=["a"])).notes
+
+
 def test_a_label_that_training_lacks_in_a_file_without_a_header(tmp_path):
     (tmp_path / "train.tsv").write_text("gj04\t1\t\ta .\ngj04\t0\t*\tb .\n")
     (tmp_path / "dev.tsv").write_text("gj04\t2\t\tc .\n")

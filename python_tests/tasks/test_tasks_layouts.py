@@ -217,6 +217,27 @@ def test_a_folder_that_datasets_saved_and_one_in_its_layout(tmp_path, monkeypatc
     assert len(load_task("json").train) == 20  # "json" is a builder of datasets too
 
 
+def test_a_hub_that_does_not_answer_is_not_asked_by_another_library(monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    def unreached(*_, **__):
+        raise ConnectionError("no route")
+
+    def load_dataset(*_):
+        assert datasets.config.HF_HUB_OFFLINE
+        raise ConnectionError("Couldn't reach it")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreached)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = r"^data: 'my/set' is neither .* of this machine, and the Hub cannot be reached$"
+    with pytest.raises(ValueError, match=message):
+        load_task("my/set")
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
 def test_a_hub_refusal_keeps_its_reasons_and_tells_of_its_tries_once(monkeypatch):
     import datasets
 

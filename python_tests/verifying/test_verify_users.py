@@ -151,6 +151,9 @@ def test_the_command_without_a_gpu_says_so(capsys, tmp_path):
     assert "triton: Triton compiles for GPUs" in printed or "triton: ready" in printed
     written = json.loads((tmp_path / "out.json").read_text())
     assert (written["format"], written["problem"], written["verdicts"]) == (1, "torch sees no GPU", [])
+    assert cli.main(["verify", "--export", str(tmp_path / "no" / "x.json")]) == 2
+    wrong = capsys.readouterr()
+    assert (wrong.out, wrong.err.endswith("no': no such folder\n")) == ("", True)
     assert str(tmp_path) not in json.dumps(written).replace("out.json", "")
 
 
