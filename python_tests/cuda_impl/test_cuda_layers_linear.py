@@ -39,7 +39,8 @@ PROPERTIES = {
     "backend": ["cuda", "reference"],
     "around": ["nothing", "no_grad", "autocast", "saved hooks"],
     "watcher": [
-        "nobody", "hook", "pre-hook", "own forward", "class's forward", "function", "global hook", "compiled", "backward hook",
+        "nobody", "hook", "pre-hook", "own forward", "class's forward", "function", "global hook", "compiled",
+        "backward hook",
     ],
     "gradient": ["dense", "expanded"],
 }  # fmt: skip
@@ -172,8 +173,11 @@ def loaded():
 
 @pytest.mark.parametrize("conv", [False, True])
 def test_a_frozen_layer_and_its_update_are_one_node(conv):
-    for changed in ({}, {"bias": False}, {"dtype": torch.bfloat16}, {"x": "plain"}, {"dropout": 0.4}, {"level": "sample"},
-                    {"gradient": "expanded"}, {"groups": 2, "share": None}, {"learns": False}):  # fmt: skip
+    variants = (
+        {}, {"bias": False}, {"dtype": torch.bfloat16}, {"x": "plain"}, {"dropout": 0.4}, {"level": "sample"},
+        {"gradient": "expanded"}, {"groups": 2, "share": None}, {"learns": False},
+    )  # fmt: skip
+    for changed in variants:
         assert compare({**usual(), "conv": conv, **changed}), changed
 
 
