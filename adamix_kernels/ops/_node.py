@@ -26,8 +26,8 @@ ADAPTER, LORA = 0, 1
 FORWARDS, IN_PLACE, BACKWARDS = {ADAPTER: 0, LORA: 2}, 3, {1: ADAPTER, 4: LORA}
 # Classes whose instances' attributes say what they do: of routers, and of linear layers whose output is new memory.
 ROUTERS: set[type] = set()
-# Of the latter what csrc/autograd/linear.cpp asks for again at every call: (its __call__, its forward, the namespace and
-# the name of what that calls, what it was, whether the weight is transposed).
+# Of the latter what csrc/autograd/linear.cpp asks for again at every call: (its __call__, its forward, the namespace
+# and the name of what that calls, what it was, whether the weight is transposed).
 LINEARS: dict[type, tuple[Any, Any, dict[str, Any], str, Any, bool]] = {}
 
 
