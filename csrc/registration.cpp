@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY(adamix_cuda, m) {
   m.def("build_info() -> str");
   m.def("driver_problem() -> str");
   m.def("device_problem(int device) -> str");
+  m.def("entries() -> int");
   m.def(
       "routed_adapter_forward(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
       "Tensor? down_index, Tensor? up_index, Tensor? residual, bool add_input, str activation) -> (Tensor, Tensor)");
@@ -102,6 +103,7 @@ STABLE_TORCH_LIBRARY_IMPL(adamix_cuda, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&adamix::build_info));
   m.impl("driver_problem", TORCH_BOX(&adamix::driver_problem));
   m.impl("device_problem", TORCH_BOX(&adamix::device_problem));
+  m.impl("entries", TORCH_BOX(&adamix::entries));
   m.impl("routed_adapter_forward", TORCH_BOX(&adamix::routed_adapter_forward));
   m.impl("routed_adapter_backward", TORCH_BOX(&adamix::routed_adapter_backward));
   m.impl("routed_lora_forward", TORCH_BOX(&adamix::routed_lora_forward));

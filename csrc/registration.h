@@ -7,6 +7,8 @@ namespace adamix {
 
 std::string driver_problem();
 std::string device_problem(int64_t device);
+// The address of entries.h's table.
+int64_t entries();
 
 std::tuple<Tensor, Tensor> routed_adapter_forward(Tensor x, Tensor down_weight, OptionalTensor down_bias,
                                                   Tensor up_weight, OptionalTensor up_bias, OptionalTensor down_index,

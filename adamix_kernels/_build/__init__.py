@@ -17,6 +17,7 @@ from typing import Any
 
 from .node import build_node, node_obstacle
 from .node import node_name as node_name
+from .node import node_sources as node_sources
 from .objects import (
     NODE_FOLDER,
     PACKAGE,
@@ -198,7 +199,7 @@ def _node_beside(output: Path, torch: Torch, csrc: Path, jobs: int) -> str:
 def sources_fingerprint(csrc: Path) -> str:
     """Of everything in csrc/ that the CUDA library and the module beside it are made of."""
     files = [path for source in sources(csrc) for path in with_includes(source, csrc)]
-    return fingerprint([*files, *(csrc / NODE_FOLDER).glob("*")])
+    return fingerprint(files, node_sources(csrc))
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from .objects import NODE_FOLDER, link, objects_folder, planned, with_includes
+from .objects import NODE_FOLDER, Compiled, fingerprint, link, objects_folder, planned, with_includes
 from .schedule import compile_all
 from .toolchain import BuildError, Torch, run
 
@@ -24,6 +24,11 @@ _LIBRARIES = ("-L{torch}/lib", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc1
 def node_name(torch: str) -> str:
     """The module's file for a version of torch and the running Python; with others it is not found, nor loaded."""
     return f"_node-{torch}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def node_sources(csrc: Path) -> str:
+    """The fingerprint of what the module is made of, which it tells as `sources`: another's is not the one to load."""
+    return fingerprint([*(csrc / NODE_FOLDER).glob("*"), *csrc.glob("entries.h")])
 
 
 def node_obstacle(torch: Torch, csrc: Path) -> str | None:
@@ -52,7 +57,13 @@ def build_node(folder: Path, torch: Torch, csrc: Path, jobs: int, *, strict: boo
     files = sorted((csrc / NODE_FOLDER).glob("*.cpp"))
     with objects_folder(csrc, NODE_FOLDER) as kept:
         flags = [*_filled(_FLAGS, places), *(_STRICT if strict else ())]
-        objects = [planned(["g++"], flags, file, with_includes(file, csrc), kept, versions) for file in files]
+        told = f'-DADAMIX_NODE_SOURCES="{node_sources(csrc)}"'
+
+        def plan(file: Path) -> Compiled:
+            mine = [*flags, told] if file.name == "module.cpp" else flags
+            return planned(["g++"], mine, file, with_includes(file, csrc), kept, versions)
+
+        objects = [plan(file) for file in files]
         output = folder / node_name(torch.version)
         link(["g++", "-shared"], compile_all(objects, jobs), _filled(_LIBRARIES, places), output)
     return output

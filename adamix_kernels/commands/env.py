@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .. import _build, _extension
+from ..ops import _node
 from ..verifying import backends, mode
 from ..verifying.verdicts import cache_folder
 
@@ -50,12 +51,13 @@ def describe() -> dict[str, Any]:
 
 def library() -> dict[str, Any]:
     """The C++/CUDA library: its path, why it is not loaded, what the build wrote down, whether csrc/ is newer, and
-    whether autograd's nodes are in C++ (node)."""
+    whether autograd's nodes are in C++ (node), or why a module that is there is not used (node_problem)."""
     path, built = _extension.library_path(), _extension.record() if _extension.library_path() else {}
     changed = False
     if "sources" in built:
         with contextlib.suppress(_build.BuildError):
             changed = _build.sources_fingerprint(_build.source_folder()) != built["sources"]
+    node, refused = _node.find()
     return {
         "path": str(path) if path else None,
         "problem": _extension.load_problem(),
@@ -63,7 +65,8 @@ def library() -> dict[str, Any]:
         "nvcc": built.get("nvcc"),
         "torch": built.get("torch"),
         "csrc_changed": changed,
-        "node": (_extension.folder() / _build.node_name(torch.__version__)).is_file(),
+        "node": node is not None,
+        "node_problem": refused,
     }
 
 
@@ -119,13 +122,11 @@ def _short(path: Path) -> str:
 
 
 def _library_in_words(facts: dict[str, Any]) -> str:
+    nodes = "; autograd's nodes in C++"
+    if not facts["node"]:
+        nodes = f"; autograd's nodes in Python ({facts['node_problem'] or 'no module for this torch and Python'})"
     if facts["problem"]:
-        return str(facts["problem"]) + ("; autograd's nodes in C++" if facts["node"] else "")
-    nodes = (
-        "; autograd's nodes in C++"
-        if facts["node"]
-        else "; autograd's nodes in Python (no module for this torch and Python)"
-    )
+        return str(facts["problem"]) + (nodes if facts["node"] or facts["node_problem"] else "")
     if facts["architectures"] is None:
         built_for = "the CPU" if _extension.on_host() else torch.ops.adamix_cuda.build_info()
         return f"{facts['path']}, for {built_for}{nodes}"

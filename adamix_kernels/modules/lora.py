@@ -168,13 +168,20 @@ class RoutedLoRALinear(OnBase):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, S, K] (or [N, K]) -> [B, S, N] (or [N, N'])."""
-        check_input(x, self.in_features)
         node = None if torch.compiler.is_compiling() else NODE.module
-        # Not self.base: nn.Module finds its modules last, after all else.
-        layer = None if node is None else self._modules.get("base")
-        base: torch.Tensor = self.base(x) if layer is None else layer(x)
-        if node is not None:
-            made: torch.Tensor | None = node.lora_layer(self, x, base)
+        if node is None:
+            check_input(x, self.in_features)
+            base: torch.Tensor = self.base(x)
+        else:
+            # A frozen linear layer and its update as one call and one node; what that layer gave, if no more was done.
+            made: Any = node.lora_on_linear(self, x)
+            if made is None:
+                check_input(x, self.in_features)
+                # Not self.base: nn.Module finds its modules last, after all else.
+                base = self._modules["base"](x) if "base" in self._modules else self.base(x)
+                made = node.lora_layer(self, x, base)
+            elif made.__class__ is tuple:
+                (base,), made = made, None
             if made is not None:
                 return made
         if not self.router.enabled:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import importlib.util
+import sys
+import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,17 @@ ADAPTER, LORA = 0, 1
 FORWARDS, IN_PLACE, BACKWARDS = {ADAPTER: 0, LORA: 2}, 3, {1: ADAPTER, 4: LORA}
 # Classes whose instances' attributes say what they do: of routers, and of linear layers whose output is new memory.
 ROUTERS: set[type] = set()
-LINEARS: set[type] = {torch.nn.Linear}
+# Of the latter what csrc/autograd/linear.cpp asks for again at every call: (its __call__, its forward, the namespace
+# and the name of what that calls, what it was, whether the weight is transposed).
+LINEARS: dict[type, tuple[Any, Any, dict[str, Any], str, Any, bool]] = {}
+
+
+def keep_linear(kind: Any, module: Any, name: str, transposed: bool) -> None:
+    """A class of linear layers, whose forward calls module.name."""
+    LINEARS[kind] = kind.__call__, kind.forward, vars(module), sys.intern(name), getattr(module, name), transposed
+
+
+keep_linear(torch.nn.Linear, torch.nn.functional, "linear", False)
 
 
 class Node:
@@ -45,24 +56,47 @@ _direct.OTHERS.append(NODE.forget)
 
 @functools.cache
 def _load() -> Any:
-    # As _build.node_name names it, which a layout without the build does not have.
-    path = _extension.folder() / f"_node-{torch.__version__}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    if not path.is_file() or not isinstance(_environment._raw, dict):
+    module, reason = find()
+    if module is None or not isinstance(_environment._raw, dict):
+        if reason is not None:
+            warnings.warn(f"autograd's nodes stay in Python: {reason}", stacklevel=2)
         return None
-    return _from(path)
-
-
-def _from(path: Path) -> Any:
-    loader = importlib.machinery.ExtensionFileLoader("_node", str(path))
-    spec = importlib.util.spec_from_loader("_node", loader)
-    assert spec is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
     namespace = __package__.removesuffix(".ops").replace(".", "_")
     tables = vars(_direct), vars(_auto), vars(torch.nn.modules.module), _environment._raw
     names = _environment._check, _environment._one, _environment._table
     module.setup(namespace, *tables, *names, ROUTERS, LINEARS, _backward)
     return module
+
+
+@functools.cache
+def find() -> tuple[Any, str | None]:
+    """(the module, None); (None, None) where there is none for this torch and Python; (None, why it is not used)."""
+    # As _build.node_name names it, which a layout without the build does not have.
+    path = _extension.folder() / f"_node-{torch.__version__}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    if not path.is_file():
+        return None, None
+    loader = importlib.machinery.ExtensionFileLoader("_node", str(path))
+    spec = importlib.util.spec_from_loader("_node", loader)
+    assert spec is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    wanted = _sources()
+    if wanted is None or getattr(module, "sources", None) == wanted:
+        return module, None
+    again = "--host" if _extension.on_host() else "--node"
+    return None, f"{path.name} was built from another csrc/; `python -m adamix_kernels._build {again}` builds it anew"
+
+
+def _sources() -> str | None:
+    """What csrc/ would make the module of, or None where there is none: its word is then taken for good."""
+    try:
+        from .. import _build
+    except ImportError:  # a layout without the build
+        return None
+    try:
+        return _build.node_sources(_build.source_folder())
+    except _build.BuildError:
+        return None
 
 
 # By op, its direct calls (ops/_routed_direct.py): what a backward asks that has no plan.

@@ -85,7 +85,7 @@ class _CudaLaunches:
 
 def cases(backend: str) -> Iterator[HostCase]:
     """Every measured call of `backend`; where a backward is part of it, of every floating argument."""
-    made = (*_adapter(backend), *_lora(backend), *_loss(backend), *_merge(backend), *_floor())
+    made = (*_adapter(backend), *_lora(backend), *_gated(backend), *_loss(backend), *_merge(backend), *_floor())
     for name, call, least, most in made:
         yield HostCase(name, call, _COUNTS[backend], least, most)
 
@@ -119,6 +119,25 @@ def _lora(backend: str) -> Iterator[Call]:
 
     yield from _modes("routed_lora", call, (x, a, b), backward=3)
     yield from _modes("routed_lora, in place", functools.partial(call, inplace=True), (x, a, b), backward=3)
+
+
+def _gated(backend: str) -> Iterator[Call]:
+    experts, slots, width = 2 * EXPERTS, 2, 2 * HIDDEN
+    x, base = _randn(BATCH, TOKENS, HIDDEN), _randn(BATCH, TOKENS, width)
+    banks = _randn(experts, RANK, HIDDEN), _randn(experts, RANK), _randn(experts, HIDDEN, RANK), _randn(experts, HIDDEN)
+    factors = _randn(experts, RANK, HIDDEN), _randn(experts, width, RANK)
+    chosen = torch.arange(slots).expand(BATCH, TOKENS, slots).contiguous()
+    for kind, index, columns in (("dense gates", None, experts), (f"top-{slots} of {experts} gates", chosen, slots)):
+        gates = _randn(BATCH, TOKENS, columns)
+
+        def adapter(x: torch.Tensor, gates: torch.Tensor, *banks: torch.Tensor, index: Any = index) -> torch.Tensor:
+            return routed_adapter(x, *banks, index, index, residual=x, gates=gates, backend=backend)
+
+        def lora(x: torch.Tensor, gates: torch.Tensor, *factors: torch.Tensor, index: Any = index) -> torch.Tensor:
+            return routed_lora(x, *factors, index, index, base=base, scaling=0.5, gates=gates, backend=backend)
+
+        yield from _modes(f"routed_adapter, {kind}", adapter, (x, gates, *banks), backward=5)
+        yield from _modes(f"routed_lora, {kind}", lora, (x, gates, *factors), backward=5)
 
 
 def _loss(backend: str) -> Iterator[Call]:

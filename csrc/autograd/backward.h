@@ -1,5 +1,5 @@
-// Autograd's nodes of the routed ops, and what their forwards share with them: the kernels of registration.cpp, and
-// rows [B, S, C] as [passes, B / passes * S, C]. For nodes.cpp alone.
+// Autograd's nodes of the routed ops, and what their forwards share with them: rows [B, S, C] as
+// [passes, B / passes * S, C].
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -9,6 +9,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <array>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -16,6 +17,8 @@
 #include <utility>
 #include <vector>
 
+#include "autograd/kernels.h"
+#include "autograd/memory.h"
 #include "autograd/nodes.h"
 #include "autograd/plans.h"
 
@@ -47,50 +50,22 @@ inline c10::OperatorHandle found(const std::string& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
 }
 
-// A kernel of registration.cpp, called below autograd.
-class Kernel {
- public:
-  explicit Kernel(const char* name) : op_(found(std::string("adamix_cuda::") + name)) {}
-  void operator()(Stack& stack) const {
-    at::AutoDispatchBelowADInplaceOrView below;
-    op_.callBoxed(&stack);
-  }
-
- private:
-  c10::OperatorHandle op_;
-};
-
-// A backward's kernel or, for whoever watches, the op that models see, with the backend behind its arguments.
-class Backward {
- public:
-  explicit Backward(const char* name) : kernel_(name), seen_(found(public_namespace() + "::" + name)) {}
-  void operator()(Stack& stack, const std::string& backend) const {
-    if (!is_watched()) return kernel_(stack);
-    stack.emplace_back(backend);
-    at::AutoDispatchBelowAutograd below;
-    seen_.callBoxed(&stack);
-  }
-
- private:
-  Kernel kernel_;
-  c10::OperatorHandle seen_;
-};
+// The op that models see, with the backend behind its arguments: for a backward that somebody watches.
+inline void run_seen(const c10::OperatorHandle& op, Stack& stack, const std::string& backend) {
+  stack.emplace_back(backend);
+  at::AutoDispatchBelowAutograd below;
+  op.callBoxed(&stack);
+}
 
 inline c10::IValue optional(const Tensor& t) { return t.defined() ? c10::IValue(t) : c10::IValue(); }
-
-// The same memory in another shape, and nothing of its history.
-inline Tensor reshaped(const Tensor& t, c10::IntArrayRef sizes) {
-  auto copy = t.unsafeGetTensorImpl()->shallow_copy_and_detach(c10::VariableVersion(0), true);
-  copy->set_sizes_contiguous(sizes);
-  return Tensor(std::move(copy));
-}
 
 // [B, S, C] -> [passes, B / passes * S, C]
 inline Tensor folded(const Tensor& rows, int64_t passes) {
   if (passes == 0 || !rows.defined()) return rows;
-  int64_t batch = rows.size(0), tokens = rows.size(1);
+  int64_t sizes[] = {passes, rows.size(0) / passes * rows.size(1), rows.size(2)};
+  if (rows.is_contiguous()) return reshaped(rows, sizes);
   at::AutoDispatchBelowADInplaceOrView below;
-  return reshaped(rows.contiguous(), {passes, batch / passes * tokens, rows.size(2)});
+  return reshaped(rows.contiguous(), sizes);
 }
 
 // A result of the op that nobody else holds, as [B, S, C] again.
@@ -131,6 +106,13 @@ inline SavedVariable saved(const Tensor& t) {
   return t.defined() ? SavedVariable(t, false) : SavedVariable(std::optional<Tensor>(), false);
 }
 
+template <size_t N>
+std::array<Tensor, N> taken(Stack& stack) {
+  std::array<Tensor, N> made;
+  for (size_t n = 0; n < N; ++n) made[n] = std::move(stack[n]).toTensor();
+  return made;
+}
+
 struct AdapterBackward : Node {
   SavedVariable x, pre, down_weight, up_weight, down_index, up_index;
   bool add_input = false;
@@ -156,43 +138,59 @@ struct AdapterBackward : Node {
     bool need_down = need[1] || need[2], need_up = need[3] || need[4];
     if (need[0] || need_down || need_up) {
       Tensor given = x.unpack();
-      int64_t folds = planned ? 0 : passes;
-      Stack stack;
-      stack.reserve(13);
-      for (const Tensor& t :
-           {folded(gradient, folds), folded(given, folds), pre.unpack(), down_weight.unpack(), up_weight.unpack()}) {
-        stack.emplace_back(t);
-      }
-      stack.emplace_back(optional(down_index.unpack()));
-      stack.emplace_back(optional(up_index.unpack()));
-      for (bool flag : {need[0], need_down, need_up, add_input}) stack.emplace_back(flag);
-      stack.emplace_back(activation);
-      if (planned) {
-        run_planned_backward(PlanKind::kAdapterBackward, stack, passes, backend);
-      } else {
-        static const Backward op("routed_adapter_backward");
-        op(stack, backend);
-      }
-      out.set(0, unfolded(std::move(stack[0]).toTensor(), given, folds), need[0]);
-      for (size_t n = 1; n < 5; ++n) out.set(n, std::move(stack[n]).toTensor(), need[n]);
+      std::array<Tensor, 5> made = planned || is_watched() ? of_stack(gradient, given, {need[0], need_down, need_up})
+                                                           : of_kernels(folded(gradient, passes), folded(given, passes),
+                                                                        {need[0], need_down, need_up});
+      out.set(0, unfolded(std::move(made[0]), given, planned ? 0 : passes), need[0]);
+      for (size_t n = 1; n < 5; ++n) out.set(n, std::move(made[n]), need[n]);
     }
     return once_differentiable(out.take(), gradient);
   }
+
+ private:
+  std::array<Tensor, 5> of_kernels(const Tensor& gradient, const Tensor& rows, std::array<bool, 3> need) {
+    Tensor kept[] = {pre.unpack(), down_weight.unpack(), up_weight.unpack(), down_index.unpack(), up_index.unpack()};
+    return run(kernels().adapter_backward,
+               AdapterBackwardCall{handle(gradient), handle(rows), handle(kept[0]), handle(kept[1]), handle(kept[2]),
+                                   handle(kept[3]), handle(kept[4]), need[0], need[1], need[2], add_input,
+                                   activation.c_str()});
+  }
+
+  std::array<Tensor, 5> of_stack(const Tensor& gradient, const Tensor& given, std::array<bool, 3> need) {
+    int64_t folds = planned ? 0 : passes;
+    Stack stack;
+    stack.reserve(13);
+    for (const Tensor& t :
+         {folded(gradient, folds), folded(given, folds), pre.unpack(), down_weight.unpack(), up_weight.unpack()}) {
+      stack.emplace_back(t);
+    }
+    for (const SavedVariable* kept : {&down_index, &up_index}) stack.emplace_back(optional(kept->unpack()));
+    for (bool flag : {need[0], need[1], need[2], add_input}) stack.emplace_back(flag);
+    stack.emplace_back(activation);
+    if (planned) {
+      run_planned_backward(PlanKind::kAdapterBackward, stack, passes, backend);
+    } else {
+      static const c10::OperatorHandle seen = found(public_namespace() + "::routed_adapter_backward");
+      run_seen(seen, stack, backend);
+    }
+    return taken<5>(stack);
+  }
 };
 
+// weight: the frozen layer's whose output the LoRA was added to, where this node is that layer's too.
 struct LoraBackward : Node {
-  SavedVariable x, t, lora_a, lora_b, a_index, b_index, seed;
+  SavedVariable x, t, lora_a, lora_b, a_index, b_index, seed, weight;
   double scaling = 0, dropout = 0;
   int64_t groups = 1, passes = 0;
   std::vector<int64_t> offsets;
   std::string backend;
-  bool planned = false;
+  bool planned = false, on_linear = false, transposed = false;
 
   std::string name() const override { return "RoutedLoRABackward"; }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* kept : {&x, &t, &lora_a, &lora_b, &a_index, &b_index, &seed}) kept->reset_data();
+    for (SavedVariable* kept : {&x, &t, &lora_a, &lora_b, &a_index, &b_index, &seed, &weight}) kept->reset_data();
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -205,29 +203,59 @@ struct LoraBackward : Node {
     if (need[3]) out.set(3, gradient);
     if (need[0] || need[1] || need[2]) {
       Tensor given = x.unpack();
-      int64_t folds = planned ? 0 : passes;
-      Stack stack;
-      stack.reserve(16);
-      for (const Tensor& kept :
-           {folded(gradient, folds), folded(given, folds), t.unpack(), lora_a.unpack(), lora_b.unpack()}) {
-        stack.emplace_back(kept);
+      std::array<Tensor, 3> made = planned || is_watched() ? of_stack(gradient, given, {need[0], need[1], need[2]})
+                                                           : of_kernels(folded(gradient, passes), folded(given, passes),
+                                                                        {need[0], need[1], need[2]});
+      Tensor dx = unfolded(std::move(made[0]), given, planned ? 0 : passes);
+      if (on_linear && need[0]) {
+        Tensor whole = linear_input_grad(gradient, weight.unpack(), transposed);
+        at::AutoDispatchBelowADInplaceOrView below;
+        dx = whole.add_(dx);
       }
-      for (const SavedVariable* kept : {&a_index, &b_index, &seed}) stack.emplace_back(optional(kept->unpack()));
-      for (size_t n = 0; n < 3; ++n) stack.emplace_back(need[n]);
-      stack.emplace_back(scaling);
-      stack.emplace_back(groups);
-      stack.emplace_back(offsets);
-      stack.emplace_back(dropout);
-      if (planned) {
-        run_planned_backward(PlanKind::kLoraBackward, stack, passes, backend);
-      } else {
-        static const Backward op("routed_lora_backward");
-        op(stack, backend);
-      }
-      out.set(0, unfolded(std::move(stack[0]).toTensor(), given, folds), need[0]);
-      for (size_t n = 1; n < 3; ++n) out.set(n, std::move(stack[n]).toTensor(), need[n]);
+      out.set(0, std::move(dx), need[0]);
+      for (size_t n = 1; n < 3; ++n) out.set(n, std::move(made[n]), need[n]);
     }
     return once_differentiable(out.take(), gradient);
+  }
+
+ private:
+  std::array<Tensor, 3> of_kernels(const Tensor& gradient, const Tensor& rows, std::array<bool, 3> need) {
+    Tensor kept[] = {t.unpack(), lora_a.unpack(), lora_b.unpack(), a_index.unpack(), b_index.unpack(), seed.unpack()};
+    return run(kernels().lora_backward, LoraBackwardCall{handle(gradient),
+                                                         handle(rows),
+                                                         handle(kept[0]),
+                                                         handle(kept[1]),
+                                                         handle(kept[2]),
+                                                         handle(kept[3]),
+                                                         handle(kept[4]),
+                                                         handle(kept[5]),
+                                                         need[0],
+                                                         need[1],
+                                                         need[2],
+                                                         {scaling, groups, offsets.data(), offsets.size(), dropout}});
+  }
+
+  std::array<Tensor, 3> of_stack(const Tensor& gradient, const Tensor& given, std::array<bool, 3> need) {
+    int64_t folds = planned ? 0 : passes;
+    Stack stack;
+    stack.reserve(16);
+    for (const Tensor& kept :
+         {folded(gradient, folds), folded(given, folds), t.unpack(), lora_a.unpack(), lora_b.unpack()}) {
+      stack.emplace_back(kept);
+    }
+    for (const SavedVariable* kept : {&a_index, &b_index, &seed}) stack.emplace_back(optional(kept->unpack()));
+    for (bool flag : need) stack.emplace_back(flag);
+    stack.emplace_back(scaling);
+    stack.emplace_back(groups);
+    stack.emplace_back(offsets);
+    stack.emplace_back(dropout);
+    if (planned) {
+      run_planned_backward(PlanKind::kLoraBackward, stack, passes, backend);
+    } else {
+      static const c10::OperatorHandle seen = found(public_namespace() + "::routed_lora_backward");
+      run_seen(seen, stack, backend);
+    }
+    return taken<3>(stack);
   }
 };
 

@@ -10,6 +10,8 @@
 #include <tuple>
 #include <utility>
 
+#include "autograd/attributes.h"
+#include "autograd/linear.h"
 #include "autograd/nodes.h"
 #include "autograd/served.h"
 
@@ -27,47 +29,12 @@ struct Names {
            *up_weight = interned("up_weight"), *up_bias = interned("up_bias"), *down_score = interned("down_score"),
            *up_score = interned("up_score"), *enabled = interned("enabled"), *experts = interned("experts"),
            *force_merged = interned("force_merged"), *level = interned("level"), *passes = interned("passes"),
-           *ahead = interned("_ahead"), *forward = interned("forward"), *batch = interned("batch"),
-           *sample = interned("sample");
-  std::array<PyObject*, 3> hooks = {interned("_forward_hooks"), interned("_backward_hooks"),
-                                    interned("_backward_pre_hooks")};
-  std::array<PyObject*, 3> global_hooks = {interned("_global_forward_hooks"), interned("_global_backward_hooks"),
-                                           interned("_global_backward_pre_hooks")};
+           *ahead = interned("_ahead"), *batch = interned("batch"), *sample = interned("sample");
 };
 
 const Names& names() {
   static const Names made;
   return made;
-}
-
-// An object's own attributes, without those of its class.
-class Attributes {
- public:
-  explicit Attributes(PyObject* object) : dict_(PyObject_GenericGetDict(object, nullptr)) { PyErr_Clear(); }
-  ~Attributes() { Py_XDECREF(dict_); }
-  Attributes(const Attributes&) = delete;
-  Attributes& operator=(const Attributes&) = delete;
-
-  // Borrowed; null where there is none.
-  PyObject* get(PyObject* name) const { return dict_ == nullptr ? nullptr : PyDict_GetItem(dict_, name); }
-  bool has(PyObject* name, PyObject* value) const { return get(name) == value; }
-  bool has_entries(PyObject* name) const {
-    PyObject* found = get(name);
-    return found == nullptr || !PyDict_Check(found) || PyDict_GET_SIZE(found) > 0;
-  }
-  template <typename T>
-  bool read_into(PyObject* name, T& value) const {
-    PyObject* found = get(name);
-    return found != nullptr && read(found, value);
-  }
-
- private:
-  PyObject* dict_;
-};
-
-bool read_item(PyObject* dict, PyObject* name, at::Tensor& t) {
-  PyObject* found = PyDict_GetItem(dict, name);
-  return found != nullptr && read(found, t) && t.defined();
 }
 
 // A module in training whose experts are drawn, none chosen and none merged.
@@ -169,21 +136,6 @@ class Draws {
   size_t count_ = 0;
 };
 
-// As modules/_linear.py's may_overwrite.
-bool may_overwrite(PyObject* base) {
-  if (PySet_Contains(python.linears, reinterpret_cast<PyObject*>(Py_TYPE(base))) != 1) return false;
-  Attributes own(base);
-  if (own.get(names().forward) != nullptr) return false;
-  for (PyObject* hooks : names().hooks) {
-    if (own.has_entries(hooks)) return false;
-  }
-  for (PyObject* hooks : names().global_hooks) {
-    PyObject* found = PyDict_GetItem(python.modules, hooks);
-    if (found == nullptr || !PyDict_Check(found) || PyDict_GET_SIZE(found) > 0) return false;
-  }
-  return true;
-}
-
 // Banks that train in float32 beside a 16-bit model are cast for the call, as cast_like does.
 void cast(at::Tensor& bank, const at::Tensor& x) {
   if (bank.scalar_type() != x.scalar_type()) bank = bank.to(x.scalar_type());
@@ -195,42 +147,85 @@ bool is_batch(const at::Tensor& x, int64_t features) {
 
 }  // namespace
 
+namespace {
+
+// A LoRA module's call but for its base and its draws; false where it is none that kernels were found to serve.
+bool read_lora(const Layer& layer, Lora& call) {
+  if (layer.router == nullptr || !layer.parameter(names().lora_a, call.lora_a) ||
+      !layer.parameter(names().lora_b, call.lora_b) || !layer.is_frozen(names().a_score) ||
+      !layer.is_frozen(names().b_score)) {
+    return false;
+  }
+  if (call.lora_a.dim() != 3 || call.lora_b.dim() != 3 || !is_batch(call.x, call.lora_a.size(2)) ||
+      !layer.own.read_into(names().scaling, call.scaling) || !layer.own.read_into(names().groups, call.groups) ||
+      !layer.own.read_into(names().offsets, call.offsets) || !layer.own.read_into(names().dropout, call.dropout) ||
+      !layer.own.read_into(names().backend, call.backend) || !is_usual(call)) {
+    return false;
+  }
+  call.service = service_of(kLora, call.backend, call.x, call.lora_a);
+  return call.service != Service::kNone;
+}
+
+// The module's `base`; null where there is none.
+PyObject* base_of(const Layer& layer) {
+  PyObject* modules = layer.own.get(names().modules);
+  return modules == nullptr ? nullptr : PyDict_GetItem(modules, names().base);
+}
+
+bool draw(Draws& draws, const Layer& layer, Lora& call) {
+  return draws.take(layer.router, call.x, {call.lora_a.size(0), call.lora_b.size(0)}, {&call.a_index, &call.b_index},
+                    call.passes);
+}
+
+at::Tensor run_drawn(Lora& call, Draws& draws, Base base) {
+  for (at::Tensor* bank : {&call.lora_a, &call.lora_b}) cast(*bank, call.x);
+  draw_seed(call);
+  at::Tensor out = run_lora(call, base);
+  if (out.defined()) draws.keep();
+  return out;
+}
+
+}  // namespace
+
+PyObject* lora_on_linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 2, "lora_on_linear: got ", count, " arguments, expected 2");
+  if (is_watched() || is_switched_off()) Py_RETURN_NONE;
+  Layer layer(given[0]);
+  Lora call;
+  PyObject* base = base_of(layer);
+  if (base == nullptr || !read(given[1], call.x) || !call.x.defined() ||
+      !read_frozen_linear(base, call.x, call.linear) || !read_lora(layer, call)) {
+    Py_RETURN_NONE;
+  }
+  Draws draws;
+  if (!draw(draws, layer, call)) Py_RETURN_NONE;
+  call.base = linear_output(call.linear, call.x);
+  at::Tensor out = run_drawn(call, draws, Base::kOwned);
+  if (out.defined()) return THPVariable_Wrap(out);
+  record_linear(call.linear, call.x, call.base);
+  PyObject* wrapped = THPVariable_Wrap(call.base);
+  return wrapped == nullptr ? nullptr : Py_BuildValue("(N)", wrapped);
+  END_HANDLE_TH_ERRORS
+}
+
 PyObject* lora_layer(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK(count == 3, "lora_layer: got ", count, " arguments, expected 3");
   if (is_watched() || is_switched_off()) Py_RETURN_NONE;
   Layer layer(given[0]);
   Lora call;
-  PyObject* modules = layer.own.get(names().modules);
-  if (layer.router == nullptr || modules == nullptr || !read(given[1], call.x) || !read(given[2], call.base) ||
-      !layer.parameter(names().lora_a, call.lora_a) || !layer.parameter(names().lora_b, call.lora_b) ||
-      !layer.is_frozen(names().a_score) || !layer.is_frozen(names().b_score)) {
-    Py_RETURN_NONE;
-  }
-  if (call.lora_a.dim() != 3 || call.lora_b.dim() != 3 || !is_batch(call.x, call.lora_a.size(2)) ||
+  PyObject* base = base_of(layer);
+  if (base == nullptr || !read(given[1], call.x) || !read(given[2], call.base) || !call.x.defined() ||
       !call.base.defined() || call.base.dim() != 3 || call.base.scalar_type() != call.x.scalar_type() ||
-      !layer.own.read_into(names().scaling, call.scaling) || !layer.own.read_into(names().groups, call.groups) ||
-      !layer.own.read_into(names().offsets, call.offsets) || !layer.own.read_into(names().dropout, call.dropout) ||
-      !layer.own.read_into(names().backend, call.backend) || !is_usual(call)) {
+      !read_lora(layer, call)) {
     Py_RETURN_NONE;
   }
-  call.service = service_of(kLora, call.backend, call.x, call.lora_a);
-  if (call.service == Service::kNone) {
-    Py_RETURN_NONE;
-  }
-  PyObject* base = PyDict_GetItem(modules, names().base);
-  bool over = base != nullptr && Py_TYPE(given[2]) == reinterpret_cast<PyTypeObject*>(THPVariableClass) &&
-              call.base.is_contiguous() && may_overwrite(base);
+  bool over = Py_TYPE(given[2]) == reinterpret_cast<PyTypeObject*>(THPVariableClass) && call.base.is_contiguous() &&
+              is_plain_linear(base);
   Draws draws;
-  if (!draws.take(layer.router, call.x, {call.lora_a.size(0), call.lora_b.size(0)}, {&call.a_index, &call.b_index},
-                  call.passes)) {
-    Py_RETURN_NONE;
-  }
-  for (at::Tensor* bank : {&call.lora_a, &call.lora_b}) cast(*bank, call.x);
-  draw_seed(call);
-  at::Tensor out = run_lora(call, over ? Base::kConsumed : Base::kStays);
-  if (out.defined()) draws.keep();
-  return given_back(out);
+  if (!draw(draws, layer, call)) Py_RETURN_NONE;
+  return given_back(run_drawn(call, draws, over ? Base::kConsumed : Base::kStays));
   END_HANDLE_TH_ERRORS
 }
 

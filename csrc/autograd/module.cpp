@@ -2,6 +2,7 @@
 #include <Python.h>
 #include <torch/csrc/Exceptions.h>
 
+#include "autograd/kernels.h"
 #include "autograd/layers.h"
 #include "autograd/nodes.h"
 #include "autograd/plans.h"
@@ -53,8 +54,8 @@ PyObject* lora(PyObject*, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// serve(op, backend, x, bank, current_stream): the library's kernels (None) or plans serve calls like this one from now
-// on.
+// serve(op, backend, x, bank, current_stream): the library's kernels (None), where they are of this module's version,
+// or plans serve calls like this one from now on.
 PyObject* serve(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   int64_t op = 0;
@@ -67,7 +68,8 @@ PyObject* serve(PyObject*, PyObject* const* given, Py_ssize_t count) {
     Py_INCREF(given[4]);  // for good, a function of a module
     python.current_stream = given[4];
   }
-  note_served(static_cast<OpId>(op), backend, x, bank, planned ? Service::kPlans : Service::kKernels);
+  if (planned || find_kernels())
+    note_served(static_cast<OpId>(op), backend, x, bank, planned ? Service::kPlans : Service::kKernels);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
@@ -84,7 +86,7 @@ PyObject* setup(PyObject*, PyObject* given) {
   const char* name = nullptr;
   if (!PyArg_ParseTuple(given, "sO!O!O!O!OOOO!O!O", &name, &PyDict_Type, &python.direct, &PyDict_Type, &python.choices,
                         &PyDict_Type, &python.modules, &PyDict_Type, &python.environment, &python.check_name,
-                        &python.check_value, &python.table_name, &PySet_Type, &python.routers, &PySet_Type,
+                        &python.check_value, &python.table_name, &PySet_Type, &python.routers, &PyDict_Type,
                         &python.linears, &python.backward)) {
     return nullptr;
   }
@@ -98,6 +100,7 @@ PyMethodDef methods[] = {
     {"adapter", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(adapter)), METH_FASTCALL, nullptr},
     {"lora", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(lora)), METH_FASTCALL, nullptr},
     {"adapter_layer", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(adapter_layer)), METH_FASTCALL, nullptr},
+    {"lora_on_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(lora_on_linear)), METH_FASTCALL, nullptr},
     {"lora_layer", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(lora_layer)), METH_FASTCALL, nullptr},
     {"keep_plan", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(keep_plan)), METH_FASTCALL, nullptr},
     {"serve", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(serve)), METH_FASTCALL, nullptr},
@@ -110,4 +113,15 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_node", nullptr, -1, methods, 
 }  // namespace
 }  // namespace adamix
 
-PyMODINIT_FUNC PyInit__node() { return PyModule_Create(&adamix::definition); }
+// The build's word for what this was compiled from (_build/node.py).
+#if !defined(ADAMIX_NODE_SOURCES)
+#define ADAMIX_NODE_SOURCES ""
+#endif
+
+PyMODINIT_FUNC PyInit__node() {
+  PyObject* module = PyModule_Create(&adamix::definition);
+  if (module != nullptr && PyModule_AddStringConstant(module, "sources", ADAMIX_NODE_SOURCES) != 0) {
+    Py_CLEAR(module);
+  }
+  return module;
+}

@@ -55,13 +55,13 @@ bool is_writable(const Lora& call) {
          whole.is_contiguous() && whole.size(-1) == base.size(-1) && whole.scalar_type() == base.scalar_type();
 }
 
-// Whether the kernel ran; what it does not take, the long way has words for. It raises before it launches.
-bool launched(const Kernel& kernel, Stack& stack) {
+// What an entry gives; nothing where it raises, before it launches: what it does not take, the long way has words for.
+template <typename Entry, typename Call>
+auto launched(Entry entry, const Call& call) -> std::optional<decltype(run(entry, call))> {
   try {
-    kernel(stack);
-    return true;
+    return run(entry, call);
   } catch (const std::exception&) {
-    return false;
+    return std::nullopt;
   }
 }
 
@@ -98,21 +98,14 @@ std::optional<std::pair<Tensor, Tensor>> forward_adapter(const Adapter& call) {
     if (!made) return std::nullopt;
     return std::pair(std::move(made->at(0)), std::move(made->at(1)));
   }
-  static const Kernel forward("routed_adapter_forward");
-  Stack stack;
-  stack.reserve(10);
-  stack.emplace_back(folded(call.x, call.passes));
-  stack.emplace_back(call.down_weight);
-  stack.emplace_back(optional(call.down_bias));
-  stack.emplace_back(call.up_weight);
-  stack.emplace_back(optional(call.up_bias));
-  stack.emplace_back(optional(call.down_index));
-  stack.emplace_back(optional(call.up_index));
-  stack.emplace_back(optional(folded(call.residual, call.passes)));
-  stack.emplace_back(call.add_input);
-  stack.emplace_back(call.activation);
-  if (!launched(forward, stack)) return std::nullopt;
-  return std::pair(unfolded(std::move(stack[0]).toTensor(), call.x, call.passes), std::move(stack[1]).toTensor());
+  Tensor rows = folded(call.x, call.passes), residual = folded(call.residual, call.passes);
+  auto made =
+      launched(kernels().adapter_forward,
+               AdapterForwardCall{handle(rows), handle(call.down_weight), handle(call.down_bias),
+                                  handle(call.up_weight), handle(call.up_bias), handle(call.down_index),
+                                  handle(call.up_index), handle(residual), call.add_input, call.activation.c_str()});
+  if (!made) return std::nullopt;
+  return std::pair(unfolded(std::move(made->at(0)), call.x, call.passes), std::move(made->at(1)));
 }
 
 // (out or, in place, nothing; t).
@@ -126,23 +119,21 @@ std::optional<std::pair<Tensor, Tensor>> forward_lora(const Lora& call, bool inp
     if (!made) return std::nullopt;
     return std::pair(inplace ? Tensor() : std::move(made->front()), std::move(made->back()));
   }
-  static const Kernel forward("routed_lora_forward"), over("routed_lora_forward_");
-  Stack stack;
-  stack.reserve(11);
-  stack.emplace_back(folded(call.x, call.passes));
-  stack.emplace_back(call.lora_a);
-  stack.emplace_back(call.lora_b);
-  stack.emplace_back(optional(call.a_index));
-  stack.emplace_back(optional(call.b_index));
-  stack.emplace_back(optional(folded(call.base, call.passes)));
-  stack.emplace_back(optional(call.seed));
-  stack.emplace_back(call.scaling);
-  stack.emplace_back(call.groups);
-  stack.emplace_back(call.offsets);
-  stack.emplace_back(call.dropout);
-  if (!launched(inplace ? over : forward, stack)) return std::nullopt;
-  Tensor t = std::move(stack.back()).toTensor();
-  return std::pair(inplace ? Tensor() : unfolded(std::move(stack[0]).toTensor(), call.x, call.passes), std::move(t));
+  Tensor rows = folded(call.x, call.passes), base = folded(call.base, call.passes);
+  auto made =
+      launched(kernels().lora_forward,
+               LoraForwardCall{handle(rows),
+                               handle(call.lora_a),
+                               handle(call.lora_b),
+                               handle(call.a_index),
+                               handle(call.b_index),
+                               handle(base),
+                               handle(call.seed),
+                               {call.scaling, call.groups, call.offsets.data(), call.offsets.size(), call.dropout},
+                               inplace});
+  if (!made) return std::nullopt;
+  if (inplace) return std::pair(Tensor(), std::move(made->at(0)));
+  return std::pair(unfolded(std::move(made->at(0)), call.x, call.passes), std::move(made->at(1)));
 }
 
 }  // namespace
@@ -175,7 +166,8 @@ Tensor run_adapter(const Adapter& call) {
 Tensor run_lora(const Lora& call, Base base) {
   bool inplace = base != Base::kStays;
   bool recorded = torch::autograd::compute_requires_grad(call.x, call.lora_a, call.lora_b, call.base);
-  if (!is_foldable(call.x, call.passes) || !is_like(call.base, call.x) || (inplace && !is_writable(call)) ||
+  if (!is_foldable(call.x, call.passes) || !is_like(call.base, call.x) ||
+      (inplace && base != Base::kOwned && !is_writable(call)) ||
       (recorded && base == Base::kOverwritten && call.base.is_view()) ||
       has_wrong_id(call.a_index, call.lora_a.size(0)) || has_wrong_id(call.b_index, call.lora_b.size(0))) {
     return {};
@@ -186,7 +178,9 @@ Tensor run_lora(const Lora& call, Base base) {
   auto made = forward_lora(call, inplace);
   if (!made) return {};
   Tensor out = call.base;
-  if (inplace) {
+  if (base == Base::kOwned) {
+    // Nobody has seen it yet.
+  } else if (inplace) {
     // Whoever saved the old value must find out.
     call.base.unsafeGetTensorImpl()->bump_version();
   } else {
@@ -201,6 +195,10 @@ Tensor run_lora(const Lora& call, Base base) {
   node->scaling = call.scaling, node->groups = call.groups, node->offsets = call.offsets;
   node->dropout = call.dropout, node->passes = call.passes, node->backend = call.backend;
   node->planned = call.service == Service::kPlans;
+  if (base == Base::kOwned) {
+    node->weight = saved(call.linear.weight);
+    node->on_linear = true, node->transposed = call.linear.transposed;
+  }
   if (base == Base::kOverwritten) {
     torch::autograd::rebase_history(out, node);
     return out;

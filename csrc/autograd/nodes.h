@@ -1,8 +1,7 @@
 // Routed ops that autograd records without Python, in the forward and in the backward.
 //
 // These files see all of torch's C++, unlike the rest of csrc/: what they become serves the very torch it was compiled
-// for. They know the ops of registration.cpp by their schemas alone, and call them through the dispatcher. Triton's
-// kernels they launch themselves, as a plan says.
+// for. The library's kernels they call through entries.h. Triton's kernels they launch themselves, as a plan says.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,6 +9,8 @@
 #include <cstdint>
 #include <string>
 #include <vector>
+
+#include "autograd/linear.h"
 
 namespace adamix {
 
@@ -26,8 +27,10 @@ struct Adapter {
   Service service = Service::kNone;
 };
 
+// linear: what gave base, where base is `kOwned`.
 struct Lora {
   at::Tensor x, lora_a, lora_b, a_index, b_index, base, seed;
+  FrozenLinear linear;
   double scaling = 0;
   int64_t groups = 1;
   std::vector<int64_t> offsets;
@@ -37,8 +40,9 @@ struct Lora {
   Service service = Service::kNone;
 };
 
-// What becomes of a LoRA's base: it stays, it is overwritten, or it is and nobody looks at it by its old name again.
-enum class Base { kStays, kOverwritten, kConsumed };
+// What becomes of a LoRA's base: it stays, it is overwritten, or it is and nobody looks at it by its old name again, or
+// it has no history and nobody else holds it.
+enum class Base { kStays, kOverwritten, kConsumed, kOwned };
 
 // The namespace of the ops that models see, "adamix_kernels".
 void name_ops(const std::string& name);

@@ -3,7 +3,6 @@
 #include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty_ops.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -14,6 +13,7 @@
 #include <utility>
 
 #include "autograd/driver.h"
+#include "autograd/memory.h"
 #include "autograd/nodes.h"
 #include "autograd/plan.h"
 #include "autograd/served.h"
@@ -65,13 +65,6 @@ bool add_addresses(const Plan& plan, const std::vector<at::Tensor>& results, con
   for (const auto& [n, offset] : plan.parts) values.push_back(values[n] + offset);
   values.insert(values.end(), plan.constants.begin(), plan.constants.end());
   return true;
-}
-
-// As at::empty for a tensor like `like`, which is asked for its device here, and not by a trip of its own.
-at::Tensor new_memory(const at::Tensor& like, c10::IntArrayRef sizes, at::ScalarType dtype) {
-  c10::DispatchKey key = like.is_cpu() ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA;
-  return at::_ops::empty_memory_format::redispatch(c10::DispatchKeySet(key), c10::fromIntArrayRefSlow(sizes), dtype,
-                                                   std::nullopt, like.device(), std::nullopt, std::nullopt);
 }
 
 int launch_all(const Plan& plan, uint64_t stream, std::vector<uint64_t>& values) {

@@ -12,7 +12,9 @@
 namespace adamix {
 namespace {
 
-std::string list(const std::vector<int64_t>& values) {
+thread_local Memory memory_here = nullptr;
+
+std::string list(Sizes values) {
   std::string text = "(";
   for (size_t i = 0; i < values.size(); ++i) {
     text += (i ? ", " : "") + (values[i] < 0 ? std::string("any") : std::to_string(values[i]));
@@ -67,10 +69,7 @@ void check_cuda(const char* name, cudaError_t error) {
   throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
-std::string shape_text(const Tensor& tensor) {
-  auto sizes = tensor.sizes();
-  return "shape " + list(std::vector<int64_t>(sizes.begin(), sizes.end()));
-}
+std::string shape_text(const Tensor& tensor) { return "shape " + list(tensor.sizes()); }
 
 DType check_dtype(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -89,12 +88,13 @@ void check_like(const char* name, const Tensor& tensor, const char* like_name, c
   if (tensor.scalar_type() != like.scalar_type()) {
     fail(name, dtype_text(tensor.scalar_type()), dtype_text(like.scalar_type()) + ", as " + like_name);
   }
-  if (tensor.device() != like.device()) fail(name, "another device", std::string("the device of ") + like_name);
+  if (!is_beside(tensor, like)) fail(name, "another device", std::string("the device of ") + like_name);
 }
 
-void check_sizes(const char* name, const Tensor& tensor, const char* layout, const std::vector<int64_t>& sizes) {
-  bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = sizes[i] < 0 || tensor.size(i) == sizes[i];
+void check_sizes(const char* name, const Tensor& tensor, const char* layout, Sizes sizes) {
+  Sizes given = tensor.sizes();
+  bool fits = given.size() == sizes.size();
+  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = sizes[i] < 0 || given[i] == sizes[i];
   if (!fits) fail(name, shape_text(tensor), std::string(layout) + " = " + list(sizes));
 }
 
@@ -112,11 +112,12 @@ Tensor with_contiguous_rows(const Tensor& tensor) {
 }
 
 // Not torch::stable::new_empty, which looks its op up by name and costs four times as much.
-Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype) {
+Tensor allocate(const Tensor& like, Sizes sizes, std::optional<ScalarType> dtype) {
   int32_t code = 0, device = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &code));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   if (dtype.has_value()) code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  if (memory_here != nullptr) return Tensor(memory_here(like.get(), sizes.data(), sizes.size(), code));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;
   for (size_t n = sizes.size(); n-- > 0; step *= std::max<int64_t>(sizes[n], 1)) strides[n] = step;
@@ -126,6 +127,10 @@ Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, std::opti
   return Tensor(made);
 }
 
+MemoryScope::MemoryScope(Memory memory) : previous_(memory_here) { memory_here = memory; }
+
+MemoryScope::~MemoryScope() { memory_here = previous_; }
+
 Routing check_routing(const char* name, const OptionalTensor& index, int64_t batch, int64_t tokens, int64_t experts,
                       const Tensor& like, std::vector<Tensor>& kept) {
   if (!index.has_value()) {
@@ -134,7 +139,7 @@ Routing check_routing(const char* name, const OptionalTensor& index, int64_t bat
   }
   bool wide = index->scalar_type() == ScalarType::Long;
   if (!wide && index->scalar_type() != ScalarType::Int) fail(name, dtype_text(index->scalar_type()), "Int or Long");
-  if (index->device() != like.device()) fail(name, "another device", "the device of x");
+  if (!is_beside(*index, like)) fail(name, "another device", "the device of x");
   if (index->dim() == 1) {
     check_sizes(name, *index, "[B]", {batch});
   } else {

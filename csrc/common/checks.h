@@ -13,12 +13,14 @@
 #include "common/dtype.h"
 #include "common/launch.h"
 #include "common/rows.h"
+#include "entries.h"
 
 namespace adamix {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // Throws "<name>: got <got>, expected <expected>".
 [[noreturn]] void fail(const char* name, const std::string& got, const std::string& expected);
@@ -29,11 +31,19 @@ void check_cuda(const char* name, cudaError_t error);
 // The element type of a floating tensor the kernels serve.
 DType check_dtype(const char* name, const Tensor& tensor);
 
+// Not Tensor::device(), which looks a device up by its shim's number.
+inline bool is_beside(const Tensor& tensor, const Tensor& like) {
+  int32_t device = 0, wanted = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &wanted));
+  return device == wanted && tensor.get_device_index() == like.get_device_index();
+}
+
 // `tensor` has the dtype and the device of `like`.
 void check_like(const char* name, const Tensor& tensor, const char* like_name, const Tensor& like);
 
 // `tensor` has these sizes; -1 stands for any. `layout`, e.g. "[B, S, H]", is what the message says.
-void check_sizes(const char* name, const Tensor& tensor, const char* layout, const std::vector<int64_t>& sizes);
+void check_sizes(const char* name, const Tensor& tensor, const char* layout, Sizes sizes);
 
 // Sizes that the kernels count in 32 bits.
 int check_int(const char* name, int64_t value);
@@ -69,7 +79,19 @@ class DeviceScope {
 std::string shape_text(const Tensor& tensor);
 
 // New memory on like's device, in like's dtype if no other is named.
-Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype = std::nullopt);
+Tensor allocate(const Tensor& like, Sizes sizes, std::optional<ScalarType> dtype = std::nullopt);
+
+// Where `allocate` takes its memory from on this thread, for the scope.
+class MemoryScope {
+ public:
+  explicit MemoryScope(Memory memory);
+  ~MemoryScope();
+  MemoryScope(const MemoryScope&) = delete;
+  MemoryScope& operator=(const MemoryScope&) = delete;
+
+ private:
+  Memory previous_;
+};
 
 inline bool is_aligned(const void* pointer, std::initializer_list<int64_t> strides, size_t element) {
   bool aligned = reinterpret_cast<uintptr_t>(pointer) % 16 == 0;

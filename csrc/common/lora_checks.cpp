@@ -53,7 +53,7 @@ Dropout check_dropout(const OptionalTensor& seed, double p, const Tensor& x) {
     fail("seed", torch::headeronly::toString(seed->scalar_type()), "Long");
   }
   check_sizes("seed", *seed, "[]", {});
-  if (seed->device() != x.device()) fail("seed", "another device", "the device of x");
+  if (!is_beside(*seed, x)) fail("seed", "another device", "the device of x");
   return {data<const int64_t>(*seed), static_cast<uint32_t>(p * 4294967296.0), static_cast<float>(1 / (1 - p))};
 }
 

@@ -31,7 +31,7 @@ inline Kind check_kind(const char* name, const Tensor& tensor, bool integers = f
 }
 
 inline void check_same_device(const char* name, const Tensor& tensor, const char* like_name, const Tensor& like) {
-  if (tensor.device() != like.device()) fail(name, "another device", std::string("the device of ") + like_name);
+  if (!is_beside(tensor, like)) fail(name, "another device", std::string("the device of ") + like_name);
 }
 
 }  // namespace adamix

@@ -44,7 +44,7 @@ Bank check_bank(const Name& name, const Tensor& bank, const Name& scores_name, c
   unless(size <= std::numeric_limits<int>::max(), name, [&](const char* text) { check_int(text, size); });
   Bank checked{static_cast<int>(experts), static_cast<int>(size), Kind::kNone};
   if (scores.has_value()) {
-    bool fits = scores->device() == bank.device() && scores->dim() == 1 && scores->size(0) == experts;
+    bool fits = is_beside(*scores, bank) && scores->dim() == 1 && scores->size(0) == experts;
     unless(fits, scores_name, [&](const char* text) {
       check_same_device(text, *scores, name.text().c_str(), bank);
       check_sizes(text, *scores, "[M]", {experts});
@@ -124,11 +124,10 @@ Tensor merge_banks_forward(std::vector<Tensor> banks, std::vector<OptionalTensor
   }
   std::vector<Bank> checked(count);
   ScalarType dtype = banks[0].scalar_type();
-  auto where = banks[0].device();
   for (size_t n = 0; n < count; ++n) {
     int64_t place = static_cast<int64_t>(n);
     checked[n] = check_bank({"banks", place}, banks[n], {"scores", place}, scores[n]);
-    bool alike = banks[n].scalar_type() == dtype && banks[n].device() == where;
+    bool alike = banks[n].scalar_type() == dtype && is_beside(banks[n], banks[0]);
     unless(alike, {"banks", place}, [&](const char* text) { check_like(text, banks[n], "banks[0]", banks[0]); });
     if (offsets[n] < 0 || offsets[n] > elements - checked[n].size) {
       fail("offsets", std::to_string(offsets[n]), "0 <= offset, offset + size <= " + std::to_string(elements));

@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor> router_forward(Tensor x, Tensor weight, Optio
   int64_t experts = weight.size(0);
   if (experts < 1 || experts > kRouterMostExperts) fail("weight", shape_text(weight), "1 <= M <= 256");
   bool wide = weight.scalar_type() == ScalarType::Float;
-  if (!wide || weight.device() != x.device()) check_like("weight", weight, "x", x);
+  if (!wide || !is_beside(weight, x)) check_like("weight", weight, "x", x);
   if (bias.has_value()) {
     check_like("bias", *bias, "weight", weight);
     check_sizes("bias", *bias, "[M]", {experts});

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 (the module is skipped where the kernels cannot run)
 
+import shutil
 import threading
 
 import pytest
@@ -12,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 needs_cuda()
 
-from adamix_kernels import routed_adapter, routed_lora
+from adamix_kernels import _build, _extension, routed_adapter, routed_lora
+from adamix_kernels.commands import env
 from adamix_kernels.ops import _direct, _node
 from adamix_kernels.ops.routed_adapter.api import routed_by_pass as adapter_by_pass
 from adamix_kernels.ops.routed_lora.api import routed_by_pass as lora_by_pass
@@ -289,3 +291,21 @@ def test_a_wrong_dtype_of_a_bank_is_named_though_its_like_was_served():
         routed_adapter(x, wd, bd.double(), wu, bu, index, index, backend="cuda")
     with pytest.raises(ValueError, match="activation"):
         routed_adapter(x, wd, bd, wu, bu, index, index, activation="tanh", backend="cuda")
+
+
+def test_a_module_of_other_sources_is_refused_in_words(tmp_path, monkeypatch):
+    (built,) = _extension.folder().glob(f"_node-{torch.__version__}*")
+    assert _node.find.__wrapped__()[1] is None
+    shutil.copy(built, tmp_path)
+    monkeypatch.setattr(_extension, "folder", lambda: tmp_path)
+    assert _node.find.__wrapped__()[1] is None
+    monkeypatch.setattr(_build, "node_sources", lambda csrc: "0123456789abcdef")  # csrc/ after a `git pull`
+    module, reason = _node.find.__wrapped__()
+    assert module is None
+    assert reason.startswith(f"{built.name} was built from another csrc/; `python -m adamix_kernels._build ")
+    monkeypatch.setattr(_node, "find", _node.find.__wrapped__)
+    with pytest.warns(UserWarning, match="autograd's nodes stay in Python: .* builds it anew"):
+        assert _node._load.__wrapped__() is None
+    assert f"autograd's nodes in Python ({reason})" in env.in_words(env.describe())
+    (tmp_path / built.name).unlink()
+    assert _node.find() == (None, None)

@@ -1,0 +1,144 @@
+#include "autograd/linear.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+
+#include <array>
+#include <optional>
+
+#include "autograd/attributes.h"
+#include "autograd/backward.h"
+
+namespace adamix {
+namespace {
+
+// Of a module, the hooks that see its output, and those that may change what it is given; the latter's names last.
+struct Names {
+  PyObject *call = interned("__call__"), *forward = interned("forward"), *parameters = interned("_parameters"),
+           *weight = interned("weight"), *bias = interned("bias"), *compiled = interned("_compiled_call_impl");
+  std::array<PyObject*, 4> hooks = {interned("_forward_hooks"), interned("_backward_hooks"),
+                                    interned("_backward_pre_hooks"), interned("_forward_pre_hooks")};
+  std::array<PyObject*, 4> global_hooks = {interned("_global_forward_hooks"), interned("_global_backward_hooks"),
+                                           interned("_global_backward_pre_hooks"),
+                                           interned("_global_forward_pre_hooks")};
+};
+
+const Names& names() {
+  static const Names made;
+  return made;
+}
+
+// Whether nobody hangs on the first `count` kinds of hooks.
+bool has_no_hooks(const Attributes& own, size_t count) {
+  for (size_t n = 0; n < count; ++n) {
+    if (own.has_entries(names().hooks[n])) return false;
+    PyObject* found = PyDict_GetItem(python.modules, names().global_hooks[n]);
+    if (found == nullptr || !PyDict_Check(found) || PyDict_GET_SIZE(found) > 0) return false;
+  }
+  return true;
+}
+
+// The class's entry in LINEARS, (its __call__, its forward, a namespace, the name there of what that calls, what it
+// was, transposed); null where there is none.
+PyObject* known_class(PyObject* module) {
+  return PyDict_GetItem(python.linears, reinterpret_cast<PyObject*>(Py_TYPE(module)));
+}
+
+bool is_attribute(PyObject* owner, PyObject* name, PyObject* wanted) {
+  PyObject* found = PyObject_GetAttr(owner, name);
+  PyErr_Clear();
+  Py_XDECREF(found);
+  return found == wanted;
+}
+
+bool is_unchanged(PyObject* module, PyObject* known) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(module));
+  return is_attribute(type, names().call, PyTuple_GET_ITEM(known, 0)) &&
+         is_attribute(type, names().forward, PyTuple_GET_ITEM(known, 1)) &&
+         PyDict_GetItem(PyTuple_GET_ITEM(known, 2), PyTuple_GET_ITEM(known, 3)) == PyTuple_GET_ITEM(known, 4);
+}
+
+bool is_frozen_like(const Tensor& t, const Tensor& x) {
+  return !t.requires_grad() && t.scalar_type() == x.scalar_type() && t.device() == x.device();
+}
+
+// Rows of `made` as [..., C] of `like` [..., K]; made is new memory that nobody else holds.
+Tensor with_rows_of(Tensor made, const Tensor& like) {
+  int64_t sizes[] = {like.size(0), like.size(1), made.size(1)};
+  if (!made.is_contiguous()) made = made.contiguous();
+  made.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  return made;
+}
+
+struct FrozenLinearBackward : Node {
+  SavedVariable weight;
+  bool transposed = false;
+
+  std::string name() const override { return "FrozenLinearBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    weight.reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    Gradients out(1);
+    if (!grads[0].defined()) return out.take();
+    out.set(0, linear_input_grad(grads[0], weight.unpack(), transposed));
+    return once_differentiable(out.take(), grads[0]);
+  }
+};
+
+}  // namespace
+
+bool is_plain_linear(PyObject* module) {
+  if (known_class(module) == nullptr) return false;
+  Attributes own(module);
+  return own.get(names().forward) == nullptr && has_no_hooks(own, 3);
+}
+
+bool read_frozen_linear(PyObject* module, const Tensor& x, FrozenLinear& linear) {
+  PyObject* known = known_class(module);
+  if (known == nullptr || !is_unchanged(module, known)) return false;
+  Attributes own(module);
+  PyObject *parameters = own.get(names().parameters), *compiled = own.get(names().compiled);
+  if (own.get(names().forward) != nullptr || !has_no_hooks(own, 4) || (compiled != nullptr && compiled != Py_None) ||
+      parameters == nullptr || !PyDict_CheckExact(parameters)) {
+    return false;
+  }
+  PyObject* bias = PyDict_GetItem(parameters, names().bias);
+  if (bias == nullptr || !read(bias, linear.bias) || !read_item(parameters, names().weight, linear.weight))
+    return false;
+  linear.transposed = PyTuple_GET_ITEM(known, 5) == Py_True;
+  const Tensor& weight = linear.weight;
+  return x.dim() == 3 && x.is_contiguous() && x.numel() > 0 && weight.dim() == 2 && weight.numel() > 0 &&
+         weight.size(linear.transposed ? 0 : 1) == x.size(2) && is_frozen_like(weight, x) &&
+         (linear.bias.defined() ? is_frozen_like(linear.bias, x) : !linear.transposed);
+}
+
+Tensor linear_output(const FrozenLinear& linear, const Tensor& x) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  if (!linear.transposed) {
+    std::optional<Tensor> bias = linear.bias.defined() ? std::optional<Tensor>(linear.bias) : std::nullopt;
+    return at::linear(x, linear.weight, bias).contiguous();
+  }
+  return with_rows_of(at::addmm(linear.bias, x.view({-1, x.size(2)}), linear.weight), x);
+}
+
+Tensor linear_input_grad(const Tensor& grad_out, const Tensor& weight, bool transposed) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  Tensor rows = grad_out.reshape({-1, grad_out.size(2)});
+  return with_rows_of(at::mm(rows, transposed ? weight.t() : weight), grad_out);
+}
+
+void record_linear(const FrozenLinear& linear, const Tensor& x, const Tensor& out) {
+  if (!torch::autograd::compute_requires_grad(x)) return;
+  auto node = make_node<FrozenLinearBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(x));
+  node->weight = saved(linear.weight), node->transposed = linear.transposed;
+  torch::autograd::set_history(out, node);
+}
+
+}  // namespace adamix

@@ -1,0 +1,220 @@
+"""LoRA modules whose frozen linear layer is computed with them (csrc/autograd/linear.cpp): the bits of Python's way."""
+
+# ruff: noqa: E402 (the module is skipped where the kernels cannot run)
+
+import contextlib
+import random
+from unittest import mock
+
+import pytest
+import torch
+from cuda_host import DEVICE, needs_cuda
+from torch import nn
+
+needs_cuda()
+pytest.importorskip("transformers")
+
+from transformers.pytorch_utils import Conv1D
+
+from adamix_kernels.modules import RoutedLoRALinear
+from adamix_kernels.ops import _node
+from adamix_kernels.routing import Router, draws
+
+# What a call depends on; the first values are usual ones.
+PROPERTIES = {
+    "conv": [False, True],
+    "bias": [True, False],
+    "dtype": [torch.float32, torch.bfloat16],
+    "base_dtype": [None, torch.float32],
+    "out": [12, 8],
+    "groups": [1, 2],
+    "share": ["up", None, "down"],
+    "dropout": [0.0, 0.4],
+    "level": ["batch", "sample", "token"],
+    "batch": [4, 3],
+    "tokens": [5, 1],
+    "x": ["grad", "plain", "strided", "2D"],
+    "learns": [True, False],
+    "weight_learns": [False, True],
+    "backend": ["cuda", "reference"],
+    "around": ["nothing", "no_grad", "autocast", "saved hooks"],
+    "watcher": [
+        "nobody", "hook", "pre-hook", "own forward", "class's forward", "function", "global hook", "compiled",
+        "backward hook",
+    ],
+    "gradient": ["dense", "expanded"],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def ahead(monkeypatch):
+    monkeypatch.setattr(draws, "draws_ahead", lambda device: True)
+
+
+def base_layer(p):
+    if p["conv"]:
+        return Conv1D(p["out"], 8)
+    return nn.Linear(8, p["out"], bias=p["bias"])
+
+
+def build(p):
+    torch.manual_seed(0)
+    base = base_layer(p).to(DEVICE, p["base_dtype"] or p["dtype"])
+    for parameter in base.parameters():
+        nn.init.normal_(parameter)
+    groups = p["groups"]
+    layer = RoutedLoRALinear.from_linear(
+        base, r=2, alpha=3, num_experts=3, share=p["share"], dropout=p["dropout"], groups=groups,
+        output_offsets=(0, p["out"] // 2)[:groups], router=Router(p["level"]), backend=p["backend"],
+        group_features=p["out"] // 2,
+    ).train()  # fmt: skip
+    nn.init.normal_(layer.lora_b)
+    layer.lora_a.requires_grad_(p["learns"]), layer.lora_b.requires_grad_(p["learns"])
+    base.weight.requires_grad_(p["weight_learns"])
+    return layer
+
+
+@contextlib.contextmanager
+def watched(layer, p, calls):
+    """Whoever could tell that the base layer's Python did not run; calls: of it, as seen there."""
+    base, kind = layer.base, p["watcher"]
+    seen = lambda *_: calls.append(kind)  # noqa: E731
+    with contextlib.ExitStack() as stack:
+        if kind in ("hook", "pre-hook", "backward hook"):
+            place = {"hook": "forward_hook", "pre-hook": "forward_pre_hook", "backward hook": "full_backward_hook"}[
+                kind
+            ]
+            stack.callback(getattr(base, f"register_{place}")(seen).remove)
+        elif kind == "global hook":
+            stack.callback(nn.modules.module.register_module_forward_pre_hook(seen).remove)
+        elif kind in ("own forward", "class's forward"):
+            real, target = type(base).forward, base if kind == "own forward" else type(base)
+            owned = target is base
+
+            def forward(*given):
+                seen()
+                return real(*((base, *given) if owned else given))
+
+            stack.enter_context(mock.patch.object(target, "forward", forward))
+        elif kind == "function":
+            where, name = (torch, "addmm") if p["conv"] else (nn.functional, "linear")
+            real = getattr(where, name)
+            stack.enter_context(mock.patch.object(where, name, lambda *given: (seen(), real(*given))[1]))
+        elif kind == "compiled":
+            base._compiled_call_impl = lambda *given: (seen(), base._call_impl(*given))[1]
+        yield
+
+
+def around(p):
+    return {
+        "nothing": contextlib.nullcontext, "no_grad": torch.no_grad,
+        "autocast": lambda: torch.autocast(DEVICE, torch.bfloat16),
+        "saved hooks": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+    }[p["around"]]()  # fmt: skip
+
+
+def run(p, calls):
+    """(output, whether the node was the base layer's too, gradients, the generator's next number) of a second call."""
+    layer = build(p)
+    shape = (p["batch"] * p["tokens"], 8) if p["x"] == "2D" else (p["batch"], p["tokens"], 8)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, p["dtype"])
+    if p["x"] == "strided":
+        x = x.repeat(1, 1, 2)[..., ::2]
+    x.requires_grad_(p["x"] != "plain")
+    if p["base_dtype"] not in (None, p["dtype"]):
+        x = x.to(p["base_dtype"]) if p["x"] == "2D" else x
+    layer.router.sides = {3: 4}  # of two calls
+    with around(p), watched(layer, p, calls):
+        torch.manual_seed(2)
+        layer.router.begin_forward()
+        try:
+            layer(x)  # has the experts drawn
+            calls.clear()
+            out = layer(x)
+        except RuntimeError as error:  # a layer of another dtype
+            return str(error)
+        layer.router.end_forward()
+        whole = len(getattr(out.grad_fn, "next_functions", ())) == 4 and out.grad_fn.next_functions[3][0] is None
+        grads = []
+        if out.requires_grad:
+            gradient = torch.ones_like(out) if p["gradient"] == "dense" else out.new_ones(()).expand_as(out)
+            leaves = [t for t in (x, *layer.parameters()) if t.requires_grad]
+            grads = torch.autograd.grad(out, leaves, gradient, allow_unused=True)
+    return out.detach(), whole, grads, torch.rand(2, device=DEVICE)
+
+
+def agree(got, want):
+    if isinstance(got, str) or isinstance(want, str):
+        return got == want
+    pairs = zip((got[0], *got[2], got[3]), (want[0], *want[2], want[3]), strict=True)
+    return all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in pairs)
+
+
+def usual():
+    return {name: values[0] for name, values in PROPERTIES.items()}
+
+
+def compare(p):
+    """Whether node and base were one; the results are those without the module, and everybody who watches is told."""
+    calls, expected = [], []
+    with mock.patch.object(_node.NODE, "module", None):
+        want = run(p, expected)
+    got = run(p, calls)
+    assert agree(got, want), p
+    assert calls == expected, p
+    return not isinstance(got, str) and got[1]
+
+
+@pytest.fixture(autouse=True)
+def loaded():
+    run(usual(), [])
+    assert _node.NODE.module is not None, "the build puts the module beside the library"
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_a_frozen_layer_and_its_update_are_one_node(conv):
+    variants = (
+        {}, {"bias": False}, {"dtype": torch.bfloat16}, {"x": "plain"}, {"dropout": 0.4}, {"level": "sample"},
+        {"gradient": "expanded"}, {"groups": 2, "share": None}, {"learns": False},
+    )  # fmt: skip
+    for changed in variants:
+        assert compare({**usual(), "conv": conv, **changed}), changed
+
+
+def test_what_is_not_plain_or_is_watched_is_called_as_it_is():
+    unusual = {
+        "watcher": PROPERTIES["watcher"][1:], "weight_learns": [True], "around": PROPERTIES["around"][1:],
+        "x": ["strided", "2D"], "level": ["token"], "backend": ["reference"], "base_dtype": [torch.float64],
+    }  # fmt: skip
+    for name, values in unusual.items():
+        for value in values:
+            for conv in (False, True):
+                assert not compare({**usual(), "conv": conv, name: value}), (name, value)
+
+
+def test_two_calls_that_differ_in_one_property():
+    draw, taken = random.Random(0), 0
+    for _ in range(20):
+        first = {name: draw.choice(values) if draw.random() < 0.4 else values[0] for name, values in PROPERTIES.items()}
+        name = draw.choice(list(PROPERTIES))
+        for p in (first, {**first, name: draw.choice(PROPERTIES[name])}, first):
+            taken += compare(p)
+    assert taken > 5
+
+
+def test_where_only_the_layer_was_computed_its_output_has_its_history():
+    for conv in (False, True):
+        layer = build({**usual(), "conv": conv})
+        x = torch.randn(4, 5, 8, device=DEVICE, requires_grad=True)
+        layer.router.sides = {3: 1}
+        layer.router.begin_forward()
+        layer.router._ahead[3, (2,), x.device] = [torch.tensor([0, 1], device=DEVICE)]
+        layer.output_offsets = (-1,)  # the kernels refuse it
+        (base,) = _node.NODE.module.lora_on_linear(layer, x)
+        assert base.grad_fn.name() == "FrozenLinearBackward"
+        assert torch.equal(base, layer.base(x))
+        gradient = torch.randn_like(base)
+        (got,) = torch.autograd.grad(base, x, gradient)
+        (want,) = torch.autograd.grad(layer.base(x), x, gradient)
+        assert torch.equal(got, want)
+        layer.router.end_forward()
