@@ -7,7 +7,7 @@ import statistics
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,13 @@ class MethodResult:
         self.training.append(sum(curve.seconds))
         self.cross_entropy.append(curve.cross_entropy)
         self.consistency.append(curve.consistency)
+
+    def extend(self, other: MethodResult) -> None:
+        """Adds the seeds of `other`."""
+        for name in (each.name for each in fields(self)):
+            mine = getattr(self, name)
+            if isinstance(mine, list):
+                mine += getattr(other, name)
 
     @property
     def mean(self) -> float:
@@ -105,8 +112,13 @@ def write_plot(results: list[MethodResult], path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def write_results(results: list[MethodResult], settings: Any, command: str, seconds: float, path: Path) -> Path:
-    """JSON: the command, versions, settings, and every figure behind the table and the plot."""
+def write_results(
+    results: list[MethodResult], settings: Any, command: str, seconds: float, jobs: int, path: Path
+) -> Path:
+    """JSON: the command, versions, settings, and every figure behind the table and the plot.
+
+    jobs: seeds that were trained at a time.
+    """
     import transformers
 
     values = {
@@ -117,7 +129,7 @@ def write_results(results: list[MethodResult], settings: Any, command: str, seco
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "jobs": jobs},
         "settings": asdict(settings),
         "methods": [
             {**asdict(r), "accuracy_mean": r.mean, "accuracy_std": r.deviation, "seconds_per_step": r.step}

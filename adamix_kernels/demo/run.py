@@ -8,7 +8,6 @@ every seed the same sentences and head initialisation, and the same batches but 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shlex
 import sys
 import time
@@ -19,31 +18,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .._extras import explained
-from ..models.checkpoint import load_adamix, save_adamix
-from ..models.config import AdaMixConfig
-from ..models.contexts import eval_routing
-from ..models.inject import adapt
-from ..models.merging import merge
-from ..tasks import (
-    DEFAULT_MODEL,
-    EMBEDDED,
-    Encoder,
-    Run,
-    accuracy,
-    load_classifier,
-    load_task,
-    predict,
-    resolve_model,
-    write_run,
-)
-from .report import MethodResult, compared, write_plot, write_results, write_table
-from .training import Data, Settings, frozen_features, prepare, train, train_head
-
-FROZEN, PLAIN, LONGER = "frozen encoder + head", "one plain adapter", "one plain adapter, trained longer"
-TIMES = 1.8  # epochs of the longer training: a step of both passes takes about as many of one
-# How all-MiniLM is meant to be read, and the same features for every row of the table.
-POOLING = "mean"
-RANDOM, MERGED = "AdaMix, random routing", "AdaMix, merged"
+from ..tasks import DEFAULT_MODEL, EMBEDDED, Run, load_classifier, load_task, resolve_model, write_run
+from .report import compared, write_plot, write_results, write_table
+from .seeds import POOLING, Work, all_seeds, quiet_transformers
+from .training import Settings, prepare
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,6 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="N training rows, drawn by each seed, classes in proportion; 0: all (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--max-dev", type=_positive, help="draw N dev rows")
+    parser.add_argument(
+        "--jobs", type=_positive, default=torch.get_num_threads(),
+        help="seeds trained at a time, each by its part of the threads (default: as many as threads)",
+    )  # fmt: skip
     return parser
 
 
@@ -99,81 +81,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in task.notes:
         print(f"note: {note}")
     settings = Settings(args.epochs, args.batch_size, args.lr, args.adamix_lr, args.head_lr, args.consistency)
+    jobs = min(args.jobs, args.seeds)
+    rows = len(data[0].train)
     print(
-        f"{args.model} on {args.data}: {len(data[0].train)} training and {len(data[0].dev)} dev texts, "
-        f"{task.num_labels} classes; {args.seeds} seeds, threads: {torch.get_num_threads()}"
+        f"{args.model} on {args.data}: {rows} training and {len(data[0].dev)} dev texts, {task.num_labels} classes; "
+        f"{args.seeds} seeds, {jobs} at a time, threads: {torch.get_num_threads()}"
     )
     start = time.perf_counter()
-    results = run(encoder, task.label_names, data, settings, args)
-    seconds = time.perf_counter() - start
     folder = args.out / "merged"
+    work = Work(encoder, task.label_names, settings, args.experts, args.bottleneck, folder)
+    with tqdm(total=args.seeds * work.steps(rows), unit="step", smoothing=0.1) as bar:
+        results = all_seeds(work, data, jobs, bar)
+        bar.set_description("done")
+    seconds = time.perf_counter() - start
     write_run(folder, Run(args.model, args.data, task.label_names, args.max_tokens, POOLING))
     tokenizer.save_pretrained(folder)
     write_table(results, args.seeds)
     print(compared(results[-1], results[1:3]))
     plot = write_plot(results, args.out / "demo.png")
     command = shlex.join(["python", "-m", "adamix_kernels.demo", *arguments])
-    record = write_results(results, settings, command, seconds, args.out / "results.json")
+    record = write_results(results, settings, command, seconds, jobs, args.out / "results.json")
     print(f"merged checkpoint: {folder}\nplot: {plot}\nfigures: {record}\n{seconds:.0f} s in all")
     return 0
-
-
-def run(
-    encoder: Encoder, label_names: list[str], data: Sequence[Data], settings: Settings, args: argparse.Namespace
-) -> list[MethodResult]:
-    """Every method on every seed. Writes the first seed's merged AdaMix checkpoint into args.out/merged."""
-    results = {name: MethodResult(name) for name in (FROZEN, PLAIN, LONGER, RANDOM, MERGED)}
-    longer = dataclasses.replace(settings, epochs=round(TIMES * settings.epochs))
-    adapters = ((PLAIN, 1, 0.0, settings), (LONGER, 1, 0.0, longer))
-    trained = (*adapters, (MERGED, args.experts, settings.consistency, settings))
-    rows = len(data[0].train)
-    with tqdm(total=args.seeds * (3 * settings.steps(rows) + longer.steps(rows)), unit="step", smoothing=0.1) as bar:
-        dev = None
-        for seed, drawn in enumerate(data):
-            bar.set_description(f"seed {seed}: {FROZEN}")
-            torch.manual_seed(seed)
-            features = frozen_features(load_classifier(encoder, label_names, POOLING)[0], drawn, dev)
-            dev = features["dev"]
-            torch.manual_seed(seed)
-            head, curve = train_head(
-                load_classifier(encoder, label_names, POOLING)[0], features, drawn, settings, seed, bar
-            )
-            results[FROZEN].add(accuracy(head(dev), drawn.dev), curve, head)
-
-            for name, experts, weight, how in trained:
-                bar.set_description(f"seed {seed}: {name.removesuffix(', merged')}")
-                torch.manual_seed(seed)
-                model, _ = load_classifier(encoder, label_names, POOLING)
-                config = AdaMixConfig(num_experts=experts, bottleneck=args.bottleneck, consistency_weight=weight)
-                adapt(model, config)
-                curve = train(model, drawn, how, seed, bar)
-                if name != MERGED:
-                    results[name].add(accuracy(_logits(model, drawn), drawn.dev), curve, model)
-                    continue
-                with eval_routing(model, "sample"):
-                    results[RANDOM].add(accuracy(_logits(model, drawn), drawn.dev), curve, model)
-                logits = _logits(merge(model), drawn)
-                parameters = results[RANDOM].trainable
-                results[MERGED].add(accuracy(logits, drawn.dev), curve, model, trainable=parameters)
-                if seed == 0:
-                    save_adamix(model, args.out / "merged")
-                    again = load_adamix(load_classifier(encoder, label_names, POOLING)[0], args.out / "merged")
-                    if not torch.equal(logits, _logits(again, drawn)):
-                        raise RuntimeError("the loaded checkpoint does not give the saved model's logits")
-        bar.set_description("done")
-    return list(results.values())
-
-
-def _logits(model: torch.nn.Module, data: Data) -> torch.Tensor:
-    return predict(model, data.dev, data.collate)
-
-
-def quiet_transformers() -> None:
-    """The fresh head's warnings and the loading bars would break the demo's own bar."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def _positive(text: str) -> int:

@@ -97,16 +97,12 @@ def train(model: nn.Module, data: Data, settings: Settings, seed: int, bar: Any)
     return curve
 
 
-def frozen_features(model: nn.Module, data: Data, dev: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def frozen_features(model: nn.Module, data: Data) -> dict[str, torch.Tensor]:
     """Mean-pooled last hidden states [rows, H] of both splits, without dropout.
 
     They are what the head reads in the adapted rows too (see load_classifier).
-
-    Args:
-        dev: those of the dev rows, where they are known: they are the same for all seeds.
     """
-    known = mean_features(model, data.dev, data.collate) if dev is None else dev
-    return {"train": mean_features(model, data.train, data.collate), "dev": known}
+    return {name: mean_features(model, getattr(data, name), data.collate) for name in ("train", "dev")}
 
 
 def train_head(

@@ -62,8 +62,9 @@ def _differences(folder: Path, names: str, *against: str) -> str:
 
 ADDS = {
     "second pass": ("adamix:num_experts=1", "{one}"), "more steps": ("{longer}", "{one}"),
+    "more parameters": ("{wide}", "{one}"),
     "mixture": ("{adamix}", "adamix:num_experts=1"), "mixture, at equal compute": ("{adamix}", "{longer}"),
-    "all of it": ("{adamix}", "{one}"),
+    "mixture, at equal parameters": ("{adamix}", "{wide}"), "all of it": ("{adamix}", "{one}"),
 }  # fmt: skip
 
 
@@ -74,9 +75,11 @@ def _adds(folder: Path, *comparisons: str) -> str:
         names, one, adamix = comparison.split("/")
         group, longer = _group(folder, names), f"{one}{',' if ':' in one else ':'}times_epochs={PASSES}"
         known = {line.method for line in group.lines}
+        alike = {method for method in known if parse_method(method).name == parse_method(one).name}
+        wide = min(alike - {one, longer}, default="")  # of the same kind, and neither: the wider one
         cells = []
         for sides in ADDS.values():
-            high, low = (side.format(one=one, adamix=adamix, longer=longer) for side in sides)
+            high, low = (side.format(one=one, adamix=adamix, longer=longer, wide=wide) for side in sides)
             found = differences(group, low) if {high, low} <= known else ()
             line = find_line(group, high) if found else None
             cells.append("".join(difference.text for difference in found if difference.line is line))

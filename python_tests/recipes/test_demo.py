@@ -8,7 +8,7 @@ import tiny_text
 import torch
 
 from adamix_kernels import load_adamix, tasks
-from adamix_kernels.demo import report, run, training
+from adamix_kernels.demo import report, run, seeds, training
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     encoder, data = tiny_text.write_encoder(folder / "encoder"), tiny_text.write_data(folder / "data")
     arguments = ["--model", str(encoder), "--data", str(data), "--out", str(folder / "out")]
-    arguments += ["--epochs", "1", "--seeds", "2", "--batch-size", "5", "--bottleneck", "3"]
+    arguments += ["--epochs", "1", "--seeds", "2", "--batch-size", "5", "--jobs", "1", "--bottleneck", "3"]
     assert run.main(arguments) == 0
     return folder / "out", arguments
 
@@ -26,25 +26,25 @@ def test_results_hold_every_method_and_figure(finished):
     folder = finished[0]
     results = json.loads((folder / "results.json").read_text())
     methods = {m["name"]: m for m in results["methods"]}
-    assert list(methods) == [run.FROZEN, run.PLAIN, run.LONGER, run.RANDOM, run.MERGED]
+    assert list(methods) == [seeds.FROZEN, seeds.PLAIN, seeds.LONGER, seeds.RANDOM, seeds.MERGED]
     head, plain = 2 * 16 + 2, 2 * (2 * 3 * 16 + 3 + 16)
     experts = 2 * (4 * (3 * 16 + 3) + 16 * 3 + 16)
     counts = {name: (m["trainable"], m["kept"]) for name, m in methods.items()}
     assert counts == {
-        run.FROZEN: (head, head),
-        run.PLAIN: (head + plain, head + plain),
-        run.LONGER: (head + plain, head + plain),
-        run.RANDOM: (head + experts, head + experts),
-        run.MERGED: (head + experts, head + plain),
+        seeds.FROZEN: (head, head),
+        seeds.PLAIN: (head + plain, head + plain),
+        seeds.LONGER: (head + plain, head + plain),
+        seeds.RANDOM: (head + experts, head + experts),
+        seeds.MERGED: (head + experts, head + plain),
     }
     for method in methods.values():
         assert len(method["accuracy"]) == 2
         assert all(0 <= a <= 100 for a in method["accuracy"])
         assert method["seconds_per_step"] > 0
-        assert [len(curve) for curve in method["cross_entropy"]] == [6 if method is methods[run.LONGER] else 3] * 2
+        assert [len(curve) for curve in method["cross_entropy"]] == [6 if method is methods[seeds.LONGER] else 3] * 2
         assert all(total >= step for total, step in zip(method["training"], method["seconds"]))
-    assert [len(c) for c in methods[run.PLAIN]["consistency"]] == [0, 0]
-    assert all(0 < value < 1 for value in itertools.chain(*methods[run.MERGED]["consistency"]))
+    assert [len(c) for c in methods[seeds.PLAIN]["consistency"]] == [0, 0]
+    assert all(0 < value < 1 for value in itertools.chain(*methods[seeds.MERGED]["consistency"]))
     assert results["command"].endswith("--bottleneck 3")
     assert results["versions"]["torch"] == torch.__version__
 
@@ -64,12 +64,26 @@ def test_merged_checkpoint_is_a_plain_adapter_with_the_accuracy_of_the_first_see
     assert tasks.accuracy(tasks.predict(model, rows, tasks.collator(tokenizer)), rows) == methods[-1]["accuracy"][0]
 
 
-def test_the_same_seeds_give_the_same_losses(finished, tmp_path):
+def test_the_same_seeds_give_the_same_losses_one_after_the_other_and_at_a_time(finished, tmp_path, capfd):
     folder, arguments = finished
-    assert run.main([*arguments, "--out", str(tmp_path)]) == 0
-    first, second = (json.loads((f / "results.json").read_text())["methods"] for f in (folder, tmp_path))
-    for key in ("accuracy", "cross_entropy", "consistency"):
-        assert [m[key] for m in first] == [m[key] for m in second]
+    assert run.main([*arguments, "--out", str(tmp_path), "--jobs", "5"]) == 0
+    first, second = (json.loads((f / "results.json").read_text()) for f in (folder, tmp_path))
+    assert (first["machine"]["jobs"], second["machine"]["jobs"]) == (1, 2)
+    for key in ("name", "trainable", "kept", "accuracy", "cross_entropy", "consistency"):
+        assert [m[key] for m in first["methods"]] == [m[key] for m in second["methods"]]
+    assert {file.name for file in (tmp_path / "merged").iterdir()} == {f.name for f in (folder / "merged").iterdir()}
+    assert "30/30" in capfd.readouterr().err  # the steps of both processes
+
+
+def test_what_fails_in_a_process_of_its_own_is_told(finished, tmp_path):
+    _, arguments = finished
+    task = tasks.load_task(arguments[3])
+    _, tokenizer = tasks.load_classifier(tasks.resolve_model(arguments[1]), task.label_names)
+    data = training.prepare(task, tokenizer, 16, 4, None, seeds=1)
+    settings = training.Settings(epochs=1, batch_size=4, lr=0.1, adamix_lr=0.1, head_lr=0.1, consistency=1.0)
+    work = seeds.Work(tasks.Encoder("gone", str(tmp_path / "gone"), False), task.label_names, settings, 2, 3, tmp_path)
+    with pytest.raises(ValueError, match="model: cannot load 'gone'"):
+        seeds.all_seeds(work, data, 2, seeds._Told())
 
 
 def test_every_seed_draws_its_own_few_rows_and_all_read_the_same_dev_rows(finished):

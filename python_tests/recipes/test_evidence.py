@@ -39,6 +39,21 @@ def test_a_table_that_differs_from_its_rows_is_found_and_put_right(tmp_path, mon
     assert written("no table", tmp_path) == "no table"
 
 
+def test_what_the_mixture_adds_is_a_difference_from_each_control():
+    names = "sst2_30_shots+sst2_30_controls"
+    head, _, row = table(f"adds {names}/pfeiffer/adamix:routing=batch", studies.FOLDER).splitlines()
+    said = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    controls = {
+        "mixture": "adamix:num_experts=1", "mixture, at equal compute": "pfeiffer:times_epochs=1.8",
+        "mixture, at equal parameters": "pfeiffer:bottleneck=40",
+    }  # fmt: skip
+    for name, method in controls.items():
+        lines = table(f"differences {names} {method}", studies.FOLDER).splitlines()
+        assert next(line for line in lines if line.startswith("| adamix:routing=batch, merged")).endswith(
+            f"| {said[name]} |"
+        )
+
+
 def test_a_sentence_whose_interval_no_table_has_is_found(tmp_path, monkeypatch, capsys):
     page = tmp_path / "README.md"
     table = "<!-- table: scores x -->\n\n| a | -1.8 (-3.0 to -0.6) |\n\n<!-- end of table -->"
