@@ -106,10 +106,6 @@ struct GatedTeamGrad {
 template <typename T>
 bool launch_gated_forward_mma(const GatedForward<T>& params, const Device& device);
 
-// The same where one expert up serves all, of rows that it holds in registers; of what the launch above can take.
-template <typename T>
-bool launch_gated_resident_forward(const GatedForward<T>& params, const Device& device);
-
 template <typename T>
 void launch_gated_forward(const GatedForward<T>& params, const Device& device);
 

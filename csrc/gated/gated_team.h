@@ -173,6 +173,11 @@ ADAMIX_DEVICE void multiply_wide(float (&wide)[2][4][4], int steps, bool differ,
 }
 
 #if defined(ADAMIX_LAUNCHERS)
+// Of calls that the team serves, those where one expert up serves all: a tile of rows stays in registers. Launches
+// nothing and returns false for others.
+template <typename T>
+bool launch_gated_resident_forward(const GatedForward<T>& params, const Device& device);
+
 // Whether the team serves a call of this kind at all: pieces, sizes, the device's products.
 template <typename T>
 bool team_fits(const GatedBanks<T>& p, bool biased, const Device& device) {
