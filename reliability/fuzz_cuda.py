@@ -58,6 +58,7 @@ _SORTED = {
 }
 if "gated_lora" in backends()["cuda"].ops:
     KERNELS |= _GATED | _SORTED | {"gated_plane_sum": "plane_sum_kernel"}
+    KERNELS["gated_resident_forward"] = "gated_resident_forward_kernel"
 
 
 def run(size: str) -> Iterator[Figure]:
@@ -150,9 +151,11 @@ def _gated_groups() -> list[Group]:
     plain, pieces = (tuple(k for k in _GATED.values() if ("mma" in k) is mma) for mma in (False, True))
     made = []
     for op, cases in (("gated_adapter", gated.gated_adapter_cases), ("gated_lora", gated.gated_lora_cases)):
+        one_up = ("gated_resident_forward_kernel",) if op == "gated_adapter" else ()
+        whole = cases(HALVES_AND_FLOAT[1:], Sizes(features=9, rank=6), whole=True)
         made += [
             Group(op, cases(HALVES_AND_FLOAT, Sizes()), plain),
-            Group(f"{op}, pieces", cases(HALVES_AND_FLOAT[1:], Sizes(features=9, rank=6), whole=True), pieces),
+            Group(f"{op}, pieces", whole, pieces + one_up),
             Group(f"{op}, many experts", cases(HALVES_AND_FLOAT, Sizes(), many=True), plain[:1]),
         ]
         slots = cases(HALVES_AND_FLOAT[1:], Sizes(features=9), whole=True, many=True)

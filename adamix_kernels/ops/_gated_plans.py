@@ -12,8 +12,7 @@ from ._triton_plans import Plan, Planned
 
 
 class PlannedGated:
-    """Direct calls of a backend's forward and backward, those that sort nothing on the device and whose results
-    are the kernels' own: not the gradient of gates by sample, a sum by torch.
+    """Direct calls of a backend's forward and backward, those that sort nothing on the device.
 
     tensors: how many the forward takes, and the backward; indices: where in each the two indices stand. A plan tells
     tensors apart by their memory, so that one index of both sides is given it once.

@@ -1,4 +1,6 @@
-"""The sum over slots, where each slot of a row has a result of its own: shared by the gated ops' Triton backends."""
+"""Sums that the gated ops' Triton backends share: over slots, where each slot of a row has a result of its own; over
+the rows of a sample, where gates are of samples.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,10 @@ import triton
 import triton.language as tl
 
 from .._triton_utils import launch, narrow
+from ._routed_plan import power_of_2
 
-# Rows and columns of a program of the sum.
-SUM_ROWS, SUM_COLUMNS = 4, 512
+# Rows and columns of a program of the sum over slots, and rows of a sample that are summed at a time.
+SUM_ROWS, SUM_COLUMNS, CHUNK = 4, 512, 64
 
 
 def sum_slots(
@@ -22,6 +25,33 @@ def sum_slots(
         y, base, out, rows, SLOTS=slots, WIDTH=width, NG=per_group, OFFSETS=offsets,
         BLOCK_M=SUM_ROWS, BLOCK_C=SUM_COLUMNS, num_warps=4,
     )  # fmt: skip
+
+
+def sum_samples(row_grads: torch.Tensor, dgates: torch.Tensor) -> None:
+    """dgates [B, K] = the sum of row_grads [B, S, K], of float32, over each sample's tokens."""
+    batch, tokens, slots = row_grads.shape
+    launch(
+        gated_sample_sum_kernel, (batch,), dgates.device,
+        row_grads, dgates, tokens, K=slots, KP=power_of_2(slots), CHUNK=CHUNK, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def sum_sample(row_grads, dgates, b, tokens, K: tl.constexpr, KP: tl.constexpr, CHUNK: tl.constexpr):
+    """The gates' gradient of sample b: the sum over its tokens, in a fixed order."""
+    slot = tl.arange(0, KP)
+    found = tl.zeros([KP], tl.float32)
+    for start in range(0, tokens, CHUNK):
+        s = start + tl.arange(0, CHUNK)
+        at = row_grads + (b.to(tl.int64) * tokens + s)[:, None] * K + slot[None, :]
+        found += tl.sum(tl.load(at, mask=(s < tokens)[:, None] & (slot < K)[None, :], other=0.0), axis=0)
+    tl.store(dgates + b.to(tl.int64) * K + slot, narrow(found, dgates.dtype.element_ty), mask=slot < K)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def gated_sample_sum_kernel(row_grads, dgates, tokens, K: tl.constexpr, KP: tl.constexpr, CHUNK: tl.constexpr):
+    """`sum_sample` of every sample, a program each."""
+    sum_sample(row_grads, dgates, tl.program_id(0), tokens, K, KP, CHUNK)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

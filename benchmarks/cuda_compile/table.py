@@ -28,6 +28,7 @@ _FROM = {
     "routed_lora_one_pass_kernel": 75,
     "router_forward_kernel": 75,
     "gated_forward_mma_kernel": 75,
+    "gated_resident_forward_kernel": 75,
     "gated_input_grad_mma_kernel": 75,
     "gated_weight_grad_mma_kernel": 75,
     "gated_sorted_forward_mma_kernel": 75,
@@ -47,6 +48,7 @@ _MAY_SPILL = {
     "routed_lora_pass_sum_kernel": (100, 16, 16),
     "router_forward_kernel": (75, 16, 32),  # bfloat16 on a GPU that has no matrix unit for it
     "gated_forward_mma_kernel": (80, 32, 32),
+    "gated_resident_forward_kernel": (70, 640, 640),
     "gated_input_grad_mma_kernel": (120, 32, 32),
     "gated_weight_grad_mma_kernel": (100, 32, 32),
     "gated_sorted_input_grad_mma_kernel": (90, 20, 28),

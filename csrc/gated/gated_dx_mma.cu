@@ -1,6 +1,6 @@
 // The gradients of the input and of the gates where rows are 16-byte pieces; see gated_fwd_mma.cu. Both banks lie
 // across the products' inner dimensions here, and are turned in registers, 8 x 8 elements at a time.
-#include "gated/gated_unmix.h"
+#include "gated/gated_slots.h"
 
 namespace adamix {
 
@@ -23,6 +23,7 @@ ADAMIX_DEVICE void multiply_up(const GatedInputGrad<T>& p, const GatedGradTeam<T
   }
   const T* bank = p.up + static_cast<int64_t>(group) * cols * p.rank;
   int64_t expert_size = static_cast<int64_t>(p.ranges.groups) * cols * p.rank;
+  uint32_t apart = static_cast<uint32_t>(2 * sizeof(T)) * static_cast<uint32_t>(p.rank);  // bytes of two rows
   for (int step = share; step < steps; step += kDepth * kTeamShares) {
     uint4 rows[kDepth][2];
 #pragma unroll
@@ -36,15 +37,16 @@ ADAMIX_DEVICE void multiply_up(const GatedInputGrad<T>& p, const GatedGradTeam<T
     for (int tile = 0; tile < Team::kTiles; ++tile) {
       if (tile >= tiles) break;
       int from = rank0 + 16 * tile + 4 * at.q, expert = static_cast<int>(p.by_rank.quotient(from));
-      const T* own = bank + expert * expert_size + from - expert * p.rank;
+      const T* own = bank + expert * expert_size + from - expert * p.rank +
+                     static_cast<int64_t>(step * kStep + at.spread(8)) * p.rank;
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
-        int col = (step + d * kTeamShares) * kStep + at.spread(8);
+        bool there = from < inner && (step + d * kTeamShares) * kStep + at.spread(8) < cols;
         uint2 b[4];
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-          bool there = from < inner && col < cols;
-          b[w] = there ? load_words<uint2>(own + static_cast<int64_t>(col + 2 * w) * p.rank) : uint2{0, 0};
+          uint32_t pairs = d * kTeamShares * kStep / 2 + w;  // of rows behind
+          b[w] = there ? load_words<uint2>(reinterpret_cast<const char*>(own) + uint64_t{apart} * pairs) : uint2{0, 0};
         }
 #pragma unroll
         for (int w = 0; w < 4; ++w) b[w] = uint2{transposed(b[w].x), transposed(b[w].y)};
@@ -122,14 +124,7 @@ __global__ void __launch_bounds__(kTeamThreads, 2) gated_input_grad_mma_kernel(G
       }
     }
     __syncthreads();
-    load_t(p, team, at);
-    __syncthreads();
-    if (p.gates.weights && p.gathers) {
-      grad_mean(p, team, at);
-      __syncthreads();
-    }
-    if (p.dgates != nullptr) grad_gates(p, team, at);
-    leave_narrow(p, team, at);
+    unmix(p, team, at);
     if (p.dx == nullptr) return;
     __syncthreads();
 
@@ -138,17 +133,20 @@ __global__ void __launch_bounds__(kTeamThreads, 2) gated_input_grad_mma_kernel(G
     if (mask.drops()) own_keys = mask.of_row(at.first + at.lane);
     float scale = mask.drops() ? p.dropout.scale : 1.f;
     int cols = p.features;
+    uint32_t apart =
+        static_cast<uint32_t>(2 * sizeof(T)) * static_cast<uint32_t>(cols);  // bytes of two rows of the bank
     for (int first = at.warp * kStep; first < cols; first += kTeamWarps * kStep) {
       int col = first + 8 * at.q;
       bool inside = col < cols;
       float wide[2][4][4] = {};
       uint4 a[2];
+      const char* bank = reinterpret_cast<const char*>(p.down + static_cast<int64_t>(at.spread(4)) * cols + col);
       auto load = [&](int k, uint2(&b)[4]) {
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
-          int rank = 16 * k + at.spread(4) + 2 * u;
-          const T* from = p.down + static_cast<int64_t>(rank) * cols + col;
-          a[u] = inside && rank < down_cols ? load_words<uint4>(from) : uint4{0, 0, 0, 0};
+          bool there = inside && 16 * k + at.spread(4) + 2 * u < down_cols;
+          const char* from = bank + uint64_t{apart} * static_cast<uint32_t>(8 * k + u);
+          a[u] = there ? load_words<uint4>(from) : uint4{0, 0, 0, 0};
           a[u] = uint4{transposed(a[u].x), transposed(a[u].y), transposed(a[u].z), transposed(a[u].w)};
         }
         b[0] = {a[0].x, a[1].x}, b[1] = {a[0].y, a[1].y}, b[2] = {a[0].z, a[1].z}, b[3] = {a[0].w, a[1].w};

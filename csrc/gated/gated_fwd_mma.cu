@@ -258,6 +258,7 @@ template <typename T>
 bool launch_gated_forward_mma(const GatedForward<T>& params, const Device& device) {
   bool pieces = params.x.aligned && params.out_aligned && (params.base.data == nullptr || params.base.aligned);
   if (!pieces || !team_fits(params, params.up_bias != nullptr, device)) return false;
+  if (launch_gated_resident_forward(params, device)) return true;
   size_t bytes = shared_bytes<GatedTeam<T>>(params);
   if (bytes > static_cast<size_t>(device.shared_bytes)) return false;
   dim3 grid(static_cast<unsigned>((params.rows + kTeamRows - 1) / kTeamRows));

@@ -29,78 +29,96 @@ struct GatedGradJob {
   bool up;
   int group, col0, rank0, cols, ranks, pitch;
   const T* narrow;
-  Rows<const T> wide;
+  const T* wide;
+  int64_t stride;  // of the wide rows, which are all as far apart
 
   ADAMIX_DEVICE GatedGradJob(const GatedTeamGrad<T>& p, int number) {
     int of_down = p.down_jobs();
     up = number >= of_down;
     if (up) number -= of_down;
     int chunks = ceil_div(up ? p.up_ranks() : p.down_ranks(), kChunkRanks);
-    wide = up ? p.grad_out : p.x;
+    const Rows<const T>& rows = up ? p.grad_out : p.x;
+    wide = rows.data, stride = rows.tokens.by > 1 ? rows.token_stride : rows.batch_stride;
     cols = up ? p.ranges.cols : p.features, ranks = up ? p.up_ranks() : p.down_ranks();
     int parts = ceil_div(cols, kGatedGradCols);
     col0 = number % parts * kGatedGradCols, number /= parts;
     rank0 = number % chunks * kChunkRanks, group = number / chunks;
     pitch = up ? p.mixed_pitch : p.down_ranks();
     narrow = up ? p.mixed + group * p.gates.up.experts * p.rank : p.dt;
-    if (up) wide.data += p.ranges.start[group];
+    if (up) wide += p.ranges.start[group];
   }
 };
+
+// 16 kDepth rows' part of a warp's sums, of which row `first` + g is at wide_at and narrow_at; Whole: all are above
+// `end`.
+template <int Warps, bool Whole, typename T>
+ADAMIX_DEVICE void add_some_rows(const GatedGradJob<T>& job, const T* wide_at, const T* narrow_at, int first, int end,
+                                 const DropoutMask& mask, float (&sums)[GatedGradSums<Warps>::kTiles][4][4]) {
+  using Sums = GatedGradSums<Warps>;
+  constexpr int kDepth = Sums::kDepth;
+  int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  int tiles = ceil_div(job.ranks - job.rank0, 16), col = job.col0 + 8 * q;
+  uint4 wide[kDepth][2];
+  uint2 ranks[kDepth][Sums::kTiles][2];
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+    for (int below = 0; below < 2; ++below) {
+      int behind = 16 * Warps * d + 8 * below;
+      bool kept = Whole || first + behind + g < end;
+      wide[d][below] = kept && col < job.cols ? load_words<uint4>(wide_at + behind * job.stride) : uint4{0, 0, 0, 0};
+      const T* of = narrow_at + behind * static_cast<int64_t>(job.pitch);
+#pragma unroll
+      for (int tile = 0; tile < Sums::kTiles; ++tile) {
+        bool ranked = kept && job.rank0 + 16 * tile + 4 * q < job.ranks;
+        ranks[d][tile][below] = ranked ? load_words<uint2>(of + 16 * tile) : uint2{0, 0};
+      }
+    }
+  }
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) {
+    if (mask.drops()) {
+      DropoutMask::EightColumns columns(col);
+#pragma unroll
+      for (int below = 0; below < 2; ++below) {
+        wide[d][below] = mask.kept(wide[d][below], mask.of_row(first + 16 * Warps * d + 8 * below + g), columns);
+      }
+    }
+    const uint4 &upper = wide[d][0], &lower = wide[d][1];
+    uint32_t b[4][2] = {{transposed(upper.x), transposed(lower.x)},
+                        {transposed(upper.y), transposed(lower.y)},
+                        {transposed(upper.z), transposed(lower.z)},
+                        {transposed(upper.w), transposed(lower.w)}};
+#pragma unroll
+    for (int tile = 0; tile < Sums::kTiles; ++tile) {
+      if (tile >= tiles) break;
+      const uint2 &top = ranks[d][tile][0], &bottom = ranks[d][tile][1];
+      uint32_t a[4] = {transposed(top.x), transposed(top.y), transposed(bottom.x), transposed(bottom.y)};
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        multiply<T>(sums[tile][word], a[0], a[1], a[2], a[3], b[word][0], b[word][1]);
+      }
+    }
+  }
+}
 
 // The warp's sums: sums[tile][word], ranks 16 tile + spread(4) and two behind it, columns 8 q + 2 word and the next.
 template <int Warps, typename T>
 ADAMIX_DEVICE void add_rows(const GatedGradJob<T>& job, int first_row, int end, const DropoutMask& mask,
                             float (&sums)[GatedGradSums<Warps>::kTiles][4][4]) {
-  using Sums = GatedGradSums<Warps>;
-  constexpr int kDepth = Sums::kDepth;
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  int tiles = ceil_div(job.ranks - job.rank0, 16), col = job.col0 + 8 * q;
-  const T* narrow = job.narrow + job.rank0 + 4 * q;
-  for (int first = first_row + 16 * warp; first < end; first += 16 * Warps * kDepth) {
-    uint4 wide[kDepth][2];
-    uint2 ranks[kDepth][Sums::kTiles][2];
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-#pragma unroll
-      for (int below = 0; below < 2; ++below) {
-        int row = first + 16 * Warps * d + 8 * below + g;
-        bool kept = row < end;
-        wide[d][below] =
-            kept && col < job.cols ? load_words<uint4>(job.wide.data + job.wide.offset(row) + col) : uint4{0, 0, 0, 0};
-        const T* of = narrow + static_cast<int64_t>(row) * job.pitch;
-#pragma unroll
-        for (int tile = 0; tile < Sums::kTiles; ++tile) {
-          bool ranked = kept && job.rank0 + 16 * tile + 4 * q < job.ranks;
-          ranks[d][tile][below] = ranked ? load_words<uint2>(of + 16 * tile) : uint2{0, 0};
-        }
-      }
-    }
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      if (mask.drops()) {
-        DropoutMask::EightColumns columns(col);
-#pragma unroll
-        for (int below = 0; below < 2; ++below) {
-          wide[d][below] = mask.kept(wide[d][below], mask.of_row(first + 16 * Warps * d + 8 * below + g), columns);
-        }
-      }
-      const uint4 &upper = wide[d][0], &lower = wide[d][1];
-      uint32_t b[4][2] = {{transposed(upper.x), transposed(lower.x)},
-                          {transposed(upper.y), transposed(lower.y)},
-                          {transposed(upper.z), transposed(lower.z)},
-                          {transposed(upper.w), transposed(lower.w)}};
-#pragma unroll
-      for (int tile = 0; tile < Sums::kTiles; ++tile) {
-        if (tile >= tiles) break;
-        const uint2 &top = ranks[d][tile][0], &bottom = ranks[d][tile][1];
-        uint32_t a[4] = {transposed(top.x), transposed(top.y), transposed(bottom.x), transposed(bottom.y)};
-#pragma unroll
-        for (int word = 0; word < 4; ++word) {
-          multiply<T>(sums[tile][word], a[0], a[1], a[2], a[3], b[word][0], b[word][1]);
-        }
-      }
-    }
+  constexpr int kDepth = GatedGradSums<Warps>::kDepth, kRows = 16 * Warps * kDepth;
+  int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, first = first_row + static_cast<int>(threadIdx.x) / 32 * 16;
+  const T* wide_at = job.wide + (first + g) * job.stride + job.col0 + 8 * q;
+  const T* narrow_at = job.narrow + (first + g) * static_cast<int64_t>(job.pitch) + job.rank0 + 4 * q;
+  auto advance = [&] {
+    first += kRows, wide_at += kRows * job.stride, narrow_at += kRows * static_cast<int64_t>(job.pitch);
+  };
+#pragma unroll 1
+  for (; first + kRows - 16 * Warps + 16 <= end; advance()) {
+    add_some_rows<Warps, true>(job, wide_at, narrow_at, first, end, mask, sums);
   }
+#pragma unroll 1
+  for (; first < end; advance()) add_some_rows<Warps, false>(job, wide_at, narrow_at, first, end, mask, sums);
 }
 
 // One element's sum over the rows of the share that name its expert alone: no other row's infinities are in it.
@@ -114,7 +132,7 @@ ADAMIX_DEVICE float sum_of_named(const GatedTeamGrad<T>& p, const GatedGradJob<T
     bool named = false;
     for (int slot = 0; slot < p.gates.slots; ++slot) named = named || side.named(at + slot, slot) == expert;
     if (!named || !p.gates.served(at)) continue;
-    float wide = to_float(job.wide.data[job.wide.offset(row) + col]);
+    float wide = to_float(job.wide[row * job.stride + col]);
     if (mask.drops()) wide = mask.apply(wide, row, col);
     sum += wide * to_float(job.narrow[static_cast<int64_t>(row) * job.pitch + rank]);
   }

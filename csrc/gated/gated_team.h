@@ -30,12 +30,16 @@ struct SlotTable {
 
   // All threads call; complete after a barrier.
   ADAMIX_DEVICE void fill(const Gates& gates, const LaneRows& at) const {
-    for (int i = at.thread(); i < kTeamRows * slots; i += kTeamThreads) {
+    fill(gates, at.first, at.count, at.thread(), kTeamThreads);
+  }
+  // Of `count` rows from `first` on, by so many threads.
+  ADAMIX_DEVICE void fill(const Gates& gates, int64_t first, int count, int thread, int threads) const {
+    for (int i = thread; i < kTeamRows * slots; i += threads) {
       int row = i / slots, slot = i - row * slots;
       float weight = 0.f, factor = 0.f;
       int a = -1, b = -1;
-      if (row < at.count) {
-        int64_t from = gates.at(static_cast<int>(at.first) + row);
+      if (row < count) {
+        int64_t from = gates.at(static_cast<int>(first) + row);
         int of_down = gates.down.named(from + slot, slot), of_up = gates.up.named(from + slot, slot);
         if (of_down != kNoExpert && of_up != kNoExpert) {
           a = of_down, b = of_up;
@@ -44,9 +48,8 @@ struct SlotTable {
       }
       gate[i] = weight, scale[i] = factor, down[i] = a, up[i] = b;
     }
-    if (at.warp == 0) {
-      int number = static_cast<int>(at.first) + at.lane;
-      served[at.lane] = at.lane < at.count && gates.served(gates.at(number));
+    if (thread < kTeamRows) {
+      served[thread] = thread < count && gates.served(gates.at(static_cast<int>(first) + thread));
     }
   }
   // Calls visit(slot number in the table, slot) for the slots of a row that name an expert of up; all, of one.
@@ -170,6 +173,11 @@ ADAMIX_DEVICE void multiply_wide(float (&wide)[2][4][4], int steps, bool differ,
 }
 
 #if defined(ADAMIX_LAUNCHERS)
+// Of calls that the team serves, those where one expert up serves all: a tile of rows stays in registers. Launches
+// nothing and returns false for others.
+template <typename T>
+bool launch_gated_resident_forward(const GatedForward<T>& params, const Device& device);
+
 // Whether the team serves a call of this kind at all: pieces, sizes, the device's products.
 template <typename T>
 bool team_fits(const GatedBanks<T>& p, bool biased, const Device& device) {

@@ -84,6 +84,11 @@ std::tuple<Tensor, Tensor> routed_adapter_forward(Tensor x, Tensor down_weight, 
   x = with_contiguous_rows(x);
   OptionalTensor added = add_input ? OptionalTensor(x) : residual;
   if (added.has_value()) added = with_contiguous_rows(*added);
+  // The kernels take rows that begin where those of x do for x itself.
+  if (added.has_value() && added->data_ptr() == x.data_ptr() &&
+      (added->stride(0) != x.stride(0) || added->stride(1) != x.stride(1))) {
+    x = as_contiguous(x), added = as_contiguous(*added);
+  }
   down_weight = as_contiguous(down_weight), up_weight = as_contiguous(up_weight);
   down_bias = contiguous_or_none(down_bias), up_bias = contiguous_or_none(up_bias);
   Tensor out = allocate(x, {batch, tokens, out_features});

@@ -8,7 +8,7 @@ from cuda_host import DEVICE, DTYPES, EACH_LAUNCH, ON_HOST, names, needs_cuda, r
 
 needs_cuda()
 
-from cuda_gates import PIECES, even
+from cuda_gates import PIECES, Drawn, even
 
 from adamix_kernels.ops.gated_lora import cuda_impl as lora_cuda
 from adamix_kernels.testing import assert_in_budget
@@ -41,6 +41,35 @@ def test_other_rows_go_to_the_kernels_for_any(wrong):
     assert not any("_mma_" in name for name in made)
 
 
+# One expert up, and how its rows begin: residual x or another tensor, ids, gates that weigh weights, LoRA's scales.
+ONE_UP = {
+    "dense": dict(op="adapter", banks=(8, 1), rank=16, added=False),
+    "another residual, weights": dict(op="adapter", banks=(5, 1), rank=8, mix="weights"),
+    "chosen": dict(op="adapter", kind="chosen", banks=(4, 1), rank=12, added=False),
+    "lora, by samples": dict(kind="chosen", of="samples", banks=(6, 1), slots=3, rank=8),
+}
+
+
+@pytest.mark.skipif(not ON_HOST, reason="a GPU keeps no record of launches")
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize("case", ONE_UP)
+def test_rows_stay_in_registers_where_one_expert_up_serves_all(case, multiprocessors, monkeypatch):
+    monkeypatch.setenv("ADAMIX_HOST_MULTIPROCESSORS", str(multiprocessors))
+    drawn = Drawn(dtype=torch.bfloat16, tokens=23, features=256, cols=256, **ONE_UP[case])
+    with launches() as made:
+        drawn.check()
+    assert "gated_resident_forward" in made[0]
+    if any(index is not None for index in drawn.indices):
+        drawn.indices[0][0, ..., 1] = -1
+        out, t, _, *grads, _ = drawn.run("cuda")(*drawn.given)
+        lost = drawn.indices[0][:, None].expand(-1, 23, -1) if drawn.indices[0].dim() == 2 else drawn.indices[0]
+        lost = (lost < 0).any(-1)
+        assert out[lost].isnan().all()
+        assert t[lost].isnan().all()
+        assert out[~lost].isfinite().all()
+        assert all(grad.isfinite().all() for grad in grads)
+
+
 @pytest.mark.skipif(not ON_HOST, reason="a GPU keeps no record of launches")
 @pytest.mark.parametrize(("multiprocessors", "summed"), [(4, False), (6, True), (8, True)])
 def test_a_large_block_serves_where_two_would_run_side_by_side(multiprocessors, summed, monkeypatch):
@@ -64,6 +93,11 @@ def test_a_graph_may_hold_every_call_of_four_launches_at_most(case, dtype):
         run(*given)
     assert names(runtime_calls()) <= EACH_LAUNCH
     assert len(made) <= 4
+
+
+@pytest.mark.sanitize
+def test_memory_and_barriers_where_rows_stay_in_registers():
+    Drawn(dtype=torch.bfloat16, tokens=9, features=256, cols=256, **ONE_UP["chosen"]).check()
 
 
 @pytest.mark.sanitize

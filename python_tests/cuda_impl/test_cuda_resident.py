@@ -52,6 +52,14 @@ def test_every_residual(case, residual):
     check(*draw_adapter(DEVICE, torch.bfloat16, *(TILES | ONE_PASS)[case]), residual, "silu")
 
 
+def test_a_residual_that_begins_where_x_does_is_not_x():
+    (x, *banks), indices = draw_adapter(DEVICE, torch.bfloat16, *TILES["32 rows"])
+    banks = banks[:4]
+    for of, other in ((x, x[:, :1].expand_as(x)), (x[:, ::2], x[:, :48])):
+        want = cuda_impl.forward(of, *banks, *indices, other.clone(), False, "gelu")[0]
+        assert torch.equal(cuda_impl.forward(of, *banks, *indices, other, False, "gelu")[0], want)
+
+
 @pytest.mark.parametrize("case", ["32 rows", "many samples a block"])
 def test_without_biases(case):
     check(*draw_adapter(DEVICE, torch.float16, *(TILES | ONE_PASS)[case], None, False), "input", "relu")

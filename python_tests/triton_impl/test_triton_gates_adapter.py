@@ -100,6 +100,15 @@ def test_half_precision(case, dtype):
     check(*draw(form, (4, 1 if case == "shared" else 4), dtype=dtype, **how))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", [dict(slots=3, biases=False), dict(of="sample", slots=2, rank=16, out=24)], ids=str)
+def test_one_index_of_both_sides(how, dtype):
+    """Slots of a row may name one expert twice."""
+    form = f"chosen, {how.get('of', 'token')}"
+    tensors, (index, _), options = draw(form, (4, 4), dtype=dtype, **{k: v for k, v in how.items() if k != "of"})
+    check(tensors, [index, index], options)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation):
     for dtype in (torch.float32, torch.bfloat16):

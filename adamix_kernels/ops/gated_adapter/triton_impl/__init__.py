@@ -46,7 +46,7 @@ def forward(
         kernel, (-(-plan.rows // meta["ROWS"]),), x.device,
         x, down_weight, _contiguous(down_bias), up_weight, _contiguous(up_bias), plan.down.index, plan.up.index,
         plan.gates, residual, out, pre, plan.rows, plan.div,
-        H=hidden, O=width, ACTIVATION=_activation(activation, x.dtype), **meta,
+        H=hidden, O=width, SAME=plan.same, ACTIVATION=_activation(activation, x.dtype), **meta,
     )  # fmt: skip
     return out, pre
 

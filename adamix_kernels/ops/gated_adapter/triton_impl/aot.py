@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ...._triton_utils import DTYPES, precision
+from ..._gated_sum import CHUNK
 from ..._routed_plan import power_of_2
 from ..._row_tiles import row_tile, tile_options
 from ..._triton_aot import POINTERS, AotCase, make_case
@@ -16,7 +17,6 @@ from .plan import Plan, make_plan
 from .rows_aot import rows_cases
 from .tables import TABLES, config, may_stay
 from .weight_grad import gated_adapter_weight_grad_kernel
-from .weights import CHUNK
 
 # hidden size of the compiled cases: a multiple of every block, as in the models AdaMix is used with.
 _HIDDEN = 1024
@@ -37,10 +37,12 @@ def aot_cases(capability: int = 90) -> Iterator[AotCase]:
                 name = f"{form}_m{experts}_r{r}_k{slots}"
                 yield from _tile_cases(name, dtype, pointer, plan, r, capability)
                 yield _weight_case(name, dtype, pointer, plan, r, capability)
-    # What the gates weigh is decided between the products: one case more a dtype.
+    # What the gates weigh, and whether a slot has one id, is decided between the products: a case more a dtype.
     for dtype, pointer in POINTERS.items():
         plan = _plan("dense", 4, 16, 4)._replace(weights=True)
         yield from _tile_cases("weights_m4_r16_k4", dtype, pointer, plan, 16, capability)
+        apart = _plan("chosen", 8, 8, 2)._replace(same=False)
+        yield from _tile_cases("apart_m8_r8_k2", dtype, pointer, apart, 8, capability)
         yield from rows_cases(dtype, pointer, capability)
 
 
@@ -58,7 +60,8 @@ def _tile_cases(name: str, dtype: torch.dtype, pointer: str, plan: Plan, r: int,
     activation = "gelu_16" if dtype.itemsize == 2 else "gelu"
     common = dict(
         down_index=_index(plan.down.index), up_index=_index(plan.up.index), gates="*fp32", span="i32", div="i32",
-        H=_HIDDEN, O=_HIDDEN, ACTIVATION=activation, DOT=DTYPES[dtype], PRECISION=precision(dtype), **plan.constants(r),
+        H=_HIDDEN, O=_HIDDEN, SAME=plan.same, ACTIVATION=activation, DOT=DTYPES[dtype], PRECISION=precision(dtype),
+        **plan.constants(r),
     )  # fmt: skip
     tensors = {
         gated_adapter_forward_kernel: (

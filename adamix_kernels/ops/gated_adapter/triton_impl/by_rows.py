@@ -13,7 +13,7 @@ import torch
 
 from ...._triton_utils import capability, dot_dtype, launch, memory, precision
 from ..._adapter_planes import count_splits, sum_planes
-from ..._gated_sum import sum_slots
+from ..._gated_sum import CHUNK, sum_slots
 from ..._routed_plan import Groups, group_tiles, power_of_2, same_ids, sort_rows
 from ..._row_tiles import tile_options
 from .rows import (
@@ -23,7 +23,7 @@ from .rows import (
 )
 from .rows_weight_grad import gated_adapter_rows_weight_grad_kernel
 from .tables import config
-from .weights import CHUNK, outputs
+from .weights import outputs
 
 
 class Side:

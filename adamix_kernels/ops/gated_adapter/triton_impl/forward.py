@@ -34,14 +34,14 @@ def gated_adapter_forward_kernel(
     H: tl.constexpr, O: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, K: tl.constexpr,  # noqa: E741
     MD: tl.constexpr, MDP: tl.constexpr, DOWN: tl.constexpr,
     MU: tl.constexpr, MUP: tl.constexpr, UP: tl.constexpr, GP: tl.constexpr,
-    WEIGHTS: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHTS: tl.constexpr, SAME: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, AHEAD: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of the output, and pre [ROWS, slots * R].
 
     out = residual + sum_k g_k (Wu[j_k] act(x Wd[i_k]^T + bd[i_k]) + bu[j_k]), or with WEIGHTS
     out = residual + sum_k g_k (Wu[j_k] z + bu[j_k]), z = act(sum_k g_k (x Wd[i_k]^T + bd[i_k])).
-    DOWN, UP: "one", "every" or "chosen", of _gated_tiles.py. KEEP: residual is x.
+    DOWN, UP: "one", "every" or "chosen", of _gated_tiles.py. SAME: a slot's ids are one. KEEP: residual is x.
     """
     dtype: tl.constexpr = out.dtype.element_ty
     rows, valid, _ = tile_rows(span, None, None, None, ROWS)
@@ -73,6 +73,23 @@ def gated_adapter_forward_kernel(
             h = weigh(activate(wide, ACTIVATION), own, RP, MDP, ROWS)
             if UP == "one":
                 h = sum_experts(h, RP, MDP, ROWS)
+    elif SAME and not WEIGHTS:
+        # No column moves to another expert's: all are activated in place, and those that no slot names are dropped.
+        if down_bias is not None:
+            wide += tl.load(down_bias + at, mask=live, other=0.0).to(tl.float32)[None, :]
+        wide = tl.where(wrong[:, None], 0.0, wide)
+        m = tl.arange(0, MDP)[None, :]
+        own = tl.zeros([ROWS, MDP], tl.float32)
+        named = wrong[:, None] & (m < 0)
+        for slot in tl.static_range(K):
+            i, _ = expert_of(down_index, div, rows, valid, slot, K, MD)
+            own += tl.where(m == i[:, None], gate_of(gates, div, rows, valid, slot, K)[:, None], 0.0)
+            named = named | (m == i[:, None])
+            to = pre + row * (K * R) + slot * R + (column % RP)[None, :]
+            of_slot = valid[:, None] & live[None, :] & ((column // RP)[None, :] == i[:, None])
+            tl.store(to, narrow(wide, dtype), mask=of_slot)
+        named = tl.reshape(tl.broadcast_to(named[:, :, None], [ROWS, MDP, RP]), [ROWS, MDP * RP])
+        h = tl.where(named, weigh(activate(wide, ACTIVATION), own, RP, MDP, ROWS), 0.0)
     elif DOWN == "chosen":
         h = tl.zeros([ROWS, RP if WEIGHTS or UP == "one" else MUP * RP], tl.float32)
         for slot in tl.static_range(K):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..._routed_plan import fits, power_of_2
+from ..._routed_plan import fits, power_of_2, same_ids
 
 
 class Side(NamedTuple):
@@ -19,7 +19,9 @@ class Side(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """rows of x; slot k of row n has its gate and ids at (n // div) * slots + k; rp: columns of one expert."""
+    """rows of x; slot k of row n has its gate and ids at (n // div) * slots + k; rp: columns of one expert; same: both
+    sides' ids are one index.
+    """
 
     rows: int
     div: int
@@ -29,6 +31,7 @@ class Plan(NamedTuple):
     up: Side
     gates: torch.Tensor
     weights: bool
+    same: bool
 
     @property
     def width(self) -> int:
@@ -62,4 +65,6 @@ def make_plan(x, r, down_index, up_index, gates, md, mu, mix) -> Plan | None:
     )
     by_sample = gates.dim() == 2
     weights = mix == "weights" and kinds != ["one", "one"]
-    return Plan(batch * tokens, tokens if by_sample else 1, gates.shape[-1], rp, down, up, gates.contiguous(), weights)
+    same = kinds == ["chosen", "chosen"] and md == mu and same_ids(down_index, up_index)
+    div, slots = tokens if by_sample else 1, gates.shape[-1]
+    return Plan(batch * tokens, div, slots, rp, down, up, gates.contiguous(), weights, same)

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 
 from ...._triton_utils import DTYPES, precision
+from ..._gated_sum import CHUNK
 from ..._routed_plan import power_of_2
 from ..._row_tiles import tile_options
 from ..._triton_aot import AotCase, make_case
 from .rows import gated_adapter_rows_forward_kernel, gated_adapter_rows_grad_kernel, gated_adapter_rows_shrink_kernel
 from .rows_weight_grad import gated_adapter_rows_weight_grad_kernel
 from .tables import config
-from .weights import CHUNK
 
 _HIDDEN = 1024
 # name -> (experts down, up, r, slots, chosen, weights): widths of every class of the tables, then every form.

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
-from .weight_grad import _sample
+from ..._gated_sum import sum_sample
 
 
 @triton.jit
@@ -114,4 +114,4 @@ def gated_adapter_rows_weight_grad_kernel(
             )  # fmt: skip
     if row_grads is not None:  # noqa: SIM102
         if program >= down_programs + up_programs:
-            _sample(row_grads, dgates, program - down_programs - up_programs, div, K, KP, CHUNK)
+            sum_sample(row_grads, dgates, program - down_programs - up_programs, div, K, KP, CHUNK)

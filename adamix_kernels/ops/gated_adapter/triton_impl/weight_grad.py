@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
+from ..._gated_sum import sum_sample
 from ..._gated_tiles import expert_of
 
 
@@ -118,18 +119,6 @@ def _store(
         tl.store(to, narrow(acc, plane.dtype.element_ty), mask=inside & columns[None, :])
 
 
-@triton.jit
-def _sample(row_grads, dgates, b, tokens, K: tl.constexpr, KP: tl.constexpr, CHUNK: tl.constexpr):
-    """The gates' gradient of sample b: the sum over its tokens."""
-    slot = tl.arange(0, KP)
-    found = tl.zeros([KP], tl.float32)
-    for start in range(0, tokens, CHUNK):
-        s = start + tl.arange(0, CHUNK)
-        at = row_grads + (b.to(tl.int64) * tokens + s)[:, None] * K + slot[None, :]
-        found += tl.sum(tl.load(at, mask=(s < tokens)[:, None] & (slot < K)[None, :], other=0.0), axis=0)
-    tl.store(dgates + b.to(tl.int64) * K + slot, narrow(found, dgates.dtype.element_ty), mask=slot < K)
-
-
 @triton.jit(do_not_specialize=["num_rows", "div", "down_splits", "up_splits"])
 def gated_adapter_weight_grad_kernel(
     x, dpre, grad_out, h, weights, down_index, up_index, row_grads,
@@ -174,4 +163,4 @@ def gated_adapter_weight_grad_kernel(
             )  # fmt: skip
     if row_grads is not None:  # noqa: SIM102
         if program >= down_programs + up_programs:
-            _sample(row_grads, dgates, program - down_programs - up_programs, div, K, KP, CHUNK)
+            sum_sample(row_grads, dgates, program - down_programs - up_programs, div, K, KP, CHUNK)

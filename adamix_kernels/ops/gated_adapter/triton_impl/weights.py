@@ -6,6 +6,7 @@ import torch
 
 from ...._triton_utils import capability, dot_dtype, launch, memory, precision
 from ..._adapter_planes import count_splits, sum_planes
+from ..._gated_sum import CHUNK
 from ..._routed_plan import power_of_2
 from .plan import Plan
 from .tables import config
@@ -13,8 +14,6 @@ from .weight_grad import gated_adapter_weight_grad_kernel
 
 # Planes of all experts hold at most this part of what they sum: with more the launches take no less time.
 PLANES = 6
-# Tokens of a sample whose gates' gradients are summed at a time.
-CHUNK = 64
 
 
 def weight_grads(plan: Plan, x, dpre, grad_out, h, weights, row_grads, dgates, down_shape, up_shape):

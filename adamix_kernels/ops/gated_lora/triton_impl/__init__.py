@@ -1,5 +1,6 @@
 """Triton backend of gated LoRA: the forward is one launch, the backward at most three, where a tile holds the narrow
 columns of all experts (one_tile.py); else the slots of all rows are grouped by expert on the device first (by_rows.py).
+The gradient of gates of samples takes one launch more.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 from ...._triton_utils import memory
 from ...._triton_utils import problem as unsupported
 from ..._gated_plans import PlannedGated
+from ..._gated_sum import sum_samples
 from . import by_rows, one_tile
 from .aot import aot_cases
 from .plan import in_one_tile
@@ -63,8 +65,11 @@ def backward(
     )  # fmt: skip
     if dgates is None:
         return *grads, memory(gates, 0)
-    # The gate of a sample gets the sum over its tokens: of float32, in a fixed order.
-    return *grads, dgates.sum(1).to(gates.dtype) if by_sample else dgates
+    if not by_sample:
+        return *grads, dgates
+    of_samples = memory(gates, *gates.shape)
+    sum_samples(dgates, of_samples)
+    return *grads, of_samples
 
 
 def _forward_in_place(*arguments):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ...._triton_utils import DTYPES, precision
-from ..._gated_sum import SUM_COLUMNS, SUM_ROWS, gated_rows_sum_kernel
+from ..._gated_sum import CHUNK, SUM_COLUMNS, SUM_ROWS, gated_rows_sum_kernel, gated_sample_sum_kernel
 from ..._routed_plan import power_of_2
 from ..._triton_aot import POINTERS, AotCase, make_case
 from ...routed_lora.triton_impl.plan import RESIDENT, RESIDENT_WIDTH, padded_rank, row_blocks
@@ -48,6 +48,8 @@ def _cases(capability: int) -> Iterator[AotCase]:
         arguments = dict(y_ptr=POINTERS[dtype], base_ptr=POINTERS[dtype], out_ptr=POINTERS[dtype], num_rows="i32")
         arguments |= dict(SLOTS=2, WIDTH=_HIDDEN, NG=_HIDDEN, OFFSETS=(0,), BLOCK_M=SUM_ROWS, BLOCK_C=SUM_COLUMNS)
         yield make_case(gated_rows_sum_kernel, "top2", dtype, arguments)
+        arguments = dict(row_grads="*fp32", dgates=POINTERS[dtype], tokens="i32", K=8, KP=8, CHUNK=CHUNK)
+        yield make_case(gated_sample_sum_kernel, "m8", dtype, arguments)
 
 
 def _common(dtype: torch.dtype, r: int, slots: int, dropout: bool, index: str | None) -> dict:
