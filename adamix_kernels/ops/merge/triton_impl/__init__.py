@@ -140,7 +140,7 @@ def _merge_lora(
     dot = torch.promote_types(a.dtype, b.dtype)
     ma, mb = (bank.shape[0] if bank.dim() == 3 else 1 for bank in (a, b))
     scores = [each if experts > 1 else () for each, experts in zip(scores, (ma, mb), strict=True)]
-    rows, cols, warps = lora_tile(dot, max(ma, mb))
+    rows, cols, warps, registers = lora_tile(dot, max(ma, mb))
     places, units = None, (1,) * 5
     if len(weights) > 1:
         places, units = _places(weights, lora_a, lora_b, *(each or lora_b for each in scores))
@@ -151,6 +151,7 @@ def _merge_lora(
         OFFSETS=tuple(offsets), PER_GROUP=per_group, R=b.shape[-1], FAN=fan_in_fan_out,
         WIDE=triton_dtype(wide_dtype(a)), DOT=tl.float64 if dot == torch.float64 else dot_dtype(dot),
         RANKS=lora_ranks(b.shape[-1]), ROWS=rows, COLS=cols, MA=ma, MB=mb, UNITS=units, num_warps=warps,
+        maxnreg=registers,
     )  # fmt: skip
 
 

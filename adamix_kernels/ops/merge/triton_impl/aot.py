@@ -33,7 +33,7 @@ def _lora_case(
     pointer: str, factors: torch.dtype, fan: bool, name: str, layers: bool = False, experts: int = 1
 ) -> AotCase:
     """Banks of A, as layers share B."""
-    rows, cols, warps = lora_tile(factors, experts)
+    rows, cols, warps, registers = lora_tile(factors, experts)
     arguments = dict(
         scaling="fp32", height="i32", width="i32", OFFSETS=(0, 2048), PER_GROUP=1024, R=16, FAN=fan,
         WIDE=tl.float32, DOT=DTYPES[factors], RANKS=lora_ranks(16), ROWS=rows, COLS=cols,
@@ -42,7 +42,7 @@ def _lora_case(
         b_mean=None, MA=experts, MB=1,
     )  # fmt: skip
     arguments |= dict(weight=pointer, out=pointer, lora_a=POINTERS[factors], lora_b=POINTERS[factors])
-    return make_case(merge_lora_kernel, name, factors, arguments, ("height", "width"), warps)
+    return make_case(merge_lora_kernel, name, factors, arguments, ("height", "width"), warps, registers)
 
 
 def _expert_cases(dtype: torch.dtype, pointer: str, experts: int) -> Iterator[AotCase]:
