@@ -77,6 +77,9 @@ STABLE_TORCH_LIBRARY(adamix_cuda, m) {
       "merge_loras_forward(Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, float scaling, int groups, "
       "int[] offsets, bool fan_in_fan_out) -> Tensor");
   m.def(
+      "merge_lora_banks_forward(Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[] a_scores, "
+      "float scaling, int groups, int[] offsets, bool fan_in_fan_out) -> (Tensor, Tensor)");
+  m.def(
       "consistency_forward(Tensor logits_a, Tensor logits_b, Tensor? mask, bool detach_target, str reduction, "
       "float expected, Tensor(a!)? da, Tensor(b!)? db) -> (Tensor, Tensor, Tensor)");
   m.def(
@@ -120,6 +123,7 @@ STABLE_TORCH_LIBRARY_IMPL(adamix_cuda, CompositeExplicitAutograd, m) {
   m.impl("merge_experts_backward", TORCH_BOX(&adamix::merge_experts_backward));
   m.impl("merge_lora_forward", TORCH_BOX(&adamix::merge_lora_forward));
   m.impl("merge_loras_forward", TORCH_BOX(&adamix::merge_loras_forward));
+  m.impl("merge_lora_banks_forward", TORCH_BOX(&adamix::merge_lora_banks_forward));
   m.impl("consistency_forward", TORCH_BOX(&adamix::consistency_forward));
   m.impl("consistency_backward", TORCH_BOX(&adamix::consistency_backward));
   m.impl("adamix_forward", TORCH_BOX(&adamix::adamix_forward));

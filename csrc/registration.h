@@ -63,6 +63,10 @@ Tensor merge_lora_forward(Tensor weight, Tensor lora_a, Tensor lora_b, double sc
                           std::vector<int64_t> offsets, bool fan_in_fan_out);
 Tensor merge_loras_forward(std::vector<Tensor> weights, std::vector<Tensor> lora_a, std::vector<Tensor> lora_b,
                            double scaling, int64_t groups, std::vector<int64_t> offsets, bool fan_in_fan_out);
+std::tuple<Tensor, Tensor> merge_lora_banks_forward(std::vector<Tensor> weights, std::vector<Tensor> lora_a,
+                                                    std::vector<Tensor> lora_b, std::vector<Tensor> a_scores,
+                                                    double scaling, int64_t groups, std::vector<int64_t> offsets,
+                                                    bool fan_in_fan_out);
 
 std::tuple<Tensor, Tensor, Tensor> consistency_forward(Tensor logits_a, Tensor logits_b, OptionalTensor mask,
                                                        bool detach_target, std::string reduction, double expected,

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..modules.adapter import merge_adapters
-from ..modules.lora_merging import merge_factors, merge_weights
+from ..modules.lora_merging import merge_layers
 from ..ops._checks import check_flag
 from .factors import Factors
 from .gating import check_mergeable, is_learned, spread
@@ -77,10 +77,9 @@ def merge(model: nn.Module, keep: bool = True, *, gates: str | None = None) -> n
     else:
         loras = {path: cast("RoutedLoRALinear", layer) for path, layer in layers.items()}
         plain = {path: lora if lora.gate is None else plain_lora(lora) for path, lora in loras.items()}
-        factors = dict(zip(loras, merge_factors(list(plain.values())), strict=True))
-        into = [path for path, lora in loras.items() if mergeable(lora)]
-        merged_weights = merge_weights([plain[path] for path in into], [factors[path] for path in into])
-        weights = dict(zip(into, merged_weights, strict=True))
+        merged_factors, made = merge_layers(list(plain.values()), [mergeable(lora) for lora in loras.values()])
+        factors = dict(zip(loras, merged_factors, strict=True))
+        weights = {path: weight for path, weight in zip(loras, made, strict=True) if weight is not None}
         for path, lora in loras.items():
             in_weight = path in weights
             if keep:

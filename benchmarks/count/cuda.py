@@ -46,7 +46,9 @@ class CudaCounter:
     def __init__(self, target: int):
         self.target = target
         _on_host(target)
-        self._texts = {k: v for source in _sources() for k, v in _texts(source, target).items()}
+        self._texts: dict[str, nvcc.Text] = {}
+        # Files that are not compiled yet; the next one is the last.
+        self._left = _sources()
         self._programs: dict[tuple[str, int], Program] = {}
         self._codes: dict[str, Code] = {}
         self._names = _addresses()
@@ -58,6 +60,7 @@ class CudaCounter:
     def count(self, work: Work) -> list[Counted]:
         """Its launches, in their order."""
         _on_host(self.target)
+        self._left.sort(key=lambda path: work.folder.startswith(path.parent.name))
         zeroed(work.folder.startswith("gated_"))
         inputs = work.case.make(CountDraw(work.case.dtype))
         gradient = work.direction != "forward" or "backward" in work.case.traffic
@@ -87,6 +90,8 @@ class CudaCounter:
     def _run(self, name: str, sizes: Sequence[int], argument: bytes) -> hosts.Launch:
         *grid, threads, dynamic, cluster = sizes
         key = name, cluster
+        while name not in self._texts:
+            self._texts |= _texts(self._left.pop(), self.target)
         text = self._texts[name].executed
         if key not in self._programs:
             self._programs[key] = Program(nvcc.clustered(text, cluster))

@@ -174,8 +174,15 @@ def _waits(divided: Sequence[Part], code: Code, run: Executed) -> list[tuple[flo
         moved, sectors = float(rows[mine, 3].sum()), float(rows[mine, 1].sum())
         if moved:
             share = float(missed[mine].sum()) / sectors
-            found.append((moved / max(32.0, in_flight(code, part.sass)) / run.warps, share, moved * share))
+            found.append((moved / max(32.0, _asked(divided, part, code)) / run.warps, share, moved * share))
     return found
+
+
+def _asked(divided: Sequence[Part], part: Part, code: Code) -> float:
+    """Bytes in flight of a part; of all parts where the assembler has put its loads into another one."""
+    if any(code.instructions[n].opcode == "LDG" for n in part.sass):
+        return in_flight(code, part.sass)
+    return in_flight(code, sorted(n for other in divided for n in other.sass))
 
 
 def _copies(run: Executed, copied: float) -> float:

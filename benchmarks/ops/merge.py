@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from adamix_kernels import merge_experts
-from adamix_kernels.ops.merge.api import LoraLayer, merge_banks, merge_loras
+from adamix_kernels.ops.merge.api import LoraLayer, merge_banks, merge_lora_banks
 
 from .. import sizes
 from ..sizes import BankSize, LoraSize
@@ -139,13 +139,11 @@ def _scored_baddbmm(bank, scores):
 
 
 def _ours_lora(backend: str):
-    """As merge() of a model does: the banks' means first."""
+    """As merge() of a model does: the banks' means are results, too."""
 
     def call(*flat):
-        weights, down, up = zip(*_triples(flat), strict=True)
-        means = merge_banks(down, [None] * len(down), backend=backend)
-        layers = [LoraLayer(w, a, b, SCALING) for w, a, b in zip(weights, means, up, strict=True)]
-        return merge_loras(layers, backend=backend)
+        layers = [LoraLayer(w, a, b, SCALING) for w, a, b in _triples(flat)]
+        return merge_lora_banks(layers, [(None, None)] * len(layers), backend=backend)[0]
 
     return call
 

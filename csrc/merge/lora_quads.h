@@ -47,30 +47,22 @@ ADAMIX_DEVICE float number_of(bfloat16, uint32_t pair, int high) {
   return float_of_bits(high ? pair & 0xffff0000u : pair << 16);
 }
 
-// at: this lane's first line and rank of B [lines, ranks]. inside: whether each line and the ranks are; else 0.
-ADAMIX_DEVICE Quads quads_along_ranks(const uint16_t* at, int ranks, const bool (&inside)[4]) {
+// Of a factor whose ranks are neighbours: four ranks of each of four lines.
+ADAMIX_DEVICE Quads quads_of_lines(const uint2 (&lines)[4]) {
   Quads quads;
 #pragma unroll
-  for (int i = 0; i < 4; ++i, at += ranks) {
-    uint2 both = inside[i] ? *reinterpret_cast<const uint2*>(at) : uint2{0u, 0u};
-    quads.pairs[i][0] = both.x, quads.pairs[i][1] = both.y;
-  }
+  for (int i = 0; i < 4; ++i) quads.pairs[i][0] = lines[i].x, quads.pairs[i][1] = lines[i].y;
   return quads;
 }
 
-// at: this lane's first rank and line of A [ranks, lines]. inside: whether all four of both are; else 0.
-ADAMIX_DEVICE Quads quads_along_lines(const uint16_t* at, int lines, bool inside) {
-  uint2 rows[4];
-#pragma unroll
-  for (int e = 0; e < 4; ++e, at += lines) {
-    rows[e] = inside ? *reinterpret_cast<const uint2*>(at) : uint2{0u, 0u};
-  }
+// Of a factor whose lines are neighbours: four lines of each of four ranks.
+ADAMIX_DEVICE Quads quads_of_ranks(const uint2 (&ranks)[4]) {
   Quads quads;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
 #pragma unroll
     for (int p = 0; p < 2; ++p) {
-      uint32_t low = i < 2 ? rows[2 * p].x : rows[2 * p].y, high = i < 2 ? rows[2 * p + 1].x : rows[2 * p + 1].y;
+      uint32_t low = i < 2 ? ranks[2 * p].x : ranks[2 * p].y, high = i < 2 ? ranks[2 * p + 1].x : ranks[2 * p + 1].y;
       quads.pairs[i][p] = i % 2 == 0 ? pair_of(low, high) : pair_of(low >> 16, high >> 16);
     }
   }
@@ -88,6 +80,16 @@ struct SplitQuads {
         rounded_pair(bfloat16{}, low - number_of(bfloat16{}, both, 0), high - number_of(bfloat16{}, both, 1));
   }
 };
+ADAMIX_DEVICE SplitQuads quads_of_ranks(const float4 (&ranks)[4]) {
+  SplitQuads quads;
+#pragma unroll
+  for (int p = 0; p < 2; ++p) {
+    const float4 &low = ranks[2 * p], &high = ranks[2 * p + 1];
+    quads.set(0, p, low.x, high.x), quads.set(1, p, low.y, high.y);
+    quads.set(2, p, low.z, high.z), quads.set(3, p, low.w, high.w);
+  }
+  return quads;
+}
 
 // Without matrix units for T: the lanes pass each other what they hold.
 template <typename T>

@@ -86,6 +86,44 @@ struct MergeLora {
   }
 };
 
+// A of each layer: single factors, or banks whose means in the banks' dtype stand for them.
+struct LoraBank {
+  const void* data[kMergeLayers];    // [experts, rows, columns]
+  const void* scores[kMergeLayers];  // [experts] of `scored`
+  void* mean;                        // [layers, rows, columns]: where the means go; of single factors null
+  int64_t stride;                    // elements of an expert
+  int experts;
+  Kind scored;  // kNone: the uniform mean
+};
+
+// Layers that are alike in all but where they lie; blockIdx.y is the layer. A block merges `tall` tiles side by side
+// along the outputs, so that it makes the mean of the inputs' part of A once.
+template <typename T>
+struct MergeLoraProduct {
+  const T* weight[kMergeLayers];  // [height, width]
+  T* out;                         // [layers, height, width]; a weight may be its part of it
+  LoraBank a;                     // [Ma, groups * r, K]
+  const void* b[kMergeLayers];    // [groups * Ng, r]
+  float scaling;
+  int height, width, features, rank, per_group;  // K, r, Ng
+  int first_group, here;                         // of this launch: the first one, and how many
+  int layers, tall;
+  int offsets[kMergeGroups];  // of this launch's groups
+
+  // Tiles along the outputs, and across them.
+  ADAMIX_BOTH int along(bool fan_in_fan_out) const {
+    return fan_in_fan_out ? (width + kLoraCols - 1) / kLoraCols : (height + kLoraRows - 1) / kLoraRows;
+  }
+  ADAMIX_BOTH int across(bool fan_in_fan_out) const {
+    return fan_in_fan_out ? (height + kLoraRows - 1) / kLoraRows : (width + kLoraCols - 1) / kLoraCols;
+  }
+  ADAMIX_BOTH dim3 blocks(bool fan_in_fan_out) const {
+    int together = (along(fan_in_fan_out) + tall - 1) / tall * across(fan_in_fan_out);
+    return dim3(static_cast<unsigned>(together), static_cast<unsigned>(layers));
+  }
+};
+static_assert(sizeof(MergeLoraProduct<half>) <= 4096, "the parameters of a launch");
+
 #if defined(ADAMIX_LAUNCHERS)
 // Elements of a result that a block computes at a time, and the most blocks that share the gradient's sums.
 template <typename T>
@@ -100,10 +138,13 @@ void launch_merge_grad(const MergeGrad<T>& params, int blocks, bool wide, const 
 void launch_merge_scores_grad(const MergeScoresGrad& params, bool wide, const Device& device);
 template <typename T>
 void launch_merge_lora(const MergeLora<T>& params, bool wide, const Device& device);
-// Single experts' factors into a 16-bit weight, all of it aligned, on matrix units. split: those of float32, each
-// number as two of bfloat16; else of the weight's own dtype.
+// Bytes of a block's shared memory there: all ranks of the part of A that its tiles share.
+size_t merge_lora_product_bytes(int rank, int experts, bool fan_in_fan_out, bool split);
+// Factors, A's possibly the means of banks, into a 16-bit weight, all of it aligned, on matrix units. split: those of
+// float32, each number as two of bfloat16; else of the weight's own dtype.
 template <typename T>
-void launch_merge_lora_product(const MergeLora<T>& params, bool split, const Device& device);
+void launch_merge_lora_product(const MergeLoraProduct<T>& params, bool fan_in_fan_out, bool split,
+                               const Device& device);
 #endif
 
 }  // namespace adamix

@@ -11,6 +11,8 @@ needs_cuda()
 
 from cuda_probes import captured_graph
 from merge_cases import (
+    LORA_BANKS,
+    check_lora_banks,
     check_lora_lists,
     check_whole_lora_model,
     lora_case,
@@ -189,3 +191,52 @@ def test_a_graph_replays_lora_layers():
     graph.replay()
     for got, layer in zip(captured, layers, strict=True):
         assert torch.equal(got, merge_lora(**layer._asdict(), backend="cuda"))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    ("dtype", "factors", "fan", "cases", "multiprocessors"),
+    [
+        (torch.bfloat16, torch.bfloat16, False, LORA_BANKS[2:], 1),
+        (torch.float16, torch.float16, True, LORA_BANKS[1:2], 1),
+        (torch.float16, torch.float32, False, LORA_BANKS[:1], 132),
+        (torch.bfloat16, torch.float32, True, LORA_BANKS[:1], 1),
+    ],
+)
+def test_banks_are_merged_and_averaged_in_one_launch(dtype, factors, fan, cases, multiprocessors, monkeypatch):
+    """On one multiprocessor a block has several tiles, on 132 one. Where B is a bank, too, the means come first."""
+    if not ON_HOST:
+        check_lora_banks("cuda", randn, dtype, factors, fan)
+        return
+    monkeypatch.setenv("ADAMIX_HOST_MULTIPROCESSORS", str(multiprocessors))
+    names = check_lora_banks("cuda", randn, dtype, factors, fan, cases, launches)
+    two = ["merge_banks_kernel", "merge_lora_product_kernel"]
+    assert names == [["merge_lora_product_kernel"] if mb == 1 else two for (_, mb), *_ in cases]
+
+
+@pytest.mark.skipif(not ON_HOST, reason="a GPU keeps no record of launches")
+def test_banks_that_one_launch_does_not_take(monkeypatch):
+    """Weights of float32, scores of float64, no matrix units."""
+    two = ["merge_banks_kernel", "merge_lora_kernel"]
+    assert check_lora_banks("cuda", randn, torch.float32, torch.float32, False, LORA_BANKS[:1], launches) == [two]
+    of_double = [(*LORA_BANKS[0][:5], torch.float64)]
+    names = check_lora_banks("cuda", randn, torch.bfloat16, torch.bfloat16, True, of_double, launches)
+    assert names == [["merge_banks_kernel", "merge_lora_product_kernel"]]
+    monkeypatch.setenv("ADAMIX_HOST_CAPABILITY", "75")
+    assert check_lora_banks("cuda", randn, torch.bfloat16, torch.bfloat16, False, LORA_BANKS[:1], launches) == [two]
+
+
+def test_bad_banks_are_named_by_the_library():
+    weight, a, b = (randn(*shape, dtype=torch.float16) for shape in ((16, 8), (2, 4, 8), (1, 16, 4)))
+
+    def call(a_scores):
+        OPS.merge_lora_banks_forward([weight] * 2, [a] * 2, [b] * 2, a_scores, 1.0, 1, [0], False)
+
+    for scores, message in (
+        ([randn(2)], "a_scores: got 1 of them"),
+        ([randn(2), randn(3)], r"a_scores\[1\]: got shape"),
+        ([randn(2), randn(2).long()], r"a_scores\[1\]: got Long"),
+        ([randn(2), randn(2).half()], r"a_scores\[1\]: got Half, expected Float"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call(scores)

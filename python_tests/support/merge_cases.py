@@ -2,13 +2,14 @@
 
 import contextlib
 
+import pytest
 import torch
 from poison import poisoned_memory
 
 import adamix_kernels as ak
 from adamix_kernels.functional import merge_experts, merge_lora
 from adamix_kernels.modules.adapter import merge_adapters
-from adamix_kernels.ops.merge.api import LoraLayer, merge_banks, merge_loras
+from adamix_kernels.ops.merge.api import LoraLayer, merge_banks, merge_lora_banks, merge_loras
 
 
 def experts_on(backend):
@@ -169,6 +170,47 @@ def check_lora_lists(backend, randn, around=contextlib.nullcontext):
             out.fill_(n)
         assert all(out.eq(n).all() for n, out in enumerate(got))
     assert merge_loras([], backend=backend) == []
+    return seen
+
+
+# Of the banks A and B: experts; groups, outputs of each and their offsets; ranks; the scores' dtype.
+LORA_BANKS = [
+    ((4, 1), 1, 80, (0,), 8, None),
+    ((3, 1), 2, 24, (8, 112), 20, torch.float32),
+    ((2, 1), 3, 16, (120, 0, 60), 36, torch.bfloat16),
+    ((2, 3), 1, 72, (8,), 12, torch.float32),
+]
+
+
+def check_lora_banks(backend, randn, dtype, factors, fan, banks=LORA_BANKS, around=contextlib.nullcontext):
+    """merge_lora_banks has the bits of merge_banks and merge_loras. Returns what the context around each call gave."""
+    seen = []
+    for (ma, mb), groups, per_group, offsets, r, scored in banks:
+        layers, scores = [], []
+        for _ in range(2):
+            a, b = (randn(m, groups * n, k, dtype=factors) for m, n, k in ((ma, r, 136), (mb, per_group, r)))
+            weight = randn(136, 136, dtype=dtype)
+            layers.append(LoraLayer(weight, a, b, 0.5, groups, offsets, fan))
+            scores.append(tuple(None if scored is None else randn(m, dtype=scored) for m in (ma, mb)))
+        with poisoned_memory(backend != "reference"), around() as names:
+            got, means = merge_lora_banks(layers, scores, backend=backend)
+        seen.append(names)
+        want = [
+            tuple(
+                bank[0] if len(bank) == 1 else merge_banks([bank], [score], backend=backend)[0] for bank, score in pair
+            )
+            for pair in (zip((layer.lora_a, layer.lora_b), s, strict=True) for layer, s in zip(layers, scores))
+        ]
+        plain = [layer._replace(lora_a=a, lora_b=b) for layer, (a, b) in zip(layers, want, strict=True)]
+        for out, mean, weight, wanted in zip(got, means, merge_loras(plain, backend=backend), want, strict=True):
+            assert torch.equal(out, weight)
+            assert all(torch.equal(one, other) for one, other in zip(mean, wanted, strict=True))
+            assert not out.requires_grad
+    assert merge_lora_banks([], [], backend=backend) == ([], [])
+    with pytest.raises(ValueError, match="scores: got 1 of them, expected those of A and of B for each of the 2"):
+        merge_lora_banks(layers, scores[:1], backend=backend)
+    with pytest.raises(ValueError, match=r"scores\[1\]\[0\]: got shape"):
+        merge_lora_banks(layers, [(None, None), (randn(ma + 1), None)], backend=backend)
     return seen
 
 

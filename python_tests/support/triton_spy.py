@@ -25,10 +25,10 @@ def needs_triton():
 
 
 @contextlib.contextmanager
-def launches(*modules, run=True, options=None):
+def launches(*modules, run=True, options=None, directly=False):
     """Names of the kernels launched by those modules; run=False leaves the launching out.
 
-    options: a list that gets every launch's constants.
+    options: a list that gets every launch's constants. directly: calls past the dispatcher are made, too.
     """
     names = []
 
@@ -43,7 +43,8 @@ def launches(*modules, run=True, options=None):
         return launch
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_direct.switched_off())
+        if not directly:
+            stack.enter_context(_direct.switched_off())
         for module in modules:
             stack.enter_context(mock.patch.object(module, "launch", spy(module.launch)))
         yield names

@@ -12,7 +12,9 @@ from triton_spy import DEVICE, DTYPES, launches, needs_triton
 needs_triton()
 
 from merge_cases import (
+    LORA_BANKS,
     check_lists_that_differ_in_one_thing,
+    check_lora_banks,
     check_lora_lists,
     check_results_are_apart,
     check_whole_lora_model,
@@ -148,6 +150,22 @@ def test_lora_layers_that_are_alike_in_one_launch():
     assert sorted(names) == ["merge_experts_kernel"] * 2 + ["merge_lora_kernel"] * 5
     whole = check_whole_lora_model("triton", DEVICE, lambda: launches(triton_impl))
     assert whole == ["merge_banks_kernel", "merge_lora_kernel"]
+
+
+@pytest.mark.parametrize(("dtype", "fan"), [(torch.bfloat16, False), (torch.float16, True)])
+def test_banks_are_merged_and_averaged_in_one_launch(dtype, fan):
+    """But for scores of 16 bits."""
+    around = lambda: launches(triton_impl, directly=True)  # noqa: E731
+    names = check_lora_banks("triton", randn, dtype, dtype, fan, around=around)
+    assert names == [["merge_lora_kernel"]] * 2 + [["merge_banks_kernel", "merge_lora_kernel"], ["merge_lora_kernel"]]
+
+
+def test_banks_of_float32_are_averaged_first():
+    banks = LORA_BANKS[:1]
+    names = check_lora_banks(
+        "triton", randn, torch.bfloat16, torch.float32, False, banks, lambda: launches(triton_impl)
+    )
+    assert names == [["merge_banks_kernel", "merge_lora_kernel"]]
 
 
 @pytest.mark.parametrize("fan", [False, True])

@@ -11,7 +11,7 @@ from ..._backends import check_request
 from .._checks import check_device, check_dims, check_flag, check_shape, check_tensor, fail
 from .._groups import check_groups, check_scaling
 from .autograd import merge_experts_op, merge_lora_op
-from .op import banks_directly, merge_banks_op, merge_loras_op
+from .op import banks_directly, lora_banks_directly, merge_banks_op, merge_loras_op
 
 
 def merge_experts(
@@ -146,19 +146,77 @@ def merge_loras(layers: Sequence[LoraLayer], *, backend: str = "auto") -> list[t
     """
     check_request(backend)
     checked = [_checked(layer, f"layers[{n}].") for n, layer in enumerate(layers)]
-    alike: dict[Any, list[int]] = {}
-    for n, (weight, lora_a, lora_b, scaling, groups, offsets, fan) in enumerate(checked):
-        shapes = weight.shape, lora_a.shape, lora_b.shape
-        key = weight.device, weight.dtype, lora_a.dtype, shapes, scaling, groups, tuple(offsets), fan
-        alike.setdefault(key, []).append(n)
     merged: list[torch.Tensor] = [torch.empty(0)] * len(checked)
     with torch.no_grad():
-        for which in alike.values():
+        for which in _alike(checked):
             tensors = ([getattr(checked[n], name) for n in which] for name in ("weight", "lora_a", "lora_b"))
             out = merge_loras_op(*tensors, *checked[which[0]][3:], backend)
             for n, one in zip(which, out.unbind(), strict=True):
                 merged[n] = one
     return merged
+
+
+Scores = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+def merge_lora_banks(
+    layers: Sequence[LoraLayer], scores: Sequence[Scores], *, backend: str = "auto"
+) -> tuple[list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """(merge_lora of each layer with its banks' means, those means (A, B) of each layer).
+
+    A mean is merge_experts(bank, score), in the bank's dtype; of a bank of one expert it is that expert. Layers that
+    are alike but for where they lie take one launch on a GPU for both where matrix units take their means, else the
+    means of all are a launch, and merge_loras follows. The bits are the same.
+
+    For whole models, so internal and not differentiable. scores: of A and of B for each layer, each as in
+    `merge_experts`. The results may share one allocation, never an element.
+
+    Raises: as `merge_loras`; ValueError when there are not as many scores as layers, "scores[3][0]" names one.
+    """
+    check_request(backend)
+    scores = list(scores)
+    checked = [_checked(layer, f"layers[{n}].") for n, layer in enumerate(layers)]
+    if len(scores) != len(checked):
+        fail("scores", f"{len(scores)} of them", f"those of A and of B for each of the {len(checked)} layers")
+    for n, (layer, pair) in enumerate(zip(checked, scores, strict=True)):
+        for side, (bank, score) in enumerate(zip((layer.lora_a, layer.lora_b), pair, strict=True)):
+            _check_bank(f"layers[{n}]", bank, f"scores[{n}][{side}]", score)
+    merged, means = [torch.empty(0)] * len(checked), [(layer.lora_a, layer.lora_b) for layer in checked]
+    rest: list[int] = []
+    with torch.no_grad():
+        for which in _alike(checked, [[None if s is None else s.dtype for s in pair] for pair in scores]):
+            sides = [[getattr(checked[n], name) for n in which] for name in ("weight", "lora_a", "lora_b")]
+            of_scores = [[s for n in which if (s := scores[n][side]) is not None] for side in (0, 1)]
+            made = None
+            if max(bank.shape[0] for bank in (sides[1][0], sides[2][0])) > 1:
+                made = lora_banks_directly(sides, of_scores, checked[which[0]][3:], backend)
+            if made is None:
+                rest += which
+                continue
+            for n, weight, a, b in zip(which, *made, strict=True):
+                merged[n], means[n] = weight, (a, b)
+        banks = [(n, side) for n in rest for side in (0, 1) if means[n][side].shape[0] > 1]
+        found = merge_banks(
+            [means[n][side] for n, side in banks], [scores[n][side] for n, side in banks], backend=backend
+        )
+        of = dict(zip(banks, found, strict=True))
+        for n in rest:
+            a, b = (of[n, side] if (n, side) in of else means[n][side][0] for side in (0, 1))
+            means[n] = a, b
+        layers = [checked[n]._replace(lora_a=means[n][0], lora_b=means[n][1]) for n in rest]
+        for n, weight in zip(rest, merge_loras(layers, backend=backend), strict=True):
+            merged[n] = weight
+    return merged, means
+
+
+def _alike(checked: Sequence[LoraLayer], more: Sequence[Any] = ()) -> list[list[int]]:
+    """Which layers are alike but for where they lie, in `more` of each, too."""
+    alike: dict[Any, list[int]] = {}
+    for n, (weight, lora_a, lora_b, scaling, groups, offsets, fan) in enumerate(checked):
+        shapes = weight.shape, lora_a.shape, lora_b.shape
+        key = weight.device, weight.dtype, lora_a.dtype, shapes, scaling, groups, tuple(offsets), fan
+        alike.setdefault((key, tuple(more[n]) if more else None), []).append(n)
+    return list(alike.values())
 
 
 def _checked(layer: LoraLayer, where: str = "") -> LoraLayer:

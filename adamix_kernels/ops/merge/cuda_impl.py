@@ -3,7 +3,8 @@
 Launches: one for the mean of a bank, and for a list of up to 112 banks; for its gradient one, two where scores learn;
 one for LoRA, and for a list of up to 96 layers that are alike, banks of factors included: on matrix units where the
 weight is of 16 bits, the factors are single ones of its dtype or of float32 (each number as two of bfloat16, in three
-products), and all is aligned. LoRA's gradients are PyTorch's matmuls.
+products), and all is aligned. Where A alone is a bank, `lora_banks_forward` makes and writes its rounded mean in that
+launch, too. LoRA's gradients are PyTorch's matmuls.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = [
     "experts_backward",
     "experts_forward",
     "lora_backward",
+    "lora_banks_forward",
     "lora_forward",
     "loras_forward",
     "unsupported",
@@ -56,3 +58,12 @@ def lora_forward(*arguments: Any) -> torch.Tensor:
 
 def loras_forward(*arguments: Any) -> torch.Tensor:
     return _ops.merge_loras_forward(*arguments)
+
+
+def lora_banks_forward(
+    weights: list[torch.Tensor], lora_a: list[torch.Tensor], lora_b: list[torch.Tensor], a_scores: list[torch.Tensor],
+    b_scores: list[torch.Tensor], *options: Any,
+) -> tuple[torch.Tensor, ...] | None:  # fmt: skip
+    """Of banks A; no layer's bank B."""
+    weight, mean = _ops.merge_lora_banks_forward(weights, lora_a, lora_b, a_scores, *options)
+    return (weight, mean, mean) if weight.numel() else None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
 from ..._backends import select
-from .._direct import may_be_direct
+from .._direct import PLAIN, may_be_direct
 from .._library import define
 from ._results import Results
 from .signatures import Banks, Experts, ExpertsBackward, LoRA, LoRABackward, LoRAs
@@ -64,7 +64,6 @@ class _Known(NamedTuple):
 # Those looked at before, by the number of tensors.
 _KNOWN: dict[int, list[_Known]] = {}
 _MOST_KNOWN = 16
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
 # torch.compile's own: one call looks at all tensors.
 _Guards: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
 
@@ -100,7 +99,7 @@ def _look_at(
     banks: list[torch.Tensor], scored: tuple[bool, ...], tensors: list[torch.Tensor], check: Callable[[], None]
 ) -> _Known | None:
     """A list that is known from now on; None where the dispatcher must see it."""
-    if _Guards is None or not _PLAIN.issuperset(map(type, tensors)):
+    if _Guards is None or not PLAIN.issuperset(map(type, tensors)):
         return None
     check()
     dtype, device = banks[0].dtype, banks[0].device
@@ -115,6 +114,29 @@ def _look_at(
         _KNOWN.clear()
     _KNOWN.setdefault(len(tensors), []).append(known)
     return known
+
+
+def lora_banks_directly(
+    layers: list[list[torch.Tensor]], scores: list[list[torch.Tensor]], options: Sequence[Any], backend: str
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]] | None:
+    """(merged weights, means of A, means of B) of layers that are alike, in one launch and past the dispatcher; None
+    where that cannot be. layers: weights, banks A, banks B. scores: of A and of B, none or as many as layers."""
+    tensors = [tensor for each in (*layers, *scores) for tensor in each]
+    if not may_be_direct() or not PLAIN.issuperset(map(type, tensors)):
+        return None
+    forward = getattr(_select(layers[0][0], backend), "lora_banks_forward", None)
+    if forward is None:
+        return None
+    with torch._C._DisableAutocast():
+        made = forward(*layers, *scores, *options)
+    if made is None:
+        return None
+    weights, *means = made
+    a, b = (
+        mean.unbind() if bank[0].shape[0] > 1 else [one[0] for one in bank]
+        for mean, bank in zip(means, layers[1:], strict=True)
+    )
+    return weights.unbind(), a, b
 
 
 def _banks_forward_fake(a: Banks, backend: str) -> list[torch.Tensor]:

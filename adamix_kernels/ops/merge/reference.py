@@ -10,6 +10,10 @@ What a backend module holds; arguments are checked and on one device:
     lora_forward(weight, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out) -> merged weight
     loras_forward(weights, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_out) -> merged weights [layers, ...], of
         lists of tensors that are alike in shapes, dtypes and device; one launch
+    lora_banks_forward(weights, lora_a, lora_b, a_scores, b_scores, scaling, groups, offsets, fan_in_fan_out)
+        -> (loras_forward of banks_forward's means, those of A [layers, ...], of B); of alike scores too, or of empty
+        lists: uniform means. What stands for the means of banks of one is not looked at. None where one launch cannot
+        do all; a backend may lack it
     lora_backward(grad_out, lora_a, lora_b, need_a, need_b, scaling, groups, offsets, fan_in_fan_out)
         -> (d lora_a, d lora_b); `_wide.lora_backward` serves every device
 """

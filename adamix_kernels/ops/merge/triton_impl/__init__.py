@@ -1,8 +1,8 @@
 """Triton backend of merging.
 
 Launches: one for the mean of a bank or of a list of banks; for its gradient one, two where scores learn;
-one for LoRA, and for a list of layers that are alike, one more for each factor that is a bank. LoRA's gradients are
-PyTorch's matmuls.
+one for LoRA, and for a list of layers that are alike, one more for each factor that is a bank, but none where the means
+of 16 bits are rounded (`lora_banks_forward`). LoRA's gradients are PyTorch's matmuls.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ __all__ = [
     "experts_backward",
     "experts_forward",
     "lora_backward",
+    "lora_banks_forward",
     "lora_forward",
     "loras_forward",
     "unsupported",
@@ -102,23 +103,55 @@ def loras_forward(weights, lora_a, lora_b, scaling, groups, offsets, fan_in_fan_
     return out
 
 
+def lora_banks_forward(
+    weights, lora_a, lora_b, a_scores, b_scores, scaling, groups, offsets, fan_in_fan_out
+):  # fmt: skip
+    """Of banks of 16 bits (every program reads its part of a bank, which of float32 costs more than it saves), with
+    scores of float32, as modules have them."""
+    if lora_a[0].itemsize != 2 or any(s.dtype != torch.float32 for s in (*a_scores[:1], *b_scores[:1])):
+        return None
+    weights, lora_a, lora_b, a_scores, b_scores = (
+        [t.contiguous() for t in tensors] for tensors in (weights, lora_a, lora_b, a_scores, b_scores)
+    )
+    out = weights[0].new_empty((len(weights), *weights[0].shape))
+    means = [
+        banks[0].new_empty((len(banks), *banks[0].shape[1:]) if len(banks[0]) > 1 else 0) for banks in (lora_a, lora_b)
+    ]
+    if out.numel() == 0 or any(len(banks[0]) > 1 and mean.numel() == 0 for banks, mean in zip((lora_a, lora_b), means)):
+        return None
+    per_group = lora_b[0].shape[1] // groups
+    _merge_lora(
+        weights, lora_a, lora_b, out, scaling, offsets, per_group, fan_in_fan_out, (a_scores, b_scores), means
+    )  # fmt: skip
+    return out, *means
+
+
 def _factor(bank, wide):
     return bank[0].contiguous() if bank.shape[0] == 1 else _mean(bank, None, wide)
 
 
-def _merge_lora(weights, lora_a, lora_b, out, scaling, offsets, per_group, fan_in_fan_out):
-    """Contiguous weights and factors of layers that are alike into out [layers, height, width], or of one alone."""
+def _merge_lora(
+    weights, lora_a, lora_b, out, scaling, offsets, per_group, fan_in_fan_out, scores=((), ()), means=(None, None)
+):
+    """Contiguous weights and factors, or banks, of layers that are alike into out [layers, height, width], or of one
+    alone. scores: a bank's are left out where the mean is uniform; means: where those of banks go."""
     (weight, *_), (a, *_), (b, *_) = weights, lora_a, lora_b
-    # The mean of 16-bit factors has more digits than they.
+    # The mean of 16-bit factors has more digits than they, if it is not rounded.
     dot = torch.promote_types(a.dtype, b.dtype)
-    rows, cols = lora_tile(dot)
-    places, units = (None, (1, 1, 1)) if len(weights) == 1 else _places(weights, lora_a, lora_b)
+    ma, mb = (bank.shape[0] if bank.dim() == 3 else 1 for bank in (a, b))
+    scores = [each if experts > 1 else () for each, experts in zip(scores, (ma, mb), strict=True)]
+    rows, cols, warps, registers = lora_tile(dot, max(ma, mb))
+    places, units = None, (1,) * 5
+    if len(weights) > 1:
+        places, units = _places(weights, lora_a, lora_b, *(each or lora_b for each in scores))
     launch(
         merge_lora_kernel, (-(-weight.shape[0] // rows) * -(-weight.shape[1] // cols), len(weights)), weight.device,
-        weight, a, b, out, places, scaling, *weight.shape,
-        OFFSETS=tuple(offsets), PER_GROUP=per_group, R=b.shape[1], FAN=fan_in_fan_out,
+        weight, a, b, out, places, scaling, *weight.shape, *(each[0] if each else None for each in scores),
+        *(mean if experts > 1 else None for mean, experts in zip(means, (ma, mb), strict=True)),
+        OFFSETS=tuple(offsets), PER_GROUP=per_group, R=b.shape[-1], FAN=fan_in_fan_out,
         WIDE=triton_dtype(wide_dtype(a)), DOT=tl.float64 if dot == torch.float64 else dot_dtype(dot),
-        RANKS=lora_ranks(b.shape[1]), ROWS=rows, COLS=cols, UNITS=units,
+        RANKS=lora_ranks(b.shape[-1]), ROWS=rows, COLS=cols, MA=ma, MB=mb, UNITS=units, num_warps=warps,
+        maxnreg=registers,
     )  # fmt: skip
 
 

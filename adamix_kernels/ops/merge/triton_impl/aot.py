@@ -25,18 +25,24 @@ def aot_cases(capability: int = 90) -> Iterator[AotCase]:
             yield _lora_case(pointer, dtype, fan, f"{name}_layers", layers=True)
             # A model of 16 bits with experts in float32, which is what the products are in.
             if dtype != torch.float32:
+                yield _lora_case(pointer, dtype, fan, f"{name}_banks", layers=True, experts=4)
                 yield _lora_case(pointer, torch.float32, fan, f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
-def _lora_case(pointer: str, factors: torch.dtype, fan: bool, name: str, layers: bool = False) -> AotCase:
-    rows, cols = lora_tile(factors)
+def _lora_case(
+    pointer: str, factors: torch.dtype, fan: bool, name: str, layers: bool = False, experts: int = 1
+) -> AotCase:
+    """Banks of A, as layers share B."""
+    rows, cols, warps, registers = lora_tile(factors, experts)
     arguments = dict(
         scaling="fp32", height="i32", width="i32", OFFSETS=(0, 2048), PER_GROUP=1024, R=16, FAN=fan,
         WIDE=tl.float32, DOT=DTYPES[factors], RANKS=lora_ranks(16), ROWS=rows, COLS=cols,
-        places="*i64" if layers else None, UNITS=(16 // factors.itemsize,) * 3 if layers else (1, 1, 1),
+        places="*i64" if layers else None, UNITS=(16 // factors.itemsize,) * 5 if layers else (1,) * 5,
+        a_scores="*fp32" if experts > 1 else None, b_scores=None, a_mean=POINTERS[factors] if experts > 1 else None,
+        b_mean=None, MA=experts, MB=1,
     )  # fmt: skip
     arguments |= dict(weight=pointer, out=pointer, lora_a=POINTERS[factors], lora_b=POINTERS[factors])
-    return make_case(merge_lora_kernel, name, factors, arguments, ("height", "width"))
+    return make_case(merge_lora_kernel, name, factors, arguments, ("height", "width"), warps, registers)
 
 
 def _expert_cases(dtype: torch.dtype, pointer: str, experts: int) -> Iterator[AotCase]:

@@ -13,7 +13,7 @@ from ...._triton_utils import narrow
 
 
 @triton.jit
-def _shares(scores, scored, experts, PADDED: tl.constexpr, WIDE: tl.constexpr):
+def shares(scores, scored, experts, PADDED: tl.constexpr, WIDE: tl.constexpr):
     """exp(scores - max) [PADDED], 0 behind the last expert; 1 for each expert where not scored."""
     m = tl.arange(0, PADDED)
     live = m < experts
@@ -26,7 +26,7 @@ def _shares(scores, scored, experts, PADDED: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _divide(x, y, WIDE: tl.constexpr):
+def divide(x, y, WIDE: tl.constexpr):
     """x / y to nearest: the plain quotient of float32 may miss by two units."""
     if WIDE == tl.float64:  # noqa: SIM300
         return x / y
@@ -50,7 +50,7 @@ def _merge_block(
             here = inside & (expert < experts)
             x = tl.load(bank + expert * size + at, mask=here, other=0.0).to(WIDE)
             acc += x * tl.sum(tl.where(m == expert, share, 0.0))
-    acc = _divide(acc, tl.sum(share), WIDE)
+    acc = divide(acc, tl.sum(share), WIDE)
     tl.store(out + at, narrow(acc.to(tl.float32), out.dtype.element_ty), mask=inside)
 
 
@@ -60,7 +60,7 @@ def merge_experts_kernel(
     PADDED: tl.constexpr, UNROLL: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out = sum over m of softmax(scores)[m] * bank[m]; size: elements of one expert."""
-    share = _shares(scores, True, experts, PADDED, WIDE)
+    share = shares(scores, True, experts, PADDED, WIDE)
     _merge_block(bank, out, share, tl.cast(size, tl.int64), experts, tl.program_id(0), PADDED, UNROLL, WIDE, BLOCK)
 
 
@@ -85,7 +85,7 @@ def merge_banks_kernel(
     out = tl.load(row + 2 * banks)
     size = tl.load(row + 5 * banks)
     experts = tl.load(row + 6 * banks)
-    share = _shares(
+    share = shares(
         score_anchor + tl.load(row + 4 * banks), tl.load(row + 3 * banks) != 0, experts, PADDED, WIDE
     )  # fmt: skip
     if tl.load(row + 7 * banks) != 0:
@@ -105,8 +105,8 @@ def merge_experts_grad_kernel(
 ):  # fmt: skip
     """bank_grad[m] = softmax(scores)[m] * grad; plane [programs, PADDED]: a program's part of sum(bank[m] * grad)."""
     m = tl.arange(0, PADDED)
-    share = _shares(scores, True, experts, PADDED, WIDE)
-    share = _divide(share, tl.sum(share), WIDE)
+    share = shares(scores, True, experts, PADDED, WIDE)
+    share = divide(share, tl.sum(share), WIDE)
     dots = tl.zeros([PADDED, BLOCK], WIDE)
     for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
         at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -135,8 +135,8 @@ def merge_scores_grad_kernel(
         row = start + tl.arange(0, ROWS)
         acc += tl.load(plane + row[:, None] * PADDED + m[None, :], mask=(row < programs)[:, None], other=0.0)
     dots = tl.sum(acc, axis=0)
-    share = _shares(scores, True, experts, PADDED, WIDE)
-    share = _divide(share, tl.sum(share), WIDE)
+    share = shares(scores, True, experts, PADDED, WIDE)
+    share = divide(share, tl.sum(share), WIDE)
     value = share * (dots - tl.sum(share * dots))
     dtype: tl.constexpr = scores_grad.dtype.element_ty
     # A float64 keeps its digits, all else is rounded from float32.

@@ -33,10 +33,15 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else DTYPES[dtype]
 
 
-def lora_tile(factors: torch.dtype) -> tuple[int, int]:
-    """Rows and columns of the weight a program. Of float32 factors no more than a warp's products take without the
-    transposed copy in shared memory that wgmma wants."""
-    return (64 if factors.itemsize == 2 else 32), 128
+def lora_tile(factors: torch.dtype, experts: int = 1) -> tuple[int, int, int, int | None]:
+    """Rows and columns of the weight a program, its warps, and the most registers, where two are to run at a time.
+
+    Of float32 factors no more rows than a warp's products take without the transposed copy in shared memory that wgmma
+    wants; of banks more, as every program makes the means that it reads.
+    """
+    if factors.itemsize != 2:
+        return 32, 128, 4, None
+    return (64, 128, 4, None) if experts == 1 else (128, 128, 8, 128)
 
 
 def lora_ranks(rank: int) -> int:
