@@ -174,14 +174,18 @@ class RoutedLoRALinear(OnBase):
             base: torch.Tensor = self.base(x)
         else:
             # A frozen linear layer and its update as one call and one node; what that layer gave, if no more was done.
-            made: Any = node.lora_on_linear(self, x)
-            if made is None:
+            whole: Any = node.lora_on_linear(self, x)
+            made: torch.Tensor | None = None
+            if whole.__class__ is tuple:
+                (base,) = whole
+            elif whole is not None:
+                made = whole
+            else:
                 check_input(x, self.in_features)
                 # Not self.base: nn.Module finds its modules last, after all else.
-                base = self._modules["base"](x) if "base" in self._modules else self.base(x)
+                layer = self._modules.get("base")
+                base = self.base(x) if layer is None else layer(x)
                 made = node.lora_layer(self, x, base)
-            elif made.__class__ is tuple:
-                (base,), made = made, None
             if made is not None:
                 return made
         if not self.router.enabled:

@@ -136,8 +136,8 @@ def _gated(backend: str) -> Iterator[Call]:
         def lora(x: torch.Tensor, gates: torch.Tensor, *factors: torch.Tensor, index: Any = index) -> torch.Tensor:
             return routed_lora(x, *factors, index, index, base=base, scaling=0.5, gates=gates, backend=backend)
 
-        yield from _modes(f"routed_adapter, {kind}", adapter, (x, gates, *banks), backward=2, spare=4)
-        yield from _modes(f"routed_lora, {kind}", lora, (x, gates, *factors), backward=2, spare=4)
+        yield from _modes(f"routed_adapter, {kind}", adapter, (x, gates, *banks), backward=2)
+        yield from _modes(f"routed_lora, {kind}", lora, (x, gates, *factors), backward=2)
 
 
 def _loss(backend: str) -> Iterator[Call]:
@@ -184,18 +184,15 @@ def _floor() -> Iterator[Call]:
 
 
 def _modes(
-    name: str, forward: Callable[..., torch.Tensor], arguments: Sequence[torch.Tensor], backward: int, spare: int = 1
+    name: str, forward: Callable[..., torch.Tensor], arguments: Sequence[torch.Tensor], backward: int
 ) -> Iterator[Call]:
-    """The forward alone, the forward that autograd records, and that with its backward of every argument.
-
-    backward: the fewest kernels that the backward launches; spare: how many more than the fewest a call may.
-    """
+    """The forward alone, the forward that autograd records, and that with its backward of every argument."""
     leaves = [t.clone().requires_grad_() for t in arguments]
     gradient = torch.ones_like(forward(*arguments))
-    yield f"{name}, forward", functools.partial(forward, *arguments), 1, 1 + spare
-    yield f"{name}, forward with grad", functools.partial(forward, *leaves), 1, 1 + spare
+    yield f"{name}, forward", functools.partial(forward, *arguments), 1, 2
+    yield f"{name}, forward with grad", functools.partial(forward, *leaves), 1, 2
     both = functools.partial(_both, forward, leaves, gradient)
-    yield f"{name}, forward + backward", both, 1 + backward, 1 + backward + spare
+    yield f"{name}, forward + backward", both, 1 + backward, 2 + backward
 
 
 def _both(forward: Callable[..., torch.Tensor], leaves: Sequence[torch.Tensor], gradient: torch.Tensor) -> None:

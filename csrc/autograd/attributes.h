@@ -38,16 +38,4 @@ inline bool read_item(PyObject* dict, PyObject* name, at::Tensor& t) {
   return found != nullptr && read(found, t) && t.defined();
 }
 
-// Without the GIL, for the scope.
-class NoGil {
- public:
-  NoGil() : state_(PyEval_SaveThread()) {}
-  ~NoGil() { PyEval_RestoreThread(state_); }
-  NoGil(const NoGil&) = delete;
-  NoGil& operator=(const NoGil&) = delete;
-
- private:
-  PyThreadState* state_;
-};
-
 }  // namespace adamix

@@ -200,11 +200,7 @@ PyObject* lora_on_linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
   }
   Draws draws;
   if (!draw(draws, layer, call)) Py_RETURN_NONE;
-  {
-    // A large product, or a full queue of the GPU, must not hold Python up.
-    NoGil released;
-    call.base = linear_output(call.linear, call.x);
-  }
+  call.base = linear_output(call.linear, call.x);
   at::Tensor out = run_drawn(call, draws, Base::kOwned);
   if (out.defined()) return THPVariable_Wrap(out);
   record_linear(call.linear, call.x, call.base);

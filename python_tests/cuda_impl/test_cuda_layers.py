@@ -201,3 +201,25 @@ def test_draws_that_were_taken_for_a_call_that_fails_go_back(spy):
     assert spy.served == [False, False]
     assert [id(t) for t in left] == [id(t) for t in before[: len(left)]]
     router.end_forward()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+@pytest.mark.parametrize("kind", ["adapter", "lora"])
+def test_fsdp2_has_the_bits_of_pythons_way(kind, spy, tmp_path):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("no FSDP2 in this torch")
+    model = build(kind)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh(DEVICE, (1,))
+        for block in model.bert.encoder.layer if kind == "adapter" else model.transformer.h:
+            fsdp.fully_shard(block, mesh=mesh)
+        fsdp.fully_shard(model, mesh=mesh)
+        results = []
+        for spy.off in (False, True):
+            loss, *grads, drawn = step(model)
+            results.append([loss, *(g if g is None else g.full_tensor() for g in grads), drawn])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_same(*results)
