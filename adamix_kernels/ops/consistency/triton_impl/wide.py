@@ -12,7 +12,6 @@ import triton.language as tl
 from .finish import arrives_last, load_scales, store_scalars, sum_rows
 from .pieces import label_logit, load_row, offsets, row_flags, row_losses, store_row
 from .wide_row import (
-    anew,
     clear,
     edge_columns,
     first_vector,
@@ -22,6 +21,7 @@ from .wide_row import (
     row_means,
     span,
     statistics,
+    unknown_zero,
     write_row,
 )
 
@@ -73,14 +73,14 @@ def pair_wide_kernel(
             x_label = label_logit(a, at_a, label, counted, V)
             y_label = label_logit(b, at_b, label, counted, V)
             top_a, top_b, log_a, log_b, mean_p, mean_q, pair, total, sound = statistics(
-                first_a, first_b, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, V,
-                EXACT, SMOOTH, ALIGNED, HELD, COLS, VECTOR, STAGES,
+                first_a, first_b, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge,
+                x_label, y_label, V, EXACT, SMOOTH, ALIGNED, HELD, COLS, VECTOR, STAGES,
             )  # fmt: skip
             if not EXACT:  # noqa: SIM102 (one is a constant)
                 if not sound:
                     top_a, top_b, log_a, log_b, mean_p, mean_q, pair, total, sound = statistics(
-                        first_a, first_b, whole, None, None, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, V,
-                        True, SMOOTH, ALIGNED, 0, COLS, VECTOR, 1,
+                        first_a, first_b, whole, None, None, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge,
+                        x_label, y_label, V, True, SMOOTH, ALIGNED, 0, COLS, VECTOR, 1,
                     )  # fmt: skip
                     # Once more, so that no register keeps them meanwhile.
                     x_held, x_rest = load_kept(first_a, whole, in_rest, HELD, COLS, VECTOR, ALIGNED)
@@ -102,11 +102,10 @@ def pair_wide_kernel(
                 share = tl.where(counted, expected * entropy_scale, 0.0)
                 half = 0.5 * (expected * pair_scale * weight)
                 write_row(
-                    first_a, first_b, da, db, to_a, to_b, head, whole, anew(x_held, n), anew(y_held, n),
-                    anew(x_rest, n), anew(y_rest, n), in_rest,
+                    first_a, first_b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest,
                     x_edge, y_edge, in_edge, edge, x_label, y_label, label, counted & (label >= 0) & (label < V),
                     top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-                    ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, STAGES,
+                    unknown_zero(n), ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, STAGES,
                 )  # fmt: skip
         else:
             store_row(stats, rows, row, row < n, n, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, ENTROPY, FULL)
@@ -174,7 +173,7 @@ def pair_wide_grad_kernel(
                 first_a, first_b, da, db, to_a, to_b, head, whole, None, None, x_rest, y_rest, in_rest,
                 x_edge, y_edge, in_edge, edge, x_label, y_label, label, counted & (label >= 0) & (label < V),
                 top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-                ENTROPY, FULL, SMOOTH, STORES, ALIGNED, 0, COLS, VECTOR, STAGES,
+                0, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, 0, COLS, VECTOR, STAGES,
             )  # fmt: skip
         else:
             clear(da, db, to_a, to_b, head, whole, in_rest, in_edge, edge, STORES, COLS, VECTOR)

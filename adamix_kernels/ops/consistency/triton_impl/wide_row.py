@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
-from .lanes import LOG2E, LOWEST, fold, join, lane_grads, plain, slopes
+from .lanes import fold, join, lane_grads, lane_tops, plain, powers, slopes
 from .pieces import means, pair_grads, pinned, point
 
 
@@ -85,13 +85,26 @@ def held_step(held, number: tl.constexpr):
 
 
 @triton.jit
-def widened(x, DTYPE: tl.constexpr):
-    """What load_words found, of DTYPE, in float32."""
+def first_step(
+    first, held, whole, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """A row's first step, [lanes, VECTOR] in float32; -inf where there is none."""
+    if HELD > 0:
+        x = held_step(held, 0)
+    else:
+        x = load_words(first, 0, rest_mask(0, whole, COLS, VECTOR), COLS, VECTOR, ALIGNED)
+    return widened(x, first.dtype.element_ty)
+
+
+@triton.jit
+def widened(x, DTYPE: tl.constexpr, nothing=0):
+    """What load_words found, of DTYPE, in float32. nothing: 0 or `unknown_zero`, taken in by what widens bfloat16."""
     if x.dtype == tl.int32:
         if DTYPE == tl.bfloat16:  # noqa: SIM300 (DTYPE is no constant here)
-            low = (x << 16).to(tl.float32, bitcast=True)
-            high = (x & -65536).to(tl.float32, bitcast=True)
+            low = ((x << 16) + nothing).to(tl.float32, bitcast=True)
+            high = ((x & -65536) | nothing).to(tl.float32, bitcast=True)
         else:
+            x = x | nothing
             low = x.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             high = (x >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         x = tl.interleave(low, high)
@@ -99,12 +112,10 @@ def widened(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def anew(x, n):
-    """x, by way of n, which is never negative. No compiler knows, so nothing is done with x before n is there, and
-    what widens words for one pass over them is not kept in registers for the next."""
-    if x.dtype == tl.int32:
-        x = x | (n >> 31)
-    return x
+def unknown_zero(n):
+    """0, by way of n, which is never negative. No compiler knows, so that nothing is widened with it before n is there,
+    and what one pass has widened is not kept in registers for the next."""
+    return n >> 31
 
 
 @triton.jit
@@ -128,17 +139,23 @@ def edge_columns(head, vectors, V, COLS: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def statistics(
-    a, b, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, V,
+    a, b, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, x_label, y_label, V,
     EXACT: tl.constexpr, SMOOTH: tl.constexpr, ALIGNED: tl.constexpr,
     HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`join` of a row whose first whole vectors lie at a and b."""
     DTYPE: tl.constexpr = a.dtype.element_ty
     LANES: tl.constexpr = COLS // VECTOR
-    top_a = tl.full([LANES], -float("inf"), tl.float32)
-    top_b = top_a
-    low_a = tl.full([LANES], 0.0 if EXACT else LOWEST * LOG2E, tl.float32)
-    low_b = low_a
+    if EXACT:
+        top_a = tl.full([LANES], -float("inf"), tl.float32)
+        top_b = top_a
+        low_a = tl.zeros([LANES], tl.float32)
+        low_b = low_a
+    else:
+        top_a = lane_tops(first_step(a, x_held, whole, HELD, COLS, VECTOR, ALIGNED), x_label)
+        top_b = lane_tops(first_step(b, y_held, whole, HELD, COLS, VECTOR, ALIGNED), y_label)
+        low_a = powers(top_a)
+        low_b = powers(top_b)
     sum_a = tl.zeros([LANES], tl.float32)
     sum_b = sum_a
     gap_a = sum_a
@@ -156,10 +173,9 @@ def statistics(
             )  # fmt: skip
     for number in tl.static_range(HELD):
         # One step after the other, or many are in float32 at a time.
-        after = sum_b.to(tl.int32, bitcast=True)[:, None]
+        after = unknown_zero(sum_b.to(tl.int32, bitcast=True))[:, None]
         top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count = fold(
-            widened(anew(held_step(x_held, number), after), DTYPE),
-            widened(anew(held_step(y_held, number), after), DTYPE), None,
+            widened(held_step(x_held, number), DTYPE, after), widened(held_step(y_held, number), DTYPE, after), None,
             top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count, EXACT, SMOOTH,
         )  # fmt: skip
     x_rest = widened(x_rest, DTYPE)
@@ -229,7 +245,7 @@ def _grads(
 @triton.jit
 def _write(
     a, b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
-    x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
+    x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing, nothing,
     EXACT: tl.constexpr, ENTROPY: tl.constexpr, FULL: tl.constexpr, SMOOTH: tl.constexpr, STORES: tl.constexpr,
     ALIGNED: tl.constexpr, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -252,13 +268,13 @@ def _write(
             _store(da, db, to_a, to_b, start + off, ga, gb, None, STORES)
     for number in tl.static_range(HELD):
         ga, gb = _grads(
-            widened(held_step(x_held, number), DTYPE), widened(held_step(y_held, number), DTYPE),
+            widened(held_step(x_held, number), DTYPE, nothing), widened(held_step(y_held, number), DTYPE, nothing),
             low_a, low_b, half_p, half_q, at_p, at_q, flat,
             top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, EXACT, ENTROPY, FULL, SMOOTH,
         )  # fmt: skip
         _store(da, db, to_a, to_b, number * COLS + off, ga, gb, None, STORES)
     ga, gb = _grads(
-        widened(x_rest, DTYPE), widened(y_rest, DTYPE), low_a, low_b, half_p, half_q, at_p, at_q, flat,
+        widened(x_rest, DTYPE, nothing), widened(y_rest, DTYPE, nothing), low_a, low_b, half_p, half_q, at_p, at_q, flat,
         top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, EXACT, ENTROPY, FULL, SMOOTH,
     )  # fmt: skip
     _store(da, db, to_a, to_b, whole + off, ga, gb, in_rest, STORES)
@@ -282,7 +298,7 @@ def _write(
 @triton.jit
 def write_row(
     a, b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
-    x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
+    x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing, nothing,
     ENTROPY: tl.constexpr, FULL: tl.constexpr, SMOOTH: tl.constexpr, STORES: tl.constexpr,
     ALIGNED: tl.constexpr, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -292,19 +308,19 @@ def write_row(
         _write(
             a, b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge,
             edge, x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-            True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, STAGES,
+            nothing, True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, STAGES,
         )  # fmt: skip
     elif plain(top_a, top_b):
         _write(
             a, b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge,
             edge, x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-            False, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, STAGES,
+            nothing, False, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, STAGES,
         )  # fmt: skip
     else:
         _write(
             a, b, da, db, to_a, to_b, head, whole, None, None, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge,
             edge, x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-            True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, 0, COLS, VECTOR, 1,
+            nothing, True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, 0, COLS, VECTOR, 1,
         )  # fmt: skip
 
 
