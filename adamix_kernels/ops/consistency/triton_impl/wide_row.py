@@ -66,7 +66,8 @@ def load_words(first, start, mask, COLS: tl.constexpr, VECTOR: tl.constexpr, ALI
 
 @triton.jit
 def load_kept(
-    first, whole, in_rest, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr
+    first, whole, in_rest, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, REST: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """(a row's first HELD steps in words, [lanes, steps, VECTOR / 2], or a number; its rest). In this order Triton
     gives a thread all of its lane's. There are as many steps as a power of two; those beyond HELD take no registers."""
@@ -75,7 +76,7 @@ def load_kept(
         number = tl.arange(0, triton.next_power_of_2(HELD))[None, :, None]
         words = first.to(tl.pointer_type(tl.int32), bitcast=True) + number * (COLS // 2)
         held = tl.load(words + tile(COLS // 2, VECTOR // 2)[:, None, :], mask=number < HELD, other=0)
-    return held, load_words(first, whole, in_rest, COLS, VECTOR, ALIGNED)
+    return held, load_words(first, whole, in_rest, COLS // VECTOR * REST, REST, ALIGNED)
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def first_step(
     if HELD > 0:
         x = held_step(held, 0)
     else:
-        x = load_words(first, 0, rest_mask(0, whole, COLS, VECTOR), COLS, VECTOR, ALIGNED)
+        x = load_words(first, 0, before(0, whole, COLS // VECTOR, VECTOR), COLS, VECTOR, ALIGNED)
     return widened(x, first.dtype.element_ty)
 
 
@@ -125,9 +126,9 @@ def load_tile(first, start, COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: t
 
 
 @triton.jit
-def rest_mask(whole, vectors, COLS: tl.constexpr, VECTOR: tl.constexpr):
-    """[lanes, 1]: the rest's vectors."""
-    return (whole + tl.arange(0, COLS // VECTOR) * VECTOR < vectors)[:, None]
+def before(start, end, LANES: tl.constexpr, EACH: tl.constexpr):
+    """[lanes, 1]: whose columns from `start` on, EACH a lane, lie before `end`."""
+    return (start + tl.arange(0, LANES) * EACH < end)[:, None]
 
 
 @triton.jit
@@ -247,7 +248,8 @@ def _write(
     a, b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
     x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing, nothing,
     EXACT: tl.constexpr, ENTROPY: tl.constexpr, FULL: tl.constexpr, SMOOTH: tl.constexpr, STORES: tl.constexpr,
-    ALIGNED: tl.constexpr, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, REST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A row's gradients; a and b, da + to_a and db + to_b: where its first whole vectors lie."""
     DTYPE: tl.constexpr = a.dtype.element_ty
@@ -277,6 +279,7 @@ def _write(
         widened(x_rest, DTYPE, nothing), widened(y_rest, DTYPE, nothing), low_a, low_b, half_p, half_q, at_p, at_q, flat,
         top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, EXACT, ENTROPY, FULL, SMOOTH,
     )  # fmt: skip
+    off = tile(COLS // VECTOR * REST, REST)
     _store(da, db, to_a, to_b, whole + off, ga, gb, in_rest, STORES)
     ga, gb = _grads(
         x_edge, y_edge, low_a, low_b, half_p, half_q, at_p, at_q, flat,
@@ -300,7 +303,8 @@ def write_row(
     a, b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
     x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing, nothing,
     ENTROPY: tl.constexpr, FULL: tl.constexpr, SMOOTH: tl.constexpr, STORES: tl.constexpr,
-    ALIGNED: tl.constexpr, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, REST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """`_write` in powers of two where the dtype and the row let it."""
     EXACT: tl.constexpr = a.dtype.element_ty == tl.float32
@@ -308,32 +312,34 @@ def write_row(
         _write(
             a, b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge,
             edge, x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-            nothing, True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, STAGES,
+            nothing, True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, REST, STAGES,
         )  # fmt: skip
     elif plain(top_a, top_b):
         _write(
             a, b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge,
             edge, x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-            nothing, False, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, STAGES,
+            nothing, False, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, REST, STAGES,
         )  # fmt: skip
     else:
         _write(
             a, b, da, db, to_a, to_b, head, whole, None, None, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge,
             edge, x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-            nothing, True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, 0, COLS, VECTOR, 1,
+            nothing, True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, 0, COLS, VECTOR, REST, 1,
         )  # fmt: skip
 
 
 @triton.jit
 def clear(
     da, db, to_a, to_b, head, whole, in_rest, in_edge, edge,
-    STORES: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr,
+    STORES: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """As _write, zeros."""
     off = tile(COLS, VECTOR)
     zeros = tl.zeros([COLS // VECTOR, VECTOR], tl.float32)
     for start in range(0, whole, COLS):
         _store(da, db, to_a, to_b, start + off, zeros, zeros, None, STORES)
+    off = tile(COLS // VECTOR * REST, REST)
+    zeros = tl.zeros([COLS // VECTOR, REST], tl.float32)
     _store(da, db, to_a, to_b, whole + off, zeros, zeros, in_rest, STORES)
     line = tl.zeros([COLS // VECTOR, 1], tl.float32)
     _store(da, db, to_a, to_b, edge - head, line, line, in_edge, STORES)
