@@ -11,13 +11,11 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import INTERPRETING
-from .pieces import finite_top, pinned
+from .pieces import SMALL, finite_top, pinned
 
 # In float32.
 LOG2E = tl.constexpr(1.4426950216293335)
 LN2 = tl.constexpr(0.6931471805599453)
-# Of differences of logits, where a million of them must not add up to inf.
-SMALL = tl.constexpr(2.0**-20)
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
 
