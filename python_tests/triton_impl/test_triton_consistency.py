@@ -166,15 +166,28 @@ def test_steps_beyond_those_that_are_held(dtype, detach):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_logit_of_1e38_does_not_make_the_loss_overflow(dtype):
-    a, b = randn(2, 12301, dtype=dtype), randn(2, 12301, dtype=dtype)
-    a[0, 5] = 1e38
+@pytest.mark.parametrize(("classes", "which"), [(37, 5), (12301, 5), (12301, 9005)])
+def test_a_logit_of_1e38_does_not_make_the_loss_overflow(classes, which, dtype):
+    a, b = randn(2, classes, dtype=dtype), randn(2, classes, dtype=dtype)
+    a[0, which] = 1e38
     found = {}
     for backend in ("triton", "reference"):
         leaves = [t.clone().requires_grad_() for t in (a, b)]
         loss = consistency_loss(*leaves, backend=backend)
         found[backend] = loss.detach(), *torch.autograd.grad(loss, leaves)
     torch.testing.assert_close(found["triton"], found["reference"], rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("label", [3, 9202])
+def test_columns_far_above_those_that_a_lane_began_with(label, dtype, detach):
+    """A lane's powers are of its first columns and of the label: whatever comes, results are right."""
+    apart = torch.tensor([-1e4, -95.0, -60.0, -30.0, 60.0], device=DEVICE, dtype=dtype)
+    logits = randn(10, 9203, dtype=dtype)
+    logits[:, :9100] += apart.repeat(2)[:, None]
+    labels = torch.full((5,), label, device=DEVICE)
+    gradients(lambda backend, x: adamix_loss(x, labels, detach_target=detach, backend=backend), WIDE, logits)
 
 
 @pytest.mark.parametrize("detach", [True, False])
@@ -316,6 +329,10 @@ def test_held_steps_are_in_every_row_and_leave_pairs(keep):
         steps = (classes - (wide.vector - 1)) // wide.cols
         assert 1 <= wide.held <= min(steps, keep)
         assert (steps - wide.held) % 2 == 0
+        left = classes - steps * wide.cols
+        lanes = wide.cols // wide.vector
+        assert lanes * wide.rest >= left - (wide.vector - 1)
+        assert wide.rest == 2 or lanes * wide.rest < 2 * left
         assert wide.resident * wide.num_warps == 16
 
 

@@ -222,8 +222,8 @@ def _wide(rows: Rows, into, keep: int = 0) -> tuple[tuple[int], int, int, dict[s
     wide = make_wide(rows.classes, size, aligned, keep)
     stores = aligned and all(in_step(rows.a, as_rows(g), wide.vector) for g in into if g is not None)
     meta = dict(
-        ALIGNED=aligned, STORES=stores, COLS=wide.cols, VECTOR=wide.vector, STAGES=stages(aligned, stores),
-        num_warps=wide.num_warps, maxnreg=wide.registers,
+        ALIGNED=aligned, STORES=stores, COLS=wide.cols, VECTOR=wide.vector, REST=wide.rest,
+        STAGES=stages(aligned, stores), num_warps=wide.num_warps, maxnreg=wide.registers,
     )  # fmt: skip
     return (wide_programs(rows.count, wide, rows.a.device),), phase(rows.a, wide.vector), wide.held, meta
 

@@ -70,7 +70,7 @@ def _many(dtype, pointer: str) -> Iterator[AotCase]:
                 keep = kept_steps(arguments["da"] is not None, arguments["FULL"], arguments["SMOOTH"])
                 wide = make_wide(classes, dtype.itemsize, keep=keep)
             wide = wide or once
-            arguments = arguments | dict(COLS=wide.cols, VECTOR=wide.vector)
+            arguments = arguments | dict(COLS=wide.cols, VECTOR=wide.vector, REST=wide.rest)
             arguments |= dict(STAGES=stages(arguments["ALIGNED"], arguments["STORES"]))
             if kernel is pair_wide_kernel:
                 arguments |= dict(HELD=wide.held)

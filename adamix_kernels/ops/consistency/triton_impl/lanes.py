@@ -1,8 +1,8 @@
 """A row pair of many classes, by lanes: each lane of a program keeps its own statistics, of every so many columns.
 
 A tile is [lanes, 16 bytes of columns]. `exact` works in natural units, as PyTorch does; else in powers of two, with one
-multiply-add where `exact` has two roundings, without a thought for -inf in both passes or for maxima beyond 1e8:
-`join` says where a row needs `exact`.
+multiply-add where `exact` has two roundings, without a thought for -inf in both passes, for maxima beyond 1e8 or for
+columns far above a lane's first ones: `join` says where a row needs `exact`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,11 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import INTERPRETING
-from .pieces import finite_top, pinned
+from .pieces import SMALL, finite_top, pinned
 
 # In float32.
 LOG2E = tl.constexpr(1.4426950216293335)
 LN2 = tl.constexpr(0.6931471805599453)
-# No lane's maximum is below: a maximum of -inf would make -inf into NaN.
-LOWEST = tl.constexpr(-1e38)
-# Of differences of logits, where a million of them must not add up to inf.
-SMALL = tl.constexpr(2.0**-20)
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
 
@@ -40,64 +36,75 @@ def powers(top):
 
 
 @triton.jit
+def lane_tops(first, label):
+    """What a lane's sums are in powers of unless EXACT: the maximum of its first columns [lanes, n] and of the label's
+    logit (NaN: there is none), so that it is a row's maximum where that is the label's. Its later columns may exceed
+    it, up to where `join` sees that they are too large."""
+    return finite_top(tl.maximum(tl.max(first, axis=1), label))
+
+
+@triton.jit
 def fold(
     x, y, here, top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count,
     EXACT: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """Takes one tile x, y in: -inf where not `here`, or None for everywhere.
 
-    A lane's state: maxima; the same in powers of two; sums of ea, eb, ea c, eb c, with ea = exp(a - max a) and
-    c = (a - max a) - (b - max b), in powers of two, or SMALL times that if EXACT; sum and number of a - max a. c
-    differs from d by a constant and is of d's size, not of the logits', which is what keeps
+    A lane's state: maxima, or `lane_tops` throughout; the same in powers of two; sums of ea, eb, ea c, eb c, with
+    ea = exp(a - top a) and c = (a - top a) - (b - top b), in powers of two, or SMALL times that if EXACT; sum and
+    number of a - top a. c differs from d by a constant and is of d's size, not of the logits', which is what keeps
     J = 1/2 (E_p c - E_q c) exact.
     """
     x = x.to(tl.float32)
     y = y.to(tl.float32)
-    new_a = tl.maximum(top_a, tl.max(x, axis=1))
-    new_b = tl.maximum(top_b, tl.max(y, axis=1))
     if EXACT:
-        to_a = finite_top(new_a)
-        to_b = finite_top(new_b)
+        top_before_a = top_a
+        top_before_b = top_b
+        top_a = tl.maximum(top_a, tl.max(x, axis=1))
+        top_b = tl.maximum(top_b, tl.max(y, axis=1))
+        to_a = finite_top(top_a)
+        to_b = finite_top(top_b)
         x -= to_a[:, None]
         y -= to_b[:, None]
         ea = tl.exp(x)
         eb = tl.exp(y)
-        keep_a = tl.exp(top_a - to_a)
-        keep_b = tl.exp(top_b - to_b)
+        keep_a = tl.exp(top_before_a - to_a)
+        keep_b = tl.exp(top_before_b - to_b)
         # -inf in both is a class neither can choose; -inf in one alone must not meet a weight of 0.
         c = tl.where(x == y, 0.0, (x - y) * SMALL)
         more_a = tl.where(ea == 0, 0.0, ea * c)
         more_b = tl.where(eb == 0, 0.0, eb * c)
+        shift = ((to_a - low_a) - (to_b - low_b)) * SMALL
+        gap_a = (gap_a - sum_a * shift) * keep_a
+        gap_b = (gap_b - sum_b * shift) * keep_b
+        sum_a *= keep_a
+        sum_b *= keep_b
+        if SMOOTH:
+            total -= count * (to_a - low_a)
+        low_a = to_a
+        low_b = to_b
     else:
-        to_a = tl.maximum(low_a, tl.max(x, axis=1) * LOG2E)
-        to_b = tl.maximum(low_b, tl.max(y, axis=1) * LOG2E)
-        x = fused(x, LOG2E, -to_a[:, None])
-        y = fused(y, LOG2E, -to_b[:, None])
+        x = fused(x, LOG2E, -low_a[:, None])
+        y = fused(y, LOG2E, -low_b[:, None])
         ea = tl.exp2(x)
         eb = tl.exp2(y)
-        keep_a = tl.exp2(low_a - to_a)
-        keep_b = tl.exp2(low_b - to_b)
         c = x - y
         if here is not None:
             c = tl.where(here, c, 0.0)
         more_a = ea * c
         more_b = eb * c
-    shift = (to_a - low_a) - (to_b - low_b)
-    if EXACT:
-        shift *= SMALL
-    gap_a = (gap_a - sum_a * shift) * keep_a + tl.sum(more_a, axis=1)
-    gap_b = (gap_b - sum_b * shift) * keep_b + tl.sum(more_b, axis=1)
-    sum_a = sum_a * keep_a + tl.sum(ea, axis=1)
-    sum_b = sum_b * keep_b + tl.sum(eb, axis=1)
+    gap_a += tl.sum(more_a, axis=1)
+    gap_b += tl.sum(more_b, axis=1)
+    sum_a += tl.sum(ea, axis=1)
+    sum_b += tl.sum(eb, axis=1)
     if SMOOTH:
-        total -= count * (to_a - low_a)
         if here is not None:
             x = tl.where(here, x, 0.0)
             count += tl.sum(tl.broadcast_to(here, x.shape).to(tl.float32), axis=1)
         else:
             count += x.shape[1]
         total += tl.sum(x, axis=1)
-    return new_a, new_b, to_a, to_b, sum_a, sum_b, gap_a, gap_b, total, count
+    return top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count
 
 
 @triton.jit
@@ -117,7 +124,8 @@ def _sums(a, b, c, d):
 def join(
     top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count, V, EXACT: tl.constexpr, SMOOTH: tl.constexpr
 ):  # fmt: skip
-    """A row's (max a, max b, logs of the sums, E_p d, E_q d, J, sum of a - max a, whether that is to be trusted)."""
+    """A row's (tops, logs of the sums, E_p d, E_q d, J, sum of a - top a, whether that is to be trusted); its tops are
+    the largest of its lanes'."""
     max_a, max_b = tl.split(tl.max(tl.join(top_a, top_b), axis=0))
     if EXACT:
         max_a = finite_top(max_a)
@@ -158,6 +166,7 @@ def join(
         mean_q = (mean_q - (more_a - more_b)) * LN2
         total = (total - V * more_a) * LN2
         sound = (tl.abs(mean_p) < 1e38) & (tl.abs(mean_q) < 1e38) & plain(max_a, max_b)
+        sound = sound & near_one(sum_a) & near_one(sum_b)
     pair = 0.5 * (mean_p - mean_q)
     return max_a, max_b, log_a, log_b, mean_p - (log_a - log_b), mean_q - (log_a - log_b), pair, total, sound
 
@@ -166,6 +175,12 @@ def join(
 def plain(top_a, top_b):
     """Whether a row's maxima can be told in powers of two: what rounding takes from them there is no large power."""
     return (tl.abs(top_a) < 1e8) & (tl.abs(top_b) < 1e8)
+
+
+@triton.jit
+def near_one(x):
+    """Whether a row's sum may stand in a coefficient of its gradient, and its terms in another."""
+    return (x > 2.0**-24) & (x < 2.0**80)
 
 
 @triton.jit
@@ -205,4 +220,5 @@ def lane_grads(x, y, low_a, low_b, half_p, half_q, at_p, at_q, flat, FULL: tl.co
         gb = fused(ea, -half_p, q)
     if SMOOTH:
         q += flat
-    return fused(ea, at_p, -q), gb
+    # Triton's own minus is 0 - q, and the product would be made twice.
+    return fused(ea, at_p, q * -1.0), gb

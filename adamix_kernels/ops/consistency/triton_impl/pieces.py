@@ -11,6 +11,9 @@ import triton.language as tl
 
 from ...._triton_utils import exp
 
+# Of differences of logits, where a million of them must not add up to inf.
+SMALL = tl.constexpr(2.0**-20)
+
 
 @triton.jit
 def offsets(row, inner, outer_stride, inner_stride):

@@ -37,7 +37,8 @@ class Tiles(NamedTuple):
 
 class Wide(NamedTuple):
     """cols: of a step, `vector` of them a lane, 16 bytes; registers of a thread; resident: programs that a
-    multiprocessor holds; held: steps of a row that stay in registers, of every row there are as many."""
+    multiprocessor holds; held: steps of a row that stay in registers, of every row there are as many; rest: columns of
+    a lane in what the steps leave of a row."""
 
     cols: int
     vector: int
@@ -45,6 +46,7 @@ class Wide(NamedTuple):
     registers: int
     resident: int
     held: int
+    rest: int
 
 
 class Rows(NamedTuple):
@@ -113,7 +115,7 @@ def make_wide(classes: int, itemsize: int, aligned: bool = True, keep: int = 0) 
     """keep: steps to hold, at most; 0: a row is read once."""
     if not aligned:
         # Element by element: addresses take registers, so that fewer are in flight.
-        return Wide(32 * 8 * 4, 4, 8, MAX_REGISTERS, 1, 0)
+        return Wide(32 * 8 * 4, 4, 8, MAX_REGISTERS, 1, 0, 4)
     vector, keep = 16 // itemsize, keep if itemsize == 2 else 0
     # Of any row, whose first columns may lie before its first vector.
     steps = (classes - vector + 1) // (32 * vector)
@@ -121,7 +123,12 @@ def make_wide(classes: int, itemsize: int, aligned: bool = True, keep: int = 0) 
     steps //= warps
     # The others are taken two at a time.
     held = min(steps, keep - max(0, steps - keep) % 2) if keep else 0
-    return Wide(32 * warps * vector, vector, warps, WIDE_REGISTERS, resident, held)
+    lanes, rest = 32 * warps, vector
+    left = classes - steps * lanes * vector
+    # Half the lanes' columns or fewer need as few instructions.
+    while itemsize == 2 and rest > 2 and left <= lanes * rest // 2:
+        rest //= 2
+    return Wide(lanes * vector, vector, warps, WIDE_REGISTERS, resident, held, rest)
 
 
 def stages(aligned: bool, stores: bool) -> int:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
-from .pieces import finite_top, means, pair_grads, pinned, point
+from .pieces import SMALL, finite_top, means, pair_grads, pinned, point
 
 
 @triton.jit
@@ -32,11 +32,11 @@ def statistics(x, y, here, SMOOTH: tl.constexpr):
     ea = tl.exp(x)
     eb = tl.exp(y)
     # -inf in both is a class neither can choose; -inf in one alone must not meet a weight of 0.
-    c = tl.where(x == y, 0.0, x - y)
+    c = tl.where(x == y, 0.0, (x - y) * SMALL)
     sum_a = tl.sum(ea, axis=1)
     sum_b = tl.sum(eb, axis=1)
-    mean_p = tl.sum(tl.where(ea == 0, 0.0, ea * c), axis=1) / sum_a
-    mean_q = tl.sum(tl.where(eb == 0, 0.0, eb * c), axis=1) / sum_b
+    mean_p = tl.sum(tl.where(ea == 0, 0.0, ea * c), axis=1) / sum_a / SMALL
+    mean_q = tl.sum(tl.where(eb == 0, 0.0, eb * c), axis=1) / sum_b / SMALL
     total = sum_a
     if SMOOTH:
         total = tl.sum(tl.where(here, x, 0.0), axis=1)

@@ -9,21 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .columns import before, edge_columns, first_vector, load_kept, load_words, span, unknown_zero
 from .finish import arrives_last, load_scales, store_scalars, sum_rows
 from .pieces import label_logit, load_row, offsets, row_flags, row_losses, store_row
-from .wide_row import (
-    anew,
-    clear,
-    edge_columns,
-    first_vector,
-    load_kept,
-    load_words,
-    rest_mask,
-    row_means,
-    span,
-    statistics,
-    write_row,
-)
+from .wide_row import clear, row_means, statistics, write_row
 
 _SIZES = ["n", "inner", "l_outer", "m_outer", "g_outer", "phase", "ignore_index"]
 
@@ -34,7 +23,8 @@ def pair_wide_kernel(
     n, inner, a_outer, a_inner, b_outer, b_inner, l_outer, l_inner, m_outer, m_inner, V, phase, ignore_index,
     smoothing, weight, expected,
     FINISH: tl.constexpr, INPLACE: tl.constexpr, SMOOTH: tl.constexpr, FULL: tl.constexpr, ALIGNED: tl.constexpr,
-    STORES: tl.constexpr, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    STORES: tl.constexpr, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, REST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Losses and statistics of row pairs; with da or db also those gradients, INPLACE over a and b, for an
     incoming one of `expected`.
@@ -42,7 +32,7 @@ def pair_wide_kernel(
     Traffic: each logit once; for the gradients once more, from L2 where the rows fit, and one write; FULL in float32
     once more. scales: of the cross-entropy and of J. FINISH: the last program writes the scalars. phase: of a; ALIGNED:
     b's rows lie as far from 16-byte boundaries as a's; STORES: so do da's and db's. HELD: a row's first steps, which
-    stay in registers.
+    stay in registers. REST: columns of a lane in what is left of a row.
     """
     ENTROPY: tl.constexpr = labels is not None
     GRADS: tl.constexpr = da is not None or db is not None
@@ -56,7 +46,7 @@ def pair_wide_kernel(
         at_a = offsets(row, inner, a_outer, a_inner)
         at_b = offsets(row, inner, b_outer, b_inner)
         head, whole, vectors = span(at_a, phase, V, COLS, VECTOR, ALIGNED)
-        in_rest = rest_mask(whole, vectors, COLS, VECTOR)
+        in_rest = before(whole, vectors, COLS // VECTOR, REST)
         edge, in_edge = edge_columns(head, vectors, V, COLS, VECTOR)
         to_a = row.to(tl.int64) * V + head
         to_b = to_a
@@ -66,25 +56,25 @@ def pair_wide_kernel(
         if selected:
             first_a = first_vector(a, at_a + head, ALIGNED)
             first_b = first_vector(b, at_b + head, ALIGNED)
-            x_held, x_rest = load_kept(first_a, whole, in_rest, HELD, COLS, VECTOR, ALIGNED)
-            y_held, y_rest = load_kept(first_b, whole, in_rest, HELD, COLS, VECTOR, ALIGNED)
+            x_held, x_rest = load_kept(first_a, whole, in_rest, HELD, COLS, VECTOR, REST, ALIGNED)
+            y_held, y_rest = load_kept(first_b, whole, in_rest, HELD, COLS, VECTOR, REST, ALIGNED)
             x_edge = tl.load(first_a + (edge - head), mask=in_edge, other=-float("inf"))
             y_edge = tl.load(first_b + (edge - head), mask=in_edge, other=-float("inf"))
             x_label = label_logit(a, at_a, label, counted, V)
             y_label = label_logit(b, at_b, label, counted, V)
             top_a, top_b, log_a, log_b, mean_p, mean_q, pair, total, sound = statistics(
-                first_a, first_b, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, V,
-                EXACT, SMOOTH, ALIGNED, HELD, COLS, VECTOR, STAGES,
+                first_a, first_b, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge,
+                x_label, y_label, V, EXACT, SMOOTH, ALIGNED, HELD, COLS, VECTOR, STAGES,
             )  # fmt: skip
             if not EXACT:  # noqa: SIM102 (one is a constant)
                 if not sound:
                     top_a, top_b, log_a, log_b, mean_p, mean_q, pair, total, sound = statistics(
-                        first_a, first_b, whole, None, None, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, V,
-                        True, SMOOTH, ALIGNED, 0, COLS, VECTOR, 1,
+                        first_a, first_b, whole, None, None, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge,
+                        x_label, y_label, V, True, SMOOTH, ALIGNED, 0, COLS, VECTOR, 1,
                     )  # fmt: skip
                     # Once more, so that no register keeps them meanwhile.
-                    x_held, x_rest = load_kept(first_a, whole, in_rest, HELD, COLS, VECTOR, ALIGNED)
-                    y_held, y_rest = load_kept(first_b, whole, in_rest, HELD, COLS, VECTOR, ALIGNED)
+                    x_held, x_rest = load_kept(first_a, whole, in_rest, HELD, COLS, VECTOR, REST, ALIGNED)
+                    y_held, y_rest = load_kept(first_b, whole, in_rest, HELD, COLS, VECTOR, REST, ALIGNED)
                     if INPLACE:
                         tl.debug_barrier()  # before gradients take their place
             entropy, pair = row_losses(
@@ -102,16 +92,15 @@ def pair_wide_kernel(
                 share = tl.where(counted, expected * entropy_scale, 0.0)
                 half = 0.5 * (expected * pair_scale * weight)
                 write_row(
-                    first_a, first_b, da, db, to_a, to_b, head, whole, anew(x_held, n), anew(y_held, n),
-                    anew(x_rest, n), anew(y_rest, n), in_rest,
+                    first_a, first_b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest,
                     x_edge, y_edge, in_edge, edge, x_label, y_label, label, counted & (label >= 0) & (label < V),
                     top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-                    ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, STAGES,
+                    unknown_zero(n), ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, REST, STAGES,
                 )  # fmt: skip
         else:
             store_row(stats, rows, row, row < n, n, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, ENTROPY, FULL)
             if GRADS:
-                clear(da, db, to_a, to_b, head, whole, in_rest, in_edge, edge, STORES, COLS, VECTOR)
+                clear(da, db, to_a, to_b, head, whole, in_rest, in_edge, edge, STORES, COLS, VECTOR, REST)
     if FINISH:  # noqa: SIM102 (an `and` would take a ticket without FINISH too)
         if arrives_last(ticket):
             entropy_sum, pair_sum = sum_rows(rows, n, ENTROPY)
@@ -127,7 +116,7 @@ def pair_wide_grad_kernel(
     n, inner, a_outer, a_inner, b_outer, b_inner, l_outer, l_inner, m_outer, m_inner, g_outer, g_inner, V, phase,
     ignore_index, smoothing, weight, expected,
     CORRECT: tl.constexpr, INPLACE: tl.constexpr, SMOOTH: tl.constexpr, FULL: tl.constexpr, ALIGNED: tl.constexpr,
-    STORES: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    STORES: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """da, db (or one of them) from the logits and their saved statistics; rows that do not count are not read.
 
@@ -147,7 +136,7 @@ def pair_wide_grad_kernel(
         at_a = offsets(row, inner, a_outer, a_inner)
         at_b = offsets(row, inner, b_outer, b_inner)
         head, whole, vectors = span(at_a, phase, V, COLS, VECTOR, ALIGNED)
-        in_rest = rest_mask(whole, vectors, COLS, VECTOR)
+        in_rest = before(whole, vectors, COLS // VECTOR, REST)
         edge, in_edge = edge_columns(head, vectors, V, COLS, VECTOR)
         to_a = row.to(tl.int64) * V + head
         to_b = to_a
@@ -157,8 +146,8 @@ def pair_wide_grad_kernel(
         if selected:
             first_a = first_vector(a, at_a + head, ALIGNED)
             first_b = first_vector(b, at_b + head, ALIGNED)
-            x_rest = load_words(first_a, whole, in_rest, COLS, VECTOR, ALIGNED)
-            y_rest = load_words(first_b, whole, in_rest, COLS, VECTOR, ALIGNED)
+            x_rest = load_words(first_a, whole, in_rest, COLS // VECTOR * REST, REST, ALIGNED)
+            y_rest = load_words(first_b, whole, in_rest, COLS // VECTOR * REST, REST, ALIGNED)
             x_edge = tl.load(first_a + (edge - head), mask=in_edge, other=-float("inf"))
             y_edge = tl.load(first_b + (edge - head), mask=in_edge, other=-float("inf"))
             x_label = label_logit(a, at_a, label, counted, V)
@@ -174,7 +163,7 @@ def pair_wide_grad_kernel(
                 first_a, first_b, da, db, to_a, to_b, head, whole, None, None, x_rest, y_rest, in_rest,
                 x_edge, y_edge, in_edge, edge, x_label, y_label, label, counted & (label >= 0) & (label < V),
                 top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-                ENTROPY, FULL, SMOOTH, STORES, ALIGNED, 0, COLS, VECTOR, STAGES,
+                0, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, 0, COLS, VECTOR, REST, STAGES,
             )  # fmt: skip
         else:
-            clear(da, db, to_a, to_b, head, whole, in_rest, in_edge, edge, STORES, COLS, VECTOR)
+            clear(da, db, to_a, to_b, head, whole, in_rest, in_edge, edge, STORES, COLS, VECTOR, REST)

@@ -1,8 +1,7 @@
-"""One row pair of many classes: a program's passes over it, in steps of aligned 16-byte vectors.
+"""A row pair of many classes: a program's passes over it, in steps of aligned 16-byte vectors.
 
-A row begins anywhere: `head` columns lie before its first 16-byte boundary, `whole` ones in full steps behind it, as
-many in every row, up to a step in the rest, and what is left of the head and of the end in the edge, a column a lane.
-Rest, edge and the first HELD steps are loaded before the others, and stay in registers for both passes.
+Rest, edge and the first HELD steps (`columns` says what they are) are loaded before the others, and stay in registers
+for both passes.
 """
 
 from __future__ import annotations
@@ -11,134 +10,30 @@ import triton
 import triton.language as tl
 
 from ...._triton_utils import narrow
-from .lanes import LOG2E, LOWEST, fold, join, lane_grads, plain, slopes
+from .columns import first_step, first_vector, held_step, load_tile, tile, unknown_zero, widened
+from .lanes import fold, join, lane_grads, lane_tops, plain, powers, slopes
 from .pieces import means, pair_grads, pinned, point
 
 
 @triton.jit
-def span(at, phase, V, COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
-    """(head, whole, columns in steps and rest); unless ALIGNED rows are taken from their first column on."""
-    head = 0
-    whole = V // COLS * COLS
-    if ALIGNED:
-        head = (-(at + phase) & (VECTOR - 1)).to(tl.int32)
-        whole = (V - (VECTOR - 1)) // COLS * COLS
-    return head, whole, tl.minimum((V - head) // VECTOR * VECTOR, whole + COLS)
-
-
-@triton.jit
-def first_vector(x, at, ALIGNED: tl.constexpr):
-    """x + at, a 16-byte boundary if ALIGNED."""
-    first = x + at
-    if ALIGNED:
-        first = tl.multiple_of(first, 16)
-    return first
-
-
-@triton.jit
-def tile(COLS: tl.constexpr, VECTOR: tl.constexpr):
-    return (tl.arange(0, COLS // VECTOR) * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
-
-
-@triton.jit
-def load_words(first, start, mask, COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
-    """[lanes, VECTOR] from column `start` on; -inf where not mask [lanes, 1], which is None or of lanes. Two 16-bit
-    logits are one word, [lanes, VECTOR / 2]: half the registers, and two instructions widen both."""
-    LANES: tl.constexpr = COLS // VECTOR
-    if ALIGNED and first.dtype.element_ty.primitive_bitwidth == 16:
-        words = first.to(tl.pointer_type(tl.int32), bitcast=True) + start // 2
-        off = (tl.arange(0, LANES) * (VECTOR // 2))[:, None] + tl.arange(0, VECTOR // 2)[None, :]
-        if mask is None:
-            x = tl.load(words + off)
-        elif first.dtype.element_ty == tl.bfloat16:
-            # -inf twice
-            x = tl.load(words + off, mask=mask, other=-8323200)
-        else:
-            x = tl.load(words + off, mask=mask, other=-67044352)
-    else:
-        off = tile(COLS, VECTOR)
-        if mask is None:
-            x = tl.load(first + start + off)
-        else:
-            x = tl.load(first + start + off, mask=mask, other=-float("inf"))
-    return x
-
-
-@triton.jit
-def load_kept(
-    first, whole, in_rest, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr
-):  # fmt: skip
-    """(a row's first HELD steps in words, [lanes, steps, VECTOR / 2], or a number; its rest). In this order Triton
-    gives a thread all of its lane's. There are as many steps as a power of two; those beyond HELD take no registers."""
-    held = 0
-    if HELD > 0:
-        number = tl.arange(0, triton.next_power_of_2(HELD))[None, :, None]
-        words = first.to(tl.pointer_type(tl.int32), bitcast=True) + number * (COLS // 2)
-        held = tl.load(words + tile(COLS // 2, VECTOR // 2)[:, None, :], mask=number < HELD, other=0)
-    return held, load_words(first, whole, in_rest, COLS, VECTOR, ALIGNED)
-
-
-@triton.jit
-def held_step(held, number: tl.constexpr):
-    """One of those steps, [lanes, VECTOR / 2]. Which others are 0 is known to the compiler, so that it adds nothing."""
-    return tl.sum(tl.where((tl.arange(0, held.shape[1]) == number)[None, :, None], held, 0), axis=1)
-
-
-@triton.jit
-def widened(x, DTYPE: tl.constexpr):
-    """What load_words found, of DTYPE, in float32."""
-    if x.dtype == tl.int32:
-        if DTYPE == tl.bfloat16:  # noqa: SIM300 (DTYPE is no constant here)
-            low = (x << 16).to(tl.float32, bitcast=True)
-            high = (x & -65536).to(tl.float32, bitcast=True)
-        else:
-            low = x.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            high = (x >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        x = tl.interleave(low, high)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def anew(x, n):
-    """x, by way of n, which is never negative. No compiler knows, so nothing is done with x before n is there, and
-    what widens words for one pass over them is not kept in registers for the next."""
-    if x.dtype == tl.int32:
-        x = x | (n >> 31)
-    return x
-
-
-@triton.jit
-def load_tile(first, start, COLS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
-    """One step, [lanes, VECTOR] in float32."""
-    return widened(load_words(first, start, None, COLS, VECTOR, ALIGNED), first.dtype.element_ty)
-
-
-@triton.jit
-def rest_mask(whole, vectors, COLS: tl.constexpr, VECTOR: tl.constexpr):
-    """[lanes, 1]: the rest's vectors."""
-    return (whole + tl.arange(0, COLS // VECTOR) * VECTOR < vectors)[:, None]
-
-
-@triton.jit
-def edge_columns(head, vectors, V, COLS: tl.constexpr, VECTOR: tl.constexpr):
-    """(columns, which of them there are), [lanes, 1] both."""
-    lane = tl.arange(0, COLS // VECTOR)[:, None]
-    return tl.where(lane < head, lane, vectors + lane), lane < V - vectors
-
-
-@triton.jit
 def statistics(
-    a, b, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, V,
+    a, b, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, x_label, y_label, V,
     EXACT: tl.constexpr, SMOOTH: tl.constexpr, ALIGNED: tl.constexpr,
     HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`join` of a row whose first whole vectors lie at a and b."""
     DTYPE: tl.constexpr = a.dtype.element_ty
     LANES: tl.constexpr = COLS // VECTOR
-    top_a = tl.full([LANES], -float("inf"), tl.float32)
-    top_b = top_a
-    low_a = tl.full([LANES], 0.0 if EXACT else LOWEST * LOG2E, tl.float32)
-    low_b = low_a
+    if EXACT:
+        top_a = tl.full([LANES], -float("inf"), tl.float32)
+        top_b = top_a
+        low_a = tl.zeros([LANES], tl.float32)
+        low_b = low_a
+    else:
+        top_a = lane_tops(first_step(a, x_held, whole, HELD, COLS, VECTOR, ALIGNED), x_label)
+        top_b = lane_tops(first_step(b, y_held, whole, HELD, COLS, VECTOR, ALIGNED), y_label)
+        low_a = powers(top_a)
+        low_b = powers(top_b)
     sum_a = tl.zeros([LANES], tl.float32)
     sum_b = sum_a
     gap_a = sum_a
@@ -156,10 +51,9 @@ def statistics(
             )  # fmt: skip
     for number in tl.static_range(HELD):
         # One step after the other, or many are in float32 at a time.
-        after = sum_b.to(tl.int32, bitcast=True)[:, None]
+        after = unknown_zero(sum_b.to(tl.int32, bitcast=True))[:, None]
         top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count = fold(
-            widened(anew(held_step(x_held, number), after), DTYPE),
-            widened(anew(held_step(y_held, number), after), DTYPE), None,
+            widened(held_step(x_held, number), DTYPE, after), widened(held_step(y_held, number), DTYPE, after), None,
             top_a, top_b, low_a, low_b, sum_a, sum_b, gap_a, gap_b, total, count, EXACT, SMOOTH,
         )  # fmt: skip
     x_rest = widened(x_rest, DTYPE)
@@ -229,9 +123,10 @@ def _grads(
 @triton.jit
 def _write(
     a, b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
-    x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
+    x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing, nothing,
     EXACT: tl.constexpr, ENTROPY: tl.constexpr, FULL: tl.constexpr, SMOOTH: tl.constexpr, STORES: tl.constexpr,
-    ALIGNED: tl.constexpr, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, REST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A row's gradients; a and b, da + to_a and db + to_b: where its first whole vectors lie."""
     DTYPE: tl.constexpr = a.dtype.element_ty
@@ -252,15 +147,17 @@ def _write(
             _store(da, db, to_a, to_b, start + off, ga, gb, None, STORES)
     for number in tl.static_range(HELD):
         ga, gb = _grads(
-            widened(held_step(x_held, number), DTYPE), widened(held_step(y_held, number), DTYPE),
+            widened(held_step(x_held, number), DTYPE, nothing), widened(held_step(y_held, number), DTYPE, nothing),
             low_a, low_b, half_p, half_q, at_p, at_q, flat,
             top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, EXACT, ENTROPY, FULL, SMOOTH,
         )  # fmt: skip
         _store(da, db, to_a, to_b, number * COLS + off, ga, gb, None, STORES)
     ga, gb = _grads(
-        widened(x_rest, DTYPE), widened(y_rest, DTYPE), low_a, low_b, half_p, half_q, at_p, at_q, flat,
+        widened(x_rest, DTYPE, nothing), widened(y_rest, DTYPE, nothing),
+        low_a, low_b, half_p, half_q, at_p, at_q, flat,
         top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, EXACT, ENTROPY, FULL, SMOOTH,
     )  # fmt: skip
+    off = tile(COLS // VECTOR * REST, REST)
     _store(da, db, to_a, to_b, whole + off, ga, gb, in_rest, STORES)
     ga, gb = _grads(
         x_edge, y_edge, low_a, low_b, half_p, half_q, at_p, at_q, flat,
@@ -282,9 +179,10 @@ def _write(
 @triton.jit
 def write_row(
     a, b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge, edge,
-    x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
+    x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing, nothing,
     ENTROPY: tl.constexpr, FULL: tl.constexpr, SMOOTH: tl.constexpr, STORES: tl.constexpr,
-    ALIGNED: tl.constexpr, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr, HELD: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, REST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """`_write` in powers of two where the dtype and the row let it."""
     EXACT: tl.constexpr = a.dtype.element_ty == tl.float32
@@ -292,32 +190,34 @@ def write_row(
         _write(
             a, b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge,
             edge, x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-            True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, STAGES,
+            nothing, True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, REST, STAGES,
         )  # fmt: skip
     elif plain(top_a, top_b):
         _write(
             a, b, da, db, to_a, to_b, head, whole, x_held, y_held, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge,
             edge, x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-            False, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, STAGES,
+            nothing, False, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, HELD, COLS, VECTOR, REST, STAGES,
         )  # fmt: skip
     else:
         _write(
             a, b, da, db, to_a, to_b, head, whole, None, None, x_rest, y_rest, in_rest, x_edge, y_edge, in_edge,
             edge, x_label, y_label, label, known, top_a, top_b, log_a, log_b, mean_p, mean_q, share, half, V, smoothing,
-            True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, 0, COLS, VECTOR, 1,
+            nothing, True, ENTROPY, FULL, SMOOTH, STORES, ALIGNED, 0, COLS, VECTOR, REST, 1,
         )  # fmt: skip
 
 
 @triton.jit
 def clear(
     da, db, to_a, to_b, head, whole, in_rest, in_edge, edge,
-    STORES: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr,
+    STORES: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """As _write, zeros."""
     off = tile(COLS, VECTOR)
     zeros = tl.zeros([COLS // VECTOR, VECTOR], tl.float32)
     for start in range(0, whole, COLS):
         _store(da, db, to_a, to_b, start + off, zeros, zeros, None, STORES)
+    off = tile(COLS // VECTOR * REST, REST)
+    zeros = tl.zeros([COLS // VECTOR, REST], tl.float32)
     _store(da, db, to_a, to_b, whole + off, zeros, zeros, in_rest, STORES)
     line = tl.zeros([COLS // VECTOR, 1], tl.float32)
     _store(da, db, to_a, to_b, edge - head, line, line, in_edge, STORES)
