@@ -1,5 +1,6 @@
 // The routed adapter's forward: one launch, [tile, r] never leaves the block.
 #include "common/routed_launch.h"
+#include "routed_adapter/held_fwd.h"
 #include "routed_adapter/resident_fwd.h"
 #include "routed_adapter/resident_launch.h"
 #include "routed_adapter/routed_adapter.h"
@@ -83,7 +84,24 @@ ADAMIX_RESIDENT_SHAPES(ADAMIX_INSTANTIATE, half)
 ADAMIX_RESIDENT_SHAPES(ADAMIX_INSTANTIATE, bfloat16)
 #undef ADAMIX_INSTANTIATE
 
+template __global__ void routed_adapter_held_forward_kernel<half>(RoutedAdapterForward<half>);
+
 #if defined(ADAMIX_LAUNCHERS)
+// The tile that stays in shared memory, where one can; whether it was launched.
+template <typename T>
+bool launch_held_forward(const RoutedAdapterForward<T>& params, const Device& device) {
+  if constexpr (kIsHalf<T>) {
+    size_t bytes = shared_bytes<HeldMemory<T>>(params.hidden, params.rank);
+    if (device.capability >= kFragmentsFrom<T> || bytes > static_cast<size_t>(device.shared_bytes)) return false;
+    if (!params.up_aligned || params.hidden % 16 != 0 || params.rank == 0) return false;
+    launch("routed_adapter_held_forward", routed_adapter_held_forward_kernel<T>,
+           {dim3(static_cast<unsigned>((params.rows + kHeldRows - 1) / kHeldRows)), 32 * kHeldWarps, bytes}, device,
+           params);
+    return true;
+  }
+  return false;
+}
+
 // The tile that stays in registers, where one can; whether it was launched.
 template <typename T>
 bool launch_resident_forward(const RoutedAdapterForward<T>& params, const Device& device) {
@@ -92,6 +110,7 @@ bool launch_resident_forward(const RoutedAdapterForward<T>& params, const Device
                    (params.residual.data == nullptr || params.residual.aligned) && is_multiple(params.up_weight, 8) &&
                    (params.up_bias == nullptr || is_multiple(params.up_bias, 16));
     if (!aligned || params.hidden != params.out_features) return false;
+    if (launch_held_forward(params, device)) return true;
     ResidentShape shape = resident_shape<T>(params.rows, params.hidden, params.rank, device);
     if (shape.groups == 0) return false;
     dispatch_resident(shape, [&](auto groups, auto chunks, auto steps) {

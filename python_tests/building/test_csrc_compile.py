@@ -65,7 +65,12 @@ def test_the_table_is_of_these_sources():
 
 
 def test_routed_kernels_multiply_on_matrix_units_with_asynchronous_copies():
+    # A V100's alone is empty from sm_75 on.
+    held = {row.target: row for row in ROWS if row.name == "routed_adapter_held_forward_kernel"}
+    assert {target for target, row in held.items() if row.mma} == {70}
+    assert not any(row.async_copy for row in held.values())
     routed = [row for row in ROWS if row.file.startswith("routed_") and row.dtype != "float32"]
+    routed = [row for row in routed if row not in held.values()]
     assert {row.name for row in routed if row.target >= 80 and not row.mma} == WITHOUT_PRODUCTS
     products = [row for row in routed if row.name not in WITHOUT_PRODUCTS]
     assert {row.file.partition("/")[0] for row in products} == {"routed_adapter", "routed_lora"}

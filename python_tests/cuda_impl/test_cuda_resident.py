@@ -1,5 +1,5 @@
-"""routed_adapter's tiles that stay in registers, and its backward in one pass (csrc/routed_adapter/resident_tile.h,
-one_pass.h): the shapes that take them, on the CPU or a GPU."""
+"""routed_adapter's tiles that stay in registers or shared memory, and its backward in one pass
+(csrc/routed_adapter/resident_tile.h, held_fwd.h, one_pass.h): the shapes that take them, on the CPU or a GPU."""
 
 # ruff: noqa: E402 (the module is skipped where the kernels cannot run)
 
@@ -32,6 +32,13 @@ ONE_PASS = {
     "one side": (3, 40, 256, 8, 3, 1, "sample", None),
     "many samples a block": (13, 17, 320, 4, 3, 2, "sample", "sample"),
     "one expert": (1, 150, 256, 4, 1, 1, None, None),
+}
+# Of a GPU without these products.
+HELD = {
+    "rank 16": (2, 50, 128, 16, 3, 2, "sample", "sample"),
+    "rank 24, tokens": (1, 67, 144, 24, 3, 2, "token", "sample"),
+    "rank 64": (2, 31, 272, 64, 1, 2, None, "sample"),
+    "too wide": (1, 33, 1536, 8, 2, 1, "sample", None),
 }
 
 
@@ -124,6 +131,17 @@ def test_sm_75_has_these_products_of_float16(monkeypatch):
     monkeypatch.setenv("ADAMIX_HOST_CAPABILITY", "75")
     monkeypatch.setenv("ADAMIX_HOST_SHARED", "65536")
     check(*draw_adapter(DEVICE, torch.float16, *TILES["32 rows"]))
+
+
+@pytest.mark.skipif(not ON_HOST, reason="the device is pretended")
+@pytest.mark.parametrize("residual", ["input", "none", "other"])
+@pytest.mark.parametrize("case", HELD)
+def test_a_v100_holds_tiles_in_shared_memory(case, residual, monkeypatch):
+    monkeypatch.setenv("ADAMIX_HOST_CAPABILITY", "70")
+    monkeypatch.setenv("ADAMIX_HOST_SHARED", "98304")
+    with launch_names() as names:
+        check(*draw_adapter(DEVICE, torch.float16, *HELD[case]), residual)
+    assert ("routed_adapter_held_forward" in names) == (case != "too wide")
 
 
 @pytest.mark.parametrize("case", ["32 rows, tokens", "64 rows", "many samples a block"])
