@@ -59,8 +59,11 @@ def lay_out(folder: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m adamix_kernels._hub", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    print(lay_out(parser.parse_args(argv).folder))
+    parser.add_argument("folder", type=Path, help="a new or empty one")
+    try:
+        print(lay_out(parser.parse_args(argv).folder))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     return 0
 
 

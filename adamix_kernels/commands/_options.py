@@ -82,13 +82,12 @@ def may_write(option: str, given: str, path: str) -> None:
 
 def needs_file(option: str, given: str) -> None:
     """Raises, before any work, OSError where no file `given` can be written."""
-    path = os.path.abspath(given)
-    folder = os.path.dirname(path)
+    folder = os.path.dirname(given) or "."
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{option}: {folder!r}: no such folder")
-    if os.path.isdir(path):
+    if os.path.isdir(given):
         raise IsADirectoryError(f"{option}: got {given!r}, a folder, expected a file in it")
-    may_write(option, given, path if os.path.exists(path) else folder)
+    may_write(option, given, given if os.path.exists(given) else folder)
 
 
 def same_file(one: str, other: str) -> bool:

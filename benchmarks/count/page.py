@@ -37,7 +37,7 @@ _METHOD = (
     "stores, exponentials, matrix products), which also tell how far it unrolled one.",
     "Bytes in flight: in the machine code, what a warp has asked for when the first register loaded is used, or "
     "the groups of cp.async that may be open when one is waited for.",
-    "Not counted: kernels that call functions, as those of the CUDA losses do; the executor runs no calls.",
+    "Not counted: kernels in which a function calls another one.",
     "A cluster's blocks run one after another; what one reads from another's shared memory is its own. A tile of "
     "wmma counts the bank waves that ldmatrix would take.",
     "B200: the counts of sm_90's code, as the executor has no sm_100.",

@@ -83,9 +83,12 @@ def test_it_runs_under_another_name_beside_the_package(tree, tmp_path):
     assert done.stdout == "both ran\n"
 
 
-def test_it_writes_into_new_folders_only(tree):
+def test_it_writes_into_new_folders_only(tree, capsys):
     with pytest.raises(ValueError, match="expected a new or empty one"):
         _hub.lay_out(tree)
+    with pytest.raises(SystemExit, match="2"):
+        _hub.main([str(tree)])
+    assert "expected a new or empty one\n" in capsys.readouterr().err
 
 
 def test_build_toml_names_the_package(tree):
