@@ -329,6 +329,10 @@ def test_held_steps_are_in_every_row_and_leave_pairs(keep):
         steps = (classes - (wide.vector - 1)) // wide.cols
         assert 1 <= wide.held <= min(steps, keep)
         assert (steps - wide.held) % 2 == 0
+        left = classes - steps * wide.cols
+        lanes = wide.cols // wide.vector
+        assert lanes * wide.rest >= left - (wide.vector - 1)
+        assert wide.rest == 2 or lanes * wide.rest < 2 * left
         assert wide.resident * wide.num_warps == 16
 
 

@@ -9,21 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .columns import before, edge_columns, first_vector, load_kept, load_words, span, unknown_zero
 from .finish import arrives_last, load_scales, store_scalars, sum_rows
 from .pieces import label_logit, load_row, offsets, row_flags, row_losses, store_row
-from .wide_row import (
-    before,
-    clear,
-    edge_columns,
-    first_vector,
-    load_kept,
-    load_words,
-    row_means,
-    span,
-    statistics,
-    unknown_zero,
-    write_row,
-)
+from .wide_row import clear, row_means, statistics, write_row
 
 _SIZES = ["n", "inner", "l_outer", "m_outer", "g_outer", "phase", "ignore_index"]
 
