@@ -24,7 +24,7 @@ struct PassBlock {
   int own_narrow, own_turned;   // of a narrow one
   DropoutMask mask;
   PassSums of_down, of_up;
-  float up_bias[2][8];   // of the lane's columns
+  PassColumnSums up_bias;
   float down_bias[2];    // of the lane's two ranks, in the first 128 threads
   int down_now, up_now;  // whose sums are held
 
@@ -35,7 +35,6 @@ struct PassBlock {
         lane(threadIdx.x % 32),
         warps(blockDim.x / 32),
         mask(params.dropout),
-        up_bias{},
         down_bias{0.f, 0.f},
         down_now(kNoExpert),
         up_now(kNoExpert) {
@@ -48,7 +47,7 @@ struct PassBlock {
     own_turned = narrow_place(tile_row<1>(), tile_piece<1>());
     hold(dx), hold(own);
     if constexpr (Lora) hold(own_narrow), hold(own_turned);
-    of_down.clear(), of_up.clear();
+    of_down.clear(), of_up.clear(), up_bias.clear();
   }
 
   ADAMIX_DEVICE PassTile place(int tile) const {
@@ -155,16 +154,7 @@ struct PassBlock {
     __syncthreads();
   }
 
-  // The tile's part of the sums of grad_out's columns.
-  ADAMIX_DEVICE void add_up_bias(const Words& top, const Words& bottom, int c) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      up_bias[c][2 * k] += low_of<T>(top.at[k]) + low_of<T>(bottom.at[k]);
-      up_bias[c][2 * k + 1] += high_of<T>(top.at[k]) + high_of<T>(bottom.at[k]);
-    }
-  }
-
-  // dx = dpre Wd (+ grad_out) of the tile, and its part of the bias' sums; dropout in dx and in the tile of x.
+  // dx = dpre Wd (+ grad_out) of the tile; dropout in dx and in the tile of x.
   ADAMIX_DEVICE void wide(T* dy, const PassTile& tile, const PassWeights<T, Keeps, false>& weights) {
     uint32_t a[4];
     load_tiles(a, memory.narrow, own_narrow, 0, narrow_place);
@@ -176,9 +166,9 @@ struct PassBlock {
     for (int c = 0; c < 2; ++c) {
       Words top{}, bottom{};
       if constexpr (!Lora) {
-        top = load_words<Words>(dy + (place ^ 32 * c)), bottom = load_words<Words>(dy + (place ^ 32 * c) + kTile / 2);
-        if (p.need_up) add_up_bias(top, bottom, c);
-        if (!p.add_input) top = bottom = Words{};
+        if (p.add_input && stores) {
+          top = load_words<Words>(dy + (place ^ 32 * c)), bottom = load_words<Words>(dy + (place ^ 32 * c) + kTile / 2);
+        }
       }
       Words low{}, high{};
       if (stores) {
@@ -221,16 +211,18 @@ struct PassBlock {
     both(high, x + kTile / 2, fragment_row() + 8);
   }
 
-  // The tile's part of both weight gradients.
+  // The tile's part of both weight gradients, and of grad_out's columns' sums.
   ADAMIX_DEVICE void add(const T* dy) {
     uint32_t turned[4];
     if (p.need_up) {
       load_turned<1>(turned, memory.narrow + kNarrow, 0, 0, placed(own_turned, 0, narrow_place));
-      of_up.add(turned, dy, own);
+      of_up.add(turned, dy, own, [&](int n, const uint32_t (&b)[4]) {
+        if constexpr (!Lora) up_bias.template add<T>(n, b);
+      });
     }
     if (p.need_down) {
       load_turned<1>(turned, memory.narrow, 0, 0, placed(own_turned, 0, narrow_place));
-      of_down.add(turned, dy + kTile, own);
+      of_down.add(turned, dy + kTile, own, [](int, const uint32_t (&)[4]) {});
     }
   }
 
@@ -251,17 +243,8 @@ struct PassBlock {
 
   ADAMIX_DEVICE void join_up_bias() {
     __syncthreads();
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        float sum = up_bias[c][e];
-#pragma unroll
-        for (int distance = 4; distance < 32; distance *= 2) sum += shuffle_xor(sum, distance);
-        if (fragment_row() == 0) memory.sums[col0 + c * kFragmentCols + e] = sum;
-        up_bias[c][e] = 0.f;
-      }
-    }
+    up_bias.leave(memory.sums + warp * kPassCols);
+    up_bias.clear();
   }
 };
 

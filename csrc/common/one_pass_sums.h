@@ -95,15 +95,17 @@ struct PassSums {
     }
   }
 
-  // += narrow^T wide over 16 rows. a: narrow, turned; wide: the warp's tile; own: see load_tiles.
-  template <typename T>
-  ADAMIX_DEVICE void add(const uint32_t (&a)[4], const T* wide, int own) {
+  // += narrow^T wide over 16 rows. a: narrow, turned; wide: the warp's tile; own: see load_tiles; visit(n, b): with the
+  // right operands of columns 16 n to 16 n + 15.
+  template <typename T, typename Visit>
+  ADAMIX_DEVICE void add(const uint32_t (&a)[4], const T* wide, int own, Visit visit) {
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       uint32_t b[4];
       load_turned<0>(b, wide, 0, 16 * n, placed(own, 2 * n, pass_place));
       multiply<T>(at[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
       multiply<T>(at[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+      visit(n, b);
     }
   }
 
@@ -129,6 +131,39 @@ struct PassSums {
         sum = {sum.low + held.low, sum.high + held.high};
       }
       store_words(to, sum);
+    }
+  }
+};
+
+// The sums of a warp's 64 columns over rows: of columns 16 n + fragment_row() (values 0, 1) and 8 behind (2, 3).
+struct PassColumnSums {
+  float at[4][4];
+
+  ADAMIX_DEVICE void clear() {
+#pragma unroll
+    for (auto& tile : at) {
+#pragma unroll
+      for (float& value : tile) value = 0.f;
+    }
+  }
+
+  // += the sums over 16 rows, of which PassSums::add has the right operands: turned, they are left ones.
+  template <typename T>
+  ADAMIX_DEVICE void add(int n, const uint32_t (&b)[4]) {
+    multiply<T>(at[n], b[0], b[2], b[1], b[3], ones<T>(), ones<T>());
+  }
+  template <typename T>
+  static constexpr ADAMIX_BOTH uint32_t ones() {
+    return kIsHalf<T> ? 0x3c003c00u : 0x3f803f80u;
+  }
+
+  // to[col] = the sum of the warp's column.
+  ADAMIX_DEVICE void leave(float* to) const {
+    if (fragment_part() != 0) return;
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      to[16 * n + fragment_row()] = at[n][0];
+      to[16 * n + 8 + fragment_row()] = at[n][2];
     }
   }
 };
