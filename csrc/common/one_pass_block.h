@@ -20,6 +20,7 @@ struct PassBlock {
   T* stages;                    // the warp's
   const T *next_grad, *next_x;  // where the lane's copies of the next tile begin
   T* dx;                        // row fragment_row(), columns from col0 on
+  int own_place;                // of the lane's piece of a wide tile
   int own;                      // see load_tiles: of a wide tile
   int own_narrow, own_turned;   // of a narrow one
   DropoutMask mask;
@@ -42,11 +43,11 @@ struct PassBlock {
     col0 = warp * kPassCols + fragment_part() * 8;
     next_grad = next_x = nullptr;
     dx = p.dx + static_cast<int64_t>(fragment_row()) * p.hidden + col0;
+    own_place = pass_place(fragment_row(), fragment_part());
     own = pass_place(tile_row<0>(), tile_piece<0>());
     own_narrow = narrow_place(tile_row<0>(), tile_piece<0>());
     own_turned = narrow_place(tile_row<1>(), tile_piece<1>());
-    hold(dx), hold(own);
-    if constexpr (Lora) hold(own_narrow), hold(own_turned);
+    hold(dx), hold(own), hold(own_place), hold(own_narrow), hold(own_turned);
     of_down.clear(), of_up.clear(), up_bias.clear();
   }
 
@@ -69,8 +70,7 @@ struct PassBlock {
     if (p.need_down) next_x = begin_of(p.x, tile);
   }
   ADAMIX_DEVICE const T* begin_of(const Rows<const T>& from, const PassTile& tile) const {
-    return from.data + tile.sample * from.batch_stride + (tile.token + lane / 8) * from.token_stride +
-           (warp * kPassCols + lane % 8 * 8);
+    return from.data + tile.sample * from.batch_stride + (tile.token + fragment_row()) * from.token_stride + col0;
   }
 
   // Starts the copies of a tile: the warp's columns, rows of zeros behind the last.
@@ -79,14 +79,8 @@ struct PassBlock {
     if (p.need_down) copy(stage + kTile, next_x, p.x, tile.count);
   }
   ADAMIX_DEVICE void copy(T* stage, const T*& from, const Rows<const T>& rows, int count) const {
-    int row = lane / 8, place = pass_place(row, lane % 8);
-    int64_t step = 4 * rows.token_stride;
-#pragma unroll
-    for (int i = 0; i < kFragmentRows / 4; ++i) {
-      // As pass_place(row + 4 i, lane % 8).
-      copy_async_or_zero(stage + (place ^ i % 2 * 16) + 4 * i * kPassCols, from, row + 4 * i < count);
-      from += step;
-    }
+    pass_copy(stage, own_place, from, from + 8 * rows.token_stride, count - fragment_row());
+    from += kFragmentRows * rows.token_stride;
   }
 
   ADAMIX_DEVICE void poison(const PassTile& tile) const {
@@ -158,9 +152,10 @@ struct PassBlock {
   ADAMIX_DEVICE void wide(T* dy, const PassTile& tile, const PassWeights<T, Keeps, false>& weights) {
     uint32_t a[4];
     load_tiles(a, memory.narrow, own_narrow, 0, narrow_place);
-    int place = pass_place(fragment_row(), fragment_part());
+    int place = own_place;
     int64_t below = static_cast<int64_t>(8 * sizeof(T)) * p.hidden;
     T* to = dx + static_cast<int64_t>(tile.first) * p.hidden;
+    hold(to);
     bool stores = p.dx != nullptr, drops = Lora && mask.drops();
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -216,8 +211,10 @@ struct PassBlock {
     uint32_t turned[4];
     if (p.need_up) {
       load_turned<1>(turned, memory.narrow + kNarrow, 0, 0, placed(own_turned, 0, narrow_place));
+      TwoWords apart{};
+      if constexpr (!Lora) apart = PassColumnSums::apart<T>();
       of_up.add(turned, dy, own, [&](int n, const uint32_t (&b)[4]) {
-        if constexpr (!Lora) up_bias.template add<T>(n, b);
+        if constexpr (!Lora) up_bias.template add<T>(n, b, apart);
       });
     }
     if (p.need_down) {
@@ -243,7 +240,7 @@ struct PassBlock {
 
   ADAMIX_DEVICE void join_up_bias() {
     __syncthreads();
-    up_bias.leave(memory.sums + warp * kPassCols);
+    up_bias.each([&](int col, float sum) { memory.sums[warp * kPassCols + col] = sum; });
     up_bias.clear();
   }
 };

@@ -19,7 +19,7 @@ ADAMIX_DEVICE void pass_sum(const PassSum<T>& p) {
   if (threadIdx.x < 32) {
     int count = 0;
     for (int from = 0; from < planes; from += 32) {
-      int at = from + static_cast<int>(threadIdx.x), plane = at / p.slots * 2 * p.slots + side + at % p.slots;
+      int at = from + static_cast<int>(threadIdx.x), plane = at + at / p.slots * p.slots + side;
       bool mine = at < planes && p.experts[plane] == expert;
       uint32_t all = __ballot_sync(0xffffffffu, mine);
       if (mine) found[1 + count + __popc(all & ((1u << threadIdx.x) - 1))] = plane;
@@ -56,19 +56,21 @@ ADAMIX_DEVICE void pass_sum(const PassSum<T>& p) {
   }
   T* weight = up ? p.up_weight : p.down_weight;
   T* bias = up ? p.up_bias : p.down_bias;
+  // Weights and ranks are multiples of kSize, columns too: a piece is of weights or of a bias, and of one rank.
+  bool is_bias = at >= weights;
+  int rank = at / p.hidden;
+  T* to = is_bias
+              ? bias + (static_cast<int64_t>(expert) * biases + at - weights)
+              : weight + (static_cast<int64_t>(expert) * weights + (up ? (at - rank * p.hidden) * p.rank + rank : at));
+  float scale = up ? p.up_scale : p.down_scale;
 #pragma unroll
-  for (int e = 0; e < kSize; ++e) {
-    int element = at + e;
-    if (element >= weights + biases) return;
-    T value = from_float<T>(sums[e] * (up ? p.up_scale : p.down_scale));
-    if (element >= weights) {
-      bias[static_cast<int64_t>(expert) * biases + element - weights] = value;
-    } else if (up) {
-      weight[static_cast<int64_t>(expert) * weights + element % p.hidden * p.rank + element / p.hidden] = value;
-    } else {
-      weight[static_cast<int64_t>(expert) * weights + element] = value;
-    }
+  for (float& sum : sums) sum *= scale;
+  if (!up || is_bias) {
+    store_words(to, TwoWords{{word_of<T>(sums[0], sums[1]), word_of<T>(sums[2], sums[3])}});
+    return;
   }
+#pragma unroll
+  for (int e = 0; e < kSize; ++e) to[e * p.rank] = from_float<T>(sums[e]);
 }
 
 #if defined(ADAMIX_LAUNCHERS)

@@ -107,6 +107,8 @@ void launch_sample_grads(const SamplePlan& plan, const GradSide<T>& down, const 
   params.tokens = static_cast<int>(tokens);
   params.tiles_a_sample = plan.tiles_a_sample;
   params.down_jobs = plan.down_jobs;
+  const GradSide<T>& any = down.experts > 0 ? down : up;
+  params.cols = any.cols, params.ranks = any.ranks;
   Shape shape{dim3(plan.down_jobs + plan.up_jobs, plan.shares), kSampleThreads,
               sample_bytes<T>(plan.steps, params.samples)};
   auto run = [&](auto kernel) { launch("sample_grads", kernel, shape, device, params); };
@@ -123,7 +125,6 @@ void launch_sample_grads(const SamplePlan& plan, const GradSide<T>& down, const 
     default:
       run(sample_grads_kernel<T, 4>);
   }
-  const GradSide<T>& any = down.experts > 0 ? down : up;
   PassSum<T> sum{};
   sum.planes = planes;
   sum.experts = params.experts;

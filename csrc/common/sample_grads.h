@@ -27,32 +27,35 @@ struct SampleGrads {
   int* experts;     // [shares, side, slots]: whose sums a plane holds; kNoExpert: nobody's
   int64_t planes_size;
   int slots, samples, tokens, tiles_a_sample;
-  int down_jobs;  // blocks of a share for the down side
+  int cols, ranks;  // of either side
+  int down_jobs;    // blocks of a share for the down side
 };
 
+// A stage has four groups of 16 rows, each of two warps' columns and of the ranks.
 template <typename T, int Steps>
 struct SampleMemory {
   static constexpr int kWide = kFragmentRows * kPassCols, kNarrow = kFragmentRows * kFragmentRanks;
-  static constexpr int kStage = kWide + Steps * kNarrow;
+  static constexpr int kGroup = 2 * kWide + Steps * kNarrow;
+  static constexpr int kStage = 4 * kGroup;
   static constexpr int kPitch = kSampleCols + 8;  // 8 ranks of 4 pairs of columns: no bank twice
-  T* stages;                                      // [warps, kSampleStages, kStage]
+  T* stages;                                      // [kSampleStages, kStage]
   float* sums;                                    // [16 * Steps, kPitch]
   float* bias;                                    // [kSampleCols], or of ranks
+  int* served;                                    // samples that an expert serves
   int* expert_of;                                 // [samples]
-  int* order;                                     // [samples]: those that an expert serves
-  int* served;                                    // how many
+  int* order;                                     // [samples]: those served
 
   template <typename Memory>
   ADAMIX_BOTH SampleMemory(Memory& memory, int samples)
-      : stages(memory.template take<T>(kSampleThreads / 32 * kSampleStages * kStage)),
+      : stages(memory.template take<T>(kSampleStages * kStage)),
         sums(memory.template take<float>(16 * Steps * kPitch)),
         bias(memory.template take<float>(kSampleCols)),
+        served(memory.template take<int>(1)),
         expert_of(memory.template take<int>(samples)),
-        order(memory.template take<int>(samples)),
-        served(memory.template take<int>(1)) {}
+        order(memory.template take<int>(samples)) {}
 };
 
-// Where a warp stands among the tiles: of the sample at `place` of the order, from row `token` on.
+// Where a block stands among the tiles: of the sample at `place` of the order, from row `token` on.
 struct SampleCursor {
   int place, token;
 
@@ -69,11 +72,19 @@ struct SampleBlock {
   using Memory = SampleMemory<T, Steps>;
   const SampleGrads<T>& p;
   const Memory& memory;
-  GradSide<T> side;
   bool up;
-  int job, warp, lane, row0, col0;  // row0: of the warp, in a tile; col0: of the warp, in the block
-  int own, own_narrow;              // see load_turned
-  T* stages;                        // the warp's
+  const T *wide, *narrow;
+  int64_t batch_stride, token_stride;  // of wide
+  BiasOf bias_of;
+  int job, warp, lane, row0, col0;   // row0: of the warp, in a tile; col0: of the warp, in the block
+  int half;                          // of the block's columns: which the warp has
+  int col;                           // of the lane, in the tensor
+  int row, narrow_row;               // of the lane's copies, in a tile
+  int ranks_left;                    // from the lane's first copy on
+  int own_place, own_ranks;          // of the lane's pieces of a wide tile, and of ranks
+  int own, own_turned;               // see load_turned
+  const T *next_wide, *next_narrow;  // where the lane's copies of the next tile begin
+  TwoWords apart;                    // see PassColumnSums
   DropoutMask mask;
   PassSums sums[Steps];
   PassColumnSums bias;
@@ -82,18 +93,32 @@ struct SampleBlock {
   ADAMIX_DEVICE SampleBlock(const SampleGrads<T>& params, const Memory& shared)
       : p(params),
         memory(shared),
-        side(static_cast<int>(blockIdx.x) < params.down_jobs ? params.down : params.up),
         up(static_cast<int>(blockIdx.x) >= params.down_jobs),
+        wide(up ? params.up.wide.data : params.down.wide.data),
+        narrow(up ? params.up.narrow : params.down.narrow),
+        batch_stride(up ? params.up.wide.batch_stride : params.down.wide.batch_stride),
+        token_stride(up ? params.up.wide.token_stride : params.down.wide.token_stride),
+        bias_of(up ? params.up.bias_of : params.down.bias_of),
         job(static_cast<int>(blockIdx.x) - (up ? params.down_jobs : 0)),
         warp(threadIdx.x / 32),
         lane(threadIdx.x % 32),
         row0(warp % 4 * kFragmentRows),
         col0(warp / 4 * kPassCols),
+        half(warp / 4),
+        col(job * kSampleCols + col0 + fragment_part() * 8),
+        row(row0 + fragment_row()),
+        narrow_row(row0 + lane / 2),
+        ranks_left(params.ranks - half * kFragmentRanks - lane % 2 * 8),
+        own_place(warp % 4 * Memory::kGroup + half * Memory::kWide + pass_place(fragment_row(), fragment_part())),
+        own_ranks(warp % 4 * Memory::kGroup + 2 * Memory::kWide + half * Memory::kNarrow +
+                  narrow_place(lane / 2, lane % 2)),
         own(pass_place(tile_row<0>(), tile_piece<0>())),
-        own_narrow(narrow_place(tile_row<1>(), tile_piece<1>())),
-        stages(shared.stages + warp * kSampleStages * Memory::kStage),
+        own_turned(narrow_place(tile_row<1>(), tile_piece<1>())),
+        next_wide(nullptr),
+        next_narrow(nullptr),
+        apart(PassColumnSums::apart<T>()),
         mask(up ? Dropout{} : params.dropout) {
-    hold(own), hold(own_narrow);
+    hold(row), hold(narrow_row), hold(ranks_left), hold(own_place), hold(own_ranks), hold(own), hold(own_turned);
     clear();
   }
 
@@ -111,8 +136,10 @@ struct SampleBlock {
   // on return.
   ADAMIX_DEVICE void sort() const {
     for (int sample = threadIdx.x; sample < p.samples; sample += kSampleThreads) {
-      int expert = side.routing.expert(sample * p.tokens);
-      memory.expert_of[sample] = side.other.expert(sample * p.tokens) == kNoExpert ? kNoExpert : expert;
+      int row = sample * p.tokens;
+      int expert = up ? p.up.routing.expert(row) : p.down.routing.expert(row);
+      int other = up ? p.up.other.expert(row) : p.down.other.expert(row);
+      memory.expert_of[sample] = other == kNoExpert ? kNoExpert : expert;
     }
     __syncthreads();
     if (warp == 0) {
@@ -139,42 +166,42 @@ struct SampleBlock {
     return warp_reduce(found, Min{});
   }
 
-  // Starts the copies of the warp's rows and columns of a tile, and of the narrow rows; zeros behind the last.
-  ADAMIX_DEVICE void load(T* stage, const SampleCursor& at) const {
-    int sample = memory.order[at.place], first = at.token + row0, count = p.tokens - first;
-    const T* wide = side.wide.data + sample * side.wide.batch_stride + (first + lane / 8) * side.wide.token_stride +
-                    (job * kSampleCols + col0 + lane % 8 * 8);
-    int place = pass_place(lane / 8, lane % 8);
-    int64_t step = 4 * side.wide.token_stride;
-#pragma unroll
-    for (int i = 0; i < kFragmentRows / 4; ++i) {
-      // As pass_place(lane / 8 + 4 i, lane % 8).
-      copy_async_or_zero(stage + (place ^ i % 2 * 16) + 4 * i * kPassCols, wide, lane / 8 + 4 * i < count);
-      wide += step;
+  // Starts the copies of the warp's rows and columns of a tile, and of every other 16 ranks; zeros behind the last row.
+  // stage: where it begins in memory.stages. begins: the copies before were not those of the tile before.
+  ADAMIX_DEVICE void load(int stage, const SampleCursor& at, bool begins) {
+    if (begins || at.token == 0) {
+      int sample = memory.order[at.place];
+      next_wide = wide + sample * batch_stride + (at.token + row) * token_stride + col;
+      next_narrow = narrow + (static_cast<int64_t>(sample) * p.tokens + at.token + narrow_row) * p.ranks +
+                    (half * kFragmentRanks + lane % 2 * 8);
     }
-    int rank = lane % 2 * 8;
-    const T* narrow = side.narrow + (static_cast<int64_t>(sample) * p.tokens + first + lane / 2) * side.ranks + rank;
-    T* to = stage + Memory::kWide + narrow_place(lane / 2, lane % 2);
+    int left = p.tokens - at.token;
+    T* to = memory.stages + stage;
+    pass_copy(to, own_place, next_wide, next_wide + 8 * token_stride, left - row);
+    bool there = narrow_row < left;
 #pragma unroll
-    for (int s = 0; s < Steps; ++s) {
-      copy_async_or_zero(to + s * Memory::kNarrow, narrow + s * kFragmentRanks,
-                         lane / 2 < count && rank + s * kFragmentRanks < side.ranks);
+    for (int i = 0; i < (Steps + 1) / 2; ++i) {
+      if (2 * i + 1 == Steps && half == 1) break;
+      copy_async_or_zero(to + own_ranks + 2 * i * Memory::kNarrow, next_narrow + 2 * i * kFragmentRanks,
+                         there && ranks_left > 2 * i * kFragmentRanks);
     }
+    next_wide += kSampleRows * token_stride;
+    next_narrow += kSampleRows * p.ranks;
   }
 
   // Zero in the place of what is dropped of the warp's rows of x; complete for the warp on return.
-  ADAMIX_DEVICE void drop(T* stage, const SampleCursor& at) const {
+  ADAMIX_DEVICE void drop(int stage, const SampleCursor& at) const {
     int64_t row = static_cast<int64_t>(memory.order[at.place]) * p.tokens + at.token + row0;
     DropoutMask::RowKeys all = mask.of_row(row + lane % 16);
-    T* place = stage + pass_place(fragment_row(), fragment_part());
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      DropoutMask::EightColumns columns(job * kSampleCols + col0 + c * kFragmentCols + fragment_part() * 8);
+      DropoutMask::EightColumns columns(col + c * kFragmentCols);
 #pragma unroll
       for (int below = 0; below < 2; ++below) {
         int of = fragment_row() + 8 * below;
         DropoutMask::RowKeys keys{shuffle_from(all.factor, of), shuffle_from(all.offset, of)};
-        uint4* piece = reinterpret_cast<uint4*>(stage + ((place - stage) ^ 32 * c) + below * Memory::kWide / 2);
+        uint4* piece =
+            reinterpret_cast<uint4*>(memory.stages + stage + (own_place ^ 32 * c) + below * Memory::kWide / 2);
         *piece = mask.kept(*piece, keys, columns);
       }
     }
@@ -182,29 +209,34 @@ struct SampleBlock {
   }
 
   // The warp's part of the products.
-  ADAMIX_DEVICE void add(const T* stage) {
+  ADAMIX_DEVICE void add(int stage) {
     constexpr uint32_t kOnes = PassColumnSums::ones<T>();
+    const T* group = memory.stages + stage + warp % 4 * Memory::kGroup;
+    const T *rows = group + half * Memory::kWide, *narrow_rows = group + 2 * Memory::kWide;
     uint32_t a[Steps][4];
 #pragma unroll
     for (int s = 0; s < Steps; ++s) {
-      load_turned<1>(a[s], stage + Memory::kWide + s * Memory::kNarrow, 0, 0, placed(own_narrow, 0, narrow_place));
+      load_turned<1>(a[s], narrow_rows + s * Memory::kNarrow, 0, 0, placed(own_turned, 0, narrow_place));
     }
-    if (side.bias_of == BiasOf::kNarrow && job == 0 && col0 == 0) {
+    if (bias_of == BiasOf::kNarrow && job == 0 && col0 == 0) {
 #pragma unroll
       for (int s = 0; s < Steps; ++s) multiply<T>(rank_bias[s], a[s][0], a[s][1], a[s][2], a[s][3], kOnes, kOnes);
     }
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       uint32_t b[4];
-      load_turned<0>(b, stage, 0, 16 * n, placed(own, 2 * n, pass_place));
+      load_turned<0>(b, rows, 0, 16 * n, placed(own, 2 * n, pass_place));
 #pragma unroll
       for (int s = 0; s < Steps; ++s) {
         multiply<T>(sums[s].at[2 * n], a[s][0], a[s][1], a[s][2], a[s][3], b[0], b[1]);
         multiply<T>(sums[s].at[2 * n + 1], a[s][0], a[s][1], a[s][2], a[s][3], b[2], b[3]);
       }
-      if (side.bias_of == BiasOf::kWide) bias.template add<T>(n, b);
+      if (bias_of == BiasOf::kWide) bias.template add<T>(n, b, apart);
     }
   }
+
+  // The first of the side's planes in the share.
+  ADAMIX_DEVICE int plane0() const { return static_cast<int>(blockIdx.y) * 2 * p.slots + (up ? p.slots : 0); }
 
   // The block's sums, of the warps in the order of their rows, to plane `slot` of the share. All threads call.
   ADAMIX_DEVICE void flush(int slot) {
@@ -214,17 +246,17 @@ struct SampleBlock {
       __syncthreads();
     }
     clear();
-    int64_t plane = (static_cast<int64_t>(blockIdx.y) * 2 + up) * p.slots + slot;
+    int64_t plane = plane0() + slot;
     float* to = p.planes + plane * p.planes_size + job * kSampleCols;
-    for (int i = threadIdx.x; i < side.ranks * (kSampleCols / 4); i += kSampleThreads) {
+    for (int i = threadIdx.x; i < p.ranks * (kSampleCols / 4); i += kSampleThreads) {
       int rank = i / (kSampleCols / 4), col = i % (kSampleCols / 4) * 4;
-      *reinterpret_cast<Piece<float>*>(to + static_cast<int64_t>(rank) * side.cols + col) =
+      *reinterpret_cast<Piece<float>*>(to + static_cast<int64_t>(rank) * p.cols + col) =
           *reinterpret_cast<const Piece<float>*>(memory.sums + rank * Memory::kPitch + col);
     }
-    float* biases = p.planes + plane * p.planes_size + static_cast<int64_t>(side.ranks) * side.cols;
+    float* biases = p.planes + plane * p.planes_size + static_cast<int64_t>(p.ranks) * p.cols;
     int col = threadIdx.x;
-    if (side.bias_of == BiasOf::kWide && col < kSampleCols) biases[job * kSampleCols + col] = memory.bias[col];
-    if (side.bias_of == BiasOf::kNarrow && job == 0 && col < side.ranks) biases[col] = memory.bias[col];
+    if (bias_of == BiasOf::kWide && col < kSampleCols) biases[job * kSampleCols + col] = memory.bias[col];
+    if (bias_of == BiasOf::kNarrow && job == 0 && col < p.ranks) biases[col] = memory.bias[col];
   }
 
   // memory.sums and memory.bias of the warp's columns = its sums, or += them.
@@ -247,20 +279,13 @@ struct SampleBlock {
         put(to + (16 * s + 8) * Memory::kPitch + 8 * n, of[2], of[3]);
       }
     }
-    if (fragment_part() != 0) return;
-    auto put_one = [&](float* at, float value) { *at = fresh ? value : *at + value; };
-    if (side.bias_of == BiasOf::kWide) {
+    auto put_one = [&](int at, float value) { memory.bias[at] = fresh ? value : memory.bias[at] + value; };
+    if (bias_of == BiasOf::kWide) bias.each([&](int of, float sum) { put_one(col0 + of, sum); });
+    if (bias_of != BiasOf::kNarrow || col0 != 0 || fragment_part() != 0) return;
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        put_one(memory.bias + col0 + 16 * n + fragment_row(), bias.at[n][0]);
-        put_one(memory.bias + col0 + 16 * n + 8 + fragment_row(), bias.at[n][2]);
-      }
-    } else if (col0 == 0) {
-#pragma unroll
-      for (int s = 0; s < Steps; ++s) {
-        put_one(memory.bias + 16 * s + fragment_row(), rank_bias[s][0]);
-        put_one(memory.bias + 16 * s + 8 + fragment_row(), rank_bias[s][2]);
-      }
+    for (int s = 0; s < Steps; ++s) {
+      put_one(16 * s + fragment_row(), rank_bias[s][0]);
+      put_one(16 * s + 8 + fragment_row(), rank_bias[s][2]);
     }
   }
 
@@ -269,20 +294,17 @@ struct SampleBlock {
     int all = *memory.served * p.tiles_a_sample, a_share = ceil_div(all, static_cast<int>(gridDim.y));
     int begin = static_cast<int>(blockIdx.y) * a_share, end = all - begin < a_share ? all : begin + a_share;
     SampleCursor at(begin, p.tiles_a_sample), ahead = at;
-    T *stage = stages, *free = stages;
-    auto after = [&](T* of) {
-      return of == stages + (kSampleStages - 1) * Memory::kStage ? stages : of + Memory::kStage;
-    };
-    auto load_next = [&](bool there) {
-      if (there) {
-        load(free, ahead);
+    int stage = 0, free = 0;  // the tile's, and that of the one before
+    auto after = [](int of) { return of == (kSampleStages - 1) * Memory::kStage ? 0 : of + Memory::kStage; };
+    auto load_ahead = [&](int to, int tile) {
+      if (tile < end) {
+        load(to, ahead, tile == begin);
         ahead.advance(p.tokens);
-        free = after(free);
       }
       copy_commit();
     };
-    for (int i = 0; i < kSampleStages - 1; ++i) load_next(begin + i < end);
-    int* experts = p.experts + (static_cast<int64_t>(blockIdx.y) * 2 + up) * p.slots;
+    for (int i = 0; i < kSampleStages - 1; ++i, free = after(free)) load_ahead(free, begin + i);
+    int* experts = p.experts + plane0();
     int now = kNoExpert, slot = 0;
     auto leave_slot = [&] {
       flush(slot);
@@ -290,18 +312,17 @@ struct SampleBlock {
       ++slot;
     };
     for (int tile = begin; tile < end; ++tile) {
-      __syncwarp();
-      load_next(tile + kSampleStages - 1 < end);
+      copy_wait<kSampleStages - 2>();
+      __syncthreads();  // the tile is there, and nobody reads the one before
+      load_ahead(free, tile + kSampleStages - 1);
       if (at.token == 0 || tile == begin) {
         int expert = memory.expert_of[memory.order[at.place]];
         if (expert != now && now != kNoExpert) leave_slot();
         now = expert;
       }
-      copy_wait<kSampleStages - 1>();
-      __syncwarp();
       if (mask.drops()) drop(stage, at);
       add(stage);
-      stage = after(stage);
+      free = stage, stage = after(stage);
       at.advance(p.tokens);
     }
     if (now != kNoExpert) leave_slot();
