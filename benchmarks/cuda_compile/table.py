@@ -26,6 +26,7 @@ _FROM = {
     "routed_adapter_resident_input_grad_kernel": 75,
     "routed_adapter_one_pass_kernel": 75,
     "routed_lora_one_pass_kernel": 75,
+    "sample_grads_kernel": 75,
     "router_forward_kernel": 75,
     "gated_forward_mma_kernel": 75,
     "gated_input_grad_mma_kernel": 75,
@@ -45,6 +46,7 @@ _MAY_SPILL = {
     "routed_adapter_one_pass_kernel": (70, 512, 512),
     "routed_adapter_pass_sum_kernel": (100, 16, 16),
     "routed_lora_pass_sum_kernel": (100, 16, 16),
+    "sample_sum_kernel": (100, 16, 16),
     "router_forward_kernel": (75, 16, 32),  # bfloat16 on a GPU that has no matrix unit for it
     "gated_forward_mma_kernel": (80, 32, 32),
     "gated_input_grad_mma_kernel": (120, 32, 32),
@@ -53,7 +55,7 @@ _MAY_SPILL = {
     "gated_sorted_weight_grad_mma_kernel": (75, 16, 20),  # of an adapter's biases
     "pair_loss_kernel": (70, 32, 16),  # rows of which no cluster holds all
     "routed_lora_forward_mma_kernel": (100, 80, 256),
-    "routed_lora_input_grad_mma_kernel": (100, 60, 256),
+    "routed_lora_input_grad_mma_kernel": (80, 60, 256),
 }
 
 

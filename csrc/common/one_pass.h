@@ -5,7 +5,7 @@
 // gradients, whose sums stay in registers until the expert changes; a second launch adds up what the blocks leave.
 #pragma once
 
-#include "common/activation.h"
+#include "common/activated.h"
 #include "common/divisor.h"
 #include "common/dropout.h"
 #include "common/fragment_shape.h"

@@ -23,6 +23,7 @@ struct PassBlock {
   int own_place;                // of the lane's piece of a wide tile
   int own;                      // see load_tiles: of a wide tile
   int own_narrow, own_turned;   // of a narrow one
+  int own_sums;                 // of the lane's sums of a narrow one
   DropoutMask mask;
   PassSums of_down, of_up;
   PassColumnSums up_bias;
@@ -47,7 +48,8 @@ struct PassBlock {
     own = pass_place(tile_row<0>(), tile_piece<0>());
     own_narrow = narrow_place(tile_row<0>(), tile_piece<0>());
     own_turned = narrow_place(tile_row<1>(), tile_piece<1>());
-    hold(dx), hold(own), hold(own_place), hold(own_narrow), hold(own_turned);
+    own_sums = (warp * kFragmentRows + fragment_row()) * kFragmentRanks + fragment_part() * 4;
+    hold(dx), hold(own), hold(own_place), hold(own_narrow), hold(own_turned), hold(own_sums);
     of_down.clear(), of_up.clear(), up_bias.clear();
   }
 
@@ -60,8 +62,10 @@ struct PassBlock {
     return {sample, token, sample * p.tokens + token, left < kFragmentRows ? left : kFragmentRows};
   }
   ADAMIX_DEVICE PassTile after(const PassTile& tile) const {
-    int token = tile.token + kFragmentRows;
-    return token < p.tokens ? at(tile.sample, token) : at(tile.sample + 1, 0);
+    int left = p.tokens - tile.token - kFragmentRows;
+    if (left <= 0) return at(tile.sample + 1, 0);
+    return {tile.sample, tile.token + kFragmentRows, tile.first + kFragmentRows,
+            left < kFragmentRows ? left : kFragmentRows};
   }
 
   // The next tile's copies are those of a tile of another sample than the last one's.
@@ -96,9 +100,12 @@ struct PassBlock {
   ADAMIX_DEVICE void narrow(const T* dy, const PassTile& tile, const PassWeights<T, Keeps, true>& weights) {
     // Two ranks of a row for each of the first 128 threads.
     int own_row = threadIdx.x / 8, own_rank = static_cast<int>(threadIdx.x) % 8 * 2;
-    bool mine = threadIdx.x < 128 && own_row < tile.count && own_rank < p.rank;
+    bool joins = threadIdx.x < 128, mine = false;
     uint32_t value = 0;
-    if (mine) value = load_words<uint32_t>(p.narrow + static_cast<int64_t>(tile.first + own_row) * p.rank + own_rank);
+    if (joins) {
+      mine = own_row < tile.count && own_rank < p.rank;
+      if (mine) value = load_words<uint32_t>(p.narrow + static_cast<int64_t>(tile.first + own_row) * p.rank + own_rank);
+    }
     float sums[2][4] = {};
     copy_wait<1>();
     __syncwarp();
@@ -110,14 +117,14 @@ struct PassBlock {
       multiply<T>(sums[0], a[0], a[1], a[2], a[3], b.at[0], b.at[1]);
       multiply<T>(sums[1], a[0], a[1], a[2], a[3], b.at[2], b.at[3]);
     }
-    float* to = memory.sums + (warp * kFragmentRows + fragment_row()) * kFragmentRanks + fragment_part() * 4;
+    float* to = memory.sums + own_sums;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       Piece<float> piece{{sums[0][2 * half], sums[0][2 * half + 1], sums[1][2 * half], sums[1][2 * half + 1]}};
       *reinterpret_cast<Piece<float>*>(to + half * 8 * kFragmentRanks) = piece;
     }
     __syncthreads();
-    if (threadIdx.x < 128) {
+    if (joins) {
       const float* from = memory.sums + threadIdx.x * 2;
       PassPair sum = load_words<PassPair>(from);
 #pragma unroll 4
@@ -130,10 +137,9 @@ struct PassBlock {
         if constexpr (Lora) {
           slope = word_of<T>(p.scaling * sum.low, p.scaling * sum.high);
         } else {
-          float low = low_of<T>(value), high = high_of<T>(value);
-          slope = word_of<T>(sum.low * activation_slope(p.activation, low),
-                             sum.high * activation_slope(p.activation, high));
-          value = word_of<T>(activate(p.activation, low), activate(p.activation, high));
+          Activated low = activated(p.activation, low_of<T>(value)), high = activated(p.activation, high_of<T>(value));
+          slope = word_of<T>(sum.low * low.slope, sum.high * high.slope);
+          value = word_of<T>(low.value, high.value);
           down_bias[0] += low_of<T>(slope), down_bias[1] += high_of<T>(slope);
         }
       }

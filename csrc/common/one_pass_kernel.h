@@ -162,18 +162,19 @@ ADAMIX_DEVICE void one_pass(const OnePass<T>& p) {
     }
     __syncthreads();
 
-    for (int tile = begin; tile < end; ++tile) {
-      PassTile next = block.after(at), now = at;
+    const int* experts = memory.experts;
+    for (int left = end - begin; left > 0; --left, experts += 2) {
+      PassTile now = at;
       __syncwarp();
-      if (tile + 1 < end) {
-        if (next.sample != at.sample) block.seek(next);
-        block.load(other, next);
+      if (left > 1) {
+        at = block.after(now);
+        if (at.sample != now.sample) block.seek(at);
+        block.load(other, at);
       }
       copy_commit();
-      at = next;
       T* dy = stage;
       stage = other, other = dy;
-      int down = memory.experts[2 * (tile - begin)], up = memory.experts[2 * (tile - begin) + 1];
+      int down = experts[0], up = experts[1];
       if (down == kNoExpert || up == kNoExpert) {
         copy_wait<1>();
         block.poison(now);

@@ -1,6 +1,6 @@
 // The kernels of sample_grads.h, and their launches.
 #include "common/one_pass_launch.h"
-#include "common/sample_grads.h"
+#include "common/sample_grads_block.h"
 #include "common/sample_grads_plan.h"
 
 namespace adamix {

@@ -1,6 +1,7 @@
 // The input's gradient on tiles that stay in registers, for 16-bit rows that start at multiples of 16 bytes.
 #pragma once
 
+#include "common/activated.h"
 #include "routed_adapter/resident_tile.h"
 #include "routed_adapter/routed_adapter.h"
 
@@ -33,13 +34,10 @@ __global__ void __launch_bounds__(kResidentThreads)
           }
           int64_t at = (tile.first + row) * p.rank + rank;
           uint32_t pre = *reinterpret_cast<const uint32_t*>(p.pre + at);
-          float pre_low = low_of<T>(pre), pre_high = high_of<T>(pre);
-          *word = word_of<T>(low * activation_slope(p.activation, pre_low),
-                             high * activation_slope(p.activation, pre_high));
+          Activated first = activated(p.activation, low_of<T>(pre)), second = activated(p.activation, high_of<T>(pre));
+          *word = word_of<T>(low * first.slope, high * second.slope);
           if (p.dpre != nullptr) *reinterpret_cast<uint32_t*>(p.dpre + at) = *word;
-          if (p.h == nullptr) return;
-          *reinterpret_cast<uint32_t*>(p.h + at) =
-              word_of<T>(activate(p.activation, pre_low), activate(p.activation, pre_high));
+          if (p.h != nullptr) *reinterpret_cast<uint32_t*>(p.h + at) = word_of<T>(first.value, second.value);
         });
         __syncthreads();
       }
