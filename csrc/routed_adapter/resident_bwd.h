@@ -20,8 +20,9 @@ __global__ void __launch_bounds__(kResidentThreads)
     experts.find(memory, tile.kRows, static_cast<int>(tile.first), tile.count, p.up, p.down);
     int64_t bank_size = static_cast<int64_t>(p.rank) * p.hidden;
 
-    for (int expert = experts.next(experts.narrow, experts.first_narrow, tile.kRows, -1); expert != kNoExpert;
-         expert = experts.next(experts.narrow, experts.first_narrow, tile.kRows, expert)) {
+    for (int expert = -1;;) {
+      expert = experts.next(experts.narrow, experts.first_narrow, tile.kRows, expert);
+      if (expert == kNoExpert) break;
       ResidentBank<T> bank{p.up_weight + expert * bank_size, p.hidden, p.rank};
       for (int rank0 = 0; rank0 < p.rank; rank0 += kFragmentRanks) {
         tile.template narrow_part<false>(memory, bank, rank0);
@@ -44,12 +45,17 @@ __global__ void __launch_bounds__(kResidentThreads)
     }
     if (p.dx == nullptr) return;
 
-    if (!p.add_input) tile.load({nullptr, 0, 0, p.grad_out.tokens, false});
-    for (int expert = experts.next(experts.wide, experts.first_wide, tile.kRows, -1); expert != kNoExpert;
-         expert = experts.next(experts.wide, experts.first_wide, tile.kRows, expert)) {
+    auto add = [&](int expert) {
       ResidentBank<T> bank{p.down_weight + expert * bank_size, p.hidden, p.rank};
       tile.template wide<false, Steps>(memory, bank, static_cast<const T*>(nullptr), p.dx,
                                        experts.template rows_of_wide<tile.kRows>(expert, tile.count));
+    };
+    if (experts.one() && p.add_input) return add(experts.first_wide);
+    if (!p.add_input) tile.clear();
+    for (int expert = -1;;) {
+      expert = experts.next(experts.wide, experts.first_wide, tile.kRows, expert);
+      if (expert == kNoExpert) break;
+      add(expert);
     }
     tile.poison(experts, p.dx, p.hidden);
   }

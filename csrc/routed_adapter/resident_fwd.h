@@ -18,8 +18,9 @@ __global__ void __launch_bounds__(kResidentThreads) routed_adapter_resident_forw
     experts.find(memory, tile.kRows, static_cast<int>(tile.first), tile.count, p.down, p.up);
     int64_t bank_size = static_cast<int64_t>(p.rank) * p.hidden;
 
-    for (int expert = experts.next(experts.narrow, experts.first_narrow, tile.kRows, -1); expert != kNoExpert;
-         expert = experts.next(experts.narrow, experts.first_narrow, tile.kRows, expert)) {
+    for (int expert = -1;;) {
+      expert = experts.next(experts.narrow, experts.first_narrow, tile.kRows, expert);
+      if (expert == kNoExpert) break;
       ResidentBank<T> bank{p.down_weight + expert * bank_size, p.hidden, p.rank};
       const T* bias = p.down_bias == nullptr ? nullptr : p.down_bias + static_cast<int64_t>(expert) * p.rank;
       for (int rank0 = 0; rank0 < p.rank; rank0 += kFragmentRanks) {
@@ -40,13 +41,22 @@ __global__ void __launch_bounds__(kResidentThreads) routed_adapter_resident_forw
       }
     }
 
-    if (p.residual.data != p.x.data) tile.load(p.residual);
-    for (int expert = experts.next(experts.wide, experts.first_wide, tile.kRows, -1); expert != kNoExpert;
-         expert = experts.next(experts.wide, experts.first_wide, tile.kRows, expert)) {
+    auto add = [&](int expert) {
       ResidentBank<T> bank{p.up_weight + expert * bank_size, p.hidden, p.rank};
       const T* bias = p.up_bias == nullptr ? nullptr : p.up_bias + static_cast<int64_t>(expert) * p.hidden;
       tile.template wide<true, Steps>(memory, bank, bias, p.out,
                                       experts.template rows_of_wide<tile.kRows>(expert, tile.count));
+    };
+    if (experts.one() && p.residual.data == p.x.data) return add(experts.first_wide);
+    if (p.residual.data == nullptr) {
+      tile.clear();
+    } else if (p.residual.data != p.x.data) {
+      tile.load(p.residual);
+    }
+    for (int expert = -1;;) {
+      expert = experts.next(experts.wide, experts.first_wide, tile.kRows, expert);
+      if (expert == kNoExpert) break;
+      add(expert);
     }
     tile.poison(experts, p.pre, p.rank);
     tile.poison(experts, p.out, p.hidden);

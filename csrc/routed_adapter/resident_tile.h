@@ -6,8 +6,8 @@
 // stand.
 #pragma once
 
-#include "common/fragments.h"
 #include "common/tile_rows.h"
+#include "common/words.h"
 
 namespace adamix {
 
@@ -33,15 +33,26 @@ struct ResidentBank {
 
   // From [cols, ranks]: columns col + spread_row(8) + 2 k, ranks rank + 2 u, + 1.
   ADAMIX_DEVICE void load_cols(uint32_t (&w)[4][2], int rank, int col) const {
-    int at = (col + spread_row(8)) * ranks + rank;
+    const char* at = reinterpret_cast<const char*>(data + ((col + spread_row(8)) * ranks + rank));
+    auto apart = static_cast<uint32_t>(2 * sizeof(T)) * static_cast<uint32_t>(ranks);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
+    for (uint32_t k = 0; k < 4; ++k) {
       TwoWords words{};
-      if (rank < ranks) words = *reinterpret_cast<const TwoWords*>(data + (at + 2 * k * ranks));
+      if (rank < ranks) words = *reinterpret_cast<const TwoWords*>(at + uint64_t{apart} * k);
       w[k][0] = words.at[0], w[k][1] = words.at[1];
     }
   }
 };
+
+// 0, which the compiler takes for any number: what is made with it is made where this stands, not before a loop around
+// it, in more registers. The assembler knows better.
+ADAMIX_DEVICE uint32_t hidden_zero() {
+  uint32_t zero = 0;
+#if ADAMIX_ARCH > 0
+  asm volatile("mov.b32 %0, 0;" : "=r"(zero));
+#endif
+  return zero;
+}
 
 ADAMIX_DEVICE void transpose_words(uint32_t (&w)[4][2]) {
 #pragma unroll
@@ -51,12 +62,26 @@ ADAMIX_DEVICE void transpose_words(uint32_t (&w)[4][2]) {
   }
 }
 
+// 16 bytes of global memory, `bytes` behind `at`, where `keep`. Spelled out, as nvcc makes a jump of it.
+template <typename T>
+ADAMIX_DEVICE void store_piece_if(uint32_t keep, T* at, int64_t bytes, uint4 piece) {
+#if ADAMIX_ARCH > 0
+  asm volatile(
+      "{\n\t.reg .pred kept;\n\tsetp.ne.u32 kept, %5, 0;\n\t@kept st.global.v4.u32 [%0], {%1, %2, %3, %4};\n\t}" ::"l"(
+          reinterpret_cast<char*>(at) + bytes),
+      "r"(piece.x), "r"(piece.y), "r"(piece.z), "r"(piece.w), "r"(keep)
+      : "memory");
+#else
+  if (keep != 0) store_piece_at(at, bytes, piece);
+#endif
+}
+
 // Shared memory of a block of `warps` warps.
 template <typename T, int Groups>
 struct ResidentMemory {
   static constexpr int kRows = Groups * kFragmentRows;
   float* sums;       // [warps, kRows, 16], one rank after another
-  uint32_t* narrow;  // [ranks / 16, kRows, 8], two ranks in a word
+  uint32_t* narrow;  // [ranks / 16, Groups, 32 lanes, 4]: two ranks in a word, as left operands lie in registers
   int* narrow_expert;
   int* wide_expert;
 
@@ -66,6 +91,12 @@ struct ResidentMemory {
         narrow(memory.template take<uint32_t>(ceil_div(ranks, kFragmentRanks) * kRows * 8)),
         narrow_expert(memory.template take<int>(kRows)),
         wide_expert(memory.template take<int>(kRows)) {}
+
+  // Where ranks 2 pair and 2 pair + 1 of 16 lie, of a row of the tile: words 0 to 3 of a lane are its upper row's and
+  // its lower row's first, then their second.
+  static ADAMIX_DEVICE int narrow_place(int row, int pair) {
+    return row / 16 * 128 + row % 8 * 16 + pair / 2 * 4 + pair % 2 * 2 + row / 8 % 2;
+  }
 };
 
 // The experts of a tile's rows.
@@ -93,14 +124,17 @@ struct ResidentExperts {
     mixed = __syncthreads_or(differs) != 0;
   }
 
+  // Whether one pair of experts serves all rows.
+  ADAMIX_DEVICE bool one() const { return !mixed && first_wide != kNoExpert; }
+
   // Bit i: row 8 i + fragment_row() of `count` is this expert's.
   template <int Rows>
   ADAMIX_DEVICE uint32_t rows_of_wide(int expert, int count) const {
-    uint32_t bits = 0;
+    uint32_t bits = (uint32_t{1} << (count - fragment_row() + 7) / 8) - 1;
+    if (!mixed) return bits;
 #pragma unroll
     for (int i = 0; i < Rows / 8; ++i) {
-      int row = 8 * i + fragment_row();
-      if (row < count && (!mixed || wide[row] == expert)) bits |= 1u << i;
+      if (wide[8 * i + fragment_row()] != expert) bits &= ~(1u << i);
     }
     return bits;
   }
@@ -109,6 +143,7 @@ struct ResidentExperts {
   ADAMIX_DEVICE int next(const int* experts, int first, int rows, int previous) const {
     if (!mixed) return previous < first ? first : kNoExpert;
     int next = kNoExpert;
+#pragma unroll 1
     for (int row = threadIdx.x % 32; row < rows; row += 32) {
       int expert = experts[row];
       if (expert > previous && expert < next) next = expert;
@@ -131,18 +166,21 @@ struct ResidentTile {
     col0 = (static_cast<int>(threadIdx.x) / 32 * Chunks) * kFragmentCols + fragment_part() * 8;
   }
 
-  // The tile's rows of a tensor; zero where it has none, or no data.
+  ADAMIX_DEVICE void clear() {
+#pragma unroll
+    for (int n = 0; n < 2 * Groups * Chunks; ++n) rows[n / Chunks / 2][n / Chunks % 2][n % Chunks] = Words{};
+  }
+
+  // The tile's rows of a tensor; behind the last row stands that one again.
   ADAMIX_DEVICE void load(const Rows<const T>& from) {
 #pragma unroll
     for (int i = 0; i < 2 * Groups; ++i) {
-      int row = i * 8 + fragment_row();
-      bool there = row < count && from.data != nullptr;
-      const T* at = from.data + from.offset(static_cast<int>(first) + (there ? row : 0)) + col0;
+      auto number = static_cast<uint32_t>(static_cast<int>(first) + Min{}(i * 8 + fragment_row(), count - 1));
+      uint32_t batch = from.tokens.quotient(number), token = number - batch * from.tokens.by;
+      const T* at = from.data + col0 + (batch * from.batch_stride + token * from.token_stride);
 #pragma unroll
       for (int c = 0; c < Chunks; ++c) {
-        Words words{};
-        if (there) words = *reinterpret_cast<const Words*>(at + c * kFragmentCols);
-        rows[i / 2][i % 2][c] = words;
+        rows[i / 2][i % 2][c] = *reinterpret_cast<const Words*>(at + c * kFragmentCols);
       }
     }
   }
@@ -192,7 +230,9 @@ struct ResidentTile {
         low += from[0], high += from[1];
       }
       int row = i / 8;
-      if (row < count) finish(row, rank0 + i % 8 * 2, low, high, memory.narrow + rank0 / 16 * kRows * 8 + i);
+      if (row >= count) continue;
+      finish(row, rank0 + i % 8 * 2, low, high,
+             memory.narrow + rank0 / 16 * kRows * 8 + memory.narrow_place(row, i % 8));
     }
   }
 
@@ -202,13 +242,21 @@ struct ResidentTile {
   ADAMIX_DEVICE void wide(const Memory& memory, const ResidentBank<T>& bank, const T* bias, T* out,
                           uint32_t keep) const {
     T* to = out + (first + fragment_row()) * bank.cols + col0;
-    const uint32_t* narrow = memory.narrow + fragment_row() * 8 + fragment_part() * 2;
+    int64_t eight_rows = static_cast<int64_t>(8 * sizeof(T)) * bank.cols;
+    forget(eight_rows);
+    const Words* narrow = reinterpret_cast<const Words*>(memory.narrow) + threadIdx.x % 32;
+    Words left[Groups];
+    if constexpr (Steps == 1) {
+#pragma unroll
+      for (int m = 0; m < Groups; ++m) left[m] = narrow[32 * m];
+    }
 #pragma unroll
     for (int c = 0; c < Chunks; ++c) {
       int col = col0 + c * kFragmentCols;
       uint32_t w[Steps][4][2];
 #pragma unroll
       for (int s = 0; s < Steps; ++s) {
+        if (s > 0 && s * kFragmentRanks >= bank.ranks) break;
         if constexpr (Ranks) {
           bank.load_cols(w[s], s * kFragmentRanks + fragment_part() * 4, col - fragment_part() * 8);
         } else {
@@ -218,33 +266,34 @@ struct ResidentTile {
       }
       Words shift{};
       if (bias != nullptr) shift = *reinterpret_cast<const Words*>(bias + col);
+      uint32_t nothing = hidden_zero();
 #pragma unroll
       for (int m = 0; m < Groups; ++m) {
-        Words top = here(rows[m][0][c]), bottom = here(rows[m][1][c]);
+        const Words &top = rows[m][0][c], &bottom = rows[m][1][c];
         float sums[4][4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           float low = low_of<T>(shift.at[k]), high = high_of<T>(shift.at[k]);
-          sums[k][0] = low_of<T>(top.at[k]) + low, sums[k][1] = high_of<T>(top.at[k]) + high;
-          sums[k][2] = low_of<T>(bottom.at[k]) + low, sums[k][3] = high_of<T>(bottom.at[k]) + high;
+          uint32_t upper = top.at[k] | nothing, lower = bottom.at[k] | nothing;
+          sums[k][0] = low_of<T>(upper) + low, sums[k][1] = high_of<T>(upper) + high;
+          sums[k][2] = low_of<T>(lower) + low, sums[k][3] = high_of<T>(lower) + high;
         }
 #pragma unroll
         for (int s = 0; s < Steps; ++s) {
           if (s > 0 && s * kFragmentRanks >= bank.ranks) break;
-          const uint32_t* at = narrow + (s * kRows + m * 16) * 8;
-          TwoWords a = *reinterpret_cast<const TwoWords*>(at), b = *reinterpret_cast<const TwoWords*>(at + 64);
+          if constexpr (Steps > 1) left[m] = narrow[32 * (s * Groups + m)];
+          const uint32_t (&a)[4] = left[m].at;
 #pragma unroll
-          for (int k = 0; k < 4; ++k) multiply<T>(sums[k], a.at[0], b.at[0], a.at[1], b.at[1], w[s][k][0], w[s][k][1]);
+          for (int k = 0; k < 4; ++k) multiply<T>(sums[k], a[0], a[1], a[2], a[3], w[s][k][0], w[s][k][1]);
         }
-        Words high, low;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          low.at[k] = word_of<T>(sums[k][0], sums[k][1]);
-          high.at[k] = word_of<T>(sums[k][2], sums[k][3]);
+        for (int half = 0; half < 2; ++half) {
+          int e = 2 * half;
+          uint4 piece{word_of<T>(sums[0][e], sums[0][e + 1]), word_of<T>(sums[1][e], sums[1][e + 1]),
+                      word_of<T>(sums[2][e], sums[2][e + 1]), word_of<T>(sums[3][e], sums[3][e + 1])};
+          int row = 2 * m + half;
+          store_piece_if(keep >> row & 1, to + c * kFragmentCols, row * eight_rows, piece);
         }
-        T* row = to + static_cast<int64_t>(m * 16) * bank.cols + c * kFragmentCols;
-        if (keep >> (2 * m) & 1) store_words(row, low);
-        if (keep >> (2 * m + 1) & 1) store_words(row + static_cast<int64_t>(8) * bank.cols, high);
       }
     }
   }
@@ -252,8 +301,10 @@ struct ResidentTile {
   // NaN in columns [0, cols) of out's rows that no expert serves.
   ADAMIX_DEVICE void poison(const ResidentExperts& experts, T* out, int cols) const {
     if (!experts.mixed && experts.first_narrow != kNoExpert) return;
+#pragma unroll 1
     for (int row = threadIdx.x / 32; row < count; row += blockDim.x / 32) {
       if (experts.narrow[row] != kNoExpert) continue;
+#pragma unroll 1
       for (int col = threadIdx.x % 32; col < cols; col += 32) {
         out[(first + row) * cols + col] = from_float<T>(not_a_number());
       }
