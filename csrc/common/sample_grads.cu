@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kSampleThreads, 1) sample_grads_kernel(SampleG
 
 template <typename T>
 __global__ void __launch_bounds__(kPassSumThreads) sample_sum_kernel(PassSum<T> p) {
-  pass_sum(p);
+  pass_sum<1>(p);
 }
 
 #define ADAMIX_INSTANTIATE(T)                                         \
@@ -136,7 +136,7 @@ void launch_sample_grads(const SamplePlan& plan, const GradSide<T>& down, const 
   sum.down_weight = down.weight.out, sum.down_bias = down.bias.out;
   sum.up_weight = up.weight.out, sum.up_bias = up.bias.out;
   sum.down_scale = down_scale, sum.up_scale = up_scale;
-  launch_pass_sum("sample_sum", sample_sum_kernel<T>, sum, down.experts, up.experts, device);
+  launch_pass_sum<1>("sample_sum", sample_sum_kernel<T>, sum, down.experts, up.experts, device);
 }
 
 #define ADAMIX_INSTANTIATE(T)                                                                                         \

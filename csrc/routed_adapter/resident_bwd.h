@@ -45,17 +45,13 @@ __global__ void __launch_bounds__(kResidentThreads)
     }
     if (p.dx == nullptr) return;
 
-    auto add = [&](int expert) {
-      ResidentBank<T> bank{p.down_weight + expert * bank_size, p.hidden, p.rank};
-      tile.template wide<false, Steps>(memory, bank, static_cast<const T*>(nullptr), p.dx,
-                                       experts.template rows_of_wide<tile.kRows>(expert, tile.count));
-    };
-    if (experts.one() && p.add_input) return add(experts.first_wide);
     if (!p.add_input) tile.clear();
     for (int expert = -1;;) {
       expert = experts.next(experts.wide, experts.first_wide, tile.kRows, expert);
       if (expert == kNoExpert) break;
-      add(expert);
+      ResidentBank<T> bank{p.down_weight + expert * bank_size, p.hidden, p.rank};
+      tile.template wide<false, Steps>(memory, bank, static_cast<const T*>(nullptr), p.dx,
+                                       experts.template rows_of_wide<tile.kRows>(expert, tile.count));
     }
     tile.poison(experts, p.dx, p.hidden);
   }

@@ -9,9 +9,9 @@ namespace adamix {
 // Tiles: of 16 columns of dt, all groups'.
 template <typename T, int Tiles>
 struct LoraGradTeam {
-  static constexpr int kHalves = Tiles > 3 ? 1 : 2;                // of 16 rows, that a warp has in the first product
-  static constexpr int kShares = kTeamWarps / 2 * kHalves;         // of a group's columns
-  static constexpr int kDepth = Tiles == 2 || Tiles == 3 ? 1 : 2;  // steps under way at a time
+  static constexpr int kHalves = Tiles > 1 ? 1 : 2;         // of 16 rows, that a warp has in the first product
+  static constexpr int kShares = kTeamWarps / 2 * kHalves;  // of a group's columns
+  static constexpr int kDepth = 2;                          // steps under way at a time
 
   int group_pitch, pitch;
   float* sums;           // [kShares, kTeamRows, pitch], a group's columns at multiples of 16
