@@ -26,6 +26,7 @@ _FROM = {
     "routed_adapter_resident_input_grad_kernel": 75,
     "routed_adapter_one_pass_kernel": 75,
     "routed_lora_one_pass_kernel": 75,
+    "sample_grads_kernel": 75,
     "router_forward_kernel": 75,
     "gated_forward_mma_kernel": 75,
     "gated_resident_forward_kernel": 75,
@@ -48,6 +49,7 @@ _MAY_SPILL = {
     "routed_adapter_one_pass_kernel": (70, 512, 512),
     "routed_adapter_pass_sum_kernel": (100, 16, 16),
     "routed_lora_pass_sum_kernel": (100, 16, 16),
+    "sample_sum_kernel": (100, 16, 16),
     "router_forward_kernel": (75, 16, 32),  # bfloat16 on a GPU that has no matrix unit for it
     "gated_forward_mma_kernel": (80, 32, 32),
     "gated_resident_forward_kernel": (70, 640, 640),

@@ -5,7 +5,7 @@
 // gradients, whose sums stay in registers until the expert changes; a second launch adds up what the blocks leave.
 #pragma once
 
-#include "common/activation.h"
+#include "common/activated.h"
 #include "common/divisor.h"
 #include "common/dropout.h"
 #include "common/fragment_shape.h"
@@ -59,27 +59,28 @@ struct PassSum {
 template <typename T>
 struct PassMemory {
   static constexpr int kTile = kFragmentRows * kPassCols;
-  T* stages;       // [warps, 2, tensor, kTile]
-  float* sums;     // [warps, 16, 16]
+  // What has a size that is known comes first, what is of whole warps next: places that need no sums.
   T* narrow;       // [2, 16, 16]: the gradient of the narrow values, and what they become
   float* bias;     // [16, 16]
   TwoWords* keys;  // [16]: of the rows' dropout
+  int* held;       // [side, 2]: the expert of the sums held at the end, and its slot
+  T* stages;       // [warps, 2, tensor, kTile]
+  float* sums;     // [warps, 16, 16]
+  Words* weights;  // [warps, side, 4, lanes]: right operands, where the weights are kept
   int* slots;      // [side, slots]
   int* experts;    // [tiles, side]
-  int* held;       // [side, 2]: the expert of the sums held at the end, and its slot
-  Words* weights;  // [warps, side, 4, lanes]: right operands, where the weights are kept
 
   template <typename Memory>
   ADAMIX_BOTH PassMemory(Memory& memory, int warps, int slot_count, int tiles, bool keeps)
-      : stages(memory.template take<T>(warps * 4 * kTile)),
-        sums(memory.template take<float>(warps * kFragmentRows * kFragmentRanks)),
-        narrow(memory.template take<T>(2 * kFragmentRows * kFragmentRanks)),
+      : narrow(memory.template take<T>(2 * kFragmentRows * kFragmentRanks)),
         bias(memory.template take<float>(kFragmentRows * kFragmentRanks)),
         keys(memory.template take<TwoWords>(kFragmentRows)),
-        slots(memory.template take<int>(2 * slot_count)),
-        experts(memory.template take<int>(2 * tiles)),
         held(memory.template take<int>(4)),
-        weights(memory.template take<Words>(keeps ? warps * 2 * 4 * 32 : 0)) {}
+        stages(memory.template take<T>(warps * 4 * kTile)),
+        sums(memory.template take<float>(warps * kFragmentRows * kFragmentRanks)),
+        weights(memory.template take<Words>(keeps ? warps * 2 * 4 * 32 : 0)),
+        slots(memory.template take<int>(2 * slot_count)),
+        experts(memory.template take<int>(2 * tiles)) {}
 };
 
 }  // namespace adamix

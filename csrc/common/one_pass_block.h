@@ -20,11 +20,13 @@ struct PassBlock {
   T* stages;                    // the warp's
   const T *next_grad, *next_x;  // where the lane's copies of the next tile begin
   T* dx;                        // row fragment_row(), columns from col0 on
+  int own_place;                // of the lane's piece of a wide tile
   int own;                      // see load_tiles: of a wide tile
   int own_narrow, own_turned;   // of a narrow one
+  int own_sums;                 // of the lane's sums of a narrow one
   DropoutMask mask;
   PassSums of_down, of_up;
-  float up_bias[2][8];   // of the lane's columns
+  PassColumnSums up_bias;
   float down_bias[2];    // of the lane's two ranks, in the first 128 threads
   int down_now, up_now;  // whose sums are held
 
@@ -35,7 +37,6 @@ struct PassBlock {
         lane(threadIdx.x % 32),
         warps(blockDim.x / 32),
         mask(params.dropout),
-        up_bias{},
         down_bias{0.f, 0.f},
         down_now(kNoExpert),
         up_now(kNoExpert) {
@@ -43,12 +44,13 @@ struct PassBlock {
     col0 = warp * kPassCols + fragment_part() * 8;
     next_grad = next_x = nullptr;
     dx = p.dx + static_cast<int64_t>(fragment_row()) * p.hidden + col0;
+    own_place = pass_place(fragment_row(), fragment_part());
     own = pass_place(tile_row<0>(), tile_piece<0>());
     own_narrow = narrow_place(tile_row<0>(), tile_piece<0>());
     own_turned = narrow_place(tile_row<1>(), tile_piece<1>());
-    hold(dx), hold(own);
-    if constexpr (Lora) hold(own_narrow), hold(own_turned);
-    of_down.clear(), of_up.clear();
+    own_sums = (warp * kFragmentRows + fragment_row()) * kFragmentRanks + fragment_part() * 4;
+    hold(dx), hold(own), hold(own_place), hold(own_narrow), hold(own_turned), hold(own_sums);
+    of_down.clear(), of_up.clear(), up_bias.clear();
   }
 
   ADAMIX_DEVICE PassTile place(int tile) const {
@@ -60,8 +62,10 @@ struct PassBlock {
     return {sample, token, sample * p.tokens + token, left < kFragmentRows ? left : kFragmentRows};
   }
   ADAMIX_DEVICE PassTile after(const PassTile& tile) const {
-    int token = tile.token + kFragmentRows;
-    return token < p.tokens ? at(tile.sample, token) : at(tile.sample + 1, 0);
+    int left = p.tokens - tile.token - kFragmentRows;
+    if (left <= 0) return at(tile.sample + 1, 0);
+    return {tile.sample, tile.token + kFragmentRows, tile.first + kFragmentRows,
+            left < kFragmentRows ? left : kFragmentRows};
   }
 
   // The next tile's copies are those of a tile of another sample than the last one's.
@@ -70,8 +74,7 @@ struct PassBlock {
     if (p.need_down) next_x = begin_of(p.x, tile);
   }
   ADAMIX_DEVICE const T* begin_of(const Rows<const T>& from, const PassTile& tile) const {
-    return from.data + tile.sample * from.batch_stride + (tile.token + lane / 8) * from.token_stride +
-           (warp * kPassCols + lane % 8 * 8);
+    return from.data + tile.sample * from.batch_stride + (tile.token + fragment_row()) * from.token_stride + col0;
   }
 
   // Starts the copies of a tile: the warp's columns, rows of zeros behind the last.
@@ -80,14 +83,8 @@ struct PassBlock {
     if (p.need_down) copy(stage + kTile, next_x, p.x, tile.count);
   }
   ADAMIX_DEVICE void copy(T* stage, const T*& from, const Rows<const T>& rows, int count) const {
-    int row = lane / 8, place = pass_place(row, lane % 8);
-    int64_t step = 4 * rows.token_stride;
-#pragma unroll
-    for (int i = 0; i < kFragmentRows / 4; ++i) {
-      // As pass_place(row + 4 i, lane % 8).
-      copy_async_or_zero(stage + (place ^ i % 2 * 16) + 4 * i * kPassCols, from, row + 4 * i < count);
-      from += step;
-    }
+    pass_copy(stage, own_place, from, from + 8 * rows.token_stride, count - fragment_row());
+    from += kFragmentRows * rows.token_stride;
   }
 
   ADAMIX_DEVICE void poison(const PassTile& tile) const {
@@ -103,9 +100,12 @@ struct PassBlock {
   ADAMIX_DEVICE void narrow(const T* dy, const PassTile& tile, const PassWeights<T, Keeps, true>& weights) {
     // Two ranks of a row for each of the first 128 threads.
     int own_row = threadIdx.x / 8, own_rank = static_cast<int>(threadIdx.x) % 8 * 2;
-    bool mine = threadIdx.x < 128 && own_row < tile.count && own_rank < p.rank;
+    bool joins = threadIdx.x < 128, mine = false;
     uint32_t value = 0;
-    if (mine) value = load_words<uint32_t>(p.narrow + static_cast<int64_t>(tile.first + own_row) * p.rank + own_rank);
+    if (joins) {
+      mine = own_row < tile.count && own_rank < p.rank;
+      if (mine) value = load_words<uint32_t>(p.narrow + static_cast<int64_t>(tile.first + own_row) * p.rank + own_rank);
+    }
     float sums[2][4] = {};
     copy_wait<1>();
     __syncwarp();
@@ -117,14 +117,14 @@ struct PassBlock {
       multiply<T>(sums[0], a[0], a[1], a[2], a[3], b.at[0], b.at[1]);
       multiply<T>(sums[1], a[0], a[1], a[2], a[3], b.at[2], b.at[3]);
     }
-    float* to = memory.sums + (warp * kFragmentRows + fragment_row()) * kFragmentRanks + fragment_part() * 4;
+    float* to = memory.sums + own_sums;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       Piece<float> piece{{sums[0][2 * half], sums[0][2 * half + 1], sums[1][2 * half], sums[1][2 * half + 1]}};
       *reinterpret_cast<Piece<float>*>(to + half * 8 * kFragmentRanks) = piece;
     }
     __syncthreads();
-    if (threadIdx.x < 128) {
+    if (joins) {
       const float* from = memory.sums + threadIdx.x * 2;
       PassPair sum = load_words<PassPair>(from);
 #pragma unroll 4
@@ -137,10 +137,9 @@ struct PassBlock {
         if constexpr (Lora) {
           slope = word_of<T>(p.scaling * sum.low, p.scaling * sum.high);
         } else {
-          float low = low_of<T>(value), high = high_of<T>(value);
-          slope = word_of<T>(sum.low * activation_slope(p.activation, low),
-                             sum.high * activation_slope(p.activation, high));
-          value = word_of<T>(activate(p.activation, low), activate(p.activation, high));
+          Activated low = activated(p.activation, low_of<T>(value)), high = activated(p.activation, high_of<T>(value));
+          slope = word_of<T>(sum.low * low.slope, sum.high * high.slope);
+          value = word_of<T>(low.value, high.value);
           down_bias[0] += low_of<T>(slope), down_bias[1] += high_of<T>(slope);
         }
       }
@@ -155,30 +154,22 @@ struct PassBlock {
     __syncthreads();
   }
 
-  // The tile's part of the sums of grad_out's columns.
-  ADAMIX_DEVICE void add_up_bias(const Words& top, const Words& bottom, int c) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      up_bias[c][2 * k] += low_of<T>(top.at[k]) + low_of<T>(bottom.at[k]);
-      up_bias[c][2 * k + 1] += high_of<T>(top.at[k]) + high_of<T>(bottom.at[k]);
-    }
-  }
-
-  // dx = dpre Wd (+ grad_out) of the tile, and its part of the bias' sums; dropout in dx and in the tile of x.
+  // dx = dpre Wd (+ grad_out) of the tile; dropout in dx and in the tile of x.
   ADAMIX_DEVICE void wide(T* dy, const PassTile& tile, const PassWeights<T, Keeps, false>& weights) {
     uint32_t a[4];
     load_tiles(a, memory.narrow, own_narrow, 0, narrow_place);
-    int place = pass_place(fragment_row(), fragment_part());
+    int place = own_place;
     int64_t below = static_cast<int64_t>(8 * sizeof(T)) * p.hidden;
     T* to = dx + static_cast<int64_t>(tile.first) * p.hidden;
+    hold(to);
     bool stores = p.dx != nullptr, drops = Lora && mask.drops();
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       Words top{}, bottom{};
       if constexpr (!Lora) {
-        top = load_words<Words>(dy + (place ^ 32 * c)), bottom = load_words<Words>(dy + (place ^ 32 * c) + kTile / 2);
-        if (p.need_up) add_up_bias(top, bottom, c);
-        if (!p.add_input) top = bottom = Words{};
+        if (p.add_input && stores) {
+          top = load_words<Words>(dy + (place ^ 32 * c)), bottom = load_words<Words>(dy + (place ^ 32 * c) + kTile / 2);
+        }
       }
       Words low{}, high{};
       if (stores) {
@@ -221,16 +212,20 @@ struct PassBlock {
     both(high, x + kTile / 2, fragment_row() + 8);
   }
 
-  // The tile's part of both weight gradients.
+  // The tile's part of both weight gradients, and of grad_out's columns' sums.
   ADAMIX_DEVICE void add(const T* dy) {
     uint32_t turned[4];
     if (p.need_up) {
       load_turned<1>(turned, memory.narrow + kNarrow, 0, 0, placed(own_turned, 0, narrow_place));
-      of_up.add(turned, dy, own);
+      TwoWords apart{};
+      if constexpr (!Lora) apart = PassColumnSums::apart<T>();
+      of_up.add(turned, dy, own, [&](int n, const uint32_t (&b)[4]) {
+        if constexpr (!Lora) up_bias.template add<T>(n, b, apart);
+      });
     }
     if (p.need_down) {
       load_turned<1>(turned, memory.narrow, 0, 0, placed(own_turned, 0, narrow_place));
-      of_down.add(turned, dy + kTile, own);
+      of_down.add(turned, dy + kTile, own, [](int, const uint32_t (&)[4]) {});
     }
   }
 
@@ -251,17 +246,8 @@ struct PassBlock {
 
   ADAMIX_DEVICE void join_up_bias() {
     __syncthreads();
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        float sum = up_bias[c][e];
-#pragma unroll
-        for (int distance = 4; distance < 32; distance *= 2) sum += shuffle_xor(sum, distance);
-        if (fragment_row() == 0) memory.sums[col0 + c * kFragmentCols + e] = sum;
-        up_bias[c][e] = 0.f;
-      }
-    }
+    up_bias.each([&](int col, float sum) { memory.sums[warp * kPassCols + col] = sum; });
+    up_bias.clear();
   }
 };
 

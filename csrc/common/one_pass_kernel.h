@@ -102,20 +102,37 @@ struct PassPlanes {
     int* slots = block.memory.slots + side * p.slots;
     bool fresh = *cluster_at(slots + slot, 0) == kNoExpert;
     float* plane = p.planes + (plane0 + (side - 2 * number) * p.slots + slot) * p.planes_size;
-    for (int n = number; n < 8; n += blocks) {
-      Piece<float> sum{{0.f, 0.f, 0.f, 0.f}};
-      for (int other = 0; other < blocks; ++other) {
-        Piece<float> one = *cluster_at(place(n), other);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sum.values[e] += one.values[e];
-      }
-      PassSums::leave_tile(plane, p.rank, p.hidden, fresh, n, sum);
+    if (blocks == 4) {
+      join_tiles<4>(place(number), number, plane, fresh);
+    } else {
+      join_tiles<2>(place(number), number, plane, fresh);
     }
     if constexpr (!Lora) {
       if (number == 0) leave_bias(plane, fresh, biases, blocks);
     }
     cluster_arrive(), cluster_wait();
     if (number == 0 && threadIdx.x == 0) slots[slot] = expert;
+  }
+
+  // The sums of tiles number, number + Blocks and so on of a cluster's blocks, in their order; the first one's at
+  // `own`.
+  template <int Blocks>
+  ADAMIX_DEVICE void join_tiles(Piece<float>* own, int number, float* plane, bool fresh) const {
+    const Piece<float>* from[Blocks];
+#pragma unroll
+    for (int other = 0; other < Blocks; ++other) from[other] = cluster_at(own, other);
+#pragma unroll
+    for (int i = 0; i < 8 / Blocks; ++i) {
+      int step = i * Blocks * static_cast<int>(blockDim.x);
+      Piece<float> sum = from[0][step];
+#pragma unroll
+      for (int other = 1; other < Blocks; ++other) {
+        Piece<float> one = from[other][step];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum.values[e] += one.values[e];
+      }
+      PassSums::leave_tile(plane, block.p.rank, block.p.hidden, fresh, number + i * Blocks, sum);
+    }
   }
 };
 
@@ -145,18 +162,19 @@ ADAMIX_DEVICE void one_pass(const OnePass<T>& p) {
     }
     __syncthreads();
 
-    for (int tile = begin; tile < end; ++tile) {
-      PassTile next = block.after(at), now = at;
+    const int* experts = memory.experts;
+    for (int left = end - begin; left > 0; --left, experts += 2) {
+      PassTile now = at;
       __syncwarp();
-      if (tile + 1 < end) {
-        if (next.sample != at.sample) block.seek(next);
-        block.load(other, next);
+      if (left > 1) {
+        at = block.after(now);
+        if (at.sample != now.sample) block.seek(at);
+        block.load(other, at);
       }
       copy_commit();
-      at = next;
       T* dy = stage;
       stage = other, other = dy;
-      int down = memory.experts[2 * (tile - begin)], up = memory.experts[2 * (tile - begin) + 1];
+      int down = experts[0], up = experts[1];
       if (down == kNoExpert || up == kNoExpert) {
         copy_wait<1>();
         block.poison(now);

@@ -7,8 +7,8 @@
 namespace adamix {
 
 // Every gradient = the sum of its planes, in the order of the blocks that left them, times its scale; zero where none
-// did.
-template <typename T>
+// did. Parts: of the planes, summed side by side.
+template <int Parts, typename T>
 ADAMIX_DEVICE void pass_sum(const PassSum<T>& p) {
   SharedMemory memory;
   int planes = p.blocks * p.slots;
@@ -19,7 +19,7 @@ ADAMIX_DEVICE void pass_sum(const PassSum<T>& p) {
   if (threadIdx.x < 32) {
     int count = 0;
     for (int from = 0; from < planes; from += 32) {
-      int at = from + static_cast<int>(threadIdx.x), plane = at / p.slots * 2 * p.slots + side + at % p.slots;
+      int at = from + static_cast<int>(threadIdx.x), plane = at + at / p.slots * p.slots + side;
       bool mine = at < planes && p.experts[plane] == expert;
       uint32_t all = __ballot_sync(0xffffffffu, mine);
       if (mine) found[1 + count + __popc(all & ((1u << threadIdx.x) - 1))] = plane;
@@ -28,13 +28,12 @@ ADAMIX_DEVICE void pass_sum(const PassSum<T>& p) {
     if (threadIdx.x == 0) found[0] = count;
   }
   __syncthreads();
-  // Each quarter of the threads adds up a quarter of the planes.
-  constexpr int kSize = Piece<float>::kSize, kPieces = kPassSumThreads / kPassSumParts;
+  constexpr int kSize = Piece<float>::kSize, kPieces = kPassSumThreads / Parts;
   int piece = threadIdx.x % kPieces, part = threadIdx.x / kPieces;
   int at = (job % p.chunks * kPieces + piece) * kSize;
   int weights = p.rank * p.hidden, biases = p.down_bias == nullptr && p.up_bias == nullptr ? 0 : up ? p.hidden : p.rank;
   int count = found[0];
-  int a_part = ceil_div(count, kPassSumParts), last = count < (part + 1) * a_part ? count : (part + 1) * a_part;
+  int a_part = ceil_div(count, Parts), last = count < (part + 1) * a_part ? count : (part + 1) * a_part;
   float sums[kSize] = {};
   if (at < weights + biases) {
 #pragma unroll 8
@@ -44,31 +43,35 @@ ADAMIX_DEVICE void pass_sum(const PassSum<T>& p) {
       for (int e = 0; e < kSize; ++e) sums[e] += one.values[e];
     }
   }
-  float* all = memory.take<float>(kPassSumThreads * kSize);
+  if constexpr (Parts > 1) {
+    float* all = memory.take<float>(kPassSumThreads * kSize);
 #pragma unroll
-  for (int e = 0; e < kSize; ++e) all[threadIdx.x * kSize + e] = sums[e];
-  __syncthreads();
-  if (part > 0 || at >= weights + biases) return;
+    for (int e = 0; e < kSize; ++e) all[threadIdx.x * kSize + e] = sums[e];
+    __syncthreads();
 #pragma unroll
-  for (int other = 1; other < kPassSumParts; ++other) {
+    for (int other = 1; other < Parts && part == 0; ++other) {
 #pragma unroll
-    for (int e = 0; e < kSize; ++e) sums[e] += all[(other * kPieces + piece) * kSize + e];
-  }
-  T* weight = up ? p.up_weight : p.down_weight;
-  T* bias = up ? p.up_bias : p.down_bias;
-#pragma unroll
-  for (int e = 0; e < kSize; ++e) {
-    int element = at + e;
-    if (element >= weights + biases) return;
-    T value = from_float<T>(sums[e] * (up ? p.up_scale : p.down_scale));
-    if (element >= weights) {
-      bias[static_cast<int64_t>(expert) * biases + element - weights] = value;
-    } else if (up) {
-      weight[static_cast<int64_t>(expert) * weights + element % p.hidden * p.rank + element / p.hidden] = value;
-    } else {
-      weight[static_cast<int64_t>(expert) * weights + element] = value;
+      for (int e = 0; e < kSize; ++e) sums[e] += all[(other * kPieces + piece) * kSize + e];
     }
   }
+  if (part > 0 || at >= weights + biases) return;
+  T* weight = up ? p.up_weight : p.down_weight;
+  T* bias = up ? p.up_bias : p.down_bias;
+  // Weights and ranks are multiples of kSize, columns too: a piece is of weights or of a bias, and of one rank.
+  bool is_bias = at >= weights;
+  int rank = at / p.hidden;
+  T* to = is_bias
+              ? bias + (static_cast<int64_t>(expert) * biases + at - weights)
+              : weight + (static_cast<int64_t>(expert) * weights + (up ? (at - rank * p.hidden) * p.rank + rank : at));
+  float scale = up ? p.up_scale : p.down_scale;
+#pragma unroll
+  for (float& sum : sums) sum *= scale;
+  if (!up || is_bias) {
+    store_words(to, TwoWords{{word_of<T>(sums[0], sums[1]), word_of<T>(sums[2], sums[3])}});
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kSize; ++e) to[e * p.rank] = from_float<T>(sums[e]);
 }
 
 #if defined(ADAMIX_LAUNCHERS)
@@ -94,10 +97,10 @@ void launch_one_pass(const char* name, void (*kernel)(OnePass<T>), const OnePass
 }
 
 // down_experts, up_experts: 0 where that side is not wanted.
-template <typename T>
+template <int Parts, typename T>
 void launch_pass_sum(const char* name, void (*kernel)(PassSum<T>), PassSum<T> params, int down_experts, int up_experts,
                      const Device& device) {
-  constexpr int kBlock = kPassSumThreads / kPassSumParts * Piece<float>::kSize;
+  constexpr int kBlock = kPassSumThreads / Parts * Piece<float>::kSize;
   params.chunks = ceil_div(static_cast<int>(params.planes_size), kBlock);
   params.down_jobs = down_experts * params.chunks;
   size_t bytes = pass_sum_bytes(params.blocks, params.slots);

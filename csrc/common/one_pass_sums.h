@@ -42,6 +42,13 @@ ADAMIX_DEVICE void hold(int& value) {
   (void)value;
 #endif
 }
+ADAMIX_DEVICE void hold(uint32_t& value) {
+#if ADAMIX_ARCH > 0
+  asm volatile("" : "+r"(value));
+#else
+  (void)value;
+#endif
+}
 template <typename T>
 ADAMIX_DEVICE void hold(T*& value) {
 #if ADAMIX_ARCH > 0
@@ -83,6 +90,19 @@ ADAMIX_DEVICE void load_tiles(uint32_t (&words)[4], const T* base, int own, int 
 #endif
 }
 
+// Starts a lane's copies of a warp's tile of 16 rows: columns fragment_part() * 8 and 32 behind of row fragment_row(),
+// at `upper`, and of the row 8 below. place: pass_place(fragment_row(), fragment_part()); left: rows that are there,
+// from the lane's first on; of others zeros.
+template <typename T>
+ADAMIX_DEVICE void pass_copy(T* stage, int place, const T* upper, const T* lower, int left) {
+  constexpr int kHalf = 8 * kPassCols;
+  bool above = left > 0, below = left > 8;
+  copy_async_or_zero(stage + place, upper, above);
+  copy_async_or_zero(stage + (place ^ kFragmentCols), upper + kFragmentCols, above);
+  copy_async_or_zero(stage + place + kHalf, lower, below);
+  copy_async_or_zero(stage + (place ^ kFragmentCols) + kHalf, lower + kFragmentCols, below);
+}
+
 // The sums of 16 ranks (rows) by 64 columns that a warp holds for one side.
 struct PassSums {
   float at[8][4];
@@ -95,15 +115,17 @@ struct PassSums {
     }
   }
 
-  // += narrow^T wide over 16 rows. a: narrow, turned; wide: the warp's tile; own: see load_tiles.
-  template <typename T>
-  ADAMIX_DEVICE void add(const uint32_t (&a)[4], const T* wide, int own) {
+  // += narrow^T wide over 16 rows. a: narrow, turned; wide: the warp's tile; own: see load_tiles; visit(n, b): with the
+  // right operands of columns 16 n to 16 n + 15.
+  template <typename T, typename Visit>
+  ADAMIX_DEVICE void add(const uint32_t (&a)[4], const T* wide, int own, Visit visit) {
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       uint32_t b[4];
       load_turned<0>(b, wide, 0, 16 * n, placed(own, 2 * n, pass_place));
       multiply<T>(at[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
       multiply<T>(at[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+      visit(n, b);
     }
   }
 
@@ -129,6 +151,48 @@ struct PassSums {
         sum = {sum.low + held.low, sum.high + held.high};
       }
       store_words(to, sum);
+    }
+  }
+};
+
+// The sums of a warp's 64 columns over rows, two parts a column: of columns 16 n + fragment_row() (values 0 and 2), and
+// 8 behind (1 and 3).
+struct PassColumnSums {
+  float at[4][4];
+
+  ADAMIX_DEVICE void clear() {
+#pragma unroll
+    for (auto& tile : at) {
+#pragma unroll
+      for (float& value : tile) value = 0.f;
+    }
+  }
+
+  // += the sums over 16 rows, of which PassSums::add has the right operands b. As they lie they are left ones too,
+  // whose inner indices from 8 on are columns 8 and on: ones in the right places of the other operand keep them apart.
+  template <typename T>
+  ADAMIX_DEVICE void add(int n, const uint32_t (&b)[4], const TwoWords& apart) {
+    multiply<T>(at[n], b[0], b[1], b[2], b[3], apart.at[0], apart.at[1]);
+  }
+  template <typename T>
+  static ADAMIX_DEVICE TwoWords apart() {
+    TwoWords words{{fragment_row() % 2 == 0 ? ones<T>() : 0, fragment_row() % 2 == 0 ? 0 : ones<T>()}};
+    hold(words.at[0]), hold(words.at[1]);
+    return words;
+  }
+  template <typename T>
+  static constexpr ADAMIX_BOTH uint32_t ones() {
+    return kIsHalf<T> ? 0x3c003c00u : 0x3f803f80u;
+  }
+
+  // visit(col, the sum) for the warp's columns, by one lane each.
+  template <typename Visit>
+  ADAMIX_DEVICE void each(Visit visit) const {
+    if (fragment_part() != 0) return;
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      visit(16 * n + fragment_row(), at[n][0] + at[n][2]);
+      visit(16 * n + 8 + fragment_row(), at[n][1] + at[n][3]);
     }
   }
 };

@@ -1,6 +1,7 @@
 // The input's gradient on tiles that stay in registers, for 16-bit rows that start at multiples of 16 bytes.
 #pragma once
 
+#include "common/activated.h"
 #include "routed_adapter/resident_tile.h"
 #include "routed_adapter/routed_adapter.h"
 
@@ -34,30 +35,23 @@ __global__ void __launch_bounds__(kResidentThreads)
           }
           int64_t at = (tile.first + row) * p.rank + rank;
           uint32_t pre = *reinterpret_cast<const uint32_t*>(p.pre + at);
-          float pre_low = low_of<T>(pre), pre_high = high_of<T>(pre);
-          *word = word_of<T>(low * activation_slope(p.activation, pre_low),
-                             high * activation_slope(p.activation, pre_high));
+          Activated first = activated(p.activation, low_of<T>(pre)), second = activated(p.activation, high_of<T>(pre));
+          *word = word_of<T>(low * first.slope, high * second.slope);
           if (p.dpre != nullptr) *reinterpret_cast<uint32_t*>(p.dpre + at) = *word;
-          if (p.h == nullptr) return;
-          *reinterpret_cast<uint32_t*>(p.h + at) =
-              word_of<T>(activate(p.activation, pre_low), activate(p.activation, pre_high));
+          if (p.h != nullptr) *reinterpret_cast<uint32_t*>(p.h + at) = word_of<T>(first.value, second.value);
         });
         __syncthreads();
       }
     }
     if (p.dx == nullptr) return;
 
-    auto add = [&](int expert) {
-      ResidentBank<T> bank{p.down_weight + expert * bank_size, p.hidden, p.rank};
-      tile.template wide<false, Steps>(memory, bank, static_cast<const T*>(nullptr), p.dx,
-                                       experts.template rows_of_wide<tile.kRows>(expert, tile.count));
-    };
-    if (experts.one() && p.add_input) return add(experts.first_wide);
     if (!p.add_input) tile.clear();
     for (int expert = -1;;) {
       expert = experts.next(experts.wide, experts.first_wide, tile.kRows, expert);
       if (expert == kNoExpert) break;
-      add(expert);
+      ResidentBank<T> bank{p.down_weight + expert * bank_size, p.hidden, p.rank};
+      tile.template wide<false, Steps>(memory, bank, static_cast<const T*>(nullptr), p.dx,
+                                       experts.template rows_of_wide<tile.kRows>(expert, tile.count));
     }
     tile.poison(experts, p.dx, p.hidden);
   }

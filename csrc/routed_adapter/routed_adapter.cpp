@@ -4,6 +4,7 @@
 #include "common/adapter_checks.h"
 #include "common/checks.h"
 #include "common/row_shares.h"
+#include "common/sample_grads_plan.h"
 #include "registration.h"
 
 namespace adamix {
@@ -199,7 +200,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_adapter_backward(
       of_up.bias_of = BiasOf::kWide;
       of_up.experts = check_int("Mu", up_experts);
     }
-    weights.shares = share_rows(of_down, of_up, narrow_of<T>(rank), rows, sum, x, device, planes);
+    SamplePlan samples{};
+    if constexpr (kFragmentsFrom<T> > 0) samples = sample_plan(of_down, of_up, batch, tokens, device);
+    if (samples.shares > 0) {
+      planes = allocate(x, {samples.floats()}, ScalarType::Float);
+    } else {
+      weights.shares = share_rows(of_down, of_up, narrow_of<T>(rank), rows, sum, x, device, planes);
+    }
 
     if (need_input || need_down || need_h) {
       RoutedAdapterInputGrad<T> params{};
@@ -222,6 +229,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_adapter_backward(
       params.up_aligned = rank_aligned && is_aligned(params.up_weight, {}, sizeof(T));
       params.dx_aligned = is_aligned(params.dx, {hidden}, sizeof(T));
       launch_routed_adapter_input_grad(params, device);
+    }
+    if constexpr (kFragmentsFrom<T> > 0) {
+      if (samples.shares > 0) {
+        launch_sample_grads(samples, of_down, of_up, Dropout{}, 1.f, 1.f, batch, tokens, data<float>(planes), device);
+        return;
+      }
     }
     if (need_down || need_up) launch_routed_adapter_weight_grad(weights, device);
     if (weights.shares.count > 1) launch_plane_sum("routed_adapter_plane_sum", sum, device);

@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(kPassThreads) routed_adapter_one_pass_kernel(O
 
 template <typename T>
 __global__ void __launch_bounds__(kPassSumThreads) routed_adapter_pass_sum_kernel(PassSum<T> p) {
-  pass_sum(p);
+  pass_sum<kPassSumParts>(p);
 }
 
 #define ADAMIX_INSTANTIATE(T)                                                    \
@@ -31,8 +31,8 @@ void launch_routed_adapter_one_pass(const OnePass<T>& params, const PassPlan& pl
 
 template <typename T>
 void launch_routed_adapter_pass_sum(const PassSum<T>& params, int down_experts, int up_experts, const Device& device) {
-  launch_pass_sum("routed_adapter_pass_sum", routed_adapter_pass_sum_kernel<T>, params, down_experts, up_experts,
-                  device);
+  launch_pass_sum<kPassSumParts>("routed_adapter_pass_sum", routed_adapter_pass_sum_kernel<T>, params, down_experts,
+                                 up_experts, device);
 }
 
 #define ADAMIX_INSTANTIATE(T)                                                                      \

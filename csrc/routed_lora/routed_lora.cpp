@@ -7,6 +7,7 @@
 #include "common/fragment_shape.h"
 #include "common/lora_checks.h"
 #include "common/row_shares.h"
+#include "common/sample_grads_plan.h"
 #include "registration.h"
 #include "routed_lora/routed_lora_pass.h"
 
@@ -257,11 +258,20 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora_backward(Tensor grad_out, Tensor 
       of_b.weight = sum.add(data<T>(db), db.numel());
       of_b.experts = call.experts_b;
     }
+    SamplePlan samples{};
+    GradSide<T> columns = of_b;
+    if (need_b) columns.wide.data += call.ranges.start[0];
+    columns.wide.aligned = columns.wide.aligned && call.ranges.start[0] % Piece<T>::kSize == 0;
+    if constexpr (kFragmentsFrom<T> > 0) samples = sample_plan(of_a, columns, call.batch, call.tokens, device);
     weights.tiles = count_tiles_of_ranks(weights, device);
-    weights.shares =
-        weights.tiles > 0
-            ? cut_rows(count_lora_shares(weights, call.rows, sum.plane_size, device), 128, call.rows, sum, x, planes)
-            : share_rows(of_a, of_b, narrow_of<T>(call.ranks), call.rows, sum, x, device, planes);
+    if (samples.shares > 0) {
+      planes = allocate(x, {samples.floats()}, ScalarType::Float);
+    } else if (weights.tiles > 0) {
+      int count = count_lora_shares(weights, call.rows, sum.plane_size, device);
+      weights.shares = cut_rows(count, 128, call.rows, sum, x, planes);
+    } else {
+      weights.shares = share_rows(of_a, of_b, narrow_of<T>(call.ranks), call.rows, sum, x, device, planes);
+    }
 
     if (need_x || need_a) {
       RoutedLoraInputGrad<T> params{};
@@ -271,6 +281,14 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora_backward(Tensor grad_out, Tensor 
       fill<T>(params, call, lora_a, lora_b);
       params.dx_aligned = is_aligned(params.dx, {call.features}, sizeof(T));
       launch_routed_lora_input_grad(params, device);
+    }
+    if constexpr (kFragmentsFrom<T> > 0) {
+      if (samples.shares > 0) {
+        launch_sample_grads(samples, of_a, columns, call.dropout,
+                            call.dropout.seed == nullptr ? 1.f : call.dropout.scale, call.scaling, call.batch,
+                            call.tokens, data<float>(planes), device);
+        return;
+      }
     }
     if (need_a || need_b) launch_routed_lora_weight_grad(weights, device);
     if (weights.shares.count > 1) launch_plane_sum("routed_lora_plane_sum", sum, device);

@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(kPassThreads) routed_lora_one_pass_kernel(OneP
 
 template <typename T>
 __global__ void __launch_bounds__(kPassSumThreads) routed_lora_pass_sum_kernel(PassSum<T> p) {
-  pass_sum(p);
+  pass_sum<kPassSumParts>(p);
 }
 
 #define ADAMIX_INSTANTIATE(T)                                                 \
@@ -31,7 +31,8 @@ void launch_routed_lora_one_pass(const OnePass<T>& params, const PassPlan& plan,
 
 template <typename T>
 void launch_routed_lora_pass_sum(const PassSum<T>& params, int a_experts, int b_experts, const Device& device) {
-  launch_pass_sum("routed_lora_pass_sum", routed_lora_pass_sum_kernel<T>, params, a_experts, b_experts, device);
+  launch_pass_sum<kPassSumParts>("routed_lora_pass_sum", routed_lora_pass_sum_kernel<T>, params, a_experts, b_experts,
+                                 device);
 }
 
 #define ADAMIX_INSTANTIATE(T)                                                                   \

@@ -13,18 +13,23 @@ from .draws import FINITE, VALUES, Draw, Sizes
 
 
 @st.composite
-def routed_adapter_cases(draw, dtypes, sizes: Sizes, whole: bool = False, one_up: bool = False) -> Case:
-    """whole: features in whole pieces of 64, ranks of 4, and samples of a tile's rows. one_up: one expert above."""
+def routed_adapter_cases(
+    draw, dtypes, sizes: Sizes, whole: bool = False, one_up: bool = False, many: bool = False
+) -> Case:
+    """whole: features in whole pieces of 64, ranks of 4, and samples of a tile's rows. one_up: one expert above. many:
+    ranks, in whole pieces, and samples of half a long tile's rows at least."""
     d = Draw(draw, dtypes)
     batch, tokens = d.size(sizes.batch), d.size(sizes.tokens) + sizes.more_rows
     hidden, r = d.size(sizes.features), d.size(sizes.rank)
     if whole:
         batch, tokens, hidden, r = max(1, batch), tokens + 8, 64 * d.integer(4, 6), 4 * d.integer(1, 4)
+    if many:
+        batch, tokens, hidden, r = max(1, batch), tokens + 32, 128, 8 * d.integer(3, 8)
     rows = batch * tokens
     md, mu = (d.integer(1, 4) for _ in range(2))
     mu = 1 if one_up else mu
     residual = d.choose(("none", "input", "other"))
-    out = hidden if whole or residual == "input" else d.choose((hidden, d.size(sizes.features)))
+    out = hidden if whole or many or residual == "input" else d.choose((hidden, d.size(sizes.features)))
     activation = d.choose(tuple(plain.ACTIVATIONS))
     # Padding may make NaN of a row's infinity, which only ReLU, and no rank at all, turn into a finite number.
     x = d.tensor("x", batch, tokens, hidden, values=VALUES if r and activation != "relu" else FINITE)
