@@ -5,6 +5,7 @@
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -188,6 +189,29 @@ def test_columns_far_above_those_that_a_lane_began_with(label, dtype, detach):
     logits[:, :9100] += apart.repeat(2)[:, None]
     labels = torch.full((5,), label, device=DEVICE)
     gradients(lambda backend, x: adamix_loss(x, labels, detach_target=detach, backend=backend), WIDE, logits)
+
+
+@pytest.mark.parametrize("gap", [60.0, 89.0, 95.0])
+def test_what_counts_in_a_lane_that_began_far_below(gap, monkeypatch):
+    """A lane began with `gap` below the row's maximum, and one of its later columns counts. On a GPU exp2 gives 0 for
+    what is below the least normal number; the interpreter's gives that only here."""
+    if INTERPRETING:
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        def flushed(self, arg):
+            return self.unary_op(arg, lambda x: np.where(x < -126, np.float32(0), np.exp2(x)))
+
+        monkeypatch.setattr(InterpreterBuilder, "create_exp2", flushed)
+    a = torch.full((1, 4200), -30.0, device=DEVICE, dtype=torch.bfloat16)
+    a[0, 0], a[0, 40:48] = 10.0, 10.0 - gap
+    b = a.clone()
+    a[0, 2091], b[0, 2091] = 7.0, 6.0
+    found = {}
+    for backend in ("reference", "triton"):
+        leaves = [t.clone().requires_grad_() for t in (a, b)]
+        loss = consistency_loss(*leaves, backend=backend)
+        found[backend] = loss.detach(), *torch.autograd.grad(loss, leaves)
+    torch.testing.assert_close(found["triton"], found["reference"], rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("detach", [True, False])

@@ -40,6 +40,7 @@ def lane_tops(first, label):
     """What a lane's sums are in powers of unless EXACT: the maximum of its first columns [lanes, n] and of the label's
     logit (NaN: there is none), so that it is a row's maximum where that is the label's. Its later columns may exceed
     it, up to where `join` sees that they are too large."""
+    label = tl.where(label == label, label, -float("inf"))  # the interpreter's maximum would be NaN
     return finite_top(tl.maximum(tl.max(first, axis=1), label))
 
 
@@ -138,12 +139,20 @@ def join(
     else:
         over_a = low_a - powers(max_a)
         over_b = low_b - powers(max_b)
-        keep_a = tl.exp2(over_a)
-        keep_b = tl.exp2(over_b)
+        # Half of it twice: a sum may be as large as what it is multiplied by is small, which a GPU's exp2 takes for 0.
+        keep_a = tl.exp2(0.5 * over_a)
+        keep_b = tl.exp2(0.5 * over_b)
         shift = over_a - over_b
     gap_a = (gap_a + sum_a * shift) * keep_a
     gap_b = (gap_b + sum_b * shift) * keep_b
-    sum_a, sum_b, gap_a, gap_b = _sums(sum_a * keep_a, sum_b * keep_b, gap_a, gap_b)
+    sum_a *= keep_a
+    sum_b *= keep_b
+    if not EXACT:
+        gap_a *= keep_a
+        gap_b *= keep_b
+        sum_a *= keep_a
+        sum_b *= keep_b
+    sum_a, sum_b, gap_a, gap_b = _sums(sum_a, sum_b, gap_a, gap_b)
     mean_p = gap_a / sum_a
     mean_q = gap_b / sum_b
     if SMOOTH:
