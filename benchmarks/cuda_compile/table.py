@@ -45,16 +45,17 @@ _BELOW = {"routed_adapter_held_forward_kernel": 75}
 # and how many bytes of spill stores and of spill loads they may show.
 _MAY_SPILL = {
     "routed_adapter_resident_forward_kernel": (70, 1024, 1024),
-    "routed_adapter_resident_input_grad_kernel": (70, 720, 1344),  # most of it for tiles of several experts
-    "routed_adapter_one_pass_kernel": (70, 512, 512),
+    "routed_adapter_resident_input_grad_kernel": (70, 560, 580),  # most of it for tiles of several experts
+    "routed_adapter_one_pass_kernel": (70, 88, 128),
     "routed_adapter_pass_sum_kernel": (100, 16, 16),
     "routed_lora_pass_sum_kernel": (100, 16, 16),
     "sample_sum_kernel": (100, 16, 16),
     "router_forward_kernel": (75, 16, 32),  # bfloat16 on a GPU that has no matrix unit for it
     "gated_forward_mma_kernel": (80, 32, 32),
-    "gated_resident_forward_kernel": (70, 640, 640),
-    "gated_input_grad_mma_kernel": (120, 32, 32),
-    "gated_weight_grad_mma_kernel": (100, 32, 32),
+    "gated_resident_forward_kernel": (70, 192, 64),
+    "merge_lora_product_kernel": (70, 320, 208),  # float32 factors, split into two of 16 bits
+    "gated_input_grad_mma_kernel": (75, 44, 52),
+    "gated_weight_grad_mma_kernel": (75, 144, 196),
     "gated_sorted_input_grad_mma_kernel": (90, 20, 28),
     "gated_sorted_weight_grad_mma_kernel": (75, 16, 20),  # of an adapter's biases
     "pair_loss_kernel": (70, 32, 16),  # rows of which no cluster holds all
