@@ -34,8 +34,8 @@ CPU_LIMITS = {
     (2, 16): {"original": 0.85},
 }
 
-# A mixture's layer over a peer, {kind: {peer: (forward, with backward)}}, at least. Replayed: half of what the
-# bytes that each moves say (mixtures_cpu.csv), in halves, since the base's product, the same in all, takes as long as our bytes.
+# A mixture's layer over a peer, {kind: {peer: (forward, with backward)}}, at least. Replayed: half of what the bytes
+# that each moves say (mixtures_cpu.csv): the base's product, the same in all, takes about as long as our bytes.
 # The loop waits for the GPU and is eager, where the Python of both sides counts: 41 calls and more to 2.
 MIXTURE_LIMITS = {
     "dense": {"loop": (3, 3), "einsum": (3.5, 3), "peft x-lora": (7, 9), "grouped_mm": (5, 5.5)},

@@ -21,6 +21,9 @@ ARROW = "arrow top-2"
 # What a layer is called -> experts a token, None: all of them. Arrow's gates are computed from x, others are given.
 KINDS = {"dense": None, "top-2": 2, ARROW: 2}
 
+_GIVEN = ("loop", "einsum", "peft x-lora", "grouped_mm")
+PEERS = {"dense": _GIVEN, "top-2": _GIVEN, ARROW: ("peft arrow",)}
+
 
 class Layer:
     """One mixture: x [B, S, K], a frozen base [K, K], banks [M, r, K] and [M, K, r], gates by `kind` of KINDS."""

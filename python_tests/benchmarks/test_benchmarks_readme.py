@@ -14,6 +14,7 @@ from benchmarks.measure import goals, record
 from benchmarks.measure.goals import all_goals, evaluate
 from benchmarks.measure.record import Row
 from benchmarks.mixtures import bench as mixtures
+from benchmarks.mixtures.layer import PEERS
 from benchmarks.readme import __main__ as readme
 from benchmarks.readme import ops as readme_ops
 
@@ -221,6 +222,7 @@ def test_mixtures_and_decoding():
 def test_the_goals_of_mixtures_are_half_of_what_the_counted_bytes_say():
     rows = record.read(mixtures.TABLE)
     moved = {(r.op, r.shape.partition(" 4x")[0], r.backend): r.value for r in rows if r.metric == "moved"}
+    assert {kind: set(peers) for kind, peers in goals.MIXTURE_LIMITS.items()} == {k: set(p) for k, p in PEERS.items()}
     for kind, peers in goals.MIXTURE_LIMITS.items():
         for peer, limits in peers.items():
             for op, limit in zip(("mixture/forward", "mixture/forward+backward"), limits):
