@@ -8,10 +8,10 @@ import logging
 import sys
 from dataclasses import fields
 
-from . import mixtures
 from .host import bench as bench_host
 from .measure import record
 from .measure.harness import RedCheckError
+from .mixtures import bench as bench_mixtures
 from .models import inference as bench_inference
 from .models import step as bench_step
 from .models import workloads as bench_models
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     bench_models.add_parser(commands)
     bench_inference.add_parser(commands)
     bench_host.add_parser(commands)
-    mixtures.add_parser(commands)
+    bench_mixtures.add_parser(commands)
 
     memory = commands.add_parser("step-memory", help="peak memory of one step in this process, in MiB")
     memory.add_argument("name", choices=TITLES)

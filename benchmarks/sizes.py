@@ -102,6 +102,37 @@ class GateSize:
 
 
 @dataclass(frozen=True)
+class MixtureSize:
+    """A layer x [batch, tokens, width] -> the same of eight LoRAs of rank 8; kind: of mixtures/layer.py."""
+
+    batch: int
+    tokens: int
+    width: int
+    kind: str
+    dtype: str = "bfloat16"
+
+    @property
+    def dimensions(self) -> tuple[int, int, int]:
+        return self.batch, self.tokens, self.width
+
+    @property
+    def words(self) -> str:
+        return f"{self.kind} {self.batch}x{self.tokens} K=N={self.width} M=8 r=8"
+
+
+@dataclass(frozen=True)
+class DecodeSize:
+    """A token through 24 layers of a Llama of that width."""
+
+    width: int
+    dtype: str = "bfloat16"
+
+    @property
+    def words(self) -> str:
+        return f"24 layers, width {self.width}, 1 token"
+
+
+@dataclass(frozen=True)
 class RouterSize:
     """x [batch, tokens, features] -> gates of all `experts`, or of the largest `slots`; weights are float32."""
 
@@ -329,3 +360,9 @@ STEPS = {
     "smoke": {"tiny": (StepSize("tiny", 2, 8, 8),), "tiny-gpt2": (StepSize("tiny-gpt2", 2, 8, 4),)},
 }
 INFERENCE = {"gpu": (StepSize("roberta-large", 16, 128, 16),), "smoke": (StepSize("tiny", 2, 8, 8),)}
+# A mixture's layer in each kind, and 24 layers of them that decode.
+MIXTURE = {
+    "gpu": tuple(MixtureSize(8, 512, 1024, kind) for kind in ("dense", "top-2", "arrow top-2")),
+    "smoke": tuple(MixtureSize(2, 5, 16, kind, "float32") for kind in ("dense", "top-2", "arrow top-2")),
+}
+DECODE = {"gpu": (DecodeSize(1024),), "smoke": (DecodeSize(32, "float32"),)}

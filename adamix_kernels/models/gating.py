@@ -217,8 +217,9 @@ def check_mergeable(model: nn.Module, state: AdaMixState, gates: object) -> None
     if gates is not None and not learned:
         raise ValueError(f"gates: got {gates!r} for routing={state.config.routing!r}, expected None: it has no gates")
     if learned and gates is None:
+        by = "task" if state.config.router == "task" else "token or sample"
         raise ValueError(
-            "model: got one whose gates differ by token or sample, which no single expert computes, expected "
+            f"model: got one whose gates differ by {by}, which no single expert computes, expected "
             "merge(model, gates='mean'), which takes the mean gates of the training and says what is lost"
         )
     if gates is not None:

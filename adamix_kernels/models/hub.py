@@ -5,10 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .._extras import install_line
 from ._files import as_path
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 # Weights as safetensors, text and tokenizers; nothing that is unpickled, and no code.
 ALLOWED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.jinja", "*.tiktoken", "*.spm", "*.bpe")
@@ -16,6 +21,8 @@ _IGNORED = ("checkpoint-*/*", "runs/*")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LOCAL = "_path"
 _PATIENCE = 10.0  # seconds
+_KEPT = 60.0  # seconds that an answer of the Hub stands: a load asks for a tokenizer, a config and a model
+_answers: dict[tuple[str, str, str], tuple[float, bool]] = {}
 _MISSING = "the Hub has no such repository, or it is private (hf auth login)"
 
 logger = logging.getLogger(__name__)
@@ -88,19 +95,32 @@ def _snapshot(repository: str, revision: str | None, name: str) -> Path:
 
 def hub_answers(repository: str, name: str, kind: str = "model") -> bool:
     """Whether the Hub can be asked for a repository: one question, before a library asks file by file, half a minute
-    of tries each. Where it cannot, a warning says so, and the cache of this machine is all there is.
+    of tries each. Where it cannot, a warning says so, and the cache of this machine is all there is. The answer stands
+    for a minute in this process, unless it was that there is no such repository.
 
     Args:
         repository: a model's or a data set's name. name: what messages call it. kind: "model" or "dataset".
 
     Raises ValueError: the Hub has no such repository.
     """
-    from huggingface_hub import HfApi, constants, errors
+    from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
         return False
+    api = HfApi()
+    key = api.endpoint, repository, kind
+    since, reached = _answers.get(key, (-_KEPT, False))
+    if time.monotonic() - since >= _KEPT:
+        reached = _ask(api, repository, name, kind)
+        _answers[key] = time.monotonic(), reached
+    return reached
+
+
+def _ask(api: HfApi, repository: str, name: str, kind: str) -> bool:
+    from huggingface_hub import errors
+
     try:
-        HfApi().repo_info(repository, repo_type=kind, timeout=_PATIENCE)
+        api.repo_info(repository, repo_type=kind, timeout=_PATIENCE)
     except errors.RepositoryNotFoundError as error:
         if not isinstance(error, errors.GatedRepoError):  # of which the library says what to do
             raise ValueError(f"{name}: got {repository!r}, which is no folder here, and {_MISSING}") from error

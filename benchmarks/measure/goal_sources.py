@@ -129,17 +129,17 @@ def step_speedup(shape: str) -> Source:
 
 
 def serving_ratio(ours: str, other: str, shape: str) -> Source:
-    """Forward time of one merged model over another, replayed where both are, else eager."""
+    """Time of one model over another ("inference/base"), replayed where both are, else eager."""
 
     def source(rows: Rows) -> Found | str:
         for metric, how in (("graph_time_p50", "replayed"), ("time_p50", "eager")):
-            timed = {name: rows.get(f"inference/{ours}", name, shape, metric) for name in ("torch", *OURS)}
+            timed = {name: rows.get(ours, name, shape, metric) for name in ("torch", *OURS)}
             found = [(value, name) for name, value in timed.items() if value is not None]
-            peer = rows.get(f"inference/{other}", "torch", shape, metric)
+            peer = rows.get(other, "torch", shape, metric)
             if found and peer is not None:
                 time, name = min(found)
-                return Found(time / peer, f"{name} {time:.4g} ms, {other} {peer:.4g} ms, {how}")
-        return _missing(rows, f"inference/{ours}", ("torch", *OURS), shape)
+                return Found(time / peer, f"{name} {time:.4g} ms, {other.partition('/')[2]} {peer:.4g} ms, {how}")
+        return _missing(rows, ours, ("torch", *OURS), shape)
 
     return source
 

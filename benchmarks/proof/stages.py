@@ -19,12 +19,14 @@ from .run import Stage
 
 TESTS = ROOT / "python_tests"
 # Seconds of the timed benchmarks on a GPU.
-_OP_SECONDS = {"routed_adapter": 45, "routed_lora": 40, "consistency": 75, "merge": 25}
-_MODEL_SECONDS = {"bert-base": 45, "roberta-large": 60, "gpt2-medium": 45}
+_OP_SECONDS = {"routed_adapter": 40, "routed_lora": 40, "consistency": 65, "merge": 25}
+_MODEL_SECONDS = {"bert-base": 45, "roberta-large": 55, "gpt2-medium": 45}
+_MIXTURE_SECONDS = 30
 _SMOKE_SECONDS = 300
 # Shares of the GPU's memory while everything is checked at once; the tests have the rest.
 _SHARES = {"consistency": 0.3, "routed_adapter": 0.05, "routed_lora": 0.05, "merge": 0.05}
 _MODEL_SHARE = 0.12
+_MIXTURE_SHARE = 0.04
 
 
 def groups(folder: Path, out: Path, *, smoke: bool, skip: Sequence[str] = ()) -> list[list[Stage]]:
@@ -39,6 +41,7 @@ def groups(folder: Path, out: Path, *, smoke: bool, skip: Sequence[str] = ()) ->
         *([_op(name, folder, smoke)] for name in OPS),
         *([_models(names, folder, smoke)] for names in _model_names(smoke)),
         [_bench("inference", ["inference"], folder, 25, smoke)],
+        [_bench("mixtures", ["mixtures"], folder, _MIXTURE_SECONDS, smoke)],
         _sanitizers(smoke),
         [_tune(out, smoke)],
     ]
@@ -168,6 +171,7 @@ def _warm(folder: Path, smoke: bool) -> list[Stage]:
     made = [_bench(f"check/{name}", ["op", name], folder, 140, smoke, check=_SHARES[name]) for name in OPS]
     for names in _model_names(smoke):
         made.append(_bench(f"check/{names[0]}", ["models", *names], folder, 140, smoke, check=_MODEL_SHARE))
+    made.append(_bench("check/mixtures", ["mixtures"], folder, 140, smoke, check=_MIXTURE_SHARE))
     return made
 
 
@@ -201,7 +205,7 @@ def read_sanitizer(status: int, output: str) -> tuple[bool, str]:
 def _tune(out: Path, smoke: bool) -> Stage:
     path = out / "tune.json"
     command = _python("-m", "benchmarks.tune", f"--out={path}", "--repeats=10")
-    return Stage("tune", command, _SMOKE_SECONDS if smoke else 40, paced=True, skips=(2,), read=_read_tune)
+    return Stage("tune", command, _SMOKE_SECONDS if smoke else 30, paced=True, skips=(2,), read=_read_tune)
 
 
 def _read_tune(status: int, output: str) -> tuple[bool, str]:

@@ -66,7 +66,7 @@ def test_smoke_runs_every_stage(tmp_path, capsys):
     outcome = {s["name"]: s["outcome"] for s in summary["stages"]}
     ops = {"routed_adapter", "routed_lora", "consistency", "merge"}
     assert ops & set(outcome) == ops - set(skip)
-    timed = {*ops, "steps/tiny+tiny-gpt2", "inference"} - set(skip)
+    timed = {*ops, "steps/tiny+tiny-gpt2", "inference", "mixtures"} - set(skip)
     assert {name for name, what in outcome.items() if what == PASSED} >= {"environment", *timed}
     if not torch.cuda.is_available():
         assert {n for n, what in outcome.items() if what == NOT_RUN} >= {"build", "check", "tune", "sanitizer/memcheck"}
@@ -81,6 +81,8 @@ def test_smoke_runs_every_stage(tmp_path, capsys):
     steps = {r.op for r in rows if r.metric == "time_p50" and r.op.startswith(("step/", "inference/"))}
     assert steps >= {"step/adamix/eager", "step/adamix/compile", "step/plain_adapter/eager", "step/original/eager"}
     assert steps >= {"inference/base", "inference/merged_lora", "inference/merged_adapter"}
+    timed_rows = {(r.op, r.backend) for r in rows if r.metric == "time_p50"}
+    assert timed_rows >= {("mixture/both", "reference"), ("decode/base", "torch"), ("decode/MoLA top-2", "reference")}
     # Tiny sizes meet and miss no goal.
     assert {goal["state"] for goal in summary["goals"]} == {"not measured"}
     report = (tmp_path / "report.md").read_text()
@@ -162,12 +164,21 @@ def test_the_stages_of_a_gpu_machine(tmp_path, monkeypatch):
     assert len(set(flat)) == len(flat)
     order = [flat.index(name) for name in ("tests/triton_merge", "routed_adapter", "steps/bert-base", "tune")]
     assert order == sorted(order)
-    assert {"sanitizer/memcheck", "sanitizer/racecheck", "sanitizer/initcheck", "inference", "build"} <= set(flat)
+    assert {
+        "sanitizer/memcheck",
+        "sanitizer/racecheck",
+        "sanitizer/initcheck",
+        "inference",
+        "mixtures",
+        "build",
+    } <= set(flat)
     assert {"steps/bert-base", "steps/roberta-large", "steps/gpt2-medium"} <= set(flat)
     stages = {stage.name: stage for group in made for stage in group}
     assert stages["tests/triton_merge"].environment["TRITON_INTERPRET"] == ""
     assert "--size=gpu" in stages["merge"].command
     assert "--check-only" in stages["check/merge"].command
+    assert "--check-only" in stages["check/mixtures"].command
+    assert stages["mixtures"].command[-2:] == ["mixtures", "--size=gpu"]
     assert stages["sanitizer/memcheck"].command[0].endswith("compute-sanitizer")
     # Groups run one after the other, their stages side by side.
     assert sum(max(s.seconds for s in group) for group in made) < 1.3 * 540

@@ -13,12 +13,16 @@ from benchmarks import plot, sizes
 from benchmarks.measure import goals, record
 from benchmarks.measure.goals import all_goals, evaluate
 from benchmarks.measure.record import Row
+from benchmarks.mixtures import bench as mixtures
+from benchmarks.mixtures.layer import PEERS
 from benchmarks.readme import __main__ as readme
 from benchmarks.readme import ops as readme_ops
 
 ENVIRONMENT = dict(
     torch="2.11.0", triton="3.6.0", driver="1", commit="abc", date="2026-01-01T00:00Z", cpu_name="", note=""
 )
+
+LINES = {"2.8": 4, "3.9": 7, "5.2": 1, "5.5": 13, "6.4": 16, "24.7": 21}
 
 
 def row(op, backend, shape, metric, value, *, gpu_name="a test H200", dtype="bfloat16", **changes):
@@ -112,8 +116,8 @@ def test_every_csv_has_the_schema_or_is_another_table():
 def test_every_goal_of_the_issues_has_a_row():
     made = all_goals()
     assert len({goal.id for goal in made}) == len(made)
-    by_line = {line: [g for g in made if g.id.startswith(f"{line}.")] for line in ("2.8", "3.9", "5.2", "5.5", "6.4")}
-    assert {line: len(found) for line, found in by_line.items()} == {"2.8": 4, "3.9": 7, "5.2": 1, "5.5": 13, "6.4": 16}
+    by_line = {line: [g for g in made if g.id.startswith(f"{line}.")] for line in LINES}
+    assert {line: len(found) for line, found in by_line.items()} == LINES
     limits = {(g.limit, g.at_least) for g in made}
     assert limits >= {(0.8, True), (0.65, True), (2, True), (3, True), (1.5, True), (1.05, False), (1.03, False)}
 
@@ -187,6 +191,44 @@ def test_steps_and_serving():
     ]
     assert verdict(rows, "6.4.15").state == "met"
     assert verdict(rows, "6.4.16").state == "missed"
+
+
+def test_mixtures_and_decoding():
+    dense, _, arrow = sizes.MIXTURE["gpu"]
+    (decoded,) = sizes.DECODE["gpu"]
+    rows = [
+        row("mixture/forward", "reference", dense.words, "time_p50", 90.0),
+        row("mixture/forward", "triton", dense.words, "time_p50", 30.0),
+        row("mixture/forward", "loop", dense.words, "time_p50", 120.0),
+        row("mixture/forward", "cuda", dense.words, "graph_time_p50", 25.0),
+        row("mixture/forward", "einsum", dense.words, "graph_time_p50", 75.0),
+        row("mixture/both", "cuda", arrow.words, "graph_time_p50", 20.0),
+        row("mixture", "peft arrow", arrow.words, "absent", 1, note="No module named 'peft'"),
+        row("decode/LoRAMoE", "cuda", decoded.words, "time_p50", 11.4),
+        row("decode/base", "torch", decoded.words, "time_p50", 10.0),
+        row("decode/MoLA top-2", "triton", decoded.words, "graph_time_p50", 2.4),
+        row("decode/base", "torch", decoded.words, "graph_time_p50", 2.0),
+    ]
+    found = {v.goal.text: v for v in evaluate(rows) if v.goal.id.startswith("24.7.")}
+    assert found["mixture layer, dense, forward, over loop, eager"].value == 4
+    assert found["mixture layer, dense, forward, over einsum, replayed"].words.startswith("missed by 14.3%")
+    assert found["mixture layer, dense, both, over einsum, replayed"].state == "not measured"
+    assert "No module named 'peft'" in found["mixture layer, arrow top-2, both, over peft arrow, replayed"].words
+    assert found["a decoded token, LoRAMoE over its base"].words == "met (cuda 11.4 ms, base 10 ms, eager)"
+    assert found["a decoded token, MoLA top-2 over its base"].value == 1.2
+    assert found["a decoded token, HydraLoRA over its base"].state == "not measured"
+
+
+def test_the_goals_of_mixtures_are_half_of_what_the_counted_bytes_say():
+    rows = record.read(mixtures.TABLE)
+    moved = {(r.op, r.shape.partition(" 4x")[0], r.backend): r.value for r in rows if r.metric == "moved"}
+    assert {kind: set(peers) for kind, peers in goals.MIXTURE_LIMITS.items()} == {k: set(p) for k, p in PEERS.items()}
+    for kind, peers in goals.MIXTURE_LIMITS.items():
+        for peer, limits in peers.items():
+            for op, limit in zip(("mixture/forward", "mixture/forward+backward"), limits):
+                said = moved[op, kind, peer] / moved[op, kind, "adamix"]
+                half = said / 2 // 0.5 * 0.5
+                assert limit == (3 if peer == "loop" else half), (kind, peer, op, said)
 
 
 def test_launches_and_memory():

@@ -12,8 +12,11 @@ import torch
 
 from adamix_kernels import AdaMixConfig, routing
 from adamix_kernels.routing import linear
-from benchmarks import mixtures
 from benchmarks.measure import record
+from benchmarks.mixtures import bench
+from benchmarks.mixtures.counted import calls_of, counted, kept_bytes
+from benchmarks.mixtures.decoding import configurations, decoder
+from benchmarks.mixtures.layer import ARROW, KINDS, Layer, ways, wrong
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gates.md"
 NAMES = [name for name in routing.__all__ if ">>>" in (inspect.getdoc(getattr(routing, name)) or "")]
@@ -51,42 +54,50 @@ def test_the_example_of_a_preset(name):
     runs(inspect.getdoc(getattr(AdaMixConfig, name)), {"AdaMixConfig": AdaMixConfig}, name)
 
 
-@pytest.mark.parametrize("top_k", mixtures.KINDS.values())
-def test_every_way_of_the_benchmark_computes_the_same(top_k):
-    layer = mixtures.Layer(2, 5, 16, top_k)
-    found = mixtures.ways(layer)
-    assert {"adamix", "loop", "einsum"} <= set(found)
-    assert [name for name, way in found.items() if mixtures._wrong(way, layer)] == []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_of_the_benchmark_computes_the_same(kind, dtype):
+    layer = Layer(2, 5, 16, kind, dtype=dtype)
+    found = ways(layer)
+    assert set(found) >= ({"adamix"} if kind == ARROW else {"adamix", "loop", "einsum"})
+    assert {name: wrong(way, layer, peer=name != "adamix") for name, way in found.items()} == dict.fromkeys(found)
     given = [*layer.leaves(), *layer.base.parameters()]
-    kept = {name: mixtures.kept_bytes(lambda w=way: w(layer), given) for name, way in found.items()}
+    kept = {name: kept_bytes(lambda w=way: w(layer), given) for name, way in found.items()}
     assert kept["adamix"] == min(kept.values())
-    calls = {name: mixtures.calls_of(lambda w=way: w(layer)) for name, way in found.items()}
-    assert calls["adamix"] == min(calls.values())
+    calls = {name: counted(lambda w=way: w(layer)) for name, way in found.items()}
+    assert calls["adamix"].count == min(one.count for one in calls.values())
+    assert calls["adamix"].bytes == min(one.bytes for one in calls.values())
     # Between two timed backwards every gradient is dropped: none pays for adding one to that of the last.
     before = {id(leaf) for leaf in layer.leaves()}
-    for name in ("loop", "peft x-lora"):
+    for name in ("loop", "peft x-lora", "peft arrow"):
         if name in found:
             found[name](layer).sum().backward()
             assert all(factor.grad is not None for pair in layer.each for factor in pair), name
             assert {id(factor) for pair in layer.each for factor in pair} < before
             for leaf in layer.leaves():
                 leaf.grad = None
-    with torch.no_grad():
-        layer.gates.mul_(0)
-    assert mixtures._wrong(lambda one: one.x, layer)
+    assert "output: errs by" in wrong(lambda one: one.x * 1.0, layer)
+    right = found["adamix"]
+    assert "gradient of x" in wrong(lambda one: right(one) + (one.x - one.x.detach()), layer)
+
+
+def test_peft_has_its_own_ways():
+    pytest.importorskip("peft.tuners.lora.arrow")
+    assert "peft x-lora" in ways(Layer(2, 3, 16, "dense"))
+    assert "peft arrow" in ways(Layer(2, 3, 16, ARROW))
 
 
 def test_the_calls_of_a_decoded_token_that_the_page_tells():
     """With a router as one op, as where kernels serve, and on the reference."""
     page, calls = PAGE.read_text(encoding="utf-8"), {}
     ids = torch.randint(0, 128, (1, 1))
-    for name, config in {"base": None, **mixtures.configurations()}.items():
-        model = mixtures.decoder(config, 32)
+    for name, config in {"base": None, **configurations()}.items():
+        model = decoder(config, 32)
         for kernels in (False, True):
             with torch.no_grad(), mock.patch.object(linear, "by_kernel", return_value=kernels):
-                calls[name, kernels] = mixtures.calls_of(lambda model=model: model(input_ids=ids, use_cache=True))
+                calls[name, kernels] = calls_of(lambda model=model: model(input_ids=ids, use_cache=True))
     base = calls["base", True]
-    fused = {calls[name, True] - base for name in mixtures.configurations()}
+    fused = {calls[name, True] - base for name in configurations()}
     assert fused == {96}  # a router and a gated call for each of 48 layers
     assert f"{(881 + 96)} ({(881 + 96) / 881:.3f} of the base)" in page
     for name, words in (("LoRAMoE", "1,025 (1.163)"), ("MoLA top-2", "1,073 (1.218)")):
@@ -96,7 +107,7 @@ def test_the_calls_of_a_decoded_token_that_the_page_tells():
 
 
 def test_the_page_has_the_committed_rows():
-    rows = record.read(mixtures.TABLE)
-    assert mixtures.table(rows) in PAGE.read_text(encoding="utf-8")
-    assert {row.backend for row in rows} >= {"adamix", "loop", "einsum", "grouped_mm", "peft x-lora"}
+    rows = record.read(bench.TABLE)
+    assert bench.table(rows) in PAGE.read_text(encoding="utf-8")
+    assert {row.backend for row in rows} >= {"adamix", "loop", "einsum", "grouped_mm", "peft x-lora", "peft arrow"}
     assert all(row.commit and row.torch for row in rows)

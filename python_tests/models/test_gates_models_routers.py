@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adamix_kernels import routing as ro
-from benchmarks.mixtures import Calls
+from benchmarks.mixtures.counted import Calls
 
 B, S, K, M = 3, 5, 8, 4
 

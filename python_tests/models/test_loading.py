@@ -14,6 +14,7 @@ from huggingface_hub import errors
 from tiny_saved import TEXTS, adapted, logits, randomise
 
 from adamix_kernels import AdaMixConfig, adapt, load, load_adamix, merge, save_adamix
+from adamix_kernels.models import hub
 from adamix_kernels.models.checkpoint import CHECKPOINT_NAME
 from adamix_kernels.models.hub import hub_answers, resolve_folder
 from adamix_kernels.models.pooling import pooling_of
@@ -273,13 +274,15 @@ ANSWERS = {
 @pytest.mark.parametrize("case", ANSWERS)
 def test_the_hub_is_asked_once_before_a_library_asks_for_every_file(case, monkeypatch, caplog):
     given, wanted = ANSWERS[case]
-    asked = []
+    asked, now = [], [5.0]  # a machine just started
 
     def repo_info(_self, name, repo_type, timeout):
         asked.append((name, repo_type, timeout <= 10))
         if given is not None:
             raise given
 
+    monkeypatch.setattr(hub, "_answers", {})
+    monkeypatch.setattr(hub, "time", mock.Mock(monotonic=lambda: now[0]))
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
     assert not hub_answers("my/base", "model")
     assert not asked  # HF_HUB_OFFLINE
@@ -289,17 +292,33 @@ def test_the_hub_is_asked_once_before_a_library_asks_for_every_file(case, monkey
             hub_answers("my/base", "model")
     else:
         assert hub_answers("my/base", "model") == wanted
-        assert ("'my/base' is looked for in the cache of this machine alone" in caplog.text) == (not wanted)
-    assert asked == [("my/base", "model", True)]
+        # The tokenizer, the config and the model of one load: one question, one warning.
+        now[0] += 59
+        assert hub_answers("my/base", "model") == wanted
+        said = caplog.text.count("'my/base' is looked for in the cache of this machine alone")
+        assert said == (0 if wanted else 1)
+    question = ("my/base", "model", True)
+    assert asked == [question]
+    if not isinstance(wanted, str):
+        now[0] += 1
+        assert hub_answers("my/base", "model") == wanted
+        assert asked == [question, question]
+        assert hub_answers("my/base", "data", "dataset") == hub_answers("my/other", "model") == wanted
+        monkeypatch.setattr(huggingface_hub.HfApi, "__init__", lambda self: setattr(self, "endpoint", "https://b.c"))
+        assert hub_answers("my/base", "model") == wanted
+        assert asked[2:] == [("my/base", "dataset", True), ("my/other", "model", True), question]
 
 
 def test_a_model_without_a_network_is_looked_for_in_the_cache_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", mock.Mock(side_effect=ConnectionError("no route")))
+    asked = mock.Mock(side_effect=ConnectionError("no route"))
+    monkeypatch.setattr(hub, "_answers", {})
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", asked)
     message = r"^model: cannot load 'my/base': my/base: no such folder here, no file .*, and the Hub cannot be reached$"
     monkeypatch.setattr("socket.socket.connect", mock.Mock(side_effect=AssertionError("asked")))
     with pytest.raises(ValueError, match=message):
         load_classifier(resolve_model("my/base"), ["a", "b"])
+    assert asked.call_count == 1
 
 
 def test_the_cache_of_huggingface_hub_itself(encoder, tmp_path, monkeypatch):
