@@ -19,6 +19,8 @@ ANCHORS = {
     "ld.global": "LDG", "st.global": "STG", "cp.async": "LDGSTS", "ex2": "MUFU", "lg2": "MUFU", "rcp": "MUFU",
     "mma": "HMMA", "wgmma": "HGMMA", "ldmatrix": "LDSM", "atom": "ATOM",
 }  # fmt: skip
+# Of wmma's 16 x 16 x 16, by the shape of the HMMA: how many make a product, and how many LDSM an operand in float16.
+_WMMA = {"884": (16, 0), "1688": (4, 2), "16816": (2, 1)}
 _LINE = re.compile(r'//## File "([^"]+)", line (\d+)(?P<inlined> inlined at)?')
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _LABEL = re.compile(r"^(\.L_x?_?\w+):")
@@ -147,8 +149,11 @@ def parts(
 ) -> list[Part]:
     """Loops of the PTX (its instructions' names and sources) beside those of the machine code, in the same order; and
     its functions, as Code.functions."""
-    theirs = sass_loops(code)
-    ours = [_Looks(_anchors(names, loop), len(loop.body), {sources[n] for n in loop.body}) for loop in ptx_loops]
+    theirs, made_of = sass_loops(code), _wmma(code)
+    ours = [
+        _Looks(_anchors(names, loop.body, made_of), len(loop.body), {sources[n] for n in loop.body})
+        for loop in ptx_loops
+    ]
     opcodes = [one.opcode for one in code.instructions]
     made = [
         _Looks(_counted(opcodes, loop), len(loop.body), {code.instructions[n].source for n in loop.body})
@@ -177,15 +182,26 @@ def parts(
     ]
     for p, s in pairs:
         mine, its = ptx_loops[p], theirs[s]
-        have = sum(_anchors(names, mine, own=True).values())
+        have = sum(_anchors(names, mine.own, made_of).values())
         unrolled = round(sum(_counted(opcodes, its, own=True).values()) / have) if have else 1
         found.append(Part(mine.own, its.own, max(1, unrolled)))
     return found + called
 
 
-def _anchors(names: Sequence[str], loop: Loop, own: bool = False) -> Counter[str]:
-    kinds = (anchor(names[n]) for n in (loop.own if own else loop.body))
-    return Counter(kind for kind in kinds if kind)
+def _wmma(code: Code) -> dict[str, tuple[str, int]]:
+    """What wmma's instructions are in this machine code, and how many times."""
+    shape = next((one.name.split(".")[1] for one in code.instructions if one.opcode == "HMMA"), "")
+    products, loads = _WMMA.get(shape, (0, 0))
+    return {f"wmma.mma.{kind}": ("HMMA", products) for kind in ("f16", "bf16")} | {"wmma.load.f16": ("LDSM", loads)}
+
+
+def _anchors(names: Sequence[str], body: Sequence[int], made_of: Mapping[str, tuple[str, int]]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for n in body:
+        kind, times = made_of.get(names[n], (anchor(names[n]), 1))
+        if kind and times:
+            found[kind] += times
+    return found
 
 
 def anchor(name: str) -> str:

@@ -167,6 +167,23 @@ def test_an_unrolled_loop_is_told_by_what_it_loads():
     assert (outside.ptx, len(outside.sass)) == ((0, 6), 2)
 
 
+@pytest.mark.parametrize(
+    ("shape", "products", "loads"),
+    [("884.F32.F32.STEP0", 16, 0), ("1688.F32", 4, 2), ("16816.F32", 2, 1), ("16816.F32.BF16", 2, 0)],
+)
+def test_a_product_of_wmma_is_as_many_as_its_shape_takes(shape, products, loads):
+    """Two of each in the machine code's loop, one in the PTX's. Counted by hand in what ptxas 12.9 (sm_70) and nvcc
+    13.0 (sm_75, sm_80) make of a product of 16 x 16 x 16."""
+    more = [f"HMMA.{shape} R4, R4, R8, R4 ;"] * 2 * products + ["LDSM.16.M88.4 R4, [R9] ;"] * 2 * loads
+    lines = "".join(f"        /*{n:04x}*/  {line}\n" for n, line in enumerate(more, 80))
+    code = count_sass.parsed(SASS.replace("        /*0040*/", f"{lines}        /*0040*/"), 40)
+    kind = "bf16" if "BF16" in shape else "f16"
+    names = ["mov.b32", "ld.global", f"wmma.load.{kind}", f"wmma.mma.{kind}", "ex2.approx.f32", "bar", "bra", "ret"]
+    _, inside = count_sass.parts(names, [""] * 8, count_loops.loops(8, {6: ([1], True), 7: ([], False)}), code)
+    assert inside.unrolled == 2
+    assert len(inside.sass) == 7 + 2 * products + 2 * loads
+
+
 CALLED = """
         /*0000*/                   CALL.REL.NOINC `($kernel$helper) ;
         /*0010*/                   EXIT ;
