@@ -156,7 +156,8 @@ bool launch_gated_resident_forward(const GatedForward<T>& params, const Device& 
               gates.down.slots * params.rank <= params.features &&
               reinterpret_cast<uintptr_t>(params.up_bias) % 16 == 0;
   ResidentShape shape = resident_shape<T>(params.rows, params.features, params.rank, device);
-  if (!fits || shape.groups == 0) return false;
+  // A team's table has no place for the tiles of narrow rows of features.
+  if (!fits || shape.groups == 0 || shape.groups * kFragmentRows > kTeamRows) return false;
   auto run = [&](auto groups, auto chunks) {
     constexpr int kGroups = decltype(groups)::value, kChunks = decltype(chunks)::value;
     int threads = shape.warps(params.features) * 32;

@@ -50,6 +50,13 @@ ONE_UP = {
 }
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("features", [64, 128, 192])
+def test_one_expert_up_where_rows_are_narrow(features):
+    """Tiles of other shapes than the kernel of the test below has."""
+    Drawn(dtype=torch.bfloat16, tokens=23, features=features, cols=features, **ONE_UP["dense"]).check()
+
+
 @pytest.mark.skipif(not ON_HOST, reason="a GPU keeps no record of launches")
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 @pytest.mark.parametrize("case", ONE_UP)
