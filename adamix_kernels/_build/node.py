@@ -28,7 +28,8 @@ def node_name(torch: str) -> str:
 
 def node_sources(csrc: Path) -> str:
     """The fingerprint of what the module is made of, which it tells as `sources`: another's is not the one to load."""
-    return fingerprint([*(csrc / NODE_FOLDER).glob("*"), *csrc.glob("entries.h")])
+    folder = csrc / NODE_FOLDER
+    return fingerprint([*folder.glob("*.cpp"), *folder.glob("*.h"), *csrc.glob("entries.h")])
 
 
 def node_obstacle(torch: Torch, csrc: Path) -> str | None:

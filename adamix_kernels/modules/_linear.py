@@ -80,7 +80,7 @@ def may_overwrite(layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> bool:
         return False
     kind = type(layer)
     if kind not in LINEARS and (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        keep_linear(kind, torch, "addmm", True)
+        keep_linear(kind, "torch", torch, "addmm", True)
     if kind not in LINEARS or "forward" in layer.__dict__ or type(out) is not torch.Tensor or not out.is_contiguous():
         return False
     if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:

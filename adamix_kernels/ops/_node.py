@@ -12,6 +12,7 @@ import functools
 import importlib.machinery
 import importlib.util
 import sys
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,17 +27,33 @@ ADAPTER, LORA = 0, 1
 FORWARDS, IN_PLACE, BACKWARDS = {ADAPTER: 0, LORA: 2}, 3, {1: ADAPTER, 4: LORA}
 # Classes whose instances' attributes say what they do: of routers, and of linear layers whose output is new memory.
 ROUTERS: set[type] = set()
-# Of the latter what csrc/autograd/linear.cpp asks for again at every call: (its __call__, its forward, the namespace
-# and the name of what that calls, what it was, whether the weight is transposed).
-LINEARS: dict[type, tuple[Any, Any, dict[str, Any], str, Any, bool]] = {}
+# Of the latter whether the weight is transposed, and all that runs in a call: (a class or a namespace, a name, what it
+# is there), which csrc/autograd/linear.cpp looks up again at every call; None where somebody had changed it before.
+LINEARS: dict[type, tuple[bool, tuple[tuple[Any, str, Any], ...]] | None] = {}
 
 
-def keep_linear(kind: Any, module: Any, name: str, transposed: bool) -> None:
-    """A class of linear layers, whose forward calls module.name."""
-    LINEARS[kind] = kind.__call__, kind.forward, vars(module), sys.intern(name), getattr(module, name), transposed
+def keep_linear(kind: Any, alias: str, module: Any, name: str, transposed: bool) -> None:
+    """A class of linear layers, whose forward calls module.name, by the name of `alias` for the module."""
+    base, own = torch.nn.Module, vars(sys.modules[kind.__module__])
+    function = getattr(module, name)
+    original = (
+        all(getattr(kind, of) is getattr(base, of) for of in ("__call__", "_call_impl", "__getattr__"))
+        and all(_is_written_in(getattr(base, of), base) for of in ("__call__", "_call_impl", "__getattr__"))
+        and _is_written_in(kind.forward, kind)
+        and own.get(alias) is module
+        and isinstance(function, types.BuiltinFunctionType)
+    )
+    called = [(kind, of, getattr(kind, of)) for of in ("__call__", "_call_impl", "__getattr__", "forward")]
+    LINEARS[kind] = (transposed, (*called, (own, alias, module), (vars(module), name, function))) if original else None
 
 
-keep_linear(torch.nn.Linear, torch.nn.functional, "linear", False)
+def _is_written_in(function: Any, kind: type) -> bool:
+    """Whether a method's code stands in the file of its class: no patch."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename == getattr(sys.modules[kind.__module__], "__file__", None)
+
+
+keep_linear(torch.nn.Linear, "F", torch.nn.functional, "linear", False)
 
 
 class Node:
@@ -78,8 +95,11 @@ def find() -> tuple[Any, str | None]:
     loader = importlib.machinery.ExtensionFileLoader("_node", str(path))
     spec = importlib.util.spec_from_loader("_node", loader)
     assert spec is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
+    try:
+        module: Any = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    except (ImportError, OSError) as error:
+        return None, str(error).partition("\n")[0]
     wanted = _sources()
     if wanted is None or getattr(module, "sources", None) == wanted:
         return module, None
@@ -95,7 +115,7 @@ def _sources() -> str | None:
         return None
     try:
         return _build.node_sources(_build.source_folder())
-    except _build.BuildError:
+    except (_build.BuildError, OSError):
         return None
 
 

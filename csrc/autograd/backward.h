@@ -4,6 +4,8 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/reshape.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -21,6 +23,7 @@
 #include "autograd/memory.h"
 #include "autograd/nodes.h"
 #include "autograd/plans.h"
+#include "autograd/served.h"
 
 namespace adamix {
 
@@ -63,16 +66,27 @@ inline c10::IValue optional(const Tensor& t) { return t.defined() ? c10::IValue(
 inline Tensor folded(const Tensor& rows, int64_t passes) {
   if (passes == 0 || !rows.defined()) return rows;
   int64_t sizes[] = {passes, rows.size(0) / passes * rows.size(1), rows.size(2)};
-  if (rows.is_contiguous()) return reshaped(rows, sizes);
+  bool plain = is_plain(rows);
+  if (plain && rows.is_contiguous()) return reshaped(rows, sizes);
   at::AutoDispatchBelowADInplaceOrView below;
-  return reshaped(rows.contiguous(), sizes);
+  return plain ? reshaped(rows.contiguous(), sizes) : at::reshape(rows, sizes);
+}
+
+// A contiguous tensor that nobody else holds, in another shape.
+inline Tensor resized(Tensor made, c10::IntArrayRef sizes) {
+  if (!is_plain(made)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return at::reshape(made, sizes);
+  }
+  made.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  return made;
 }
 
 // A result of the op that nobody else holds, as [B, S, C] again.
 inline Tensor unfolded(Tensor made, const Tensor& like, int64_t passes) {
   if (passes > 0 && made.dim() == 3) {
     int64_t sizes[] = {like.size(0), like.size(1), made.size(2)};
-    made.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+    return resized(std::move(made), sizes);
   }
   return made;
 }
@@ -113,6 +127,17 @@ std::array<Tensor, N> taken(Stack& stack) {
   return made;
 }
 
+// Whether a backward may read the tensors' memory: nobody watches, and neither the gradient nor what hooks of saved
+// tensors gave back is anything but memory.
+template <size_t N>
+bool may_read(const std::array<Tensor, N>& given) {
+  if (is_watched()) return false;
+  for (const Tensor& t : given) {
+    if (!is_plain(t)) return false;
+  }
+  return true;
+}
+
 struct AdapterBackward : Node {
   SavedVariable x, pre, down_weight, up_weight, down_index, up_index;
   bool add_input = false;
@@ -137,34 +162,31 @@ struct AdapterBackward : Node {
     if (need[5]) out.set(5, gradient);
     bool need_down = need[1] || need[2], need_up = need[3] || need[4];
     if (need[0] || need_down || need_up) {
-      Tensor given = x.unpack();
-      std::array<Tensor, 5> made = planned || is_watched() ? of_stack(gradient, given, {need[0], need_down, need_up})
-                                                           : of_kernels(folded(gradient, passes), folded(given, passes),
-                                                                        {need[0], need_down, need_up});
-      out.set(0, unfolded(std::move(made[0]), given, planned ? 0 : passes), need[0]);
+      std::array<Tensor, 7> given = {gradient,           x.unpack(),          pre.unpack(),     down_weight.unpack(),
+                                     up_weight.unpack(), down_index.unpack(), up_index.unpack()};
+      int64_t folds = planned ? 0 : passes;
+      bool direct = !planned && may_read(given);
+      for (size_t n = 0; n < 2; ++n) given[n] = folded(given[n], folds);
+      std::array<bool, 3> asked = {need[0], need_down, need_up};
+      std::array<Tensor, 5> made = direct ? of_kernels(given, asked) : of_stack(given, asked);
+      out.set(0, unfolded(std::move(made[0]), gradient, folds), need[0]);
       for (size_t n = 1; n < 5; ++n) out.set(n, std::move(made[n]), need[n]);
     }
     return once_differentiable(out.take(), gradient);
   }
 
  private:
-  std::array<Tensor, 5> of_kernels(const Tensor& gradient, const Tensor& rows, std::array<bool, 3> need) {
-    Tensor kept[] = {pre.unpack(), down_weight.unpack(), up_weight.unpack(), down_index.unpack(), up_index.unpack()};
+  std::array<Tensor, 5> of_kernels(const std::array<Tensor, 7>& given, std::array<bool, 3> need) {
     return run(kernels().adapter_backward,
-               AdapterBackwardCall{handle(gradient), handle(rows), handle(kept[0]), handle(kept[1]), handle(kept[2]),
-                                   handle(kept[3]), handle(kept[4]), need[0], need[1], need[2], add_input,
-                                   activation.c_str()});
+               AdapterBackwardCall{handle(given[0]), handle(given[1]), handle(given[2]), handle(given[3]),
+                                   handle(given[4]), handle(given[5]), handle(given[6]), need[0], need[1], need[2],
+                                   add_input, activation.c_str()});
   }
 
-  std::array<Tensor, 5> of_stack(const Tensor& gradient, const Tensor& given, std::array<bool, 3> need) {
-    int64_t folds = planned ? 0 : passes;
+  std::array<Tensor, 5> of_stack(const std::array<Tensor, 7>& given, std::array<bool, 3> need) {
     Stack stack;
     stack.reserve(13);
-    for (const Tensor& t :
-         {folded(gradient, folds), folded(given, folds), pre.unpack(), down_weight.unpack(), up_weight.unpack()}) {
-      stack.emplace_back(t);
-    }
-    for (const SavedVariable* kept : {&down_index, &up_index}) stack.emplace_back(optional(kept->unpack()));
+    for (const Tensor& t : given) stack.emplace_back(optional(t));
     for (bool flag : {need[0], need[1], need[2], add_input}) stack.emplace_back(flag);
     stack.emplace_back(activation);
     if (planned) {
@@ -177,7 +199,8 @@ struct AdapterBackward : Node {
   }
 };
 
-// weight: the frozen layer's whose output the LoRA was added to, where this node is that layer's too.
+// weight: the frozen layer's whose output the LoRA was added to, where this node is that layer's too and
+// x needs a gradient.
 struct LoraBackward : Node {
   SavedVariable x, t, lora_a, lora_b, a_index, b_index, seed, weight;
   double scaling = 0, dropout = 0;
@@ -202,15 +225,18 @@ struct LoraBackward : Node {
     for (size_t n = 0; n < 4; ++n) need[n] = task_should_compute_output(n);
     if (need[3]) out.set(3, gradient);
     if (need[0] || need[1] || need[2]) {
-      Tensor given = x.unpack();
-      std::array<Tensor, 3> made = planned || is_watched() ? of_stack(gradient, given, {need[0], need[1], need[2]})
-                                                           : of_kernels(folded(gradient, passes), folded(given, passes),
-                                                                        {need[0], need[1], need[2]});
-      Tensor dx = unfolded(std::move(made[0]), given, planned ? 0 : passes);
+      std::array<Tensor, 8> given = {gradient,        x.unpack(),       t.unpack(),       lora_a.unpack(),
+                                     lora_b.unpack(), a_index.unpack(), b_index.unpack(), seed.unpack()};
+      int64_t folds = planned ? 0 : passes;
+      bool direct = !planned && may_read(given);
+      for (size_t n = 0; n < 2; ++n) given[n] = folded(given[n], folds);
+      std::array<bool, 3> asked = {need[0], need[1], need[2]};
+      std::array<Tensor, 3> made = direct ? of_kernels(given, asked) : of_stack(given, asked);
+      Tensor dx = unfolded(std::move(made[0]), gradient, folds);
       if (on_linear && need[0]) {
         Tensor whole = linear_input_grad(gradient, weight.unpack(), transposed);
         at::AutoDispatchBelowADInplaceOrView below;
-        dx = whole.add_(dx);
+        dx = is_plain(whole) && is_plain(dx) ? whole.add_(dx) : at::add(whole, dx);
       }
       out.set(0, std::move(dx), need[0]);
       for (size_t n = 1; n < 3; ++n) out.set(n, std::move(made[n]), need[n]);
@@ -219,31 +245,25 @@ struct LoraBackward : Node {
   }
 
  private:
-  std::array<Tensor, 3> of_kernels(const Tensor& gradient, const Tensor& rows, std::array<bool, 3> need) {
-    Tensor kept[] = {t.unpack(), lora_a.unpack(), lora_b.unpack(), a_index.unpack(), b_index.unpack(), seed.unpack()};
-    return run(kernels().lora_backward, LoraBackwardCall{handle(gradient),
-                                                         handle(rows),
-                                                         handle(kept[0]),
-                                                         handle(kept[1]),
-                                                         handle(kept[2]),
-                                                         handle(kept[3]),
-                                                         handle(kept[4]),
-                                                         handle(kept[5]),
+  std::array<Tensor, 3> of_kernels(const std::array<Tensor, 8>& given, std::array<bool, 3> need) {
+    return run(kernels().lora_backward, LoraBackwardCall{handle(given[0]),
+                                                         handle(given[1]),
+                                                         handle(given[2]),
+                                                         handle(given[3]),
+                                                         handle(given[4]),
+                                                         handle(given[5]),
+                                                         handle(given[6]),
+                                                         handle(given[7]),
                                                          need[0],
                                                          need[1],
                                                          need[2],
                                                          {scaling, groups, offsets.data(), offsets.size(), dropout}});
   }
 
-  std::array<Tensor, 3> of_stack(const Tensor& gradient, const Tensor& given, std::array<bool, 3> need) {
-    int64_t folds = planned ? 0 : passes;
+  std::array<Tensor, 3> of_stack(const std::array<Tensor, 8>& given, std::array<bool, 3> need) {
     Stack stack;
     stack.reserve(16);
-    for (const Tensor& kept :
-         {folded(gradient, folds), folded(given, folds), t.unpack(), lora_a.unpack(), lora_b.unpack()}) {
-      stack.emplace_back(kept);
-    }
-    for (const SavedVariable* kept : {&a_index, &b_index, &seed}) stack.emplace_back(optional(kept->unpack()));
+    for (const Tensor& kept : given) stack.emplace_back(optional(kept));
     for (bool flag : need) stack.emplace_back(flag);
     stack.emplace_back(scaling);
     stack.emplace_back(groups);

@@ -66,8 +66,12 @@ struct Layer {
 class Draws {
  public:
   ~Draws() {
-    for (; count_ > 0; --count_) PyList_Append(from_[count_ - 1], taken_[count_ - 1]), Py_DECREF(taken_[count_ - 1]);
-    PyErr_Clear();
+    if (count_ == 0) return;
+    PyObject *type, *value, *trace;  // of an error that is on its way
+    PyErr_Fetch(&type, &value, &trace);
+    for (size_t n = count_; n > 0; --n) PyList_Append(from_[n - 1], taken_[n - 1]);
+    keep();
+    PyErr_Restore(type, value, trace);
   }
 
   // False where the router has to be asked. A bank of one leaves its index as it is.
@@ -96,7 +100,7 @@ class Draws {
   }
 
   void keep() {
-    for (; count_ > 0; --count_) Py_DECREF(taken_[count_ - 1]);
+    for (; count_ > 0; --count_) Py_DECREF(from_[count_ - 1]), Py_DECREF(taken_[count_ - 1]);
   }
 
  private:
@@ -126,7 +130,7 @@ class Draws {
     Py_ssize_t size = PyList_GET_SIZE(left);
     if (size == 0 || !read(PyList_GET_ITEM(left, size - 1), index)) return false;
     PyObject* last = PyList_GET_ITEM(left, size - 1);
-    Py_INCREF(last);
+    Py_INCREF(last), Py_INCREF(left);
     PyList_SetSlice(left, size - 1, size, nullptr);
     from_[count_] = left, taken_[count_++] = last;
     return true;

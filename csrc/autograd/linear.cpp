@@ -15,8 +15,10 @@ namespace {
 
 // Of a module, the hooks that see its output, and those that may change what it is given; the latter's names last.
 struct Names {
-  PyObject *call = interned("__call__"), *forward = interned("forward"), *parameters = interned("_parameters"),
-           *weight = interned("weight"), *bias = interned("bias"), *compiled = interned("_compiled_call_impl");
+  PyObject *forward = interned("forward"), *parameters = interned("_parameters"), *weight = interned("weight"),
+           *bias = interned("bias"), *compiled = interned("_compiled_call_impl");
+  // What would stand before the class's and before parameters.
+  std::array<PyObject*, 4> own = {forward, interned("_call_impl"), weight, bias};
   std::array<PyObject*, 4> hooks = {interned("_forward_hooks"), interned("_backward_hooks"),
                                     interned("_backward_pre_hooks"), interned("_forward_pre_hooks")};
   std::array<PyObject*, 4> global_hooks = {interned("_global_forward_hooks"), interned("_global_backward_hooks"),
@@ -39,24 +41,27 @@ bool has_no_hooks(const Attributes& own, size_t count) {
   return true;
 }
 
-// The class's entry in LINEARS, (its __call__, its forward, a namespace, the name there of what that calls, what it
-// was, transposed); null where there is none.
+// The class's entry in LINEARS, (transposed, ((a class or a namespace, a name, what it was there), ...)) or None; null
+// where there is none.
 PyObject* known_class(PyObject* module) {
   return PyDict_GetItem(python.linears, reinterpret_cast<PyObject*>(Py_TYPE(module)));
 }
 
-bool is_attribute(PyObject* owner, PyObject* name, PyObject* wanted) {
+bool is_there(PyObject* owner, PyObject* name, PyObject* wanted) {
+  if (PyDict_CheckExact(owner)) return PyDict_GetItem(owner, name) == wanted;
   PyObject* found = PyObject_GetAttr(owner, name);
   PyErr_Clear();
   Py_XDECREF(found);
   return found == wanted;
 }
 
-bool is_unchanged(PyObject* module, PyObject* known) {
-  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(module));
-  return is_attribute(type, names().call, PyTuple_GET_ITEM(known, 0)) &&
-         is_attribute(type, names().forward, PyTuple_GET_ITEM(known, 1)) &&
-         PyDict_GetItem(PyTuple_GET_ITEM(known, 2), PyTuple_GET_ITEM(known, 3)) == PyTuple_GET_ITEM(known, 4);
+bool is_unchanged(PyObject* known) {
+  PyObject* run = PyTuple_GET_ITEM(known, 1);
+  for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(run); ++n) {
+    PyObject* part = PyTuple_GET_ITEM(run, n);
+    if (!is_there(PyTuple_GET_ITEM(part, 0), PyTuple_GET_ITEM(part, 1), PyTuple_GET_ITEM(part, 2))) return false;
+  }
+  return true;
 }
 
 bool is_frozen_like(const Tensor& t, const Tensor& x) {
@@ -67,8 +72,7 @@ bool is_frozen_like(const Tensor& t, const Tensor& x) {
 Tensor with_rows_of(Tensor made, const Tensor& like) {
   int64_t sizes[] = {like.size(0), like.size(1), made.size(1)};
   if (!made.is_contiguous()) made = made.contiguous();
-  made.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
-  return made;
+  return resized(std::move(made), sizes);
 }
 
 struct FrozenLinearBackward : Node {
@@ -101,17 +105,20 @@ bool is_plain_linear(PyObject* module) {
 
 bool read_frozen_linear(PyObject* module, const Tensor& x, FrozenLinear& linear) {
   PyObject* known = known_class(module);
-  if (known == nullptr || !is_unchanged(module, known)) return false;
+  if (known == nullptr || known == Py_None || !is_unchanged(known)) return false;
   Attributes own(module);
+  for (PyObject* name : names().own) {
+    if (own.get(name) != nullptr) return false;
+  }
   PyObject *parameters = own.get(names().parameters), *compiled = own.get(names().compiled);
-  if (own.get(names().forward) != nullptr || !has_no_hooks(own, 4) || (compiled != nullptr && compiled != Py_None) ||
-      parameters == nullptr || !PyDict_CheckExact(parameters)) {
+  if (!has_no_hooks(own, 4) || (compiled != nullptr && compiled != Py_None) || parameters == nullptr ||
+      !PyDict_CheckExact(parameters)) {
     return false;
   }
   PyObject* bias = PyDict_GetItem(parameters, names().bias);
   if (bias == nullptr || !read(bias, linear.bias) || !read_item(parameters, names().weight, linear.weight))
     return false;
-  linear.transposed = PyTuple_GET_ITEM(known, 5) == Py_True;
+  linear.transposed = PyTuple_GET_ITEM(known, 0) == Py_True;
   const Tensor& weight = linear.weight;
   return x.dim() == 3 && x.is_contiguous() && x.numel() > 0 && weight.dim() == 2 && weight.numel() > 0 &&
          weight.size(linear.transposed ? 0 : 1) == x.size(2) && is_frozen_like(weight, x) &&

@@ -196,7 +196,7 @@ Tensor run_lora(const Lora& call, Base base) {
   node->dropout = call.dropout, node->passes = call.passes, node->backend = call.backend;
   node->planned = call.service == Service::kPlans;
   if (base == Base::kOwned) {
-    node->weight = saved(call.linear.weight);
+    if (call.x.requires_grad()) node->weight = saved(call.linear.weight);
     node->on_linear = true, node->transposed = call.linear.transposed;
   }
   if (base == Base::kOverwritten) {

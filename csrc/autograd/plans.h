@@ -26,7 +26,7 @@ class Request {
 
   const std::vector<at::Tensor>& tensors() const { return tensors_; }
   const std::string& key() const { return key_; }
-  // Whether every tensor is contiguous and at a multiple of 16, as plans want them.
+  // Whether every tensor is plain (served.h), contiguous and at a multiple of 16, as plans want them.
   bool fits() const { return fits_; }
 
  private:

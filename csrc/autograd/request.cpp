@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "autograd/plans.h"
+#include "autograd/served.h"
 
 namespace adamix {
 
@@ -13,7 +14,7 @@ Request::Request(PlanKind kind, std::vector<at::Tensor> tensors) : tensors_(std:
     // Every tensor tells its length, so that no two lists of tensors give the same bytes.
     key_ += static_cast<char>(t.defined() ? t.dim() + 1 : 0);
     if (!t.defined()) continue;
-    fits_ = fits_ && t.is_contiguous() && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+    fits_ = fits_ && is_plain(t) && t.is_contiguous() && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
     key_ += static_cast<char>(t.scalar_type());
     key_ += static_cast<char>(t.device().type());
     key_ += static_cast<char>(t.device().index());

@@ -26,17 +26,18 @@ PyObject* current_table() {
   return PyDict_GetItem(python.choices, name);
 }
 
+}  // namespace
+
+Python python;
+
 bool is_plain(const at::Tensor& t) {
+  if (!t.defined()) return true;
   constexpr c10::DispatchKeySet usual = c10::autograd_dispatch_keyset | c10::autocast_dispatch_keyset |
                                         c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView);
   c10::DispatchKeySet rest = t.key_set() - usual;
   c10::DispatchKey wanted = t.is_cpu() ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA;
   return rest == c10::DispatchKeySet(wanted) && !torch::autograd::isFwGradDefined(t);
 }
-
-}  // namespace
-
-Python python;
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 

@@ -37,6 +37,10 @@ bool read(PyObject* given, std::vector<int64_t>& numbers);
 // Whether every call must go the long way: ADAMIX_CHECK=1, or a test switched direct calls off.
 bool is_switched_off();
 
+// Whether t is undefined, or holds its values in memory of its own as its sizes and strides say: no wrapper subclass,
+// no batched, negated or dual tensor.
+bool is_plain(const at::Tensor& t);
+
 // What serves calls of an op like this one, as Python found (`note_served`) since the last `forget_served`.
 Service service_of(OpId op, const std::string& backend, const at::Tensor& x, const at::Tensor& bank);
 void note_served(OpId op, const std::string& backend, const at::Tensor& x, const at::Tensor& bank, Service service);

@@ -4,16 +4,19 @@
 
 import contextlib
 import random
+import types
 from unittest import mock
 
 import pytest
 import torch
 from cuda_host import DEVICE, needs_cuda
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 needs_cuda()
 pytest.importorskip("transformers")
 
+from transformers import pytorch_utils
 from transformers.pytorch_utils import Conv1D
 
 from adamix_kernels.modules import RoutedLoRALinear
@@ -40,7 +43,7 @@ PROPERTIES = {
     "around": ["nothing", "no_grad", "autocast", "saved hooks"],
     "watcher": [
         "nobody", "hook", "pre-hook", "own forward", "class's forward", "function", "global hook", "compiled",
-        "backward hook",
+        "backward hook", "own weight", "own _call_impl", "class's _call_impl", "class's __getattr__", "alias",
     ],
     "gradient": ["dense", "expanded"],
 }  # fmt: skip
@@ -100,6 +103,24 @@ def watched(layer, p, calls):
             where, name = (torch, "addmm") if p["conv"] else (nn.functional, "linear")
             real = getattr(where, name)
             stack.enter_context(mock.patch.object(where, name, lambda *given: (seen(), real(*given))[1]))
+        elif kind == "own weight":
+            base.__dict__["weight"] = torch.zeros_like(base.weight)
+        elif kind in ("own _call_impl", "class's _call_impl", "class's __getattr__"):
+            target, name = base if kind.startswith("own") else nn.Module, kind.split()[1]
+            real = getattr(nn.Module, name)
+
+            def instead(*given):
+                if name == "_call_impl" and (given[0] is base or target is base):
+                    seen()
+                return real(*((base, *given) if target is base else given))
+
+            stack.enter_context(mock.patch.object(target, name, instead))
+        elif kind == "alias":
+            where, alias, name = (pytorch_utils, "torch", "addmm") if p["conv"] else (nn.modules.linear, "F", "linear")
+            real = getattr(where, alias)
+            function = lambda *given: (seen(), getattr(real, name)(*given))[1]  # noqa: E731
+            other = types.SimpleNamespace(**{**vars(real), name: function})
+            stack.enter_context(mock.patch.object(where, alias, other))
         elif kind == "compiled":
             base._compiled_call_impl = lambda *given: (seen(), base._call_impl(*given))[1]
         yield
@@ -190,6 +211,88 @@ def test_what_is_not_plain_or_is_watched_is_called_as_it_is():
         for value in values:
             for conv in (False, True):
                 assert not compare({**usual(), "conv": conv, name: value}), (name, value)
+
+
+@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize("watcher", ["function", "class's forward", "class's _call_impl", "class's __getattr__"])
+def test_what_was_changed_before_it_was_recorded_is_no_original(watcher, conv, monkeypatch):
+    p = {**usual(), "conv": conv, "watcher": watcher}
+    assert compare({**p, "watcher": "nobody"})  # Conv1D is recorded by its first call
+    kind = Conv1D if conv else nn.Linear
+    original = _node.LINEARS[kind]
+    recorded = (kind, "torch", torch, "addmm", True) if conv else (kind, "F", nn.functional, "linear", False)
+
+    patch = watched
+
+    @contextlib.contextmanager
+    def recording(*given):
+        with patch(*given):
+            _node.keep_linear(*recorded)
+            yield
+
+    with monkeypatch.context() as patched:
+        patched.setitem(globals(), "watched", recording)
+        assert not compare(p)
+        assert _node.LINEARS[kind] is None
+    _node.keep_linear(*recorded)
+    assert _node.LINEARS[kind] == original
+
+
+def test_frozen_weights_of_inference_mode():
+    for conv in (False, True):
+        layer = build({**usual(), "conv": conv})
+        for name, parameter in layer.base.named_parameters():
+            with torch.inference_mode():
+                made = nn.Parameter(parameter.clone(), requires_grad=False)
+            layer.base._parameters[name] = made
+        x = torch.randn(4, 5, 8, device=DEVICE)
+        layer.router.sides = {3: 2}
+        layer.router.begin_forward()
+        layer(x)
+        out = layer(x)
+        layer.router.end_forward()
+        assert out.grad_fn.name() == "RoutedLoRABackward"
+        assert out.grad_fn.next_functions[3][0] is None
+        assert all(torch.isfinite(t).all() for t in torch.autograd.grad(out.sum(), [layer.lora_a, layer.lora_b]))
+        layer.router.sides = {3: 2}
+        layer.router.begin_forward()
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+            layer(x.requires_grad_())
+        left = [len(drawn) for drawn in layer.router._ahead.values()]
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+            layer(x)
+        assert [len(drawn) for drawn in layer.router._ahead.values()] == left  # they went back
+        layer.router.end_forward()
+
+
+def whole_output(level, x):
+    layer = build({**usual(), "level": level})
+    layer.router.sides = {3: 2}
+    torch.manual_seed(2)
+    layer.router.begin_forward()
+    layer(x)
+    out = layer(x)
+    layer.router.end_forward()
+    return layer, out
+
+
+@pytest.mark.parametrize("level", ["batch", "sample"])
+def test_gradients_that_are_not_memory_of_their_own(level):
+    x = torch.randn(4, 5, 8, device=DEVICE, requires_grad=True)
+    layer, out = whole_output(level, x)
+    assert len(out.grad_fn.next_functions) == 4
+    assert out.grad_fn.next_functions[3][0] is None
+    leaves = [x, layer.lora_a, layer.lora_b]
+    gradient = torch.randn(3, *out.shape, device=DEVICE)
+    want = [torch.autograd.grad(out, leaves, g, retain_graph=True) for g in gradient]
+    two = torch.autograd.grad(out, leaves, TwoTensor(*(g.clone() for g in gradient[:2])), retain_graph=True)
+    for got, first, second in zip(two, want[0], want[1], strict=True):
+        assert torch.equal(got.a, first)
+        assert torch.equal(got.b, second)
+    many = torch.autograd.grad(out, leaves, gradient, is_grads_batched=True, retain_graph=True)
+    assert all(torch.allclose(got, torch.stack(each)) for got, each in zip(many, zip(*want)))
+    negated = torch.autograd.grad(out, leaves, torch._neg_view(-gradient[0]))
+    assert all(torch.equal(got, first) for got, first in zip(negated, want[0], strict=True))
 
 
 def test_two_calls_that_differ_in_one_property():

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from cuda_host import DEVICE, needs_cuda
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -210,6 +211,36 @@ def test_what_may_not_be_overwritten_is_refused_as_ever():
     assert torch.equal(view, out)
 
 
+@pytest.mark.parametrize(("make", "options"), [*CASES.values()], ids=[*CASES])
+def test_gradients_that_are_not_memory_of_their_own(make, options, monkeypatch):
+    call, given = make(*options)
+    results = []
+    for module in (_node.NODE.module, None):
+        monkeypatch.setattr(_node.NODE, "module", module)
+        leaves = [t.clone().requires_grad_() for t in given]
+        out = call(*leaves)
+        gradient = torch.stack([rand(*out.shape, seed=n) for n in (5, 6)])
+        found = []
+        for batched, g in (
+            (False, TwoTensor(*(g.clone() for g in gradient))),
+            (True, gradient),
+            (False, torch._neg_view(gradient[0])),
+        ):
+            try:
+                grads = torch.autograd.grad(
+                    out, leaves, g, is_grads_batched=batched, retain_graph=True, allow_unused=True
+                )
+            except RuntimeError as error:
+                found.append(str(error))
+            else:
+                found += [
+                    part for t in grads if t is not None for part in ((t.a, t.b) if type(t) is TwoTensor else (t,))
+                ]
+        results.append(found)
+    node, python = results
+    assert all(a == b if isinstance(a, str) else torch.equal(a, b) for a, b in zip(node, python, strict=True))
+
+
 def test_a_second_derivative_is_refused_and_graphs_are_released():
     for make in (adapter_case, lora_case):
         call, given = make()
@@ -309,3 +340,26 @@ def test_a_module_of_other_sources_is_refused_in_words(tmp_path, monkeypatch):
     assert f"autograd's nodes in Python ({reason})" in env.in_words(env.describe())
     (tmp_path / built.name).unlink()
     assert _node.find() == (None, None)
+
+
+def test_a_module_that_cannot_be_loaded_is_refused_in_words(tmp_path, monkeypatch):
+    (built,) = _extension.folder().glob(f"_node-{torch.__version__}*")
+    monkeypatch.setattr(_extension, "folder", lambda: tmp_path)
+    (tmp_path / built.name).write_bytes(b"no library")
+    module, reason = _node.find.__wrapped__()
+    assert module is None
+    assert built.name in reason
+    assert "\n" not in reason
+
+
+def test_other_files_in_the_folder_are_no_sources(tmp_path):
+    folder = tmp_path / "autograd"
+    folder.mkdir()
+    (tmp_path / "entries.h").write_text("")
+    (folder / "a.cpp").write_text("")
+    before = _build.node_sources(tmp_path)
+    (folder / "__pycache__").mkdir()
+    (folder / "a.cpp.orig").write_text("")
+    assert _build.node_sources(tmp_path) == before
+    (folder / "a.h").write_text("")
+    assert _build.node_sources(tmp_path) != before
