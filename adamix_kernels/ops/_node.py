@@ -34,16 +34,15 @@ LINEARS: dict[type, tuple[bool, tuple[tuple[Any, str, Any], ...]] | None] = {}
 
 def keep_linear(kind: Any, alias: str, module: Any, name: str, transposed: bool) -> None:
     """A class of linear layers, whose forward calls module.name, by the name of `alias` for the module."""
-    base, own = torch.nn.Module, vars(sys.modules[kind.__module__])
-    function = getattr(module, name)
+    base, own, function = torch.nn.Module, vars(sys.modules[kind.__module__]), getattr(module, name)
+    inherited = {of: getattr(base, of) for of in ("__call__", "_call_impl", "__getattr__")}
     original = (
-        all(getattr(kind, of) is getattr(base, of) for of in ("__call__", "_call_impl", "__getattr__"))
-        and all(_is_written_in(getattr(base, of), base) for of in ("__call__", "_call_impl", "__getattr__"))
+        all(getattr(kind, of) is method and _is_written_in(method, base) for of, method in inherited.items())
         and _is_written_in(kind.forward, kind)
         and own.get(alias) is module
         and isinstance(function, types.BuiltinFunctionType)
     )
-    called = [(kind, of, getattr(kind, of)) for of in ("__call__", "_call_impl", "__getattr__", "forward")]
+    called = [(kind, of, method) for of, method in {**inherited, "forward": kind.forward}.items()]
     LINEARS[kind] = (transposed, (*called, (own, alias, module), (vars(module), name, function))) if original else None
 
 
