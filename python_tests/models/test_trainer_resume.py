@@ -212,7 +212,7 @@ def test_a_checkpoint_of_version_1_has_no_list_of_files(tmp_path):
     assert check_manifest(path.parent) is None
 
 
-def test_older_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_older_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch, recwarn):
     whole = []
 
     def observed(folder):
@@ -221,9 +221,10 @@ def test_older_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypat
 
     monkeypatch.setattr(trainer_checkpoints, "write_manifest", observed)
     said = []  # quick epochs are no fault of the file system's
-    monkeypatch.setattr(transformers.trainer_utils.logger, "warning_once", said.append, raising=False)
+    if hasattr(transformers.trainer_utils, "logger"):  # transformers 5; 4 warns
+        monkeypatch.setattr(transformers.trainer_utils.logger, "warning_once", said.append, raising=False)
     trained(tmp_path, save_steps=1, save_total_limit=1)
-    assert said == []
+    assert said == [] and not [w for w in recwarn if "mtime" in str(w.message)]
     assert whole == [["checkpoint-1"]] + [[f"checkpoint-{n}", f"checkpoint-{n + 1}"] for n in (1, 2, 3)]
     assert [f for f in os.listdir(tmp_path) if f.startswith("checkpoint")] == ["checkpoint-4"]
 
