@@ -15,6 +15,7 @@ from ..measure import clock, record
 from ..measure.harness import spread
 from ..measure.ledger import AbsentError, BrokenDeviceError, Item, Ledger, RefusedError, describe
 from ..ops.bench import watching
+from ..ops.cases import require_usable
 from ..ops.check import disagreement
 from ..ops.run import BROKEN, open_ledger
 from ..sizes import DecodeSize, MixtureSize
@@ -42,7 +43,7 @@ def measure_layer(size: MixtureSize, device: torch.device, ledger: Ledger, *, sm
             if not mine and name not in peers[0]:
                 raise AbsentError("not installed, or not in this version")
             if mine:
-                _require_usable(name, "gated_lora", device)
+                require_usable(name, "gated_lora", device)
             called = [ours(name) if mine else every[name] for every in peers]
             with watching(device):
                 problem = wrong(called[0], first, peer=not mine)
@@ -86,7 +87,7 @@ def measure_decoding(size: DecodeSize, device: torch.device, ledger: Ledger, *, 
             if rows is None:
                 continue
             if config is not None:
-                _require_usable(backend, "gated_lora", device)
+                require_usable(backend, "gated_lora", device)
             with watching(device), torch.no_grad():
                 ids = prompt(device)
                 model = decoder(config, size.width, device=device, backend=backend if config else "auto")
@@ -133,16 +134,6 @@ def _timed(
             add("graph_failed", "", 1, describe(error))
             clock.require_working(device)
     return rows
-
-
-def _require_usable(backend: str, op: str, device: torch.device) -> None:
-    state = backends()[backend]
-    if op not in state.ops:
-        raise AbsentError(f"this build has no {backend} implementation of {op}")
-    if not state.usable:
-        raise AbsentError(state.reason)
-    if backend != "reference" and device.type != "cuda":
-        raise AbsentError(f"backend {backend} is timed on a GPU only")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -125,18 +125,24 @@ def compiled(name: str, function: Callable, *, smoke: bool) -> Contender:
     return Contender(name, opened)
 
 
+def require_usable(backend: str, op: str, device: torch.device) -> None:
+    """Raises AbsentError where `backend` cannot be timed on `op` here."""
+    state = backends()[backend]
+    if op not in state.ops:
+        raise AbsentError(f"this build has no {backend} implementation of {op}")
+    if not state.usable:
+        raise AbsentError(state.reason)
+    if backend != "reference" and device.type != "cuda":
+        raise AbsentError(f"backend {backend} is timed on a GPU only")
+
+
 def ours(op: str, device: torch.device, make: Callable[[str], Callable]) -> list[Contender]:
     """One contender for each backend of this build; make(backend) -> function of (*leaves, *extra)."""
     made = []
-    for name, state in backends().items():
+    for name in backends():
 
-        def opened(name=name, state=state):
-            if op not in state.ops:
-                raise AbsentError(f"this build has no {name} implementation of {op}")
-            if not state.usable:
-                raise AbsentError(state.reason)
-            if name != "reference" and device.type != "cuda":
-                raise AbsentError(f"backend {name} is timed on a GPU only")
+        def opened(name=name):
+            require_usable(name, op, device)
             return bind(_raising_absent(make(name)))
 
         made.append(Contender(name, opened, exacting=True))
