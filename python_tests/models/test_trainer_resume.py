@@ -224,7 +224,8 @@ def test_older_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypat
     if hasattr(transformers.trainer_utils, "logger"):  # transformers 5; 4 warns
         monkeypatch.setattr(transformers.trainer_utils.logger, "warning_once", said.append, raising=False)
     trained(tmp_path, save_steps=1, save_total_limit=1)
-    assert said == [] and not [w for w in recwarn if "mtime" in str(w.message)]
+    assert said == []
+    assert not [w for w in recwarn if "mtime" in str(w.message)]
     assert whole == [["checkpoint-1"]] + [[f"checkpoint-{n}", f"checkpoint-{n + 1}"] for n in (1, 2, 3)]
     assert [f for f in os.listdir(tmp_path) if f.startswith("checkpoint")] == ["checkpoint-4"]
 
