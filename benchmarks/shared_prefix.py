@@ -1,8 +1,9 @@
 """What sharing the layers below the first adapted one saves of a training step: `python -m benchmarks.shared_prefix`.
 
 Counted: operations of a step's matrix products, forward and backward, with and without sharing, for every first adapted
-layer of BERT-base, RoBERTa-large and GPT-2 medium (two sequences of 128 tokens, on no device). --time adds seconds on
-this CPU, in interleaved rounds, at three layers of --model. --write: results/shared_prefix.csv, docs/shared_prefix.png.
+layer of BERT-base, RoBERTa-large and GPT-2 medium (two sequences of 128 tokens, on no device). --time MODEL ... instead
+times a step of these on this CPU, two sequences of 64 tokens, at three layers, sharing over not, in interleaved
+rounds. --write: results/shared_prefix.csv, docs/shared_prefix.png; what is not made now stays as it is there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ TABLE = RESULTS / "shared_prefix.csv"
 PICTURE = ROOT / "docs" / "shared_prefix.png"
 COLUMNS = ("model", "layers", "first", "operations", "shared", "saved", "time_ratio", "time_p20", "time_p80")
 TOKENS = 128
+TIMED = (2, 64)  # sequences, tokens
+Row = dict[str, str]
 _ADAPTER = {"method": "adapter", "num_experts": 4}
 
 
@@ -83,10 +86,10 @@ def operations(name: str, first: int, shared: bool) -> int:
     return int(counter.get_total_flops())
 
 
-def timed(name: str, first: int, batch: int, tokens: int, rounds: int) -> tuple[float, float, float]:
+def timed(name: str, first: int, rounds: int) -> tuple[float, float, float]:
     """(median, 20th and 80th percentile) of the time with sharing over that without, round by round."""
     torch.manual_seed(0)
-    model, given = adapted(name, first, "cpu"), inputs(name, batch, tokens, "cpu")
+    model, given = adapted(name, first, "cpu"), inputs(name, *TIMED, "cpu")
     timing = time_paired(
         {"whole": lambda _k: step(model, given, False), "shared": lambda _k: step(model, given, True)},
         [],
@@ -96,23 +99,48 @@ def timed(name: str, first: int, batch: int, tokens: int, rounds: int) -> tuple[
     return ratio.p50, ratio.p20, ratio.p80
 
 
-def rows(names: list[str], time_first: dict[str, list[int]], rounds: int) -> list[dict[str, object]]:
-    made: list[dict[str, object]] = []
+def counted(names: list[str]) -> list[Row]:
+    made: list[Row] = []
     for name in names:
         layers = MODELS[name][1]
         for first in range(layers):
             whole, shared = (operations(name, first, each) for each in (False, True))
-            row: dict[str, object] = dict(zip(COLUMNS, (name, layers, first, whole, shared)))
-            row["saved"] = f"{1 - shared / whole:.4f}"
-            if first in time_first.get(name, ()):
-                found = timed(name, first, 4, 64, rounds)
-                row.update(zip(COLUMNS[6:], (f"{value:.3f}" for value in found)))
-            made.append(row)
-            print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+            values = (name, layers, first, whole, shared, f"{1 - shared / whole:.4f}")
+            made.append(dict(zip(COLUMNS, map(str, values))))
+            _print(made[-1])
     return made
 
 
-def draw(made: list[dict[str, Any]], path: Path) -> None:
+def with_times(made: list[Row], names: list[str], rounds: int) -> list[Row]:
+    """`made` with times at a quarter, half and three quarters of these models."""
+    for row in made:
+        name, layers, first = row["model"], int(row["layers"]), int(row["first"])
+        if name in names and first in (layers // 4, layers // 2, 3 * layers // 4):
+            row.update(zip(COLUMNS[6:], (f"{value:.3f}" for value in timed(name, first, rounds))))
+            _print(row)
+    return made
+
+
+def merged(old: list[Row], new: list[Row]) -> list[Row]:
+    """`new`, with the times of `old`, and the rows of `old` whose model it has not; in the order of MODELS."""
+    known = {(row["model"], row["first"]): row for row in old}
+    for row in new:
+        key = row["model"], row["first"]
+        known[key] = {**known.get(key, {}), **row}
+    order = list(MODELS)
+    return sorted(known.values(), key=lambda row: (order.index(row["model"]), int(row["first"])))
+
+
+def read() -> list[Row]:
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _print(row: Row) -> None:
+    print(", ".join(f"{key} {value}" for key, value in row.items() if value), flush=True)
+
+
+def draw(made: list[Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -124,13 +152,13 @@ def draw(made: list[dict[str, Any]], path: Path) -> None:
         if not mine:
             continue
         places = [int(row["first"]) / int(row["layers"]) for row in mine]
-        axes.plot(places, [100 * float(row["saved"]) for row in mine], mark, ls="-", ms=4, label=name)
+        (line,) = axes.plot(places, [100 * float(row["saved"]) for row in mine], mark, ls="-", ms=4, label=name)
         timed_ = [row for row in mine if row.get("time_ratio")]
         if timed_:
             axes.plot(
                 [int(row["first"]) / int(row["layers"]) for row in timed_],
                 [100 * (1 - float(row["time_ratio"])) for row in timed_],
-                "kx", label=f"{name}, time on a CPU",
+                "x", color=line.get_color(), ms=8, label=f"{name}, time on a CPU",
             )  # fmt: skip
     axes.set(xlabel="first adapted layer / layers", ylabel="saved of a training step, %", ylim=(0, None))
     axes.grid(alpha=0.3)
@@ -141,15 +169,17 @@ def draw(made: list[dict[str, Any]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--time", action="store_true")
-    parser.add_argument("--model", default="bert-base", choices=list(MODELS), help="which one is timed")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="which are counted")
+    parser.add_argument(
+        "--time", nargs="+", default=[], choices=list(MODELS), metavar="MODEL", help="times these instead"
+    )
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args(arguments)
-    layers = MODELS[options.model][1]
-    chosen = {options.model: [layers // 4, layers // 2, 3 * layers // 4]} if options.time else {}
-    made = rows(options.models, chosen, options.rounds)
+    if options.time:
+        made = with_times(read(), options.time, options.rounds)
+    else:
+        made = merged(read() if TABLE.is_file() else [], counted(options.models))
     if options.write:
         with TABLE.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -57,7 +58,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the demo. Returns 0, or 2 after one line on what is wrong with the arguments, model or data."""
+    """Runs the demo. Returns 0; after one line on stderr 2 for wrong arguments, model or data, 1 where the process of a
+    seed ended before it was done, and 130 when interrupted."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        print("demo: interrupted", file=sys.stderr)
+        return 130
+    except BrokenProcessPool:
+        why = "its own message stands above, if it had one; if not, there may have been too little memory"
+        print(f"demo: a seed's process ended before it was done ({why}): --jobs 1 needs one process", file=sys.stderr)
+        return 1
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(arguments)
     if args.consistency <= 0 or args.experts < 2:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,9 @@ def all_seeds(work: Work, data: Sequence[Data], jobs: int, bar: Any) -> list[Met
     Args:
         jobs: seeds that are trained at a time; above 1 each in a process of its own, with its part of the threads.
         bar: updated by every training step.
+
+    Raises what a seed raises, and BrokenProcessPool where its process ended before it was done; the other seeds'
+    processes are ended first, at an interrupt too.
     """
     if jobs == 1:
         return _joined([one_seed(work, drawn, seed, bar) for seed, drawn in enumerate(data)])
@@ -70,14 +75,18 @@ def all_seeds(work: Work, data: Sequence[Data], jobs: int, bar: Any) -> list[Met
     steps, before = context.Queue(), set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _begin, (steps, torch.get_num_threads() // jobs))
     try:
-        running = [pool.submit(_one_seed, work, drawn, seed) for seed, drawn in enumerate(data)]
-        left = set(running)
+        with _deaf_to_interrupts():
+            running = [pool.submit(_one_seed, work, drawn, seed) for seed, drawn in enumerate(data)]
+        left, told = set(running), 0
         while left:
             done, left = concurrent.futures.wait(running, _LOOK, concurrent.futures.FIRST_EXCEPTION)
             for each in done:
                 each.result()
             while not steps.empty():
-                bar.update(steps.get())
+                told += steps.get()
+                bar.update()
+        # The last steps may be told later than their seed's results.
+        bar.update(sum(work.steps(len(drawn.train)) for drawn in data) - told)
         return _joined([each.result() for each in running])
     except BaseException:  # an interrupt too: nobody waits for the other seeds
         for child in set(multiprocessing.active_children()) - before:
@@ -161,6 +170,19 @@ def _begin(steps: Any, threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, threads))
     quiet_transformers()
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes started here ignore Ctrl-C, which a terminal sends to all of them: the one that reads it ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what comes now waits
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent() -> None:

@@ -99,7 +99,9 @@ STUDIES = (
     Study("sst2", "sst2", ["default"], _epochs(1, ROUTED)),
     Study("sst2_4_epochs", "sst2", ["pfeiffer", "adamix:routing=batch"], _epochs(4, ROUTED)),
     Study("sst2_30_shots", "sst2", ["default"], _epochs(60, ROUTED, 8), SHOTS),
-    # The plain adapter, AdaMix and weight 0 of this comparison are rows of the one before.
+    # On all sentences; the plain adapter, AdaMix and weight 0 are rows of sst2.
+    Study("sst2_controls", "sst2", DECISIVE[1:3], _epochs(1, ["merged"])),
+    # The plain adapter, AdaMix and weight 0 of this comparison are rows of sst2_30_shots.
     Study("sst2_30_controls", "sst2", [m for m in CONTROLS if m not in
           ("pfeiffer", "adamix", "adamix:consistency_weight=0")], _epochs(60, ["merged"], 8), SHOTS),
     Study("sst2_30_search", "sst2_held_back", [_at(m, r) for m in SEARCHED for r in RATES],
@@ -111,7 +113,7 @@ STUDIES = (
     Study("acceptable_search", "acceptable_held_back", [_at(m, r) for m in SEARCHED for r in RATES],
           _epochs(10, ["merged"], 8, **HALF), Limits(train_rows=200), seeds=1,
           make=sentences.write_acceptable_held_back),
-    Study("acceptable", "acceptable", DECISIVE, _epochs(20, ["merged"], 8, **HALF),
+    Study("acceptable", "acceptable", (*DECISIVE, CONTROLS[2], CONTROLS[5]), _epochs(20, ["merged"], 8, **HALF),
           Limits(train_rows=240, dev_rows=436), make=sentences.write_acceptable),
     Study("gates_search", "sst2_held_back", [_at(m, r) for m in SEARCHED_GATES for r in (0.003, 0.01)],
           _epochs(5, ["merged"], 8, adamix=LORAS, **HALF), Limits(train_rows=400, dev_rows=436), seeds=1,

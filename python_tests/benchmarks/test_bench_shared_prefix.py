@@ -36,3 +36,24 @@ def test_every_layer_has_a_row_and_the_page_says_the_same():
         layers = shared_prefix.MODELS[name][1]
         want = [found[name, first] for first in (layers // 4, layers // 2, 3 * layers // 4, layers - 1)]
         assert [int(n) for n in re.findall(r"(\d+) %", line)] == [round(100 * n) for n in want]
+
+
+def test_new_times_leave_the_counts_and_new_counts_the_times(monkeypatch, tmp_path):
+    monkeypatch.setattr(shared_prefix, "TABLE", tmp_path / "table.csv")
+    monkeypatch.setattr(shared_prefix, "PICTURE", tmp_path / "picture.png")
+    monkeypatch.setattr(shared_prefix, "operations", lambda name, first, shared: 100 - first * shared)
+    monkeypatch.setattr(shared_prefix, "timed", lambda name, first, rounds: (first / 100, 0.0, rounds / 1))
+    assert shared_prefix.main(["--models", "gpt2-medium", "--write"]) == 0
+    assert shared_prefix.main(["--models", "bert-base", "--write"]) == 0
+    assert shared_prefix.main(["--time", "bert-base", "--rounds", "5", "--write"]) == 0
+    found = {(row["model"], int(row["first"])): row for row in rows()}
+    assert list(found) == [("bert-base", n) for n in range(12)] + [("gpt2-medium", n) for n in range(24)]
+    assert {key: row["time_ratio"] for key, row in found.items() if row["time_ratio"]} == {
+        ("bert-base", 3): "0.030", ("bert-base", 6): "0.060", ("bert-base", 9): "0.090",
+    }  # fmt: skip
+    assert (found["bert-base", 6]["saved"], found["bert-base", 6]["time_p80"]) == ("0.0600", "5.000")
+    monkeypatch.setattr(shared_prefix, "operations", lambda name, first, shared: 100 - 2 * first * shared)
+    assert shared_prefix.main(["--models", "bert-base", "--write"]) == 0
+    (row,) = [row for row in rows() if (row["model"], row["first"]) == ("bert-base", "6")]
+    assert (row["saved"], row["time_ratio"]) == ("0.1200", "0.060")
+    assert (tmp_path / "picture.png").is_file()

@@ -2,6 +2,11 @@
 
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import tiny_text
@@ -84,6 +89,56 @@ def test_what_fails_in_a_process_of_its_own_is_told(finished, tmp_path):
     work = seeds.Work(tasks.Encoder("gone", str(tmp_path / "gone"), False), task.label_names, settings, 2, 3, tmp_path)
     with pytest.raises(ValueError, match="model: cannot load 'gone'"):
         seeds.all_seeds(work, data, 2, seeds._Told())
+
+
+class Killed(seeds.Work):
+    """Each seed's process is killed at its first model, as a machine without memory would."""
+
+    def fresh(self):
+        if seeds._Told.steps is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().fresh()
+
+
+def test_a_process_that_is_killed_is_one_line_and_status_1(finished, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(run, "Work", Killed)
+    assert run.main([*finished[1], "--out", str(tmp_path), "--jobs", "2"]) == 1
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("demo: a seed's process ended before it was done")
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_an_interrupt_ends_every_process_in_one_line(finished, tmp_path, jobs):
+    command = [sys.executable, "-m", "adamix_kernels.demo", *finished[1], "--out", str(tmp_path)]
+    command += ["--jobs", jobs, "--epochs", "100000"]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        # A terminal's Ctrl-C reaches the whole group.
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        sent = {"1": "frozen encoder", "2": "2 seeds at a time"}[jobs]
+        _until(lambda: sent in log.read_text() or process.poll() is not None)
+        time.sleep(0.5)  # the processes of two seeds have begun, and import
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(120) == 130
+    assert log.read_text().splitlines()[-1] == "demo: interrupted"
+    assert "Traceback" not in log.read_text()
+    _until(lambda: not _alive(process.pid))
+
+
+def _until(true):
+    end = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def _alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_every_seed_draws_its_own_few_rows_and_all_read_the_same_dev_rows(finished):
