@@ -124,6 +124,19 @@ def test_a_merged_run_needs_no_task(domains, capsys):
     assert cli.main(["eval", out, "--disable_tqdm"]) == 0
 
 
+def test_an_export_names_the_command_that_merges(domains, capsys):
+    run = str(domains / "out")
+    assert cli.main(["export", run, "--out", str(domains / "exported")]) == 2
+    assert f"expected a merged one: adamix merge {run} --gates mean --out FOLDER" in capsys.readouterr().err
+    assert not (domains / "exported").exists()
+
+
+@pytest.mark.parametrize("option", ["task_name", "task_column"])
+def test_a_pack_has_no_tasks(option, capsys):
+    assert cli.main(["predict", "--pack", "none", "--adapter", "a", f"--{option}", "shop", "good film"]) == 2
+    assert f"{option}: got 'shop' with --pack, expected none: a pack has no gates" in capsys.readouterr().err
+
+
 def run_names(folder):
     return tasks.read_run(folder / "out").task_names
 
