@@ -102,7 +102,8 @@ ADAMIX_DEVICE void join_lanes(PairStatistics& s) {
   sum(sums);
   s.sum_a = sums[0], s.sum_b = sums[1], s.total = sums[2], s.label = sums[3];
   s.center = Whole ? s.center_of_sums() : s.rough_center();
-  float gaps[4] = {fmaf(-s.center, own_a, s.gap_a), fmaf(-s.center, own_b, s.gap_b), s.lean, 0.f};
+  float step = -s.center * kSmall;
+  float gaps[4] = {fmaf(step, own_a, s.gap_a), fmaf(step, own_b, s.gap_b), s.lean, 0.f};
   sum(gaps);
   s.gap_a = gaps[0], s.gap_b = gaps[1], s.lean = gaps[2];
 }
@@ -128,7 +129,7 @@ ADAMIX_DEVICE void join_warps(PairStatistics& s, const PairScratch& scratch) {
   s.sum_a = whole(part[0]), s.sum_b = whole(part[1]), s.total = whole(part[4]), s.label = whole(part[5]);
   s.lean = whole(part[6]), s.center = s.center_of_sums();
   // From one center to the other in one step, which is small where they are close.
-  float step = part[7] - s.center;
+  float step = (part[7] - s.center) * kSmall;
   s.gap_a = whole(fmaf(step, part[0], part[2])), s.gap_b = whole(fmaf(step, part[1], part[3]));
 }
 
@@ -176,7 +177,7 @@ ADAMIX_DEVICE void take_shares(PairStatistics& s, const PairScratch& scratch, in
   s.lean = whole(part.lean, Add{});  // whose maxima are the row's already
   s.center = s.center_of_sums();
   // From one center to the other in one step, which is small where they are close.
-  float step = part.center_of_sums() - (rise_a - rise_b) - s.center;
+  float step = (part.center_of_sums() - (rise_a - rise_b) - s.center) * kSmall;
   s.gap_a = whole(decay_a == 0.f ? 0.f : fmaf(step, part.sum_a, part.gap_a) * decay_a, Add{});
   s.gap_b = whole(decay_b == 0.f ? 0.f : fmaf(step, part.sum_b, part.gap_b) * decay_b, Add{});
 }
