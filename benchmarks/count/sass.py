@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,16 +128,24 @@ def sass_loops(code: Code) -> list[Loop]:
 @dataclass(frozen=True)
 class Part:
     """A loop's own instructions, a function's, or (the first) those in neither: as PTX and as machine code; unrolled:
-    iterations of the one in one of the other."""
+    iterations of the one in one of the other; products: those of PTX that are many of machine code -> how many."""
 
     ptx: tuple[int, ...]
     sass: tuple[int, ...]
     unrolled: int
+    products: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
-        """Machine instructions for one of PTX."""
-        return min(4.0, len(self.sass) / self.unrolled / len(self.ptx)) if self.ptx else 0.0
+        """Machine instructions for one of PTX, products left out of both."""
+        left, of = len(self.sass) / self.unrolled - sum(self.products.values()), len(self.ptx) - len(self.products)
+        return min(4.0, max(0.0, left) / of) if of else 0.0
+
+    def spent(self, executed: Sequence[float]) -> float:
+        """Machine instructions, where each of the PTX's runs so many times. Branches that are not taken make products
+        a larger part of what runs than of what is written."""
+        products = sum(times * executed[n] for n, times in self.products.items())
+        return products + self.ratio * sum(executed[n] for n in self.ptx if n not in self.products)
 
 
 class _Looks(NamedTuple):
@@ -193,7 +201,8 @@ def parts(
         have = sum(_anchors(names, mine.own, made_of).values())
         unrolled = round(sum(_counted(kinds, its, own=True).values()) / have) if have else 1
         found.append(Part(mine.own, its.own, max(1, unrolled)))
-    return found + called
+    products = {n: made_of[name][1] for n, name in enumerate(names) if name.startswith("wmma.mma.")}
+    return [replace(part, products={n: products[n] for n in part.ptx if products.get(n)}) for part in found + called]
 
 
 def _wmma(code: Code) -> dict[str, tuple[str, int]]:

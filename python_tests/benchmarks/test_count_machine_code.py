@@ -77,6 +77,9 @@ def test_a_product_of_wmma_is_as_many_as_its_shape_takes(shape, products, loads)
     _, inside = count_sass.parts(names, [""] * 8, count_loops.loops(8, {6: ([1], True), 7: ([], False)}), code)
     assert inside.unrolled == 2
     assert len(inside.sass) == 7 + 2 * products + 2 * loads
+    # A branch around four of the six runs one time in ten: the product is what it is, the rest in proportion.
+    spent = inside.spent([1, 1, 10, 10, 1, 1, 1, 1])
+    assert spent == pytest.approx(10 * products + (10 + 4) * (7 + 2 * loads) / 2 / 5)
 
 
 CALLED = """
