@@ -32,8 +32,6 @@ MORE = {
     ("gated_adapter/backward", "triton", "r8 M8 dense"): (INSTRUCTIONS, 1.07, _NARROW),
     ("gated_adapter/backward", "triton", "r8 M8 dense weights"): (INSTRUCTIONS, 1.07, _NARROW),
     ("gated_adapter/backward", "triton", "r8 M8 top2"): (INSTRUCTIONS, 1.06, _NARROW),
-    ("gated_adapter/backward", "triton", "r16 M8 dense weights"): (INSTRUCTIONS, 1.13, _NARROW),
-    ("gated_adapter/backward", "triton", "r16 M8 dense shared"): (INSTRUCTIONS, 1.08, _NARROW),
     ("gated_lora/forward", "cuda sm_70", "r8 M8 top2"): (1.26, BYTES, _V100),
     ("gated_lora/backward", "cuda sm_70", "r8 M8 dense"): (1.66, 1.14, _V100),
     ("gated_lora/backward", "cuda sm_70", "r8 M8 top2"): (1.36, 1.16, _V100),
