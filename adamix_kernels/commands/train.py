@@ -14,6 +14,7 @@ import torch
 
 from ..models.centroid import Centroid, sentence_vectors
 from ..models.config import AdaMixConfig
+from ..models.gating import check_model_for_gates
 from ..models.inject import adapt
 from ..models.state import adamix_state
 from ..recipes.processes import is_main
@@ -127,6 +128,7 @@ def _train(options: Options) -> None:
             model, tokenizer = load_causal(encoder)
         else:
             model, tokenizer = load_classifier(encoder, task.label_names, data.pooling, task=task.kind)
+    check_model_for_gates(model, config, [])  # before the baselines, which take their time
     settings = {"max_new_tokens": fit.max_new_tokens, "beams": fit.beams} if task.kind == "generation" else {}
     size = arguments.per_device_eval_batch_size
     longest = min(data.max_tokens, longest_text(model, tokenizer))

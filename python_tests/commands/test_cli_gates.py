@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+import tiny_recipes
 import tiny_text
 
 from adamix_kernels import AdaMixConfig, cli, tasks
@@ -135,6 +136,18 @@ def test_an_export_names_the_command_that_merges(domains, capsys):
 def test_a_pack_has_no_tasks(option, capsys):
     assert cli.main(["predict", "--pack", "none", "--adapter", "a", f"--{option}", "shop", "good film"]) == 2
     assert f"{option}: got 'shop' with --pack, expected none: a pack has no gates" in capsys.readouterr().err
+
+
+def test_gates_of_a_text_are_refused_before_anything_is_measured(tmp_path, capsys):
+    tiny_recipes.write_causal(tmp_path / "gpt")
+    lines = [json.dumps({"prompt": f"{a} {b}", "completion": f"{b} {a}"}) for a in WORDS for b in WORDS]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines) + "\n")
+    flags = ["--data", str(tmp_path / "own.jsonl"), "--text_column", "prompt", "--label_column", "completion"]
+    flags += ["--task", "generation", "--model", str(tmp_path / "gpt"), "--out", str(tmp_path / "out"), "--use_cpu"]
+    assert cli.main(["train", *flags, "--preset", "smear"]) == 2
+    said = capsys.readouterr()
+    assert "router: got 'sentence' for GPT2LMHeadModel (a model that generates)" in said.err
+    assert "training on" not in said.out
 
 
 def run_names(folder):
