@@ -148,6 +148,11 @@ def test_gates_of_a_text_are_refused_before_anything_is_measured(tmp_path, capsy
     said = capsys.readouterr()
     assert "router: got 'sentence' for GPT2LMHeadModel (a model that generates)" in said.err
     assert "training on" not in said.out
+    assert cli.main(["train", *flags, "--target_modules", "c_atn"]) == 2
+    said = capsys.readouterr()
+    assert "target_modules: got ['c_atn']" in said.err
+    assert "closest: attn.c_attn" in said.err or "closest: c_attn" in said.err
+    assert "training on" not in said.out
 
 
 def run_names(folder):
