@@ -50,7 +50,9 @@ _WORDS = (
     "and warps there, waves, barriers in a step of the main loop, and the limit that binds; banks: passes over "
     "shared memory over the fewest. The columns before the shares are those of the newest target counted, as a "
     "rule sm_90; V100 and A100 have counts of their own in the CSV. Shares are of copy bandwidth; where an op "
-    "moves less than a megabyte none is given, as only its launches count."
+    "moves less than a megabyte none is given, as only its launches count. Older than the matching of wmma's products, "
+    "and of loops that ptxas leaves by a call, are the counts of the adapter's backward on sm_90, and from sm_80 on "
+    "those beside gates, of one expert a token."
 )
 _GATES = (
     "What gates cost beside one expert a token without any, at the same size: instructions, bytes (those that each "
