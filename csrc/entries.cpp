@@ -77,10 +77,13 @@ void lora_backward(const LoraBackwardCall& call, Memory memory, TensorHandle (&m
        made);
 }
 
+void merge_banks(const MergeBanksCall& call) { merge_banks_into(borrowed(call.out), call.banks, call.count); }
+
 }  // namespace
 
 int64_t entries() {
-  static const Entries table{kEntriesVersion, adapter_forward, adapter_backward, lora_forward, lora_backward};
+  static const Entries table{kEntriesVersion, adapter_forward, adapter_backward,
+                             lora_forward,    lora_backward,   merge_banks};
   return reinterpret_cast<int64_t>(&table);
 }
 

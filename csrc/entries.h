@@ -47,6 +47,20 @@ struct LoraBackwardCall {
   LoraOptions options;
 };
 
+// One bank of a list: data [experts, size], contiguous; scores [experts] of float32, or null for the uniform mean. Its
+// mean goes to element `offset` of the results.
+struct MergedBank {
+  const void *data, *scores;
+  int64_t experts, size, offset;
+};
+
+// out: new memory of the banks' dtype and on their device, one axis.
+struct MergeBanksCall {
+  TensorHandle out;
+  const MergedBank* banks;
+  size_t count;
+};
+
 // What the op adamix_cuda::entries gives the address of. made: the op's results in their order; of a forward in place t
 // alone.
 struct Entries {
@@ -55,9 +69,10 @@ struct Entries {
   void (*adapter_backward)(const AdapterBackwardCall&, Memory, TensorHandle (&made)[5]);
   void (*lora_forward)(const LoraForwardCall&, Memory, TensorHandle (&made)[2]);
   void (*lora_backward)(const LoraBackwardCall&, Memory, TensorHandle (&made)[3]);
+  void (*merge_banks)(const MergeBanksCall&);
 };
 
 // Raised with every change of the above: a module and a library of two versions do without each other.
-constexpr int64_t kEntriesVersion = 1;
+constexpr int64_t kEntriesVersion = 2;
 
 }  // namespace adamix

@@ -56,6 +56,8 @@ std::tuple<Tensor, Tensor, Tensor> router_forward(Tensor x, Tensor weight, Optio
 
 Tensor merge_banks_forward(std::vector<Tensor> banks, std::vector<OptionalTensor> scores, std::vector<int64_t> offsets,
                            int64_t elements);
+// Of entries.h alone.
+void merge_banks_into(const Tensor& out, const MergedBank* banks, size_t count);
 Tensor merge_experts_forward(Tensor bank, OptionalTensor scores);
 std::tuple<Tensor, Tensor> merge_experts_backward(Tensor grad_out, Tensor bank, OptionalTensor scores, bool need_bank,
                                                   bool need_scores);

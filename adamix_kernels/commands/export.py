@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..models.gating import is_learned
 from ..models.state import adamix_state
 from ..tasks import DEFAULT_MODEL, Run
 from ..tasks.encoders import DEFAULT_HUB_ID
@@ -46,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     from .. import convert
 
     opened = open_run(run)
+    _check_gates(opened.model, run.run)
     method = adamix_state(opened.model).config.method
     wanted = FORMATS[method] if options.format == "auto" else options.format
     why = problem(opened.model, opened.run, "lora" if wanted == "peft" else "adapter")
@@ -63,3 +66,12 @@ def main(argv: Sequence[str]) -> int:
         convert.export_adapterhub(opened.model, options.out)
     print(f"{wanted} files: {options.out}")
     return 0
+
+
+def _check_gates(model: Any, run: str) -> None:
+    """Raises ValueError where gates still weigh the experts, with the command that ends that."""
+    if is_learned(model) and not adamix_state(model).merged:
+        raise ValueError(
+            f"run: got {run!r}, whose gates differ by token or text, which these formats cannot say, expected a merged "
+            f"one: adamix merge {shlex.quote(run)} --gates mean --out FOLDER"
+        )

@@ -231,6 +231,10 @@ def _check_pack(options: PredictOptions, place: RunOptions) -> None:
         return
     if place.run:
         raise ValueError("pack: got --run too, expected one of them")
+    of_tasks = next((name for name in ("task_name", "task_column") if getattr(options, name)), None)
+    if of_tasks:
+        got = getattr(options, of_tasks)
+        raise ValueError(f"{of_tasks}: got {got!r} with --pack, expected none: a pack has no gates by task")
     if len(given) != 1:
         got = " and ".join(f"--{name}" for name in given) or "nothing"
         raise ValueError(f"pack: got {got}, expected one of --adapter NAME, --adapter_column COLUMN, --route nearest")

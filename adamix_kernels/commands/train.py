@@ -14,7 +14,7 @@ import torch
 
 from ..models.centroid import Centroid, sentence_vectors
 from ..models.config import AdaMixConfig
-from ..models.inject import adapt
+from ..models.inject import adapt, check_targets
 from ..models.state import adamix_state
 from ..recipes.processes import is_main
 from ..tasks import Run, TextTask, load_causal, load_classifier, load_task, resolve_model
@@ -127,6 +127,7 @@ def _train(options: Options) -> None:
             model, tokenizer = load_causal(encoder)
         else:
             model, tokenizer = load_classifier(encoder, task.label_names, data.pooling, task=task.kind)
+    check_targets(model, config)  # before the baselines, which take their time
     settings = {"max_new_tokens": fit.max_new_tokens, "beams": fit.beams} if task.kind == "generation" else {}
     size = arguments.per_device_eval_batch_size
     longest = min(data.max_tokens, longest_text(model, tokenizer))

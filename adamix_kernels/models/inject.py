@@ -17,7 +17,7 @@ from .guards import install_guards
 from .proving import settle_backends
 from .quantised import dynamic_linear, let_gradients_through, plain_weight
 from .state import AdaMixState, check_model, replace_module
-from .targets import layer_number, model_type, saved_modules, target_layers
+from .targets import layer_number, model_type, saved_modules, target_layers, warn_of_unmatched
 
 _TANH_GELU_MODELS = ("gpt2",)
 
@@ -85,8 +85,8 @@ def build_layers(
     """path -> the layer that adapt() puts there, built beside `model`, which stays as it is."""
     build = _adapted_layer if config.method == "adapter" else _lora_layer
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    targets = target_layers(model, config)
-    check_model_for_gates(model, config, list(targets))
+    targets = check_targets(model, config)
+    warn_of_unmatched(model, config)
     depths = sorted({n for n in (layer_number(path, config.layers_pattern) for path in targets) if n is not None})
     built: dict[str, AdaptedLayer | RoutedLoRALinear] = {}
     try:
@@ -100,6 +100,13 @@ def build_layers(
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def check_targets(model: nn.Module, config: AdaMixConfig) -> dict[str, nn.Module]:
+    """target_layers(), which gates may weigh. Raises ValueError where adapt() would because of names or gates."""
+    targets = target_layers(model, config)
+    check_model_for_gates(model, config, list(targets))
+    return targets
 
 
 def _adapted_layer(model: nn.Module, layer: nn.Module, config: AdaMixConfig, options: dict[str, Any]) -> AdaptedLayer:

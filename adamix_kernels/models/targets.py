@@ -28,13 +28,12 @@ def model_type(model: nn.Module) -> str | None:
 def target_layers(model: nn.Module, config: AdaMixConfig) -> dict[str, nn.Module]:
     """path -> layer for every layer that `config` adapts, in model order.
 
-    A name of a list that no layer has is left out with a warning, as long as another one matches.
+    A name of a list that no layer has is left out, as long as another one matches: warn_of_unmatched() says so.
 
     Raises ValueError when the model_type has no default, nothing matches, or a match is not a linear layer; it says
     which linear layers the model has.
     """
     rule: str | Sequence[str] | None = config.target_modules
-    given = rule
     if rule is None:
         defaults = ADAPTER_TARGETS if config.method == "adapter" else LORA_TARGETS
         kind = model_type(model)
@@ -64,8 +63,6 @@ def target_layers(model: nn.Module, config: AdaMixConfig) -> dict[str, nn.Module
             + f", expected the names of layers in {type(model).__name__}; nothing matches: "
             + _what_is_there(model, rule)
         )
-    if isinstance(given, list):
-        _warn_of_unmatched(model, given)
     for path, layer in found.items():
         try:
             linear_sizes(layer)
@@ -110,7 +107,11 @@ def _closest(name: str, names: Iterable[str]) -> list[str]:
     return [by_last[hit] for hit in difflib.get_close_matches(name, by_last, n=2)]
 
 
-def _warn_of_unmatched(model: nn.Module, rule: Sequence[str]) -> None:
+def warn_of_unmatched(model: nn.Module, config: AdaMixConfig) -> None:
+    """Logs the names of target_modules that no layer has."""
+    rule = config.target_modules
+    if not isinstance(rule, list):
+        return
     paths = [path for path, _ in model.named_modules()]
     absent = [name for name in rule if not any(named(path, [name]) for path in paths)]
     if absent:

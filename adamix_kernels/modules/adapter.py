@@ -13,7 +13,7 @@ from ..functional import routed_adapter
 from ..ops._adapter_arguments import ACTIVATIONS
 from ..ops._checks import check_choice, check_positive
 from ..ops._gates import check_mix
-from ..ops._node import NODE
+from ..ops._node import NODE, keep_adapter
 from ..ops.routed_adapter.api import routed_by_pass
 from ..routing import GateRouter, Router
 from ._banks import (
@@ -180,6 +180,9 @@ class RoutedAdapter(nn.Module):
         )
 
 
+keep_adapter(RoutedAdapter)
+
+
 @torch.no_grad()
 def merge_adapters(adapters: Sequence[RoutedAdapter]) -> list[RoutedAdapter]:
     """[adapter.merged() for each], the banks of all of one backend merged together (one launch on a GPU)."""
@@ -235,5 +238,12 @@ class AdaptedLayer(OnBase):
         self.adapter = adapter
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        node = NODE.module
+        if node is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            # A frozen linear layer and its adapter as one call and one node; what that layer gave, if no more was done.
+            whole: Any = node.adapter_on_linear(self, *args)
+            if whole is not None:
+                made: torch.Tensor = self.adapter(*whole) if whole.__class__ is tuple else whole
+                return made
         out: torch.Tensor = self.adapter(self.base(*args, **kwargs))
         return out

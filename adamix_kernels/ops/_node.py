@@ -28,22 +28,35 @@ FORWARDS, IN_PLACE, BACKWARDS = {ADAPTER: 0, LORA: 2}, 3, {1: ADAPTER, 4: LORA}
 # Classes whose instances' attributes say what they do: of routers, and of linear layers whose output is new memory.
 ROUTERS: set[type] = set()
 # Of the latter whether the weight is transposed, and all that runs in a call: (a class or a namespace, a name, what it
-# is there), which csrc/autograd/linear.cpp looks up again at every call; None where somebody had changed it before.
+# is there), which csrc/autograd/modules.cpp looks up again at every call; None where somebody had changed it before.
 LINEARS: dict[type, tuple[bool, tuple[tuple[Any, str, Any], ...]] | None] = {}
+
+
+# The same of adapters that may be one call with the linear layer before them; csrc/autograd/modules.cpp looks it up.
+ADAPTERS: dict[type, tuple[tuple[Any, str, Any], ...] | None] = {}
 
 
 def keep_linear(kind: Any, alias: str, module: Any, name: str, transposed: bool) -> None:
     """A class of linear layers, whose forward calls module.name, by the name of `alias` for the module."""
-    base, own, function = torch.nn.Module, vars(sys.modules[kind.__module__]), getattr(module, name)
-    inherited = {of: getattr(base, of) for of in ("__call__", "_call_impl", "__getattr__")}
-    original = (
-        all(getattr(kind, of) is method and _is_written_in(method, base) for of, method in inherited.items())
-        and _is_written_in(kind.forward, kind)
-        and own.get(alias) is module
-        and isinstance(function, types.BuiltinFunctionType)
-    )
-    called = [(kind, of, method) for of, method in {**inherited, "forward": kind.forward}.items()]
+    own, function, called = vars(sys.modules[kind.__module__]), getattr(module, name), _called(kind)
+    original = called and own.get(alias) is module and isinstance(function, types.BuiltinFunctionType)
     LINEARS[kind] = (transposed, (*called, (own, alias, module), (vars(module), name, function))) if original else None
+
+
+def keep_adapter(kind: Any) -> None:
+    """A class of adapters."""
+    ADAPTERS[kind] = _called(kind) or None
+
+
+def _called(kind: Any) -> tuple[tuple[Any, str, Any], ...]:
+    """(the class, a name, what it is there) of the methods that run in a module's call; none where one is a patch."""
+    base = torch.nn.Module
+    inherited = {of: getattr(base, of) for of in ("__call__", "_call_impl", "__getattr__")}
+    written = _is_written_in(kind.forward, kind) and all(
+        getattr(kind, of) is method and _is_written_in(method, base) for of, method in inherited.items()
+    )
+    called = {**inherited, "forward": kind.forward}
+    return tuple((kind, of, method) for of, method in called.items()) if written else ()
 
 
 def _is_written_in(function: Any, kind: type) -> bool:
@@ -70,6 +83,11 @@ NODE = Node()
 _direct.OTHERS.append(NODE.forget)
 
 
+def loaded() -> Any:
+    """The module for who needs no kind of calls to be served, or None; not while a compiler follows."""
+    return None if torch.compiler.is_compiling() else _load()
+
+
 @functools.cache
 def _load() -> Any:
     module, reason = find()
@@ -80,7 +98,7 @@ def _load() -> Any:
     namespace = __package__.removesuffix(".ops").replace(".", "_")
     tables = vars(_direct), vars(_auto), vars(torch.nn.modules.module), _environment._raw
     names = _environment._check, _environment._one, _environment._table
-    module.setup(namespace, *tables, *names, ROUTERS, LINEARS, _backward)
+    module.setup(namespace, *tables, *names, ROUTERS, LINEARS, ADAPTERS, _backward)
     return module
 
 

@@ -136,15 +136,20 @@ class Router:
         self._ahead = None
 
     def _drawn(self, num_experts: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        ahead = self._ahead
-        if ahead is None or torch.compiler.is_compiling() or not draws_ahead(device) or _is_recomputed():
+        ahead, key = self._ahead, (num_experts, shape, device)
+        if ahead is None or torch.compiler.is_compiling() or _is_recomputed():
             return self._randint(num_experts, shape, device)
-        left = ahead.get((num_experts, shape, device))
-        if not left:
-            rows = self.sides.get(num_experts, 1)
-            left = list(self._randint(num_experts, (rows, *shape), device).unbind())
-            ahead[num_experts, shape, device] = left
-        return left.pop()
+        left = ahead.get(key) or self._draw_all(ahead, key)
+        return self._randint(num_experts, shape, device) if left is None else left.pop()
+
+    def _draw_all(self, ahead: Ahead, key: tuple[int, tuple[int, ...], torch.device]) -> list[torch.Tensor] | None:
+        """The indices of all banks of so many experts, put into `ahead`; None where each layer draws its own."""
+        num_experts, shape, device = key
+        if not draws_ahead(device):
+            return None
+        rows = self.sides.get(num_experts, 1)
+        ahead[key] = list(self._randint(num_experts, (rows, *shape), device).unbind())
+        return ahead[key]
 
     def _randint(self, num_experts: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         index = torch.randint(num_experts, shape, device=device)
@@ -178,7 +183,7 @@ class Router:
         return index.repeat(copies, *[1] * (index.dim() - 1))
 
 
-# csrc/autograd/layers.cpp takes what is in _ahead, as _drawn does.
+# csrc/autograd/draws.cpp takes what is in _ahead and asks for more, as _drawn does.
 ROUTERS.add(Router)
 
 

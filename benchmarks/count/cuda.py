@@ -60,7 +60,7 @@ class CudaCounter:
     def count(self, work: Work) -> list[Counted]:
         """Its launches, in their order."""
         _on_host(self.target)
-        self._left.sort(key=lambda path: work.folder.startswith(path.parent.name))
+        self._left.sort(key=lambda path: (work.folder.startswith(path.parent.name), path.parent.name == "common"))
         zeroed(work.folder.startswith("gated_"))
         inputs = work.case.make(CountDraw(work.case.dtype))
         gradient = work.direction != "forward" or "backward" in work.case.traffic

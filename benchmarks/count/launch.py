@@ -52,7 +52,7 @@ def counted(run: Executed, target: int, code: Code) -> Counted:
     sources = [place(s.source) for s in run.program.kernel.statements]
     functions = {one.name: (one.first, one.last) for one in run.program.kernel.functions.values()}
     divided = parts(names, sources, ptx_loops(run), code, functions)
-    spent = [part.ratio * executed[list(part.ptx)].sum() for part in divided]
+    spent = [part.spent(executed) for part in divided]
     is_load = np.array([name in _LOADS for name in names])
     sectors = {True: rows[is_load, 1].sum(), False: rows[[n == "st.global" for n in names], 1].sum()}
     special = executed[[name.startswith(_SPECIAL) for name in names]].sum()

@@ -33,8 +33,9 @@ _METHOD = (
     "reached; all counts are scaled from those blocks to the grid. Large tensors repeat 4 MB of random numbers "
     "and take no memory.",
     "Machine instructions: executed PTX, loop by loop, times the ratio of both codes' instructions in that loop, "
-    "after the assembler (ptxas, nvdisasm). Loops are matched in order by what the assembler leaves alone (loads, "
-    "stores, exponentials, matrix products), which also tell how far it unrolled one.",
+    "after the assembler (ptxas, nvdisasm); a product of wmma is as many as it becomes. Loops are matched in order by "
+    "what the assembler leaves alone (loads, stores, exponentials, matrix products), which also tell how far it "
+    "unrolled one.",
     "Bytes in flight: in the machine code, what a warp has asked for when the first register loaded is used, or "
     "the groups of cp.async that may be open when one is waited for.",
     "Not counted: kernels in which a function calls another one.",
@@ -49,9 +50,9 @@ _WORDS = (
     "and warps there, waves, barriers in a step of the main loop, and the limit that binds; banks: passes over "
     "shared memory over the fewest. The columns before the shares are those of the newest target counted, as a "
     "rule sm_90; V100 and A100 have counts of their own in the CSV. Shares are of copy bandwidth; where an op "
-    "moves less than a megabyte none is given, as only its launches count. V100: products of wmma were matched with "
-    "too few machine instructions until lately; the adapter's forward at 65,536 rows is counted anew, the other shares "
-    "of 16 bits are too high."
+    "moves less than a megabyte none is given, as only its launches count. Older than the matching of wmma's products, "
+    "and of loops that ptxas leaves by a call, are the counts of the adapter's backward on sm_90, and from sm_80 on "
+    "those beside gates, of one expert a token."
 )
 _GATES = (
     "What gates cost beside one expert a token without any, at the same size: instructions, bytes (those that each "

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +16,11 @@ from .loops import Jump, Loop, loops, reachable
 
 # What the assembler neither adds nor leaves out, as a rule: PTX -> machine code, by the first word or two.
 ANCHORS = {
-    "ld.global": "LDG", "st.global": "STG", "cp.async": "LDGSTS", "ex2": "MUFU", "lg2": "MUFU", "rcp": "MUFU",
-    "mma": "HMMA", "wgmma": "HGMMA", "ldmatrix": "LDSM", "atom": "ATOM",
+    "ld.global": "LDG", "st.global": "STG", "cp.async": "LDGSTS", "ex2": "EX2", "lg2": "LG2",
+    "mma": "HMMA", "wgmma": "HGMMA", "ldmatrix": "LDSM", "atom": "ATOMG",
 }  # fmt: skip
+# What waits for those above, or tells where they end, is no anchor.
+_GROUPS = ("cp.async.", "wgmma.")
 # Of wmma's 16 x 16 x 16, by the shape of the HMMA: how many make a product, and how many LDSM an operand in float16.
 _WMMA = {"884": (16, 0), "1688": (4, 2), "16816": (2, 1)}
 _LINE = re.compile(r'//## File "([^"]+)", line (\d+)(?P<inlined> inlined at)?')
@@ -40,6 +42,11 @@ class Instruction:
     @property
     def opcode(self) -> str:
         return self.name.partition(".")[0]
+
+    @property
+    def kind(self) -> str:
+        """As in ANCHORS. Divisions, of integers too, have a MUFU.RCP of their own; EX2 and LG2 are asked for."""
+        return self.name.split(".")[1] if self.opcode == "MUFU" and "." in self.name else self.opcode
 
     @property
     def bytes(self) -> int:
@@ -99,12 +106,13 @@ def _target(instruction: Instruction) -> str:
 
 
 def _jumps(code: Code) -> dict[int, Jump]:
-    """Those of the machine code. BRA.DIV leads to what a shuffle of a diverged warp does, which no kernel here has."""
+    """Those of the machine code. BRA.DIV leads to what a shuffle of a diverged warp does, which no kernel here has; a
+    CALL of a label, not of a function, never comes back: so ptxas leaves a loop."""
     jumps: dict[int, Jump] = {}
     for at, one in enumerate(code.instructions):
         if one.name.startswith("BRA.DIV"):
             continue
-        if one.opcode in ("BRA", "BRX") and _target(one) in code.labels:
+        if one.opcode in ("BRA", "BRX", "CALL") and _target(one) in code.labels:
             # "BRA P0, `(.L_x_1)" asks as "@P0 BRA `(.L_x_1)" does.
             jumps[at] = [code.labels[_target(one)]], one.guarded or not one.words.lstrip().startswith("`")
         elif one.opcode in ("EXIT", "RET", "BRX"):
@@ -120,16 +128,24 @@ def sass_loops(code: Code) -> list[Loop]:
 @dataclass(frozen=True)
 class Part:
     """A loop's own instructions, a function's, or (the first) those in neither: as PTX and as machine code; unrolled:
-    iterations of the one in one of the other."""
+    iterations of the one in one of the other; products: those of PTX that are many of machine code -> how many."""
 
     ptx: tuple[int, ...]
     sass: tuple[int, ...]
     unrolled: int
+    products: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
-        """Machine instructions for one of PTX."""
-        return min(4.0, len(self.sass) / self.unrolled / len(self.ptx)) if self.ptx else 0.0
+        """Machine instructions for one of PTX, products left out of both."""
+        left, of = len(self.sass) / self.unrolled - sum(self.products.values()), len(self.ptx) - len(self.products)
+        return min(4.0, max(0.0, left) / of) if of else 0.0
+
+    def spent(self, executed: Sequence[float]) -> float:
+        """Machine instructions, where each of the PTX's runs so many times. Branches that are not taken make products
+        a larger part of what runs than of what is written."""
+        products = sum(times * executed[n] for n, times in self.products.items())
+        return products + self.ratio * sum(executed[n] for n in self.ptx if n not in self.products)
 
 
 class _Looks(NamedTuple):
@@ -154,9 +170,9 @@ def parts(
         _Looks(_anchors(names, loop.body, made_of), len(loop.body), {sources[n] for n in loop.body})
         for loop in ptx_loops
     ]
-    opcodes = [one.opcode for one in code.instructions]
+    kinds = [one.kind for one in code.instructions]
     made = [
-        _Looks(_counted(opcodes, loop), len(loop.body), {code.instructions[n].source for n in loop.body})
+        _Looks(_counted(kinds, loop), len(loop.body), {code.instructions[n].source for n in loop.body})
         for loop in theirs
     ]
     score = [[_alike(a, b) for b in made] for a in ours]
@@ -165,7 +181,7 @@ def parts(
     # A loop of the machine code without a partner is what is left of an unrolled one: it runs a few times at most.
     taken_sass = {n for loop in theirs for n in loop.own}
     # Behind no jump lie functions, the assembler's own slow ways of division among them, and what diverged warps do.
-    taken_sass |= set(range(len(opcodes))) - reachable(len(opcodes), _jumps(code))
+    taken_sass |= set(range(len(kinds))) - reachable(len(kinds), _jumps(code))
     called = [
         Part(tuple(range(*own)), tuple(range(*code.functions[name])), 1)
         for name, own in (functions or {}).items()
@@ -176,16 +192,17 @@ def parts(
     found = [
         Part(
             tuple(n for n in range(len(names)) if n not in taken_ptx),
-            tuple(n for n in range(len(opcodes)) if n not in taken_sass),
+            tuple(n for n in range(len(kinds)) if n not in taken_sass),
             1,
         )
     ]
     for p, s in pairs:
         mine, its = ptx_loops[p], theirs[s]
         have = sum(_anchors(names, mine.own, made_of).values())
-        unrolled = round(sum(_counted(opcodes, its, own=True).values()) / have) if have else 1
+        unrolled = round(sum(_counted(kinds, its, own=True).values()) / have) if have else 1
         found.append(Part(mine.own, its.own, max(1, unrolled)))
-    return found + called
+    products = {n: made_of[name][1] for n, name in enumerate(names) if name.startswith("wmma.mma.")}
+    return [replace(part, products={n: products[n] for n in part.ptx if products.get(n)}) for part in found + called]
 
 
 def _wmma(code: Code) -> dict[str, tuple[str, int]]:
@@ -206,12 +223,14 @@ def _anchors(names: Sequence[str], body: Sequence[int], made_of: Mapping[str, tu
 
 def anchor(name: str) -> str:
     """The machine instruction of a PTX one, "" where there may be another number of them."""
+    if name.startswith(_GROUPS):
+        return ""
     return next((kind for prefix, kind in ANCHORS.items() if name == prefix or name.startswith(f"{prefix}.")), "")
 
 
-def _counted(opcodes: Sequence[str], loop: Loop, own: bool = False) -> Counter[str]:
-    kinds = set(ANCHORS.values())
-    return Counter(opcodes[n] for n in (loop.own if own else loop.body) if opcodes[n] in kinds)
+def _counted(kinds: Sequence[str], loop: Loop, own: bool = False) -> Counter[str]:
+    known = set(ANCHORS.values())
+    return Counter(kinds[n] for n in (loop.own if own else loop.body) if kinds[n] in known)
 
 
 def _alike(a: _Looks, b: _Looks) -> float:

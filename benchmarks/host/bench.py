@@ -24,8 +24,8 @@ from ..measure.harness import Check, RedCheckError, Spread, spread, time_paired
 from . import cases as host_cases
 from . import steps as host_steps
 
-# Calls of one sample, as the layers of a model follow each other: of an op, and of an add.
-OP_CALLS, ADD_CALLS = 5, 20
+# Calls of one sample, as the layers of a model follow each other: of an op, of an add, and of a whole step.
+OP_CALLS, ADD_CALLS, STEP_CALLS = 5, 20, 5
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--rounds", type=int, default=400, help=f"samples of every call, {OP_CALLS} calls each")
     parser.add_argument("--backends", nargs="+", default=list(host_cases.BACKENDS), choices=host_cases.BACKENDS)
     parser.add_argument("--only", default="", help="calls and steps whose name holds this")
-    parser.add_argument("--steps", type=int, default=60, help="samples of every whole step, 0 for none")
+    parser.add_argument("--steps", type=int, default=60, help=f"samples of every whole step, {STEP_CALLS} steps each")
     parser.add_argument("--out", help="CSV to write, such as benchmarks/results/host_cpu.csv")
     parser.set_defaults(run=run)
 
@@ -125,13 +125,14 @@ def measure_steps(backend: str, rounds: int, only: str = "") -> list[StepRow]:
     try:
         for step in host_steps.steps(backend, only):
             calls = {
-                "ours": functools.partial(_repeat, step.adapted, 1),
-                "rest": functools.partial(_repeat, step.rest, 1),
+                "ours": functools.partial(_repeat, step.adapted, STEP_CALLS),
+                "rest": functools.partial(_repeat, step.rest, STEP_CALLS),
                 "add": functools.partial(_repeat, lambda: torch.add(a, b), ADD_CALLS),
             }
             taken = time_paired(calls, [], rounds=rounds, warmup=3, clock=time.thread_time).seconds
+            adds = ADD_CALLS / STEP_CALLS
             found = [
-                (ADD_CALLS * rest / add, ADD_CALLS * (whole - rest) / add, (whole - rest) / rest)
+                (adds * rest / add, adds * (whole - rest) / add, (whole - rest) / rest)
                 for whole, rest, add in zip(*(taken[name] for name in calls), strict=True)
             ]
             rows.append(StepRow(backend, step.name, *map(spread, zip(*found, strict=True))))

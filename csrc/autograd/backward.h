@@ -138,18 +138,20 @@ bool may_read(const std::array<Tensor, N>& given) {
   return true;
 }
 
+// weight: the frozen layer's that gave x, where this node is that layer's too and what it was given needs a gradient.
 struct AdapterBackward : Node {
-  SavedVariable x, pre, down_weight, up_weight, down_index, up_index;
+  SavedVariable x, pre, down_weight, up_weight, down_index, up_index, weight;
   bool add_input = false;
   std::string activation, backend;
   int64_t passes = 0;
-  bool planned = false;
+  bool planned = false, on_linear = false, transposed = false;
 
   std::string name() const override { return "RoutedAdapterBackward"; }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* kept : {&x, &pre, &down_weight, &up_weight, &down_index, &up_index}) kept->reset_data();
+    for (SavedVariable* kept : {&x, &pre, &down_weight, &up_weight, &down_index, &up_index, &weight})
+      kept->reset_data();
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -169,7 +171,9 @@ struct AdapterBackward : Node {
       for (size_t n = 0; n < 2; ++n) given[n] = folded(given[n], folds);
       std::array<bool, 3> asked = {need[0], need_down, need_up};
       std::array<Tensor, 5> made = direct ? of_kernels(given, asked) : of_stack(given, asked);
-      out.set(0, unfolded(std::move(made[0]), gradient, folds), need[0]);
+      Tensor dx = unfolded(std::move(made[0]), gradient, folds);
+      if (on_linear && need[0]) dx = linear_input_grad(dx, weight.unpack(), transposed);
+      out.set(0, std::move(dx), need[0]);
       for (size_t n = 1; n < 5; ++n) out.set(n, std::move(made[n]), need[n]);
     }
     return once_differentiable(out.take(), gradient);

@@ -1,24 +1,19 @@
 #include "autograd/layers.h"
 
-#include <ATen/SavedTensorHooks.h>
-#include <torch/csrc/Device.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <array>
-#include <tuple>
-#include <utility>
-
 #include "autograd/attributes.h"
+#include "autograd/draws.h"
 #include "autograd/linear.h"
+#include "autograd/modules.h"
 #include "autograd/nodes.h"
 #include "autograd/served.h"
 
 namespace adamix {
 namespace {
 
-// The names of what is looked up; each is an attribute of modules, of a router, or of torch.nn.modules.module.
+// Attributes of modules.
 struct Names {
   PyObject *parameters = interned("_parameters"), *modules = interned("_modules"), *training = interned("training"),
            *gate = interned("gate"), *router = interned("router"), *backend = interned("backend"),
@@ -27,9 +22,7 @@ struct Names {
            *lora_a = interned("lora_a"), *lora_b = interned("lora_b"), *a_score = interned("a_score"),
            *b_score = interned("b_score"), *down_weight = interned("down_weight"), *down_bias = interned("down_bias"),
            *up_weight = interned("up_weight"), *up_bias = interned("up_bias"), *down_score = interned("down_score"),
-           *up_score = interned("up_score"), *enabled = interned("enabled"), *experts = interned("experts"),
-           *force_merged = interned("force_merged"), *level = interned("level"), *passes = interned("passes"),
-           *ahead = interned("_ahead"), *batch = interned("batch"), *sample = interned("sample");
+           *up_score = interned("up_score"), *adapter = interned("adapter");
 };
 
 const Names& names() {
@@ -61,97 +54,12 @@ struct Layer {
   }
 };
 
-// What routing/draws.py drew for this forward, as Router.draw_sides gives it; what was taken goes back if it is not
-// used.
-class Draws {
- public:
-  ~Draws() {
-    if (count_ == 0) return;
-    PyObject *type, *value, *trace;  // of an error that is on its way
-    PyErr_Fetch(&type, &value, &trace);
-    for (size_t n = count_; n > 0; --n) PyList_Append(from_[n - 1], taken_[n - 1]);
-    keep();
-    PyErr_Restore(type, value, trace);
-  }
-
-  // False where the router has to be asked. A bank of one leaves its index as it is.
-  bool take(PyObject* router, const at::Tensor& x, std::array<int64_t, 2> experts, std::array<at::Tensor*, 2> index,
-            int64_t& passes) {
-    Attributes of(router);
-    PyObject *ahead = of.get(names().ahead), *level = of.get(names().level);
-    if (ahead == nullptr || !PyDict_CheckExact(ahead) || level == nullptr || !of.has(names().enabled, Py_True) ||
-        !of.has(names().experts, Py_None) || !of.has(names().force_merged, Py_False) || is_recomputed()) {
-      return false;
-    }
-    int64_t drawn = x.size(0);
-    if (PyObject_RichCompareBool(level, names().batch, Py_EQ) == 1) {
-      if (!of.read_into(names().passes, passes) || passes < 1) return false;
-      if (x.size(0) % passes != 0) passes = 1;
-      drawn = passes;
-    } else if (PyObject_RichCompareBool(level, names().sample, Py_EQ) != 1) {
-      return false;
-    }
-    for (size_t n = 0; n < 2; ++n) {
-      if (experts[n] == 1) continue;
-      PyObject* left = found(ahead, experts[n], drawn, x.device());
-      if (left == nullptr || !pop(left, *index[n])) return false;
-    }
-    return true;
-  }
-
-  void keep() {
-    for (; count_ > 0; --count_) Py_DECREF(from_[count_ - 1]), Py_DECREF(taken_[count_ - 1]);
-  }
-
- private:
-  // As draws.py's _is_recomputed.
-  static bool is_recomputed() {
-    return !at::GradMode::is_enabled() || torch::autograd::get_current_graph_task_id() != -1 ||
-           at::SavedTensorDefaultHooks::get_hooks(true).has_value();
-  }
-
-  // The key of the last look stays: all layers of a model ask for the same.
-  static PyObject* found(PyObject* ahead, int64_t experts, int64_t drawn, const at::Device& device) {
-    static PyObject* key = nullptr;
-    static std::tuple<int64_t, int64_t, at::Device> known(-1, -1, at::kCPU);
-    std::tuple<int64_t, int64_t, at::Device> wanted(experts, drawn, device);
-    if (key == nullptr || known != wanted) {
-      PyObject* made = Py_BuildValue("(L(L)N)", static_cast<long long>(experts), static_cast<long long>(drawn),
-                                     THPDevice_New(device));
-      if (made == nullptr) return nullptr;
-      Py_XDECREF(key);
-      key = made, known = wanted;
-    }
-    PyObject* left = PyDict_GetItem(ahead, key);
-    return left != nullptr && PyList_CheckExact(left) ? left : nullptr;
-  }
-
-  bool pop(PyObject* left, at::Tensor& index) {
-    Py_ssize_t size = PyList_GET_SIZE(left);
-    if (size == 0 || !read(PyList_GET_ITEM(left, size - 1), index)) return false;
-    PyObject* last = PyList_GET_ITEM(left, size - 1);
-    Py_INCREF(last), Py_INCREF(left);
-    PyList_SetSlice(left, size - 1, size, nullptr);
-    from_[count_] = left, taken_[count_++] = last;
-    return true;
-  }
-
-  std::array<PyObject*, 2> from_{}, taken_{};
-  size_t count_ = 0;
-};
-
 // Banks that train in float32 beside a 16-bit model are cast for the call, as cast_like does.
 void cast(at::Tensor& bank, const at::Tensor& x) {
   if (bank.scalar_type() != x.scalar_type()) bank = bank.to(x.scalar_type());
 }
 
-bool is_batch(const at::Tensor& x, int64_t features) {
-  return x.defined() && x.dim() == 3 && x.is_floating_point() && x.size(2) == features;
-}
-
-}  // namespace
-
-namespace {
+bool is_batch(const at::Tensor& x) { return x.defined() && x.dim() == 3 && x.is_floating_point(); }
 
 // A LoRA module's call but for its base and its draws; false where it is none that kernels were found to serve.
 bool read_lora(const Layer& layer, Lora& call) {
@@ -160,7 +68,7 @@ bool read_lora(const Layer& layer, Lora& call) {
       !layer.is_frozen(names().b_score)) {
     return false;
   }
-  if (call.lora_a.dim() != 3 || call.lora_b.dim() != 3 || !is_batch(call.x, call.lora_a.size(2)) ||
+  if (call.lora_a.dim() != 3 || call.lora_b.dim() != 3 || !is_batch(call.x) || call.lora_a.size(2) != call.x.size(2) ||
       !layer.own.read_into(names().scaling, call.scaling) || !layer.own.read_into(names().groups, call.groups) ||
       !layer.own.read_into(names().offsets, call.offsets) || !layer.own.read_into(names().dropout, call.dropout) ||
       !layer.own.read_into(names().backend, call.backend) || !is_usual(call)) {
@@ -170,10 +78,10 @@ bool read_lora(const Layer& layer, Lora& call) {
   return call.service != Service::kNone;
 }
 
-// The module's `base`; null where there is none.
-PyObject* base_of(const Layer& layer) {
-  PyObject* modules = layer.own.get(names().modules);
-  return modules == nullptr ? nullptr : PyDict_GetItem(modules, names().base);
+// A module's module of that name; null where there is none.
+PyObject* part_of(const Attributes& own, PyObject* name) {
+  PyObject* modules = own.get(names().modules);
+  return modules == nullptr ? nullptr : PyDict_GetItem(modules, name);
 }
 
 bool draw(Draws& draws, const Layer& layer, Lora& call) {
@@ -189,6 +97,45 @@ at::Tensor run_drawn(Lora& call, Draws& draws, Base base) {
   return out;
 }
 
+// An adapter module's call but for its draws, of x like `like` but of `features`; false where it is none that kernels
+// were found to serve.
+bool read_adapter(const Layer& layer, const at::Tensor& like, int64_t features, Adapter& call) {
+  if (layer.router == nullptr || !layer.parameter(names().down_weight, call.down_weight) ||
+      !layer.parameter(names().down_bias, call.down_bias) || !layer.parameter(names().up_weight, call.up_weight) ||
+      !layer.parameter(names().up_bias, call.up_bias) || !layer.is_frozen(names().down_score) ||
+      !layer.is_frozen(names().up_score)) {
+    return false;
+  }
+  PyObject* activation = layer.own.get(names().activation);
+  if (call.down_weight.dim() != 3 || call.up_weight.dim() != 3 || !is_batch(like) ||
+      call.down_weight.size(2) != features || activation == nullptr ||
+      (activation != Py_None && !read(activation, call.activation)) ||
+      !layer.own.read_into(names().backend, call.backend)) {
+    return false;
+  }
+  call.service = service_of(kAdapter, call.backend, like, call.down_weight);
+  return call.service != Service::kNone;
+}
+
+bool draw(Draws& draws, const Layer& layer, const at::Tensor& like, Adapter& call) {
+  return draws.take(layer.router, like, {call.down_weight.size(0), call.up_weight.size(0)},
+                    {&call.down_index, &call.up_index}, call.passes);
+}
+
+at::Tensor run_drawn(Adapter& call, Draws& draws) {
+  for (at::Tensor* bank : {&call.down_weight, &call.down_bias, &call.up_weight, &call.up_bias}) cast(*bank, call.x);
+  at::Tensor out = run_adapter(call);
+  if (out.defined()) draws.keep();
+  return out;
+}
+
+// What the base layer gave alone, for Python to go on with.
+PyObject* only_base(const FrozenLinear& linear, const at::Tensor& x, const at::Tensor& base) {
+  record_linear(linear, x, base);
+  PyObject* wrapped = THPVariable_Wrap(base);
+  return wrapped == nullptr ? nullptr : Py_BuildValue("(N)", wrapped);
+}
+
 }  // namespace
 
 PyObject* lora_on_linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
@@ -197,7 +144,7 @@ PyObject* lora_on_linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (is_watched() || is_switched_off()) Py_RETURN_NONE;
   Layer layer(given[0]);
   Lora call;
-  PyObject* base = base_of(layer);
+  PyObject* base = part_of(layer.own, names().base);
   if (base == nullptr || !read(given[1], call.x) || !call.x.defined() ||
       !read_frozen_linear(base, call.x, call.linear) || !read_lora(layer, call)) {
     Py_RETURN_NONE;
@@ -206,10 +153,7 @@ PyObject* lora_on_linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (!draw(draws, layer, call)) Py_RETURN_NONE;
   call.base = linear_output(call.linear, call.x);
   at::Tensor out = run_drawn(call, draws, Base::kOwned);
-  if (out.defined()) return THPVariable_Wrap(out);
-  record_linear(call.linear, call.x, call.base);
-  PyObject* wrapped = THPVariable_Wrap(call.base);
-  return wrapped == nullptr ? nullptr : Py_BuildValue("(N)", wrapped);
+  return out.defined() ? THPVariable_Wrap(out) : only_base(call.linear, call.x, call.base);
   END_HANDLE_TH_ERRORS
 }
 
@@ -219,7 +163,7 @@ PyObject* lora_layer(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (is_watched() || is_switched_off()) Py_RETURN_NONE;
   Layer layer(given[0]);
   Lora call;
-  PyObject* base = base_of(layer);
+  PyObject* base = part_of(layer.own, names().base);
   if (base == nullptr || !read(given[1], call.x) || !read(given[2], call.base) || !call.x.defined() ||
       !call.base.defined() || call.base.dim() != 3 || call.base.scalar_type() != call.x.scalar_type() ||
       !read_lora(layer, call)) {
@@ -233,39 +177,47 @@ PyObject* lora_layer(PyObject*, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* adapter_on_linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 2, "adapter_on_linear: got ", count, " arguments, expected 2");
+  if (is_watched() || is_switched_off()) Py_RETURN_NONE;
+  Attributes own(given[0]);
+  PyObject *base = part_of(own, names().base), *adapter = part_of(own, names().adapter);
+  if (base == nullptr || adapter == nullptr || own.get(names().base) != nullptr ||
+      own.get(names().adapter) != nullptr) {
+    Py_RETURN_NONE;
+  }
+  PyObject* known = known_class(python.adapters, adapter);
+  if (known == nullptr || known == Py_None) Py_RETURN_NONE;
+  Layer layer(adapter);
+  Adapter call;
+  if (!is_as_written(layer.own, known, {}) || !read(given[1], call.before) || !call.before.defined() ||
+      !read_frozen_linear(base, call.before, call.linear) ||
+      !read_adapter(layer, call.before, call.linear.weight.size(call.linear.transposed ? 1 : 0), call)) {
+    Py_RETURN_NONE;
+  }
+  Draws draws;
+  if (!draw(draws, layer, call.before, call)) Py_RETURN_NONE;
+  call.x = linear_output(call.linear, call.before), call.add_input = true;
+  at::Tensor out = run_drawn(call, draws);
+  return out.defined() ? THPVariable_Wrap(out) : only_base(call.linear, call.before, call.x);
+  END_HANDLE_TH_ERRORS
+}
+
 PyObject* adapter_layer(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK(count == 3, "adapter_layer: got ", count, " arguments, expected 3");
   if (is_watched() || is_switched_off()) Py_RETURN_NONE;
   Layer layer(given[0]);
   Adapter call;
-  if (layer.router == nullptr || !read(given[1], call.x) || !read(given[2], call.residual) ||
-      !layer.parameter(names().down_weight, call.down_weight) || !layer.parameter(names().down_bias, call.down_bias) ||
-      !layer.parameter(names().up_weight, call.up_weight) || !layer.parameter(names().up_bias, call.up_bias) ||
-      !layer.is_frozen(names().down_score) || !layer.is_frozen(names().up_score)) {
+  if (!read(given[1], call.x) || !call.x.defined() || call.x.dim() == 0 || !read(given[2], call.residual) ||
+      !read_adapter(layer, call.x, call.x.size(-1), call)) {
     Py_RETURN_NONE;
   }
   call.add_input = given[2] == Py_None || given[2] == given[1];
   if (call.add_input) call.residual = at::Tensor();
-  PyObject* activation = layer.own.get(names().activation);
-  if (call.down_weight.dim() != 3 || call.up_weight.dim() != 3 || !is_batch(call.x, call.down_weight.size(2)) ||
-      activation == nullptr || (activation != Py_None && !read(activation, call.activation)) ||
-      !layer.own.read_into(names().backend, call.backend)) {
-    Py_RETURN_NONE;
-  }
-  call.service = service_of(kAdapter, call.backend, call.x, call.down_weight);
-  if (call.service == Service::kNone) {
-    Py_RETURN_NONE;
-  }
   Draws draws;
-  if (!draws.take(layer.router, call.x, {call.down_weight.size(0), call.up_weight.size(0)},
-                  {&call.down_index, &call.up_index}, call.passes)) {
-    Py_RETURN_NONE;
-  }
-  for (at::Tensor* bank : {&call.down_weight, &call.down_bias, &call.up_weight, &call.up_bias}) cast(*bank, call.x);
-  at::Tensor out = run_adapter(call);
-  if (out.defined()) draws.keep();
-  return given_back(out);
+  return draw(draws, layer, call.x, call) ? given_back(run_drawn(call, draws)) : given_back({});
   END_HANDLE_TH_ERRORS
 }
 

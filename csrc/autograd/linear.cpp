@@ -4,64 +4,23 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 
-#include <array>
 #include <optional>
 
 #include "autograd/attributes.h"
 #include "autograd/backward.h"
+#include "autograd/modules.h"
 
 namespace adamix {
 namespace {
 
-// Of a module, the hooks that see its output, and those that may change what it is given; the latter's names last.
 struct Names {
   PyObject *forward = interned("forward"), *parameters = interned("_parameters"), *weight = interned("weight"),
-           *bias = interned("bias"), *compiled = interned("_compiled_call_impl");
-  // What would stand before the class's and before parameters.
-  std::array<PyObject*, 4> own = {forward, interned("_call_impl"), weight, bias};
-  std::array<PyObject*, 4> hooks = {interned("_forward_hooks"), interned("_backward_hooks"),
-                                    interned("_backward_pre_hooks"), interned("_forward_pre_hooks")};
-  std::array<PyObject*, 4> global_hooks = {interned("_global_forward_hooks"), interned("_global_backward_hooks"),
-                                           interned("_global_backward_pre_hooks"),
-                                           interned("_global_forward_pre_hooks")};
+           *bias = interned("bias");
 };
 
 const Names& names() {
   static const Names made;
   return made;
-}
-
-// Whether nobody hangs on the first `count` kinds of hooks.
-bool has_no_hooks(const Attributes& own, size_t count) {
-  for (size_t n = 0; n < count; ++n) {
-    if (own.has_entries(names().hooks[n])) return false;
-    PyObject* found = PyDict_GetItem(python.modules, names().global_hooks[n]);
-    if (found == nullptr || !PyDict_Check(found) || PyDict_GET_SIZE(found) > 0) return false;
-  }
-  return true;
-}
-
-// The class's entry in LINEARS, (transposed, ((a class or a namespace, a name, what it was there), ...)) or None; null
-// where there is none.
-PyObject* known_class(PyObject* module) {
-  return PyDict_GetItem(python.linears, reinterpret_cast<PyObject*>(Py_TYPE(module)));
-}
-
-bool is_there(PyObject* owner, PyObject* name, PyObject* wanted) {
-  if (PyDict_CheckExact(owner)) return PyDict_GetItem(owner, name) == wanted;
-  PyObject* found = PyObject_GetAttr(owner, name);
-  PyErr_Clear();
-  Py_XDECREF(found);
-  return found == wanted;
-}
-
-bool is_unchanged(PyObject* known) {
-  PyObject* run = PyTuple_GET_ITEM(known, 1);
-  for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(run); ++n) {
-    PyObject* part = PyTuple_GET_ITEM(run, n);
-    if (!is_there(PyTuple_GET_ITEM(part, 0), PyTuple_GET_ITEM(part, 1), PyTuple_GET_ITEM(part, 2))) return false;
-  }
-  return true;
 }
 
 bool is_frozen_like(const Tensor& t, const Tensor& x) {
@@ -98,20 +57,17 @@ struct FrozenLinearBackward : Node {
 }  // namespace
 
 bool is_plain_linear(PyObject* module) {
-  if (known_class(module) == nullptr) return false;
+  if (known_class(python.linears, module) == nullptr) return false;
   Attributes own(module);
   return own.get(names().forward) == nullptr && has_no_hooks(own, 3);
 }
 
 bool read_frozen_linear(PyObject* module, const Tensor& x, FrozenLinear& linear) {
-  PyObject* known = known_class(module);
-  if (known == nullptr || known == Py_None || !is_unchanged(known)) return false;
+  PyObject* known = known_class(python.linears, module);
+  if (known == nullptr || known == Py_None) return false;
   Attributes own(module);
-  for (PyObject* name : names().own) {
-    if (own.get(name) != nullptr) return false;
-  }
-  PyObject *parameters = own.get(names().parameters), *compiled = own.get(names().compiled);
-  if (!has_no_hooks(own, 4) || (compiled != nullptr && compiled != Py_None) || parameters == nullptr ||
+  PyObject* parameters = own.get(names().parameters);
+  if (!is_as_written(own, PyTuple_GET_ITEM(known, 1), {names().weight, names().bias}) || parameters == nullptr ||
       !PyDict_CheckExact(parameters)) {
     return false;
   }

@@ -13,17 +13,18 @@ inline at::Tensor new_memory(const at::Tensor& like, c10::IntArrayRef sizes, at:
                                                    std::nullopt, like.device(), std::nullopt, std::nullopt);
 }
 
-// A contiguous tensor's memory in another shape, and nothing of its history.
-inline at::Tensor reshaped(const at::Tensor& t, c10::IntArrayRef sizes) {
+// A contiguous tensor's memory from element `offset` on in another shape, and nothing of its history.
+inline at::Tensor reshaped(const at::Tensor& t, c10::IntArrayRef sizes, int64_t offset = 0) {
   c10::TensorImpl* given = t.unsafeGetTensorImpl();
   if (given->is_python_dispatch()) {
     auto copy = given->shallow_copy_and_detach(c10::VariableVersion(0), true);
+    copy->set_storage_offset(t.storage_offset() + offset);
     copy->set_sizes_contiguous(sizes);
     return at::Tensor(std::move(copy));
   }
   auto made = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(t.storage()), t.key_set(),
                                                        t.dtype());
-  made.unsafeGetTensorImpl()->set_storage_offset(t.storage_offset());
+  made.unsafeGetTensorImpl()->set_storage_offset(t.storage_offset() + offset);
   made.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
   return made;
 }

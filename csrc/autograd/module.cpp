@@ -4,6 +4,7 @@
 
 #include "autograd/kernels.h"
 #include "autograd/layers.h"
+#include "autograd/merging.h"
 #include "autograd/nodes.h"
 #include "autograd/plans.h"
 #include "autograd/served.h"
@@ -84,10 +85,10 @@ PyObject* forget(PyObject*, PyObject*) {
 PyObject* setup(PyObject*, PyObject* given) {
   HANDLE_TH_ERRORS
   const char* name = nullptr;
-  if (!PyArg_ParseTuple(given, "sO!O!O!O!OOOO!O!O", &name, &PyDict_Type, &python.direct, &PyDict_Type, &python.choices,
-                        &PyDict_Type, &python.modules, &PyDict_Type, &python.environment, &python.check_name,
-                        &python.check_value, &python.table_name, &PySet_Type, &python.routers, &PyDict_Type,
-                        &python.linears, &python.backward)) {
+  if (!PyArg_ParseTuple(given, "sO!O!O!O!OOOO!O!O!O", &name, &PyDict_Type, &python.direct, &PyDict_Type,
+                        &python.choices, &PyDict_Type, &python.modules, &PyDict_Type, &python.environment,
+                        &python.check_name, &python.check_value, &python.table_name, &PySet_Type, &python.routers,
+                        &PyDict_Type, &python.linears, &PyDict_Type, &python.adapters, &python.backward)) {
     return nullptr;
   }
   Py_INCREF(given);
@@ -100,8 +101,13 @@ PyMethodDef methods[] = {
     {"adapter", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(adapter)), METH_FASTCALL, nullptr},
     {"lora", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(lora)), METH_FASTCALL, nullptr},
     {"adapter_layer", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(adapter_layer)), METH_FASTCALL, nullptr},
+    {"adapter_on_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(adapter_on_linear)), METH_FASTCALL,
+     nullptr},
     {"lora_on_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(lora_on_linear)), METH_FASTCALL, nullptr},
     {"lora_layer", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(lora_layer)), METH_FASTCALL, nullptr},
+    {"places", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(places)), METH_FASTCALL, nullptr},
+    {"split", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(split)), METH_FASTCALL, nullptr},
+    {"merge_banks", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(merge_banks)), METH_FASTCALL, nullptr},
     {"keep_plan", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(keep_plan)), METH_FASTCALL, nullptr},
     {"serve", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(serve)), METH_FASTCALL, nullptr},
     {"forget", forget, METH_NOARGS, nullptr},

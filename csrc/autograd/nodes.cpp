@@ -146,13 +146,18 @@ Tensor run_adapter(const Adapter& call) {
   auto made = forward_adapter(call);
   if (!made) return {};
   Tensor out = std::move(made->first);
-  if (!torch::autograd::compute_requires_grad(call.x, call.down_weight, call.down_bias, call.up_weight, call.up_bias,
+  const Tensor& source = call.before.defined() ? call.before : call.x;
+  if (!torch::autograd::compute_requires_grad(source, call.down_weight, call.down_bias, call.up_weight, call.up_bias,
                                               call.residual)) {
     return out;
   }
   auto node = make_node<AdapterBackward>();
-  node->set_next_edges(torch::autograd::collect_next_edges(call.x, call.down_weight, call.down_bias, call.up_weight,
+  node->set_next_edges(torch::autograd::collect_next_edges(source, call.down_weight, call.down_bias, call.up_weight,
                                                            call.up_bias, call.residual));
+  if (call.before.defined()) {
+    if (source.requires_grad()) node->weight = saved(call.linear.weight);
+    node->on_linear = true, node->transposed = call.linear.transposed;
+  }
   node->x = saved(call.x), node->pre = saved(made->second);
   node->down_weight = saved(call.down_weight), node->up_weight = saved(call.up_weight);
   node->down_index = saved(call.down_index), node->up_index = saved(call.up_index);

@@ -19,8 +19,10 @@ enum class Service { kNone, kKernels, kPlans };
 
 // A tensor that need not be there is undefined. x [B, S, K]; passes: 0, or how many runs of whole samples the indices
 // [passes] are of. backend: what the caller asked for, for a backward that goes the long way.
+// before: what the frozen layer `linear` was given to make x of it, where the two are one node.
 struct Adapter {
-  at::Tensor x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual;
+  at::Tensor x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual, before;
+  FrozenLinear linear;
   bool add_input = false;
   std::string activation, backend;
   int64_t passes = 0;

@@ -15,12 +15,13 @@ namespace adamix {
 enum OpId : int64_t { kAdapter, kLora };
 
 // What Python hands over once; borrowed for good. direct, choices, modules: dictionaries of the modules ops/_direct,
-// _auto and torch.nn.modules.module. routers: the classes whose instances do what their name says; linears: such
-// classes, and what linear.cpp reads of them. current_stream(device): the stream to launch Triton's kernels on, or
-// None. backward(op, passes, backend, *arguments): the backward's results where no plan is known.
+// _auto and torch.nn.modules.module. routers: the classes whose instances do what their name says; linears and
+// adapters: such classes, and what modules.h and linear.cpp read of them. current_stream(device): the stream to launch
+// Triton's kernels on, or None. backward(op, passes, backend, *arguments): the backward's results where no plan is
+// known.
 struct Python {
   PyObject *direct, *choices, *modules, *environment, *check_name, *check_value, *table_name, *routers, *linears,
-      *current_stream, *backward;
+      *adapters, *current_stream, *backward;
 };
 extern Python python;
 

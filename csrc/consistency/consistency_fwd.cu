@@ -58,9 +58,8 @@ ADAMIX_DEVICE bool settle(const PairShare<T, Lanes, Threads>& share, const PairR
 
 // Threads: of a block that takes whole rows, as a constant; 0: what the launch says.
 template <typename T, int Lanes, int Threads>
-__global__ void __launch_bounds__(Threads > 0 ? Threads : threads_of(Lanes), Lanes == 32      ? 4
-                                                                             : Threads == 256 ? 2
-                                                                                              : 1)
+__global__ void __launch_bounds__(Threads > 0 ? Threads : threads_of(Lanes),
+                                  Lanes == 32 ? 4 : kPairBlockThreads / (Threads > 0 ? Threads : kPairBlockThreads))
     pair_loss_kernel(PairLoss<T> p) {
   constexpr int kTeams = Lanes == 0 ? 1 : threads_of(Lanes) / Lanes;
   SharedMemory memory;
@@ -211,8 +210,10 @@ __global__ void __launch_bounds__(Threads > 0 ? Threads : threads_of(Lanes), Lan
 ADAMIX_INSTANTIATE(float)
 ADAMIX_INSTANTIATE(half)
 ADAMIX_INSTANTIATE(bfloat16)
+template __global__ void pair_loss_kernel<half, 0, 128>(PairLoss<half>);
 template __global__ void pair_loss_kernel<half, 0, 256>(PairLoss<half>);
 template __global__ void pair_loss_kernel<half, 0, 512>(PairLoss<half>);
+template __global__ void pair_loss_kernel<bfloat16, 0, 128>(PairLoss<bfloat16>);
 template __global__ void pair_loss_kernel<bfloat16, 0, 256>(PairLoss<bfloat16>);
 template __global__ void pair_loss_kernel<bfloat16, 0, 512>(PairLoss<bfloat16>);
 #undef ADAMIX_INSTANTIATE
@@ -234,6 +235,7 @@ void launch_pair_loss(PairLoss<T> params, const PairPlan& plan, const Device& de
   if (plan.lanes == 4) return launch_rows<T, 4>(params, plan, device);
   if (plan.lanes == 32) return launch_rows<T, 32>(params, plan, device);
   if constexpr (sizeof(T) == 2) {
+    if (plan.threads == 128) return launch_rows<T, 0, 128>(params, plan, device);
     if (plan.threads == 256) return launch_rows<T, 0, 256>(params, plan, device);
     if (plan.threads == 512) return launch_rows<T, 0, 512>(params, plan, device);
   }

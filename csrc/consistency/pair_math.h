@@ -10,13 +10,16 @@ namespace adamix {
 // The maximum to subtract: that of a row without a finite logit is 0, so that such rows become NaN and nothing else.
 ADAMIX_DEVICE float finite_top(float top) { return top == negative_infinity() ? 0.f : top; }
 
+// Of gaps, where a million of them of 1e38 each must not add up to inf.
+constexpr float kSmall = 9.5367431640625e-7f;  // 2^-20
+
 // With u = a - max a, v = b - max b and c = u - v: c differs from d by `center`, a constant of the row, and is of d's
 // size, not of the logits'. Once the center is known the gaps are counted from it: E_p d and E_q d are then small where
 // the passes are close, and J = 1/2 (E_p d - E_q d) adds up two numbers of one sign.
 struct PairStatistics {
   float top_a, top_b;  // what is subtracted
   float sum_a, sum_b;  // of e^u, of e^v
-  float gap_a, gap_b;  // of e^u (c - center), of e^v (c - center)
+  float gap_a, gap_b;  // of e^u (c - center), of e^v (c - center), times kSmall
   float total;         // of u
   float label;         // the label's logit, in the part of the row that has it
   float center;        // 0, or d - c as far as these sums tell
@@ -32,15 +35,16 @@ struct PairStatistics {
     float rise_a = finite_top(new_a) - finite_top(top_a), rise_b = finite_top(new_b) - finite_top(top_b);
     float decay_a = expf(top_a - finite_top(new_a)), decay_b = expf(top_b - finite_top(new_b));
     // A weight of 0 takes nothing along, not even an infinite c.
-    gap_a = decay_a == 0.f ? 0.f : (gap_a - sum_a * (rise_a - rise_b)) * decay_a;
-    gap_b = decay_b == 0.f ? 0.f : (gap_b - sum_b * (rise_a - rise_b)) * decay_b;
+    float rise = (rise_a - rise_b) * kSmall;
+    gap_a = decay_a == 0.f ? 0.f : (gap_a - sum_a * rise) * decay_a;
+    gap_b = decay_b == 0.f ? 0.f : (gap_b - sum_b * rise) * decay_b;
     sum_a *= decay_a, sum_b *= decay_b;
     total -= columns * rise_a;
     top_a = new_a, top_b = new_b;
   }
 
-  // Columns [begin, end) of both pieces lie within the row, elsewhere both are -inf. Careful: a piece may hold -inf;
-  // otherwise one makes both gaps NaN or infinite.
+  // Columns [begin, end) of both pieces lie within the row, elsewhere both are -inf. Careful: a piece may hold -inf, or
+  // a logit of 1e38; otherwise one makes a gap NaN or infinite, and lift() comes before and back() after.
   template <bool Full, bool Careful, typename T>
   ADAMIX_DEVICE void add(const Piece<T>& a, const Piece<T>& b, bool totals = false, int begin = 0, int end = 0) {
     float x = Careful ? finite_top(top_a) : top_a, y = Careful ? finite_top(top_b) : top_b;
@@ -53,7 +57,7 @@ struct PairStatistics {
       if constexpr (Full) lean += p - q;
       if constexpr (Careful) {
         // -inf in both is a class that neither can choose; -inf in one alone must not meet a weight of 0.
-        c = u[e] == v ? 0.f : c;
+        c = u[e] == v ? 0.f : c * kSmall;
         gap_a += p == 0.f ? 0.f : p * c;
         gap_b += q == 0.f ? 0.f : q * c;
       } else {
@@ -94,12 +98,15 @@ struct PairStatistics {
   }
   ADAMIX_DEVICE void lift(const Lifted& a, const Lifted& b) {
     float of_a = power_of_2(a.slip), of_b = power_of_2(b.slip);
-    sum_a *= of_a, sum_b *= of_b, gap_a *= of_a * kLog2E, gap_b *= of_b * kLog2E;
+    sum_a *= of_a, sum_b *= of_b, gap_a *= of_a * (kLog2E / kSmall), gap_b *= of_b * (kLog2E / kSmall);
   }
   ADAMIX_DEVICE void back(const Lifted& a, const Lifted& b) {
     float of_a = a.rest(), of_b = b.rest();
-    sum_a *= of_a, sum_b *= of_b, gap_a *= of_a * kLn2, gap_b *= of_b * kLn2;
+    sum_a *= of_a, sum_b *= of_b, gap_a *= of_a * (kLn2 * kSmall), gap_b *= of_b * (kLn2 * kSmall);
   }
+  // The gaps alone, for add().
+  ADAMIX_DEVICE void lift() { gap_a /= kSmall, gap_b /= kSmall; }
+  ADAMIX_DEVICE void back() { gap_a *= kSmall, gap_b *= kSmall; }
 
   // d - c; each part of a row has its own, and the whole row the true one.
   ADAMIX_DEVICE float center_of_sums() const { return sum_a > 0.f && sum_b > 0.f ? logf(sum_a) - logf(sum_b) : 0.f; }
@@ -162,7 +169,7 @@ ADAMIX_DEVICE PairResult result_of(const PairStatistics& s, const PairFlags& fla
   if (!flags.selected) return {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
   float log_a = logf(s.sum_a), log_b = logf(s.sum_b);
   float over_a = expf(-log_a), over_b = expf(-log_b);
-  float mean_p = s.gap_a / s.sum_a, mean_q = s.gap_b / s.sum_b;
+  float mean_p = s.gap_a / s.sum_a / kSmall, mean_q = s.gap_b / s.sum_b / kSmall;
   float rounding = fmaf(over_a - over_b, s.sum_b, over_a * s.lean);
   PairResult r{finite_top(s.top_a), finite_top(s.top_b), log_a, log_b,
                mean_p + rounding,   mean_q + rounding,   0.f,   0.5f * (mean_p - mean_q)};

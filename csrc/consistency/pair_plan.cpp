@@ -39,8 +39,10 @@ PairPlan plan_pairs(int rows, int classes, int element_bytes, const Device& devi
       while (2 * cluster <= most && 2 * cluster * rows <= device.multiprocessors && slots > 1024) {
         cluster *= 2, slots = (pieces + cluster - 1) / cluster;
       }
-      int threads = slots > 1024 ? (wanted == 2 ? 256 : 512) : slots > 512 ? 256 : 128;
-      int groups = device.multiprocessors * std::min(blocks(0, slots), kThreadsHeld / threads) / cluster;
+      int held = blocks(0, slots), threads = slots > 1024 ? (wanted == 2 ? 256 : 512) : slots > 512 ? 256 : 128;
+      // What a row costs beside its columns, it costs every warp: rather a third block than as many warps.
+      if (slots > 1024 && held > 2) threads = 128;
+      int groups = device.multiprocessors * std::min(held, kThreadsHeld / threads) / cluster;
       // Large clusters may not all find room at once: not one row too many must wait for those that do.
       if (cluster > 2) groups *= 4;
       return {0, threads, cluster, slots, std::min(rows, std::max(groups, 1))};

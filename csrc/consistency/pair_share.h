@@ -90,10 +90,18 @@ struct PairShare {
     float columns = 0.f;
     Lifted of_a(finite_top(s.top_a)), of_b(finite_top(s.top_b));
     auto lift = [&] {
-      if constexpr (kLifted) of_a = Lifted(finite_top(s.top_a)), of_b = Lifted(finite_top(s.top_b)), s.lift(of_a, of_b);
+      if constexpr (kLifted) {
+        of_a = Lifted(finite_top(s.top_a)), of_b = Lifted(finite_top(s.top_b)), s.lift(of_a, of_b);
+      } else {
+        s.lift();
+      }
     };
     auto back = [&] {
-      if constexpr (kLifted) s.back(of_a, of_b);
+      if constexpr (kLifted) {
+        s.back(of_a, of_b);
+      } else {
+        s.back();
+      }
     };
     auto higher = [&](const Piece<T>& x, const Piece<T>& y, float& top_a, float& top_b) {
       PieceTop<T> most_a, most_b;
@@ -158,10 +166,18 @@ struct PairShare {
         }
       };
       auto lift = [&] {
-        if constexpr (kLifted) s.lift(of_a, of_b);
+        if constexpr (kLifted) {
+          s.lift(of_a, of_b);
+        } else {
+          s.lift();
+        }
       };
       auto back = [&] {
-        if constexpr (kLifted) s.back(of_a, of_b);
+        if constexpr (kLifted) {
+          s.back(of_a, of_b);
+        } else {
+          s.back();
+        }
       };
       auto nothing = [](int) {};
       lift();

@@ -102,7 +102,8 @@ ADAMIX_DEVICE void join_lanes(PairStatistics& s) {
   sum(sums);
   s.sum_a = sums[0], s.sum_b = sums[1], s.total = sums[2], s.label = sums[3];
   s.center = Whole ? s.center_of_sums() : s.rough_center();
-  float gaps[4] = {fmaf(-s.center, own_a, s.gap_a), fmaf(-s.center, own_b, s.gap_b), s.lean, 0.f};
+  float step = -s.center * kSmall;
+  float gaps[4] = {fmaf(step, own_a, s.gap_a), fmaf(step, own_b, s.gap_b), s.lean, 0.f};
   sum(gaps);
   s.gap_a = gaps[0], s.gap_b = gaps[1], s.lean = gaps[2];
 }
@@ -128,7 +129,7 @@ ADAMIX_DEVICE void join_warps(PairStatistics& s, const PairScratch& scratch) {
   s.sum_a = whole(part[0]), s.sum_b = whole(part[1]), s.total = whole(part[4]), s.label = whole(part[5]);
   s.lean = whole(part[6]), s.center = s.center_of_sums();
   // From one center to the other in one step, which is small where they are close.
-  float step = part[7] - s.center;
+  float step = (part[7] - s.center) * kSmall;
   s.gap_a = whole(fmaf(step, part[0], part[2])), s.gap_b = whole(fmaf(step, part[1], part[3]));
 }
 
@@ -136,11 +137,11 @@ ADAMIX_DEVICE void join_warps(PairStatistics& s, const PairScratch& scratch) {
 // warp calls. turn: 0 and 1 by turns.
 ADAMIX_DEVICE void send_share(const PairStatistics& s, const PairScratch& scratch, int turn) {
   float* own = scratch.blocks + (turn * kPairCluster + cluster_rank()) * kPairValues;
-  const float values[] = {s.top_a, s.top_b, s.sum_a, s.sum_b, s.gap_a, s.gap_b, s.total, s.label, s.lean};
+  const float values[] = {s.top_a, s.top_b, s.sum_a, s.sum_b, s.gap_a, s.gap_b, s.total, s.label, s.lean, s.center};
   float value = values[0];
   int lane = threadIdx.x % 32, which = lane % kPairValues;
 #pragma unroll
-  for (int i = 1; i < 9; ++i) value = which == i ? values[i] : value;
+  for (int i = 1; i < 10; ++i) value = which == i ? values[i] : value;
   for (int peer = lane / kPairValues; peer < cluster_size(); peer += 32 / kPairValues) {
     cluster_store(own + which, peer, value);
   }
@@ -165,7 +166,7 @@ ADAMIX_DEVICE void take_shares(PairStatistics& s, const PairScratch& scratch, in
   part.start(negative_infinity(), negative_infinity());
   if (rank < cluster_size()) {
     const float* from = scratch.blocks + (turn * kPairCluster + rank) * kPairValues;
-    part = {from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7], 0.f, from[8]};
+    part = {from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7], from[9], from[8]};
   }
   auto whole = [](float value, auto combine) { return warp_reduce<kPairCluster>(value, combine); };
   s.start(whole(part.top_a, Larger{}), whole(part.top_b, Larger{}));
@@ -176,7 +177,7 @@ ADAMIX_DEVICE void take_shares(PairStatistics& s, const PairScratch& scratch, in
   s.lean = whole(part.lean, Add{});  // whose maxima are the row's already
   s.center = s.center_of_sums();
   // From one center to the other in one step, which is small where they are close.
-  float step = part.center_of_sums() - (rise_a - rise_b) - s.center;
+  float step = (part.center - (rise_a - rise_b) - s.center) * kSmall;
   s.gap_a = whole(decay_a == 0.f ? 0.f : fmaf(step, part.sum_a, part.gap_a) * decay_a, Add{});
   s.gap_b = whole(decay_b == 0.f ? 0.f : fmaf(step, part.sum_b, part.gap_b) * decay_b, Add{});
 }
@@ -194,10 +195,26 @@ ADAMIX_DEVICE PairScales find_scales(const PairSums& sums, const PairScratch& sc
   }
   if (!labelled && sums.mask.data == nullptr) return {0.f, inverse_of(static_cast<float>(sums.rows))};
   int counted = 0, selected = 0;
+  if (labelled && sums.mask.data == nullptr && sums.labels.inner.by == 1) {
+    // Every block counts, so this is a share of what few rows cost.
+    auto count = [&](const auto* labels) {
 #pragma unroll 4
-  for (int64_t row = threadIdx.x; row < sums.rows; row += blockDim.x) {
-    PairFlags flags = flags_of(sums, static_cast<int>(row), 0x7fffffff);
-    counted += flags.counted, selected += flags.selected;
+      for (int64_t row = threadIdx.x; row < sums.rows; row += blockDim.x) {
+        counted += labels[row * sums.labels.outer_stride] != sums.ignore_index;
+      }
+    };
+    if (sums.wide_labels) {
+      count(static_cast<const int64_t*>(sums.labels.data));
+    } else {
+      count(static_cast<const int32_t*>(sums.labels.data));
+    }
+    selected = counted;
+  } else {
+#pragma unroll 4
+    for (int64_t row = threadIdx.x; row < sums.rows; row += blockDim.x) {
+      PairFlags flags = flags_of(sums, static_cast<int>(row), 0x7fffffff);
+      counted += flags.counted, selected += flags.selected;
+    }
   }
   counted = warp_reduce(counted, Add{}), selected = warp_reduce(selected, Add{});
   int warps = blockDim.x / 32;

@@ -72,17 +72,21 @@ class BanksLaunch {
   BanksLaunch(const BanksLaunch&) = delete;
 
   void add(const Tensor& bank, const OptionalTensor& scores, const Bank& checked, T* out) {
+    add(data<const T>(kept(bank)), scores.has_value() ? kept(*scores).data_ptr() : nullptr, checked, out);
+  }
+  // Of contiguous memory.
+  void add(const T* bank, const void* scores, const Bank& checked, T* out) {
     if (checked.size == 0) return;
     int more = blocks_of(checked.size, kMergeChunk<T>), at = params_.banks;
     if (at == kMergeBanks || blocks_ + more > std::numeric_limits<int>::max()) flush(), at = 0;
-    params_.bank[at] = data<const T>(kept(bank));
+    params_.bank[at] = bank;
     params_.out[at] = out;
-    params_.scores[at] = scores.has_value() ? kept(*scores).data_ptr() : nullptr;
+    params_.scores[at] = scores;
     params_.size[at] = checked.size;
     params_.first_block[at] = static_cast<int>(blocks_);
     params_.experts[at] = static_cast<unsigned short>(checked.experts);
     params_.scored[at] = checked.scored;
-    params_.aligned[at] = is_aligned(params_.bank[at], {checked.size}, sizeof(T)) && is_aligned(out, {}, 1);
+    params_.aligned[at] = is_aligned(bank, {checked.size}, sizeof(T)) && is_aligned(out, {}, 1);
     params_.most_experts = std::max(params_.most_experts, checked.experts);
     wide_ = wide_ || checked.scored == Kind::kDouble;
     params_.banks = at + 1;
@@ -143,6 +147,32 @@ Tensor merge_banks_forward(std::vector<Tensor> banks, std::vector<OptionalTensor
     launch.flush();
   });
   return out;
+}
+
+void merge_banks_into(const Tensor& out, const MergedBank* banks, size_t count) {
+  int64_t elements = out.numel();
+  for (size_t n = 0; n < count; ++n) {
+    const MergedBank& bank = banks[n];
+    bool fits = bank.experts > 0 && bank.experts <= std::numeric_limits<unsigned short>::max() && bank.size >= 0 &&
+                bank.size <= std::numeric_limits<int>::max() && bank.offset >= 0 && bank.offset <= elements - bank.size;
+    unless(fits, {"banks", static_cast<int64_t>(n)}, [&](const char* text) {
+      fail(text, std::to_string(bank.experts) + " experts of " + std::to_string(bank.size) + " elements",
+           "1 to 65535 that 32 bits count, and results within " + std::to_string(elements));
+    });
+  }
+  Device device = check_device("out", out);
+  DeviceScope scope(device);
+  dispatch(check_dtype("out", out), [&](auto type) {
+    using T = typename decltype(type)::type;
+    BanksLaunch<T> launch(device);
+    for (size_t n = 0; n < count; ++n) {
+      const MergedBank& bank = banks[n];
+      Bank checked{static_cast<int>(bank.experts), static_cast<int>(bank.size),
+                   bank.scores == nullptr ? Kind::kNone : Kind::kFloat};
+      launch.add(static_cast<const T*>(bank.data), bank.scores, checked, data<T>(out) + bank.offset);
+    }
+    launch.flush();
+  });
 }
 
 Tensor merge_experts_forward(Tensor bank, OptionalTensor scores) {

@@ -2,14 +2,13 @@
 #pragma once
 
 #include "common/activated.h"
+#include "routed_adapter/resident_input_grad.h"
 #include "routed_adapter/resident_tile.h"
-#include "routed_adapter/routed_adapter.h"
 
 namespace adamix {
 
 template <typename T, int Groups, int Chunks, int Steps>
-__global__ void __launch_bounds__(kResidentThreads)
-    routed_adapter_resident_input_grad_kernel(RoutedAdapterInputGrad<T> p) {
+__global__ void __launch_bounds__(kResidentThreads) routed_adapter_resident_input_grad_kernel(ResidentInputGrad<T> p) {
   if constexpr (kHasFragments<T>) {
     SharedMemory shared;
     ResidentMemory<T, Groups> memory(shared, blockDim.x / 32, p.rank);
@@ -34,9 +33,9 @@ __global__ void __launch_bounds__(kResidentThreads)
             return;
           }
           int64_t at = (tile.first + row) * p.rank + rank;
-          uint32_t pre = *reinterpret_cast<const uint32_t*>(p.pre + at);
+          uint32_t pre = p.pre == nullptr ? 0 : *reinterpret_cast<const uint32_t*>(p.pre + at);
           Activated first = activated(p.activation, low_of<T>(pre)), second = activated(p.activation, high_of<T>(pre));
-          *word = word_of<T>(low * first.slope, high * second.slope);
+          *word = word_of<T>(p.scaling * low * first.slope, p.scaling * high * second.slope);
           if (p.dpre != nullptr) *reinterpret_cast<uint32_t*>(p.dpre + at) = *word;
           if (p.h != nullptr) *reinterpret_cast<uint32_t*>(p.h + at) = word_of<T>(first.value, second.value);
         });

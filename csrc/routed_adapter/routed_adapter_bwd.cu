@@ -99,40 +99,39 @@ ADAMIX_INSTANTIATE(half)
 ADAMIX_INSTANTIATE(bfloat16)
 #undef ADAMIX_INSTANTIATE
 
-#define ADAMIX_INSTANTIATE(T, Groups, Chunks, Steps)                                            \
-  template __global__ void routed_adapter_resident_input_grad_kernel<T, Groups, Chunks, Steps>( \
-      RoutedAdapterInputGrad<T>);
+#define ADAMIX_INSTANTIATE(T, Groups, Chunks, Steps) \
+  template __global__ void routed_adapter_resident_input_grad_kernel<T, Groups, Chunks, Steps>(ResidentInputGrad<T>);
 ADAMIX_RESIDENT_SHAPES(ADAMIX_INSTANTIATE, half)
 ADAMIX_RESIDENT_SHAPES(ADAMIX_INSTANTIATE, bfloat16)
 #undef ADAMIX_INSTANTIATE
 
 #if defined(ADAMIX_LAUNCHERS)
-// The tile that stays in registers, where one can; whether it was launched.
 template <typename T>
-bool launch_resident_input_grad(const RoutedAdapterInputGrad<T>& params, const Device& device) {
-  if constexpr (kFragmentsFrom<T> > 0) {
-    bool aligned = params.grad_out.aligned && params.down_aligned && is_multiple(params.up_weight, 8) &&
-                   is_multiple(params.pre, 4) && (params.dx == nullptr || params.dx_aligned);
-    if (!aligned || params.hidden != params.out_features || (params.dpre == nullptr && params.dx == nullptr)) {
-      return false;
-    }
-    ResidentShape shape = resident_shape<T>(params.rows, params.hidden, params.rank, device);
-    if (shape.groups == 0) return false;
-    dispatch_resident(shape, [&](auto groups, auto chunks, auto steps) {
-      constexpr int kGroups = decltype(groups)::value, kChunks = decltype(chunks)::value;
-      launch_resident<T, kGroups>(
-          "routed_adapter_input_grad",
-          routed_adapter_resident_input_grad_kernel<T, kGroups, kChunks, decltype(steps)::value>, shape, params.rows,
-          params.hidden, params.rank, device, params);
-    });
-    return true;
+bool launch_resident_input_grad(const ResidentInputGrad<T>& params, const Device& device) {
+  bool aligned = params.grad_out.aligned && params.down_aligned && is_multiple(params.up_weight, 8) &&
+                 is_multiple(params.pre, 4) && (params.dx == nullptr || params.dx_aligned);
+  if (!aligned || params.hidden != params.out_features || (params.dpre == nullptr && params.dx == nullptr)) {
+    return false;
   }
-  return false;
+  ResidentShape shape = resident_shape<T>(params.rows, params.hidden, params.rank, device);
+  if (shape.groups == 0) return false;
+  dispatch_resident(shape, [&](auto groups, auto chunks, auto steps) {
+    constexpr int kGroups = decltype(groups)::value, kChunks = decltype(chunks)::value;
+    launch_resident<T, kGroups>("routed_adapter_input_grad",
+                                routed_adapter_resident_input_grad_kernel<T, kGroups, kChunks, decltype(steps)::value>,
+                                shape, params.rows, params.hidden, params.rank, device, params);
+  });
+  return true;
 }
+
+template bool launch_resident_input_grad(const ResidentInputGrad<half>&, const Device&);
+template bool launch_resident_input_grad(const ResidentInputGrad<bfloat16>&, const Device&);
 
 template <typename T>
 void launch_routed_adapter_input_grad(const RoutedAdapterInputGrad<T>& params, const Device& device) {
-  if (launch_resident_input_grad(params, device)) return;
+  if constexpr (kFragmentsFrom<T> > 0) {
+    if (launch_resident_input_grad(ResidentInputGrad<T>{params, 1.f}, device)) return;
+  }
   dispatch_narrow<T>(params.rank, [&](auto narrow) {
     constexpr int kNarrow = decltype(narrow)::value;
     launch_tiles<T, kNarrow>("routed_adapter_input_grad", routed_adapter_input_grad_kernel<T, kNarrow>, params.rank,

@@ -1,6 +1,7 @@
 // Routed LoRA's backward for any rows: the input's gradient in one launch, both sides' weight gradients in another.
 // Rows of 16-byte pieces have kernels of their own, routed_lora_dx_mma.cu and routed_lora_grads_mma.cu.
 #include "common/routed_launch.h"
+#include "routed_adapter/resident_input_grad.h"
 #include "routed_lora/routed_lora.h"
 
 namespace adamix {
@@ -107,10 +108,36 @@ ADAMIX_INSTANTIATE(bfloat16)
 #undef ADAMIX_INSTANTIATE
 
 #if defined(ADAMIX_LAUNCHERS)
+namespace {
+
+// Many ranks and no dropout: as an adapter without activation, whose blocks read each weight once, not once a warp.
+// Below sm_90 the tile is loaded too little at a time, and half as many blocks leave some multiprocessors with twice
+// the rows.
+template <typename T>
+bool launch_as_adapter(const RoutedLoraInputGrad<T>& p, const Device& device) {
+  bool dropped = p.dropout.seed != nullptr;
+  if (device.capability < 90 || p.ranges.groups != 1 || p.rank <= kFragmentRanks || dropped) return false;
+  ResidentInputGrad<T> params{};
+  params.grad_out = p.grad_out;
+  params.grad_out.data += p.ranges.start[0];
+  params.grad_out.aligned = p.grad_out.aligned && p.ranges.start[0] % Piece<T>::kSize == 0;
+  params.down_weight = p.lora_a, params.up_weight = p.lora_b;
+  params.dpre = p.dt, params.dx = p.dx;
+  params.down = p.a, params.up = p.b;
+  params.rows = p.rows;
+  params.hidden = p.features, params.rank = p.rank, params.out_features = p.ranges.cols;
+  params.scaling = p.scaling;
+  params.activation = Activation::kNone;
+  params.down_aligned = p.a_aligned, params.dx_aligned = p.dx_aligned;
+  return launch_resident_input_grad(params, device);
+}
+
+}  // namespace
+
 template <typename T>
 void launch_routed_lora_input_grad(const RoutedLoraInputGrad<T>& params, const Device& device) {
   if constexpr (sizeof(T) == 2) {
-    if (launch_routed_lora_input_grad_mma(params, device)) return;
+    if (launch_as_adapter(params, device) || launch_routed_lora_input_grad_mma(params, device)) return;
   }
   int ranks = params.ranges.groups * params.rank;
   dispatch_narrow<T>(ranks, [&](auto narrow) {

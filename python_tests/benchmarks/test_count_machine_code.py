@@ -77,6 +77,9 @@ def test_a_product_of_wmma_is_as_many_as_its_shape_takes(shape, products, loads)
     _, inside = count_sass.parts(names, [""] * 8, count_loops.loops(8, {6: ([1], True), 7: ([], False)}), code)
     assert inside.unrolled == 2
     assert len(inside.sass) == 7 + 2 * products + 2 * loads
+    # A branch around four of the six runs one time in ten: the product is what it is, the rest in proportion.
+    spent = inside.spent([1, 1, 10, 10, 1, 1, 1, 1])
+    assert spent == pytest.approx(10 * products + (10 + 4) * (7 + 2 * loads) / 2 / 5)
 
 
 CALLED = """
@@ -111,3 +114,41 @@ def test_what_only_a_diverged_warp_does_is_left_out():
     assert all(code.instructions[n].opcode != "WARPSYNC" for n in loop.own)
     outside, *_ = count_sass.parts(["ret"], [""], [], code)
     assert all(code.instructions[n].opcode != "WARPSYNC" for n in outside.sass)
+
+
+LEFT = """
+.L_x_1:
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_2:
+        /*0010*/                   FADD R4, R4, R8 ;
+        /*0020*/              @P2 CALL.REL.NOINC `(.L_x_3) ;
+        /*0030*/                   BRA `(.L_x_2) ;
+.L_x_3:
+        /*0040*/               @P0 BRA `(.L_x_1) ;
+        /*0050*/                   EXIT ;
+"""
+
+
+def test_a_loop_that_is_left_by_a_call_of_a_label():
+    """ptxas 13.0 ends an inner loop so; the loop around it goes on behind the label."""
+    outer, inner = count_sass.sass_loops(count_sass.parsed(LEFT, 40))
+    assert (outer.body, outer.own) == (tuple(range(5)), (0, 4))
+    assert inner.own == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("names", "sass", "unrolled"),
+    [
+        # Ends of groups are no copies, and where a division is, a reciprocal is.
+        (["cp.async", "cp.async.commit_group", "cp.async.wait_group"], ["LDGSTS.E.128 [R2], [R4.64] ;"] * 2, 2),
+        (["ex2.approx.f32", "div.s32"], ["MUFU.EX2 R4, R4 ;", "MUFU.RCP R5, R5 ;"], 1),
+        (["atom.add.u32"], ["ATOMG.E.ADD R4, [R2.64], R6 ;"] * 3, 3),
+    ],
+)
+def test_what_tells_how_far_a_loop_is_unrolled(names, sass, unrolled):
+    lines = "".join(f"/*{n:04x}*/ {line}\n" for n, line in enumerate(sass, 1))
+    code = count_sass.parsed(f".L_x_1:\n{lines}/*0010*/ @P0 BRA `(.L_x_1) ;\n/*0020*/ EXIT ;\n", 40)
+    jumps = {len(names): ([0], True), len(names) + 1: ([], False)}
+    every = [*names, "bra", "ret"]
+    _, inside = count_sass.parts(every, [""] * len(every), count_loops.loops(len(every), jumps), code)
+    assert (inside.unrolled, len(inside.sass)) == (unrolled, len(sass) + 1)

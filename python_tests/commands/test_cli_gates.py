@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+import tiny_recipes
 import tiny_text
 
 from adamix_kernels import AdaMixConfig, cli, tasks
@@ -122,6 +123,36 @@ def test_a_merged_run_needs_no_task(domains, capsys):
     assert "the mean gates do not say" in capsys.readouterr().out
     assert cli.main(["predict", "--run", out, "good film"]) == 0
     assert cli.main(["eval", out, "--disable_tqdm"]) == 0
+
+
+def test_an_export_names_the_command_that_merges(domains, capsys):
+    run = str(domains / "out")
+    assert cli.main(["export", run, "--out", str(domains / "exported")]) == 2
+    assert f"expected a merged one: adamix merge {run} --gates mean --out FOLDER" in capsys.readouterr().err
+    assert not (domains / "exported").exists()
+
+
+@pytest.mark.parametrize("option", ["task_name", "task_column"])
+def test_a_pack_has_no_tasks(option, capsys):
+    assert cli.main(["predict", "--pack", "none", "--adapter", "a", f"--{option}", "shop", "good film"]) == 2
+    assert f"{option}: got 'shop' with --pack, expected none: a pack has no gates" in capsys.readouterr().err
+
+
+def test_gates_of_a_text_are_refused_before_anything_is_measured(tmp_path, capsys):
+    tiny_recipes.write_causal(tmp_path / "gpt")
+    lines = [json.dumps({"prompt": f"{a} {b}", "completion": f"{b} {a}"}) for a in WORDS for b in WORDS]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines) + "\n")
+    flags = ["--data", str(tmp_path / "own.jsonl"), "--text_column", "prompt", "--label_column", "completion"]
+    flags += ["--task", "generation", "--model", str(tmp_path / "gpt"), "--out", str(tmp_path / "out"), "--use_cpu"]
+    assert cli.main(["train", *flags, "--preset", "smear"]) == 2
+    said = capsys.readouterr()
+    assert "router: got 'sentence' for GPT2LMHeadModel (a model that generates)" in said.err
+    assert "training on" not in said.out
+    assert cli.main(["train", *flags, "--target_modules", "c_atn"]) == 2
+    said = capsys.readouterr()
+    assert "target_modules: got ['c_atn']" in said.err
+    assert "closest: attn.c_attn" in said.err or "closest: c_attn" in said.err
+    assert "training on" not in said.out
 
 
 def run_names(folder):

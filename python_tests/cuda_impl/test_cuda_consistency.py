@@ -143,6 +143,33 @@ def test_large_logits_stay_exact(kind, detach, classes, device, monkeypatch):
 
 
 @pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES[::2])
+@pytest.mark.parametrize(
+    ("classes", "device", "which"),
+    [
+        (37, HOPPER, 5),
+        (900, HOPPER, 5),
+        (9001, HOPPER, 8002),
+        (5003, TINY_HOPPER, 4002),
+        (9001, SMALL_AMPERE, 5),
+        (9001, SMALL_AMPERE, 8002),
+    ],
+)
+def test_a_logit_of_1e38_does_not_make_the_loss_overflow(classes, device, which, dtype, detach, monkeypatch):
+    """Its gaps of 1e38 to all other logits add up to more than a float32 holds."""
+    pretend(monkeypatch, device)
+    a, b = randn(2, classes, dtype=dtype), randn(2, classes, dtype=dtype)
+    a[0, which] = 1e38
+    found = {}
+    for backend in ("cuda", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (a, b)]
+        loss = consistency_loss(*leaves, detach_target=detach, backend=backend)
+        found[backend] = loss.detach(), *torch.autograd.grad(loss, leaves)
+    assert found["cuda"][0].isfinite()
+    torch.testing.assert_close(found["cuda"], found["reference"], rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("detach", [True, False])
 @pytest.mark.parametrize(("classes", "device"), [(7, HOPPER), (90, HOPPER), (2050, TINY_HOPPER), (3001, SMALL_AMPERE)])
 def test_a_masked_vocabulary_adds_nothing(classes, device, detach, monkeypatch):
     """-inf in both passes, here in whole blocks and at the front."""

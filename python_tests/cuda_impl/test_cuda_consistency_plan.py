@@ -66,6 +66,16 @@ def test_two_blocks_share_a_multiprocessor_where_clusters_make_them_small_enough
         assert groups > 1
 
 
+@pytest.mark.parametrize(("classes", "cluster"), [(30522, 2), (128256, 8)])
+def test_a_third_block_rather_than_as_many_warps(classes, cluster):
+    """Every warp has the same to do beside its columns; 50,257 classes leave room for two blocks alone."""
+    _, threads, found, slots, groups = OPS.consistency_plan(8192, classes, 2, *H200)
+    assert (threads, found) == (128, cluster)
+    assert 3 * (2 * slots * 16 + 4096) <= H200[1]
+    assert groups >= 3 * H200[2] // cluster
+    assert OPS.consistency_plan(8192, 50257, 2, *H200)[1] == 256
+
+
 def test_torch_compile_opcheck_and_autocast():
     labels = draw_labels((3, 4), 5)
     run = lambda x: adamix_loss(x, labels, backend="cuda").loss  # noqa: E731

@@ -4,19 +4,17 @@
 
 import contextlib
 import random
-import types
 from unittest import mock
 
 import pytest
 import torch
 from cuda_host import DEVICE, needs_cuda
 from torch import nn
-from torch.testing._internal.two_tensor import TwoTensor
+from watched_layers import AROUND, OF_LINEARS, agree, around, check_gradients_that_are_not_memory, watched
 
 needs_cuda()
 pytest.importorskip("transformers")
 
-from transformers import pytorch_utils
 from transformers.pytorch_utils import Conv1D
 
 from adamix_kernels.modules import RoutedLoRALinear
@@ -40,11 +38,8 @@ PROPERTIES = {
     "learns": [True, False],
     "weight_learns": [False, True],
     "backend": ["cuda", "reference"],
-    "around": ["nothing", "no_grad", "autocast", "saved hooks"],
-    "watcher": [
-        "nobody", "hook", "pre-hook", "own forward", "class's forward", "function", "global hook", "compiled",
-        "backward hook", "own weight", "own _call_impl", "class's _call_impl", "class's __getattr__", "alias",
-    ],
+    "around": AROUND,
+    "watcher": OF_LINEARS,
     "gradient": ["dense", "expanded"],
 }  # fmt: skip
 
@@ -77,63 +72,6 @@ def build(p):
     return layer
 
 
-@contextlib.contextmanager
-def watched(layer, p, calls):
-    """Whoever could tell that the base layer's Python did not run; calls: of it, as seen there."""
-    base, kind = layer.base, p["watcher"]
-    seen = lambda *_: calls.append(kind)  # noqa: E731
-    with contextlib.ExitStack() as stack:
-        if kind in ("hook", "pre-hook", "backward hook"):
-            place = {"hook": "forward_hook", "pre-hook": "forward_pre_hook", "backward hook": "full_backward_hook"}[
-                kind
-            ]
-            stack.callback(getattr(base, f"register_{place}")(seen).remove)
-        elif kind == "global hook":
-            stack.callback(nn.modules.module.register_module_forward_pre_hook(seen).remove)
-        elif kind in ("own forward", "class's forward"):
-            real, target = type(base).forward, base if kind == "own forward" else type(base)
-            owned = target is base
-
-            def forward(*given):
-                seen()
-                return real(*((base, *given) if owned else given))
-
-            stack.enter_context(mock.patch.object(target, "forward", forward))
-        elif kind == "function":
-            where, name = (torch, "addmm") if p["conv"] else (nn.functional, "linear")
-            real = getattr(where, name)
-            stack.enter_context(mock.patch.object(where, name, lambda *given: (seen(), real(*given))[1]))
-        elif kind == "own weight":
-            base.__dict__["weight"] = torch.zeros_like(base.weight)
-        elif kind in ("own _call_impl", "class's _call_impl", "class's __getattr__"):
-            target, name = base if kind.startswith("own") else nn.Module, kind.split()[1]
-            real = getattr(nn.Module, name)
-
-            def instead(*given):
-                if name == "_call_impl" and (given[0] is base or target is base):
-                    seen()
-                return real(*((base, *given) if target is base else given))
-
-            stack.enter_context(mock.patch.object(target, name, instead))
-        elif kind == "alias":
-            where, alias, name = (pytorch_utils, "torch", "addmm") if p["conv"] else (nn.modules.linear, "F", "linear")
-            real = getattr(where, alias)
-            function = lambda *given: (seen(), getattr(real, name)(*given))[1]  # noqa: E731
-            other = types.SimpleNamespace(**{**vars(real), name: function})
-            stack.enter_context(mock.patch.object(where, alias, other))
-        elif kind == "compiled":
-            base._compiled_call_impl = lambda *given: (seen(), base._call_impl(*given))[1]
-        yield
-
-
-def around(p):
-    return {
-        "nothing": contextlib.nullcontext, "no_grad": torch.no_grad,
-        "autocast": lambda: torch.autocast(DEVICE, torch.bfloat16),
-        "saved hooks": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
-    }[p["around"]]()  # fmt: skip
-
-
 def run(p, calls):
     """(output, whether the node was the base layer's too, gradients, the generator's next number) of a second call."""
     layer = build(p)
@@ -145,7 +83,7 @@ def run(p, calls):
     if p["base_dtype"] not in (None, p["dtype"]):
         x = x.to(p["base_dtype"]) if p["x"] == "2D" else x
     layer.router.sides = {3: 4}  # of two calls
-    with around(p), watched(layer, p, calls):
+    with around(p["around"]), watched(layer.base, p["watcher"], calls):
         torch.manual_seed(2)
         layer.router.begin_forward()
         try:
@@ -162,13 +100,6 @@ def run(p, calls):
             leaves = [t for t in (x, *layer.parameters()) if t.requires_grad]
             grads = torch.autograd.grad(out, leaves, gradient, allow_unused=True)
     return out.detach(), whole, grads, torch.rand(2, device=DEVICE)
-
-
-def agree(got, want):
-    if isinstance(got, str) or isinstance(want, str):
-        return got == want
-    pairs = zip((got[0], *got[2], got[3]), (want[0], *want[2], want[3]), strict=True)
-    return all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in pairs)
 
 
 def usual():
@@ -282,17 +213,7 @@ def test_gradients_that_are_not_memory_of_their_own(level):
     layer, out = whole_output(level, x)
     assert len(out.grad_fn.next_functions) == 4
     assert out.grad_fn.next_functions[3][0] is None
-    leaves = [x, layer.lora_a, layer.lora_b]
-    gradient = torch.randn(3, *out.shape, device=DEVICE)
-    want = [torch.autograd.grad(out, leaves, g, retain_graph=True) for g in gradient]
-    two = torch.autograd.grad(out, leaves, TwoTensor(*(g.clone() for g in gradient[:2])), retain_graph=True)
-    for got, first, second in zip(two, want[0], want[1], strict=True):
-        assert torch.equal(got.a, first)
-        assert torch.equal(got.b, second)
-    many = torch.autograd.grad(out, leaves, gradient, is_grads_batched=True, retain_graph=True)
-    assert all(torch.allclose(got, torch.stack(each)) for got, each in zip(many, zip(*want)))
-    negated = torch.autograd.grad(out, leaves, torch._neg_view(-gradient[0]))
-    assert all(torch.equal(got, first) for got, first in zip(negated, want[0], strict=True))
+    check_gradients_that_are_not_memory(out, [x, layer.lora_a, layer.lora_b])
 
 
 def test_two_calls_that_differ_in_one_property():

@@ -106,6 +106,26 @@ def test_the_calls_of_a_decoded_token_that_the_page_tells():
         assert words in page
 
 
+def calls_of_a_router(top_k, balance, z):
+    """Of a training forward with a mask, and of its backward, where kernels serve."""
+    router = routing.LinearRouter(16, 4, top_k, balance=balance, z=z).train()
+    x, mask = torch.randn(2, 5, 16, requires_grad=True), torch.ones(2, 5, dtype=torch.int64)
+    with mock.patch.object(linear, "by_kernel", return_value=True):
+        forward = calls_of(lambda: router(x, mask))
+        gates = router(x, mask).gates
+    made = [gates, *(loss for loss in (router.last.balance, router.last.z) if loss is not None)]
+    incoming = [torch.ones_like(one) for one in made]
+    return forward, calls_of(lambda: torch.autograd.grad(made, [x, router.weight], incoming))
+
+
+def test_the_calls_of_a_routers_losses_that_the_page_tells():
+    page = PAGE.read_text(encoding="utf-8")
+    for name, balance, z in (("none", False, False), ("balance", True, False), ("balance and z", True, True)):
+        (dense, behind), (best, behind_best) = (calls_of_a_router(top_k, balance, z) for top_k in (None, 2))
+        assert behind == behind_best
+        assert f"| {name} | {dense} | {best} | {behind - 1} |" in page  # less the router's own
+
+
 def test_the_page_has_the_committed_rows():
     rows = record.read(bench.TABLE)
     assert bench.table(rows) in PAGE.read_text(encoding="utf-8")

@@ -312,8 +312,10 @@ def test_compile(dynamic):
         for _ in range(2):
             for got, want in zip(compiled(0.5), function(0.5), strict=True):
                 assert torch.equal(got, want)
+            # The gradient of lora.sum() is one number expanded, or a whole tensor when compiled: a CPU's matrix product
+            # may round those two by different paths.
             got, want = (torch.autograd.grad(f(0.5)[0], leaves) for f in (compiled, function))
-            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+            torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-15)
 
 
 BAD_EXPERTS = [

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .. import _node
+
 # What notes a tensor's base: such a one may not be written in place where gradients are on.
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView).add(torch._C.DispatchKey.AutogradFunctionality)
 
@@ -23,6 +25,8 @@ class Results:
         self.dtype, self.device = dtype, device
         self.plans: dict[Any, Any] = {}
         self.offsets = [0] * len(shapes)
+        self._shapes = list(shapes)
+        self._places: Any = None
         self._blocks: list[tuple[tuple[int, ...], tuple[int, ...], int, list[int]]] = []
         self._which: list[int] = []
         alike: dict[torch.Size, list[int]] = {}
@@ -48,8 +52,25 @@ class Results:
         """New memory for all, one axis."""
         return torch.empty(self.elements, dtype=self.dtype, device=self.device)
 
+    def merged(self, banks: list[torch.Tensor], scores: list[torch.Tensor | None]) -> list[torch.Tensor] | None:
+        """The results by the library's kernels, from C++; None where Python must ask for them."""
+        node = _node.loaded()
+        made: list[torch.Tensor] | None = None if node is None else node.merge_banks(self._in_node(node), banks, scores)
+        return made
+
     def split(self, memory: torch.Tensor) -> list[torch.Tensor]:
         """The results in `memory`, in the order of the shapes. To autograd each is a tensor of its own."""
+        node = _node.loaded()
+        made: list[torch.Tensor] | None = None if node is None else node.split(self._in_node(node), memory)
+        return self._split(memory) if made is None else made
+
+    def _in_node(self, node: Any) -> Any:
+        """What the module of nodes reads of this."""
+        if self._places is None:
+            self._places = node.places(self._shapes, self.offsets, self.elements)
+        return self._places
+
+    def _split(self, memory: torch.Tensor) -> list[torch.Tensor]:
         found: list[torch.Tensor] = []
         with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
             for sizes, strides, offset, rows in self._blocks:

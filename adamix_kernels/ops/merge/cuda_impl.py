@@ -42,6 +42,9 @@ def banks_forward(
 ) -> list[torch.Tensor]:
     if results is None:
         results = Results([bank.shape[1:] for bank in banks], banks[0].dtype, banks[0].device)
+    merged = results.merged(banks, scores)
+    if merged is not None:
+        return merged
     given = scores if any(map(operator.is_not, scores, itertools.repeat(None))) else []
     return results.split(_ops.merge_banks_forward(banks, given, results.offsets, results.elements))
 
