@@ -99,8 +99,6 @@ STUDIES = (
     Study("sst2", "sst2", ["default"], _epochs(1, ROUTED)),
     Study("sst2_4_epochs", "sst2", ["pfeiffer", "adamix:routing=batch"], _epochs(4, ROUTED)),
     Study("sst2_30_shots", "sst2", ["default"], _epochs(60, ROUTED, 8), SHOTS),
-    # On all sentences; the plain adapter, AdaMix and weight 0 are rows of sst2.
-    Study("sst2_controls", "sst2", DECISIVE[1:3], _epochs(1, ["merged"])),
     # The plain adapter, AdaMix and weight 0 of this comparison are rows of sst2_30_shots.
     Study("sst2_30_controls", "sst2", [m for m in CONTROLS if m not in
           ("pfeiffer", "adamix", "adamix:consistency_weight=0")], _epochs(60, ["merged"], 8), SHOTS),
