@@ -303,6 +303,7 @@ def by_backward(out, x):
 
 def test_where_only_the_layer_was_computed_its_adapter_goes_on(module):
     for conv in (False, True):
+        run({**usual(), "conv": conv}, [], None)  # what serves it may be forgotten after so many kinds of calls
         layer, x = build({**usual(), "conv": conv}), rand_x()
         router = layer.adapter.router
         router.sides = {3: 1}
