@@ -21,7 +21,8 @@ def fold_passes(rows: torch.Tensor, passes: int) -> torch.Tensor:
 def by_pass(run: Callable[..., Sequence[torch.Tensor]], *folded: int) -> Callable[..., tuple[torch.Tensor, ...]]:
     """run(*arguments) as a function of (*arguments, passes), for indices [passes] where run knows those of samples.
 
-    folded: which arguments are [B, S, ...]; the first of all is. So is the first result, if it is not empty.
+    folded: which arguments are [B, S, ...]; the first of all is. So is the first result, if it has three axes: one
+    that was not asked for has one.
     """
 
     def run_by_pass(*given: Any) -> tuple[torch.Tensor, ...]:
@@ -35,7 +36,7 @@ def by_pass(run: Callable[..., Sequence[torch.Tensor]], *folded: int) -> Callabl
         first, *rest = run(*arguments)
         # Not as a view: models may add to it in place.
         shape = batch, tokens, first.shape[-1]
-        return (_unsafe_view(first, shape) if first.numel() else first, *rest)
+        return (_unsafe_view(first, shape) if first.dim() == 3 else first, *rest)
 
     return run_by_pass
 

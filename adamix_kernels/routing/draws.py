@@ -145,7 +145,7 @@ class Router:
     def _draw_all(self, ahead: Ahead, key: tuple[int, tuple[int, ...], torch.device]) -> list[torch.Tensor] | None:
         """The indices of all banks of so many experts, put into `ahead`; None where each layer draws its own."""
         num_experts, shape, device = key
-        if not draws_ahead(device):
+        if _top_hooks is None or not draws_ahead(device):
             return None
         rows = self.sides.get(num_experts, 1)
         ahead[key] = list(self._randint(num_experts, (rows, *shape), device).unbind())

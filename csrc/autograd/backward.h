@@ -9,6 +9,7 @@
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <array>
@@ -172,7 +173,13 @@ struct AdapterBackward : Node {
       std::array<bool, 3> asked = {need[0], need_down, need_up};
       std::array<Tensor, 5> made = direct ? of_kernels(given, asked) : of_stack(given, asked);
       Tensor dx = unfolded(std::move(made[0]), gradient, folds);
-      if (on_linear && need[0]) dx = linear_input_grad(dx, weight.unpack(), transposed);
+      if (on_linear && need[0]) {
+        Tensor kept = weight.unpack();
+        given = {};
+        // As nodes of their own would: the adapter's tensors are gone before the layer's product begins.
+        if (!torch::autograd::get_current_graph_task_keep_graph()) x.reset_data(), pre.reset_data();
+        dx = linear_input_grad(dx, kept, transposed);
+      }
       out.set(0, std::move(dx), need[0]);
       for (size_t n = 1; n < 5; ++n) out.set(n, std::move(made[n]), need[n]);
     }

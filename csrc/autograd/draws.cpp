@@ -50,7 +50,7 @@ PyObject* key_of(int64_t experts, int64_t drawn, const at::Device& device) {
 }
 
 // What is left for layers that ask for the like, of a draw that the first of them makes; null where each makes its own.
-// All three are held: the draw may let other threads run.
+// The router and `ahead` are held by who asks: the draw may let other threads run.
 THPObjectPtr found(PyObject* router, PyObject* ahead, int64_t experts, int64_t drawn, const at::Device& device) {
   THPObjectPtr key(key_of(experts, drawn, device));
   PyObject* left = PyDict_GetItem(ahead, key.get());
@@ -58,8 +58,6 @@ THPObjectPtr found(PyObject* router, PyObject* ahead, int64_t experts, int64_t d
     Py_INCREF(left);
     return THPObjectPtr(left);
   }
-  Py_INCREF(router), Py_INCREF(ahead);
-  THPObjectPtr asked(router), into(ahead);
   THPObjectPtr made(PyObject_CallMethodObjArgs(router, names().draw, ahead, key.get(), nullptr));
   if (!made) throw python_error();
   return made.get() != Py_None && PyList_CheckExact(made.get()) ? std::move(made) : THPObjectPtr();
@@ -84,6 +82,8 @@ bool Draws::take(PyObject* router, const at::Tensor& x, std::array<int64_t, 2> e
       !of.has(names().experts, Py_None) || !of.has(names().force_merged, Py_False) || is_recomputed()) {
     return false;
   }
+  Py_INCREF(router), Py_INCREF(ahead);
+  THPObjectPtr asked(router), into(ahead);  // another thread may begin a forward during a draw
   int64_t drawn = x.size(0);
   if (PyObject_RichCompareBool(level, names().batch, Py_EQ) == 1) {
     if (!of.read_into(names().passes, passes) || passes < 1) return false;

@@ -45,7 +45,10 @@ struct Layer {
     }
   }
 
-  bool parameter(PyObject* name, at::Tensor& t) const { return read_item(parameters, name, t); }
+  // False where something of the instance's own stands in its place.
+  bool parameter(PyObject* name, at::Tensor& t) const {
+    return own.get(name) == nullptr && read_item(parameters, name, t);
+  }
 
   // Frozen, so that its bank is not merged.
   bool is_frozen(PyObject* name) const {

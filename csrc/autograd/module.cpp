@@ -1,6 +1,7 @@
 // The Python module: routed ops as one call from Python, for tensors and threads that only autograd looks at.
 #include <Python.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include "autograd/kernels.h"
 #include "autograd/layers.h"
@@ -61,9 +62,11 @@ PyObject* serve(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   int64_t op = 0;
   std::string backend;
-  at::Tensor x, bank;
-  TORCH_CHECK(count == 5 && read(given[0], op) && read(given[1], backend) && read(given[2], x) && read(given[3], bank),
+  TORCH_CHECK(count == 5 && read(given[0], op) && read(given[1], backend) && THPVariable_Check(given[2]) &&
+                  THPVariable_Check(given[3]),
               "serve: expected an op's number, a backend, x, a bank and current_stream or None");
+  at::Tensor x, bank;
+  if (!read(given[2], x) || !read(given[3], bank)) Py_RETURN_NONE;  // not plain memory
   bool planned = given[4] != Py_None;
   if (planned) {
     Py_INCREF(given[4]);  // for good, a function of a module
