@@ -40,8 +40,9 @@ PairPlan plan_pairs(int rows, int classes, int element_bytes, const Device& devi
         cluster *= 2, slots = (pieces + cluster - 1) / cluster;
       }
       int held = blocks(0, slots), threads = slots > 1024 ? (wanted == 2 ? 256 : 512) : slots > 512 ? 256 : 128;
-      // What a row costs beside its columns, it costs every warp: rather a third block than as many warps.
-      if (slots > 1024 && held > 2) threads = 128;
+      // What a row costs beside its columns, it costs every warp: rather a third block, where rows are left for one.
+      bool third = held > 2 && static_cast<int64_t>(rows) * cluster > 2 * int64_t{device.multiprocessors};
+      if (slots > 1024 && third) threads = 128;
       int groups = device.multiprocessors * std::min(held, kThreadsHeld / threads) / cluster;
       // Large clusters may not all find room at once: not one row too many must wait for those that do.
       if (cluster > 2) groups *= 4;

@@ -74,6 +74,8 @@ def test_a_third_block_rather_than_as_many_warps(classes, cluster):
     assert 3 * (2 * slots * 16 + 4096) <= H200[1]
     assert groups >= 3 * H200[2] // cluster
     assert OPS.consistency_plan(8192, 50257, 2, *H200)[1] == 256
+    few = 2 * H200[2] // cluster  # as many rows as two blocks a multiprocessor take at once
+    assert OPS.consistency_plan(few, classes, 2, *H200)[1] == 256
 
 
 def test_torch_compile_opcheck_and_autocast():
