@@ -47,11 +47,11 @@ def measured(backend, **environment):
     assert done.returncode == 0, done.stderr
     lines = re.findall(rf"^{backend} +(\S.*?)  +([\d.]+)", done.stdout, re.MULTILINE)
     steps = re.findall(
-        rf"^{backend} +a step of (.+): our calls (\d+) adds, the rest (\d+): ", done.stdout, re.MULTILINE
+        rf"^{backend} +a step of (.+): our calls (-?\d+) adds, the rest (\d+): ", done.stdout, re.MULTILINE
     )
     for name, ours, rest in steps:
-        # A few rounds on a busy machine tell the size alone.
-        assert 0 < int(ours) < 3 * int(rest), name
+        # A few rounds on a busy machine tell the size alone, and vary by more than our calls cost.
+        assert abs(int(ours)) < 3 * int(rest), name
     assert len(steps) in (0, 2)
     return {name: float(adds) for name, adds in lines}, done.stderr
 
