@@ -25,7 +25,8 @@ draw = functools.partial(draw_adapter, DEVICE)
 
 def check(tensors, indices, residual="input", activation="gelu"):
     # The maximum over few elements is luck; over many draws the mean errors agree.
-    multiple = 2.0 if min(tensors[0].shape[0] * tensors[0].shape[1], tensors[0].shape[2]) >= 16 else 8.0
+    few = min(tensors[0].shape[0] * tensors[0].shape[1], tensors[0].shape[2])
+    multiple = 2.0 if few >= 16 else 8.0 if few >= 4 else 32.0
     runs = [run_adapter(backend, tensors, indices, residual, activation) for backend in ("cuda", "reference")]
     assert_in_budget(*runs, *(t for t in tensors if t is not None), multiple=multiple)
 
