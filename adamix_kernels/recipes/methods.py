@@ -249,7 +249,7 @@ def epochs(method: Method, recipe: Recipe) -> float:
     return number
 
 
-def warmup(method: Method) -> dict[str, float]:
+def warmup(method: Method) -> dict[str, Any]:
     """The field of the training that the method changes: warmup_ratio, in place of the recipe's, or none."""
     options = dict(method.options)
     return {key: options[key] for key in ("warmup_ratio",) if key in options}

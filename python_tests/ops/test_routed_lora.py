@@ -9,7 +9,6 @@ from suite_size import pairs
 from adamix_kernels.functional import routed_lora
 from adamix_kernels.ops._dropout import keep_mask
 
-
 CASES = dict(
     a_kind=INDEX_KINDS, b_kind=INDEX_KINDS, dropout_p=[0.0, 0.4], with_base=[True, False], groups=[1, 2],
 )  # fmt: skip
