@@ -2,7 +2,8 @@
 
 Every launch runs with warps forward, backward and in random slices, a wgmma read early and late, and is checked for
 bounds, alignment, races, what nobody wrote, copies in flight; results must have the same bits in every order. The two
-architectures run side by side. Fails where anything fails, nothing ran, or a kernel of the package was not reached.
+architectures run side by side; in the small size each test on one of them, in turn. Fails where anything fails, nothing
+ran, or a kernel of the package was not reached.
 """
 
 from __future__ import annotations
@@ -79,6 +80,20 @@ def _run(name: str, arch: int, command: list[str], size: str, folder: Path) -> P
             print(f"sm_{arch} {name}: {line}", end="", flush=True)
     written = json.loads(record.read_text()) if record.exists() else {}
     return Part(name, arch, child.returncode, written, time.perf_counter() - began)
+
+
+def in_turn(indices: set[int], arch: int, before: int) -> set[int]:
+    """Those of the indices that this architecture runs in the small size: every other one, sm_90 those of sm_80 not.
+    before: how many came before them."""
+    return {index for number, index in enumerate(sorted(indices), before + arch // 10) if number % 2}
+
+
+def chosen(count: int, stride: int = 8) -> set[int]:
+    """Which of a test's parametrisations the small size runs: every stride-th, so the same on every machine.
+
+    Both architectures together reach at least one of each op's ways.
+    """
+    return set(range(count // 2 % stride, count, stride)) or {0}
 
 
 def package_kernels() -> set[str]:

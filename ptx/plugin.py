@@ -1,7 +1,8 @@
 """`pytest -p ptx.plugin`: the package's own Triton tests run the compiled PTX, instead of the interpreter.
 
 What the executor reports fails the test that caused it. PTX_ARCH: 10 * compute capability (80). PTX_SIZE=small: of
-every test's parametrisations a few (see `chosen`). PTX_RECORD: a file for a summary of the run, JSON.
+every test's parametrisations a few (see `chosen`), each on one of the two architectures of the gate, in turn.
+PTX_RECORD: a file for a summary of the run, JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from . import host as hosts
+from .gate import chosen, in_turn
 from .host import summary
 
 ARCH = int(os.environ.get("PTX_ARCH", "80"))
@@ -59,14 +61,6 @@ _counts = {"run": 0, "failed": 0, "skipped": 0}
 _left_out: dict[str, int] = {}
 
 
-def chosen(count: int, stride: int = 8) -> set[int]:
-    """Which of a test's parametrisations the small size runs: every stride-th, so the same on every machine.
-
-    On Triton 3.6.0 and sm_90 they hold 143 of the 860 kernels that all of them compile, at least one of each op's ways.
-    """
-    return set(range(count // 2 % stride, count, stride)) or {0}
-
-
 def reason_for(path: str, test: str, small: bool) -> str | None:
     """Why a test is left out in every parametrisation, or None."""
     reasons = OTHER_SUBJECTS | (SEEN_ANYWAY if small else {})
@@ -75,15 +69,17 @@ def reason_for(path: str, test: str, small: bool) -> str | None:
 
 def pytest_collection_modifyitems(config, items):
     small, groups, kept, dropped = os.environ.get("PTX_SIZE") == "small", {}, [], []
+    before = 0
     for item in items:
         groups.setdefault((item.path.name, item.originalname), []).append(item)
     for (path, test), together in groups.items():
         reason = reason_for(path, test, small)
         take = set() if reason else chosen(len(together)) if small else set(range(len(together)))
         if small and not reason:
+            take, before = in_turn(take, ARCH, before), before + len(take)
             take |= {number for number, item in enumerate(together) if any(part in item.name for part in ALSO)}
         if len(take) < len(together):
-            said = reason or "further parametrisations: make ptx-nightly"
+            said = reason or "further parametrisations, and what the other architecture runs: make ptx-nightly"
             _left_out[said] = _left_out.get(said, 0) + len(together) - len(take)
         for number, item in enumerate(together):
             (kept if number in take else dropped).append(item)

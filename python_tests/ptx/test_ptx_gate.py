@@ -20,7 +20,7 @@ import triton.language as tl
 from ptx import build, gate
 from ptx import compare as comparison
 from ptx.compare import Cell, compare
-from ptx.gate import Part
+from ptx.gate import ARCHITECTURES, Part, chosen, in_turn
 from ptx.host import Host
 from ptx.program import How
 from ptx.traffic import traffic
@@ -114,14 +114,24 @@ def under_the_plugin(folder, text, **variables):
 
 
 def test_a_report_fails_the_test_that_caused_it(tmp_path):
-    done, record = under_the_plugin(tmp_path, TESTS, PTX_ARCH="90")
+    done, record = under_the_plugin(tmp_path, TESTS, PTX_ARCH="80")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "copy_kernel: global load out of bounds" in done.stdout
-    assert (record["run"], record["failed"], record["kernels"]) == (4, 1, ["copy_kernel"])
+    assert (record["run"], record["failed"], record["kernels"]) == (2, 1, ["copy_kernel"])
     assert record["left_out"] == {
-        "further parametrisations: make ptx-nightly": 26,
+        "further parametrisations, and what the other architecture runs: make ptx-nightly": 28,
         "of PyTorch, not of the kernels": 1,
     }
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_each_architecture_runs_what_the_other_does_not(before):
+    few, one = chosen(30), chosen(1)
+    shares = [in_turn(few, arch, before) for arch in ARCHITECTURES]
+    assert set.union(*shares) == few
+    assert not set.intersection(*shares)
+    assert sorted(map(len, shares)) == [1, 2]
+    assert {frozenset(in_turn(one, arch, before)) for arch in ARCHITECTURES} == {frozenset(), frozenset({0})}
 
 
 def test_tests_that_launch_nothing_fail_as_a_whole(tmp_path):
