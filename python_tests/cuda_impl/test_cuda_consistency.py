@@ -8,6 +8,7 @@ import torch._dynamo.testing
 from cuda_host import DEVICE, DTYPES, needs_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from suite_size import pairs
 
 needs_cuda()
 
@@ -30,9 +31,7 @@ from adamix_kernels.functional import adamix_loss, consistency_loss, linear_adam
 from adamix_kernels.ops.consistency import cuda_impl
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("case", SHAPES)
+@pairs(case=SHAPES, detach=[True, False], dtype=DTYPES)
 def test_adamix_loss_and_its_gradient(case, detach, dtype, monkeypatch):
     rows, classes, device, way = SHAPES[case]
     pretend(monkeypatch, device)
@@ -81,10 +80,10 @@ def test_the_number_of_items_of_any_dtype(dtype):
     torch.testing.assert_close(got, adamix_loss(x, labels.int(), num_items=items, backend="reference"))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[::2])
-@pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
-@pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("case", ["3 classes", "many rows of 100", "2 blocks", "tail"])
+@pairs(
+    case=["3 classes", "many rows of 100", "2 blocks", "tail"],
+    detach=[True, False], reduction=["batchmean", "sum", "none"], dtype=DTYPES[::2],
+)  # fmt: skip
 def test_consistency_loss_and_its_gradients(case, detach, reduction, dtype, monkeypatch):
     rows, classes, device, _ = SHAPES[case]
     pretend(monkeypatch, device)

@@ -8,6 +8,7 @@ import torch._dynamo.testing
 from cuda_host import DEVICE, DTYPES, ON_HOST, needs_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from suite_size import pairs
 
 needs_cuda()
 
@@ -44,9 +45,10 @@ def draw_experts(shape, scored, dtype):
     return randn(*shape, dtype=dtype), randn(*shape[1:], dtype=dtype), *scores
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scored", [False, True])
-@pytest.mark.parametrize("shape", [(4, 3, 5), (4, 60, 37), (1, 40), (3,), (9, 17, 2), (64, 41), (2, 1), (4, 2056)])
+@pairs(
+    shape=[(4, 3, 5), (4, 60, 37), (1, 40), (3,), (9, 17, 2), (64, 41), (2, 1), (4, 2056)],
+    scored=[False, True], dtype=DTYPES,
+)  # fmt: skip
 def test_the_mean_and_its_gradients(shape, scored, dtype):
     check_experts(*draw_experts(shape, scored, dtype))
 

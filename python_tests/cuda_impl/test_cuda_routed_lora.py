@@ -11,6 +11,7 @@ import torch
 from cuda_host import DEVICE, DTYPES, ON_HOST, needs_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from suite_size import pairs
 
 needs_cuda()
 
@@ -43,11 +44,7 @@ def raw(tensors, options, dropout_p=0.3, seed=11):
     return out, *cuda_impl.backward(dy, x, t, a, b, *indices, seed, True, True, True, *tail)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("with_base", [True, False])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("a_kind", INDEX_KINDS)
-@pytest.mark.parametrize("b_kind", INDEX_KINDS)
+@pairs(b_kind=INDEX_KINDS, a_kind=INDEX_KINDS, dropout_p=[0.0, 0.3], with_base=[True, False], groups=[1, 2])
 def test_every_kind_of_routing(a_kind, b_kind, dropout_p, with_base, groups):
     index_dtype = torch.int32 if with_base else torch.int64
     sizes = dict(batch=3, tokens=6, features=19, rank=4, per_group=7, dtype=torch.float32, index_dtype=index_dtype)

@@ -11,6 +11,7 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from suite_size import pairs
 from triton_spy import DEVICE, DTYPES, launches, needs_triton
 
 needs_triton()
@@ -78,9 +79,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("case", SHAPES)
+@pairs(case=SHAPES, detach=[True, False], dtype=DTYPES)
 def test_adamix_loss_and_its_gradient(case, detach, dtype):
     rows, classes, wanted = SHAPES[case]
     labels, mask = draw_labels(rows, classes), draw_mask(rows)
@@ -99,10 +98,10 @@ def test_options(options):
     gradients(lambda backend, x: adamix_loss(x, labels, backend=backend, **options), ROWS, randn(12, 4, 5), grad=3.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[::2])
-@pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
-@pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("case", ["3 classes", "many rows of 100", "a whole tile", "steps and a rest"])
+@pairs(
+    case=["3 classes", "many rows of 100", "a whole tile", "steps and a rest"],
+    detach=[True, False], reduction=["batchmean", "sum", "none"], dtype=DTYPES[::2],
+)  # fmt: skip
 def test_consistency_loss_and_its_gradients(case, detach, reduction, dtype):
     rows, classes, wanted = SHAPES[case]
     mask = draw_mask(rows)

@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from suite_size import pairs
 from triton_spy import DEVICE, DTYPES, launches, needs_triton
 
 needs_triton()
@@ -45,9 +46,7 @@ def check_experts(*tensors):
     assert names == want[: 2 if len(tensors) == 2 else 3]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scored", [False, True])
-@pytest.mark.parametrize("shape", [(4, 3, 5), (4, 60, 37), (1, 40), (3,), (9, 17, 2), (64, 41), (2, 1)])
+@pairs(shape=[(4, 3, 5), (4, 60, 37), (1, 40), (3,), (9, 17, 2), (64, 41), (2, 1)], scored=[False, True], dtype=DTYPES)
 def test_the_mean_and_its_gradients(shape, scored, dtype):
     scores = [randn(shape[0], dtype=dtype)] if scored else []
     check_experts(randn(*shape, dtype=dtype), randn(*shape[1:], dtype=dtype), *scores)

@@ -9,6 +9,7 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from suite_size import pairs
 from triton_spy import DEVICE, DTYPES, GPU, launches, needs_triton
 
 needs_triton()
@@ -40,11 +41,7 @@ def check(tensors, options, dropout_p=0.0):
     assert names[3:] in ([], ["lora_sum_kernel"])
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("with_base", [True, False])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("a_kind", INDEX_KINDS)
-@pytest.mark.parametrize("b_kind", INDEX_KINDS)
+@pairs(b_kind=INDEX_KINDS, a_kind=INDEX_KINDS, dropout_p=[0.0, 0.3], with_base=[True, False], groups=[1, 2])
 def test_every_kind_of_routing(a_kind, b_kind, dropout_p, with_base, groups):
     index_dtype = torch.int32 if with_base else torch.int64
     sizes = dict(batch=3, tokens=6, features=19, rank=4, per_group=7, dtype=torch.float32, index_dtype=index_dtype)
