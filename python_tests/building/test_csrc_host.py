@@ -2,6 +2,7 @@
 
 import pytest
 from cuda_host import run_script
+from suite_size import singles
 
 FAULTS = [
     "none",
@@ -27,8 +28,7 @@ def run(fault, variant, order="forward"):
     return run_script(SCRIPT.format(fault=FAULTS.index(fault)), variant, order)
 
 
-@pytest.mark.parametrize("variant", ["plain", "asan", "tsan"])
-@pytest.mark.parametrize("order", ["forward", "reverse", "7"])
+@singles(variant=["plain", "asan", "tsan"], order=["forward", "reverse", "7"])
 def test_a_kernel_without_fault_passes(variant, order):
     status, text = run("none", variant, order)
     assert (status, text.splitlines()[0]) == (0, "equal 0")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from adapter_cases import ACTIVATIONS, by_loop, index, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from suite_size import singles
 
 from adamix_kernels.functional import routed_adapter
 from adamix_kernels.testing import assert_in_budget
@@ -43,9 +44,9 @@ def test_forward_and_gradients_match_the_loop(sizes, down_kind, up_kind, residua
         torch.testing.assert_close(grads, torch.autograd.grad((want * weight).sum(), leaves))
 
 
-@pytest.mark.parametrize("activation", list(ACTIVATIONS))
-@pytest.mark.parametrize(("sizes", "down_kind", "up_kind"), CASES)
-def test_gradcheck(sizes, down_kind, up_kind, activation):
+@singles(case=CASES, activation=list(ACTIVATIONS))
+def test_gradcheck(case, activation):
+    sizes, down_kind, up_kind = case.values
     x, *banks = inputs(**sizes)
     down_index, up_index = index(down_kind, sizes["down"]), index(up_kind, sizes["up"])
     leaves = [t for t in (x, *banks) if t is not None]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from plain_lora import INDEX_KINDS, gradients, leaves_of, lora_case
+from suite_size import pairs, singles
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from adamix_kernels.functional import routed_lora
@@ -13,11 +14,9 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("with_base", [True, False])
-@pytest.mark.parametrize(("a_kind", "b_kind"), [("none", "none"), ("sample", "none"), ("token", "sample")])
-def test_opcheck(a_kind, b_kind, with_base, groups):
-    args, options = lora_case(a_kind, b_kind, groups, with_base)
+@pairs(kinds=[("none", "none"), ("sample", "none"), ("token", "sample")], with_base=[True, False], groups=[1, 2])
+def test_opcheck(kinds, with_base, groups):
+    args, options = lora_case(*kinds, groups, with_base)
     op = torch.ops.adamix_kernels.routed_lora.default
     for p, seed in ((0.0, None), (0.3, torch.tensor(3))):
         inputs = (
@@ -53,8 +52,7 @@ def _assert_compiled_equals_eager(compiled, function, make_case, batches):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("drop", [{}, dict(dropout_p=0.4, seed=7), dict(dropout_p=0.4)])
-@pytest.mark.parametrize("a_kind", INDEX_KINDS)
+@singles(a_kind=INDEX_KINDS, drop=[{}, dict(dropout_p=0.4, seed=7), dict(dropout_p=0.4)])
 def test_compile_dynamic_batch_compiles_once(a_kind, drop):
     def function(args, options):
         return routed_lora(*args, **options, **drop)
