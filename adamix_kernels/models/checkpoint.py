@@ -30,6 +30,7 @@ from .header import (
     check_structure,
     check_tensors,
     listed,
+    other_weights,
     read_header,
     read_tensors,
     structure,
@@ -187,6 +188,9 @@ def load_adamix(
         check_structure(path, header["layers"][path], structure(layer))
     check_tensors(tensors, _tensors(model, layers, saved))
 
+    different = other_weights(model, header)
+    if different is not None:
+        logger.warning("%s; what %s computes on it is not what was trained", different, folder)
     if bare:
         adapt(model, config, backend=backend)
         if merged:
