@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -16,6 +17,7 @@ from .._backends import check_request
 from .._version import __version__
 from ..models._files import (
     make_folder,
+    one_writer,
     read_versioned,
     remove_unnamed,
     write_safetensors_by_digest,
@@ -61,11 +63,12 @@ def unpack(model: nn.Module, name: str, directory: str | os.PathLike[str]) -> Pa
         folder = make_folder(directory)
         if (folder / PACK_NAME).exists():
             raise ValueError(f"directory: got {str(directory)!r}, which holds a pack, expected another folder")
-        try:
-            header = _write_name(model, state.entries[name], folder, True)
-            write_sealed_json(folder / CHECKPOINT_NAME, header)
-        finally:
-            remove_unnamed(folder / CHECKPOINT_NAME, _STEM)
+        with one_writer(folder):
+            try:
+                header = _write_name(model, state.entries[name], folder, True)
+                write_sealed_json(folder / CHECKPOINT_NAME, header)
+            finally:
+                remove_unnamed(folder / CHECKPOINT_NAME, _STEM)
     return folder
 
 
@@ -97,7 +100,8 @@ def save_pack(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         owner = adamix_state(model)
         layers: dict[str, Any] = {path: model.get_submodule(path) for path in owner.paths}
         packed = {path: heads.packed_parts(model.get_submodule(path)) for path in owner.saved}
-        try:
+        with one_writer(folder), contextlib.ExitStack() as stack:
+            stack.callback(remove_unnamed, folder / PACK_NAME, _STEM)
             values = {
                 "version": _VERSION,
                 "package_version": __version__,
@@ -111,8 +115,6 @@ def save_pack(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
                 "names": {name: _write_name(model, entry, folder, False) for name, entry in state.entries.items()},
             }
             write_sealed_json(folder / PACK_NAME, values)
-        finally:
-            remove_unnamed(folder / PACK_NAME, _STEM)
     return folder
 
 
