@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..models.contexts import use_experts
+from ..models.header import PACK_NAME
 from ..models.hub import resolve_folder
-from ..packs.folder import PACK_NAME
 from ..packs.route import AUTO, Nearest, nearest
 from ..packs.state import Pack, pack_of
 from ..tasks import InputRow, Run, read_run

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..models.header import CHECKPOINT_NAME
+from ..models.header import CHECKPOINT_NAME, PACK_NAME
 from ..models.hub import resolve_folder
 from ..models.state import adamix_state
-from ..packs.folder import PACK_NAME, read_pack, save_pack
+from ..packs.folder import read_pack, save_pack
 from ..packs.pack import pack
 from ..packs.reading import called
 from ..packs.state import Pack, check_name

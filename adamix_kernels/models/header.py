@@ -20,6 +20,7 @@ from .sharding import plain_class
 from .targets import model_type
 
 CHECKPOINT_NAME = "adamix_checkpoint.json"
+PACK_NAME = "adamix_pack.json"
 CHECKPOINT_VERSION = 3
 UNSEALED_VERSION = 1  # its JSON holds no digest of itself
 _READABLE = (1, 2, 3)
@@ -130,6 +131,12 @@ def check_base(model: nn.Module, header: dict[str, Any]) -> None:
                 f"model: got a {here['class']} with {name} = {here[name]!r}, expected {stored.get(name)!r}, "
                 f"as in the {stored.get('class')} that the checkpoint was saved from"
             )
+
+
+def check_no_pack_in(folder: Path) -> None:
+    """Raises ValueError for a folder of save_pack: the next save of either would remove the other's tensors."""
+    if (folder / PACK_NAME).exists():
+        raise ValueError(f"directory: got {str(folder)!r}, which holds a pack, expected another folder")
 
 
 def other_weights(model: nn.Module, header: dict[str, Any]) -> str | None:

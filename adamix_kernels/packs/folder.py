@@ -24,7 +24,7 @@ from ..models._files import (
     write_sealed_json,
 )
 from ..models.config import AdaMixConfig
-from ..models.header import CHECKPOINT_NAME, CHECKPOINT_VERSION, base_facts
+from ..models.header import CHECKPOINT_NAME, CHECKPOINT_VERSION, PACK_NAME, base_facts, check_no_pack_in
 from ..models.hub import resolve_folder
 from ..models.inject import check_bare
 from ..models.state import adamix_state, check_model
@@ -37,7 +37,6 @@ from .sources import AdapterPart, LoraPart, Part, read_adamix
 from .state import Entry, check_name, pack_of
 
 logger = logging.getLogger(__name__)
-PACK_NAME = "adamix_pack.json"
 _VERSION = 1
 _STEM = "adamix"
 
@@ -61,8 +60,7 @@ def unpack(model: nn.Module, name: str, directory: str | os.PathLike[str]) -> Pa
     with state.lock:
         state.slots(check_name(name))
         folder = make_folder(directory)
-        if (folder / PACK_NAME).exists():
-            raise ValueError(f"directory: got {str(directory)!r}, which holds a pack, expected another folder")
+        check_no_pack_in(folder)
         with one_writer(folder):
             try:
                 header = _write_name(model, state.entries[name], folder, True)

@@ -173,6 +173,16 @@ WRONG = {
     ],
     "run: got nothing, expected --run": ["predict", "text"],
     "a pack of several, expected one run": ["eval", "PACK"],
+    "which holds a pack, expected another folder": ["merge", "RUN", "--out", "PACK"],
+    "holds a pack, expected another folder": [
+        "train",
+        "--data",
+        "remarks",
+        "--model",
+        "RUN/../encoder",
+        "--out",
+        "PACK",
+    ],
 }
 
 
