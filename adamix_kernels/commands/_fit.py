@@ -11,6 +11,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback
 
 from ..models.gate_training import NAMES
+from ..models.header import PACK_NAME
 from ..models.manifest import newest_whole_checkpoint
 from ..models.state import adamix_state
 from ..models.trainer import AdaMixTrainer
@@ -130,4 +131,6 @@ def checkpoint_of(resume: str, arguments: Any) -> str | None:
         )
     if not wanted and os.path.exists(os.path.join(folder, FINISHED)):
         raise ValueError(f"out: {folder!r} holds a finished run, expected another folder, or this one removed")
+    if os.path.exists(os.path.join(folder, PACK_NAME)):
+        raise ValueError(f"out: {folder!r} holds a pack, expected another folder")
     return wanted or None

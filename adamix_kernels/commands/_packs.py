@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..models.contexts import use_experts
+from ..models.header import PACK_NAME
 from ..models.hub import resolve_folder
-from ..packs.folder import PACK_NAME
 from ..packs.route import AUTO, Nearest, nearest
 from ..packs.state import Pack, pack_of
 from ..tasks import InputRow, Run, read_run
@@ -146,8 +146,19 @@ def _kind(
     name: str, model: Any, tokenizer: Any, state: Pack, folder: Path, size: int | None, settings: dict[str, Any]
 ) -> Kind:
     place = folder / RUNS / name
-    run = read_run(place) if (place / RUN_NAME).is_file() else _described(name, model, tokenizer, state)
+    run = _described(name, model, tokenizer, state)
+    if (place / RUN_NAME).is_file() and _same_labels(told := read_run(place), run):
+        run = told
     return make_kind(run.task, run.label_names, tokenizer, run.max_tokens, (), {**run.generation, **settings}, size)
+
+
+def _same_labels(told: Run, found: Run) -> bool:
+    """Whether a run's file is of what the pack holds under that name, not of what replace_expert and save_pack put
+    something else in the place of. Labels that came without names have them from the file."""
+    if told.task != found.task or found.task != "classification":
+        return told.task == found.task
+    unnamed = [f"LABEL_{number}" for number in range(len(told.label_names))]
+    return found.label_names in (told.label_names, unnamed)
 
 
 def _described(name: str, model: Any, tokenizer: Any, state: Pack) -> Run:

@@ -11,11 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from ..models.header import CHECKPOINT_NAME
+from ..models.header import CHECKPOINT_NAME, PACK_NAME
 from ..models.hub import resolve_folder
 from ..models.manifest import newest_whole_checkpoint
 from ..models.pooling import pooling_of
-from ..packs.folder import PACK_NAME
 from ..tasks import Run, load, read_run
 from ..tasks.run_file import RUN_NAME
 from ._kinds import longest_text

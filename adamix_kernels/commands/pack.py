@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..models.header import CHECKPOINT_NAME
+from ..models.header import CHECKPOINT_NAME, PACK_NAME
 from ..models.hub import resolve_folder
 from ..models.state import adamix_state
-from ..packs.folder import PACK_NAME, read_pack, save_pack
+from ..packs.folder import read_pack, save_pack
 from ..packs.pack import pack
 from ..packs.reading import called
 from ..packs.state import Pack, check_name
 from ..tasks import Run, load_base, read_run, write_run
+from ..tasks.run_file import RUN_NAME
 from ._options import OutputOptions, needs_out, option, quiet, start
 from ._parser import OptionParser
 from ._runs import run_folder
@@ -63,7 +64,9 @@ def main(argv: Sequence[str]) -> int:
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
     for name, run in runs.items():
-        if run is not None:
+        if run is None:
+            (out / RUNS / name / RUN_NAME).unlink(missing_ok=True)  # of another folder under this name
+        else:
             (out / RUNS / name).mkdir(parents=True, exist_ok=True)
             write_run(out / RUNS / name, run)
     state = adamix_state(model).pack

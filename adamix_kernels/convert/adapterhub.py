@@ -14,6 +14,7 @@ from torch import nn
 from ..models._files import make_folder, write_json, write_pickled_tensors, write_safetensors
 from ..models.card import base_name, write_card
 from ..models.gating import check_one
+from ..models.saving import check_export
 from ..models.state import AdaMixState, adamix_state, check_no_pack
 from ..models.targets import layer_number, model_type
 from ..modules import AdaptedLayer
@@ -42,7 +43,7 @@ def export_adapterhub(model: nn.Module, directory: str | os.PathLike[str], name:
     Raises:
         ValueError: `model` is not adapted, is adapted with LoRA (see export_peft), is of another family or
             adapted in another place; its gates are learned and it is not merged; `name` has other characters;
-            `directory` is a file.
+            `directory` is a file or holds a whole model or a pack.
 
     Source: SeqBnConfig and AdapterLoader of adapters 1.3.
 
@@ -56,6 +57,7 @@ def export_adapterhub(model: nn.Module, directory: str | os.PathLike[str], name:
     check_one(model, "AdapterHub's adapter")
     _check(model, state, name)
     folder = make_folder(directory)
+    check_export(folder)
     family = model_type(model)
     outer = "" if state.paths[0].startswith(f"{family}.") else f"{family}."
     tensors = {}

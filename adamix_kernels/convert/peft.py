@@ -15,6 +15,7 @@ from ..models.card import base_name, write_card
 from ..models.factors import Factors
 from ..models.gating import check_one, routed_layers
 from ..models.merging import check_experts
+from ..models.saving import check_export
 from ..models.state import adamix_state, check_no_pack
 from ..modules import RoutedLoRALinear
 from ._card import peft_card
@@ -61,7 +62,7 @@ def export_peft(
         ValueError: `model` is not adapted, or with adapters instead of LoRA (see export_adapterhub); it was
             loaded merged and so has no factors; its gates are learned, it is not merged, and no expert is named;
             `expert` is not one of its experts, or they are gone (loaded merged, or merged with keep=False); `directory`
-            is a file.
+            is a file or holds a whole model or a pack.
 
     Source: PEFT's LoRA format, peft 0.18 and newer.
 
@@ -84,6 +85,7 @@ def export_peft(
     layers = {path: _lora_layer(model, path, expert is None) for path in state.paths}
     saved = state.saved if head else []
     folder = make_folder(directory)
+    check_export(folder)
     if expert != "each":
         _write(model, folder, layers, saved, wanted[0])
         return folder

@@ -7,17 +7,26 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from .._extras import needed
+
+logger = logging.getLogger(__name__)
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 _CHUNK = 1 << 20  # bytes
 _SEAL = "sha256"
@@ -38,6 +47,23 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"directory: got {str(path)!r}, which is a file, expected a folder or a new name")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Waits until no other process or thread is in one for `folder`: each would remove the other's files that no JSON
+    names yet. Where the system has no locks, or the file system takes none, nobody waits."""
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            with contextlib.suppress(OSError):
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    logger.warning("%s: waiting for another process that is writing to it", folder)
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -24,12 +24,14 @@ from .header import (
     CHECKPOINT_VERSION,
     base_facts,
     check_base,
+    check_no_pack_in,
     check_pooling,
     check_same,
     check_states,
     check_structure,
     check_tensors,
     listed,
+    other_weights,
     read_header,
     read_tensors,
     structure,
@@ -76,7 +78,8 @@ def save_adamix(
             it has the model's.
 
     Raises:
-        ValueError: `model` is not adapted, a value of state_dict has another shape, or `directory` is a file.
+        ValueError: `model` is not adapted, a value of state_dict has another shape, or `directory` is a file or holds
+            a pack.
         OSError: a file could not be written; the previous checkpoint stays.
 
     Example:
@@ -102,6 +105,7 @@ def write_checkpoint(
     tensors = tensors if state_dict is None else _replaced(tensors, state_dict)
     factors = {path: f for path, f in state.factors.items() if not isinstance(layers[path], RoutedLoRALinear)}
     folder = make_folder(directory)
+    check_no_pack_in(folder)
     if any(is_sharded(tensor) for tensor in tensors.values()):
         tensors = {name: whole(tensor) for name, tensor in tensors.items()}
         if process_rank() != 0:
@@ -187,6 +191,9 @@ def load_adamix(
         check_structure(path, header["layers"][path], structure(layer))
     check_tensors(tensors, _tensors(model, layers, saved))
 
+    different = other_weights(model, header)
+    if different is not None:
+        logger.warning("%s; what %s computes on it is not what was trained", different, folder)
     if bare:
         adapt(model, config, backend=backend)
         if merged:

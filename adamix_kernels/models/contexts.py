@@ -60,9 +60,9 @@ def use_experts(
         index: an expert id for all, or ids [B] per sample or [B, S] per token (int32 or int64). A batch of k * B
             rows takes each id k times: whole passes in training, k beams or returned sequences per sample in
             generate(), where ids are per sample.
-            Of a pack: a name for all, or names, one a sample; "nearest" (each sample's name by its text, see
-            nearest()); or "arrow" (each token's LoRA of each layer by its input: argmax_e |x . v_e|, v_e the leading
-            right singular vector of B_e A_e).
+            Of a pack: a name for all, or names, one a sample (no fewer in a classifier); "nearest" (each sample's
+            name by its text, see nearest()); or "arrow" (each token's LoRA of each layer by its input: argmax_e |x .
+            v_e|, v_e the leading right singular vector of B_e A_e).
         threshold: with "nearest", the least cosine, or "auto"; a sample below it ends the forward with ValueError.
 
     A pack serves one thread at a time: the context waits until no other thread is in one.

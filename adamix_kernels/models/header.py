@@ -13,12 +13,14 @@ from .._extras import needed
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..modules.lora import linear_sizes
 from ._files import read_versioned, sha256
+from .base_weights import others, sampled
 from .hub import with_names
 from .pooling import MARK, head_reads, pooling_of
 from .sharding import plain_class
 from .targets import model_type
 
 CHECKPOINT_NAME = "adamix_checkpoint.json"
+PACK_NAME = "adamix_pack.json"
 CHECKPOINT_VERSION = 3
 UNSEALED_VERSION = 1  # its JSON holds no digest of itself
 _READABLE = (1, 2, 3)
@@ -43,6 +45,7 @@ def base_facts(model: nn.Module, folder: Path | None = None, here: bool = True) 
     facts.update(name_or_path=names.get("base"), folder=names.get("base_path") if here else None)
     facts.update(pooling=pooling_of(model), dtype=_dtype(model), config=_as_json(config))
     facts["generation"] = _as_json(getattr(model, "generation_config", None))
+    facts["weights"] = sampled(model)
     return facts
 
 
@@ -128,6 +131,24 @@ def check_base(model: nn.Module, header: dict[str, Any]) -> None:
                 f"model: got a {here['class']} with {name} = {here[name]!r}, expected {stored.get(name)!r}, "
                 f"as in the {stored.get('class')} that the checkpoint was saved from"
             )
+
+
+def check_no_pack_in(folder: Path) -> None:
+    """Raises ValueError for a folder of save_pack: the next save of either would remove the other's tensors."""
+    if (folder / PACK_NAME).exists():
+        raise ValueError(f"directory: got {str(folder)!r}, which holds a pack, expected another folder")
+
+
+def other_weights(model: nn.Module, header: dict[str, Any]) -> str | None:
+    """What to say where `model` fits, but has not the frozen weights that the checkpoint was trained on; None where it
+    has them, or an older checkpoint does not tell them."""
+    stored = header["base_model"]
+    if not others(model, stored.get("weights") or {}):
+        return None
+    return (
+        f"model: got a {plain_class(model).__name__} with other frozen weights than the one that the checkpoint was "
+        f"trained on ({stored.get('name_or_path')}), expected the same base model, not one of the same sizes alone"
+    )
 
 
 def check_pooling(model: nn.Module, header: dict[str, Any]) -> str | None:

@@ -17,7 +17,7 @@ from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import process_rank
 from ._files import write_json
 from .card import adamix_card, write_card
-from .header import CHECKPOINT_NAME, read_header
+from .header import CHECKPOINT_NAME, check_no_pack_in, read_header
 from .pooling import pooling_of
 from .sharding import is_sharded
 from .state import adamix_state
@@ -83,6 +83,17 @@ def save_folder(
         )
     write_card(folder, adamix_card(model, tags))
     return folder
+
+
+def check_export(folder: Path) -> None:
+    """Raises ValueError for a folder that an adapter in another project's format does not belong into."""
+    check_no_pack_in(folder)
+    whole = _whole_model(folder)
+    if whole is not None:
+        raise ValueError(
+            f"directory: got {str(folder)!r}, which holds a whole model ({whole}), expected another folder: "
+            "from_pretrained would put the adapter into every model that it reads from there"
+        )
 
 
 def _whole_model(folder: Path) -> str | None:

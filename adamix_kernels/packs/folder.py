@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -16,13 +17,14 @@ from .._backends import check_request
 from .._version import __version__
 from ..models._files import (
     make_folder,
+    one_writer,
     read_versioned,
     remove_unnamed,
     write_safetensors_by_digest,
     write_sealed_json,
 )
 from ..models.config import AdaMixConfig
-from ..models.header import CHECKPOINT_NAME, CHECKPOINT_VERSION, base_facts
+from ..models.header import CHECKPOINT_NAME, CHECKPOINT_VERSION, PACK_NAME, base_facts, check_no_pack_in
 from ..models.hub import resolve_folder
 from ..models.inject import check_bare
 from ..models.state import adamix_state, check_model
@@ -35,7 +37,6 @@ from .sources import AdapterPart, LoraPart, Part, read_adamix
 from .state import Entry, check_name, pack_of
 
 logger = logging.getLogger(__name__)
-PACK_NAME = "adamix_pack.json"
 _VERSION = 1
 _STEM = "adamix"
 
@@ -59,13 +60,13 @@ def unpack(model: nn.Module, name: str, directory: str | os.PathLike[str]) -> Pa
     with state.lock:
         state.slots(check_name(name))
         folder = make_folder(directory)
-        if (folder / PACK_NAME).exists():
-            raise ValueError(f"directory: got {str(directory)!r}, which holds a pack, expected another folder")
-        try:
-            header = _write_name(model, state.entries[name], folder, True)
-            write_sealed_json(folder / CHECKPOINT_NAME, header)
-        finally:
-            remove_unnamed(folder / CHECKPOINT_NAME, _STEM)
+        check_no_pack_in(folder)
+        with one_writer(folder):
+            try:
+                header = _write_name(model, state.entries[name], folder, True)
+                write_sealed_json(folder / CHECKPOINT_NAME, header)
+            finally:
+                remove_unnamed(folder / CHECKPOINT_NAME, _STEM)
     return folder
 
 
@@ -97,7 +98,8 @@ def save_pack(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         owner = adamix_state(model)
         layers: dict[str, Any] = {path: model.get_submodule(path) for path in owner.paths}
         packed = {path: heads.packed_parts(model.get_submodule(path)) for path in owner.saved}
-        try:
+        with one_writer(folder), contextlib.ExitStack() as stack:
+            stack.callback(remove_unnamed, folder / PACK_NAME, _STEM)
             values = {
                 "version": _VERSION,
                 "package_version": __version__,
@@ -111,8 +113,6 @@ def save_pack(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
                 "names": {name: _write_name(model, entry, folder, False) for name, entry in state.entries.items()},
             }
             write_sealed_json(folder / PACK_NAME, values)
-        finally:
-            remove_unnamed(folder / PACK_NAME, _STEM)
     return folder
 
 

@@ -224,6 +224,9 @@ def _tail(like: torch.Tensor, start: int) -> torch.Tensor:
 
 
 def _names(router: Router, x: torch.Tensor, names: int, training: bool) -> torch.Tensor | None:
+    given = router.experts
+    if getattr(router, "exact", False) and given is not None and given.dim() == 1 and given.shape[0] != x.shape[0]:
+        raise ValueError(f"use_experts: got {given.shape[0]} names for a batch of {x.shape[0]}, expected one a sample")
     tokens = x.shape[1] if x.dim() > 2 else 1
     return router.draw(names, x.shape[0], tokens, x.device, training)
 

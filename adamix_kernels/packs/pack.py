@@ -18,7 +18,7 @@ from ..ops._checks import check_positive
 from . import heads, slots
 from .reading import Folder, called, read_source
 from .slots import RoutedLayer, Shape
-from .sources import Source
+from .sources import Source, classifies
 from .state import Entry, Pack, PackRouter, check_name, pack_of
 
 MOST = 256
@@ -91,6 +91,7 @@ def assemble(
 ) -> nn.Module:
     """pack() of sources that fit `model`. rows: of the heads' linear layers, by path and by name in it."""
     router = PackRouter()
+    router.exact = classifies(type(model).__name__)
     pooling = _pooling(model, sources)
     layers = slots.build(model, shapes, capacity, router, backend)
     packed, own = _heads(model, sources, capacity, router, max_labels, rows or {})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..models.header import CHECKPOINT_NAME, check_base, check_pooling
+from ..models.header import CHECKPOINT_NAME, check_base, check_pooling, other_weights
 from ..models.hub import resolve_folder
 from . import slots
 from .peft_folder import CONFIG_NAME, read_peft
@@ -37,6 +37,9 @@ def check_source(model: nn.Module, source: Source) -> None:
     """Raises ValueError where `model` is another base than the source's, or lacks a layer of it."""
     if source.header is not None:
         check_base(model, source.header)
+        different = other_weights(model, source.header)
+        if different is not None:
+            raise ValueError(different)
         if getattr(model, "adamix", None) is None:
             check_pooling(model, source.header)
     slots.check_layers(model, source)

@@ -15,7 +15,7 @@ from ..models.header import CHECKPOINT_NAME, read_header, read_tensors
 from ..modules._banks import lora_scaling, merged_bank
 from ..routing import LEARNED
 
-_TASKS = {"SequenceClassification": "labels", "TokenClassification": "labels"}
+_TASKS = ("SequenceClassification", "TokenClassification")
 
 
 @dataclass
@@ -180,9 +180,14 @@ def _scaled(
     return LoraPart(lora_a, lora_b * scaling, offsets, columns)
 
 
+def classifies(kind: str) -> bool:
+    """Whether a class of transformers labels samples or tokens, by its name."""
+    return any(task in kind for task in _TASKS)
+
+
 def _labels(kind: str, config: dict[str, Any]) -> list[str] | None:
     """The label names of a classifier's configuration, which leaves out those of two unnamed ones."""
-    if not any(task in kind for task in _TASKS):
+    if not classifies(kind):
         return None
     names = config.get("id2label")
     if not names:

@@ -23,7 +23,12 @@ RESERVED = ("nearest", "arrow")
 
 
 class PackRouter(Router):
-    """The caller's names, always: a forward outside use_experts has none."""
+    """The caller's names, always: a forward outside use_experts has none.
+
+    exact: a head's rows are the samples, so that there are as many names; elsewhere a name may stand for its beams.
+    """
+
+    exact = False
 
     def uses_merged(self, training: bool, learning: bool) -> bool:
         return False

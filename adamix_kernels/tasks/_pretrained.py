@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 # transformers 5's report and 4's warning.
 _REPORTS = ("LOAD REPORT", "were not initialized from the model checkpoint", "were not used when initializing")
+_ANY_SIZE = "ignore_mismatched_sizes"
 _SHOWN = 4
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",
@@ -24,12 +25,19 @@ _TOKENIZERS = (
 def from_pretrained(kind: Any, path: str, *, unread: str | None = None, new_head: bool = True, **options: Any) -> Any:
     """kind.from_pretrained(path), without transformers' report: one warning names the weights drawn at random.
 
-    new_head: whether a head that the files lack is meant to be drawn, and not named. unread: nor what has this in its
-    name.
+    new_head: whether a head that the files lack, or have for other labels, is meant to be drawn, and not named. unread:
+    nor what has this in its name.
+
+    Raises ValueError: below the head the files have a weight of another shape.
     """
+    options["output_loading_info"] = True
     with _without_report():
         try:
-            model, info = kind.from_pretrained(path, output_loading_info=True, **options)
+            model, info = kind.from_pretrained(path, **options)
+        except RuntimeError as error:
+            if not new_head or _ANY_SIZE not in str(error):
+                raise
+            model, info = kind.from_pretrained(path, **{_ANY_SIZE: True}, **options)
         except AttributeError as error:
             if "NoneType" not in str(error):
                 raise
@@ -38,6 +46,9 @@ def from_pretrained(kind: Any, path: str, *, unread: str | None = None, new_head
     prefix = f"{model.base_model_prefix}."
     headless = getattr(model, model.base_model_prefix, model) is model
     every = headless or not new_head
+    for name, stored, wanted in sorted(info["mismatched_keys"]):
+        if every or name.startswith(prefix):
+            raise ValueError(f"{path}: got {name} of shape {tuple(stored)}, expected {tuple(wanted)}")
     fresh = sorted(name for name in info["missing_keys"] if every or name.startswith(prefix))
     fresh = [name for name in fresh if unread is None or unread not in name]
     if fresh:

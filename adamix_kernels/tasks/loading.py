@@ -12,10 +12,10 @@ from torch import nn
 
 from .._extras import needed
 from ..models.checkpoint import load_adamix
-from ..models.header import CHECKPOINT_NAME, read_header
+from ..models.header import CHECKPOINT_NAME, PACK_NAME, read_header
 from ..models.hub import resolve_folder
 from ..models.pooling import MARK, set_pooling
-from ..packs.folder import PACK_NAME, load_pack
+from ..packs.folder import load_pack
 from ._bases import bare_model, base_of, pack_header, tokenizer_for
 from ._pretrained import first_line, from_pretrained
 from .encoders import Encoder

@@ -1,11 +1,12 @@
 """adamix pack, and adamix predict --pack: by name, by column, by content."""
 
 import json
+import shutil
 
 import pytest
 import tiny_text
 
-from adamix_kernels import cli, load_pack
+from adamix_kernels import cli, load_pack, replace_expert, save_pack
 from adamix_kernels.commands import predict
 from adamix_kernels.tasks import load, load_base
 
@@ -110,6 +111,23 @@ def test_the_folder_is_whole(folder):
     assert list(load_pack(bare, folder / "pack").adamix.pack.entries) == ["films", "meals"]
 
 
+def test_labels_are_those_of_what_a_name_holds_now(folder, capsys):
+    pack_of_both, text = folder / "changed", "fine meal was not very fine"
+    shutil.copytree(folder / "pack", pack_of_both)
+    model, _ = load(pack_of_both)
+    save_pack(replace_expert(model, "films", folder / "run_meals"), pack_of_both)  # in Python, beside films' run file
+    call = ["predict", "--pack", str(pack_of_both), "--adapter", "films", text, "--json"]
+    assert cli.main(call) == 0
+    assert set(lines(capsys.readouterr().out)[0]["probabilities"]) == {"m0", "m1", "m2"}
+    plain = shutil.copytree(folder / "run_films", folder / "plain")
+    (plain / "adamix_run.json").unlink()
+    file = pack_of_both / "names" / "meals" / "adamix_run.json"
+    assert file.is_file()
+    words = [f"films={folder / 'run_films'}", f"meals={plain}"]
+    assert cli.main(["pack", *words, "--out", str(pack_of_both)]) == 0
+    assert not file.exists()
+
+
 def test_peft_folders_are_packed_too(folder, capsys, tmp_path):
     pytest.importorskip("peft")
     assert cli.main(["export", str(folder / "run_meals"), "--out", str(tmp_path / "peft"), "--no_head"]) == 0
@@ -155,6 +173,16 @@ WRONG = {
     ],
     "run: got nothing, expected --run": ["predict", "text"],
     "a pack of several, expected one run": ["eval", "PACK"],
+    "which holds a pack, expected another folder": ["merge", "RUN", "--out", "PACK"],
+    "holds a pack, expected another folder": [
+        "train",
+        "--data",
+        "remarks",
+        "--model",
+        "RUN/../encoder",
+        "--out",
+        "PACK",
+    ],
 }
 
 

@@ -14,7 +14,19 @@ import torch
 import transformers
 from tiny_saved import TEXTS, adapted, logits, randomise
 
-from adamix_kernels import AdaMixConfig, AdaMixTrainer, adapt, load, load_adamix, merge
+from adamix_kernels import (
+    AdaMixConfig,
+    AdaMixTrainer,
+    adapt,
+    export_adapterhub,
+    export_peft,
+    load,
+    load_adamix,
+    load_pack,
+    merge,
+    pack,
+    save_pack,
+)
 from adamix_kernels.models.checkpoint import CHECKPOINT_NAME, save_adamix
 from adamix_kernels.tasks import load_causal, load_classifier, resolve_model
 
@@ -288,3 +300,24 @@ def test_generation_settings_come_back(tmp_path):
         assert ids[0] == ids[1]
         ids = tokenizer(TEXTS, padding=True, return_tensors="pt")
         assert torch.equal(again.generate(**ids), model.generate(**ids))
+
+
+def test_nothing_is_written_into_a_pack_and_no_export_into_a_whole_model(tmp_path):
+    folder = save_adamix(adapt(tiny.tiny_bert(), AdaMixConfig(method="lora")), tmp_path / "one")
+    out = save_pack(pack(tiny.tiny_bert(), {"a": folder}), tmp_path / "pack")
+    tiny.tiny_bert().save_pretrained(tmp_path / "base")
+    lora = adapt(tiny.tiny_bert(), AdaMixConfig(method="lora"))
+    adapters = adapt(tiny.tiny_bert(), AdaMixConfig())
+
+    def files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = files()
+    for write in (save_adamix, export_peft, lambda model, place: model.save_pretrained(place)):
+        with pytest.raises(ValueError, match=r"directory: got '.*pack', which holds a pack, expected another folder"):
+            write(lora, out)
+    for write, model in ((export_peft, lora), (export_adapterhub, adapters)):
+        with pytest.raises(ValueError, match=r"base', which holds a whole model \(model.safetensors\), exp"):
+            write(model, tmp_path / "base")
+    assert files() == before
+    assert list(load_pack(tiny.tiny_bert(), out).adamix.pack.entries) == ["a"]

@@ -315,5 +315,8 @@ def test_bad_arguments_are_named(tmp_path):
     two = pack(tiny.tiny_bert(), {"a": good, "b": good})
     with pytest.raises(ValueError, match="use_experts index: got 4 rows for a batch of 6"):
         tp.logits(two, ["a", "b", "a", "b"], batch)
+    for packed, names in ((two, ["a", "b"]), (two, ["a"]), (model, ["a", "a"])):  # as if two passes, or beams
+        with pytest.raises(ValueError, match=f"use_experts: got {len(names)} names for a batch of 6"):
+            tp.logits(packed, names, batch)
     with pytest.raises(ValueError, match="model: got a BertForSequenceClassification that is no pack"):
         add_expert(tiny.tiny_bert(), "a", good)

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import os
 import shutil
 import threading
 
@@ -12,7 +13,7 @@ import tiny_packs as tp
 import torch
 from safetensors.torch import load_file, save_file
 
-from adamix_kernels import AdaMixConfig, adapt, pack, replace_expert, save_adamix
+from adamix_kernels import AdaMixConfig, adapt, load_pack, pack, replace_expert, save_adamix, save_pack
 from adamix_kernels.tasks import load
 
 TWO = ["no", "yes"]
@@ -222,3 +223,25 @@ def test_load_finds_a_pack_and_its_base(tmp_path):
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(ValueError, match=r"model: cannot load the base model .*expected model="):
         load(folder)
+
+
+def test_two_writers_of_one_folder_wait_for_each_other(tmp_path, caplog):
+    fcntl = pytest.importorskip("fcntl")
+    folders = [tp.saved(tmp_path / str(seed), tiny.tiny_bert, seed, bottleneck=4) for seed in (1, 2)]
+    models = [pack(tiny.tiny_bert(), {"a": folder}) for folder in folders]
+    out = save_pack(models[0], tmp_path / "out")
+    before = sorted(path.name for path in out.iterdir())
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # another process that is writing
+        writer = threading.Thread(target=save_pack, args=(models[1], out))
+        writer.start()
+        writer.join(0.1)
+        assert writer.is_alive()
+        assert f"{out}: waiting for another process that is writing to it" in caplog.text
+        assert sorted(path.name for path in out.iterdir()) == before
+    finally:
+        os.close(handle)
+    writer.join()
+    batch = tp.inputs(models[1])
+    assert torch.equal(tp.logits(load_pack(tiny.tiny_bert(), out), "a", batch), tp.logits(models[1], "a", batch))

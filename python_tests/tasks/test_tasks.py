@@ -102,6 +102,20 @@ def test_any_other_name_is_a_folder_or_a_hub_id(tmp_path):
         tasks.load_classifier(tasks.resolve_model(folder), ["a", "b"], "max")
 
 
+def test_a_model_that_comes_with_a_head_of_other_labels_gets_a_new_one(tmp_path):
+    folder = str(tiny_text.write_encoder(tmp_path))
+    first, _ = tasks.load_classifier(tasks.resolve_model(folder), ["a", "b"])
+    first.save_pretrained(folder)  # as any classifier on the Hub
+    for labels, task in ((["a", "b", "c"], "classification"), ([], "regression")):
+        model, _ = tasks.load_classifier(tasks.resolve_model(folder), labels, task=task)
+        assert model.classifier.weight.shape == (len(labels) or 1, 16)
+        assert torch.equal(model.bert.embeddings.word_embeddings.weight, first.bert.embeddings.word_embeddings.weight)
+    again, _ = tasks.load_classifier(tasks.resolve_model(folder), ["x", "y"])
+    assert torch.equal(again.classifier.weight, first.classifier.weight)
+    with pytest.raises(ValueError, match=r"cannot load .*: got bert\.\S+ of shape \(\S+\), expected \(\S+\)"):
+        tasks.load_classifier(tasks.resolve_model(folder), ["a", "b"], settings={"intermediate_size": 24})
+
+
 def test_predict_keeps_the_order_of_the_rows(tmp_path):
     model, tokenizer = tasks.load_classifier(tasks.resolve_model(str(tiny_text.write_encoder(tmp_path))), ["a", "b"])
     texts = ["good", "the film was very bad", "a fine meal"]

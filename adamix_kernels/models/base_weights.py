@@ -1,0 +1,62 @@
+"""A few values of the frozen base, by which weights of the same sizes are told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .sharding import is_sharded
+
+_PARAMETERS, _VALUES = 6, 4
+# Twice what a value loses in bfloat16: a base may be read, trained and served in different dtypes.
+_TOLERANCE = 2**-8
+
+
+@torch.no_grad()
+def sampled(model: nn.Module) -> dict[str, list[float]]:
+    """name -> values of some matrices that stay as they are: frozen, floating, in no adapted layer and no head.
+
+    Empty where the model has none of these, as one sharded over processes.
+    """
+    state = getattr(model, "adamix", None)
+    changed = () if state is None else tuple(f"{path}." for path in (*state.paths, *state.saved))
+    frozen = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad and not name.startswith(changed) and _is_matrix(parameter)
+    ]
+    step = max(1, -(-len(frozen) // _PARAMETERS))
+    return {name: _values(parameter) for name, parameter in frozen[::step]}
+
+
+@torch.no_grad()
+def others(model: nn.Module, stored: Mapping[str, list[float]]) -> bool:
+    """Whether most of the stored matrices have other values in `model`: one may be new in each process, as a pooler is
+    that nobody reads. False where nothing can be compared."""
+    here = dict(model.named_parameters())
+    compared = [(here[name], values) for name, values in stored.items() if name in here and _is_matrix(here[name])]
+    different = sum(_differs(_values(parameter), values) for parameter, values in compared)
+    return 2 * different > len(compared)
+
+
+def _is_matrix(tensor: torch.Tensor) -> bool:
+    held = tensor.device.type != "meta" and not is_sharded(tensor)
+    return held and tensor.is_floating_point() and tensor.dim() == 2 and tensor.numel() >= _VALUES
+
+
+def _values(matrix: torch.Tensor) -> list[float]:
+    """Spread over the rows, none of them the first, which may be a padding token's zeros."""
+    places = [(2 * number + 1) * matrix.numel() // (2 * _VALUES) for number in range(_VALUES)]
+    rows, columns = ([divmod(place, matrix.shape[1])[side] for place in places] for side in (0, 1))
+    found: list[float] = matrix[rows, columns].float().tolist()
+    return found
+
+
+def _differs(here: list[float], stored: Any) -> bool:
+    if len(stored) != len(here):
+        return False
+    bound = _TOLERANCE * max(map(abs, stored))
+    return any(abs(a - b) > bound for a, b in zip(here, stored, strict=True))

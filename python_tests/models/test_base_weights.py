@@ -1,0 +1,57 @@
+"""A base of the same sizes and other weights: a pack refuses it, load_adamix warns."""
+
+import logging
+
+import pytest
+import tiny
+import tiny_packs as tp
+import torch
+
+from adamix_kernels import add_expert, load_adamix, load_pack, pack, save_pack
+from adamix_kernels.models.base_weights import others, sampled
+
+
+def another():
+    """tiny_bert with every frozen matrix drawn anew."""
+    model = tiny.tiny_bert()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return model
+
+
+def test_a_pack_refuses_what_was_trained_on_other_weights_of_the_same_sizes(tmp_path):
+    own = tp.saved(tmp_path / "own", tiny.tiny_bert, 1)
+    foreign = tp.saved(tmp_path / "foreign", another, 2, method="lora")
+    said = "other frozen weights than the one that the checkpoint was trained on"
+    bare = tiny.tiny_bert()
+    before = tp.state_of(bare)
+    with pytest.raises(ValueError, match=f"^foreign: model: got a BertFor.*{said}"):
+        pack(bare, {"own": own, "foreign": foreign})
+    tp.same_state(before, tp.state_of(bare))
+    packed = pack(bare, {"own": own}, capacity=2)
+    with pytest.raises(ValueError, match=f"^foreign: .*{said}"):
+        add_expert(packed, "foreign", foreign)
+    with pytest.raises(ValueError, match=f"^own: .*{said}"):
+        load_pack(another(), save_pack(packed, tmp_path / "pack"))
+
+
+def test_load_adamix_warns_of_other_weights_and_of_nothing_else(tmp_path, caplog):
+    folder = tp.saved(tmp_path / "own", tiny.tiny_bert, 1, merged=False)
+    with caplog.at_level(logging.WARNING):
+        load_adamix(tiny.tiny_bert(), folder)
+        load_adamix(tiny.tiny_bert().bfloat16(), folder)
+        load_adamix(tiny.tiny_bert().half(), folder)
+    assert not caplog.messages
+    load_adamix(another(), folder)
+    assert "other frozen weights than the one that the checkpoint was trained on" in caplog.text
+
+
+def test_one_matrix_that_is_new_in_each_process_and_a_base_without_values_tell_nothing():
+    model = tiny.tiny_bert().requires_grad_(False)
+    stored = sampled(model)
+    assert 3 <= len(stored) <= 6
+    torch.nn.init.normal_(model.get_parameter(next(iter(stored))))
+    assert not others(model, stored)
+    assert not others(tiny.tiny_bert().to("meta"), stored)
+    assert not others(model, {})
