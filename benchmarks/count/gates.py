@@ -13,7 +13,12 @@ from .table import Row
 INSTRUCTIONS, BYTES = 1.25, 1.05
 # Launches more, by the class of shapes: beyond a tile there may be a sort and a sum.
 LAUNCHES = {"narrow": 0, "wide": 2}
-_PRE = "pre of all 128 columns, 256 bytes a row beside the 4,096 of x and out"
+# Of the bytes of a step, forward and backward together: as a rule, and on a V100.
+STEP, STEP_V100 = BYTES, 1.09
+_PRE = (
+    "pre of all 128 columns, 256 bytes a row beside the 4,096 of x and out; made again in the backward it would take "
+    "the 2,048 of x; less than 1.05 from 1,280 features on, and with the backward together here too"
+)
 _V100 = "the kernel for any shape, as a V100 has no m16n8k16: each expert's columns in turn, what is between read again"
 # Of (op and direction, backend, sizes) that cost more: instructions and bytes at most, and why. A V100, whose code is
 # another, is named.
@@ -24,10 +29,6 @@ MORE = {
     ("gated_adapter/forward", "triton", "r16 M8 dense"): (INSTRUCTIONS, 1.06, _PRE),
     ("gated_adapter/forward", "triton", "r16 M8 dense weights"): (INSTRUCTIONS, 1.06, _PRE),
     ("gated_adapter/forward", "triton", "r16 M8 dense shared"): (INSTRUCTIONS, 1.06, _PRE),
-    ("gated_adapter/forward", "triton", "r16 M8 top2"): (
-        1.29, BYTES,
-        "sm_80 alone: 128 columns by mma.sync take 1.6 M more than by wgmma, and storing two slots' of them 0.8 M more",
-    ),
     ("gated_lora/backward", "cuda sm_70", "r8 M8 dense"): (1.4, 1.07, _V100),
     ("gated_lora/backward", "cuda sm_70", "r8 M8 top2"): (INSTRUCTIONS, 1.15, _V100),
     ("gated_adapter/forward", "cuda sm_70", "r8 M8 dense"): (INSTRUCTIONS, 1.07, _V100),
@@ -83,6 +84,39 @@ class Pair:
         return found
 
 
+@dataclass(frozen=True)
+class Step:
+    """The pairs of a size's forward and backward."""
+
+    forward: Pair
+    backward: Pair
+
+    def over(self) -> list[str]:
+        """What both together cost more than they may, in words."""
+        pairs = (self.forward, self.backward)
+        gated, token = [pair.gated for pair in pairs], [pair.token for pair in pairs]
+        instructions = sum(row.instructions for row in gated) / sum(row.instructions for row in token)
+        moved = _bytes(gated) / _bytes(token)
+        most = STEP_V100 if self.forward.gated.target < 80 else STEP
+        found = [f"{instructions:.3f} of a step's instructions, at most {INSTRUCTIONS}"] * (instructions > INSTRUCTIONS)
+        return found + [f"{moved:.3f} of a step's bytes, at most {most}"] * (moved > most)
+
+
+def _bytes(rows: Iterable[Row]) -> float:
+    return sum(row.distinct * row.floor for row in rows)
+
+
+def steps(rows: Iterable[Row]) -> list[Step]:
+    """Of every size whose columns lie in one tile, where both directions have a row beside them."""
+    narrow = {pair.gated.key: pair for pair in pairs(rows) if pair.size == "narrow"}
+    found = []
+    for (op, *size), pair in narrow.items():
+        backward = narrow.get((op.replace("/forward", "/backward"), *size))
+        if op.endswith("/forward") and backward is not None:
+            found.append(Step(pair, backward))
+    return found
+
+
 def by_token(row: Row) -> tuple[str, str, str, str, int]:
     """The key of the row that one with gates is compared with."""
     op, _, direction = row.op.partition("/")
@@ -104,6 +138,10 @@ def problems(rows: Collection[Row], changed: Collection[tuple]) -> list[str]:
     have = pairs(rows)
     touched = (pair for pair in have if {pair.gated.key, pair.token.key} & set(changed))
     found = [f"{pair.gated}, over one expert a token: {', '.join(over)}" for pair in touched if (over := pair.over())]
+    for step in steps(rows):
+        keys = {row.key for pair in (step.forward, step.backward) for row in (pair.gated, pair.token)}
+        if keys & set(changed) and (over := step.over()):
+            found.append(f"{step.forward.gated} and backward, over one expert a token: {', '.join(over)}")
     alone = {row.key: row for row in rows if row.op.startswith("gated_") and row.key in changed}
     for pair in have:
         alone.pop(pair.gated.key, None)

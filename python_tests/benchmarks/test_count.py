@@ -162,6 +162,27 @@ def test_gates_may_cost_so_much_beside_one_expert_a_token(changed, words):
     assert line == f"{mine}: no count of one expert a token to compare with"
 
 
+def test_forward_and_backward_together_have_no_exceptions(monkeypatch):
+    """What an exception lets the forward move, the backward has to save."""
+    monkeypatch.setattr(count_gates, "MORE", {("gated_lora/forward", "triton", "r8 M8 dense"): (1.29, 1.09, "why")})
+    half, limits = {"instructions": 500_000}, count_gates
+    for target, dear, other, words in (
+        (90, dict(distinct=1.09), dict(distinct=1.01), []),
+        (90, dict(distinct=1.09), dict(distinct=1.02), [f"1.055 of a step's bytes, at most {limits.BYTES}"]),
+        (90, dict(instructions=645_000), dict(instructions=620_000), ["1.265 of a step's instructions, at most 1.25"]),
+        (70, dict(distinct=1.05), dict(distinct=1.05), []),
+    ):
+        token = [by_token(target=target, **half), by_token(op="routed_lora_by_token/backward", target=target, **half)]
+        mine = [gated(target=target, **half | dear)]
+        mine.append(gated(op="gated_lora/backward", target=target, **half | other))
+        found = count_gates.problems([*token, *mine], {mine[1].key})
+        assert len(found) == len(words)
+        assert all(line == f"{mine[0]} and backward, over one expert a token: {w}" for line, w in zip(found, words))
+        assert count_gates.problems([*token, *mine], set()) == []
+    monkeypatch.setattr(count_gates, "STEP_V100", 1.04)
+    assert len(count_gates.problems([*token, *mine], {mine[1].key})) == 1
+
+
 def test_beyond_a_tile_gates_may_take_two_launches_more():
     wide = {"shape": "8x4x16 to 16 r16 M64 top2", "instructions": 9_000_000}
     token = by_token(shape="8x4x16 to 16 r16 M64 token")

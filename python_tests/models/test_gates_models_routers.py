@@ -89,6 +89,8 @@ def test_the_balance_is_least_where_all_serve_alike():
     index = torch.tensor([[0, 1], [1, 2], [2, 0]])
     assert ro.balance_loss(even[:3], index).item() == pytest.approx(2)
     assert ro.balance_loss(torch.eye(3)[[0] * 6]).item() == pytest.approx(3)
+    two = torch.tensor([[0.5, 0.5, 0.0]] * 6)
+    assert ro.balance_loss(two, torch.tensor([[0, 1]] * 6)).item() == pytest.approx(3)
 
 
 def test_sentence_and_threshold():

@@ -18,8 +18,10 @@ from suite_size import NIGHTLY
 from adamix_kernels._triton_utils import INTERPRETING
 from adamix_kernels.functional import routed_adapter
 from adamix_kernels.ops import _adapter_planes, _gated_sum
+from adamix_kernels.ops._triton_tables import lookup
 from adamix_kernels.ops.gated_adapter import triton_impl
 from adamix_kernels.ops.gated_adapter.triton_impl import by_rows, tables, weights
+from adamix_kernels.ops.gated_adapter.triton_impl.plan import make_plan
 from adamix_kernels.testing import assert_in_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -335,3 +337,27 @@ def test_every_shape_class_has_a_configuration_on_every_gpu(kernel):
             assert min(rows, cols) >= 16
             assert warps in (4, 8)
             assert 1 <= stages <= 5
+
+
+@pytest.mark.parametrize(("capability", "cols"), [(80, 128), (86, 64), (89, 64), (90, 64), (100, 64), (120, 64)])
+def test_wide_steps_where_one_program_has_the_shared_memory(capability, cols):
+    kernel, grad = "gated_adapter_forward_kernel", BACKWARD[0]
+    x, index = torch.empty(1, 1, 64), torch.zeros(1, 1, 2, dtype=torch.int64)
+    chosen = make_plan(x, 16, index, index, torch.empty(1, 1, 2), 8, 8, "outputs")
+    dense = make_plan(x, 16, None, None, torch.empty(1, 1, 8), 8, 8, "outputs")
+    for plan, wanted in ((chosen, cols), (dense, 64)):
+        assert plan.width == 128
+        assert lookup(kernel, tables.rows_table(kernel, plan), capability, 2, 128).cols == wanted
+        assert tables.rows_table(grad, plan) is tables.TABLES[grad]
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="the widest step is of few GPUs")
+@pytest.mark.parametrize("features", [256, 144])
+def test_wide_steps(features):
+    tensors, (index, _), options = draw(
+        "chosen, token", (8, 8), dtype=torch.bfloat16, batch=1, tokens=9, rank=16, features=features
+    )
+    with spied_launches(run=False, options=(found := [])):
+        run("triton", tensors, [index, index], options)(*tensors)
+    assert found[0]["COLS"] == 128
+    check(tensors, [index, index], options)

@@ -19,7 +19,7 @@ from . import by_rows
 from .forward import gated_adapter_forward_kernel
 from .input_grad import gated_adapter_input_grad_kernel
 from .plan import Plan, make_plan
-from .tables import TABLES, may_stay
+from .tables import may_stay, rows_table
 from .weights import outputs, weight_grads
 
 __all__ = ["backward", "direct", "forward", "unsupported"]
@@ -98,7 +98,7 @@ def _activation(activation: str, dtype: torch.dtype) -> str:
 def _tile_meta(kernel: Any, plan: Plan, like: torch.Tensor, r: int, features: int, stays: bool) -> dict[str, Any]:
     name, size, gpu = kernel.__name__, like.element_size(), capability(like.device)
     stays = stays and may_stay(name, gpu, plan)
-    tile, keep = row_tile(name, TABLES[name], gpu, size, plan.width, features, stays)
+    tile, keep = row_tile(name, rows_table(name, plan), gpu, size, plan.width, features, stays)
     return dict(
         DOT=dot_dtype(like.dtype),
         PRECISION=precision(like.dtype),

@@ -15,7 +15,7 @@ from .forward import gated_adapter_forward_kernel
 from .input_grad import gated_adapter_input_grad_kernel
 from .plan import Plan, make_plan
 from .rows_aot import rows_cases
-from .tables import TABLES, config, may_stay
+from .tables import config, may_stay, rows_table
 from .weight_grad import gated_adapter_weight_grad_kernel
 
 # hidden size of the compiled cases: a multiple of every block, as in the models AdaMix is used with.
@@ -43,6 +43,10 @@ def aot_cases(capability: int = 90) -> Iterator[AotCase]:
         yield from _tile_cases("weights_m4_r16_k4", dtype, pointer, plan, 16, capability)
         apart = _plan("chosen", 8, 8, 2)._replace(same=False)
         yield from _tile_cases("apart_m8_r8_k2", dtype, pointer, apart, 8, capability)
+        if dtype.itemsize == 2 and capability < 86:
+            # The one class with a table of its own, see tables.py.
+            chosen = _tile_cases("chosen_m8_r16_k2", dtype, pointer, _plan("chosen", 8, 16, 2), 16, capability)
+            yield from (case for case in chosen if case.fn is gated_adapter_forward_kernel)
         yield from rows_cases(dtype, pointer, capability)
 
 
@@ -74,8 +78,8 @@ def _tile_cases(name: str, dtype: torch.dtype, pointer: str, plan: Plan, r: int,
     for fn, pointers in tensors.items():
         second = plan.up.kind if fn is gated_adapter_forward_kernel else plan.down.kind
         for stays in (False,) if second == "chosen" or not may_stay(fn.__name__, capability, plan) else (False, True):
-            size = dtype.itemsize
-            tile, keep = row_tile(fn.__name__, TABLES[fn.__name__], capability, size, plan.width, _HIDDEN, stays)
+            size, table = dtype.itemsize, rows_table(fn.__name__, plan)
+            tile, keep = row_tile(fn.__name__, table, capability, size, plan.width, _HIDDEN, stays)
             if keep != stays:
                 continue
             arguments = common | dict.fromkeys(pointers, pointer) | dict(ADD_GRAD=True, dgates="*fp32")

@@ -8,6 +8,9 @@ from .plan import Plan
 
 # All experts' columns are activated, and those of 256 leave no registers for more rows.
 _ROWS: Table = {arch: {**tiles, (2, 256): Config(16, 64, 8, 2)} for arch, tiles in ROW_TILES.items()}
+# Where a row's slots name its experts, 128 columns leave registers for one program on a multiprocessor of 8.0, whatever
+# the step, and half as many steps are a quarter fewer instructions; other 8.x have not the shared memory.
+_CHOSEN: Table = {**_ROWS, 80: {**_ROWS[80], (2, 128): Config(64, 128, 8, 2)}, 86: _ROWS[80], 90: _ROWS[80]}
 _GRAD: Table = {arch: {**tiles, (2, 64): Config(64, 64, 8, 3)} for arch, tiles in _ROWS.items()}
 # Every block of features reads all experts' columns again: the more features, the fewer times.
 _WEIGHT: Table = {arch: {**tiles, (2, 256): Config(32, 32, 8, 2)} for arch, tiles in WEIGHT_TILES.items()}
@@ -31,6 +34,12 @@ TABLES: dict[str, Table] = {
     "gated_adapter_rows_grad_kernel": ROW_TILES,
     "gated_adapter_rows_weight_grad_kernel": WEIGHT_TILES,
 }
+
+
+def rows_table(kernel: str, plan: Plan) -> Table:
+    """The block sizes of a kernel of row tiles."""
+    chosen = kernel == "gated_adapter_forward_kernel" and plan.up.kind == "chosen"
+    return _CHOSEN if chosen else TABLES[kernel]
 
 
 def may_stay(kernel: str, capability: int, plan: Plan) -> bool:
