@@ -9,6 +9,7 @@ from .operands import NOTHING, Operands
 from .text import UnknownPtxError, bits, split
 
 _ATOMICS = ("add", "exch", "max", "min", "and", "or", "xor", "cas")
+_VECTORS = {"v2", "v4", "v8"}
 _SCOPES = ("global", "gpu", "cta", "sys", "relaxed", "acquire", "release", "acq_rel")
 
 
@@ -28,9 +29,10 @@ def _space(words: list[str]) -> str:
 
 @decoder("ld", "st")
 def _access(words: list[str], args: list[str], o: Operands) -> Decoded:
-    space, kind, root = _space(words), words[-1], words[0]
+    kind, root = words[-1], words[0]
+    space = "generic" if root == "ld" and set(words[1:-1]) <= _VECTORS else _space(words)
     size = bits(kind) // 8
-    count = next((int(word[1:]) for word in words if word in ("v2", "v4", "v8")), 1)
+    count = next((int(word[1:]) for word in words if word in _VECTORS), 1)
     value, place = (args[0], args[1]) if root == "ld" else (args[1], args[0])
     address, offset = o.address(place)
     wide = max(2, size)

@@ -85,7 +85,6 @@ def _spelled(line: str) -> str:
     line = re.sub(r"\bcvta(\.to)?\.(global|shared)\.u64\b", "mov.u64", line)
     line = re.sub(r"\bmapa\.(?:shared::cluster\.)?(u\d+)(\s+\S+,\s*[^,;]+),[^;]*;", r"mov.\1\2;", line)
     line = line.replace("st.shared::cluster.", "st.shared.")
-    line = re.sub(r"\bld\.((?:v\d\.)?(?:f32|u32|b32))\b", r"ld.shared.\1", line)
     line = re.sub(r"\bbarrier\.cluster\.arrive[\w.]*;", "fence.acq_rel.gpu;", line)
     return re.sub(r"\bbarrier\.cluster\.wait[\w.]*;", "bar.sync 0;", line)
 

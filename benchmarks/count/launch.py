@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +13,13 @@ from ptx.host import Launch as Executed
 
 from . import model
 from .loops import Loop, loops
-from .sass import Code, Part, in_flight, parts
+from .sass import Code, Part, anchor, in_flight, parts
 
 # A multiprocessor by 10 * compute capability: bytes of shared memory (1 KiB a block is the driver's), warps, blocks.
 MULTIPROCESSORS = {70: (98_304, 64, 32), 80: (167_936, 64, 32), 90: (233_472, 64, 32)}
-_LOADS, _SECTOR = ("ld.global", "cp.async"), 32
+# A generic load counts by the lanes whose address is in global memory.
+_PLAIN = ("ld.global", "ld.generic")
+_LOADS, _SECTOR = (*_PLAIN, "cp.async"), 32
 _SPECIAL = ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh", "div.full", "div.approx")
 # Sectors that come again within so many others are in L2 for certain.
 _NEAR = 64
@@ -156,7 +158,7 @@ def _missed(run: Executed) -> np.ndarray:
     names, rows = run.program.names, run.statistics
     return np.array(
         [
-            row[1] if name == "cp.async" else min(row[1], row[6]) if name == "ld.global" else 0
+            row[1] if name == "cp.async" else min(row[1], row[6]) if name in _PLAIN else 0
             for name, row in zip(names, rows.tolist())
         ]
     )
@@ -170,19 +172,20 @@ def _waits(divided: Sequence[Part], code: Code, run: Executed) -> list[tuple[flo
     found = [(copied / _copies(run, copied) / run.warps, 1.0, copied)] if copied else []
     missed = _missed(run)
     for part in divided:
-        mine = [n for n in part.ptx if names[n] == "ld.global"]
+        mine = [n for n in part.ptx if names[n] in _PLAIN and rows[n, 3]]
         moved, sectors = float(rows[mine, 3].sum()), float(rows[mine, 1].sum())
         if moved:
             share = float(missed[mine].sum()) / sectors
-            found.append((moved / max(32.0, _asked(divided, part, code)) / run.warps, share, moved * share))
+            opcodes = {"LDG", *(anchor(names[n]) for n in mine)}
+            found.append((moved / max(32.0, _asked(divided, part, code, opcodes)) / run.warps, share, moved * share))
     return found
 
 
-def _asked(divided: Sequence[Part], part: Part, code: Code) -> float:
+def _asked(divided: Sequence[Part], part: Part, code: Code, opcodes: Set[str]) -> float:
     """Bytes in flight of a part; of all parts where the assembler has put its loads into another one."""
-    if any(code.instructions[n].opcode == "LDG" for n in part.sass):
-        return in_flight(code, part.sass)
-    return in_flight(code, sorted(n for other in divided for n in other.sass))
+    if any(code.instructions[n].opcode in opcodes for n in part.sass):
+        return in_flight(code, part.sass, opcodes)
+    return in_flight(code, sorted(n for other in divided for n in other.sass), opcodes)
 
 
 def _copies(run: Executed, copied: float) -> float:

@@ -16,6 +16,8 @@ PAGE = ROOT / "docs" / "counts.md"
 PICTURE = PAGE.with_suffix(".png")
 # Shapes of a few rows, whose share of copy bandwidth says nothing: only launches count there.
 _SMALL = 1_000_000
+# Of copy bandwidth.
+MERGE_GOAL = 0.9
 _COLOURS = {"V100": "#9aa3ad", "A100": "#6b8f71", "H100": "#3b6fb6", "H200": "#d9822b", "B200": "#8e5ea2"}
 
 
@@ -33,9 +35,9 @@ _METHOD = (
     "reached; all counts are scaled from those blocks to the grid. Large tensors repeat 4 MB of random numbers "
     "and take no memory.",
     "Machine instructions: executed PTX, loop by loop, times the ratio of both codes' instructions in that loop, "
-    "after the assembler (ptxas, nvdisasm); a product of wmma is as many as it becomes. Loops are matched in order by "
-    "what the assembler leaves alone (loads, stores, exponentials, matrix products), which also tell how far it "
-    "unrolled one.",
+    "after the assembler (ptxas, nvdisasm); a product of wmma is as many as it becomes. Loops are matched by what "
+    "the assembler leaves alone (loads, stores, exponentials, matrix products), their size and lines, the most alike "
+    "first, and in order where that tells nothing; what it leaves alone also tells how far it unrolled one.",
     "Bytes in flight: in the machine code, what a warp has asked for when the first register loaded is used, or "
     "the groups of cp.async that may be open when one is waited for.",
     "Not counted: kernels in which a function calls another one.",
@@ -50,9 +52,20 @@ _WORDS = (
     "and warps there, waves, barriers in a step of the main loop, and the limit that binds; banks: passes over "
     "shared memory over the fewest. The columns before the shares are those of the newest target counted, as a "
     "rule sm_90; V100 and A100 have counts of their own in the CSV. Shares are of copy bandwidth; where an op "
-    "moves less than a megabyte none is given, as only its launches count. Older than the matching of wmma's products, "
-    "and of loops that ptxas leaves by a call, are the counts of the adapter's backward on sm_90, and from sm_80 on "
-    "those beside gates, of one expert a token."
+    "moves less than a megabyte none is given, as only its launches count. Newer than the pairing of the most alike "
+    "loops (before, their order decided) are the counts of csrc/'s losses alone. Older than the matching of wmma's "
+    "products, and of loops that ptxas leaves by a call, are the counts of the adapter's backward on sm_90, and from "
+    "sm_80 on those beside gates, of one expert a token."
+)
+_MERGES = (
+    f"Merges below {MERGE_GOAL} of an H100's copy bandwidth, beside the most that the bytes they move at least and the "
+    "ramps of their launches allow at that size:"
+)
+_WIDE = (
+    "Triton's losses of 128,256 classes: of a row's 31 steps registers hold 5 from the first pass to the second; "
+    "the others are read again for the gradients, half of them from memory, 0.21 of the floor. Shared memory has room "
+    "for 8 steps more, but Triton gives it to copies in flight alone, and Triton 3.6 does not compile a sum over a "
+    "cluster's blocks (num_ctas=2 fails in TritonGPUPlanCTAPass). csrc/ holds the row in a cluster's shared memory."
 )
 _GATES = (
     "What gates cost beside one expert a token without any, at the same size: instructions, bytes (those that each "
@@ -80,6 +93,8 @@ def page(rows: Sequence[Row]) -> str:
         "## The counts",
         _filled(_WORDS),
         "\n".join(_table(rows)),
+        *(["\n".join([_filled(_MERGES), "", *(_filled(line, "- ") for line in few)])] if (few := merges(rows)) else []),
+        _filled(_WIDE),
         "## Gates",
         _filled(_GATES),
         "\n".join(count_gates.table(rows)),
@@ -127,6 +142,18 @@ def _table(rows: Sequence[Row]) -> list[str]:
             f"{' | '.join(cells)} |"
         )
     return lines
+
+
+def merges(rows: Sequence[Row]) -> list[str]:
+    """Those below MERGE_GOAL on an H100, and the most that their sizes allow."""
+    gpu = next(gpu for gpu in model.GPUS if gpu.name == "H100")
+    found = []
+    for row in rows:
+        share = row.shares.get(gpu.name)
+        if row.op.startswith("merge_") and share is not None and share < MERGE_GOAL:
+            most = row.floor / (row.floor * row.distinct + row.launches * model.RAMP * gpu.copy)
+            found.append(f"{row.op} {row.shape} {row.dtype}, {row.backend}: {share:.2f} of at most {most:.2f}")
+    return found
 
 
 def grouped(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], list[Row]]:

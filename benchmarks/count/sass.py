@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from .loops import Jump, Loop, loops, reachable
 
 # What the assembler neither adds nor leaves out, as a rule: PTX -> machine code, by the first word or two.
 ANCHORS = {
-    "ld.global": "LDG", "st.global": "STG", "cp.async": "LDGSTS", "ex2": "EX2", "lg2": "LG2",
+    "ld.global": "LDG", "ld.generic": "LD", "st.global": "STG", "cp.async": "LDGSTS", "ex2": "EX2", "lg2": "LG2",
     "mma": "HMMA", "wgmma": "HGMMA", "ldmatrix": "LDSM", "atom": "ATOMG",
 }  # fmt: skip
 # What waits for those above, or tells where they end, is no anchor.
@@ -163,7 +163,7 @@ def parts(
     code: Code,
     functions: Mapping[str, tuple[int, int]] | None = None,
 ) -> list[Part]:
-    """Loops of the PTX (its instructions' names and sources) beside those of the machine code, in the same order; and
+    """Loops of the PTX (its instructions' names and sources) beside those of the machine code that are most alike; and
     its functions, as Code.functions."""
     theirs, made_of = sass_loops(code), _wmma(code)
     ours = [
@@ -176,7 +176,7 @@ def parts(
         for loop in theirs
     ]
     score = [[_alike(a, b) for b in made] for a in ours]
-    pairs = _aligned(score) + _apart(score, _aligned(score))
+    pairs = _paired(score) + _apart(score, _paired(score))
     taken_ptx = {n for p, _ in pairs for n in ptx_loops[p].own}
     # A loop of the machine code without a partner is what is left of an unrolled one: it runs a few times at most.
     taken_sass = {n for loop in theirs for n in loop.own}
@@ -243,38 +243,30 @@ def _alike(a: _Looks, b: _Looks) -> float:
     return sum(terms) / len(terms)
 
 
-def _aligned(score: Sequence[Sequence[float]], least: float = 0.45) -> list[tuple[int, int]]:
-    """Pairs (row, column), both rising, with the largest sum; none below `least`."""
-    rows, columns = len(score), len(score[0]) if score else 0
-    best = [[0.0] * (columns + 1) for _ in range(rows + 1)]
-    for i in range(rows - 1, -1, -1):
-        for j in range(columns - 1, -1, -1):
-            paired = best[i + 1][j + 1] + score[i][j] if score[i][j] >= least else 0.0
-            best[i][j] = max(best[i + 1][j], best[i][j + 1], paired)
-    found, i, j = [], 0, 0
-    while i < rows and j < columns:
-        if score[i][j] >= least and best[i][j] == best[i + 1][j + 1] + score[i][j]:
-            found.append((i, j))
-            i, j = i + 1, j + 1
-        elif best[i][j] == best[i + 1][j]:
-            i += 1
-        else:
-            j += 1
-    return found
+def _paired(score: Sequence[Sequence[float]], least: float = 0.45) -> list[tuple[int, int]]:
+    """Pairs (row, column), the most alike first, each row and column once; none below `least`. The assembler moves
+    loops, so their order tells only what is alike to a hundredth."""
+    alike = [(round(-value, 2), r, c) for r, row in enumerate(score) for c, value in enumerate(row) if value >= least]
+    found: dict[int, int] = {}
+    for _, r, c in sorted(alike):
+        if r not in found and c not in found.values():
+            found[r] = c
+    return sorted(found.items())
 
 
 def _apart(
     score: Sequence[Sequence[float]], pairs: Sequence[tuple[int, int]], least: float = 0.6
 ) -> list[tuple[int, int]]:
-    """A pair for each row without one: the assembler may have moved or joined loops, so with the most alike column."""
+    """A pair for each row without one: the assembler may have joined loops, so with the most alike column."""
     left = [row for row in range(len(score)) if row not in {r for r, _ in pairs} and score[row]]
     best = {row: max(range(len(score[row])), key=lambda column: score[row][column]) for row in left}
     return [(row, column) for row, column in best.items() if score[row][column] >= least]
 
 
-def in_flight(code: Code, numbers: Sequence[int]) -> float:
-    """Bytes that a warp's loads ask of global memory before it waits, on average, in these instructions of one loop or
-    none: a register that is loaded is waited for where it is used first. Asynchronous copies are not in it."""
+def in_flight(code: Code, numbers: Sequence[int], opcodes: Set[str] = frozenset({"LDG"})) -> float:
+    """Bytes that a warp's loads (`opcodes`) ask of global memory before it waits, on average, in these instructions of
+    one loop or none: a register that is loaded is waited for where it is used first. Asynchronous copies are not in
+    it."""
     waits, asked = [], 0
     pending: set[int] = set()
     for n in (*numbers, *numbers):
@@ -283,7 +275,7 @@ def in_flight(code: Code, numbers: Sequence[int]) -> float:
         if pending.intersection(registers):
             waits.append(asked)
             asked, pending = 0, set()
-        if one.opcode == "LDG" and registers:
+        if one.opcode in opcodes and registers:
             asked += 32 * one.bytes
             pending |= set(range(registers[0], registers[0] + max(1, one.bytes // 4)))
     return sum(waits) / len(waits) if waits else float(asked)

@@ -105,6 +105,16 @@ void store(Warp& w, Instruction& i, Mask m) {
   });
 }
 
+// By a generic address: below the bytes of the block's shared memory it is an offset there, else global memory's own.
+void load_generic(Warp& w, Instruction& i, Mask m) {
+  Mask inside = 0;
+  for_lanes(m, [&](int l) {
+    inside |= static_cast<Mask>(get(w, i.in[0], l) + static_cast<u64>(i.imm[0]) < w.block->shared.size()) << l;
+  });
+  if (m & inside) load<false>(w, i, m & inside);
+  if (m & ~inside) load<true>(w, i, m & ~inside);
+}
+
 // imm: offset, bytes, whether signed.
 void load_parameter(Warp& w, Instruction& i, Mask m) {
   int bytes = static_cast<int>(i.imm[1]);
@@ -153,7 +163,8 @@ void add_atomics(const std::string& type) {
 }  // namespace
 
 void add_memory() {
-  add_own("ld.global", load<true>), add_own("ld.shared", load<false>), add("ld.param", load_parameter);
+  add_own("ld.global", load<true>), add_own("ld.shared", load<false>), add_own("ld.generic", load_generic);
+  add("ld.param", load_parameter);
   add_own("st.global", store<true>), add_own("st.shared", store<false>);
   add_atomics<s32>("s32"), add_atomics<u32>("u32"), add_atomics<u32>("b32"), add_atomics<float>("f32");
   add_atomics<s64>("s64"), add_atomics<u64>("u64"), add_atomics<u64>("b64"), add_atomics<double>("f64");

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from benchmarks.count import loops as count_loops
@@ -36,6 +38,9 @@ def test_machine_code_is_read():
     assert count_sass.in_flight(code, loop.own) == 1024
     serial = count_sass.parsed(SASS.replace("LDG.E.128 R8", "FMUL R4, R4, R4 ;\n/*0021*/ LDG.E.128 R8"), 40)
     assert count_sass.in_flight(serial, count_sass.sass_loops(serial)[0].own) == 512
+    # A generic load is another instruction.
+    generic = count_sass.parsed(SASS.replace("LDG.E.128 R8", "LD.E.128 R8"), 40)
+    assert [count_sass.in_flight(generic, loop.own, kinds) for kinds in ({"LDG"}, {"LDG", "LD"})] == [512, 1024]
 
 
 def test_loops_within_loops():
@@ -152,3 +157,38 @@ def test_what_tells_how_far_a_loop_is_unrolled(names, sass, unrolled):
     every = [*names, "bra", "ret"]
     _, inside = count_sass.parts(every, [""] * len(every), count_loops.loops(len(every), jumps), code)
     assert (inside.unrolled, len(inside.sass)) == (unrolled, len(sass) + 1)
+
+
+def listing(*bodies: Sequence[str]) -> str:
+    """Loops one after the other, of these instructions."""
+    lines = []
+    for number, body in enumerate(bodies):
+        lines += [f".L_x_{number}:", *(f"/*{16:04x}*/ {one} ;" for one in body), f"/*0010*/ @P0 BRA `(.L_x_{number}) ;"]
+    return "\n".join([*lines, "/*0010*/ EXIT ;", ""])
+
+
+def looped(*bodies: Sequence[str]) -> tuple[list[str], list[count_loops.Loop]]:
+    """The same of PTX: names and loops."""
+    names, jumps = [], {}
+    for body in bodies:
+        jumps[len(names) + len(body)] = [len(names)], True
+        names += [*body, "bra"]
+    jumps[len(names)] = [], False
+    return [*names, "ret"], count_loops.loops(len(names) + 1, jumps)
+
+
+def test_loops_that_the_assembler_has_moved_are_told_by_what_they_do():
+    """One loads more than it stores, one the other way round; the machine code, which takes each twice a turn, has
+    them in the other order. In order both would be alike enough."""
+    names, ours = looped(["ld.global"] * 4 + ["st.global"], ["ld.global"] + ["st.global"] * 4)
+    load, store = ["LDG.E R4, [R2.64]"], ["STG.E [R2.64], R4"]
+    code = count_sass.parsed(listing(load * 2 + store * 8, load * 8 + store * 2), 40)
+    _, *found = count_sass.parts(names, [""] * len(names), ours, code)
+    assert [(part.sass[0], part.unrolled) for part in found] == [(11, 2), (0, 2)]
+
+
+def test_loops_that_are_alike_are_told_by_their_order():
+    names, ours = looped(["ld.global", "add.f32"], ["ld.global", "add.f32"])
+    code = count_sass.parsed(listing(*[["LDG.E R4, [R2.64]", "FADD R4, R4, R8"]] * 2), 40)
+    _, *found = count_sass.parts(names, [""] * len(names), ours, code)
+    assert [part.sass for part in found] == [(0, 1, 2), (3, 4, 5)]

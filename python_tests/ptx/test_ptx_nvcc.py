@@ -269,4 +269,52 @@ def test_how_far_apart_a_block_reads_again():
     assert load[6] == 2048 + 2047 - 1024
 
 
+# out[n] = given[n] where n is even, else what stands in shared memory, 1000 + n: of one load, half the lanes each.
+GENERIC = """
+.visible .entry generic(
+	.param .align 8 .b8 generic_param_0[16]
+)
+{
+	.reg .pred 	%p<4>;
+	.reg .b32 	%r<20>;
+	.reg .b64 	%rd<20>;
+	ld.param.u64 	%rd1, [generic_param_0];
+	ld.param.u64 	%rd2, [generic_param_0+8];
+	mov.u32 	%r1, %tid.x;
+	mov.u32 	%r2, shared_memory;
+	shl.b32 	%r3, %r1, 2;
+	add.s32 	%r4, %r2, %r3;
+	add.s32 	%r5, %r1, 1000;
+	st.shared.u32 	[%r4], %r5;
+	cvt.u64.u32 	%rd3, %r4;
+	cvta.shared.u64 	%rd4, %rd3;
+	mul.wide.u32 	%rd5, %r1, 4;
+	add.s64 	%rd6, %rd1, %rd5;
+	and.b32 	%r6, %r1, 1;
+	setp.eq.s32 	%p1, %r6, 0;
+	selp.b64 	%rd7, %rd6, %rd4, %p1;
+	ld.u32 	%r7, [%rd7];
+	cvta.to.global.u64 	%rd8, %rd2;
+	add.s64 	%rd9, %rd8, %rd5;
+	st.global.u32 	[%rd9], %r7;
+	ret;
+}
+"""
+
+
+def test_a_generic_load_reads_where_its_address_says():
+    (text,) = nvcc.kernels(HEAD + GENERIC).values()
+    given, out = torch.arange(32, dtype=torch.int32) * 7, torch.zeros(32, dtype=torch.int32)
+    argument = struct.pack("<QQ", given.data_ptr(), out.data_ptr())
+    program, _ = run(text.executed, argument, [given, out], shared=128, how=How(statistics=True))
+    n = torch.arange(32, dtype=torch.int32)
+    assert torch.equal(out, torch.where(n % 2 == 0, given, 1000 + n))
+    # Sectors and bytes are those of the lanes that read global memory, passes over the banks of the others.
+    assert program.statistics()[program.names.index("ld.generic"), 1:6].tolist() == [4, 2, 64, 1, 1]
+    short = given[:8]
+    outcome = program.launch((1,), [argument], 1, 128, [*extent("given", short), *extent("out", out)], How())
+    assert len(outcome.reports) == 1
+    assert "global load out of bounds" in outcome.reports[0]
+
+
 # out[n] = twice(n) where n is odd, else thrice(n, {n, 2n}): functions with a result, with a struct and a branch.
