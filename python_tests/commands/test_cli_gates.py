@@ -155,6 +155,44 @@ def test_gates_of_a_text_are_refused_before_anything_is_measured(tmp_path, capsy
     assert "training on" not in said.out
 
 
+@pytest.mark.parametrize("name", ["hydra_lora", "lora_moe"])
+def test_generation_from_training_to_an_export(name, tmp_path, capsys):
+    run, merged, exported = (str(tmp_path / folder) for folder in ("run", MERGED, "exported"))
+    tiny_recipes.write_causal(tmp_path / "gpt")
+    words = tiny_recipes.WORDS[:6]
+    lines = [json.dumps({"prompt": f"{a} {b}", "completion": "the the the the"}) for a in words for b in words]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines) + "\n")
+    flags = ["--data", str(tmp_path / "own.jsonl"), "--text_column", "prompt", "--label_column", "completion"]
+    flags += ["--task", "generation", "--model", str(tmp_path / "gpt"), "--max_tokens", "16", "--max_new_tokens", "4"]
+    flags += ["--max_steps", "12", "--learning_rate", "5e-2", "--no_baselines", "--use_cpu", "--disable_tqdm"]
+    flags += ["--z_weight", "0.01", "--metrics", "bleu", "--beams", "1", "--target_modules", "all-linear"]
+    assert cli.main(["train", *flags, "--preset", name, "--out", run]) == 0
+    said = capsys.readouterr().out
+    assert "z loss" in said
+    assert ("balance loss" in said) == (name == "lora_moe")
+    gates = json.loads((tmp_path / "run" / "adamix_report.json").read_text())["mean_gates"]
+    experts = {"hydra_lora": 3, "lora_moe": 8}[name]
+    assert all(len(row) == experts and abs(sum(row) - 1) < 1e-3 for row in gates.values())
+    losses = []
+    for folder, how in ((run, "learned"), (merged, MERGED)):
+        assert cli.main(["eval", folder, "--metrics", "bleu", "--disable_tqdm", "--json"]) == 0
+        scores = json.loads(capsys.readouterr().out)
+        assert scores["routing"] == how
+        losses.append(scores["loss"])
+        assert cli.main(["predict", "--run", folder, "--json", "name area"]) == 0
+        assert json.loads(capsys.readouterr().out)["generated"] == "the the the the"
+        if how == MERGED:
+            break
+        assert cli.main(["merge", run, "--out", merged]) == 2
+        assert "--gates mean" in capsys.readouterr().err
+        assert cli.main(["merge", run, "--gates", "mean", "--out", merged]) == 0
+        assert "the mean gates do not say" in capsys.readouterr().out
+    assert losses[0] != losses[1]
+    assert cli.main(["export", run, "--out", exported]) == 2
+    assert cli.main(["export", merged, "--out", exported]) == 0
+    assert (tmp_path / "exported" / "adapter_config.json").is_file()
+
+
 def run_names(folder):
     return tasks.read_run(folder / "out").task_names
 
