@@ -120,8 +120,8 @@ def assemble(
 def add_expert(model: nn.Module, name: str, folder: Folder) -> nn.Module:
     """Puts one more adaptation into a free slot of a pack, under a new name; returns `model`.
 
-    The banks keep their addresses and sizes: what was compiled or captured goes on. It waits for the forwards of other
-    threads that are in use_experts.
+    The banks keep their addresses and sizes: what was compiled or captured goes on. The folder is read while
+    other threads go on; then it waits for their forwards that are in use_experts.
 
     Args:
         folder: as in pack(). It must fit the pack: the same layers or some of them, ranks and labels that it has room
@@ -140,16 +140,10 @@ def add_expert(model: nn.Module, name: str, folder: Folder) -> nn.Module:
     state = pack_of(model)
     check_name(name)
     with state.lock:
-        if name in state.entries:
-            raise ValueError(f"name: got {name!r}, which the pack has, expected a new name, or replace_expert")
-        taken = {entry.slot for entry in state.entries.values()}
-        free = next((slot for slot in range(state.capacity) if slot not in taken), None)
-        if free is None:
-            raise ValueError(
-                f"name: got {name!r} for a pack that is full ({state.capacity} slots), expected remove_expert first, "
-                "or a pack made with a larger capacity"
-            )
-        _put(model, state, name, free, folder)
+        _free_slot(state, name)
+    source = read_source(model, name, folder)  # forwards go on meanwhile
+    with state.lock:
+        _put(model, state, name, _free_slot(state, name), source)
     return model
 
 
@@ -164,7 +158,10 @@ def replace_expert(model: nn.Module, name: str, folder: Folder) -> nn.Module:
     """
     state = pack_of(model)
     with state.lock:
-        _put(model, state, name, _entry(state, name).slot, folder)
+        _entry(state, name)
+    source = read_source(model, name, folder)  # forwards go on meanwhile
+    with state.lock:
+        _put(model, state, name, _entry(state, name).slot, source)
     return model
 
 
@@ -276,8 +273,21 @@ def _commit(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         target.copy_(value)
 
 
-def _put(model: nn.Module, state: Pack, name: str, slot: int, folder: Folder) -> None:
-    source = read_source(model, name, folder)
+def _free_slot(state: Pack, name: str) -> int:
+    """Raises ValueError: the name is taken, or the pack is full."""
+    if name in state.entries:
+        raise ValueError(f"name: got {name!r}, which the pack has, expected a new name, or replace_expert")
+    taken = {entry.slot for entry in state.entries.values()}
+    free = next((slot for slot in range(state.capacity) if slot not in taken), None)
+    if free is None:
+        raise ValueError(
+            f"name: got {name!r} for a pack that is full ({state.capacity} slots), expected remove_expert first, "
+            "or a pack made with a larger capacity"
+        )
+    return free
+
+
+def _put(model: nn.Module, state: Pack, name: str, slot: int, source: Source) -> None:
     owner = adamix_state(model)
     layers = {path: _layer(model, path) for path in owner.paths}
     packed = {path: model.get_submodule(path) for path in owner.saved}

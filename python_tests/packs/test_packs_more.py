@@ -13,7 +13,8 @@ import tiny_packs as tp
 import torch
 from safetensors.torch import load_file, save_file
 
-from adamix_kernels import AdaMixConfig, adapt, load_pack, pack, replace_expert, save_adamix, save_pack
+from adamix_kernels import AdaMixConfig, adapt, add_expert, load_pack, pack, replace_expert, save_adamix, save_pack
+from adamix_kernels.packs.reading import read_source
 from adamix_kernels.tasks import load
 
 TWO = ["no", "yes"]
@@ -245,3 +246,31 @@ def test_two_writers_of_one_folder_wait_for_each_other(tmp_path, caplog):
     writer.join()
     batch = tp.inputs(models[1])
     assert torch.equal(tp.logits(load_pack(tiny.tiny_bert(), out), "a", batch), tp.logits(models[1], "a", batch))
+
+
+@pytest.mark.parametrize("change", [add_expert, replace_expert])
+def test_others_are_served_while_a_folder_is_read(change, tmp_path, monkeypatch):
+    folder = tp.saved(tmp_path / "a", tiny.tiny_bert, 1, bottleneck=4)
+    model = pack(tiny.tiny_bert(), {"a": folder}, capacity=2)
+    batch = tp.inputs(model)
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slow(*given):
+        reading.set()
+        assert go_on.wait(20)
+        return read_source(*given)
+
+    monkeypatch.setattr("adamix_kernels.packs.pack.read_source", slow)
+    name = "b" if change is add_expert else "a"
+    changing = threading.Thread(target=change, args=(model, name, folder))
+    changing.start()
+    assert reading.wait(20)
+    served = threading.Thread(target=tp.logits, args=(model, "a", batch), daemon=True)
+    served.start()
+    served.join(10)
+    try:
+        assert not served.is_alive()
+    finally:
+        go_on.set()
+        changing.join()
+    assert torch.equal(tp.logits(model, name, batch), tp.logits(model, "a", batch))
