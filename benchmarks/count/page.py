@@ -53,17 +53,17 @@ _WORDS = (
     "shared memory over the fewest. The columns before the shares are those of the newest target counted, as a "
     "rule sm_90; V100 and A100 have counts of their own in the CSV. Shares are of copy bandwidth; where an op "
     "moves less than a megabyte none is given, as only its launches count. Newer than the pairing of the most alike "
-    "loops (before, their order decided) are the counts of csrc/'s losses alone. Older than the matching of wmma's "
-    "products, and of loops that ptxas leaves by a call, are the counts of the adapter's backward on sm_90, and from "
-    "sm_80 on those beside gates, of one expert a token."
+    "loops (before, their order decided) are the counts of csrc/'s losses and of Triton's of 30,522 and "
+    "128,256 classes on sm_90. Older than the matching of wmma's products, and of loops that ptxas leaves by a call, "
+    "are the counts of the adapter's backward on sm_90, and from sm_80 on those beside gates, of one expert a token."
 )
 _MERGES = (
     f"Merges below {MERGE_GOAL} of an H100's copy bandwidth, beside the most that the bytes they move at least and the "
     "ramps of their launches allow at that size:"
 )
 _WIDE = (
-    "Triton's losses of 128,256 classes: of a row's 31 steps registers hold 5 from the first pass to the second; "
-    "the others are read again for the gradients, half of them from memory, 0.21 of the floor. Shared memory has room "
+    "Triton's losses of 128,256 classes: of a row's 31 steps registers hold 7 from the first pass to the second; "
+    "the others are read again for the gradients, half of them from memory, 0.19 of the floor. Shared memory has room "
     "for 8 steps more, but Triton gives it to copies in flight alone, and Triton 3.6 does not compile a sum over a "
     "cluster's blocks (num_ctas=2 fails in TritonGPUPlanCTAPass). csrc/ holds the row in a cluster's shared memory."
 )

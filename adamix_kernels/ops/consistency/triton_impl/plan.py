@@ -17,7 +17,7 @@ GRID = 1056
 # beyond, one of 16. So are pairs of 16-bit logits of at least LARGE such steps that are read twice: the fewer
 # programs, the more of their rows is in L2 still. Of those, registers hold up to HELD steps, or fewer where options
 # take registers.
-WIDE, LARGE, HELD, HELD_FULL = 1 << 18, 4, 6, 3
+WIDE, LARGE, HELD, HELD_FULL = 1 << 18, 4, 7, 3
 # Pieces of a row pair: those that are copied ahead, and the one in use. Registers of a thread: without a limit of its
 # own ptxas spills a few to reach its next step of occupancy.
 STAGES, WIDE_REGISTERS, MAX_REGISTERS = 4, 128, 255
