@@ -82,6 +82,7 @@ def _spelled(line: str) -> str:
     found = _PARAM_VECTOR.search(line)
     if found:
         return line[: found.start()] + "; ".join(_singly(*found.groups())) + line[found.end() :]
+    line = re.sub(r"\bgriddepcontrol\.\w+;", "fence.acq_rel.gpu;", line)
     line = re.sub(r"\bcvta(\.to)?\.(global|shared)\.u64\b", "mov.u64", line)
     line = re.sub(r"\bmapa\.(?:shared::cluster\.)?(u\d+)(\s+\S+,\s*[^,;]+),[^;]*;", r"mov.\1\2;", line)
     line = line.replace("st.shared::cluster.", "st.shared.")

@@ -38,6 +38,8 @@ from .triton import HOW, disassembler
 _SHARED = {70: 98_304, 80: 166_912, 90: 232_448}
 _TAKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int), ctypes.c_void_p, ctypes.c_int)
 _CACHE = ROOT / "build" / "count"
+# All its blocks run at 8,192 rows: which planes the next launch reads is what each of them has left.
+_ONE_PASS, _ENOUGH = "_one_pass_kernel", 8_000_000
 
 
 class CudaCounter:
@@ -79,7 +81,10 @@ class CudaCounter:
             self._known = []
         if self._error is not None:
             raise self._error
-        return [counted(run, self.target, self._code(run.kernel)) for run in self._runs]
+        return [
+            counted(run, self.target, self._code(run.kernel), "griddepcontrol.wait" in self._texts[run.kernel].compiled)
+            for run in self._runs
+        ]
 
     def _take(self, kernel: int, sizes, argument: int, size: int) -> None:
         try:
@@ -97,7 +102,7 @@ class CudaCounter:
             self._programs[key] = Program(nvcc.clustered(text, cluster))
         program, shared = self._programs[key], nvcc.static_shared(text) + dynamic
         ranges = spans(argument, self._known)
-        how = replace(HOW, zeros=cluster > 1)
+        how = replace(HOW, zeros=cluster > 1, enough=_ENOUGH if _ONE_PASS in name else HOW.enough)
         began = time.perf_counter()
         outcome = program.launch(grid, [argument], threads // 32, shared, ranges, how)
         wrong = [report for report in outcome.reports if "bounds" in report or "misaligned" in report]

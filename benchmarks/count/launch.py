@@ -45,7 +45,7 @@ class Counted:
         return self.launch.instructions / max(1.0, self.ptx)
 
 
-def counted(run: Executed, target: int, code: Code) -> Counted:
+def counted(run: Executed, target: int, code: Code, dependent: bool = False) -> Counted:
     """Everything scaled from the blocks that ran to the grid."""
     names, rows = run.program.names, run.statistics
     executed = rows[:, 0].astype(float)
@@ -83,6 +83,7 @@ def counted(run: Executed, target: int, code: Code) -> Counted:
         if waits
         else 0.0,
         ranges={low: held for low, (_, held) in ranges.items()},
+        dependent=dependent,
     )
     longest = divided[max(range(len(divided)), key=lambda n: spent[n])]
     steps = sum(code.instructions[n].opcode == "BAR" for n in longest.sass) / longest.unrolled

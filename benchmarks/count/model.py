@@ -20,7 +20,8 @@ Latency: memory's, L2's and L1's, by the parts of what is loaded that come from 
 idle GPU to that at full load with memory's share of the launch's time; at full load it is, by Little's law, the bytes
 in flight that a multiprocessor needs, times their number, over copy bandwidth. L2's is 0.55 of memory's when idle,
 L1's 0.09. L1 holds what a block touched within its last 32 KB (not for cp.async).
-Ramp: a launch's start and end, 2 microseconds.
+Ramp: a launch's start and end, 2 microseconds; 1 for one that is made ready while the launch before it ends
+(programmatic dependent launch).
 Device bytes: every launch's distinct bytes, and what does not stay in L2. L2 replaces at random: a sector is still
 there with probability exp(-b / L2) after b other bytes came in. For a block that reads a sector again, b is what it
 brought in since, times the blocks that run beside it; for what an earlier launch of the op left, all that came since.
@@ -75,9 +76,11 @@ SOURCES = {
     "latency": "about 470 cycles of memory, 260 of L2 and 40 of L1, as microbenchmarks of the A100 and H100 have them "
     "(Luo and others, 2024); V100 and B200 likewise",
     "barrier": "about 30 cycles for the slowest path of an empty one; what its warps wait for each other is not in it",
+    "ramp": "2 microseconds for one launch behind another, and half of that where a dependent launch is made ready "
+    "before, are guesses",
     "instructions a cycle": "4 by design; 2 to 2.5 as NVIDIA's own tuned kernels of norms and losses show in profiles",
 }
-ISSUE, WARPS, RAMP, LANES, L2, L1, OVERLAP, BARRIER = 2.5, 16, 2e-6, 16, 0.55, 0.09, 4, 40
+ISSUE, WARPS, RAMP, READY, LANES, L2, L1, OVERLAP, BARRIER = 2.5, 16, 2e-6, 1e-6, 16, 0.55, 0.09, 4, 40
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class Launch:
     bytes through L2, with repetitions, and L1's; missed: those loaded that are not in L1. bank_waves: passes over
     shared memory. waits: (times that blocks wait for loads, the part of what they wait for that is not in L1), loop by
     loop. in_flight: bytes not in L1 that a block has asked for when it waits. barriers: that blocks pass. ranges: of
-    every tensor its address and distinct bytes, for what an earlier launch left.
+    every tensor its address and distinct bytes, for what an earlier launch left. dependent: whether it is made ready
+    while the launch before it ends.
     """
 
     kernel: str
@@ -108,6 +112,7 @@ class Launch:
     barriers: float
     in_flight: float
     ranges: dict[int, float] = field(default_factory=dict)
+    dependent: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ def time(launch: Launch, gpu: Gpu, before: Sequence[Launch] = ()) -> Time:
         busy = sum(seconds**OVERLAP for seconds in limits.values()) ** (1 / OVERLAP)
         loaded = limits["memory"] / busy if busy else 0.0
     limit = "launch" if busy < RAMP else max(limits, key=lambda name: limits[name])
-    return Time(RAMP + busy, limit, device, limits)
+    return Time((READY if launch.dependent else RAMP) + busy, limit, device, limits)
 
 
 def times(launches: Sequence[Launch], gpu: Gpu) -> list[Time]:

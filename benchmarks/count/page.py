@@ -53,9 +53,9 @@ _WORDS = (
     "shared memory over the fewest. The columns before the shares are those of the newest target counted, as a "
     "rule sm_90; V100 and A100 have counts of their own in the CSV. Shares are of copy bandwidth; where an op "
     "moves less than a megabyte none is given, as only its launches count. Newer than the pairing of the most alike "
-    "loops (before, their order decided) are the counts of csrc/'s losses and of Triton's of 30,522 and "
-    "128,256 classes on sm_90. Older than the matching of wmma's products, and of loops that ptxas leaves by a call, "
-    "are the counts of the adapter's backward on sm_90, and from sm_80 on those beside gates, of one expert a token."
+    "loops (before, their order decided) are the counts of csrc/'s losses and of its backwards on sm_90, and of "
+    "Triton's losses of 30,522 and 128,256 classes. Older than the matching of wmma's products, and of loops that "
+    "ptxas leaves by a call, are, from sm_80 on, the counts of one expert a token beside gates."
 )
 _MERGES = (
     f"Merges below {MERGE_GOAL} of an H100's copy bandwidth, beside the most that the bytes they move at least and the "

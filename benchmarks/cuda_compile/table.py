@@ -47,6 +47,7 @@ _MAY_SPILL = {
     "routed_adapter_resident_forward_kernel": (70, 1024, 1024),
     "routed_adapter_resident_input_grad_kernel": (70, 560, 580),  # most of it for tiles of several experts
     "routed_adapter_one_pass_kernel": (70, 88, 128),
+    "routed_lora_one_pass_kernel": (90, 4, 4),
     "routed_adapter_pass_sum_kernel": (100, 16, 16),
     "routed_lora_pass_sum_kernel": (100, 16, 16),
     "sample_sum_kernel": (100, 16, 16),

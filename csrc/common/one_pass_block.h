@@ -229,7 +229,10 @@ struct PassBlock {
     }
   }
 
-  // The block's sums of the biases in memory.sums; complete after a barrier. All threads call.
+  // The block's sums of a side's bias: of the down side behind those of the up side.
+  ADAMIX_DEVICE float* bias_sums(int side) const { return memory.sums + (side == 0 ? p.hidden : 0); }
+
+  // They are there, complete after a barrier. All threads call.
   ADAMIX_DEVICE void join_down_bias() {
     __syncthreads();
     if (threadIdx.x < 128) {
@@ -241,12 +244,12 @@ struct PassBlock {
     if (threadIdx.x >= kFragmentRanks) return;
     float sum = 0.f;
     for (int i = 0; i < kFragmentRows; ++i) sum += memory.bias[i * kFragmentRanks + threadIdx.x];
-    memory.sums[threadIdx.x] = sum;
+    bias_sums(0)[threadIdx.x] = sum;
   }
 
   ADAMIX_DEVICE void join_up_bias() {
     __syncthreads();
-    up_bias.each([&](int col, float sum) { memory.sums[warp * kPassCols + col] = sum; });
+    up_bias.each([&](int col, float sum) { bias_sums(1)[warp * kPassCols + col] = sum; });
     up_bias.clear();
   }
 };

@@ -2,6 +2,7 @@
 // with those of its cluster's other blocks.
 #pragma once
 
+#include "common/dependent_launch.h"
 #include "common/one_pass_block.h"
 
 namespace adamix {
@@ -20,16 +21,10 @@ struct PassPlanes {
     up = {of.memory.slots + p.slots, p.planes + (plane0 + p.slots) * p.planes_size, p.planes_size};
   }
 
-  // The biases' sums of `blocks` blocks of the cluster, behind the weights' in a plane.
-  ADAMIX_DEVICE void leave_bias(float* plane, bool fresh, int count, int blocks) const {
+  // The block's sums of a side's biases, behind the weights' in a plane.
+  ADAMIX_DEVICE void leave_bias(float* plane, bool fresh, const float* sums, int count) const {
     float* bias = plane + static_cast<int64_t>(block.p.rank) * block.p.hidden;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-      float sum = fresh ? 0.f : bias[i];
-      for (int other = 0; other < blocks; ++other) {
-        sum += blocks > 1 ? *cluster_at(block.memory.sums + i, other) : block.memory.sums[i];
-      }
-      bias[i] = sum;
-    }
+    for (int i = threadIdx.x; i < count; i += blockDim.x) bias[i] = (fresh ? 0.f : bias[i]) + sums[i];
   }
 
   ADAMIX_DEVICE void flush_down() const {
@@ -38,7 +33,7 @@ struct PassPlanes {
     __syncthreads();
     down.flush(block.down_now, [&](float* plane, bool fresh) {
       block.of_down.leave(plane, block.p.rank, block.p.hidden, fresh);
-      if constexpr (!Lora) leave_bias(plane, fresh, block.p.rank, 1);
+      if constexpr (!Lora) leave_bias(plane, fresh, block.bias_sums(0), block.p.rank);
     });
     block.of_down.clear();
   }
@@ -49,13 +44,13 @@ struct PassPlanes {
     __syncthreads();
     up.flush(block.up_now, [&](float* plane, bool fresh) {
       block.of_up.leave(plane, block.p.rank, block.p.hidden, fresh);
-      if constexpr (!Lora) leave_bias(plane, fresh, block.p.hidden, 1);
+      if constexpr (!Lora) leave_bias(plane, fresh, block.bias_sums(1), block.p.hidden);
     });
     block.of_up.clear();
   }
 
-  // The same for what is held at the end: one plane, that of the cluster's first block, where its blocks hold sums of
-  // one expert. Every block of the cluster calls.
+  // The same for what is held at the end: one plane for an expert, that of the first of the cluster's blocks which hold
+  // sums of it. Every block of the cluster calls.
   ADAMIX_DEVICE void finish() const {
     if (cluster_size() == 1) {
       flush_down();
@@ -63,75 +58,101 @@ struct PassPlanes {
       return;
     }
     __syncthreads();
+    int* held = block.memory.held;
     if (threadIdx.x == 0) {
-      int* held = block.memory.held;
       held[0] = block.p.need_down ? block.down_now : kNoExpert;
       held[1] = held[0] == kNoExpert ? 0 : down.find(held[0]);
       held[2] = block.p.need_up ? block.up_now : kNoExpert;
       held[3] = held[2] == kNoExpert ? 0 : up.find(held[2]);
     }
+    if constexpr (!Lora) block.join_down_bias(), block.join_up_bias();
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const float (&of_down)[4] = block.of_down.at[n], (&of_up)[4] = block.of_up.at[n];
+      *place(0, n) = Piece<float>{{of_down[0], of_down[1], of_down[2], of_down[3]}};
+      *place(1, n) = Piece<float>{{of_up[0], of_up[1], of_up[2], of_up[3]}};
+    }
     cluster_arrive(), cluster_wait();
-    join(0, block.of_down, [&] { block.join_down_bias(); }, block.p.rank, [&] { flush_down(); });
-    join(1, block.of_up, [&] { block.join_up_bias(); }, block.p.hidden, [&] { flush_up(); });
+    if (cluster_size() == 8) {
+      join<8>(0), join<8>(1);
+    } else if (cluster_size() == 4) {
+      join<4>(0), join<4>(1);
+    } else {
+      join<2>(0), join<2>(1);
+    }
+    int side = threadIdx.x;
+    bool has_plane = side < 2 && is_first(held + 2 * side);
     cluster_arrive(), cluster_wait();  // others may still read what this block holds
+    if (has_plane) block.memory.slots[side * block.p.slots + held[2 * side + 1]] = held[2 * side];
+    __syncthreads();
   }
 
  private:
-  template <typename JoinBias, typename Flush>
-  ADAMIX_DEVICE void join(int side, const PassSums& sums, JoinBias join_bias, int biases, Flush flush) const {
-    const OnePass<T>& p = block.p;
-    int blocks = cluster_size(), number = cluster_rank(), *held = block.memory.held + 2 * side;
-    int expert = *cluster_at(held, 0), slot = *cluster_at(held + 1, 0);
-    bool alike = expert != kNoExpert;
-    for (int other = 1; other < blocks; ++other) {
-      int theirs = *cluster_at(held, other);
-      alike = alike && (theirs == expert || theirs == kNoExpert);
-    }
-    if (!alike) {
-      flush();
-      return;
-    }
-    if constexpr (!Lora) join_bias();
-    // The sums lie where the tiles were: every warp has done with them.
-    auto place = [&](int n) {
-      return reinterpret_cast<Piece<float>*>(block.memory.stages) + n * static_cast<int>(blockDim.x) + threadIdx.x;
-    };
-#pragma unroll
-    for (int n = 0; n < 8; ++n) *place(n) = Piece<float>{{sums.at[n][0], sums.at[n][1], sums.at[n][2], sums.at[n][3]}};
-    cluster_arrive(), cluster_wait();
-    int* slots = block.memory.slots + side * p.slots;
-    bool fresh = *cluster_at(slots + slot, 0) == kNoExpert;
-    float* plane = p.planes + (plane0 + (side - 2 * number) * p.slots + slot) * p.planes_size;
-    if (blocks == 4) {
-      join_tiles<4>(place(number), number, plane, fresh);
-    } else {
-      join_tiles<2>(place(number), number, plane, fresh);
-    }
-    if constexpr (!Lora) {
-      if (number == 0) leave_bias(plane, fresh, biases, blocks);
-    }
-    cluster_arrive(), cluster_wait();
-    if (number == 0 && threadIdx.x == 0) slots[slot] = expert;
+  // Of tile n of a side's sums, where the tiles of the rows were: every warp has done with them.
+  ADAMIX_DEVICE Piece<float>* place(int side, int n) const {
+    int at = (8 * side + n) * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+    return reinterpret_cast<Piece<float>*>(block.memory.stages) + at;
   }
 
-  // The sums of tiles number, number + Blocks and so on of a cluster's blocks, in their order; the first one's at
-  // `own`.
+  // Whether no block of the cluster before this one holds sums of the same expert.
+  ADAMIX_DEVICE bool is_first(int* held) const {
+    bool first = *held != kNoExpert;
+    for (int other = 0; other < cluster_rank(); ++other) first = first && *cluster_at(held, other) != *held;
+    return first;
+  }
+
+  // A side's sums of all blocks of the cluster, expert by expert, in the blocks' order: this block's share of columns.
   template <int Blocks>
-  ADAMIX_DEVICE void join_tiles(Piece<float>* own, int number, float* plane, bool fresh) const {
-    const Piece<float>* from[Blocks];
+  ADAMIX_DEVICE void join(int side) const {
+    const OnePass<T>& p = block.p;
+    int number = cluster_rank(), threads = blockDim.x, *held = block.memory.held + 2 * side;
+    int experts[Blocks];
+    Piece<float> parts[8 / Blocks][Blocks];
 #pragma unroll
-    for (int other = 0; other < Blocks; ++other) from[other] = cluster_at(own, other);
+    for (int other = 0; other < Blocks; ++other) {
+      experts[other] = *cluster_at(held, other);
+      const Piece<float>* from = cluster_at(place(side, number), other);
 #pragma unroll
-    for (int i = 0; i < 8 / Blocks; ++i) {
-      int step = i * Blocks * static_cast<int>(blockDim.x);
-      Piece<float> sum = from[0][step];
+      for (int i = 0; i < 8 / Blocks; ++i) parts[i][other] = from[i * Blocks * threads];
+    }
+    unsigned left = 0;  // blocks whose sums are in no plane yet
 #pragma unroll
-      for (int other = 1; other < Blocks; ++other) {
-        Piece<float> one = from[other][step];
+    for (int other = 0; other < Blocks; ++other) left |= (experts[other] == kNoExpert ? 0u : 1u) << other;
+#pragma unroll 1
+    for (int first = 0; left != 0; ++first) {
+      if ((left >> first & 1) == 0) continue;
+      int expert = *cluster_at(held, first), slot = *cluster_at(held + 1, first);
+      bool holds[Blocks];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sum.values[e] += one.values[e];
+      for (int other = 0; other < Blocks; ++other) {
+        holds[other] = experts[other] == expert;
+        if (holds[other]) left &= ~(1u << other);
       }
-      PassSums::leave_tile(plane, block.p.rank, block.p.hidden, fresh, number + i * Blocks, sum);
+      bool fresh = *cluster_at(block.memory.slots + side * p.slots + slot, first) == kNoExpert;
+      float* plane = p.planes + (plane0 + (2 * (first - number) + side) * p.slots + slot) * p.planes_size;
+#pragma unroll
+      for (int i = 0; i < 8 / Blocks; ++i) {
+        Piece<float> sum{};
+#pragma unroll
+        for (int other = 0; other < Blocks; ++other) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum.values[e] += holds[other] ? parts[i][other].values[e] : 0.f;
+        }
+        PassSums::leave_tile(plane, p.rank, p.hidden, fresh, number + i * Blocks, sum);
+      }
+      if constexpr (!Lora) {
+        float *bias = plane + static_cast<int64_t>(p.rank) * p.hidden, *sums = block.bias_sums(side);
+        for (int i = number * threads + static_cast<int>(threadIdx.x); i < (side == 0 ? p.rank : p.hidden);
+             i += Blocks * threads) {
+          float sum = fresh ? 0.f : bias[i];
+#pragma unroll
+          for (int other = 0; other < Blocks; ++other) {
+            float one = *cluster_at(sums + i, other);
+            sum += holds[other] ? one : 0.f;
+          }
+          bias[i] = sum;
+        }
+      }
     }
   }
 };
@@ -193,6 +214,7 @@ ADAMIX_DEVICE void one_pass(const OnePass<T>& p) {
       block.wide(dy, now, down_weights);
       block.add(dy);
     }
+    allow_next_launch();
     planes.finish();
     for (int i = threadIdx.x; i < 2 * p.slots; i += blockDim.x) p.experts[planes.plane0 + i] = memory.slots[i];
   }

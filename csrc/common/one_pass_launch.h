@@ -1,6 +1,7 @@
 // The second launch of one_pass.h, which sums the planes that the first one leaves, and how both are launched.
 #pragma once
 
+#include "common/fitting_cluster.h"
 #include "common/one_pass_kernel.h"
 #include "common/one_pass_plan.h"
 
@@ -10,6 +11,7 @@ namespace adamix {
 // did. Parts: of the planes, summed side by side.
 template <int Parts, typename T>
 ADAMIX_DEVICE void pass_sum(const PassSum<T>& p) {
+  await_launch();
   SharedMemory memory;
   int planes = p.blocks * p.slots;
   int* found = memory.take<int>(planes + 1);
@@ -82,11 +84,9 @@ void launch_one_pass(const char* name, void (*kernel)(OnePass<T>), const OnePass
   Shape shape{dim3(plan.blocks), warps * 32,
               shared_bytes<PassMemory<T>>(warps, params.slots, params.tiles_a_block, plan.keeps)};
   const void* any = reinterpret_cast<const void*>(kernel);
-  shape.cluster = plan.cluster;
-  if (plan.cluster > 1) {
-    int largest = largest_cluster(name, any, shape.threads, device);
-    while (shape.cluster > largest) shape.cluster /= 2;
-  }
+  // As large as they may be: a plane is written for a cluster.
+  int most = plan.cluster == 4 && plan.blocks % 8 == 0 ? 8 : plan.cluster;
+  shape.cluster = fitting_cluster(name, any, shape.threads, most, plan.blocks, device);
   try {
     launch(name, kernel, shape, device, params);
   } catch (const ClusterError&) {
@@ -104,7 +104,8 @@ void launch_pass_sum(const char* name, void (*kernel)(PassSum<T>), PassSum<T> pa
   params.chunks = ceil_div(static_cast<int>(params.planes_size), kBlock);
   params.down_jobs = down_experts * params.chunks;
   size_t bytes = pass_sum_bytes(params.blocks, params.slots);
-  launch(name, kernel, {dim3(params.down_jobs + up_experts * params.chunks), kPassSumThreads, bytes}, device, params);
+  Shape shape{dim3(params.down_jobs + up_experts * params.chunks), kPassSumThreads, bytes};
+  launch_after(name, kernel, shape, device, params);
 }
 #endif
 

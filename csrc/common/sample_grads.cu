@@ -11,6 +11,7 @@ __global__ void __launch_bounds__(kSampleThreads, 1) sample_grads_kernel(SampleG
     SharedMemory shared;
     SampleMemory<T, Steps> memory(shared, p.samples);
     SampleBlock<T, Steps> block(p, memory);
+    allow_next_launch();
     block.walk();
   }
 }

@@ -205,7 +205,8 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, co
   if (config->dynamicSmemBytes > static_cast<size_t>(shared_limit(kernel)) || facts.capability < 90) {
     return returned(cudaErrorInvalidValue);
   }
-  if (cluster_of(*config) <= facts.cluster) *clusters = 1;
+  int size = cluster_of(*config);
+  if (size <= facts.cluster) *clusters = facts.multiprocessors < size ? 1 : facts.multiprocessors / size;
   return cudaSuccess;
 }
 

@@ -3,6 +3,7 @@
 
 #include "common/adapter_checks.h"
 #include "common/checks.h"
+#include "common/joined_blocks.h"
 #include "common/row_shares.h"
 #include "common/sample_grads_plan.h"
 #include "registration.h"
@@ -30,6 +31,7 @@ bool launch_in_one_pass(DType dtype, const Tensor& grad_out, const Tensor& x, co
       params.up_weight = data<const T>(up_weight);
       params.dx = need_input ? data<T>(dx) : nullptr;
       PassPlan plan = pass_plan<T>(x.size(0), x.size(1), hidden, rank, down, up, true, device);
+      limit_cluster(plan, down, up);
       if (plan.blocks == 0 || !params.grad_out.aligned || !params.x.aligned ||
           !is_aligned(params.narrow, {}, sizeof(T)) || !is_aligned(params.down_weight, {hidden}, sizeof(T)) ||
           !is_aligned(params.up_weight, {}, sizeof(T)) || !is_aligned(params.dx, {hidden}, sizeof(T))) {

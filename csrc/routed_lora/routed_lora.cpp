@@ -5,6 +5,7 @@
 
 #include "common/checks.h"
 #include "common/fragment_shape.h"
+#include "common/joined_blocks.h"
 #include "common/lora_checks.h"
 #include "common/row_shares.h"
 #include "common/sample_grads_plan.h"
@@ -156,6 +157,7 @@ bool launch_in_one_pass(const Call& call, const Device& device, const Tensor& gr
       params.up_weight = data<const T>(lora_b);
       params.dx = need_x ? data<T>(dx) : nullptr;
       PassPlan plan = pass_plan<T>(call.batch, call.tokens, call.features, call.rank, call.a, call.b, false, device);
+      limit_cluster(plan, call.a, call.b);
       if (plan.blocks == 0 || !params.grad_out.aligned || !params.x.aligned ||
           !is_aligned(params.narrow, {}, sizeof(T)) || !is_aligned(params.down_weight, {}, sizeof(T)) ||
           !is_aligned(params.up_weight, {}, sizeof(T)) || !is_aligned(params.dx, {}, sizeof(T))) {

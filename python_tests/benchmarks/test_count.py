@@ -101,6 +101,8 @@ def test_tiny_work_is_all_launch():
     tiny = launch(blocks=1, distinct=1e3, loaded=1e3, missed=1e3, stored=0.0, waits=[(1.0, 1.0)], instructions=1e3)
     assert count_model.time(tiny, H100).limit == "launch"
     assert count_model.share([tiny, tiny], H100, 1e3) < 1e-3
+    ready = count_model.time(replace(tiny, dependent=True), H100)
+    assert count_model.time(tiny, H100).seconds - ready.seconds == pytest.approx(count_model.RAMP - count_model.READY)
 
 
 def test_every_gpu_can_fill_its_memory():

@@ -95,6 +95,7 @@ def test_the_same_bits_in_any_order(monkeypatch):
         {"ADAMIX_HOST_CLUSTER": "1"},
         {"ADAMIX_HOST_SHARED": "54000"},  # no room for the weights
         {"ADAMIX_HOST_MULTIPROCESSORS": "3"},
+        {"ADAMIX_HOST_MULTIPROCESSORS": "8"},  # clusters of 8
     ],
 )
 def test_every_device(device, monkeypatch):

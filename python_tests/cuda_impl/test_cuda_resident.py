@@ -32,6 +32,7 @@ ONE_PASS = {
     "one side": (3, 40, 256, 8, 3, 1, "sample", None),
     "many samples a block": (13, 17, 320, 4, 3, 2, "sample", "sample"),
     "one expert": (1, 150, 256, 4, 1, 1, None, None),
+    "an expert a sample": (12, 16, 256, 8, 12, 1, "sample", None),
 }
 # Of a GPU without these products.
 HELD = {
@@ -117,6 +118,8 @@ def test_the_same_bits_in_any_order(setting, monkeypatch):
         {"ADAMIX_HOST_CAPABILITY": "80", "ADAMIX_HOST_SHARED": "166912"},
         {"ADAMIX_HOST_SHARED": "52000"},  # no room for the weights
         {"ADAMIX_HOST_MULTIPROCESSORS": "3"},
+        {"ADAMIX_HOST_MULTIPROCESSORS": "8"},  # clusters of 8, whose blocks hold sums of several experts
+        {"ADAMIX_HOST_MULTIPROCESSORS": "8", "ADAMIX_HOST_CLUSTER": "2"},
     ],
 )
 def test_every_device(device, monkeypatch):

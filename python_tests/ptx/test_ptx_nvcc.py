@@ -31,6 +31,7 @@ ARRAYS = """
 	.reg .b64 	%rd<20>;
 	.shared .align 4 .b8 held[256];
 	.loc	1 7 3, function_name $L__info_string0, inlined_at 1 9 1
+	griddepcontrol.wait;
 	ld.param.u64 	%rd1, [arrays_param_0];
 	ld.param.v2.u32 	{%r1, %r2}, [arrays_param_0+8];
 	mov.b64 	%rd2, arrays_param_0;
