@@ -126,7 +126,7 @@ ptx: $(VENV)/.test $(VENV)/.triton
 
 ptx-nightly: $(VENV)/.test $(VENV)/.triton
 	$(BIN)/python -m adamix_kernels._build --host plain
-	ADAMIX_NIGHTLY=1 $(BIN)/python -m ptx.gate --size nightly
+	$(BIN)/python -m ptx.gate --size nightly
 	$(BIN)/python -m ptx.compare --cases 40
 
 aot: $(VENV)/.test $(VENV)/.triton

@@ -63,6 +63,8 @@ def one_writer(folder: Path) -> Iterator[None]:
                 except BlockingIOError:
                     logger.warning("%s: waiting for another process that is writing to it", folder)
                     fcntl.flock(handle, fcntl.LOCK_EX)
+                # Closing alone would leave it locked while a process that was forked meanwhile lives.
+                stack.callback(fcntl.flock, handle, fcntl.LOCK_UN)
         yield
 
 

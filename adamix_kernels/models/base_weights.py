@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .sharding import is_sharded
+from .quantised import FLOATS
 
 _PARAMETERS, _VALUES = 6, 4
+_COMPILED = "_orig_mod."  # before every name of a compiled model
 # Twice what a value loses in bfloat16: a base may be read, trained and served in different dtypes.
 _TOLERANCE = 2**-8
 
@@ -25,7 +26,7 @@ def sampled(model: nn.Module) -> dict[str, list[float]]:
     changed = () if state is None else tuple(f"{path}." for path in (*state.paths, *state.saved))
     frozen = [
         (name, parameter)
-        for name, parameter in model.named_parameters()
+        for name, parameter in _named(model)
         if not parameter.requires_grad and not name.startswith(changed) and _is_matrix(parameter)
     ]
     step = max(1, -(-len(frozen) // _PARAMETERS))
@@ -36,15 +37,21 @@ def sampled(model: nn.Module) -> dict[str, list[float]]:
 def others(model: nn.Module, stored: Mapping[str, list[float]]) -> bool:
     """Whether most of the stored matrices have other values in `model`: one may be new in each process, as a pooler is
     that nobody reads. False where nothing can be compared."""
-    here = dict(model.named_parameters())
+    here = dict(_named(model))
     compared = [(here[name], values) for name, values in stored.items() if name in here and _is_matrix(here[name])]
     different = sum(_differs(_values(parameter), values) for parameter, values in compared)
     return 2 * different > len(compared)
 
 
+def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name.removeprefix(_COMPILED), parameter) for name, parameter in model.named_parameters()]
+
+
 def _is_matrix(tensor: torch.Tensor) -> bool:
-    held = tensor.device.type != "meta" and not is_sharded(tensor)
-    return held and tensor.is_floating_point() and tensor.dim() == 2 and tensor.numel() >= _VALUES
+    """Whether its values are those of the weights: quantised ones, and those that bitsandbytes packs into floats, are
+    codes."""
+    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.dtype in FLOATS
+    return plain and tensor.device.type != "meta" and tensor.dim() == 2 and tensor.numel() >= _VALUES
 
 
 def _values(matrix: torch.Tensor) -> list[float]:

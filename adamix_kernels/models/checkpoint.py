@@ -57,13 +57,13 @@ def save_adamix(
 ) -> Path:
     """Writes what adapt() added to `model`, as it is now, into `directory`; returns the folder.
 
-    Files: `adamix-<digest>.safetensors` (the banks and merge scores, the plain adapters after merge(), for a
-    merged LoRA model the changed weights of the adapted layers and the factors they were merged from, or a plain LoRA
-    on a quantised one; and the trained head) and `adamix_checkpoint.json` (version, configuration, base model with
-    its configuration, layers, trainable flags, the tensor file's name, size and SHA-256, and the SHA-256 of all this).
-    Every file appears in one step and the JSON comes last: an interrupted save leaves the previous checkpoint. The
-    frozen base is not written; a base that is a folder of this disk is named, and found again from `directory` as
-    long as both stand as they do to each other.
+    Files: `adamix-<digest>.safetensors` (the banks and merge scores, the plain adapters after merge(), for a merged
+    LoRA model the changed weights of the adapted layers and the factors they were merged from, or a plain LoRA on a
+    quantised one; and the trained head) and `adamix_checkpoint.json` (version, configuration, base model with its
+    configuration and a few of its frozen values, layers, trainable flags, the tensor file's name, size and SHA-256,
+    and the SHA-256 of all this). Every file appears in one step and the JSON comes last: an interrupted save leaves
+    the previous checkpoint. The frozen base is not written; a base that is a folder of this disk is named, and
+    found again from `directory` as long as both stand as they do to each other.
 
     Merged LoRA weights are stored although base + factors would give them: a matrix product rounds differently on
     another processor or backend, and what is loaded has the bits that were saved. The factors, r (K + N) values beside
@@ -140,10 +140,10 @@ def load_adamix(
 
     Args:
         model: the bare base model, which is adapted with the stored configuration (and is merged when the
-            checkpoint is); or a model adapted to the same layers in the same way, which keeps its own
-            routing, dropout and loss settings. An adapted model and its checkpoint must both be unmerged, or both
-            merged; then the experts that merge() kept in the model are dropped, since they are not those of the
-            checkpoint.
+            checkpoint is), with a warning where its frozen weights are not those of the training; or a model
+            adapted to the same layers in the same way, which keeps its own routing, dropout and loss settings. An
+            adapted model and its checkpoint must both be unmerged, or both merged; then the experts that merge()
+            kept in the model are dropped, since they are not those of the checkpoint.
         directory: a folder of save_adamix, save_pretrained or a trainer; or "user/repo" on the Hub.
         revision: of the repository.
         backend: for a bare model, as in adapt().

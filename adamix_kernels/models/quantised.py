@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DYNAMIC = "torch.ao.nn.quantized.dynamic"
 
 
@@ -22,7 +22,7 @@ def plain_weight(layer: nn.Module) -> torch.Tensor | None:
     carries scales. A DTensor is ordinary: a sharded floating matrix.
     """
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.dtype not in _FLOATS:
+    if not isinstance(weight, torch.Tensor) or weight.dtype not in FLOATS:
         return None
     return weight if type(weight) in (torch.Tensor, nn.Parameter) or _sharded(weight) else None
 

@@ -60,8 +60,8 @@ def unpack(model: nn.Module, name: str, directory: str | os.PathLike[str]) -> Pa
     with state.lock:
         state.slots(check_name(name))
         folder = make_folder(directory)
-        check_no_pack_in(folder)
         with one_writer(folder):
+            check_no_pack_in(folder)
             try:
                 header = _write_name(model, state.entries[name], folder, True)
                 write_sealed_json(folder / CHECKPOINT_NAME, header)
@@ -91,14 +91,14 @@ def save_pack(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         if not state.entries:
             raise ValueError("model: got an empty pack, expected one with a name at least")
         folder = make_folder(directory)
-        if (folder / CHECKPOINT_NAME).exists():
-            raise ValueError(
-                f"directory: got {str(directory)!r}, which holds {CHECKPOINT_NAME}, expected another folder"
-            )
         owner = adamix_state(model)
         layers: dict[str, Any] = {path: model.get_submodule(path) for path in owner.paths}
         packed = {path: heads.packed_parts(model.get_submodule(path)) for path in owner.saved}
         with one_writer(folder), contextlib.ExitStack() as stack:
+            if (folder / CHECKPOINT_NAME).exists():
+                raise ValueError(
+                    f"directory: got {str(directory)!r}, which holds {CHECKPOINT_NAME}, expected another folder"
+                )
             stack.callback(remove_unnamed, folder / PACK_NAME, _STEM)
             values = {
                 "version": _VERSION,

@@ -174,8 +174,9 @@ def time(launch: Launch, gpu: Gpu, before: Sequence[Launch] = ()) -> Time:
         limits["latency"] = part * (waited + launch.barriers * BARRIER / gpu.clock) / beside
         busy = sum(seconds**OVERLAP for seconds in limits.values()) ** (1 / OVERLAP)
         loaded = limits["memory"] / busy if busy else 0.0
-    limit = "launch" if busy < RAMP else max(limits, key=lambda name: limits[name])
-    return Time((READY if launch.dependent else RAMP) + busy, limit, device, limits)
+    ramp = READY if launch.dependent else RAMP
+    limit = "launch" if busy < ramp else max(limits, key=lambda name: limits[name])
+    return Time(ramp + busy, limit, device, limits)
 
 
 def times(launches: Sequence[Launch], gpu: Gpu) -> list[Time]:

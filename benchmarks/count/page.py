@@ -41,8 +41,10 @@ _METHOD = (
     "Bytes in flight: in the machine code, what a warp has asked for when the first register loaded is used, or "
     "the groups of cp.async that may be open when one is waited for.",
     "Not counted: kernels in which a function calls another one.",
-    "A cluster's blocks run one after another; what one reads from another's shared memory is its own. A tile of "
-    "wmma counts the bank waves that ldmatrix would take.",
+    "A cluster's blocks run one after another; what one reads from another's shared memory is its own, and costs what "
+    "its own costs. Clusters of eight are taken to fill all multiprocessors; a chip whose groups are not whole runs "
+    "fewer of them at once, and the backward in one pass then takes smaller ones, which write more. A tile of wmma "
+    "counts the bank waves that ldmatrix would take.",
     "B200: the counts of sm_90's code, as the executor has no sm_100.",
 )
 _WORDS = (

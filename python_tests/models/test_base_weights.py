@@ -7,7 +7,7 @@ import tiny
 import tiny_packs as tp
 import torch
 
-from adamix_kernels import add_expert, load_adamix, load_pack, pack, save_pack
+from adamix_kernels import AdaMixConfig, adapt, add_expert, load_adamix, load_pack, pack, save_pack
 from adamix_kernels.models.base_weights import others, sampled
 
 
@@ -55,3 +55,33 @@ def test_one_matrix_that_is_new_in_each_process_and_a_base_without_values_tell_n
     assert not others(model, stored)
     assert not others(tiny.tiny_bert().to("meta"), stored)
     assert not others(model, {})
+
+
+class _Packed(torch.nn.Parameter):
+    """As bitsandbytes keeps four bits a value in floats, and torchao in a subclass."""
+
+
+@pytest.mark.parametrize("kind", ["8-bit floats", "codes in a subclass"])
+def test_codes_of_a_quantised_base_are_not_its_values(kind):
+    model = tiny.tiny_bert().requires_grad_(False)
+    stored, names = sampled(model), []
+    for name, parameter in list(model.named_parameters()):
+        if parameter.dim() == 2:
+            owner, _, last = name.rpartition(".")
+            packed = _Packed(100 * parameter, requires_grad=False)
+            if kind == "8-bit floats":
+                packed = torch.nn.Parameter((100 * parameter).to(torch.float8_e4m3fn), requires_grad=False)
+            setattr(model.get_submodule(owner), last, packed)
+            names.append(name)
+    assert stored.keys() <= set(names)
+    assert not sampled(model)
+    assert not others(model, stored)
+
+
+def test_a_compiled_model_has_the_names_of_its_own():
+    model = adapt(tiny.tiny_bert(), AdaMixConfig())
+    stored, compiled = sampled(model), torch.compile(model)
+    assert sampled(compiled) == stored
+    assert not others(compiled, stored)
+    torch.nn.init.normal_(model.get_parameter(next(iter(stored))))
+    assert sampled(compiled) != stored

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 
 import pytest
 import tiny
@@ -237,13 +238,16 @@ def test_two_writers_of_one_folder_wait_for_each_other(tmp_path, caplog):
         fcntl.flock(handle, fcntl.LOCK_EX)  # another process that is writing
         writer = threading.Thread(target=save_pack, args=(models[1], out))
         writer.start()
-        writer.join(0.1)
+        deadline = time.monotonic() + 60
+        while "waiting" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert writer.is_alive()
         assert f"{out}: waiting for another process that is writing to it" in caplog.text
         assert sorted(path.name for path in out.iterdir()) == before
     finally:
         os.close(handle)
-    writer.join()
+    writer.join(60)
+    assert not writer.is_alive()
     batch = tp.inputs(models[1])
     assert torch.equal(tp.logits(load_pack(tiny.tiny_bert(), out), "a", batch), tp.logits(models[1], "a", batch))
 

@@ -21,6 +21,7 @@ def singles(**axes):
 
 
 def _cases(axes, together):
+    assert len(axes) >= together, f"{together} settings at least"
     whole = list(itertools.product(*axes.values()))
     return pytest.mark.parametrize(tuple(axes), whole if NIGHTLY else covering(whole, together))
 
