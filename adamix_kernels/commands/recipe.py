@@ -23,7 +23,7 @@ ACTIONS = {
 RECIPE = (
     "RECIPE is one of `adamix recipe list`, or a JSON file as `adamix recipe show RECIPE` prints it. Methods are names "
     "of `adamix recipe methods`, with options after a colon (adamix:num_experts=8,routing=sample; of every method "
-    "learning_rate and times_epochs), or the groups default, baselines, ablations and controls."
+    "learning_rate, times_epochs, warmup_ratio), or the groups default, baselines, ablations and controls."
 )
 
 

@@ -44,9 +44,9 @@ _OPTIONS = {
     "unipelt": ("parts",),
 }
 PASSES = 1.8  # time of a step with both passes, in steps of one adapter
-# Of every method: its learning rate, and how many times the recipe's epochs it trains. Of AdaMix: the part of its steps
-# in which all experts are one.
-_TRAINING = ("learning_rate", "times_epochs", "together")
+# Of every method: its learning rate, how many times the recipe's epochs it trains, the part of its steps in which the
+# rate rises. Of AdaMix: the part of its steps in which all experts are one.
+_TRAINING = ("learning_rate", "times_epochs", "together", "warmup_ratio")
 _UNIPELT_PARTS = ("ap", "apl")
 _ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie")
 _HOULSBY = {
@@ -105,7 +105,10 @@ def parse_method(text: str) -> Method:
             raise ValueError(f"method: got {part!r} in {text!r}, expected option=value")
         options[key] = as_value(value)
     for key in options.keys() & set(_TRAINING):
-        if isinstance(options[key], bool) or not isinstance(options[key], (int, float)) or not options[key] > 0:
+        number = not isinstance(options[key], bool) and isinstance(options[key], (int, float))
+        if key == "warmup_ratio" and not (number and 0 <= options[key] < 1):
+            raise ValueError(f"method: got {key}={options[key]!r}, expected a number from 0 to below 1")
+        if key != "warmup_ratio" and not (number and options[key] > 0):
             raise ValueError(f"method: got {key}={options[key]!r}, expected a number above 0")
     own = {key: value for key, value in options.items() if key not in _TRAINING}
     together = options.get("together")
@@ -244,6 +247,12 @@ def epochs(method: Method, recipe: Recipe) -> float:
     """The recipe's, as many times as the method asks."""
     number: float = recipe.training["num_train_epochs"] * dict(method.options).get("times_epochs", 1)
     return number
+
+
+def warmup(method: Method) -> dict[str, float]:
+    """The field of the training that the method changes: warmup_ratio, in place of the recipe's, or none."""
+    options = dict(method.options)
+    return {key: options[key] for key in ("warmup_ratio",) if key in options}
 
 
 def heads(model: nn.Module) -> list[nn.Parameter]:

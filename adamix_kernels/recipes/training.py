@@ -21,7 +21,7 @@ from ..models.trainer import AdaMixTrainer
 from ..reports import TrainingReport
 from . import processes
 from .config import Recipe
-from .methods import Built, Method, build, epochs, kept_parameters, learning_rate
+from .methods import Built, Method, build, epochs, kept_parameters, learning_rate, warmup
 from .metrics import Scores
 from .together import Together
 
@@ -129,7 +129,7 @@ def training_arguments(
     Raises ValueError for a field that TrainingArguments has not.
     """
     rate, passes = learning_rate(method, recipe), epochs(method, recipe)
-    values = {**recipe.training, "learning_rate": rate, "num_train_epochs": passes}
+    values = {**recipe.training, "learning_rate": rate, "num_train_epochs": passes, **warmup(method)}
     known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} | {"warmup_ratio"}
     unknown = next((name for name in values if name not in known), None)
     if unknown is not None:

@@ -75,7 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--write", action="store_true", help=f"compile what is new or changed, then write {TABLE.name}")
     mode.add_argument("--check", action="store_true", help=f"compile everything and compare with {TABLE.name}")
-    mode.add_argument("--hardest", action="store_true", help="compile the hardest cases: two a kernel and target")
+    mode.add_argument(
+        "--hardest", type=int, nargs="?", const=sys.maxsize, metavar="N",
+        help="compile the hardest cases, two a kernel and target; with N those N of them that need the most registers",
+    )  # fmt: skip
     mode.add_argument("--list", action="store_true", help="compile nothing: the cases alone")
     parser.add_argument("--target", type=int, choices=SHARED_LIMITS, help="--hardest for this GPU alone")
     parser.add_argument("--out", type=Path, help="CSV of what was compiled or listed")
@@ -85,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("aot: TRITON_INTERPRET is set; interpreted kernels cannot be compiled", file=sys.stderr)
         return 2
+    if options.hardest is not None and options.hardest < 1:
+        parser.error(f"--hardest: got {options.hardest}, expected at least 1")
     if options.target and not options.hardest:
         parser.error(f"--target: got {options.target} without --hardest, which alone takes it")
     if options.jobs < 1:
@@ -107,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chosen = [row for row in want if not unchanged(row, committed.get(row.key))]
         elif options.hardest:
             rows = (committed.get(row.key, row) for row in want)
-            chosen = hardest(row for row in rows if options.target in (None, row.target))
+            chosen = hardest((row for row in rows if options.target in (None, row.target)), options.hardest)
         rows = sorted(kept, key=lambda row: row.key)
         for made, failed in compiled([row.key for row in chosen], options.jobs, options.cache):
             rows = sorted(rows + made, key=lambda row: row.key)

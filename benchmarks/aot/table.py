@@ -170,12 +170,13 @@ def unchanged(row: Row, old: Row | None) -> bool:
     return old is not None and (old.source, old.config, old.triton) == (row.source, row.config, row.triton)
 
 
-def hardest(rows: Iterable[Row]) -> list[Row]:
-    """One row for each kernel, size of its dtype, and target: that with the most registers, then shared memory."""
+def hardest(rows: Iterable[Row], number: int | None = None) -> list[Row]:
+    """One row for each kernel, size of its dtype, and target: that with the most registers, then shared memory. Of all
+    these `number`, those with the most."""
     chosen: dict[tuple, Row] = {}
     for row in sorted(rows, key=lambda r: (-(r.registers or 0), -(r.shared_bytes or 0), r.key)):
         chosen.setdefault((row.kernel, row.dtype == "float32", row.target), row)
-    return sorted(chosen.values(), key=lambda r: r.key)
+    return sorted(list(chosen.values())[:number], key=lambda r: r.key)
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:

@@ -4,17 +4,18 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from plain_lora import INDEX_KINDS, gradients, leaves_of, lora_case, per_token_lora
+from suite_size import pairs
 
 from adamix_kernels.functional import routed_lora
 from adamix_kernels.ops._dropout import keep_mask
 
 
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("with_base", [True, False])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-@pytest.mark.parametrize("a_kind", INDEX_KINDS)
-@pytest.mark.parametrize("b_kind", INDEX_KINDS)
+CASES = dict(
+    a_kind=INDEX_KINDS, b_kind=INDEX_KINDS, dropout_p=[0.0, 0.4], with_base=[True, False], groups=[1, 2],
+)  # fmt: skip
+
+
+@pairs(**CASES, index_dtype=[torch.int32, torch.int64])
 def test_equals_the_per_token_definition(a_kind, b_kind, dropout_p, with_base, groups, index_dtype):
     args, options = lora_case(a_kind, b_kind, groups, with_base, index_dtype=index_dtype)
     drop = dict(dropout_p=dropout_p, seed=11)
@@ -26,11 +27,7 @@ def test_equals_the_per_token_definition(a_kind, b_kind, dropout_p, with_base, g
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("with_base", [True, False])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-@pytest.mark.parametrize("a_kind", INDEX_KINDS)
-@pytest.mark.parametrize("b_kind", INDEX_KINDS)
+@pairs(**CASES)
 def test_gradcheck(a_kind, b_kind, dropout_p, with_base, groups):
     """Finite differences see the forward mask, the backward recomputes it: they agree only if it is the same."""
     index_dtype = torch.int32 if a_kind == "sample" else torch.int64

@@ -22,6 +22,7 @@ from adamix_kernels.recipes.methods import ablations, epochs, learning_rate
 from adamix_kernels.recipes.metrics import TOKENS, _caption, label_scores, text_scores
 from adamix_kernels.recipes.paired import differences, differences_table, t_point, write_differences
 from adamix_kernels.recipes.summary import group_rows, markdown, write_summary
+from adamix_kernels.recipes.training import training_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 GLUE = ("mnli", "qnli", "sst2", "qqp", "mrpc", "cola", "rte", "stsb")
@@ -293,7 +294,7 @@ def test_a_table_and_plots_out_of_rows(tmp_path):
         write_summary([], tmp_path)
 
 
-def test_every_method_has_a_rate_and_epochs_of_its_own():
+def test_every_method_has_a_rate_warm_up_and_epochs_of_its_own(tmp_path):
     recipe = load_recipe("evidence/minilm")
     for text in ("pfeiffer:times_epochs=1.8", "adamix:learning_rate=0.01,times_epochs=1.8"):
         method = parse_method(text)
@@ -301,12 +302,16 @@ def test_every_method_has_a_rate_and_epochs_of_its_own():
     assert learning_rate(method, recipe) == 0.01
     assert learning_rate(parse_method("full:learning_rate=0.5"), recipe) == 0.5
     assert (epochs(parse_method("full"), recipe), learning_rate(parse_method("full"), recipe)) == (10, 1e-4)
+    for text, steps in (("pfeiffer", 4), ("pfeiffer:warmup_ratio=0", 0), ("adamix:warmup_ratio=0.2", 12)):
+        arguments, _ = training_arguments(recipe, parse_method(text), 0, 96, tmp_path)
+        assert (parse_method(text).own, arguments.warmup_steps) == ({}, steps)
     for text, message in (
         ("head:times_epochs=0", "times_epochs=0, expected a number above 0"),
         ("adamix:learning_rate=fast", "learning_rate='fast', expected a number above 0"),
         ("pfeiffer:together=0.5", "together=0.5 in 'pfeiffer:together=0.5', expected a part below 1, of drawn experts"),
         ("adamix:together=1", "together=1 in 'adamix:together=1', expected a part below 1"),
         ("adamix:together=0.5,routing=learned", "expected a part below 1, of drawn experts"),
+        ("head:warmup_ratio=1", "warmup_ratio=1, expected a number from 0 to below 1"),
         ("soup:models=1", "models=1, expected a whole number of 2 or more"),
         ("pfeiffer:models=3", r"options \['models'\] for pfeiffer, expected some of \['bottleneck', 'learning_rate'"),
     ):
