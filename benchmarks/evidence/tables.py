@@ -178,7 +178,10 @@ def _all(values: Iterable[str]) -> str:
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-    return f"{statistics.mean(values):.{digits}f} ± {deviation(values):.{digits}f}" if values else ""
+    if not values:
+        return ""
+    spread = f" ± {deviation(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
