@@ -107,7 +107,9 @@ STUDIES = (
           make=data.hold_back),
     Study("sst2_4_epochs", "sst2", ["pfeiffer", "adamix:routing=batch"], _epochs(4, ROUTED)),
     Study("sst2_30_shots", "sst2", ["default"], _epochs(60, ROUTED, 8), SHOTS),
-    Study("sst2_30_controls", "sst2", NEW_CONTROLS, _epochs(60, ["merged"], 8), SHOTS),
+    # One expert with both passes also at the rate that the search below finds for it.
+    Study("sst2_30_controls", "sst2", (*NEW_CONTROLS, _at("adamix:num_experts=1", 0.01)),
+          _epochs(60, ["merged"], 8), SHOTS),
     Study("sst2_30_search", "sst2_held_back", [_at(m, r) for m in SEARCHED for r in RATES],
           _epochs(60, ["merged"], 8), SHOTS, seeds=1, make=data.hold_back),
     # The same sentences as in sst2_1000_rows.jsonl, which an older release trained and nothing trains again: the plain
