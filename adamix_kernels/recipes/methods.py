@@ -105,11 +105,11 @@ def parse_method(text: str) -> Method:
             raise ValueError(f"method: got {part!r} in {text!r}, expected option=value")
         options[key] = as_value(value)
     for key in options.keys() & set(_TRAINING):
-        number = not isinstance(options[key], bool) and isinstance(options[key], (int, float))
-        if key == "warmup_ratio" and not (number and 0 <= options[key] < 1):
-            raise ValueError(f"method: got {key}={options[key]!r}, expected a number from 0 to below 1")
-        if key != "warmup_ratio" and not (number and options[key] > 0):
-            raise ValueError(f"method: got {key}={options[key]!r}, expected a number above 0")
+        given, fraction = options[key], key == "warmup_ratio"
+        number = not isinstance(given, bool) and isinstance(given, (int, float))
+        if not (number and (0 <= given < 1 if fraction else given > 0)):
+            wanted = "from 0 to below 1" if fraction else "above 0"
+            raise ValueError(f"method: got {key}={given!r}, expected a number {wanted}")
     own = {key: value for key, value in options.items() if key not in _TRAINING}
     together = options.get("together")
     if together is not None and (name != "adamix" or together >= 1 or own.get("routing") == "learned"):
@@ -251,8 +251,7 @@ def epochs(method: Method, recipe: Recipe) -> float:
 
 def warmup(method: Method) -> dict[str, Any]:
     """The field of the training that the method changes: warmup_ratio, in place of the recipe's, or none."""
-    options = dict(method.options)
-    return {key: options[key] for key in ("warmup_ratio",) if key in options}
+    return {key: value for key, value in method.options if key == "warmup_ratio"}
 
 
 def heads(model: nn.Module) -> list[nn.Parameter]:
