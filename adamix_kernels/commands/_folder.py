@@ -5,15 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from types import ModuleType
+from pathlib import Path
 
+from ..models._files import keep_folder, make_folder
 from ..recipes.processes import agree, is_main, join
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 
 
 @contextlib.contextmanager
@@ -28,7 +23,7 @@ def alone_in(folder: str, use_cpu: bool = False) -> Iterator[None]:
     made = is_main() and not os.path.isdir(folder)
     with contextlib.ExitStack() as stack:
         join(use_cpu)
-        if agree(is_main() and not _locked(folder, stack)):
+        if agree(is_main() and not keep_folder(make_folder(Path(folder)), stack)):
             raise ValueError(
                 f"out: got {folder!r}, to which another training is writing, expected another folder, or to wait"
             )
@@ -38,18 +33,3 @@ def alone_in(folder: str, use_cpu: bool = False) -> Iterator[None]:
             if made:  # nothing was written
                 with contextlib.suppress(OSError):
                     os.rmdir(folder)
-
-
-def _locked(folder: str, stack: contextlib.ExitStack) -> bool:
-    os.makedirs(folder, exist_ok=True)
-    if fcntl is None:
-        return True
-    handle = os.open(folder, os.O_RDONLY)
-    stack.callback(os.close, handle)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
-    return True

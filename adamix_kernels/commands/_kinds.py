@@ -20,7 +20,8 @@ from ..tasks.generation import IGNORED, beam_decode, encode_texts, pair_collator
 
 METRICS = {"classification": CLASS_METRICS, "regression": NUMBER_METRICS, "generation": TEXT_METRICS}
 DEFAULT_METRICS = {"classification": ("accuracy",), "regression": ("pearson", "spearman"), "generation": ()}
-GENERATION = {"max_new_tokens": 64, "beams": 4, "length_penalty": 0.8, "no_repeat_ngram": 4}
+GENERATION_TOKENS = 64
+GENERATION = {"max_new_tokens": GENERATION_TOKENS, "beams": 4, "length_penalty": 0.8, "no_repeat_ngram": 4}
 FALLING = ("loss", "rmse", "ter")  # less is better
 PLAIN = ("nist", "cider", "rmse", "loss")  # no percentages
 
@@ -175,6 +176,11 @@ Kind = LabelKind | GenerationKind
 def contexts(texts: Sequence[str], pairs: Sequence[str] | None) -> list[str]:
     """What a causal model reads: the text, and the second one of a pair after a blank."""
     return list(texts) if pairs is None else [f"{t} {p}" for t, p in zip(texts, pairs, strict=True)]
+
+
+def most_new_tokens(longest: int) -> int:
+    """Of a generated text, by default, where a text with its context has `longest` tokens."""
+    return max(1, min(GENERATION_TOKENS, longest // 2))
 
 
 def longest_text(model: Any, tokenizer: Any) -> int:

@@ -154,7 +154,7 @@ class FitOptions:
     )
     early_stopping: int = option("end after so many evaluations without a better score; 0 does not", 0)
     head_learning_rate: float = option("of the task head; 0 is --learning_rate", 0.0)
-    max_new_tokens: int = option("of a generated text", 64)
+    max_new_tokens: int | None = option("of a generated text (default: 64, or half of a text's where that is less)")
     beams: int = option("of the beam search that generates a text", 4)
     no_baselines: bool = option("do not measure the majority class and the frozen encoder beside the run", False)
     resume: str = option("go on from a checkpoint folder; alone, from the last one in --out", "", nargs="?", const=LAST)

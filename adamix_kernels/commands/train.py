@@ -22,7 +22,7 @@ from ..tasks.batches import without_tasks
 from . import _defaults
 from ._baselines import Baselines, Work, measure
 from ._folder import alone_in
-from ._kinds import Kind, checked_metrics, longest_text, make_kind, start_at, without_text
+from ._kinds import Kind, checked_metrics, longest_text, make_kind, most_new_tokens, start_at, without_text
 from ._options import needs_out, quiet, set_log_level
 from ._parser import OptionParser
 from ._train_options import SHOWN, AdaptationOptions, DataOptions, FitOptions, check_amounts
@@ -128,9 +128,11 @@ def _train(options: Options) -> None:
         else:
             model, tokenizer = load_classifier(encoder, task.label_names, data.pooling, task=task.kind)
     check_targets(model, config)  # before the baselines, which take their time
-    settings = {"max_new_tokens": fit.max_new_tokens, "beams": fit.beams} if task.kind == "generation" else {}
     size = arguments.per_device_eval_batch_size
     longest = min(data.max_tokens, longest_text(model, tokenizer))
+    settings = {}
+    if task.kind == "generation":
+        settings = {"max_new_tokens": fit.max_new_tokens or most_new_tokens(longest), "beams": fit.beams}
     kind = make_kind(task.kind, task.label_names, tokenizer, longest, metrics, settings, size)
     dev = task.dev.sample(data.max_eval_rows or None, 0)
     rows, dev_rows = kind.encode(task.train.sample(data.max_train_rows or None, arguments.seed)), kind.encode(dev)

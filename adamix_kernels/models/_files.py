@@ -30,6 +30,7 @@ except ImportError:  # not on Windows
 
 _CHUNK = 1 << 20  # bytes
 _SEAL = "sha256"
+_KEPT: set[tuple[int, int]] = set()  # device and number of the folders that this process keeps for itself
 _TEMPORARY = re.compile(r"\.adamix\.(\d+)\.(?:\d+\.)?tmp")
 
 
@@ -49,6 +50,24 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def keep_folder(folder: Path, stack: contextlib.ExitStack) -> bool:
+    """Keeps `folder`, until `stack` ends, for this process alone, which is then its one_writer whenever it asks; False
+    where another has it. The lock is the folder's own: it leaves no file, and ends with the process."""
+    if fcntl is None:
+        return True
+    handle = os.open(folder, os.O_RDONLY)
+    stack.callback(os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    _KEPT.add(_number(handle))
+    stack.callback(_KEPT.discard, _number(handle))
+    return True
+
+
 @contextlib.contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
     """Waits until no other process or thread is in one for `folder`: each would remove the other's files that no JSON
@@ -57,15 +76,25 @@ def one_writer(folder: Path) -> Iterator[None]:
         if fcntl is not None:
             handle = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, handle)
-            with contextlib.suppress(OSError):
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    logger.warning("%s: waiting for another process that is writing to it", folder)
-                    fcntl.flock(handle, fcntl.LOCK_EX)
-                # Closing alone would leave it locked while a process that was forked meanwhile lives.
-                stack.callback(fcntl.flock, handle, fcntl.LOCK_UN)
+            if _number(handle) not in _KEPT:
+                with contextlib.suppress(OSError):
+                    _wait_for(handle, folder, fcntl)
+                    # Closing alone would leave it locked while a process that was forked meanwhile lives.
+                    stack.callback(fcntl.flock, handle, fcntl.LOCK_UN)
         yield
+
+
+def _wait_for(handle: int, folder: Path, locks: ModuleType) -> None:
+    try:
+        locks.flock(handle, locks.LOCK_EX | locks.LOCK_NB)
+    except BlockingIOError:
+        logger.warning("%s: waiting for another process that is writing to it", folder)
+        locks.flock(handle, locks.LOCK_EX)
+
+
+def _number(handle: int) -> tuple[int, int]:
+    found = os.fstat(handle)
+    return found.st_dev, found.st_ino
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -15,7 +15,7 @@ from .._backends import check_request
 from .._version import __version__
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import Router, process_rank
-from ._files import make_folder, remove_unnamed, write_safetensors_by_digest, write_sealed_json
+from ._files import make_folder, one_writer, remove_unnamed, write_safetensors_by_digest, write_sealed_json
 from .centroid import Centroid
 from .config import AdaMixConfig
 from .factors import NAMES, Factors
@@ -123,13 +123,15 @@ def write_checkpoint(
         "trainable": trainable,
         **({} if state.centroid is None else {"centroid": state.centroid.to_json()}),
     }
-    try:
-        file, digest = write_safetensors_by_digest(folder, "adamix", tensors)
-        tensor_file = {"file": file.name, "bytes": file.stat().st_size, "sha256": digest}
-        write_sealed_json(folder / CHECKPOINT_NAME, {**header, "tensors": tensor_file})
-    finally:
-        remove_unnamed(folder / CHECKPOINT_NAME, "adamix")
-    logger.info("Saved the adaptation in %s (%d tensors, %d bytes)", folder, len(tensors), file.stat().st_size)
+    with one_writer(folder):
+        try:
+            file, digest = write_safetensors_by_digest(folder, "adamix", tensors)
+            size = file.stat().st_size
+            tensor_file = {"file": file.name, "bytes": size, "sha256": digest}
+            write_sealed_json(folder / CHECKPOINT_NAME, {**header, "tensors": tensor_file})
+        finally:
+            remove_unnamed(folder / CHECKPOINT_NAME, "adamix")
+    logger.info("Saved the adaptation in %s (%d tensors, %d bytes)", folder, len(tensors), size)
     return folder
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import process_rank
-from ._files import write_json
+from ._files import one_writer, write_json
 from .card import adamix_card, write_card
 from .header import CHECKPOINT_NAME, check_no_pack_in, read_header
 from .pooling import pooling_of
@@ -73,7 +73,8 @@ def save_folder(
     if whole is None:
         write_json(folder / "config.json", GUARD)
         # from_pretrained stops at such metadata, should a caller bring a configuration of his own.
-        write_json(folder / _INDEX, {"metadata": _WAY, "weight_map": _tensor_names(folder)})
+        with one_writer(folder):  # another process may have put its checkpoint in the place of ours
+            write_json(folder / _INDEX, {"metadata": _WAY, "weight_map": _tensor_names(folder)})
     else:
         logger.warning(
             "%s holds a whole model (%s) besides the AdaMix checkpoint that was written there: from_pretrained reads "

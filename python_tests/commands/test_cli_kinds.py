@@ -129,6 +129,15 @@ def test_a_long_context_leaves_room_for_the_text(written, capsys):
     assert "max_new_tokens: got 128, expected less than the 128 tokens of a text" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("tokens", "new"), [(20, 10), (64, 32), (128, 64)])
+def test_the_tokens_of_a_generated_text_fit_by_default(tokens, new, tmp_path):
+    tiny_recipes.write_causal(tmp_path / "gpt")
+    data = write_prompts(tmp_path / "prompts.jsonl")
+    more = ["--task", "generation", "--method", "lora", "--max_steps", "1", "--max_tokens", str(tokens)]
+    assert run(tmp_path, tmp_path / "gpt", data, *more) == 0
+    assert tasks.read_run(tmp_path / "out").generation["max_new_tokens"] == new
+
+
 def test_which_runs_can_be_exported(numbers):
     model, _ = tasks.load(numbers / "out")
     found = tasks.read_run(numbers / "out")

@@ -18,6 +18,7 @@ from checkpoint_cases import (
     tensor_file,
     truncate,
 )  # fmt: skip
+from two_writers import write_while_locked
 
 from adamix_kernels.models import checkpoint
 from adamix_kernels.models.checkpoint import load_adamix, save_adamix
@@ -107,3 +108,12 @@ def test_a_model_whose_head_can_read_no_mean_stays_untouched(tmp_path):
     with pytest.raises(ValueError, match=message):
         load_adamix(other, tmp_path)
     same_picture(before, picture(other))
+
+
+def test_two_writers_of_one_folder_wait_for_each_other(tmp_path, caplog):
+    first, second = adapted(seed=1), adapted(seed=2)
+    out = save_adamix(first, tmp_path / "out")
+    write_while_locked(out, caplog, save_adamix, second, out)
+    loaded = load_adamix(bare(), out)
+    assert torch.equal(loaded.state_dict()[KEY], second.state_dict()[KEY])
+    assert len(list(out.glob("*.safetensors"))) == 1

@@ -3,16 +3,15 @@
 import copy
 import io
 import json
-import os
 import shutil
 import threading
-import time
 
 import pytest
 import tiny
 import tiny_packs as tp
 import torch
 from safetensors.torch import load_file, save_file
+from two_writers import write_while_locked
 
 from adamix_kernels import AdaMixConfig, adapt, add_expert, load_pack, pack, replace_expert, save_adamix, save_pack
 from adamix_kernels.packs.reading import read_source
@@ -228,26 +227,10 @@ def test_load_finds_a_pack_and_its_base(tmp_path):
 
 
 def test_two_writers_of_one_folder_wait_for_each_other(tmp_path, caplog):
-    fcntl = pytest.importorskip("fcntl")
     folders = [tp.saved(tmp_path / str(seed), tiny.tiny_bert, seed, bottleneck=4) for seed in (1, 2)]
     models = [pack(tiny.tiny_bert(), {"a": folder}) for folder in folders]
     out = save_pack(models[0], tmp_path / "out")
-    before = sorted(path.name for path in out.iterdir())
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # another process that is writing
-        writer = threading.Thread(target=save_pack, args=(models[1], out))
-        writer.start()
-        deadline = time.monotonic() + 60
-        while "waiting" not in caplog.text and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert writer.is_alive()
-        assert f"{out}: waiting for another process that is writing to it" in caplog.text
-        assert sorted(path.name for path in out.iterdir()) == before
-    finally:
-        os.close(handle)
-    writer.join(60)
-    assert not writer.is_alive()
+    write_while_locked(out, caplog, save_pack, models[1], out)
     batch = tp.inputs(models[1])
     assert torch.equal(tp.logits(load_pack(tiny.tiny_bert(), out), "a", batch), tp.logits(models[1], "a", batch))
 
