@@ -11,7 +11,7 @@ from unittest import mock
 
 from adamix_kernels import _extension, backends
 
-from .fuzz import adapters, gated, loras, losses, merges, routers
+from .fuzz import adapters, gated, loras, losses, merges, mixtures, routers
 from .fuzz.draws import HALVES_AND_FLOAT, Sizes
 from .fuzz.kernels import Group, run_groups
 from .record import Figure
@@ -148,6 +148,10 @@ def groups() -> list[Group]:
             ("pair_finish_kernel",), twice=4,
         ),
         Group("router", routers.router_cases(dtypes, sizes), ("router_forward_kernel",)),
+        Group(
+            "mixture_lora, many experts", mixtures.mixture_lora_cases(dtypes, sizes, many=True),
+            ("router_forward_kernel",),
+        ),
         *_gated_groups(),
     ]  # fmt: skip
 
