@@ -43,13 +43,13 @@ STAND_INS = {
     "ptx90": ("triton", "sm_90 PTX on a CPU", {}, "sm_90 code run on a CPU"),
     "csrc": ("cuda", "csrc/ on a CPU", {"ADAMIX_CUDA_HOST": str(HOST_LIBRARY)}, "run on a CPU"),
 }
+# Rows of the README, whose length is limited: mixture_lora, the gated op with its router, has none of its own.
 NAMES = {
     "routed_adapter": "routed_adapter",
     "routed_lora": "routed_lora",
     "gated_adapter": "routed_adapter with gates",
     "gated_lora": "routed_lora with gates",
     "router": "linear routers of gates",
-    "mixture_lora": "linear routers and their LoRAs as one",
     "merge": "merge_experts, merge_lora",
     "consistency": "consistency_loss, adamix_loss, linear_adamix_loss",
 }

@@ -8,6 +8,7 @@ from mixture_cases import (
     Mixture,
     check_against_parts,
     check_choice,
+    check_compiled_layer,
     check_empty,
     check_in_place,
     check_infinite_expert,
@@ -89,6 +90,10 @@ def test_in_place():
 
 def test_the_layer_calls_it_where_kernels_serve(monkeypatch):
     check_layer("reference", monkeypatch)
+
+
+def test_the_layer_is_one_graph(monkeypatch):
+    check_compiled_layer("reference", monkeypatch)
 
 
 def test_compile_autocast_checkpointing_and_opcheck():

@@ -234,6 +234,34 @@ def check_layer(backend, monkeypatch, device="cpu"):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def check_compiled_layer(backend, monkeypatch, device="cpu"):
+    """One graph of the layer, its router and its losses, whatever the batch."""
+    from adamix_kernels.modules import _mixture
+
+    def served(*_):
+        return True
+
+    served._dynamo_marked_constant = True
+    monkeypatch.setattr(_mixture, "by_kernel", served)
+    gate = LinearRouter(16, 6, 2, balance=True)
+    options = dict(r=4, alpha=8, num_experts=6, share=None, gate=gate, backend=backend)
+    layer = RoutedLoRALinear.from_linear(torch.nn.Linear(16, 10), **options).to(device)
+    torch.nn.init.normal_(layer.lora_b)
+
+    def loss(x):
+        return layer(x).square().sum() + gate.last.balance
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (3, 5, 9):
+        x = torch.randn(batch, 7, 16, device=device, requires_grad=True)
+        leaves = [x, layer.lora_a, layer.lora_b, gate.weight]
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            losses = compiled(x), loss(x)
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(one, leaves) for one in losses), rtol=1e-5, atol=1e-5)
+
+
 def check_wrapped(backend, device="cpu"):
     """One graph whatever the batch; autocast's dtype; checkpointing's bits; opcheck of all three ops."""
     for name in ("dense", "top 3 of 5, tails, groups, dropout"):

@@ -16,6 +16,7 @@ from mixture_cases import (
     Mixture,
     check_against_parts,
     check_choice,
+    check_compiled_layer,
     check_empty,
     check_in_place,
     check_infinite_expert,
@@ -88,5 +89,6 @@ def test_the_layer_calls_it(monkeypatch):
 
 
 @pytest.mark.skipif(not INTERPRET, reason="tracing is the same")
-def test_compile_autocast_checkpointing_and_opcheck():
+def test_compile_autocast_checkpointing_and_opcheck(monkeypatch):
     check_wrapped("triton", DEVICE)
+    check_compiled_layer("triton", monkeypatch, DEVICE)
