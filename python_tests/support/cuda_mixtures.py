@@ -55,7 +55,7 @@ class Mixture:
         return [index if self.top_k and bank > 1 else None for bank in self.banks]
 
     def definition(self, index):
-        """Of these experts: a function of the tensors that there are, giving (out, t, gates, logits) in plain PyTorch."""
+        """A function of the tensors there are, giving (out, t, gates, logits) in plain PyTorch of these experts."""
 
         def call(x, a, b, router, base=None):
             gates, _, logits = definition(x, router, None, self.top_k or None, index if self.top_k else None)
