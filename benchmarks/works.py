@@ -49,6 +49,7 @@ NAMES = {
     "gated_adapter": "routed_adapter with gates",
     "gated_lora": "routed_lora with gates",
     "router": "linear routers of gates",
+    "mixture_lora": "linear routers and their LoRAs as one",
     "merge": "merge_experts, merge_lora",
     "consistency": "consistency_loss, adamix_loss, linear_adamix_loss",
 }
@@ -60,6 +61,7 @@ TRITON_KERNELS = {
     "gated_lora_": "gated_lora",
     "gated_rows_": "gated_lora",
     "router": "router",
+    "mixture_": "mixture_lora",
     "merge_": "merge",
 }
 LOSS_KERNELS = ("pair_", "rescale_")
