@@ -72,8 +72,20 @@ ADAMIX_DEVICE void multiply_down(const GatedForward<T>& p, const Team& team, con
 #pragma unroll
       for (int i = 0; i < 2; ++i) rows[d][i] = mask.kept(rows[d][i], keys[i], columns);
     }
+    const T* weight = p.down + step * kStep + 8 * at.q;
+    auto load = [&](int tile, int d) {
+      // The lanes behind the last column take that one; their sums are not used.
+      int col = col0 + 8 * tile + at.g;
+      int64_t row = col < cols ? col : cols - 1;
+      bool inside = (step + d * kTeamShares) * kStep + 8 * at.q < p.features;
+      return inside ? load_piece_at(weight + d * kTeamShares * kStep, row * row_bytes) : uint4{0, 0, 0, 0};
+    };
+    uint4 ahead[kDepth];  // what is multiplied next, asked for with what rides
     if constexpr (More::kRides) {
-      more.multiply(rows, step * kStep + 8 * at.q, p.features);
+      more.load(step * kStep + 8 * at.q);
+#pragma unroll
+      for (int d = 0; d < kDepth; ++d) ahead[d] = load(0, d);
+      more.multiply(rows);
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
         if (!mask.drops()) continue;
@@ -82,18 +94,12 @@ ADAMIX_DEVICE void multiply_down(const GatedForward<T>& p, const Team& team, con
         for (int i = 0; i < 2; ++i) rows[d][i] = mask.kept(rows[d][i], keys[i], columns);
       }
     }
-    const T* weight = p.down + step * kStep + 8 * at.q;
 #pragma unroll
     for (int tile = 0; tile < Team::kTiles; ++tile) {
       if (tile >= tiles) break;
-      // The lanes behind the last column take that one; their sums are not used.
-      int col = col0 + 8 * tile + at.g;
-      int64_t row = col < cols ? col : cols - 1;
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
-        bool inside = (step + d * kTeamShares) * kStep + 8 * at.q < p.features;
-        const T* from = weight + d * kTeamShares * kStep;
-        uint4 b = inside ? load_piece_at(from, row * row_bytes) : uint4{0, 0, 0, 0};
+        uint4 b = More::kRides && tile == 0 ? ahead[d] : load(tile, d);
         multiply_step<T>(sums[tile], rows[d][0], rows[d][1], b);
       }
     }

@@ -8,38 +8,45 @@ namespace adamix {
 
 // x times the router's rows, eight experts a tile: what rides in the first product. The lanes behind the last expert
 // take that one; their sums are not used.
-template <typename T, int Tiles>
+template <typename T, int Tiles, typename Weight>
 struct RouterTile {
   static constexpr bool kRides = true;
 
-  const char* from[Tiles];
-  bool wide;
+  const Weight* from[Tiles];
+  int features;
+  uint4 words[Tiles][kDownDepth];
   float sums[Tiles][4] = {};
 
-  ADAMIX_DEVICE RouterTile(const MixtureForward<T>& p, const LaneRows& at) : wide(p.wide) {
+  ADAMIX_DEVICE RouterTile(const MixtureForward<T>& p, const LaneRows& at) : features(p.features) {
 #pragma unroll
     for (int tile = 0; tile < Tiles; ++tile) {
       int expert = 8 * tile + at.g < p.routed ? 8 * tile + at.g : p.routed - 1;
-      int64_t first = static_cast<int64_t>(expert) * p.features;
-      from[tile] = static_cast<const char*>(p.router) + first * (wide ? sizeof(float) : sizeof(T));
+      from[tile] = static_cast<const Weight*>(p.router) + static_cast<int64_t>(expert) * p.features;
     }
   }
-  // Eight columns from `col` on, as T.
-  ADAMIX_DEVICE uint4 piece(int tile, int col) const {
-    if (!wide) return load_words<uint4>(reinterpret_cast<const T*>(from[tile]) + col);
-    const float* at = reinterpret_cast<const float*>(from[tile]) + col;
+  // Of the steps that begin at the lane's column `col`.
+  ADAMIX_DEVICE void load(int col) {
+#pragma unroll
+    for (int d = 0; d < kDownDepth; ++d) {
+      int at = col + d * kTeamShares * kStep;
+#pragma unroll
+      for (int tile = 0; tile < Tiles; ++tile) {
+        words[tile][d] = at < features ? eight(from[tile] + at) : uint4{0, 0, 0, 0};
+      }
+    }
+  }
+  static ADAMIX_DEVICE uint4 eight(const T* at) { return load_words<uint4>(at); }
+  static ADAMIX_DEVICE uint4 eight(const float* at) {
     Piece<float> low = load_words<Piece<float>>(at), high = load_words<Piece<float>>(at + 4);
     return uint4{word_of<T>(low.values[0], low.values[1]), word_of<T>(low.values[2], low.values[3]),
                  word_of<T>(high.values[0], high.values[1]), word_of<T>(high.values[2], high.values[3])};
   }
-  // rows: of x, of the steps that begin at the lane's column `col`.
-  ADAMIX_DEVICE void multiply(const uint4 (&rows)[kDownDepth][2], int col, int features) {
+  ADAMIX_DEVICE void multiply(const uint4 (&rows)[kDownDepth][2]) {
 #pragma unroll
-    for (int tile = 0; tile < Tiles; ++tile) {
+    for (int d = 0; d < kDownDepth; ++d) {
 #pragma unroll
-      for (int d = 0; d < kDownDepth; ++d) {
-        int at = col + d * kTeamShares * kStep;
-        multiply_step<T>(sums[tile], rows[d][0], rows[d][1], at < features ? piece(tile, at) : uint4{0, 0, 0, 0});
+      for (int tile = 0; tile < Tiles; ++tile) {
+        multiply_step<T>(sums[tile], rows[d][0], rows[d][1], words[tile][d]);
       }
     }
   }
@@ -100,7 +107,7 @@ ADAMIX_DEVICE void choose(const MixtureForward<T>& p, const GatedTeam<T, Tiles>&
   __syncwarp();
 }
 
-template <typename T, int Tiles>
+template <typename T, int Tiles, typename Weight>
 __global__ void __launch_bounds__(kTeamThreads, 2) mixture_forward_mma_kernel(MixtureForward<T> p) {
   if constexpr (kHasFragments<T>) {
     SharedMemory memory;
@@ -108,7 +115,7 @@ __global__ void __launch_bounds__(kTeamThreads, 2) mixture_forward_mma_kernel(Mi
     GatedTeam<T, Tiles> team(memory, p);
     int down_cols = p.gates.down.experts * p.ranks();
     team.narrow.clear(at);
-    multiply_down(p, team, at, 0, down_cols, RouterTile<T, Tiles>(p, at));
+    multiply_down(p, team, at, 0, down_cols, RouterTile<T, Tiles, Weight>(p, at));
     __syncthreads();
     choose(p, team, at);
     add_down(p, team, at, 0, down_cols);
@@ -125,9 +132,11 @@ __global__ void __launch_bounds__(kTeamThreads, 2) mixture_forward_mma_kernel(Mi
   }
 }
 
-#define ADAMIX_INSTANTIATE(T)                                                   \
-  template __global__ void mixture_forward_mma_kernel<T, 1>(MixtureForward<T>); \
-  template __global__ void mixture_forward_mma_kernel<T, 2>(MixtureForward<T>);
+#define ADAMIX_INSTANTIATE(T)                                                          \
+  template __global__ void mixture_forward_mma_kernel<T, 1, T>(MixtureForward<T>);     \
+  template __global__ void mixture_forward_mma_kernel<T, 1, float>(MixtureForward<T>); \
+  template __global__ void mixture_forward_mma_kernel<T, 2, T>(MixtureForward<T>);     \
+  template __global__ void mixture_forward_mma_kernel<T, 2, float>(MixtureForward<T>);
 ADAMIX_INSTANTIATE(half)
 ADAMIX_INSTANTIATE(bfloat16)
 #undef ADAMIX_INSTANTIATE
@@ -138,16 +147,20 @@ bool launch_mixture_forward_mma(const MixtureForward<T>& params, const Device& d
   bool pieces = params.x.aligned && params.out_aligned && (params.base.data == nullptr || params.base.aligned);
   pieces = pieces && reinterpret_cast<uintptr_t>(params.router) % 16 == 0;
   if (!pieces || params.routed > kMixtureMostExperts || !team_fits<T>(params, false, device)) return false;
-  auto run = [&](auto tiles) {
+  auto run = [&](auto tiles, auto weight) {
     constexpr int kTiles = decltype(tiles)::value;
     size_t bytes = shared_bytes<GatedTeam<T, kTiles>>(params);
     if (bytes > static_cast<size_t>(device.shared_bytes)) return false;
     dim3 grid(static_cast<unsigned>((params.rows + kTeamRows - 1) / kTeamRows));
-    launch("mixture_forward_mma", mixture_forward_mma_kernel<T, kTiles>, {grid, kTeamThreads, bytes}, device, params);
+    launch("mixture_forward_mma", mixture_forward_mma_kernel<T, kTiles, typename decltype(weight)::type>,
+           {grid, kTeamThreads, bytes}, device, params);
     return true;
   };
-  if (params.routed <= 8) return run(std::integral_constant<int, 1>{});
-  return run(std::integral_constant<int, 2>{});
+  auto with_tiles = [&](auto weight) {
+    if (params.routed <= 8) return run(std::integral_constant<int, 1>{}, weight);
+    return run(std::integral_constant<int, 2>{}, weight);
+  };
+  return params.wide ? with_tiles(Type<float>{}) : with_tiles(Type<T>{});
 }
 
 template bool launch_mixture_forward_mma(const MixtureForward<half>&, const Device&);
