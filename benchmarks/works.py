@@ -68,7 +68,7 @@ LOSS_KERNELS = ("pair_", "rescale_")
 CUDA_FILES = {
     "routed_adapter": ("routed_adapter",),
     "routed_lora": ("routed_lora",),
-    "gated": ("gated_adapter", "gated_lora"),
+    "gated": ("gated_adapter", "gated_lora", "mixture_lora"),
     "router": ("router",),
     "merge": ("merge",),
     "consistency": ("consistency",),

@@ -149,10 +149,13 @@ def groups() -> list[Group]:
             ("pair_finish_kernel",), twice=4,
         ),
         Group("router", routers.router_cases(dtypes, sizes), ("router_forward_kernel",)),
-        Group("mixture_lora", mixtures.mixture_lora_cases(dtypes, sizes), ("router_forward_kernel",)),
         Group(
             "mixture_lora, pieces", mixtures.mixture_lora_cases(dtypes[1:], pieces, whole=True),
             ("mixture_forward_mma_kernel",),
+        ),
+        Group(
+            "mixture_lora, many experts", mixtures.mixture_lora_cases(dtypes, sizes, many=True),
+            ("router_forward_kernel",),
         ),
         *_gated_groups(),
     ]  # fmt: skip

@@ -59,7 +59,7 @@ def test_each_kind_of_gpu_is_verified_once_and_all_alike_take_the_result(gpus):
     with pytest.warns(RuntimeWarning, match=r"are not used by \"auto\": merge triton float32 any is wrong \(one row"):
         report = adamix_kernels.verify()
     assert gpus == [("cuda:0", 84), ("cuda:2", 84)]
-    assert len(report.of("right")) == 142
+    assert len(report.of("right")) == 166
     # By the table triton on an H100, were it right; the second choice.
     assert table.preferred(90, "merge", "float32", "any").order[:2] == ("triton", "cuda")
     assert [auto("merge", n) for n in range(3)] == ["cuda"] * 3

@@ -30,7 +30,7 @@ def backward(a: Backward, gated: ModuleType) -> tuple[torch.Tensor, ...]:
     if not routes:
         return dx, da, db, drouter
     d = logits_grad(grad_gates, a.grad_logits, a.gates, a.indices, a.router.shape[0])
-    flat, narrow = a.x.flatten(0, 1), d.to(a.x.dtype)
+    flat, narrow = a.x.reshape(len(d), a.x.shape[-1]), d.to(a.x.dtype)
     if a.need_x:
         weight = a.router.to(a.x.dtype)
         dx = narrow @ weight if a.grad_out is None else dx.view_as(flat).addmm_(narrow, weight)
