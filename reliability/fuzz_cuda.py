@@ -49,6 +49,7 @@ KERNELS = {
     "consistency_rescale": "pair_scale_kernel",
     "consistency_finish": "pair_finish_kernel",
     "router_forward": "router_forward_kernel",
+    "mixture_forward_mma": "mixture_forward_mma_kernel",
 }
 _GATED = {
     f"gated_{name}": f"gated_{name}_kernel"
@@ -148,6 +149,10 @@ def groups() -> list[Group]:
             ("pair_finish_kernel",), twice=4,
         ),
         Group("router", routers.router_cases(dtypes, sizes), ("router_forward_kernel",)),
+        Group(
+            "mixture_lora, pieces", mixtures.mixture_lora_cases(dtypes[1:], pieces, whole=True),
+            ("mixture_forward_mma_kernel",),
+        ),
         Group(
             "mixture_lora, many experts", mixtures.mixture_lora_cases(dtypes, sizes, many=True),
             ("router_forward_kernel",),

@@ -42,7 +42,7 @@ _COUNTERS = ("cases", "cuda", "launch", "loops", "memory", "model", "row", "sass
 # Of ops that share csrc/ with others, the folders there.
 _CSRC = {
     "gated_adapter": ("gated", "routed_adapter", "routed_lora"), "gated_lora": ("gated", "routed_lora"),
-    "mixture_lora": ("gated", "routed_lora", "router"),
+    "mixture_lora": ("mixture", "gated", "routed_lora", "router"),
 }  # fmt: skip
 # Of ops whose kernels are built of those of others, these: gates of what has none, the mixture of its parts.
 _BUILT_OF = {

@@ -29,7 +29,7 @@ def mixture_lora_cases(draw, dtypes, sizes: Sizes, whole: bool = False, many: bo
     d = Draw(draw, dtypes)
     batch, tokens = d.size(sizes.batch), d.size(sizes.tokens) + sizes.more_rows
     features, r, per_group = d.size(sizes.features), d.size(sizes.rank), d.size(sizes.features)
-    experts = d.choose((2, 3, 4, 7))
+    experts = d.choose((2, 3, 4, 7, 9))
     if many:
         experts, r = _MANY
     banks = d.choose(((experts, experts), (experts, experts), (1, experts), (experts, 1)))
