@@ -12,18 +12,22 @@ from types import MappingProxyType
 import torch
 
 # By op, the classes of shapes that are verified and chosen apart, and the largest size of the first of two. Sizes: of
-# routed ops Md*r or Ma*groups*r, the narrow columns of the first bank; of gated ops the same of the larger bank; of
-# losses the number of classes.
+# routed ops Md*r or Ma*groups*r, the narrow columns of the first bank; of gated ops and the mixture the same
+# of the larger bank; of losses the number of classes.
 SHAPES: dict[str, tuple[str, ...]] = {
     "routed_adapter": ("narrow", "wide"),
     "routed_lora": ("narrow", "wide"),
     "gated_adapter": ("narrow", "wide"),
     "gated_lora": ("narrow", "wide"),
     "router": ("any",),
+    "mixture_lora": ("narrow", "wide"),
     "merge": ("any",),
     "consistency": ("few", "many"),
 }
-LIMITS = {"routed_adapter": 256, "routed_lora": 256, "gated_adapter": 256, "gated_lora": 256, "consistency": 4096}
+LIMITS = {
+    "routed_adapter": 256, "routed_lora": 256, "gated_adapter": 256, "gated_lora": 256, "mixture_lora": 256,
+    "consistency": 4096,
+}  # fmt: skip
 
 Choice = tuple[str, torch.device, torch.dtype, str]
 

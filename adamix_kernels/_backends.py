@@ -18,7 +18,7 @@ import torch
 
 from . import _auto
 
-OPS = ("routed_adapter", "routed_lora", "gated_adapter", "gated_lora", "router", "merge", "consistency")
+OPS = ("routed_adapter", "routed_lora", "gated_adapter", "gated_lora", "router", "mixture_lora", "merge", "consistency")
 REQUESTS = ("auto", "reference", "triton", "cuda")
 _MODULES = {"reference": "reference", "triton": "triton_impl", "cuda": "cuda_impl"}
 

@@ -30,8 +30,8 @@ COMMAND = "python -m benchmarks.prefer --write"
 GPUS = {70: "V100", 80: "A100", 90: "H100", 100: "B200"}
 OPS = {
     "routed_adapter": "routed_adapter", "routed_lora": "routed_lora", "gated_adapter": "gated_adapter",
-    "gated_lora": "gated_lora", "router": "router", "merge_experts": "merge", "merge_banks": "merge",
-    "merge_lora": "merge", "adamix_loss": "consistency", "adamix_loss_expected": "consistency",
+    "gated_lora": "gated_lora", "router": "router", "mixture_lora": "mixture_lora", "merge_experts": "merge",
+    "merge_banks": "merge", "merge_lora": "merge", "adamix_loss": "consistency", "adamix_loss_expected": "consistency",
     "adamix_loss_full": "consistency", "consistency_loss": "consistency", "linear_adamix_loss": "consistency",
 }  # fmt: skip
 # A share this low is all start and end: which of two is lower says nothing.

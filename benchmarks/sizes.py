@@ -304,9 +304,20 @@ GATED_ADAPTER = {
 }
 ROUTER = {
     "gpu": (),
-    "count": (*(RouterSize(16, 512, 1024, 8, slots) for slots in (8, 2)), RouterSize(1, 1, 1024, 8, 2)),
+    "count": (
+        *(RouterSize(batch, 512, 1024, 8, slots) for batch in (16, 8) for slots in (8, 2)),
+        RouterSize(1, 1, 1024, 8, 2),
+    ),
     "cpu": (),
     "smoke": (RouterSize(2, 8, 32, 3, 3, dtype="float32"), RouterSize(2, 8, 32, 3, 2, dtype="float32")),
+    "odd": (),
+}
+# Of which GATED_LORA and ROUTER have the parts.
+MIXTURE_LORA = {
+    "gpu": (),
+    "count": tuple(GateSize(8, 512, 1024, 1024, 8, 8, slots) for slots in (8, 2)),
+    "cpu": (),
+    "smoke": tuple(GateSize(2, 8, 32, 32, 4, 3, slots, dtype="float32") for slots in (3, 2)),
     "odd": (),
 }
 LOSS = {

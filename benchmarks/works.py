@@ -43,6 +43,7 @@ STAND_INS = {
     "ptx90": ("triton", "sm_90 PTX on a CPU", {}, "sm_90 code run on a CPU"),
     "csrc": ("cuda", "csrc/ on a CPU", {"ADAMIX_CUDA_HOST": str(HOST_LIBRARY)}, "run on a CPU"),
 }
+# Rows of the README, whose length is limited: mixture_lora, the gated op with its router, has none of its own.
 NAMES = {
     "routed_adapter": "routed_adapter",
     "routed_lora": "routed_lora",
@@ -60,13 +61,14 @@ TRITON_KERNELS = {
     "gated_lora_": "gated_lora",
     "gated_rows_": "gated_lora",
     "router": "router",
+    "mixture_": "mixture_lora",
     "merge_": "merge",
 }
 LOSS_KERNELS = ("pair_", "rescale_")
 CUDA_FILES = {
     "routed_adapter": ("routed_adapter",),
     "routed_lora": ("routed_lora",),
-    "gated": ("gated_adapter", "gated_lora"),
+    "gated": ("gated_adapter", "gated_lora", "mixture_lora"),
     "router": ("router",),
     "merge": ("merge",),
     "consistency": ("consistency",),

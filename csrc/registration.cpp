@@ -65,6 +65,13 @@ STABLE_TORCH_LIBRARY(adamix_cuda, m) {
       "bool need_up, bool need_gates, bool add_input, str activation, str mix) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("router_forward(Tensor x, Tensor weight, Tensor? bias, int top_k) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "mixture_lora_forward(Tensor x, Tensor lora_a, Tensor lora_b, Tensor router, Tensor? base, Tensor? seed, "
+      "int top_k, float scaling, int groups, int[] offsets, float dropout_p) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "mixture_lora_forward_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor router, Tensor(a!) base, Tensor? seed, "
+      "int top_k, float scaling, int groups, int[] offsets, float dropout_p) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("merge_banks_forward(Tensor[] banks, Tensor?[] scores, int[] offsets, int elements) -> Tensor");
   m.def("merge_experts_forward(Tensor bank, Tensor? scores) -> Tensor");
   m.def(
@@ -118,6 +125,8 @@ STABLE_TORCH_LIBRARY_IMPL(adamix_cuda, CompositeExplicitAutograd, m) {
   m.impl("gated_adapter_forward", TORCH_BOX(&adamix::gated_adapter_forward));
   m.impl("gated_adapter_backward", TORCH_BOX(&adamix::gated_adapter_backward));
   m.impl("router_forward", TORCH_BOX(&adamix::router_forward));
+  m.impl("mixture_lora_forward", TORCH_BOX(&adamix::mixture_lora_forward));
+  m.impl("mixture_lora_forward_", TORCH_BOX(&adamix::mixture_lora_forward_inplace));
   m.impl("merge_banks_forward", TORCH_BOX(&adamix::merge_banks_forward));
   m.impl("merge_experts_forward", TORCH_BOX(&adamix::merge_experts_forward));
   m.impl("merge_experts_backward", TORCH_BOX(&adamix::merge_experts_backward));

@@ -54,6 +54,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_adapter_backwar
 
 std::tuple<Tensor, Tensor, Tensor> router_forward(Tensor x, Tensor weight, OptionalTensor bias, int64_t top_k);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixture_lora_forward(Tensor x, Tensor lora_a, Tensor lora_b,
+                                                                        Tensor router, OptionalTensor base,
+                                                                        OptionalTensor seed, int64_t top_k,
+                                                                        double scaling, int64_t groups,
+                                                                        std::vector<int64_t> offsets, double dropout_p);
+std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_lora_forward_inplace(Tensor x, Tensor lora_a, Tensor lora_b,
+                                                                        Tensor router, Tensor base, OptionalTensor seed,
+                                                                        int64_t top_k, double scaling, int64_t groups,
+                                                                        std::vector<int64_t> offsets, double dropout_p);
+
 Tensor merge_banks_forward(std::vector<Tensor> banks, std::vector<OptionalTensor> scores, std::vector<int64_t> offsets,
                            int64_t elements);
 // Of entries.h alone.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from hypothesis.strategies import SearchStrategy
 
-from reliability.fuzz import adapters, gated, loras, losses, merges, routers
+from reliability.fuzz import adapters, gated, loras, losses, merges, mixtures, routers
 from reliability.fuzz.case import Case, bits, judge, results
 from reliability.fuzz.draws import HALVES_AND_FLOAT, Sizes
 from reliability.fuzz.run import run_cases
@@ -27,6 +27,7 @@ OPS: dict[str, SearchStrategy[Case]] = {
     "gated_adapter": gated.gated_adapter_cases(HALVES_AND_FLOAT, Sizes()),
     "gated_lora": gated.gated_lora_cases(HALVES_AND_FLOAT, Sizes()),
     "router": routers.router_cases(HALVES_AND_FLOAT, Sizes()),
+    "mixture_lora": mixtures.mixture_lora_cases(HALVES_AND_FLOAT, Sizes()),
     "merge_experts": merges.merge_experts_cases(HALVES_AND_FLOAT, Sizes()),
     "merge_banks": merges.merge_banks_cases(HALVES_AND_FLOAT, Sizes()),
     "merge_lora": merges.merge_lora_cases(HALVES_AND_FLOAT, Sizes()),

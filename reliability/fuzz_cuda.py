@@ -11,7 +11,7 @@ from unittest import mock
 
 from adamix_kernels import _extension, backends
 
-from .fuzz import adapters, gated, loras, losses, merges, routers
+from .fuzz import adapters, gated, loras, losses, merges, mixtures, routers
 from .fuzz.draws import HALVES_AND_FLOAT, Sizes
 from .fuzz.kernels import Group, run_groups
 from .record import Figure
@@ -49,6 +49,7 @@ KERNELS = {
     "consistency_rescale": "pair_scale_kernel",
     "consistency_finish": "pair_finish_kernel",
     "router_forward": "router_forward_kernel",
+    "mixture_forward_mma": "mixture_forward_mma_kernel",
 }
 _GATED = {
     f"gated_{name}": f"gated_{name}_kernel"
@@ -148,6 +149,14 @@ def groups() -> list[Group]:
             ("pair_finish_kernel",), twice=4,
         ),
         Group("router", routers.router_cases(dtypes, sizes), ("router_forward_kernel",)),
+        Group(
+            "mixture_lora, pieces", mixtures.mixture_lora_cases(dtypes[1:], pieces, whole=True),
+            ("mixture_forward_mma_kernel",),
+        ),
+        Group(
+            "mixture_lora, many experts", mixtures.mixture_lora_cases(dtypes, sizes, many=True),
+            ("router_forward_kernel",),
+        ),
         *_gated_groups(),
     ]  # fmt: skip
 

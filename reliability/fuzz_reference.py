@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .fuzz import adapters, gated, loras, losses, merges, models, modules, routing
+from .fuzz import adapters, gated, loras, losses, merges, mixtures, models, modules, routing
 from .fuzz.case import check
 from .fuzz.draws import ALL_FLOATS, Sizes
 from .fuzz.run import SEED, figure, run_cases
@@ -17,6 +17,7 @@ OPS = {
     "routed_lora": loras.routed_lora_cases,
     "routed_adapter with gates": gated.gated_adapter_cases,
     "routed_lora with gates": gated.gated_lora_cases,
+    "mixture_lora": mixtures.mixture_lora_cases,
     "merge_experts": merges.merge_experts_cases,
     "merge_lora": merges.merge_lora_cases,
     "consistency_loss": losses.consistency_cases,

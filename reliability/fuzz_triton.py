@@ -17,7 +17,7 @@ import torch
 
 from adamix_kernels import backends
 
-from .fuzz import adapters, gated, loras, losses, merges, routers
+from .fuzz import adapters, gated, loras, losses, merges, mixtures, routers
 from .fuzz.draws import HALVES_AND_FLOAT, Sizes
 from .fuzz.kernels import Group, all_of, run_groups
 from .record import Figure
@@ -124,6 +124,11 @@ def _groups() -> list[Group]:
         Group("adamix_loss, rows counted first", losses.adamix_cases(dtypes, sizes), ("pair_count_kernel",), _counted),
         Group("linear_adamix_loss", losses.linear_cases(dtypes, sizes), ("pair_rows_kernel",)),
         Group("router", routers.router_cases(dtypes, sizes), ("router_kernel",)),
+        Group("mixture_lora", mixtures.mixture_lora_cases(dtypes, sizes), ("mixture_lora_forward_kernel",)),
+        Group(
+            "mixture_lora, many experts", mixtures.mixture_lora_cases(dtypes, sizes, many=True),
+            ("router_kernel", "gated_rows_forward_kernel"),
+        ),
         *_gated("gated_adapter", gated.gated_adapter_cases), *_gated("gated_lora", gated.gated_lora_cases),
     ]  # fmt: skip
 

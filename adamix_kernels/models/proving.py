@@ -48,6 +48,8 @@ def needed(model: nn.Module, dtypes: Iterable[torch.dtype] = ()) -> dict[torch.d
                 mine[f"gated_{name}", dtype, max(bank.shape[0], other.shape[0]) * bank.shape[1]] = None
             if isinstance(layer.gate, LinearRouter):
                 mine["router", dtype, 0] = None
+                if isinstance(layer, RoutedLoRALinear) and layer.rides:
+                    mine["mixture_lora", dtype, max(bank.shape[0], other.shape[0]) * bank.shape[1]] = None
             for size in classes:
                 mine["consistency", dtype, size] = None
     return {device: list(needs) for device, needs in made.items()}

@@ -27,20 +27,26 @@ def check_gate(gate: object, num_experts: int, backend: str) -> GateRouter | Non
 
 def gates_of(layer: RoutedAdapter | RoutedLoRALinear, x: torch.Tensor, rows: torch.Tensor) -> Gates:
     """The gates of rows [B, S, K], which x is as the layer was given it. Each bank takes the index, or is of one."""
-    gate, router = layer.gate, layer.router
+    gate = layer.gate
     assert gate is not None
     if x.dim() != 3 and not gate.per_token:
         raise ValueError(
             f"x: got shape {tuple(x.shape)} at {layer.place or type(layer).__name__}, expected [B, S, K]: gates per "
             "sample cannot tell samples from tokens there"
         )
+    found: Gates = gate(rows, mask_of(layer, rows), layer.router.tasks)
+    return found
+
+
+def mask_of(layer: RoutedAdapter | RoutedLoRALinear, rows: torch.Tensor) -> torch.Tensor | None:
+    """Which of the tokens of rows [B, S, K] are no padding, as far as the model was told."""
+    router = layer.router
     mask = router.decoder_mask if layer.decodes else router.attention_mask
     if mask is not None and mask.shape != rows.shape[:2] and mask.numel() == rows.shape[0] * rows.shape[1]:
         mask = mask.reshape(rows.shape[:2])
     if mask is not None and mask.device != rows.device:  # layers of one model on several devices
         mask = mask.to(rows.device)
-    found: Gates = gate(rows, mask, router.tasks)
-    return found
+    return mask
 
 
 @torch.no_grad()

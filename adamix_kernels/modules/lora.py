@@ -35,6 +35,7 @@ from ._linear import QKV as QKV
 from ._linear import OnBase, group_width, qkv_offsets
 from ._linear import linear_sizes as linear_sizes
 from ._linear import may_overwrite as may_overwrite
+from ._mixture import mixed, rides
 
 
 class RoutedLoRALinear(OnBase):
@@ -220,18 +221,25 @@ class RoutedLoRALinear(OnBase):
 
     def _gated(self, x: torch.Tensor, rows: torch.Tensor, added: torch.Tensor, looking: bool) -> torch.Tensor:
         refreshed(self)
-        gates, index = gates_of(self, x, rows)
         lora_a, lora_b = cast_like(rows, self.lora_a, self.lora_b)
-        indices = (index if bank.shape[0] > 1 else None for bank in (lora_a, lora_b))
-        out = routed_lora(
-            rows, lora_a, lora_b, *indices, base=added, scaling=self.scaling, groups=self.groups,
-            output_offsets=self.output_offsets, dropout_p=self.dropout if self.training else 0.0,
-            inplace=not looking and may_overwrite(self.base, rows, added), gates=gates, mix=self.mix,
-            backend=self.backend,
+        options: dict[str, Any] = dict(
+            base=added, scaling=self.scaling, groups=self.groups, output_offsets=self.output_offsets,
+            dropout_p=self.dropout if self.training else 0.0, backend=self.backend,
+            inplace=not looking and may_overwrite(self.base, rows, added),
         )  # fmt: skip
+        out = mixed(self, rows, lora_a, lora_b, **options)
+        if out is None:
+            gates, index = gates_of(self, x, rows)
+            indices = (index if bank.shape[0] > 1 else None for bank in (lora_a, lora_b))
+            out = routed_lora(rows, lora_a, lora_b, *indices, gates=gates, mix=self.mix, **options)
         if looking:
             check_output(self, out, rows, added, {}, False, True)
         return out
+
+    @property
+    def rides(self) -> bool:
+        """Whether its router's logits may be made in the LoRA's tile: a linear router, gates on outputs."""
+        return rides(self)
 
     def merged_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(A [groups * r, K], B [groups * Ng, r]): each side averaged by itself, never the product.

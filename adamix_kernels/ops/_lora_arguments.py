@@ -31,29 +31,39 @@ def check_lora(
 ) -> list[int]:
     """tensors: x to base, in the dtype of the call; the offsets as a list."""
     x, lora_a, lora_b, a_index, b_index, base = tensors
-    check_dims("x", x, "[B, S, K]")
-    check_tensor("lora_a", lora_a, x)
-    check_bank("lora_a", lora_a, "[Ma, groups * r, K]")
-    check_shape("lora_a", lora_a, "[Ma, groups * r, K]", lora_a.shape[0], lora_a.shape[1], x.shape[2])
-    check_tensor("lora_b", lora_b, x)
-    check_bank("lora_b", lora_b, "[Mb, groups * Ng, r]")
+    check_factors(x, lora_a, lora_b)
     first, second = lora_a.shape[0], lora_b.shape[0]
     if gates is None:
         check_index("a_index", a_index, first, x)
         check_index("b_index", b_index, second, x)
     else:
         check_gates(gates, x, Side("a_index", a_index, "lora_a", first), Side("b_index", b_index, "lora_b", second))
-    width = None
-    if base is not None:
-        check_tensor("base", base, x)
-        check_dims("base", base, "[B, S, N]")
-        width = base.shape[2]
-        check_shape("base", base, "[B, S, N]", x.shape[0], x.shape[1], width)
+    width = base_width(x, base)
     if isinstance(scaling, torch.Tensor):
         check_scales(scaling, x, first if second == 1 else second)
     else:
         check_scaling(scaling)
     return check_groups(lora_a, lora_b, groups, output_offsets, width)
+
+
+def check_factors(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+    """x and both banks: dtypes, devices, dimensions."""
+    check_dims("x", x, "[B, S, K]")
+    check_tensor("lora_a", lora_a, x)
+    check_bank("lora_a", lora_a, "[Ma, groups * r, K]")
+    check_shape("lora_a", lora_a, "[Ma, groups * r, K]", lora_a.shape[0], lora_a.shape[1], x.shape[2])
+    check_tensor("lora_b", lora_b, x)
+    check_bank("lora_b", lora_b, "[Mb, groups * Ng, r]")
+
+
+def base_width(x: torch.Tensor, base: torch.Tensor | None) -> int | None:
+    """The output's columns as base, which is checked, has them; None without one."""
+    if base is None:
+        return None
+    check_tensor("base", base, x)
+    check_dims("base", base, "[B, S, N]")
+    check_shape("base", base, "[B, S, N]", x.shape[0], x.shape[1], base.shape[2])
+    return base.shape[2]
 
 
 def check_inplace(
@@ -62,10 +72,11 @@ def check_inplace(
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     gates: torch.Tensor | None = None,
+    router: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The tensor to write: base or, while autograd records, the tensor [..., N] that all of base is a view of.
 
-    base: as the caller gave it; x, lora_a, lora_b, gates: in the dtype of the call.
+    base: as the caller gave it; what else: in the dtype of the call.
     """
     wanted = "to be overwritten"
     if base is None:
@@ -76,7 +87,7 @@ def check_inplace(
         return base
     if not base.is_contiguous():
         fail("base", f"strides {base.stride()}", f"a contiguous tensor {wanted}")
-    for name, other in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b), ("gates", gates)):
+    for name, other in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b), ("gates", gates), ("router", router)):
         if other is not None and torch._C._is_alias_of(base, other):  # type: ignore[attr-defined]  # absent from torch's stubs
             fail("base", f"a tensor in {name}'s memory", f"memory of its own {wanted}")
     if not torch.is_grad_enabled():

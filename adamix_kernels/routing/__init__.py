@@ -1,5 +1,6 @@
 """Who serves which token: experts drawn at random (Router), and gates that weigh them (the GateRouters)."""
 
+from ..ops.mixture_lora.api import MixtureOutput, mixture_lora
 from ..ops.router.api import RouterOutput, router_gates
 from .arrow import ArrowRouter, leading_directions
 from .draws import LEARNED, LEVELS, Router, check_level, process_rank
@@ -16,6 +17,7 @@ __all__ = [
     "GateRouter",
     "Gates",
     "LinearRouter",
+    "MixtureOutput",
     "Router",
     "RouterOutput",
     "SentenceRouter",
@@ -26,6 +28,7 @@ __all__ = [
     "dense_gates",
     "gate_router",
     "leading_directions",
+    "mixture_lora",
     "process_rank",
     "router_gates",
     "spread_heads",

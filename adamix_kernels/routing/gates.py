@@ -88,17 +88,25 @@ class GateRouter(nn.Module):
 
         Raises TypeError, ValueError: a type, dtype, device or width is wrong; the message names the argument.
         """
+        self._begin(x, mask)
+        found = self.gates(x, mask, tasks)
+        self._end(found, mask)
+        return found
+
+    def _begin(self, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Before the gates of x: its checks; the last call's losses are gone."""
         check_tensor("x", x)
         if self.width is not None and (x.dim() < 1 or x.shape[-1] != self.width):
             fail("x", f"shape {tuple(x.shape)}", f"[..., K] with K = {self.width}, the router's features")
         _check_mask(mask, x)
         if not _recomputes():
             self.last.balance = self.last.z = self.last.weights = None
-        found = self.gates(x, mask, tasks)
+
+    def _end(self, found: Gates, mask: torch.Tensor | None) -> None:
+        """Behind the gates: the running means."""
         if self.training and not _recomputes():
             self._note(found, mask)
             self.last.weights = None
-        return found
 
     def _leave(self, logits: torch.Tensor, index: torch.Tensor | None, mask: torch.Tensor | None) -> None:
         """Keeps the losses of these logits that are asked for. What recomputes makes them, too, and forgets them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..ops._checks import autocast_dtype, check_positive
+from ..ops.mixture_lora.api import MixtureOutput
 from ..ops.router.api import MOST_EXPERTS, router_gates
 from ..ops.router.op import by_kernel
 from .gates import GateRouter, Gates, _softmax, check_top_k, choose
@@ -25,7 +27,8 @@ class LinearRouter(GateRouter):
         dtype: of the weight. balance, z, device: see GateRouter.
 
     Parameters: weight [M, K], drawn from N(0, 0.02^2); no bias. The product is made in x's dtype. Where kernels serve
-    (attribute `backend`, which a layer sets to its own), it is one call of router_gates.
+    (attribute `backend`, which a layer sets to its own), it is one call of router_gates; within RoutedLoRALinear, one
+    of mixture_lora, LoRA and all.
 
     Shapes: x [B, S, K] -> gates [B, S, top_k] with index, or [B, S, M].
 
@@ -59,11 +62,29 @@ class LinearRouter(GateRouter):
         self._leave(logits, found.chosen, mask)
         return found
 
+    def within(
+        self, call: Callable[[torch.Tensor, int | None], MixtureOutput], x: torch.Tensor, mask: torch.Tensor | None
+    ) -> MixtureOutput:  # fmt: skip
+        """What call(weight, top_k) gives, an op that makes the gates of x by itself, with all that forward() does."""
+        self._begin(x, mask)
+        made = call(self._weight_in(self.computes_in(x)), self.top_k)
+        self._leave(made.logits, made.indices, mask)
+        self._end(Gates(made.gates, made.indices), mask)
+        return made
+
+    def computes_in(self, x: torch.Tensor) -> torch.dtype:
+        """The dtype of the product with x."""
+        return x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device.type) or x.dtype
+
+    def _weight_in(self, dtype: torch.dtype) -> torch.Tensor:
+        """As the ops take it, for x of this dtype."""
+        return self.weight if self.weight.dtype in (dtype, torch.float32) else self.weight.to(dtype)
+
     def _found(self, x: torch.Tensor) -> tuple[Gates, torch.Tensor]:
         """The gates of x [..., K], and the logits [..., M] that they are made of."""
-        dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device.type) or x.dtype
+        dtype = self.computes_in(x)
         if self.num_experts <= MOST_EXPERTS and by_kernel(self.backend, x.device, dtype):
-            weight = self.weight if self.weight.dtype in (dtype, torch.float32) else self.weight.to(dtype)
+            weight = self._weight_in(dtype)
             gates, index, logits = router_gates(x, weight, top_k=self.top_k, backend=self.backend)
             return Gates(gates, index), logits
         logits = F.linear(x, self.weight.to(x.dtype))

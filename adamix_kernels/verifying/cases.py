@@ -21,8 +21,9 @@ from ..functional import (
     routed_lora,
 )
 from ..ops.router.api import router_gates
-from . import gated_cases
+from . import gated_cases, mixture_cases
 from .case import Case, ids, with_seed
+from .mixture_cases import rounded
 
 
 def cases(op: str, shape: str) -> tuple[Case, ...]:
@@ -152,17 +153,12 @@ def _router(top_k: int | None = None, whole: bool = False) -> Callable[..., Any]
 
     def call(backend: str, leaves: Sequence[Any], extra: Sequence[Any]) -> Any:
         if whole:
-            leaves = [t if t is None else _rounded(t * (t.shape[-1] ** 0.5 if n else 1)) for n, t in enumerate(leaves)]
+            leaves = [t if t is None else rounded(t * (t.shape[-1] ** 0.5 if n else 1)) for n, t in enumerate(leaves)]
         gates, index, logits = router_gates(*leaves, top_k=top_k, backend=backend)
         both = torch.cat([gates, logits], -1)
         return both if index is None else (both, index.to(gates.dtype))
 
     return call
-
-
-def _rounded(t: torch.Tensor) -> torch.Tensor:
-    """To integers, with the gradient of no rounding."""
-    return t + (t.round() - t).detach()
 
 
 def _routers() -> list[Case]:
@@ -239,6 +235,8 @@ _CASES: dict[tuple[str, str], Callable[[], Sequence[Case]]] = {
     ("gated_lora", "narrow"): gated_cases.lora_narrow,
     ("gated_lora", "wide"): gated_cases.lora_wide,
     ("router", "any"): _routers,
+    ("mixture_lora", "narrow"): mixture_cases.narrow,
+    ("mixture_lora", "wide"): mixture_cases.wide,
     ("merge", "any"): _merge,
     ("consistency", "few"): lambda: _losses(few=True),
     ("consistency", "many"): lambda: _losses(few=False),

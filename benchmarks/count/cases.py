@@ -18,6 +18,7 @@ from ..ops import consistency as bench_consistency
 from ..ops import gated_adapter as bench_gated_adapter
 from ..ops import gated_lora as bench_gated_lora
 from ..ops import merge as bench_merge
+from ..ops import mixture_lora as bench_mixture_lora
 from ..ops import routed_adapter as bench_routed_adapter
 from ..ops import routed_lora as bench_routed_lora
 from ..ops import router as bench_router
@@ -28,6 +29,7 @@ OPS = {
     "gated_adapter": bench_gated_adapter,
     "gated_lora": bench_gated_lora,
     "merge": bench_merge,
+    "mixture_lora": bench_mixture_lora,
     "routed_adapter": bench_routed_adapter,
     "routed_lora": bench_routed_lora,
     "router": bench_router,
@@ -38,7 +40,15 @@ _LOSSES = ("adamix_loss", "consistency_loss", "adamix_loss_full", "adamix_loss_e
 # Of the files count_*.py, those that decide a row.
 _COUNTERS = ("cases", "cuda", "launch", "loops", "memory", "model", "row", "sass", "triton")
 # Of ops that share csrc/ with others, the folders there.
-_CSRC = {"gated_adapter": ("gated", "routed_adapter", "routed_lora"), "gated_lora": ("gated", "routed_lora")}
+_CSRC = {
+    "gated_adapter": ("gated", "routed_adapter", "routed_lora"), "gated_lora": ("gated", "routed_lora"),
+    "mixture_lora": ("mixture", "gated", "routed_lora", "router"),
+}  # fmt: skip
+# Of ops whose kernels are built of those of others, these: gates of what has none, the mixture of its parts.
+_BUILT_OF = {
+    "gated_adapter": ("routed_adapter",), "gated_lora": ("routed_lora",),
+    "mixture_lora": ("gated_lora", "routed_lora", "router"),
+}  # fmt: skip
 # A loss scale, for which the forward may write its gradient.
 _SCALE = 1024.0
 
@@ -140,8 +150,7 @@ def fingerprint(folder: str, backend: str) -> str:
     package, here = Path(adamix_kernels.__file__).parent, Path(__file__).parent
     paths = [*(package / "ops" / folder).glob("*.py"), *(package / "ops").glob("*.py")]
     paths += [here / f"{name}.py" for name in _COUNTERS]
-    # A gated op's kernels are built of those without gates.
-    folders = (folder, f"routed_{folder.removeprefix('gated_')}") if folder.startswith("gated_") else (folder,)
+    folders = folder, *_BUILT_OF.get(folder, ())
     if backend == "triton":
         paths += [p for name in folders for p in (package / "ops" / name / "triton_impl").glob("*.py")]
         paths.append(package / "_triton_utils.py")

@@ -20,6 +20,8 @@ _PRE = (
     "the 2,048 of x; less than 1.05 from 1,280 features on, and with the backward together here too"
 )
 _V100 = "the kernel for any shape, as a V100 has no m16n8k16: each expert's columns in turn, what is between read again"
+# Of the bytes of gated LoRA alone, for a mixture: its router reads no x of its own.
+MIXTURE_BYTES = 1.02
 # Of (op and direction, backend, sizes) that cost more: instructions and bytes at most, and why. A V100, whose code is
 # another, is named.
 MORE = {
@@ -132,20 +134,72 @@ def pairs(rows: Iterable[Row]) -> list[Pair]:
     return [Pair(row, by_key[by_token(row)]) for row in gated if by_token(row) in by_key]
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """A router and its LoRAs as one op, and the rows of the two ops."""
+
+    whole: Row
+    gated: Row
+    router: Row
+
+    @property
+    def instructions(self) -> float:
+        """Over those of both ops."""
+        return self.whole.instructions / (self.gated.instructions + self.router.instructions)
+
+    @property
+    def bytes(self) -> float:
+        """Over those of gated LoRA."""
+        return _bytes([self.whole]) / _bytes([self.gated])
+
+    def over(self) -> list[str]:
+        """What is more than it may be, in words."""
+        found = []
+        if self.instructions >= 1:
+            found.append(f"{self.instructions:.3f} of the instructions of both, expected fewer")
+        if self.bytes > MIXTURE_BYTES:
+            found.append(f"{self.bytes:.3f} of gated LoRA's bytes, at most {MIXTURE_BYTES}")
+        if self.whole.launches > self.gated.launches:
+            found.append(f"{self.whole.launches} launches, at most gated LoRA's {self.gated.launches}")
+        return found
+
+
+def mixtures(rows: Iterable[Row]) -> list[Mixture]:
+    """Of every row of a mixture that has those of its parts beside it."""
+    by_key, found = {row.key: row for row in rows}, []
+    for (op, backend, shape, *kind), row in by_key.items():
+        if not op.startswith("mixture_lora/"):
+            continue
+        lead, experts = shape.partition(" to ")[0], shape[shape.index(" M") :]
+        gated = by_key.get((op.replace("mixture", "gated"), backend, shape, *kind))
+        router = by_key.get((op.replace("mixture_lora", "router"), backend, lead + experts, *kind))
+        if gated is not None and router is not None:
+            found.append(Mixture(row, gated, router))
+    return found
+
+
 def problems(rows: Collection[Row], changed: Collection[tuple]) -> list[str]:
     """What costs more than it may beside one expert a token, or has nothing beside it: of the rows whose keys are among
     `changed`, and those compared with them."""
     have = pairs(rows)
     touched = (pair for pair in have if {pair.gated.key, pair.token.key} & set(changed))
     found = [f"{pair.gated}, over one expert a token: {', '.join(over)}" for pair in touched if (over := pair.over())]
+    for mixture in mixtures(rows):
+        keys = {row.key for row in (mixture.whole, mixture.gated, mixture.router)}
+        if keys & set(changed) and (over := mixture.over()):
+            found.append(f"{mixture.whole}, over its parts: {', '.join(over)}")
     for step in steps(rows):
         keys = {row.key for pair in (step.forward, step.backward) for row in (pair.gated, pair.token)}
         if keys & set(changed) and (over := step.over()):
             found.append(f"{step.forward.gated} and backward, over one expert a token: {', '.join(over)}")
-    alone = {row.key: row for row in rows if row.op.startswith("gated_") and row.key in changed}
-    for pair in have:
-        alone.pop(pair.gated.key, None)
-    return found + [f"{row}: no count of one expert a token to compare with" for row in alone.values()]
+    beside = {pair.gated.key for pair in have} | {mixture.whole.key for mixture in mixtures(rows)}
+    alone = {row.key: row for row in rows if row.key in changed and row.key not in beside}
+    for row in alone.values():
+        if row.op.startswith("gated_"):
+            found.append(f"{row}: no count of one expert a token to compare with")
+        if row.op.startswith("mixture_"):
+            found.append(f"{row}: no counts of gated LoRA and of the router to compare with")
+    return found
 
 
 def exceptions(rows: Sequence[Row]) -> list[str]:
@@ -169,3 +223,19 @@ def table(rows: Sequence[Row]) -> list[str]:
             f"{pair.bytes:.3f} | {row.device / pair.token.device:.3f} | {row.launches} ({pair.launches:+d}) |"
         )
     return lines
+
+
+def mixture_table(rows: Sequence[Row]) -> list[str]:
+    """The same of mixtures, none where nothing is counted."""
+    lines = [
+        "| op, size | backend | sm | instructions over both | over gated LoRA's | bytes over gated LoRA's | launches |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    found = mixtures(rows)
+    for one in found:
+        row, alone = one.whole, one.whole.instructions / one.gated.instructions
+        lines.append(
+            f"| {row.op}, {row.shape}, {row.dtype} | {row.backend} | {row.target} | {one.instructions:.2f} | "
+            f"{alone:.2f} | {one.bytes:.3f} | {row.launches} |"
+        )
+    return lines if found else []

@@ -79,6 +79,13 @@ _GATES = (
     f"({count_gates.STEP_V100})."
 )
 
+_MIXTURES = (
+    "A router and the LoRAs that it weighs as one op (`mixture_lora`) beside both ops of that size: instructions "
+    "over those of both and of gated LoRA alone, bytes (those that each launch moves at least) over gated LoRA's, and "
+    "launches. `make count` fails where it takes as many instructions as both, more than "
+    f"{count_gates.MIXTURE_BYTES} of gated LoRA's bytes, or a launch more than that."
+)
+
 
 def page(rows: Sequence[Row]) -> str:
     """The page."""
@@ -101,6 +108,7 @@ def page(rows: Sequence[Row]) -> str:
         _filled(_GATES),
         "\n".join(count_gates.table(rows)),
         *(["\n".join(_filled(line, "- ") for line in more)] if (more := count_gates.exceptions(rows)) else []),
+        *([_filled(_MIXTURES), "\n".join(mixed)] if (mixed := count_gates.mixture_table(rows)) else []),
     ]
     reasons = [_filled(f"{row}: {row.reason}", "- ") for row in rows if row.reason]
     parts += ["## Counts that have grown, and why", "\n".join(reasons)] if reasons else []

@@ -29,6 +29,7 @@ _FROM = {
     "sample_grads_kernel": 75,
     "router_forward_kernel": 75,
     "gated_forward_mma_kernel": 75,
+    "mixture_forward_mma_kernel": 75,
     "gated_resident_forward_kernel": 75,
     "gated_input_grad_mma_kernel": 75,
     "gated_weight_grad_mma_kernel": 75,
@@ -53,6 +54,7 @@ _MAY_SPILL = {
     "sample_sum_kernel": (100, 16, 16),
     "router_forward_kernel": (75, 16, 32),  # bfloat16 on a GPU that has no matrix unit for it
     "gated_forward_mma_kernel": (80, 32, 32),
+    "mixture_forward_mma_kernel": (75, 176, 184),  # a few words a step of the second product
     "gated_resident_forward_kernel": (70, 192, 64),
     "merge_lora_product_kernel": (70, 320, 208),  # float32 factors, split into two of 16 bits
     "gated_input_grad_mma_kernel": (75, 44, 52),

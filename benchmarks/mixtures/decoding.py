@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from adamix_kernels import AdaMixConfig, adapt
+from adamix_kernels.modules import _mixture
 from adamix_kernels.routing import linear
 
 from ..measure import record
@@ -74,18 +76,48 @@ def step_of(model: nn.Module, ids: torch.Tensor) -> Callable[[int], torch.Tensor
     return step
 
 
-def measure_decoding(width: int, rounds: int | None, seconds: float) -> list[record.Row]:
-    """One token behind a prompt of 16: calls, time against the base; bytes at the sizes of DEPTHS."""
+def _steps(width: int) -> dict[str, Callable[[int], Any]]:
     models = {"base": decoder(None, width), **{name: decoder(c, width) for name, c in configurations().items()}}
     ids = prompt()
-    steps: dict[str, Callable[[int], Any]] = {name: step_of(model, ids) for name, model in models.items()}
+    return {name: step_of(model, ids) for name, model in models.items()}
+
+
+def count_decoding(width: int) -> list[record.Row]:
+    """The rows of measure_decoding that hold calls: nothing is timed."""
+    return [row for rows in _counts(_steps(width), shape_of(width)).values() for row in rows]
+
+
+def _counts(steps: dict[str, Callable[[int], Any]], shape: str) -> dict[str, list[record.Row]]:
+    made = {}
+    for name, step in steps.items():
+        with as_where_kernels_serve():
+            fused = calls_of(lambda step=step: step(0))
+        plain = calls_of(lambda step=step: step(0))
+        made[name] = [
+            record.row("decode", name, shape, "float32", "calls", "", plain),
+            record.row("decode", name, shape, "float32", "calls, kernels", "", fused),
+        ]
+    return made
+
+
+@contextlib.contextmanager
+def as_where_kernels_serve() -> Iterator[None]:
+    """Routers are ops, and one with their LoRAs where they can be, as on a GPU; the reference computes them."""
+    with (
+        mock.patch.object(linear, "by_kernel", return_value=True),
+        mock.patch.object(_mixture, "by_kernel", return_value=True),
+    ):
+        yield
+
+
+def measure_decoding(width: int, rounds: int | None, seconds: float) -> list[record.Row]:
+    """One token behind a prompt of 16: calls, time against the base; bytes at the sizes of DEPTHS."""
+    steps = _steps(width)
     timing = time_paired(steps, [], rounds=rounds, seconds=seconds)
     shape, made = shape_of(width), []
-    for name in models:
-        made.append(record.row("decode", name, shape, "float32", "calls", "", calls_of(lambda n=name: steps[n](0))))
-        with mock.patch.object(linear, "by_kernel", return_value=True):
-            calls = calls_of(lambda n=name: steps[n](0))
-        made.append(record.row("decode", name, shape, "float32", "calls, kernels", "", calls))
+    counts = _counts(steps, shape)
+    for name in steps:
+        made += counts[name]
         made.append(
             record.row("decode", name, shape, "float32", "ratio_p50 to base", "", timing.ratio(name, "base").p50)
         )

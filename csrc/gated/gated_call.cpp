@@ -113,22 +113,19 @@ void GatedCall::make_banks_contiguous() {
   if (up_bias.has_value()) up_bias = as_contiguous(*up_bias);
 }
 
-Tensor run_gated_forward(GatedCall& call, const Device& device, OptionalTensor base, const Tensor& out) {
-  Tensor t = allocate(call.x, {call.batch, call.tokens, call.gates.down.slots * call.ranks});
+GatedRows::GatedRows(GatedCall& call, const OptionalTensor& of_base, const Tensor& of_out)
+    : base(of_base), out(of_out), t(allocate(call.x, {call.batch, call.tokens, call.gates.down.slots * call.ranks})) {
   call.x = with_contiguous_rows(call.x);
   if (base.has_value()) base = with_contiguous_rows(*base);
   call.make_banks_contiguous();
+}
+
+void run_gated_forward(GatedCall& call, const Device& device, const GatedRows& rows) {
   DeviceScope scope(device);
   dispatch(call.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     GatedForward<T> params{};
-    fill<T>(params, call);
-    params.x = rows_of<const T>(call.x);
-    params.base = rows_of<const T>(base);
-    params.out = data<T>(out);
-    params.t = data<T>(t);
-    params.width = call.width;
-    params.out_aligned = is_aligned(params.out, {call.width}, sizeof(T));
+    fill<T>(params, call, rows);
     if constexpr (sizeof(T) == 2) {
       if (launch_gated_forward_mma(params, device) || sorted_forward(params, call, device)) return;
     }
@@ -138,7 +135,6 @@ Tensor run_gated_forward(GatedCall& call, const Device& device, OptionalTensor b
     params.bias_gates = data<T>(bias_gates);
     launch_gated_forward(params, device);
   });
-  return t;
 }
 
 }  // namespace adamix

@@ -60,8 +60,33 @@ void fill(GatedBanks<T>& banks, const GatedCall& call) {
   banks.up_aligned = is_aligned(banks.up, {call.rank}, sizeof(T));
 }
 
-// Writes out [B, S, N], which may be base itself, and returns t.
-Tensor run_gated_forward(GatedCall& call, const Device& device, OptionalTensor base, const Tensor& out);
+// A checked call of LoRA with gates. rows_like: base or the gradient, named rows_name; none: as many columns as the
+// groups reach.
+GatedCall gated_lora_call(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& a_index,
+                          const OptionalTensor& b_index, const Tensor& gates, const OptionalTensor& scales,
+                          const char* rows_name, const OptionalTensor& rows_like, const OptionalTensor& seed,
+                          double scaling, int64_t groups, const std::vector<int64_t>& offsets, double dropout_p,
+                          const std::string& mix);
+
+// What a forward reads and writes: rows that are contiguous, banks too; base [B, S, N] or none, out as that, and t.
+struct GatedRows {
+  OptionalTensor base;
+  Tensor out, t;
+
+  // Allocates t; out may be base itself.
+  GatedRows(GatedCall& call, const OptionalTensor& base, const Tensor& out);
+};
+template <typename T>
+void fill(GatedForward<T>& params, const GatedCall& call, const GatedRows& rows) {
+  fill<T>(static_cast<GatedBanks<T>&>(params), call);
+  params.x = rows_of<const T>(call.x);
+  params.base = rows_of<const T>(rows.base);
+  params.out = data<T>(rows.out);
+  params.t = data<T>(rows.t);
+  params.width = call.width;
+  params.out_aligned = is_aligned(params.out, {call.width}, sizeof(T));
+}
+void run_gated_forward(GatedCall& call, const Device& device, const GatedRows& rows);
 
 struct GatedNeeds {
   bool x, down, up, gates, add_input;

@@ -14,26 +14,6 @@ constexpr GatedCall::Names kLora{"lora_a", "[Ma, groups * r, K]", "lora_b", "[Mb
 constexpr GatedCall::Names kAdapter{"down_weight",   "[Md, r, H]", "up_weight",
                                     "[Mu, Hout, r]", "down_index", "up_index"};
 
-// rows_like: base or the gradient, named rows_name; none: as many columns as the groups reach.
-GatedCall lora_call(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& a_index,
-                    const OptionalTensor& b_index, const Tensor& gates, const OptionalTensor& scales,
-                    const char* rows_name, const OptionalTensor& rows_like, const OptionalTensor& seed, double scaling,
-                    int64_t groups, const std::vector<int64_t>& offsets, double dropout_p, const std::string& mix) {
-  GatedCall call(x, lora_a, lora_b, groups, kLora);
-  if (rows_like.has_value()) {
-    check_sizes(rows_name, *rows_like, "[B, S, N]", {-1, -1, -1});
-    call.width = check_int("N", rows_like->size(2));
-    call.check_rows(rows_name, *rows_like);
-  }
-  call.ranges = check_ranges(offsets, groups, call.ranges.cols, rows_like.has_value() ? call.width : -1);
-  if (!rows_like.has_value()) {
-    call.width = static_cast<int>(*std::max_element(offsets.begin(), offsets.end()) + call.ranges.cols);
-  }
-  call.check_gates(gates, a_index, b_index, scales, scaling, mix, kLora);
-  call.dropout = check_dropout(seed, dropout_p, x);
-  return call;
-}
-
 GatedCall adapter_call(const Tensor& x, const Tensor& down_weight, const OptionalTensor& down_bias,
                        const Tensor& up_weight, const OptionalTensor& up_bias, const OptionalTensor& down_index,
                        const OptionalTensor& up_index, const Tensor& gates, bool add_input,
@@ -50,36 +30,59 @@ GatedCall adapter_call(const Tensor& x, const Tensor& down_weight, const Optiona
 
 }  // namespace
 
+GatedCall gated_lora_call(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& a_index,
+                          const OptionalTensor& b_index, const Tensor& gates, const OptionalTensor& scales,
+                          const char* rows_name, const OptionalTensor& rows_like, const OptionalTensor& seed,
+                          double scaling, int64_t groups, const std::vector<int64_t>& offsets, double dropout_p,
+                          const std::string& mix) {
+  GatedCall call(x, lora_a, lora_b, groups, kLora);
+  if (rows_like.has_value()) {
+    check_sizes(rows_name, *rows_like, "[B, S, N]", {-1, -1, -1});
+    call.width = check_int("N", rows_like->size(2));
+    call.check_rows(rows_name, *rows_like);
+  }
+  call.ranges = check_ranges(offsets, groups, call.ranges.cols, rows_like.has_value() ? call.width : -1);
+  if (!rows_like.has_value()) {
+    call.width = static_cast<int>(*std::max_element(offsets.begin(), offsets.end()) + call.ranges.cols);
+  }
+  call.check_gates(gates, a_index, b_index, scales, scaling, mix, kLora);
+  call.dropout = check_dropout(seed, dropout_p, x);
+  return call;
+}
+
 std::tuple<Tensor, Tensor> gated_lora_forward(Tensor x, Tensor lora_a, Tensor lora_b, OptionalTensor a_index,
                                               OptionalTensor b_index, Tensor gates, OptionalTensor scales,
                                               OptionalTensor base, OptionalTensor seed, double scaling, int64_t groups,
                                               std::vector<int64_t> offsets, double dropout_p, std::string mix) {
-  GatedCall call = lora_call(x, lora_a, lora_b, a_index, b_index, gates, scales, "base", base, seed, scaling, groups,
-                             offsets, dropout_p, mix);
+  GatedCall call = gated_lora_call(x, lora_a, lora_b, a_index, b_index, gates, scales, "base", base, seed, scaling,
+                                   groups, offsets, dropout_p, mix);
   Device device = check_device("x", x);
   Tensor out = allocate(x, {call.batch, call.tokens, call.width});
-  Tensor t = run_gated_forward(call, device, base, out);
-  return {out, t};
+  GatedRows rows(call, base, out);
+  run_gated_forward(call, device, rows);
+  return {out, rows.t};
 }
 
 Tensor gated_lora_forward_inplace(Tensor x, Tensor lora_a, Tensor lora_b, OptionalTensor a_index,
                                   OptionalTensor b_index, Tensor gates, OptionalTensor scales, Tensor base,
                                   OptionalTensor seed, double scaling, int64_t groups, std::vector<int64_t> offsets,
                                   double dropout_p, std::string mix) {
-  GatedCall call = lora_call(x, lora_a, lora_b, a_index, b_index, gates, scales, "base", base, seed, scaling, groups,
-                             offsets, dropout_p, mix);
+  GatedCall call = gated_lora_call(x, lora_a, lora_b, a_index, b_index, gates, scales, "base", base, seed, scaling,
+                                   groups, offsets, dropout_p, mix);
   if (!base.is_contiguous()) fail("base", "a tensor that is not contiguous", "a contiguous one to be overwritten");
   Device device = check_device("x", x);
   call.ranges.gaps = 0;
-  return run_gated_forward(call, device, base, base);
+  GatedRows rows(call, base, base);
+  run_gated_forward(call, device, rows);
+  return rows.t;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gated_lora_backward(
     Tensor grad_out, Tensor x, Tensor t, Tensor lora_a, Tensor lora_b, OptionalTensor a_index, OptionalTensor b_index,
     Tensor gates, OptionalTensor scales, OptionalTensor seed, bool need_x, bool need_a, bool need_b, bool need_gates,
     double scaling, int64_t groups, std::vector<int64_t> offsets, double dropout_p, std::string mix) {
-  GatedCall call = lora_call(x, lora_a, lora_b, a_index, b_index, gates, scales, "grad_out", grad_out, seed, scaling,
-                             groups, offsets, dropout_p, mix);
+  GatedCall call = gated_lora_call(x, lora_a, lora_b, a_index, b_index, gates, scales, "grad_out", grad_out, seed,
+                                   scaling, groups, offsets, dropout_p, mix);
   check_like("t", t, "x", x);
   check_sizes("t", t, "[B, S, slots * groups * r]", {call.batch, call.tokens, call.down_slots() * call.ranks});
   Device device = check_device("x", x);
@@ -96,8 +99,9 @@ std::tuple<Tensor, Tensor> gated_adapter_forward(Tensor x, Tensor down_weight, O
   if (!add_input && residual.has_value()) call.check_rows("residual", *residual);
   Device device = check_device("x", x);
   Tensor out = allocate(x, {call.batch, call.tokens, call.width});
-  Tensor pre = run_gated_forward(call, device, add_input ? OptionalTensor(x) : residual, out);
-  return {out, pre};
+  GatedRows rows(call, add_input ? OptionalTensor(x) : residual, out);
+  run_gated_forward(call, device, rows);
+  return {out, rows.t};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_adapter_backward(

@@ -3,24 +3,11 @@
 #include "common/piece.h"
 #include "common/shared_memory.h"
 #include "common/warp.h"
-#include "router/router.h"
+#include "router/choice.h"
 
 namespace adamix {
 
 constexpr int kRouterThreads = 32 * kRouterWarps;
-
-ADAMIX_DEVICE float infinity() { return float_of_bits(0x7f800000u); }
-
-// An expert and what it is chosen by: a NaN as infinity, of equal ones the first.
-struct Ranked {
-  float rank;
-  int id;
-};
-struct Larger {
-  ADAMIX_DEVICE Ranked operator()(Ranked a, Ranked b) const {
-    return a.rank > b.rank || (a.rank == b.rank && a.id < b.id) ? a : b;
-  }
-};
 
 // Columns `col` and on of the row `row` of x, or of the weight rounded to x's type; zeros outside.
 template <typename T>

@@ -294,6 +294,26 @@ def test_what_gates_may_cost_more_is_what_they_do_cost_more():
     assert len(lines) == len(count_gates.MORE)
 
 
+def test_a_mixture_is_held_to_its_parts():
+    parts = gated(), row(op="router/forward", shape="8x4x16 M8 dense", instructions=100)
+    whole = replace(parts[0], op="mixture_lora/forward")
+    both = parts[0].instructions + 100
+    held = [replace(whole, instructions=both - 1, distinct=1.02 * whole.distinct), by_token(), *parts]
+    assert count_gates.problems(held, {held[0].key}) == []
+    assert len(count_gates.mixture_table(held)) == 3
+    assert count_gates.mixture_table(held[1:]) == []
+    for change, words in (
+        (dict(instructions=both), "1.000 of the instructions of both"),
+        (dict(distinct=1.03 * whole.distinct), "1.030 of gated LoRA's bytes, at most 1.02"),
+        (dict(launches=whole.launches + 1), "launches, at most gated LoRA's"),
+    ):
+        made = [replace(held[0], **change), *held[1:]]
+        assert words in count_gates.problems(made, {made[0].key})[0]
+        # A part that is counted anew is compared, too.
+        assert words in count_gates.problems(made, {parts[1].key})[0]
+    assert "no counts of gated LoRA and of the router" in count_gates.problems([whole], {whole.key})[0]
+
+
 def test_an_exception_is_a_limit_of_its_own(monkeypatch):
     mine = gated(distinct=1.08)
     monkeypatch.setattr(count_gates, "MORE", {("gated_lora/forward", "triton", "r8 M8 dense"): (1.25, 1.09, "why")})

@@ -41,7 +41,7 @@ def test_a_gpu_is_named_once_somebody_ran_it_there():
         "compiled for sm_90; run on NVIDIA H100, NVIDIA A100"
     )
     assert works.cell("merge", "cuda", records, []) == "run on NVIDIA H100, NVIDIA A100: 1 of 3 right"
-    assert "| NVIDIA A100 | cuda | 34 | 2 | 2.13.0, 3.6.0 | 2026-01-02 |" in works.devices(records)
+    assert "| NVIDIA A100 | cuda | 40 | 2 | 2.13.0, 3.6.0 | 2026-01-02 |" in works.devices(records)
 
 
 def test_every_kernel_counts_for_what_is_compiled():

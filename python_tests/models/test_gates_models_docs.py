@@ -1,6 +1,8 @@
 """docs/gates.md, the routers' examples and the presets' run as they are printed; the benchmark in a tiny size."""
 
+import contextlib
 import copy
+import dataclasses
 import doctest
 import inspect
 from pathlib import Path
@@ -10,12 +12,12 @@ import pytest
 import tiny
 import torch
 
-from adamix_kernels import AdaMixConfig, routing
+from adamix_kernels import AdaMixConfig, gate_losses, routing
 from adamix_kernels.routing import linear
 from benchmarks.measure import record
 from benchmarks.mixtures import bench
 from benchmarks.mixtures.counted import calls_of, counted, kept_bytes
-from benchmarks.mixtures.decoding import configurations, decoder
+from benchmarks.mixtures.decoding import as_where_kernels_serve, configurations, decoder
 from benchmarks.mixtures.layer import ARROW, KINDS, Layer, ways, wrong
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gates.md"
@@ -88,22 +90,43 @@ def test_peft_has_its_own_ways():
 
 
 def test_the_calls_of_a_decoded_token_that_the_page_tells():
-    """With a router as one op, as where kernels serve, and on the reference."""
+    """With a router and its LoRAs as one op, as where kernels serve, and on the reference."""
     page, calls = PAGE.read_text(encoding="utf-8"), {}
     ids = torch.randint(0, 128, (1, 1))
     for name, config in {"base": None, **configurations()}.items():
         model = decoder(config, 32)
         for kernels in (False, True):
-            with torch.no_grad(), mock.patch.object(linear, "by_kernel", return_value=kernels):
+            how = as_where_kernels_serve() if kernels else contextlib.nullcontext()
+            with torch.no_grad(), how:
                 calls[name, kernels] = calls_of(lambda model=model: model(input_ids=ids, use_cache=True))
     base = calls["base", True]
     fused = {calls[name, True] - base for name in configurations()}
-    assert fused == {96}  # a router and a gated call for each of 48 layers
-    assert f"{(881 + 96)} ({(881 + 96) / 881:.3f} of the base)" in page
+    assert fused == {48}  # a router and its LoRAs for each of 48 layers
+    assert f"{(881 + 48)} ({(881 + 48) / 881:.3f} of the base)" in page
     for name, words in (("LoRAMoE", "1,025 (1.163)"), ("MoLA top-2", "1,073 (1.218)")):
         more = calls[name, False] - base
         assert f"{881 + more:,} ({(881 + more) / 881:.3f})" == words
         assert words in page
+
+
+def calls_of_a_step(config):
+    """Of a training step with a mask of padding, where kernels serve."""
+    model = decoder(config, 32).train()
+    ids, mask = torch.randint(0, 128, (2, 6)), torch.ones(2, 6, dtype=torch.int64)
+    mask[1, 4:] = 0
+
+    def step():
+        (model(input_ids=ids, attention_mask=mask, labels=ids).loss + gate_losses(model).total).backward()
+
+    with as_where_kernels_serve():
+        return calls_of(step)
+
+
+def test_the_calls_of_a_training_step_that_the_page_tells():
+    page, config = PAGE.read_text(encoding="utf-8"), configurations()["LoRAMoE"]
+    balanced, bare = (calls_of_a_step(c) for c in (config, dataclasses.replace(config, balance_weight=0.0)))
+    share = (balanced - bare) / balanced
+    assert f"{balanced:,} calls in all, {balanced - bare} of them for the balance ({share:.0%})" in page
 
 
 def calls_of_a_router(top_k, balance, z):

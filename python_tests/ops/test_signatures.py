@@ -11,6 +11,7 @@ from adamix_kernels.ops.consistency.signatures import AdaMix, AdaMixBackward, Co
 from adamix_kernels.ops.gated_adapter import signatures as gated_adapter
 from adamix_kernels.ops.gated_lora import signatures as gated_lora
 from adamix_kernels.ops.merge.signatures import Experts, ExpertsBackward, LoRA, LoRABackward, LoRAs
+from adamix_kernels.ops.mixture_lora import signatures as mixture_lora
 from adamix_kernels.ops.routed_adapter import signatures as routed_adapter
 from adamix_kernels.ops.routed_lora import signatures as routed_lora
 from adamix_kernels.ops.router import signatures as router
@@ -32,6 +33,9 @@ OPS = [
     ("gated_lora_", "gated_lora_forward_", "gated_lora", "forward", gated_lora.Forward),
     ("router", "router_forward", "router", "forward", router.Forward),
     ("router_backward", None, "router", None, router.Backward),
+    ("mixture_lora", "mixture_lora_forward", "mixture_lora", "forward", mixture_lora.Forward),
+    ("mixture_lora_", "mixture_lora_forward_", "mixture_lora", "forward", mixture_lora.Forward),
+    ("mixture_lora_backward", None, "mixture_lora", None, mixture_lora.Backward),
     ("merge_experts", "merge_experts_forward", "merge", "experts_forward", Experts),
     ("merge_experts_backward", "merge_experts_backward", "merge", "experts_backward", ExpertsBackward),
     ("merge_lora", "merge_lora_forward", "merge", "lora_forward", LoRA),

@@ -9,9 +9,16 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "adamix_kernels"
 FILES = sorted(PACKAGE.rglob("*.py"))
-OPS = ("routed_adapter", "routed_lora", "gated_adapter", "gated_lora", "router", "merge", "consistency")
+OPS = (
+    "routed_adapter", "routed_lora", "gated_adapter", "gated_lora", "router", "mixture_lora", "merge", "consistency",
+)  # fmt: skip
 # The public function of the first hands calls with gates to the second.
 HANDED_ON = {("routed_adapter", "gated_adapter"), ("routed_lora", "gated_lora")}
+# A backend of the first is built of that of the others: gates of what has none, the mixture of its parts.
+BUILT_OF = {
+    "gated_adapter": ("routed_adapter",), "gated_lora": ("routed_lora",),
+    "mixture_lora": ("gated_lora", "routed_lora", "router"),
+}  # fmt: skip
 # What Triton's kernels of several ops share.
 TRITON_ROOMS = ("_triton_utils", "_routed_tiles", "_gated_tiles", "_row_tiles", "_adapter_planes", "_gated_sum")
 # A room may import rooms of a lower floor, and its own.
@@ -75,12 +82,12 @@ def test_imports_run_downward(path):
 def test_an_op_imports_no_other_op_and_a_backend_no_other_backend(path):
     backends = {"reference", "triton_impl", "cuda_impl"}
     mine = next((part for part in (path.stem, *path.parts) if part in backends), None)
+    op = next(part for part in path.parts if part in OPS)
     for target, _ in _imports(path):
         if target[:2] != ("adamix_kernels", "ops") or len(target) < 3 or target[2] not in OPS:
             continue
         handed_on = path.stem == "api" and (path.parent.name, target[2]) in HANDED_ON and target[3] == "api"
-        # A gated op's kernels are built of those without gates.
-        built_of = mine is not None and (target[2], path.parent.parent.name) in HANDED_ON and mine in target[3:4]
+        built_of = mine is not None and target[2] in BUILT_OF.get(op, ()) and mine in target[3:4]
         assert target[2] in path.parts or handed_on or built_of, f"{path} imports op {target[2]}"
         if mine is not None and len(target) > 3:
             assert target[3] not in backends - {mine}

@@ -14,6 +14,7 @@ import adamix_kernels.ops.consistency.direct as loss_direct
 import adamix_kernels.ops.consistency.op as loss_op
 from adamix_kernels import functional as F
 from adamix_kernels.ops.merge.api import merge_banks
+from adamix_kernels.routing import mixture_lora
 
 
 def _with_gradients(run, *leaves):
@@ -48,6 +49,12 @@ class Calls:
         leaves = [t.requires_grad_() for t in (x, a, b)]
         run = functools.partial(F.routed_lora, *leaves, **options, **more, backend=self.backend)
         return _with_gradients(lambda: run(base=base * 1), *leaves)
+
+    def mixture(self, experts=4, **more):
+        x, a, b = self.randn(3, 7, 20), self.randn(experts, 4, 20), self.randn(experts, 12, 4)
+        router, base = self.randn(experts, 20), torch.randn(3, 7, 12, device=self.device)
+        run = functools.partial(mixture_lora, x, a, b, router, **more, backend=self.backend)
+        return _with_gradients(lambda: run(base=base * 1), x, a, b, router)
 
     def logits(self, classes):
         x = self.randn(6, 5, classes)
@@ -96,6 +103,9 @@ class Calls:
             "lora, dropout": lambda: self.lora(dropout_p=0.3, seed=torch.tensor(5, device=self.device)),
             "lora, a number as seed": lambda: self.lora(dropout_p=0.3, seed=5),
             "lora, in place": lambda: self.lora(inplace=True),
+            "mixture": lambda: self.mixture(dropout_p=0.3, seed=torch.tensor(5, device=self.device)),
+            "mixture, in place": lambda: self.mixture(inplace=True),
+            "mixture, many experts": lambda: self.mixture(20),
             "adamix_loss": self.adamix,
             "adamix_loss, items": lambda: self.adamix(items=7),
             "adamix_loss, a tensor of items": lambda: self.adamix(items="tensor", label_smoothing=0.1),

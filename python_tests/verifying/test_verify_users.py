@@ -58,8 +58,8 @@ def auto(op, number, dtype=torch.float32, size=0):
 def test_each_kind_of_gpu_is_verified_once_and_all_alike_take_the_result(gpus):
     with pytest.warns(RuntimeWarning, match=r"are not used by \"auto\": merge triton float32 any is wrong \(one row"):
         report = adamix_kernels.verify()
-    assert gpus == [("cuda:0", 72), ("cuda:2", 72)]
-    assert len(report.of("right")) == 142
+    assert gpus == [("cuda:0", 84), ("cuda:2", 84)]
+    assert len(report.of("right")) == 166
     # By the table triton on an H100, were it right; the second choice.
     assert table.preferred(90, "merge", "float32", "any").order[:2] == ("triton", "cuda")
     assert [auto("merge", n) for n in range(3)] == ["cuda"] * 3
@@ -118,7 +118,9 @@ def test_adapt_asks_for_what_its_layers_and_its_loss_need(monkeypatch):
     asked.clear()
     tiny(method="lora", r=4, share="down", routing="learned")
     wanted = [("merge", torch.float32, 0), ("routed_lora", torch.float32, 4), ("gated_lora", torch.float32, 16)]
-    assert asked == [(torch.device("cpu"), [*wanted, ("router", torch.float32, 0)])]
+    assert asked == [
+        (torch.device("cpu"), [*wanted, ("router", torch.float32, 0), ("mixture_lora", torch.float32, 16)])
+    ]
     asked.clear()
     adamix_kernels.adapt(torch.nn.Sequential(torch.nn.Linear(8, 8)),
                          adamix_kernels.AdaMixConfig(target_modules=["0"]), backend="reference")  # fmt: skip
@@ -136,11 +138,11 @@ def test_env_and_backends_say_right_wrong_and_unknown_since_when_and_why(gpus, s
     store.write(verdicts.verdict(ADAPTER._replace(shape="wide"), machine, "crashed", "tokens: was ended by X"), machine)
     state = adamix_kernels.backends()["triton"]
     assert sorted({v.state for v in state.verdicts}) == ["crashed", "right", "unknown"]
-    assert len(state.verdicts) == 72
+    assert len(state.verdicts) == 84
     text = env.in_words(env.describe())
     assert "  NVIDIA H100: 1 kernels right since 20" in text
     assert "    routed_adapter float32 wide: tokens: was ended by X (20" in text
-    assert "  NVIDIA A100: 36 kernels unknown: adamix verify" in text
+    assert "  NVIDIA A100: 42 kernels unknown: adamix verify" in text
     assert json.dumps(env.describe())
 
 

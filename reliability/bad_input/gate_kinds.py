@@ -17,6 +17,7 @@ from adamix_kernels.routing import (
     ThresholdRouter,
     balance_loss,
     gate_router,
+    mixture_lora,
     router_gates,
     z_loss,
 )
@@ -31,7 +32,7 @@ _EXPERTS = 4
 
 
 def kinds() -> list[Kind]:
-    return [*_router_op(), *_calls(), *_losses(), *_routers(), *_configuration(), *_models()]
+    return [*_router_op(), *_mixture(), *_calls(), *_losses(), *_routers(), *_configuration(), *_models()]
 
 
 def _router_op() -> Iterator[Kind]:
@@ -45,6 +46,30 @@ def _router_op() -> Iterator[Kind]:
             ("weight", "more experts than a kernel holds", instead("weight", torch.randn(257, 8))),
             *floating("bias", optional=True), one_axis_more("bias"), one_axis_less("bias"), longer("bias", 0),
             *choice("top_k", *_NO_K), *BACKENDS,
+        ],
+    )  # fmt: skip
+
+
+def _mixture() -> Iterator[Kind]:
+    yield from wrong_arguments(
+        mixture_lora,
+        lambda: dict(
+            x=torch.randn(2, 3, 8), lora_a=torch.randn(_EXPERTS, 2, 8), lora_b=torch.randn(_EXPERTS, 6, 2),
+            router=torch.randn(_EXPERTS, 8), base=torch.randn(2, 3, 6), top_k=2,
+        ),
+        [
+            *floating("x", alone=True), one_axis_more("x"), one_axis_less("x"),
+            *floating("lora_a"), one_axis_more("lora_a"), one_axis_less("lora_a"), longer("lora_a", 2),
+            ("lora_a", "a bank of two", of("lora_a", lambda t: t[:2])),
+            *floating("lora_b"), one_axis_more("lora_b"), one_axis_less("lora_b"),
+            ("lora_b", "a bank of two", of("lora_b", lambda t: t[:2])),
+            ("lora_b", "both banks of one", lambda g: {"lora_a": g["lora_a"][:1], "lora_b": g["lora_b"][:1]}),
+            *floating("router"), one_axis_more("router"), one_axis_less("router"), longer("router", 1),
+            ("router", "no experts", of("router", lambda t: t[:0])),
+            *floating("base", optional=True), one_axis_more("base"), one_axis_less("base"), longer("base", 0),
+            ("base", "None, to be overwritten", lambda _: {"base": None, "inplace": True}),
+            *choice("top_k", *_NO_K), *choice("scaling", _NAN, _INF, "1", None, True),
+            *choice("dropout_p", -0.1, 1.0, _NAN, "0"), *choice("inplace", "yes", 2, None), *BACKENDS,
         ],
     )  # fmt: skip
 

@@ -11,7 +11,9 @@ from unittest import mock
 
 import torch
 
-_OPS = ("routed_adapter", "routed_lora", "gated_adapter", "gated_lora", "router", "merge", "consistency")
+_OPS = (
+    "routed_adapter", "routed_lora", "gated_adapter", "gated_lora", "router", "mixture_lora", "merge", "consistency",
+)  # fmt: skip
 # What a reference backend computes with; everything else in these modules is names of helpers.
 _WORK = re.compile(r"(adamix_|linear_|experts_|banks_|lora_)?(forward|backward)(_grad)?|rescale")
 

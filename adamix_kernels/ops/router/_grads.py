@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .._router_grads import logits_grad
 from .signatures import Backward
 
 
@@ -17,16 +18,7 @@ def wide_dtype(x: torch.Tensor) -> torch.dtype:
 def backward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, d weight, d bias) from the gradients of gates and logits; empty where not needed."""
     a = Backward(*arguments)
-    experts = a.weight.shape[0]
-    d = a.grad_logits
-    if a.grad_gates is not None:
-        through = a.gates * (a.grad_gates - (a.gates * a.grad_gates).sum(-1, keepdim=True))
-        if through.shape[-1] != experts:
-            # The ids of a row differ.
-            through = through.new_zeros(*through.shape[:-1], experts).scatter(-1, a.indices, through)
-        d = through if d is None else d + through
-    assert d is not None
-    flat = d.reshape(-1, experts)
+    flat = logits_grad(a.grad_gates, a.grad_logits, a.gates, a.indices, a.weight.shape[0])
     narrow = flat.to(a.x.dtype)
     dx, dweight, dbias = a.x.new_empty(0), a.weight.new_empty(0), a.weight.new_empty(0)
     if a.need_x:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 
 from ..._backends import check_request
-from .._checks import autocast_dtype, check_device, check_shape, check_tensor, fail
+from .._checks import autocast_dtype, check_shape, check_tensor, fail
+from .._router_arguments import MOST_EXPERTS as MOST_EXPERTS
+from .._router_arguments import check_router_weight, chosen_of
 from .autograd import router_op
-
-MOST_EXPERTS = 256
 
 
 class RouterOutput(NamedTuple):
@@ -73,21 +73,12 @@ def router_gates(
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype != torch.float64:
         x = x.to(dtype)
-    check_tensor("weight", weight)
-    check_device("weight", weight, x)
-    if weight.dtype not in (x.dtype, torch.float32):
-        fail("weight", weight.dtype, " or ".join(dict.fromkeys((str(x.dtype), "torch.float32"))), TypeError)
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or not 1 <= weight.shape[0] <= MOST_EXPERTS:
-        wanted = f"[M, H] with 1 <= M <= {MOST_EXPERTS} and H = {x.shape[-1]}"
-        fail("weight", f"shape {tuple(weight.shape)}", wanted)
+    check_router_weight("weight", weight, x)
     experts = weight.shape[0]
     if bias is not None:
         check_tensor("bias", bias, weight)
         check_shape("bias", bias, "[M]", experts)
-    wrong = isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= experts
-    if top_k is not None and wrong:
-        fail("top_k", repr(top_k), f"None (all experts) or 1 <= top_k <= {experts}")
+    chosen = chosen_of(top_k, experts)
     check_request(backend)
-    chosen = 0 if top_k is None or top_k == experts else top_k
     gates, indices, logits = router_op(x, weight, bias, chosen, backend)
     return RouterOutput(gates, indices if chosen else None, logits)
