@@ -50,4 +50,4 @@ def _watched(gate: nn.Module) -> bool:
         module._global_forward_hooks, module._global_forward_pre_hooks, module._global_backward_hooks,
         module._global_backward_pre_hooks,
     )  # fmt: skip
-    return "forward" in gate.__dict__ or any(hooks) or any(everywhere)
+    return bool({"forward", "gates"} & gate.__dict__.keys()) or any(hooks) or any(everywhere)

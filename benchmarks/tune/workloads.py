@@ -14,6 +14,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from adamix_kernels import _triton_utils
 from adamix_kernels._triton_utils import capability
 from adamix_kernels.ops._triton_tables import Config
+from adamix_kernels.ops.mixture_lora.triton_impl.plan import PADDED
 from adamix_kernels.testing import error_in_budget
 
 from .table import ShapeClass
@@ -63,8 +64,10 @@ def candidates(shape: ShapeClass, shared: int) -> list[Config]:
     for rows in (16, 32, 64, 128):
         for cols in (32, 64, 128, 256):
             kept, step = _footprint(shape, rows, cols)
+            # mixture_lora takes the same blocks, and the columns of a router in float32 beside them.
+            beside = 4 * PADDED * cols if shape.kernel == "lora_forward_kernel" else 0
             for warps, stages in ((4, 2), (4, 3), (4, 4), (8, 2), (8, 3)):
-                if kept <= 128 * 32 * warps and stages * step * shape.itemsize <= shared:
+                if kept <= 128 * 32 * warps and stages * (step * shape.itemsize + beside) <= shared:
                     made.append(Config(rows, cols, warps, stages))
     return made
 

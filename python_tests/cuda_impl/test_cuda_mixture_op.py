@@ -77,8 +77,9 @@ def test_in_place():
     check_in_place("cuda")
 
 
-def test_the_layer(monkeypatch):
-    check_layer("cuda", monkeypatch)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layer(dtype, monkeypatch):
+    check_layer("cuda", monkeypatch, dtype=dtype)
 
 
 def test_compile_autocast_checkpointing_and_opcheck():

@@ -19,7 +19,9 @@ from mixture_cases import (
 )
 
 from adamix_kernels import BackendUnavailableError
-from adamix_kernels.routing import mixture_lora
+from adamix_kernels.modules import RoutedLoRALinear, _mixture
+from adamix_kernels.ops.mixture_lora import op
+from adamix_kernels.routing import Gates, LinearRouter, mixture_lora
 
 ALL = SHAPES | WIDE
 
@@ -90,6 +92,29 @@ def test_in_place():
 
 def test_the_layer_calls_it_where_kernels_serve(monkeypatch):
     check_layer("reference", monkeypatch)
+
+
+def test_auto_takes_the_kernels_of_both_ops_where_none_serves_the_mixture(monkeypatch):
+    asked, select = [], op.select
+    monkeypatch.setattr(op, "select", lambda name, *rest: asked.append(name) or select(name, *rest))
+    x, a, b, router = torch.randn(2, 3, 8), torch.randn(4, 2, 8), torch.randn(4, 6, 2), torch.randn(4, 8)
+    out = mixture_lora(x, a, b, router, top_k=2).out
+    assert asked == ["mixture_lora", "router", "gated_lora"]
+    assert torch.equal(out, mixture_lora(x, a, b, router, top_k=2, backend="reference").out)
+
+
+def test_an_own_way_to_the_gates_is_asked(monkeypatch):
+    monkeypatch.setattr(_mixture, "by_kernel", lambda *_: True)
+    gate = LinearRouter(8, 4)
+    layer = RoutedLoRALinear.from_linear(torch.nn.Linear(8, 6), r=2, alpha=4, num_experts=4, share=None, gate=gate)
+    torch.nn.init.normal_(layer.lora_b)
+    x = torch.randn(2, 3, 8)
+    plain = layer(x)
+    one = torch.tensor([1.0, 0, 0, 0]).expand(2, 3, 4)
+    gate.gates = lambda *_: Gates(one, None)
+    want = layer.base(x) + 2 * (x @ layer.lora_a[0].T) @ layer.lora_b[0].T
+    torch.testing.assert_close(layer(x), want)
+    assert not torch.allclose(plain, want)
 
 
 def test_the_layer_is_one_graph(monkeypatch):

@@ -84,8 +84,9 @@ def test_in_place():
     check_in_place("triton", DEVICE)
 
 
-def test_the_layer_calls_it(monkeypatch):
-    check_layer("triton", monkeypatch, DEVICE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layer_calls_it(dtype, monkeypatch):
+    check_layer("triton", monkeypatch, DEVICE, dtype)
 
 
 @pytest.mark.skipif(not INTERPRET, reason="tracing is the same")

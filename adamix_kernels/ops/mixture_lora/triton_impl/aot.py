@@ -10,7 +10,7 @@ from ..._triton_aot import POINTERS, AotCase, make_case
 from ...routed_lora.triton_impl.plan import RESIDENT, RESIDENT_WIDTH, row_blocks
 from ...routed_lora.triton_impl.tables import MAX_REGISTERS, config
 from .forward import mixture_lora_forward_kernel
-from .plan import PADDED
+from .plan import PADDED, steps_ahead
 
 _HIDDEN = 1024
 # name -> (experts of A, experts of B, r, top_k, dropout, router in float32)
@@ -19,7 +19,8 @@ _TILES = {
     "top2_m8_r8": (8, 8, 8, 2, False, True),
     "dense_m8_r32": (8, 8, 32, 0, True, False),
     "top2_m16_r16": (16, 16, 16, 2, True, True),
-    "hydra_m3_r8": (1, 3, 8, 0, True, False),
+    "hydra_m3_r8": (1, 3, 8, 0, True, True),
+    "dense_m2_r8": (2, 2, 8, 0, False, True),
     "one_up_m8_r8": (8, 1, 8, 2, False, False),
 }
 
@@ -46,10 +47,11 @@ def _cases(name, dtype, capability, of_a, of_b, r, top_k, dropout, wide) -> Iter
         arguments |= {f"{side}_EXPERTS": m, f"{side}_PADDED": padded, f"{side}_MASKED": m > 1}
     width = rp * max(arguments["A_PADDED"], arguments["B_PADDED"])
     chosen = config("lora_forward_kernel", capability, dtype.itemsize, width)
+    stages = steps_ahead(chosen.num_stages, width, dtype.itemsize, wide)
     for rows in row_blocks(chosen.rows):
-        blocks = dict(BLOCK_M=rows, BLOCK_C=chosen.cols, STAGES=chosen.num_stages)
+        blocks = dict(BLOCK_M=rows, BLOCK_C=chosen.cols, STAGES=stages)
         case = make_case(
             mixture_lora_forward_kernel, f"{name}_rows{rows}", dtype, arguments | blocks,
-            warps=chosen.num_warps, stages=chosen.num_stages, maxnreg=MAX_REGISTERS,
+            warps=chosen.num_warps, stages=stages, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
         yield case._replace(resident=RESIDENT if dtype.itemsize == 2 and width <= RESIDENT_WIDTH else 1)
