@@ -6,6 +6,7 @@ alike, ties too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ def _mixture(top_k: int | None = None, seeded: bool = False, **options: Any) -> 
         x, a, b, router, base = leaves
         own: dict[str, Any] = {"seed": extra[0].to(x.device)} if seeded else {}
         if top_k is not None:
-            x, router = rounded(x), rounded(router * router.shape[-1] ** 0.5)
+            # By a power of two: no product is rounded before it is made an integer.
+            x, router = rounded(x), rounded(router * 2.0 ** math.ceil(math.log2(router.shape[-1]) / 2))
         # What is overwritten may be no leaf.
         base = base + 0 if options.get("inplace") else base
         out, gates, index, logits = mixture_lora(
