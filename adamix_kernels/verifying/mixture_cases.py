@@ -16,13 +16,18 @@ from ..ops.mixture_lora.api import mixture_lora
 from .case import Case
 
 
-def _mixture(top_k: int | None = None, seeded: bool = False, **options: Any) -> Callable[..., Any]:
+def _mixture(
+    top_k: int | None = None, seeded: bool = False, single: bool = False, **options: Any
+) -> Callable[..., Any]:
+    """single: the router is float32 beside 16-bit banks, as a model's is."""
+
     def call(backend: str, leaves: Sequence[Any], extra: Sequence[Any]) -> Any:
         x, a, b, router, base = leaves
         own: dict[str, Any] = {"seed": extra[0].to(x.device)} if seeded else {}
         if top_k is not None:
             # By a power of two: no product is rounded before it is made an integer.
             x, router = rounded(x), rounded(router * 2.0 ** math.ceil(math.log2(router.shape[-1]) / 2))
+        router = router.float() if single and x.element_size() == 2 else router
         # What is overwritten may be no leaf.
         base = base + 0 if options.get("inplace") else base
         out, gates, index, logits = mixture_lora(
@@ -52,16 +57,17 @@ def narrow() -> list[Case]:
     return [
         Case("dense, strided", (base, *banks, base), _mixture(scaling=0.5), placed="strided"),
         Case("two of four", (base, *banks, base), _mixture(2, scaling=0.5)),
-        Case("in place", (base, *banks, base), _mixture(3, scaling=0.5, inplace=True)),
-        Case("dropout", (base, *banks, None), _mixture(2, True, scaling=0.5, dropout_p=0.25), _seed),
+        Case("in place", (base, *banks, base), _mixture(3, single=True, scaling=0.5, inplace=True)),
+        Case("dropout", (base, *banks, None), _mixture(2, True, True, scaling=0.5, dropout_p=0.25), _seed),
         Case("dense, tails, misaligned", (*tails, (3, 19, 45)), _mixture(**two, scaling=2.0), placed="misaligned"),
         Case("one of three, tails", (*tails, (3, 19, 45)), _mixture(1, **two)),
-        Case("one below", hydra, _mixture()),
+        Case("one below", hydra, _mixture(single=True)),
         Case("one below, three of six", hydra, _mixture(3)),
         Case("one above", ((3, 21, 64), (6, 16, 64), (1, 64, 16), (6, 64), None), _mixture(2)),
         Case("one row", ((1, 1, 37), *tails[1:], (1, 1, 45)), _mixture(2, **two)),
         Case("a model's width", ((2, 130, 1024), (8, 8, 1024), (8, 1024, 8), (8, 1024), (2, 130, 1024)),
-             _mixture(2, scaling=2.0), large=True),
+             _mixture(2, single=True, scaling=2.0), large=True),
+        Case("three of twelve", ((2, 9, 64), (12, 8, 64), (12, 64, 8), (12, 64), (2, 9, 64)), _mixture(3, single=True)),
     ]  # fmt: skip
 
 
