@@ -41,13 +41,14 @@ _FROM = {
     "routed_lora_weight_grad_mma_kernel": 75,
 }
 # Kernels that are launched below this target alone, and empty from it on.
-_BELOW = {"routed_adapter_held_forward_kernel": 75}
+_BELOW = {"routed_adapter_held_forward_kernel": 75, "held_one_pass_kernel": 75}
 # Kernels that keep to a number of registers, as more would halve the warps on a multiprocessor: from which target on,
 # and how many bytes of spill stores and of spill loads they may show.
 _MAY_SPILL = {
     "routed_adapter_resident_forward_kernel": (70, 1024, 1024),
     "routed_adapter_resident_input_grad_kernel": (70, 560, 580),  # most of it for tiles of several experts
     "routed_adapter_one_pass_kernel": (70, 88, 128),
+    "held_one_pass_kernel": (70, 200, 212),  # most of it the sums of grad_out's columns, and what a block reads once
     "routed_lora_one_pass_kernel": (90, 4, 4),
     "routed_adapter_pass_sum_kernel": (100, 16, 16),
     "routed_lora_pass_sum_kernel": (100, 16, 16),

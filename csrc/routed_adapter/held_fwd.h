@@ -9,19 +9,19 @@
 
 namespace adamix {
 
-constexpr int kHeldRows = 32;
-constexpr int kHeldWarps = 16;               // pairs of them share columns, one with each half of the rows
-constexpr int kHeldShares = kHeldWarps / 2;  // of the columns, 16 at a time
-constexpr int kHeldStep = 16 * kHeldShares;  // columns that all warps take at a time
-constexpr int kHeldAhead = 4;                // steps whose weights are under way
-// Columns of a warp's sums and of its right operand, of which 16 are used: against bank conflicts.
-constexpr int kHeldPitch = 20, kHeldRight = 24, kHeldSums = 16 * kHeldPitch;
+constexpr int kHeldGroups = 2;  // of 16 rows: each warp multiplies both by weights that it loads once
+constexpr int kHeldRows = 16 * kHeldGroups;
+constexpr int kHeldWarps = 16;
+constexpr int kHeldStep = 16 * kHeldWarps;  // columns that all warps take at a time, 16 each
+constexpr int kHeldAhead = 4;               // steps whose weights are under way
+// Columns of a warp's sums and of its weights, of which 16 are used: against bank conflicts.
+constexpr int kHeldPitch = 20, kHeldWeights = 24, kHeldSums = 16 * kHeldPitch;
 
 template <typename T>
 struct HeldMemory {
   T* rows;      // [kHeldRows, pitch]
   T* narrow;    // [kHeldRows, narrow_pitch]
-  float* sums;  // [kHeldWarps, 16, kHeldPitch]; before, in the same place, a right operand [16, kHeldRight]
+  float* sums;  // [kHeldWarps, 16, kHeldPitch]; before, in the same place, weights [16, kHeldWeights]
   int* narrow_expert;
   int* wide_expert;
   int pitch, narrow_pitch;
@@ -37,19 +37,19 @@ struct HeldMemory {
   }
 };
 
-// One block's tile; rows and columns of the warp's own.
+// One block's tile. Products are transposed: a warp's sums are of 16 ranks or columns by 16 rows.
 template <typename T>
 struct HeldTile {
   const RoutedAdapterForward<T>& p;
   const HeldMemory<T>& memory;
   int64_t first;
-  int count, warp, lane, row0, col0;
-  int row, part;  // of the lane's 16 bytes in 16 x 16 elements
+  int count, warp, lane, col0;  // col0: of the warp
+  int row, part;                // of the lane's 16 bytes in 16 x 16 elements
 
   ADAMIX_DEVICE HeldTile(const RoutedAdapterForward<T>& params, const HeldMemory<T>& shared)
       : p(params), memory(shared), first(static_cast<int64_t>(blockIdx.x) * kHeldRows) {
     count = p.rows - first < kHeldRows ? static_cast<int>(p.rows - first) : kHeldRows;
-    warp = this_warp(), lane = this_lane(), row0 = warp % 2 * 16, col0 = warp / 2 * 16;
+    warp = this_warp(), lane = this_lane(), col0 = warp * 16;
     row = lane / 2, part = lane % 2 * 8;
   }
 
@@ -84,22 +84,23 @@ struct HeldTile {
     }
   }
 
-  // sum += left [16, 16] right^T, of which the lane has 16 bytes.
-  ADAMIX_DEVICE void multiply_by(WarpTile<T> (&sum)[1], const T* left, int pitch, uint4 piece) const {
-    T* right = reinterpret_cast<T*>(sums());
-    store_words(right + row * kHeldRight + part, piece);
+  // sum += weights [16, 16], of which the lane has 16 bytes, times the transposed rows.
+  ADAMIX_DEVICE void multiply_by(WarpTile<T> (&sum)[kHeldGroups], const T* rows, int pitch, uint4 piece) const {
+    T* weights = reinterpret_cast<T*>(sums());
+    store_words(weights + row * kHeldWeights + part, piece);
     __syncwarp();
-    WarpTile<T>::template add_products<Inner::kContiguous, Inner::kContiguous>(sum, left, pitch, right, kHeldRight);
+    WarpTile<T>::template add_products<Inner::kContiguous, Inner::kContiguous>(sum, weights, kHeldWeights, rows, pitch);
     __syncwarp();
   }
 
-  // memory.sums = the warps' parts of 16 columns of x Wd^T, from rank0 on; complete after a barrier.
-  ADAMIX_DEVICE void narrow_part(const T* bank, int rank0) const {
-    WarpTile<T> sum[1];
-    sum[0].zero();
+  // pre and memory.narrow, of the expert's rows and 16 ranks from rank0 on; complete on return.
+  ADAMIX_DEVICE void narrow(const ResidentExperts& experts, int expert, int rank0) const {
+    WarpTile<T> sum[kHeldGroups];
+#pragma unroll
+    for (WarpTile<T>& of : sum) of.zero();
     bool inside = rank0 + row < p.rank;
+    const T* bank = p.down_weight + static_cast<int64_t>(expert) * p.rank * p.hidden;
     const T* weight = bank + static_cast<int64_t>(inside ? rank0 + row : 0) * p.hidden + part;
-    const T* left = memory.rows + row0 * memory.pitch;
     for (int col = col0; col < p.hidden; col += kHeldAhead * kHeldStep) {
       uint4 pieces[kHeldAhead];
 #pragma unroll
@@ -110,25 +111,31 @@ struct HeldTile {
 #pragma unroll
       for (int n = 0; n < kHeldAhead; ++n) {
         int at = col + n * kHeldStep;
-        if (at < p.hidden) multiply_by(sum, left + at, memory.pitch, pieces[n]);
+        if (at < p.hidden) multiply_by(sum, memory.rows + at, memory.pitch, pieces[n]);
       }
     }
-    sum[0].store(sums(), kHeldPitch);
+#pragma unroll
+    for (int group = 0; group < kHeldGroups; ++group) {
+      sum[group].store(sums(), kHeldPitch);
+      __syncthreads();
+      join_parts(experts, expert, rank0, group);
+      __syncthreads();
+    }
   }
 
-  // pre and memory.narrow, of the expert's rows, from the warps' parts; complete after a barrier.
-  ADAMIX_DEVICE void join_parts(const ResidentExperts& experts, int expert, int rank0) const {
-    int of = threadIdx.x / 16, rank = rank0 + static_cast<int>(threadIdx.x) % 16;
-    if (of >= count || (experts.mixed && experts.narrow[of] != expert)) return;
+  // The sum of the warps' parts for a group of rows, by the first 256 threads.
+  ADAMIX_DEVICE void join_parts(const ResidentExperts& experts, int expert, int rank0, int group) const {
+    int of = group * 16 + static_cast<int>(threadIdx.x) / 16, own = threadIdx.x % 16, rank = rank0 + own;
+    if (threadIdx.x >= 256 || of >= count || (experts.mixed && experts.narrow[of] != expert)) return;
     T* word = memory.narrow + of * memory.narrow_pitch + rank;
     if (rank >= p.rank) {
       *word = from_float<T>(0.f);
       return;
     }
-    const float* from = memory.sums + of / 16 * kHeldSums + of % 16 * kHeldPitch + rank % 16;
+    const float* from = memory.sums + own * kHeldPitch + of % 16;
     float sum = 0.f;
 #pragma unroll
-    for (int share = 0; share < kHeldShares; ++share) sum += from[2 * share * kHeldSums];
+    for (int share = 0; share < kHeldWarps; ++share) sum += from[share * kHeldSums];
     if (p.down_bias != nullptr) sum += to_float(p.down_bias[static_cast<int64_t>(expert) * p.rank + rank]);
     T pre = from_float<T>(sum);
     p.pre[(first + of) * p.rank + rank] = pre;
@@ -140,45 +147,47 @@ struct HeldTile {
     int64_t size = static_cast<int64_t>(p.hidden) * p.rank;
     const T* weight = p.up_weight + expert * size + part;
     const T* bias = p.up_bias == nullptr ? nullptr : p.up_bias + static_cast<int64_t>(expert) * p.hidden;
-    const T* left = memory.narrow + row0 * memory.narrow_pitch;
-    int of = row0 + row;
-    bool mine = of < count && (!experts.mixed || experts.wide[of] == expert);
     bool own = p.residual.data == p.x.data;
-    const T* added = memory.rows + of * memory.pitch;
-    if (!own) {
-      added = p.residual.data;
-      if (added != nullptr && mine) added += p.residual.offset(static_cast<int>(first) + of);
-    }
-    T* out = p.out + (first + of) * p.hidden;
     auto load = [&](int col, int rank0) {
       bool inside = col < p.hidden && rank0 + part < p.rank;
       return inside ? load_words<uint4>(weight + (col + row) * p.rank + rank0) : uint4{0, 0, 0, 0};
     };
     uint4 next = load(col0, 0);
     for (int col = col0; col < p.hidden; col += kHeldStep) {
-      WarpTile<T> sum[1];
-      sum[0].zero();
-      uint4 shift{0, 0, 0, 0}, old{0, 0, 0, 0};
+      WarpTile<T> sum[kHeldGroups];
+#pragma unroll
+      for (WarpTile<T>& of : sum) of.zero();
+      uint4 shift{0, 0, 0, 0};
       if (bias != nullptr) shift = load_words<uint4>(bias + col + part);
-      if (mine && added != nullptr) old = load_words<uint4>(added + col + part);
       for (int rank0 = 0; rank0 < p.rank; rank0 += 16) {
         uint4 piece = next;
         bool last = rank0 + 16 >= p.rank;
         next = load(last ? col + kHeldStep : col, last ? 0 : rank0 + 16);
-        multiply_by(sum, left + rank0, memory.narrow_pitch, piece);
+        multiply_by(sum, memory.narrow + rank0, memory.narrow_pitch, piece);
       }
-      sum[0].store(sums(), kHeldPitch);
-      __syncwarp();
-      const float* from = sums() + row * kHeldPitch + part;
-      auto pair = [&](int e, uint32_t more, uint32_t most) {
-        return word_of<T>(from[e] + low_of<T>(more) + low_of<T>(most),
-                          from[e + 1] + high_of<T>(more) + high_of<T>(most));
-      };
-      if (mine) {
-        store_whole(out + col + part, {pair(0, shift.x, old.x), pair(2, shift.y, old.y), pair(4, shift.z, old.z),
-                                       pair(6, shift.w, old.w)});
+#pragma unroll
+      for (int group = 0; group < kHeldGroups; ++group) {
+        int of = group * 16 + row;
+        bool mine = of < count && (!experts.mixed || experts.wide[of] == expert);
+        uint4 old{0, 0, 0, 0};
+        if (own) {
+          old = load_words<uint4>(memory.rows + of * memory.pitch + col + part);
+        } else if (mine && p.residual.data != nullptr) {
+          old = load_words<uint4>(p.residual.data + p.residual.offset(static_cast<int>(first) + of) + col + part);
+        }
+        sum[group].store(sums(), kHeldPitch);
+        __syncwarp();
+        const float* from = sums() + part * kHeldPitch + row;
+        auto pair = [&](int e, uint32_t more, uint32_t most) {
+          return word_of<T>(from[e * kHeldPitch] + low_of<T>(more) + low_of<T>(most),
+                            from[(e + 1) * kHeldPitch] + high_of<T>(more) + high_of<T>(most));
+        };
+        if (mine) {
+          store_whole(p.out + (first + of) * p.hidden + col + part, {pair(0, shift.x, old.x), pair(2, shift.y, old.y),
+                                                                     pair(4, shift.z, old.z), pair(6, shift.w, old.w)});
+        }
+        __syncwarp();
       }
-      __syncwarp();
     }
   }
 
@@ -206,13 +215,7 @@ __global__ void __launch_bounds__(32 * kHeldWarps) routed_adapter_held_forward_k
   for (int expert = -1;;) {
     expert = experts.next(experts.narrow, experts.first_narrow, kHeldRows, expert);
     if (expert == kNoExpert) break;
-    const T* bank = p.down_weight + static_cast<int64_t>(expert) * p.rank * p.hidden;
-    for (int rank0 = 0; rank0 < p.rank; rank0 += 16) {
-      tile.narrow_part(bank, rank0);
-      __syncthreads();
-      tile.join_parts(experts, expert, rank0);
-      __syncthreads();
-    }
+    for (int rank0 = 0; rank0 < p.rank; rank0 += 16) tile.narrow(experts, expert, rank0);
   }
   for (int expert = -1;;) {
     expert = experts.next(experts.wide, experts.first_wide, kHeldRows, expert);

@@ -3,6 +3,7 @@
 
 #include "common/adapter_checks.h"
 #include "common/checks.h"
+#include "common/held_pass_plan.h"
 #include "common/joined_blocks.h"
 #include "common/row_shares.h"
 #include "common/sample_grads_plan.h"
@@ -11,7 +12,8 @@
 namespace adamix {
 namespace {
 
-// The backward in one pass, where pass_plan has one and all lies at multiples of 16 bytes; whether it was launched.
+// The backward in one pass, where held_pass_plan has one and all lies at multiples of 16 bytes; whether it was
+// launched.
 bool launch_in_one_pass(DType dtype, const Tensor& grad_out, const Tensor& x, const Tensor& pre,
                         const Tensor& down_weight, const Tensor& up_weight, const Routing& down, const Routing& up,
                         const Tensor& dx, const Tensor& ddown_weight, const Tensor& ddown_bias,
@@ -30,7 +32,7 @@ bool launch_in_one_pass(DType dtype, const Tensor& grad_out, const Tensor& x, co
       params.down_weight = data<const T>(down_weight);
       params.up_weight = data<const T>(up_weight);
       params.dx = need_input ? data<T>(dx) : nullptr;
-      PassPlan plan = pass_plan<T>(x.size(0), x.size(1), hidden, rank, down, up, true, device);
+      PassPlan plan = held_pass_plan<T>(x.size(0), x.size(1), hidden, rank, down, up, true, device);
       limit_cluster(plan, down, up);
       if (plan.blocks == 0 || !params.grad_out.aligned || !params.x.aligned ||
           !is_aligned(params.narrow, {}, sizeof(T)) || !is_aligned(params.down_weight, {hidden}, sizeof(T)) ||
@@ -44,7 +46,10 @@ bool launch_in_one_pass(DType dtype, const Tensor& grad_out, const Tensor& x, co
       params.up = up;
       params.activation = activation;
       params.add_input = add_input, params.need_down = need_down, params.need_up = need_up;
-      launch_routed_adapter_one_pass(params, plan, device);
+      if constexpr (kIsHalf<T>) {
+        if (holds_pass<T>(device)) launch_held_pass<false>(params, plan, device);
+      }
+      if (!holds_pass<T>(device)) launch_routed_adapter_one_pass(params, plan, device);
       sum.down_weight = data<T>(ddown_weight), sum.down_bias = data<T>(ddown_bias);
       sum.up_weight = data<T>(dup_weight), sum.up_bias = data<T>(dup_bias);
       launch_routed_adapter_pass_sum(sum, need_down ? static_cast<int>(down_weight.size(0)) : 0,

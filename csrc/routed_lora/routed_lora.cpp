@@ -5,6 +5,7 @@
 
 #include "common/checks.h"
 #include "common/fragment_shape.h"
+#include "common/held_pass_plan.h"
 #include "common/joined_blocks.h"
 #include "common/lora_checks.h"
 #include "common/row_shares.h"
@@ -139,8 +140,8 @@ Tensor run_forward(Call& call, const Device& device, Tensor x, Tensor lora_a, Te
   return t;
 }
 
-// The backward in one pass, where pass_plan has one and all lies at multiples of 16 bytes; whether it was launched. Its
-// tensors' rows are contiguous.
+// The backward in one pass, where held_pass_plan has one and all lies at multiples of 16 bytes; whether it was
+// launched. Its tensors' rows are contiguous.
 bool launch_in_one_pass(const Call& call, const Device& device, const Tensor& grad_out, const Tensor& x,
                         const Tensor& t, const Tensor& lora_a, const Tensor& lora_b, const Tensor& dx, const Tensor& da,
                         const Tensor& db, bool need_x, bool need_a, bool need_b) {
@@ -156,7 +157,8 @@ bool launch_in_one_pass(const Call& call, const Device& device, const Tensor& gr
       params.down_weight = data<const T>(lora_a);
       params.up_weight = data<const T>(lora_b);
       params.dx = need_x ? data<T>(dx) : nullptr;
-      PassPlan plan = pass_plan<T>(call.batch, call.tokens, call.features, call.rank, call.a, call.b, false, device);
+      PassPlan plan =
+          held_pass_plan<T>(call.batch, call.tokens, call.features, call.rank, call.a, call.b, false, device);
       limit_cluster(plan, call.a, call.b);
       if (plan.blocks == 0 || !params.grad_out.aligned || !params.x.aligned ||
           !is_aligned(params.narrow, {}, sizeof(T)) || !is_aligned(params.down_weight, {}, sizeof(T)) ||
@@ -171,7 +173,10 @@ bool launch_in_one_pass(const Call& call, const Device& device, const Tensor& gr
       params.dropout = call.dropout;
       params.scaling = call.scaling;
       params.need_down = need_a, params.need_up = need_b;
-      launch_routed_lora_one_pass(params, plan, device);
+      if constexpr (kIsHalf<T>) {
+        if (holds_pass<T>(device)) launch_held_pass<true>(params, plan, device);
+      }
+      if (!holds_pass<T>(device)) launch_routed_lora_one_pass(params, plan, device);
       sum.down_weight = data<T>(da), sum.up_weight = data<T>(db);
       sum.down_scale = call.dropout.seed == nullptr ? 1.f : call.dropout.scale, sum.up_scale = call.scaling;
       launch_routed_lora_pass_sum(sum, need_a ? static_cast<int>(call.experts_a) : 0,

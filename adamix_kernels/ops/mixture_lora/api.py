@@ -50,8 +50,8 @@ def mixture_lora(
     """out = base + scaling * sum_k g_k (dropout(x) A[i_k]^T) B[i_k]^T, g = softmax(x router^T).
 
     With top_k the largest top_k of g, divided by their sum. It is routed_lora(gates=g) behind router_gates as one op:
-    where a tile of the kernels holds the columns of all experts, one launch that reads x once. The router reads x
-    before dropout.
+    where a tile of the kernels holds the columns of all experts, one launch, in which the router reads no x of its own.
+    The router reads x before dropout.
 
     Args:
         x: [B, S, K], floating. B, S and both may be 0.
