@@ -48,11 +48,13 @@ struct PairStatistics {
   template <bool Full, bool Careful, typename T>
   ADAMIX_DEVICE void add(const Piece<T>& a, const Piece<T>& b, bool totals = false, int begin = 0, int end = 0) {
     float x = Careful ? finite_top(top_a) : top_a, y = Careful ? finite_top(top_b) : top_b;
-    float u[Piece<T>::kSize];
+    float u[Piece<T>::kSize], w[Piece<T>::kSize];
+#pragma unroll
+    for (int e = 0; e < Piece<T>::kSize; e += 2) get_two(a, e, u[e], u[e + 1]), get_two(b, e, w[e], w[e + 1]);
 #pragma unroll
     for (int e = 0; e < Piece<T>::kSize; ++e) {
-      u[e] = to_float(a.values[e]) - x;
-      float v = to_float(b.values[e]) - y, p = exp_of<T>(u[e]), q = exp_of<T>(v), c = u[e] - v;
+      u[e] -= x;
+      float v = w[e] - y, p = exp_of<T>(u[e]), q = exp_of<T>(v), c = u[e] - v;
       sum_a += p, sum_b += q;
       if constexpr (Full) lean += p - q;
       if constexpr (Careful) {
@@ -239,7 +241,7 @@ struct alignas(16) PairSlopes {
     float u = x - top_a, v = y - top_b, p = exp_of<T>(u), q = exp_of<T>(v);
     if constexpr (Full) {
       float c = Careful && u == v ? 0.f : u - v, share_p = half_p * p, share_q = half_q * q, gap = share_p - share_q;
-      da = fmaf(entropy * over_a, p, fmaf(share_p, c - mean_p, gap)), db = -fmaf(share_q, c - mean_q, gap);
+      da = fmaf(entropy * over_a, p, fmaf(share_p, c - mean_p, gap)), db = fmaf(-share_q, c - mean_q, -gap);
       if constexpr (Rest) da -= rest;
     } else {
       da = fmaf(all_p, p, -fmaf(half_q, q, rest)), db = fmaf(-half_p, p, half_q * q);
@@ -259,11 +261,10 @@ struct alignas(16) PairSlopes {
   ADAMIX_DEVICE void piece(Piece<T>& a, Piece<T>& b) const {
 #pragma unroll
     for (int e = 0; e < Piece<T>::kSize; e += 2) {
-      float da[2], db[2];
+      float x[2], y[2], da[2], db[2];
+      get_two(a, e, x[0], x[1]), get_two(b, e, y[0], y[1]);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        column<T, Full, Careful, Rest>(to_float(a.values[e + i]), to_float(b.values[e + i]), da[i], db[i]);
-      }
+      for (int i = 0; i < 2; ++i) column<T, Full, Careful, Rest>(x[i], y[i], da[i], db[i]);
       set_two(a, e, da[0], da[1]), set_two(b, e, db[0], db[1]);
     }
   }
