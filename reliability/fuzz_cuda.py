@@ -26,6 +26,7 @@ KERNELS = {
     "routed_adapter_plane_sum": "plane_sum_kernel",
     "routed_adapter_one_pass": "routed_adapter_one_pass_kernel",
     "routed_adapter_pass_sum": "routed_adapter_pass_sum_kernel",
+    "held_one_pass": "held_one_pass_kernel",
     "routed_lora_forward": "routed_lora_forward_kernel",
     "routed_lora_input_grad": "routed_lora_input_grad_kernel",
     "routed_lora_weight_grad": "routed_lora_weight_grad_kernel",

@@ -23,8 +23,9 @@ L1's 0.09. L1 holds what a block touched within its last 32 KB (not for cp.async
 Ramp: a launch's start and end, 2 microseconds; 1 for one that is made ready while the launch before it ends
 (programmatic dependent launch).
 Device bytes: every launch's distinct bytes, and what does not stay in L2. L2 replaces at random: a sector is still
-there with probability exp(-b / L2) after b other bytes came in. For a block that reads a sector again, b is what it
-brought in since, times the blocks that run beside it; for what an earlier launch of the op left, all that came since.
+there with probability exp(-b / L2) after b other bytes came in. For a block that reads a sector again past L1, b is
+what it brought in since, times the blocks that run beside it; for what an earlier launch of the op left, all that came
+since.
 What several blocks of a launch read is read from memory once.
 
 Nothing here was measured on a GPU but what SOURCES says. Expect plus or minus 8 points.
@@ -88,12 +89,12 @@ class Launch:
     """What was counted of one launch, whole grid.
 
     instructions: of warps, machine code. special: those among them for the special function units. distinct: bytes
-    read and written, each once. again: (bytes that a block read again, bytes that it brought in since). loaded, stored:
-    bytes through L2, with repetitions, and L1's; missed: those loaded that are not in L1. bank_waves: passes over
-    shared memory. waits: (times that blocks wait for loads, the part of what they wait for that is not in L1), loop by
-    loop. in_flight: bytes not in L1 that a block has asked for when it waits. barriers: that blocks pass. ranges: of
-    every tensor its address and distinct bytes, for what an earlier launch left. dependent: whether it is made ready
-    while the launch before it ends.
+    read and written, each once. again: (bytes that a block read again past L1, bytes that it brought in since).
+    loaded, stored: bytes through L2, with repetitions, and L1's; missed: those loaded that are not in L1. bank_waves:
+    passes over shared memory. waits: (times that blocks wait for loads, the part of what they wait for that is not in
+    L1), loop by loop. in_flight: bytes not in L1 that a block has asked for when it waits. barriers: that blocks pass.
+    ranges: of every tensor its address and distinct bytes, for what an earlier launch left. dependent: whether it is
+    made ready while the launch before it ends.
     """
 
     kernel: str

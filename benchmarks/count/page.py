@@ -57,7 +57,9 @@ _WORDS = (
     "moves less than a megabyte none is given, as only its launches count. Newer than the pairing of the most alike "
     "loops (before, their order decided) are the counts of csrc/'s losses and of its backwards on sm_90, and of "
     "Triton's losses of 30,522 and 128,256 classes. Older than the matching of wmma's products, and of loops that "
-    "ptxas leaves by a call, are, from sm_80 on, the counts of one expert a token beside gates."
+    "ptxas leaves by a call, are, from sm_80 on, the counts of one expert a token beside gates. Sizes of loops are "
+    "compared in machine code, and what L1 serves again misses no L2, in the counts of csrc/'s losses from sm_80 on "
+    "and of merge_lora on sm_90."
 )
 _MERGES = (
     f"Merges below {MERGE_GOAL} of an H100's copy bandwidth, beside the most that the bytes they move at least and the "
@@ -68,6 +70,13 @@ _WIDE = (
     "the others are read again for the gradients, half of them from memory, 0.19 of the floor. Shared memory has room "
     "for 8 steps more, but Triton gives it to copies in flight alone, and Triton 3.6 does not compile a sum over a "
     "cluster's blocks (num_ctas=2 fails in TritonGPUPlanCTAPass). csrc/ holds the row in a cluster's shared memory."
+)
+_WAYS = (
+    "The losses' gradient is written in three ways, each for its count: with the loss (1.0 to 1.3 of the floor); in "
+    "the backward (float16 without an expected scale, 1.5); and in place, where another gradient comes in than was "
+    "expected, by a multiplication of what lies there. That moves as many bytes again as the floor, and returns at "
+    "once where there is nothing to do, as torch's own would not. Only a cluster's blocks share a row (csrc/, sm_90), "
+    "which is then read once; on sm_80, 128,256 classes are read twice in part and come to 1.2 of the floor."
 )
 _GATES = (
     "What gates cost beside one expert a token without any, at the same size: instructions, bytes (those that each "
@@ -104,6 +113,7 @@ def page(rows: Sequence[Row]) -> str:
         "\n".join(_table(rows)),
         *(["\n".join([_filled(_MERGES), "", *(_filled(line, "- ") for line in few)])] if (few := merges(rows)) else []),
         _filled(_WIDE),
+        _filled(_WAYS),
         "## Gates",
         _filled(_GATES),
         "\n".join(count_gates.table(rows)),

@@ -149,10 +149,10 @@ class Part:
 
 
 class _Looks(NamedTuple):
-    """What tells one loop from another: anchors, instructions, lines of the source."""
+    """What tells one loop from another: anchors, instructions (as many as machine code has), lines of the source."""
 
     mix: Counter[str]
-    size: int
+    size: float
     lines: set[str]
 
 
@@ -166,8 +166,10 @@ def parts(
     """Loops of the PTX (its instructions' names and sources) beside those of the machine code that are most alike; and
     its functions, as Code.functions."""
     theirs, made_of = sass_loops(code), _wmma(code)
+    # Of two loops that differ in little the one with fewer instructions would else take the other's machine code.
+    scale = len(code.instructions) / max(1, len(names))
     ours = [
-        _Looks(_anchors(names, loop.body, made_of), len(loop.body), {sources[n] for n in loop.body})
+        _Looks(_anchors(names, loop.body, made_of), scale * len(loop.body), {sources[n] for n in loop.body})
         for loop in ptx_loops
     ]
     kinds = [one.kind for one in code.instructions]

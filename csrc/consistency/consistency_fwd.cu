@@ -12,14 +12,16 @@ namespace adamix {
 // A row, and where it and its gradients lie, in elements: a pointer out of shared memory could lead anywhere. One warp
 // finds the next row of a block's while another joins the sums.
 template <typename T>
-struct PairNext {
-  PairRow<T> row;
+struct alignas(16) PairNext {
   int64_t a, b, da, db;
+  PairRow<T> row;
+  bool fits;  // both gradients lie as the logits do
 
   ADAMIX_DEVICE PairNext(const PairLoss<T>& p, int number) : row(p.a, p.b, p.sums, number, p.classes) {
     a = row.a - p.a.data, b = row.b - p.b.data;
     da = row.live && p.da.data != nullptr ? row_offset(p.da, number) : 0;
     db = row.live && p.db.data != nullptr ? row_offset(p.db, number) : 0;
+    fits = (p.da.data == nullptr || row.fits(p.da.data + da)) && (p.db.data == nullptr || row.fits(p.db.data + db));
   }
   ADAMIX_DEVICE PairRow<T> found(const PairLoss<T>& p) const {
     PairRow<T> same = row;
@@ -78,8 +80,10 @@ __global__ void __launch_bounds__(Threads > 0 ? Threads : threads_of(Lanes),
   PairNext<T> taken(p, group * kTeams + team);
   PairRow<T> row = taken.row;
   int64_t at_a = taken.da, at_b = taken.db;
+  bool fits = taken.fits;
   share.copy(row);
   copy_commit();
+  if (Lanes == 0 && threadIdx.x == 0) tile.scratch.slopes->next_label = 0.f;
   PairScales scales{0.f, 0.f};
   if (p.counts) scales = find_scales(p.sums, tile.scratch);
   if (p.counts && blockIdx.x == 0 && threadIdx.x == 0) store_scales(p.sums, scales);
@@ -99,13 +103,13 @@ __global__ void __launch_bounds__(Threads > 0 ? Threads : threads_of(Lanes),
     float columns = 0.f;
     if (tails && !p.full) {
       // From the maxima of what is held the tail's seldom rise: a rise rounds.
-      join_tops<Lanes>(top_a, top_b, tile.scratch);
+      join_tops<Lanes>(top_a, top_b, tile.scratch, Share::threads() / 32);
       __syncthreads();
       s.start(top_a, top_b);
       columns = share.rising_sums(row, s, totals);
       top_a = s.top_a, top_b = s.top_b;
     }
-    join_tops<Lanes>(top_a, top_b, tile.scratch);
+    join_tops<Lanes>(top_a, top_b, tile.scratch, Share::threads() / 32);
     if (tails && !p.full) {
       s.move_to(top_a, top_b, columns);
     } else {
@@ -124,15 +128,15 @@ __global__ void __launch_bounds__(Threads > 0 ? Threads : threads_of(Lanes),
     } else {
       careful = settle<false>(share, row, s, totals, false, tails);
     }
-    bool labelled = row.flags.counted && row.flags.label >= 0 && share.find(row, row.flags.label, label_a, label_b);
-    if (labelled) s.label = label_a;
+    bool labelled = share.find_label(row, label_a, label_b);
+    if (labelled) (Lanes == 0 ? tile.scratch.slopes->next_label : s.label) = label_a;
 
     // One warp of a block adds up what all have found.
     bool adds = Lanes != 0 || threadIdx.x < 32;
     if constexpr (Lanes == 0) {
       leave_share(s, tile.scratch);
       __syncthreads();
-      if (adds) join_warps(s, tile.scratch);
+      if (adds) join_warps(s, tile.scratch), s.label = tile.scratch.slopes->next_label;
       if (cluster > 1) {
         if (adds) send_share(s, tile.scratch, turn);
         cluster_arrive();
@@ -185,9 +189,9 @@ __global__ void __launch_bounds__(Threads > 0 ? Threads : threads_of(Lanes),
     } else {
       if (p.full) {
         if constexpr (Lanes != 4) careful = __any_sync(0xffffffffu, careful);
-        share.template gradients<true>(row, slopes, da, db, careful, next);
+        share.template gradients<true>(row, slopes, da, db, fits, careful, next);
       } else {
-        share.template gradients<false>(row, slopes, da, db, false, next);
+        share.template gradients<false>(row, slopes, da, db, fits, false, next);
       }
       // The label's column anew, once no other lane may write it.
       if constexpr (Lanes != 4) __syncwarp();
@@ -198,7 +202,7 @@ __global__ void __launch_bounds__(Threads > 0 ? Threads : threads_of(Lanes),
       }
     }
     copy_commit();
-    row = next, at_a = taken.da, at_b = taken.db;
+    row = next, at_a = taken.da, at_b = taken.db, fits = taken.fits;
   }
   store_sums<Lanes>(p.sums, scales, tile.scratch, entropy_sum, pair_sum, group, groups);
 }

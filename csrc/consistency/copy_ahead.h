@@ -12,24 +12,22 @@ template <>
 constexpr bool kLoadsAhead<bfloat16> = false;
 
 // A copy of 16 bytes into the place of what its thread uses between both calls. Without asynchronous copies the load is
-// under way meanwhile; with them the copy starts when the place is free.
+// under way meanwhile; with them the copy starts when the place is free, and several may be between their calls.
 template <typename T>
 class CopyAhead {
  public:
   ADAMIX_DEVICE void start(const void* global) {
-    from_ = global;
     if constexpr (kLoadsAhead<T>) value_ = *static_cast<const uint4*>(global);
   }
-  ADAMIX_DEVICE void finish(void* shared) const {
+  ADAMIX_DEVICE void finish(void* shared, const void* global) const {
     if constexpr (kLoadsAhead<T>) {
       *static_cast<uint4*>(shared) = value_;
     } else {
-      copy_async(shared, from_);
+      copy_async(shared, global);
     }
   }
 
  private:
-  const void* from_ = nullptr;
   uint4 value_{};
 };
 

@@ -48,11 +48,13 @@ struct PairStatistics {
   template <bool Full, bool Careful, typename T>
   ADAMIX_DEVICE void add(const Piece<T>& a, const Piece<T>& b, bool totals = false, int begin = 0, int end = 0) {
     float x = Careful ? finite_top(top_a) : top_a, y = Careful ? finite_top(top_b) : top_b;
-    float u[Piece<T>::kSize];
+    float u[Piece<T>::kSize], w[Piece<T>::kSize];
+#pragma unroll
+    for (int e = 0; e < Piece<T>::kSize; e += 2) get_two(a, e, u[e], u[e + 1]), get_two(b, e, w[e], w[e + 1]);
 #pragma unroll
     for (int e = 0; e < Piece<T>::kSize; ++e) {
-      u[e] = to_float(a.values[e]) - x;
-      float v = to_float(b.values[e]) - y, p = exp_of<T>(u[e]), q = exp_of<T>(v), c = u[e] - v;
+      u[e] -= x;
+      float v = w[e] - y, p = exp_of<T>(u[e]), q = exp_of<T>(v), c = u[e] - v;
       sum_a += p, sum_b += q;
       if constexpr (Full) lean += p - q;
       if constexpr (Careful) {
@@ -103,6 +105,8 @@ struct PairStatistics {
   ADAMIX_DEVICE void back(const Lifted& a, const Lifted& b) {
     float of_a = a.rest(), of_b = b.rest();
     sum_a *= of_a, sum_b *= of_b, gap_a *= of_a * (kLn2 * kSmall), gap_b *= of_b * (kLn2 * kSmall);
+    // Powers so far off may have lost what is multiplied.
+    if (!(fabsf(a.slip) + fabsf(b.slip) < 64.f)) gap_a = not_a_number();
   }
   // The gaps alone, for add().
   ADAMIX_DEVICE void lift() { gap_a /= kSmall, gap_b /= kSmall; }
@@ -111,17 +115,16 @@ struct PairStatistics {
   // d - c; each part of a row has its own, and the whole row the true one.
   ADAMIX_DEVICE float center_of_sums() const { return sum_a > 0.f && sum_b > 0.f ? logf(sum_a) - logf(sum_b) : 0.f; }
 
-  // About so, for what is counted from anew: the row's own center comes after.
-  ADAMIX_DEVICE float rough_center() const {
-#if defined(ADAMIX_HOST)
-    return center_of_sums();
-#else
-    return sum_a > 0.f && sum_b > 0.f ? kLn2 * (__log2f(sum_a) - __log2f(sum_b)) : 0.f;
-#endif
-  }
-
   ADAMIX_DEVICE bool finite() const { return fabsf(gap_a) + fabsf(gap_b) < -negative_infinity(); }
 };
+
+// J's coefficient below which q has no part in the gradient: no element of a row reaches 2^-120 then.
+constexpr float kLeastCoefficient = 7.52316384526264e-37f;  // 2^-120
+
+// About d - c, for what is counted from anew: the row's own center comes after.
+ADAMIX_DEVICE float rough_center(float sum_a, float sum_b) {
+  return sum_a > 0.f && sum_b > 0.f ? kLn2 * (power_of(sum_a) - power_of(sum_b)) : 0.f;
+}
 
 struct PairScales {
   float entropy, pair;  // of the cross-entropy, and of J
@@ -187,37 +190,59 @@ ADAMIX_DEVICE PairResult result_of(const PairStatistics& s, const PairFlags& fla
 // constant targets: 1/2 (p - q) and its opposite
 // otherwise:        1/2 [p (d - E_p d) + p - q] and -1/2 [q (d - E_q d) + p - q]
 // times J's coefficient, with the cross-entropy's times p less its target in the first one.
-struct PairSlopes {
+struct alignas(16) PairSlopes {
+  // Of 16-bit logits and constant targets: the powers' lifts, of b with half_q in it, NaN where a row may not be
+  // lifted; all_p and half_p, which make good what the lifts' rounding leaves.
+  float lift_a, lift_b, lifted_all, lifted_p;
+  float rest;        // of the cross-entropy's target, what every class has, times that coefficient
+  float next_label;  // the next row's label's logit, where this block has it; else 0
   float top_a, top_b;
   float over_a, over_b;         // one over the sums of e^u, of e^v
   float entropy, half;          // coefficients of the cross-entropy, and half of J's
   float all_p, half_p, half_q;  // both together, and J's, over the sums
-  float rest;                   // of the cross-entropy's target, what every class has, times that coefficient
   float mean_p, mean_q;         // of c, not of d
 
   PairSlopes() = default;
   // entropy, pair: the coefficients of both parts; rest: smoothing / classes.
   ADAMIX_DEVICE PairSlopes(const PairResult& r, float entropy_, float pair, float rest_)
-      : top_a(r.top_a),
+      : rest(entropy_ * rest_),
+        next_label(0.f),
+        top_a(r.top_a),
         top_b(r.top_b),
         over_a(expf(-r.log_a)),
         over_b(expf(-r.log_b)),
         entropy(entropy_),
-        half(0.5f * pair),
-        rest(entropy_ * rest_) {
+        half(0.5f * pair) {
     half_p = half * over_a, half_q = half * over_b, all_p = fmaf(entropy, over_a, half_p);
     mean_p = r.mean_p + (r.log_a - r.log_b), mean_q = r.mean_q + (r.log_a - r.log_b);
+    lift();
   }
 
-  // Of one column that is not the label's. Careful: both logits may be -inf.
-  template <typename T, bool Full, bool Careful>
+  // q's coefficient becomes a part of its power, and p's makes good what that has rounded.
+  ADAMIX_DEVICE void lift() {
+    Lifted a(top_a), b(top_b);
+    float mend = a.rest(), slip = b.slip;
+    lift_b = -negative_infinity();
+    if (half_q >= kLeastCoefficient) {
+      float power = power_of(half_q);
+      lift_b = b.lift - power;
+      float taken = b.lift - lift_b;
+      slip += (taken - power) + (b.lift - (lift_b + taken));  // the difference's rounding
+      mend = power_of_2(slip - a.slip) * power_of_2(power) / half_q;
+    }
+    lift_a = may_be_lifted(a.slip) && may_be_lifted(slip) && half_q >= 0.f ? a.lift : not_a_number();
+    lifted_all = all_p * mend, lifted_p = half_p * mend;
+  }
+  ADAMIX_DEVICE bool lifted() const { return lift_a == lift_a; }
+
+  // Of one column that is not the label's. Careful: both logits may be -inf. Rest: `rest` may not be 0.
+  template <typename T, bool Full, bool Careful, bool Rest>
   ADAMIX_DEVICE void column(float x, float y, float& da, float& db) const {
     float u = x - top_a, v = y - top_b, p = exp_of<T>(u), q = exp_of<T>(v);
     if constexpr (Full) {
-      float c = Careful && u == v ? 0.f : u - v;
-      p *= over_a, q *= over_b;
-      float gap = p - q;
-      da = fmaf(entropy, p, fmaf(half, fmaf(p, c - mean_p, gap), -rest)), db = -half * fmaf(q, c - mean_q, gap);
+      float c = Careful && u == v ? 0.f : u - v, share_p = half_p * p, share_q = half_q * q, gap = share_p - share_q;
+      da = fmaf(entropy * over_a, p, fmaf(share_p, c - mean_p, gap)), db = fmaf(-share_q, c - mean_q, -gap);
+      if constexpr (Rest) da -= rest;
     } else {
       da = fmaf(all_p, p, -fmaf(half_q, q, rest)), db = fmaf(-half_p, p, half_q * q);
     }
@@ -232,43 +257,29 @@ struct PairSlopes {
   }
 
   // Of a piece's columns, in the place of its logits.
-  template <bool Full, bool Careful, typename T>
+  template <bool Full, bool Careful, bool Rest = true, typename T>
   ADAMIX_DEVICE void piece(Piece<T>& a, Piece<T>& b) const {
 #pragma unroll
     for (int e = 0; e < Piece<T>::kSize; e += 2) {
-      float da[2], db[2];
+      float x[2], y[2], da[2], db[2];
+      get_two(a, e, x[0], x[1]), get_two(b, e, y[0], y[1]);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        column<T, Full, Careful>(to_float(a.values[e + i]), to_float(b.values[e + i]), da[i], db[i]);
-      }
+      for (int i = 0; i < 2; ++i) column<T, Full, Careful, Rest>(x[i], y[i], da[i], db[i]);
       set_two(a, e, da[0], da[1]), set_two(b, e, db[0], db[1]);
     }
   }
-};
 
-// The same of whole pieces of 16-bit logits, for constant targets.
-struct LiftedSlopes {
-  Lifted a, b;
-  float all_p, half_p, half_q, rest;
-
-  ADAMIX_DEVICE explicit LiftedSlopes(const PairSlopes& s)
-      : a(s.top_a),
-        b(s.top_b),
-        all_p(s.all_p * a.rest()),
-        half_p(s.half_p * a.rest()),
-        half_q(s.half_q * b.rest()),
-        rest(s.rest) {}
-
+  // The same of a whole piece, for constant targets, where lifted().
   template <bool Rest, typename T>
-  ADAMIX_DEVICE void piece(Piece<T>& xs, Piece<T>& ys) const {
+  ADAMIX_DEVICE void lifted_piece(Piece<T>& xs, Piece<T>& ys) const {
 #pragma unroll
     for (int e = 0; e < Piece<T>::kSize; e += 2) {
       float x[2], y[2], da[2], db[2];
       get_two(xs, e, x[0], x[1]), get_two(ys, e, y[0], y[1]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float p = power_of_2(a.power(x[i])), q = half_q * power_of_2(b.power(y[i]));
-        da[i] = fmaf(all_p, p, Rest ? -(q + rest) : -q), db[i] = fmaf(-half_p, p, q);
+        float p = power_of_2(fmaf(x[i], kLog2E, -lift_a)), q = power_of_2(fmaf(y[i], kLog2E, -lift_b));
+        da[i] = fmaf(lifted_all, p, Rest ? -(q + rest) : -q), db[i] = fmaf(-lifted_p, p, q);
       }
       set_two(xs, e, da[0], da[1]), set_two(ys, e, db[0], db[1]);
     }

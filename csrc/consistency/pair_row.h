@@ -26,20 +26,30 @@ struct PairSpan {
 // Pieces that a thread has under way: registers hold no more without asynchronous copies.
 constexpr int kPiecesATurn = ADAMIX_ARCH >= 800 ? 2 : 1;
 
-// whole(i) for the whole pieces of a span that are `lane`'s, between(), then edge(i) for its others. Those of both
-// spans alone are whole, and of the larger one none is left out.
-template <typename Whole, typename Between, typename Edge>
-ADAMIX_DEVICE void walk(PairSpan span, int lane, int threads, Whole whole, Between between, Edge edge) {
+// whole(i) and then behind(i) for the whole pieces of a span that are `lane`'s, between(), then edge(i) for its others.
+// Those of both spans alone are whole, and of the larger one none is left out.
+template <typename Whole, typename Behind, typename Between, typename Edge>
+ADAMIX_DEVICE void walk(PairSpan span, int lane, int threads, Whole whole, Behind behind, Between between, Edge edge) {
   int at = lane < span.low ? lane + threads : lane;
-#pragma unroll kPiecesATurn
-  for (; at < span.high; at += threads) whole(at);
+  if constexpr (kPiecesATurn == 2) {
+    // So that no number of turns has to be found.
+#pragma unroll 1
+    for (; at < span.high - threads; at += 2 * threads) {
+      whole(at), whole(at + threads);
+      behind(at), behind(at + threads);
+    }
+    if (at < span.high) whole(at), behind(at), at += threads;
+  } else {
+#pragma unroll 1
+    for (; at < span.high; at += threads) whole(at), behind(at);
+  }
   between();
   for (int i = lane < span.low ? lane : at; i < span.end; i = i < span.low ? at : i + threads) edge(i);
 }
 
-template <typename Whole, typename Edge>
-ADAMIX_DEVICE void walk(PairSpan span, int lane, int threads, Whole whole, Edge edge) {
-  walk(span, lane, threads, whole, [] {}, edge);
+template <typename Whole, typename Between, typename Edge>
+ADAMIX_DEVICE void walk(PairSpan span, int lane, int threads, Whole whole, Between between, Edge edge) {
+  walk(span, lane, threads, whole, [](int) {}, between, edge);
 }
 
 ADAMIX_DEVICE PairSpan both_of(PairSpan first, PairSpan second) {
@@ -55,17 +65,26 @@ struct PairRow {
   const T* a;
   const T* b;
   int row, head, pieces, classes;
+  int label;  // where its label's column lies, from the start of its first piece on; -1: it needs none
   bool live;  // there is such a row
   bool same;  // b lies as a does
   PairFlags flags;
 
   ADAMIX_DEVICE PairRow(const Rows<const T>& rows_a, const Rows<const T>& rows_b, const PairSums& sums, int row_,
                         int classes_)
-      : a(rows_a.data), b(rows_b.data), row(row_), head(0), pieces(0), classes(classes_), live(row_ < sums.rows) {
+      : a(rows_a.data),
+        b(rows_b.data),
+        row(row_),
+        head(0),
+        pieces(0),
+        classes(classes_),
+        label(-1),
+        live(row_ < sums.rows) {
     flags = flags_of(sums, row, classes);
     if (live) a += row_offset(rows_a, row), b += row_offset(rows_b, row);
     head = head_of(a);
     same = head == head_of(b);
+    if (flags.counted && flags.label >= 0) label = head + flags.label;
     if (live) pieces = (head + classes + kSize - 1) / kSize;
   }
 
@@ -114,8 +133,8 @@ struct PairRow {
     from_a = load_elements(a, column(piece), classes), from_b = load_elements(b, column(piece), classes);
   }
 
-  // Whether `target`, a row of a gradient or null, lies as a does.
-  ADAMIX_DEVICE bool fits(const T* target) const { return target == nullptr || head_of(target) == head; }
+  // Whether `target`, a row of a gradient, lies as a does.
+  ADAMIX_DEVICE bool fits(const T* target) const { return head_of(target) == head; }
 
   // Those of a piece's elements that lie within the row.
   ADAMIX_DEVICE void write_elements(T* target, const Piece<T>& values, int piece) const {

@@ -40,17 +40,17 @@ struct PairShare {
     for (int at = lane; at < end; at += threads()) row.copy(a + at, b + at, first + at);
   }
 
-  // Both logits of a column, if it is in a piece of this thread's.
-  ADAMIX_DEVICE bool find(const PairRow<T>& row, int column, float& x, float& y) const {
-    int piece = (row.head + column) / kSize, at = piece - first;
-    bool own = at >= 0 && at < span.end, behind = tail.end > 0 && at >= held;
-    if (!own && !behind) return false;
+  // Both logits of the label's column, if it is in a piece of this thread's.
+  ADAMIX_DEVICE bool find_label(const PairRow<T>& row, float& x, float& y) const {
+    constexpr int kBits = kSize == 8 ? 3 : 2;
+    int at = (row.label >> kBits) - first;
+    bool behind = tail.end > 0 && at >= held;
     if (((behind ? at - held : at) & (threads() - 1)) != lane) return false;  // threads: a power of two
-    int e = (row.head + column) % kSize;
+    if (row.label < 0 || at < 0 || (!behind && at >= span.end)) return false;
     if (behind) {
-      x = to_float(row.a[column]), y = to_float(row.b[column]);
+      x = to_float(row.a[row.flags.label]), y = to_float(row.b[row.flags.label]);
     } else {
-      x = to_float(a[at].values[e]), y = to_float(b[at].values[e]);
+      x = to_float(a[at].values[row.label % kSize]), y = to_float(b[at].values[row.label % kSize]);
     }
     return true;
   }
@@ -58,8 +58,11 @@ struct PairShare {
   // Maxima; those of the tail too where `tails`.
   ADAMIX_DEVICE void tops(const PairRow<T>& row, bool tails, float& top_a, float& top_b) const {
     PieceTop<T> most_a, most_b;
-#pragma unroll 4
-    for (int at = lane; at < span.end; at += threads()) most_a.add(a[at]), most_b.add(b[at]);
+    auto add = [&](int at) { most_a.add(a[at]), most_b.add(b[at]); };
+    int own = lane;
+#pragma unroll 1
+    for (; own < span.end - threads(); own += 2 * threads()) add(own), add(own + threads());
+    if (own < span.end) add(own);
     for (int at = lane; tails && at < tail.end; at += threads()) {
       Piece<T> x, y;
       row.read(x, y, held + at);
@@ -180,7 +183,8 @@ struct PairShare {
         }
       };
       auto nothing = [](int) {};
-      lift();
+      // There are sums already where the tail came first.
+      if (kTails && tail.end > 0) lift();
       walk(
           span, lane, threads(),
           [&](int at) {
@@ -190,7 +194,7 @@ struct PairShare {
           },
           back, [&](int at) { edge(a[at], b[at], first + at); });
       if (totals) {
-        walk(span, lane, threads(), [&](int at) { s.add_total(a[at]); }, nothing);
+        walk(span, lane, threads(), [&](int at) { s.add_total(a[at]); }, [] {}, nothing);
       }
       if (!tails) return;
       lift();
@@ -202,9 +206,9 @@ struct PairShare {
   }
 
   // Writes both gradients, and starts the copies of the next row, if it is selected, into what has been used.
-  // careful: alike in a warp.
+  // fits: they lie as the logits do. careful: alike in a warp.
   template <bool Full>
-  ADAMIX_DEVICE void gradients(const PairRow<T>& row, const PairSlopes& slopes, T* da, T* db, bool careful,
+  ADAMIX_DEVICE void gradients(const PairRow<T>& row, const PairSlopes& slopes, T* da, T* db, bool fits, bool careful,
                                const PairRow<T>& next) const {
     bool more = next.flags.selected;
     PairSpan ahead = more ? next.span(first, held) : span;
@@ -214,16 +218,14 @@ struct PairShare {
       if (db != nullptr) row.write_elements(db, y, piece);
     };
     constexpr bool kLifted = sizeof(T) == 2 && !Full;
-    const LiftedSlopes lifted(slopes);
     auto slope = [&](Piece<T>& x, Piece<T>& y) {
       if constexpr (kLifted) {
-        lifted.template piece<true>(x, y);
+        slopes.template lifted_piece<true>(x, y);
       } else {
         slopes.template piece<Full, false>(x, y);
       }
     };
-    if (row.fits(da) && row.fits(db) && next.same && !careful &&
-        (!kLifted || (may_be_lifted(slopes.top_a) && may_be_lifted(slopes.top_b)))) {
+    if (fits && next.same && !careful && (!kLifted || slopes.lifted())) {
       int column = row.column(first), next_column = more ? next.column(first) : 0;
       Piece<T>* to_a = da == nullptr ? nullptr : reinterpret_cast<Piece<T>*>(da + column);
       Piece<T>* to_b = db == nullptr ? nullptr : reinterpret_cast<Piece<T>*>(db + column);
@@ -233,35 +235,35 @@ struct PairShare {
         if (at < span.end) edge(a[at], b[at], first + at);
         if (more && at < ahead.end) next.copy(a + at, b + at, first + at);
       };
-      if (da != nullptr && db != nullptr && more && (!kLifted || lifted.rest == 0.f)) {
+      CopyAhead<T> next_a, next_b;
+      if (da != nullptr && db != nullptr && more && slopes.rest == 0.f) {
         walk(
             both_of(span, ahead), lane, threads(),
             [&](int at) {
               Piece<T> x = a[at], y = b[at];
-              CopyAhead<T> next_a, next_b;
               next_a.start(from_a + at), next_b.start(from_b + at);
               if constexpr (kLifted) {
-                lifted.template piece<false>(x, y);
+                slopes.template lifted_piece<false>(x, y);
               } else {
-                slope(x, y);
+                slopes.template piece<Full, false, false>(x, y);
               }
               to_a[at] = x, to_b[at] = y;
-              next_a.finish(a + at), next_b.finish(b + at);
             },
-            rest);
+            [&](int at) { next_a.finish(a + at, from_a + at), next_b.finish(b + at, from_b + at); }, [] {}, rest);
       } else {
         walk(
             both_of(span, ahead), lane, threads(),
             [&](int at) {
               Piece<T> x = a[at], y = b[at];
-              CopyAhead<T> next_a, next_b;
               if (more) next_a.start(from_a + at), next_b.start(from_b + at);
               slope(x, y);
               if (da != nullptr) to_a[at] = x;
               if (db != nullptr) to_b[at] = y;
-              if (more) next_a.finish(a + at), next_b.finish(b + at);
             },
-            rest);
+            [&](int at) {
+              if (more) next_a.finish(a + at, from_a + at), next_b.finish(b + at, from_b + at);
+            },
+            [] {}, rest);
       }
       walk_tail(
           row, tail,

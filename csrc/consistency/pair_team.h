@@ -8,7 +8,7 @@
 namespace adamix {
 
 constexpr int kPairWarps = kPairBlockThreads / 32;
-constexpr int kPairSums = 8;     // of a warp's share of a row
+constexpr int kPairSums = 8;     // of a warp's share of a row: both gaps, lean, total, then sum_a twice, sum_b, center
 constexpr int kPairValues = 16;  // of a block's share of a row, at most
 constexpr int kPairCluster = 8;  // blocks, at most
 
@@ -50,17 +50,17 @@ ADAMIX_DEVICE float largest_of_warp(float value) {
 #endif
 }
 
-// Both maxima over the threads of a row in this block; every one of them gets them. A barrier must lie between two
-// calls, as join_sums has one.
+// Both maxima over the threads of a row in this block, of so many warps; every one of them gets them. A barrier must
+// lie between two calls, as join_sums has one.
 template <int Lanes>
-ADAMIX_DEVICE void join_tops(float& a, float& b, const PairScratch& scratch) {
+ADAMIX_DEVICE void join_tops(float& a, float& b, const PairScratch& scratch, int warps) {
   if constexpr (Lanes == 4) {
     a = warp_reduce<Lanes>(a, Larger{}), b = warp_reduce<Lanes>(b, Larger{});
   } else {
     a = largest_of_warp(a), b = largest_of_warp(b);
   }
   if constexpr (Lanes == 0) {
-    int warps = blockDim.x / 32, lane = threadIdx.x % 32;
+    int lane = threadIdx.x % 32;
     if (lane == 0) scratch.tops[threadIdx.x / 32] = a, scratch.tops[kPairWarps + threadIdx.x / 32] = b;
     __syncthreads();
     // Half a warp for each of both.
@@ -70,29 +70,31 @@ ADAMIX_DEVICE void join_tops(float& a, float& b, const PairScratch& scratch) {
   }
 }
 
-// Each of four values summed over a warp; every lane gets the sums. The first steps halve what a lane holds.
-ADAMIX_DEVICE void sum_warp(float (&values)[4]) {
+// Each of two or four values summed over a warp; its N-th parts get a sum each, in their order. The first steps halve
+// what a lane holds.
+template <int N>
+ADAMIX_DEVICE float sum_warp(float (&values)[N]) {
   int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int count = 2; count > 0; count /= 2) {
-    bool upper = lane & count * 8;
+  for (int count = N / 2; count > 0; count /= 2) {
+    bool upper = lane & count * (32 / N);
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       float sent = upper ? values[i] : values[i + count], kept = upper ? values[i + count] : values[i];
-      values[i] = kept + shuffle_xor(sent, count * 8);
+      values[i] = kept + shuffle_xor(sent, count * (32 / N));
     }
   }
-  float sum = warp_reduce<8>(values[0], Add{});
-#pragma unroll
-  for (int i = 0; i < 4; ++i) values[i] = shuffle_from(sum, 8 * i);
+  return warp_reduce<32 / N>(values[0], Add{});
 }
 
-// A row's statistics from those of its lanes, at most a warp; every one of them gets them. Whole: they have all of it.
-template <int Lanes, bool Whole = true>
+// A row's statistics from those of its lanes, at most a warp; every one of them gets them.
+template <int Lanes>
 ADAMIX_DEVICE void join_lanes(PairStatistics& s) {
   auto sum = [](float (&values)[4]) {
     if constexpr (Lanes == 32) {
-      sum_warp(values);
+      float found = sum_warp(values);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values[i] = shuffle_from(found, 8 * i);
     } else {
 #pragma unroll
       for (float& value : values) value = warp_reduce<Lanes>(value, Add{});
@@ -101,20 +103,23 @@ ADAMIX_DEVICE void join_lanes(PairStatistics& s) {
   float sums[4] = {s.sum_a, s.sum_b, s.total, s.label}, own_a = s.sum_a, own_b = s.sum_b;
   sum(sums);
   s.sum_a = sums[0], s.sum_b = sums[1], s.total = sums[2], s.label = sums[3];
-  s.center = Whole ? s.center_of_sums() : s.rough_center();
+  s.center = s.center_of_sums();
   float step = -s.center * kSmall;
   float gaps[4] = {fmaf(step, own_a, s.gap_a), fmaf(step, own_b, s.gap_b), s.lean, 0.f};
   sum(gaps);
   s.gap_a = gaps[0], s.gap_b = gaps[1], s.lean = gaps[2];
 }
 
-// A warp's share of a row, for join_warps after a barrier. A barrier must lie behind that too.
-ADAMIX_DEVICE void leave_share(PairStatistics s, const PairScratch& scratch) {
-  join_lanes<32, false>(s);
-  if (threadIdx.x % 32 != 0) return;
-  float* to = scratch.warps + threadIdx.x / 32 * kPairSums;
-  to[0] = s.sum_a, to[1] = s.sum_b, to[2] = s.gap_a, to[3] = s.gap_b;
-  to[4] = s.total, to[5] = s.label, to[6] = s.lean, to[7] = s.center;
+// A warp's share of a row but for its label, for join_warps after a barrier. A barrier must lie behind that too.
+ADAMIX_DEVICE void leave_share(const PairStatistics& s, const PairScratch& scratch) {
+  float sums[2] = {s.sum_a, s.sum_b}, found = sum_warp(sums);
+  float center = rough_center(shuffle_from(found, 0), shuffle_from(found, 16)), step = -center * kSmall;
+  float others[4] = {fmaf(step, s.sum_a, s.gap_a), fmaf(step, s.sum_b, s.gap_b), s.lean, s.total};
+  float other = sum_warp(others);
+  int lane = threadIdx.x % 32;
+  if (lane % 8 != 0) return;
+  float* to = scratch.warps + threadIdx.x / 32 * kPairSums + lane / 8;
+  to[0] = other, to[4] = lane == 24 ? center : found;
 }
 
 // The block's share; one warp calls.
@@ -126,11 +131,11 @@ ADAMIX_DEVICE void join_warps(PairStatistics& s, const PairScratch& scratch) {
     for (int i = 0; i < kPairSums; ++i) part[i] = scratch.warps[warp * kPairSums + i];
   }
   auto whole = [](float value) { return warp_reduce<kPairWarps>(value, Add{}); };
-  s.sum_a = whole(part[0]), s.sum_b = whole(part[1]), s.total = whole(part[4]), s.label = whole(part[5]);
-  s.lean = whole(part[6]), s.center = s.center_of_sums();
+  s.sum_a = whole(part[4]), s.sum_b = whole(part[6]), s.total = whole(part[3]), s.lean = whole(part[2]);
+  s.center = s.center_of_sums();
   // From one center to the other in one step, which is small where they are close.
   float step = (part[7] - s.center) * kSmall;
-  s.gap_a = whole(fmaf(step, part[0], part[2])), s.gap_b = whole(fmaf(step, part[1], part[3]));
+  s.gap_a = whole(fmaf(step, part[4], part[0])), s.gap_b = whole(fmaf(step, part[6], part[1]));
 }
 
 // A block's share of a row goes to all blocks of its cluster, which have it after cluster_arrive and cluster_wait. One

@@ -10,7 +10,7 @@ namespace {
 void copy_lane(Warp& w, const Instruction& i, u32 to, u64 from, int bytes, int given, int lane) {
   AsyncCopy copy{to, static_cast<u8>(bytes), {}};
   if (given == bytes) {
-    if (check_global(w, i, from, bytes, lane, false))
+    if (check_global(w, i, from, bytes, lane, false, nullptr, false))
       memcpy(copy.data, reinterpret_cast<const u8*>(from), bytes);
     else
       memset(copy.data, kPoison, bytes);

@@ -28,8 +28,8 @@ std::string nearest(const Launch& launch, u64 address, int bytes) {
 }
 
 // What a sector costs a cache: brought in by the block's first touch, kept until so many others came after it.
-// Returns whether a load finds it in no L1.
-bool age(Launch& launch, Range& r, u64 s, bool write) {
+// Returns whether a load finds it in no L1; cached: whether it looks there. What L1 serves again leaves no distance.
+bool age(Launch& launch, Range& r, u64 s, bool write, bool cached) {
   u32 last = std::max(r.read_at[s], r.written_at[s]);
   bool fresh = last <= launch.began;
   if (fresh) launch.clock++;
@@ -40,12 +40,14 @@ bool age(Launch& launch, Range& r, u64 s, bool write) {
   }
   r.first_reads += fresh;
   u32 since = launch.clock - last;
-  if (!fresh) launch.distances[since < 2 ? 0 : std::min(kDistances - 1, static_cast<int>(4 * std::log2(since)))]++;
+  bool missed = fresh || since > kNear;
+  if (!fresh && (missed || !cached))
+    launch.distances[since < 2 ? 0 : std::min(kDistances - 1, static_cast<int>(4 * std::log2(since)))]++;
   r.read_at[s] = launch.clock;
-  return fresh || since > kNear;
+  return missed;
 }
 
-void touch(Launch& launch, const Instruction& i, Range& r, u64 address, int bytes, bool write) {
+void touch(Launch& launch, const Instruction& i, Range& r, u64 address, int bytes, bool write, bool cached) {
   u64 base = r.low & ~31ull;
   if (r.touched.empty()) {
     size_t sectors = (r.high - base) / 32 + 2;
@@ -54,7 +56,7 @@ void touch(Launch& launch, const Instruction& i, Range& r, u64 address, int byte
     r.written_at.reset(static_cast<u32*>(calloc(sectors, 4)));
   }
   for (u64 s = (address - base) / 32; s <= (address + bytes - 1 - base) / 32; s++) {
-    i.stats.distant += age(launch, r, s, write);
+    i.stats.distant += age(launch, r, s, write, cached);
     r.touched[s] |= write ? 2 : r.touched[s] & 2 ? 0 : 1;
   }
 }
@@ -113,7 +115,8 @@ Range* find_range(Launch& launch, u64 address, u64 bytes) {
   return nullptr;
 }
 
-bool check_global(Warp& w, const Instruction& i, u64 address, int bytes, int lane, bool write, const u8* value) {
+bool check_global(Warp& w, const Instruction& i, u64 address, int bytes, int lane, bool write, const u8* value,
+                  bool cached) {
   Launch& launch = *w.block->launch;
   if (address % bytes) report(w, i, "misaligned global access", address, lane);
   Range* r = find_range(launch, address, bytes);
@@ -122,7 +125,7 @@ bool check_global(Warp& w, const Instruction& i, u64 address, int bytes, int lan
     report(w, i, kind, address, lane, nearest(launch, address, bytes));
     return false;
   }
-  if (launch.statistics) touch(launch, i, *r, address, bytes, write);
+  if (launch.statistics) touch(launch, i, *r, address, bytes, write, cached);
   if (!launch.races) return true;
   auto& shadow = launch.global_shadow[r->low];
   if (shadow.empty()) shadow.resize(r->high - r->low);

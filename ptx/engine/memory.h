@@ -8,9 +8,9 @@ namespace ptx {
 Range* find_range(Launch& launch, u64 address, u64 bytes);
 
 // Bounds, alignment and races of one lane's access; false: it must not happen. value: what is to be written, which is
-// no race where it is there already.
+// no race where it is there already. cached: a load looks in L1 first.
 bool check_global(Warp& w, const Instruction& i, u64 address, int bytes, int lane, bool write,
-                  const u8* value = nullptr);
+                  const u8* value = nullptr, bool cached = true);
 
 // The same of shared memory. async: a cp.async that will write.
 bool check_shared(Warp& w, const Instruction& i, u32 address, int bytes, int lane, bool write,

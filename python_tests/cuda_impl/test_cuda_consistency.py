@@ -169,6 +169,23 @@ def test_a_logit_of_1e38_does_not_make_the_loss_overflow(classes, device, which,
 
 
 @pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("scale", [1e3, 1e6, 3e9, 1e20])
+@pytest.mark.parametrize(
+    ("classes", "device"), [(33, HOPPER), (900, HOPPER), (2050, TINY_HOPPER), (5003, SMALL_AMPERE)]
+)
+def test_large_logits_have_the_gradient_of_their_powers(classes, device, scale, detach, monkeypatch):
+    """A power's lift is rounded to 2^-24 of the largest logit."""
+    pretend(monkeypatch, device)
+    logits, labels = scale + scale * 0.3 * randn(6, classes), draw_labels((3,), classes)
+    found = {}
+    for backend in ("cuda", "reference"):
+        leaf = logits.bfloat16().requires_grad_()
+        out = adamix_loss(leaf, labels, detach_target=detach, backend=backend)
+        found[backend] = out.loss.detach(), *torch.autograd.grad(out.loss, leaf)
+    torch.testing.assert_close(found["cuda"], found["reference"], rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("detach", [True, False])
 @pytest.mark.parametrize(("classes", "device"), [(7, HOPPER), (90, HOPPER), (2050, TINY_HOPPER), (3001, SMALL_AMPERE)])
 def test_a_masked_vocabulary_adds_nothing(classes, device, detach, monkeypatch):
     """-inf in both passes, here in whole blocks and at the front."""

@@ -252,20 +252,27 @@ $L__BB0_1:
 """
 
 
-def test_how_far_apart_a_block_reads_again():
+# Each lane to its own place in shared memory, and waited for.
+COPIED = "shl.b32 %r6, %r1, 2; cp.async.ca.shared.global [%r6], [%rd3], 4; cp.async.wait_all"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_how_far_apart_a_block_reads_again(asynchronous):
     """2,048 sectors twice, one after the other: the first comes again after 2,047 others; a sector that comes again is
-    not brought in anew, so that the second comes after 2,046, and the last after none."""
-    (text,) = nvcc.kernels(HEAD + AGAIN).values()
+    not brought in anew, so that the second comes after 2,046, and the last after none. What came within 1,024 others L1
+    serves, but for asynchronous copies, which do not look there."""
+    copied = AGAIN.replace("ld.global.u32 	%r5, [%rd3]", COPIED) if asynchronous else AGAIN
+    (text,) = nvcc.kernels(HEAD + copied).values()
     given = torch.zeros(2048 * 8, dtype=torch.int32)
     how = How(races=False, statistics=True)
-    program, outcome = run(text.executed, struct.pack("<Q", given.data_ptr()), [given], how=how)
+    program, outcome = run(text.executed, struct.pack("<Q", given.data_ptr()), [given], shared=256, how=how)
     assert outcome.firsts.tolist() == [[2048, 0]]
     distances = outcome.distances
     assert np.flatnonzero(distances)[-1] == 43
-    assert distances[40:44].sum() == 2048 - 1024
+    assert distances[40:44].sum() == (1024 if asynchronous else 1023)
     # The other 31 lanes of a warp read the sector at once.
-    assert distances.sum() == 2048 + 31 * 4096
-    load = program.statistics()[program.names.index("ld.global")]
+    assert distances.sum() == (2048 + 31 * 4096 if asynchronous else 1023)
+    load = program.statistics()[program.names.index("cp.async" if asynchronous else "ld.global")]
     assert load[1] == 4096
     assert load[6] == 2048 + 2047 - 1024
 
