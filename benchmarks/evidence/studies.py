@@ -112,9 +112,7 @@ STUDIES = (
           _epochs(60, ["merged"], 8), SHOTS),
     Study("sst2_30_search", "sst2_held_back", [_at(m, r) for m in SEARCHED for r in RATES],
           _epochs(60, ["merged"], 8), SHOTS, seeds=1, make=data.hold_back),
-    # The same sentences as in sst2_1000_rows.jsonl, which an older release trained and nothing trains again: the plain
-    # adapter and AdaMix are rows there.
-    Study("sst2_first_1000", "sst2_first_1000", CONTROLS[1:-1], _epochs(20, ROUTED), Limits(train_rows=data.FIRST),
+    Study("sst2_first_1000", "sst2_first_1000", CONTROLS, _epochs(20, ROUTED), Limits(train_rows=data.FIRST),
           make=data.first_rows),
     Study("acceptable_search", "acceptable_held_back", [_at(m, r) for m in SEARCHED for r in RATES],
           _epochs(10, ["merged"], 8, **HALF), Limits(train_rows=200), seeds=1,
