@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(kPairGradThreads, 5) pair_grad_kernel(PairGrad
       entropy = row.flags.counted ? shares.entropy : 0.f, pair = shares.pair;
     }
     PairSlopes slopes(r, entropy, pair, p.rest);
+    if constexpr (Full) slopes.settle();
     int label = row.flags.counted ? row.flags.label : -1, label_piece = (row.head + label) / Piece<T>::kSize;
     bool across = p.cut.lanes >= 32;
     for_pieces(p.cut, at.begin, row.pieces, [&](int piece, bool have) {

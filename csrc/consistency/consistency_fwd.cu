@@ -169,8 +169,11 @@ __global__ void __launch_bounds__(Threads > 0 ? Threads : threads_of(Lanes),
       entropy_sum += result.entropy, pair_sum += result.pair;
       if (row.live && share.lane == 0 && share.first == 0) store_row(p, row.row, result);
       slopes = PairSlopes(result, row.flags.counted ? shares.entropy : 0.f, shares.pair, p.rest);
+      if (p.full) slopes.settle();
     }
     if constexpr (Lanes == 0) {
+      // All lanes have read next_label.
+      if (threadIdx.x < 32) __syncwarp();
       if (threadIdx.x == 0) *tile.scratch.slopes = slopes;
       __syncthreads();
       slopes = *tile.scratch.slopes, taken = *tile.next;

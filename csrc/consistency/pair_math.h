@@ -38,7 +38,7 @@ struct PairStatistics {
     float rise = (rise_a - rise_b) * kSmall;
     gap_a = decay_a == 0.f ? 0.f : (gap_a - sum_a * rise) * decay_a;
     gap_b = decay_b == 0.f ? 0.f : (gap_b - sum_b * rise) * decay_b;
-    sum_a *= decay_a, sum_b *= decay_b;
+    sum_a = decay_a == 0.f ? 0.f : sum_a * decay_a, sum_b = decay_b == 0.f ? 0.f : sum_b * decay_b;
     total -= columns * rise_a;
     top_a = new_a, top_b = new_b;
   }
@@ -216,6 +216,14 @@ struct alignas(16) PairSlopes {
     half_p = half * over_a, half_q = half * over_b, all_p = fmaf(entropy, over_a, half_p);
     mean_p = r.mean_p + (r.log_a - r.log_b), mean_q = r.mean_q + (r.log_a - r.log_b);
     lift();
+  }
+
+  // For the full gradient: half_p and half_q, each rounded by itself, leave something of a row's sum, which the means
+  // take, as that of over_a and over_b (result_of).
+  ADAMIX_DEVICE void settle() {
+    if (half == 0.f) return;
+    float left = (fmaf(half, over_b, -half_q) / over_b - fmaf(half, over_a, -half_p) / over_a) / half;
+    mean_p += left, mean_q += left;
   }
 
   // q's coefficient becomes a part of its power, and p's makes good what that has rounded.

@@ -176,13 +176,35 @@ def test_a_logit_of_1e38_does_not_make_the_loss_overflow(classes, device, which,
 def test_large_logits_have_the_gradient_of_their_powers(classes, device, scale, detach, monkeypatch):
     """A power's lift is rounded to 2^-24 of the largest logit."""
     pretend(monkeypatch, device)
-    logits, labels = scale + scale * 0.3 * randn(6, classes), draw_labels((3,), classes)
+    # Eight pairs: both passes' rows begin alike, and whole blocks take the fastest way.
+    logits, labels = scale + scale * 0.3 * randn(16, classes), draw_labels((8,), classes)
     found = {}
     for backend in ("cuda", "reference"):
         leaf = logits.bfloat16().requires_grad_()
         out = adamix_loss(leaf, labels, detach_target=detach, backend=backend)
         found[backend] = out.loss.detach(), *torch.autograd.grad(out.loss, leaf)
     torch.testing.assert_close(found["cuda"], found["reference"], rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize(("classes", "rows"), [(37, 300), (400, 11), (4000, 5)])
+def test_a_full_gradient_of_near_passes_sums_to_nothing(classes, rows):
+    """Softmax's derivative has rows that sum to 0, here to the rounding of elements that all but cancel."""
+    near = randn(rows, classes)
+    leaves = [near.requires_grad_(), (near.detach() + 1e-5 * randn(rows, classes)).requires_grad_()]
+    loss = consistency_loss(*leaves, detach_target=False, backend="cuda")
+    for grad in torch.autograd.grad(loss, leaves):
+        assert grad.double().sum(-1).abs().max() < 0.01 * grad.abs().max()
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_a_part_that_counts_nothing_leaves_no_nan(detach, monkeypatch):
+    """A block holds none but masked classes, and so does one thread of the row's tail."""
+    pretend(monkeypatch, SMALL_AMPERE)
+    logits = 3 * randn(4, 2050)
+    logits[:, :683] = -torch.inf
+    labels = torch.tensor([683, 2049])
+    losses = [adamix_loss(logits, labels, detach_target=detach, backend=b).loss for b in ("cuda", "reference")]
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize("detach", [True, False])
