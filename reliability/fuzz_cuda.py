@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator
 from unittest import mock
 
+import torch
+
 from adamix_kernels import _extension, backends
 
 from .fuzz import adapters, gated, loras, losses, merges, mixtures, routers
@@ -26,6 +28,7 @@ KERNELS = {
     "routed_adapter_plane_sum": "plane_sum_kernel",
     "routed_adapter_one_pass": "routed_adapter_one_pass_kernel",
     "routed_adapter_pass_sum": "routed_adapter_pass_sum_kernel",
+    "routed_adapter_held_forward": "routed_adapter_forward_kernel",  # for which it stands
     "held_one_pass": "held_one_pass_kernel",
     "routed_lora_forward": "routed_lora_forward_kernel",
     "routed_lora_input_grad": "routed_lora_input_grad_kernel",
@@ -113,6 +116,11 @@ def groups() -> list[Group]:
             ("routed_adapter_one_pass_kernel", "routed_adapter_pass_sum_kernel"),
         ),
         Group(
+            "routed_adapter, one pass on a V100",
+            adapters.routed_adapter_cases((torch.float16,), Sizes(batch=2, tokens=9), whole=True),
+            ("held_one_pass_kernel", "routed_adapter_pass_sum_kernel"), _volta,
+        ),
+        Group(
             "routed_adapter, many ranks",
             adapters.routed_adapter_cases(dtypes[1:], Sizes(batch=3, tokens=40), many=True),
             ("sample_grads_kernel", "sample_sum_kernel"),
@@ -178,6 +186,10 @@ def _gated_groups() -> list[Group]:
         slots = cases(HALVES_AND_FLOAT[1:], Sizes(features=9), whole=True, many=True)
         made.append(Group(f"{op}, sorted slots", slots, tuple(_SORTED.values())))
     return made
+
+
+def _volta():
+    return mock.patch.dict(os.environ, ADAMIX_HOST_CAPABILITY="70", ADAMIX_HOST_SHARED="98304")
 
 
 def _small_gpu():
