@@ -32,7 +32,7 @@ bool sorting_takes(const GatedBanks<T>& p, bool one_index, const Device& device)
   bool fits = device.capability >= kFragmentsFrom<T> && one_index && gates.down.differ() && gates.up.differ() &&
               gates.down.experts == gates.up.experts && !gates.weights && gates.slots > 0;
   fits = fits && reinterpret_cast<uintptr_t>(p.down_bias) % 4 == 0 && reinterpret_cast<uintptr_t>(p.up_bias) % 16 == 0;
-  fits = fits && p.rank > 0 && p.rank % 4 == 0 && p.ranges.groups * round_up(p.rank, 16) <= kChunkRanks;
+  fits = fits && p.rows > 0 && p.rank > 0 && p.rank % 4 == 0 && p.ranges.groups * round_up(p.rank, 16) <= kChunkRanks;
   fits = fits && p.features > 0 && p.features % 8 == 0 && p.ranges.cols > 0 && p.ranges.cols % 8 == 0;
   for (int group = 0; group < p.ranges.groups; ++group) fits = fits && p.ranges.start[group] % 8 == 0;
   return fits && p.down_aligned && reinterpret_cast<uintptr_t>(p.up) % 8 == 0;

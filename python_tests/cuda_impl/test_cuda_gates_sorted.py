@@ -9,6 +9,7 @@ from cuda_host import DEVICE, DTYPES, ON_HOST, needs_cuda
 needs_cuda()
 
 from cuda_gates import Drawn
+from poison import poisoned_memory
 from suite_size import NIGHTLY
 
 from reliability.fuzz_cuda import launch_names
@@ -67,6 +68,15 @@ def test_sorted_slots(number, case):
 def test_other_calls_are_not_sorted(other):
     call = drawn("rank 64", **{"tokens": 3, **other})
     assert not sorted_by(call.check)
+
+
+@pytest.mark.parametrize("sizes", [dict(tokens=0), dict(batch=0)])
+@pytest.mark.parametrize("case", ["rank 64", "adapter", "adapter, by samples"])
+def test_no_rows_have_gradients_of_zero(case, sizes):
+    call = drawn(case, **sizes)
+    with poisoned_memory():
+        _, *grads = call.run("cuda")(*call.given)
+    assert all(grad.eq(0).all() for grad in grads)
 
 
 @pytest.mark.parametrize(("case", "wrong"), [("rank 64", -1), ("adapter", 17)])
