@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,3 +46,14 @@ def ids(*given: list[Any] | tuple[int, ...] | None) -> Callable[[torch.Generator
 
 def with_seed(ids: Callable[[torch.Generator], tuple[Any, ...]]) -> Callable[[torch.Generator], tuple[Any, ...]]:
     return lambda generator: (*ids(generator), torch.tensor(20_240_229))
+
+
+def rounded(t: torch.Tensor) -> torch.Tensor:
+    """To integers, with the gradient of no rounding."""
+    return t + (t.round() - t).detach()
+
+
+def enlarged(weight: torch.Tensor) -> torch.Tensor:
+    """A weight [..., H], or a bias, of logits as integers that are not all 0. By the power of two from sqrt(H) on: no
+    product is rounded before it is made an integer, whatever the dtype."""
+    return rounded(weight * 2.0 ** math.ceil(math.log2(weight.shape[-1]) / 2))

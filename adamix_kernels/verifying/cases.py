@@ -22,8 +22,7 @@ from ..functional import (
 )
 from ..ops.router.api import router_gates
 from . import gated_cases, mixture_cases
-from .case import Case, ids, with_seed
-from .mixture_cases import rounded
+from .case import Case, enlarged, ids, rounded, with_seed
 
 
 def cases(op: str, shape: str) -> tuple[Case, ...]:
@@ -153,7 +152,7 @@ def _router(top_k: int | None = None, whole: bool = False) -> Callable[..., Any]
 
     def call(backend: str, leaves: Sequence[Any], extra: Sequence[Any]) -> Any:
         if whole:
-            leaves = [t if t is None else rounded(t * (t.shape[-1] ** 0.5 if n else 1)) for n, t in enumerate(leaves)]
+            leaves = [t if t is None else (enlarged if n else rounded)(t) for n, t in enumerate(leaves)]
         gates, index, logits = router_gates(*leaves, top_k=top_k, backend=backend)
         both = torch.cat([gates, logits], -1)
         return both if index is None else (both, index.to(gates.dtype))

@@ -6,14 +6,13 @@ alike, ties too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..ops.mixture_lora.api import mixture_lora
-from .case import Case
+from .case import Case, enlarged, ids, rounded, with_seed
 
 
 def _mixture(
@@ -25,8 +24,7 @@ def _mixture(
         x, a, b, router, base = leaves
         own: dict[str, Any] = {"seed": extra[0].to(x.device)} if seeded else {}
         if top_k is not None:
-            # By a power of two: no product is rounded before it is made an integer.
-            x, router = rounded(x), rounded(router * 2.0 ** math.ceil(math.log2(router.shape[-1]) / 2))
+            x, router = rounded(x), enlarged(router)
         router = router.float() if single and x.element_size() == 2 else router
         # What is overwritten may be no leaf.
         base = base + 0 if options.get("inplace") else base
@@ -39,15 +37,6 @@ def _mixture(
     return call
 
 
-def rounded(t: torch.Tensor) -> torch.Tensor:
-    """To integers, with the gradient of no rounding."""
-    return t + (t.round() - t).detach()
-
-
-def _seed(_: torch.Generator) -> tuple[Any, ...]:
-    return (torch.tensor(20_240_229),)
-
-
 def narrow() -> list[Case]:
     base = (4, 17, 64)
     banks = (4, 16, 64), (4, 64, 16), (4, 64)
@@ -58,7 +47,7 @@ def narrow() -> list[Case]:
         Case("dense, strided", (base, *banks, base), _mixture(scaling=0.5), placed="strided"),
         Case("two of four", (base, *banks, base), _mixture(2, scaling=0.5)),
         Case("in place", (base, *banks, base), _mixture(3, single=True, scaling=0.5, inplace=True)),
-        Case("dropout", (base, *banks, None), _mixture(2, True, True, scaling=0.5, dropout_p=0.25), _seed),
+        Case("dropout", (base, *banks, None), _mixture(2, True, True, scaling=0.5, dropout_p=0.25), with_seed(ids())),
         Case("dense, tails, misaligned", (*tails, (3, 19, 45)), _mixture(**two, scaling=2.0), placed="misaligned"),
         Case("one of three, tails", (*tails, (3, 19, 45)), _mixture(1, **two)),
         Case("one below", hydra, _mixture(single=True)),
