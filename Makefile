@@ -52,7 +52,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # torch and triton are TORCH's and TRITON's; a constraint has no hashes.
 CONSTRAINTS := $(VENV)/constraints.txt
-INSTALL := $(PIP) install -c $(CONSTRAINTS)
+# Bytecode is made of what is imported, when it is: the rest of 300 MB of sources is not compiled.
+GET := $(PIP) install --no-compile
+INSTALL := $(GET) -c $(CONSTRAINTS)
 OLD := $(VENV)/transformers-4.57
 HUB := $(VENV)/kernels-hub
 TESTING := -m pytest -q -n $(JOBS) --dist worksteal
@@ -160,7 +162,7 @@ clean:
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install "$(TORCH)"
+	$(GET) "$(TORCH)"
 	@touch $@
 
 $(CONSTRAINTS): $(VENV)/.torch $(LOCKED)
@@ -180,12 +182,12 @@ $(VENV)/.test: $(CONSTRAINTS) $(PACKAGE_FROM)
 
 # torch for GPUs brings its own; Triton's interpreter needs the older numpy.
 $(VENV)/.triton: $(VENV)/.test
-	$(BIN)/python -c "import triton" || $(PIP) install "$(TRITON)"
-	$(PIP) install "numpy<2.4"
+	$(BIN)/python -c "import triton" || $(GET) "$(TRITON)"
+	$(GET) "numpy<2.4"
 	@touch $@
 
 $(VENV)/.uv: $(VENV)/.torch
-	$(PIP) install "$(UV)"
+	$(GET) "$(UV)"
 	@touch $@
 
 $(OLDEST)/.ready: $(VENV)/.uv requirements/oldest.txt
@@ -210,12 +212,12 @@ $(VENV)/python3.%/.ready: $(VENV)/.uv $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.clang-format: $(VENV)/.torch
-	$(PIP) install "$(CLANG_FORMAT)"
+	$(GET) "$(CLANG_FORMAT)"
 	@touch $@
 
 $(VENV)/.nvrtc: $(VENV)/.torch
 	rm -rf $(VENV)/nvrtc-12.9
-	$(PIP) install --no-deps --target $(VENV)/nvrtc-12.9 $(NVRTC)
+	$(GET) --no-deps --target $(VENV)/nvrtc-12.9 $(NVRTC)
 	@touch $@
 
 $(VENV)/.docs: $(CONSTRAINTS) $(PACKAGE_FROM)
@@ -224,10 +226,10 @@ $(VENV)/.docs: $(CONSTRAINTS) $(PACKAGE_FROM)
 
 $(HUB)/.ready: $(VENV)/.test
 	rm -rf $(HUB)
-	$(PIP) install --no-deps --target $(HUB) $(KERNELS)
+	$(GET) --no-deps --target $(HUB) $(KERNELS)
 	@touch $@
 
 $(OLD)/.ready: $(VENV)/.test
 	rm -rf $(OLD)
-	$(PIP) install --no-deps --target $(OLD) $(OLD_TRANSFORMERS)
+	$(GET) --no-deps --target $(OLD) $(OLD_TRANSFORMERS)
 	@touch $@

@@ -327,6 +327,7 @@ LOSS = {
     "smoke": (LossSize(6, 37, dtype="bfloat16"), LossSize(4, 2, dtype="float32")),
     "odd": (LossSize(5, 1031), LossSize(7, 3, dtype="float32")),
 }
+RESCALED = (LOSS_GPT2,)
 CONSISTENCY = {
     "gpu": (LOSS_GPT2,),
     "count": (),

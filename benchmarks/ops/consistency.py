@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ CHECKED_ROWS = 128
 
 
 def cases(which: str, device: torch.device) -> Iterator[Case]:
-    """adamix_loss (sizes.LOSS), consistency_loss (CONSISTENCY), linear_adamix_loss (HEAD). KL targets are constants."""
+    """adamix_loss (sizes.LOSS), consistency_loss (CONSISTENCY), linear_adamix_loss (HEAD), and to be counted alone the
+    inplace loss whose gradient another incoming one comes to (RESCALED). KL targets are constants."""
     smoke = which == "smoke"
     for size in sizes.LOSS[which]:
         yield _loss_case("adamix_loss", size, _doubled, _loss, _loss_contenders(device, smoke=smoke))
@@ -28,6 +30,8 @@ def cases(which: str, device: torch.device) -> Iterator[Case]:
         yield _loss_case("consistency_loss", size, _pair, symmetric_kl, _consistency_contenders(device, smoke=smoke))
     for size in sizes.HEAD[which]:
         yield _head_case(size, device, smoke=smoke)
+    for size in sizes.RESCALED if which == "count" else ():
+        yield _rescaled_case(size, device)
 
 
 def _loss_case(op: str, size: LossSize, make, plain, contenders) -> Case:
@@ -42,6 +46,14 @@ def _loss_case(op: str, size: LossSize, make, plain, contenders) -> Case:
         contenders=contenders,
         # Both rows read once; their gradients written once.
         traffic={"forward": logits, "backward": logits, "both": 2 * logits},
+    )
+
+
+def _rescaled_case(size: LossSize, device: torch.device) -> Case:
+    """The forward wrote the gradient of an incoming one of 1: the backward reads it and writes its multiple."""
+    return replace(
+        _loss_case("consistency_rescale", size, _scaled, _loss, ours("consistency", device, _ours_inplace)),
+        traffic={"backward": 2 * 2.0 * size.rows * size.vocab * getattr(torch, size.dtype).itemsize},
     )
 
 
@@ -71,6 +83,10 @@ def _head_case(size: LossSize, device: torch.device, *, smoke: bool) -> Case:
 
 def _doubled(size: LossSize, rows: int, draw: Draw) -> Inputs:
     return Inputs((draw.normal(2 * rows, size.vocab, scale=2.0),), (draw.index(size.vocab, rows),))
+
+
+def _scaled(size: LossSize, rows: int, draw: Draw) -> Inputs:
+    return replace(_doubled(size, rows, draw), grad=torch.tensor(2.0**10))
 
 
 def _pair(size: LossSize, rows: int, draw: Draw) -> Inputs:
@@ -115,6 +131,10 @@ def head_formula(hidden, head, labels):
 def _unfused(hidden, head, labels):
     """Our loss on logits that are held in full."""
     return adamix_loss(F.linear(hidden, head), labels).loss
+
+
+def _ours_inplace(backend: str):
+    return lambda logits, labels: adamix_loss(logits.clone(), labels, inplace=True, backend=backend).loss
 
 
 def _ours_head(backend: str):

@@ -8,6 +8,7 @@ from triton_spy import DEVICE, needs_triton
 needs_triton()
 
 import bad_id_cases
+from suite_size import pairs
 
 from adamix_kernels.ops.routed_adapter import triton_impl as adapter
 from adamix_kernels.ops.routed_lora import triton_impl as lora
@@ -22,11 +23,9 @@ def test_an_adapter(case, side, index_dtype, value):
     bad_id_cases.check_adapter(adapter, DEVICE, case, side, index_dtype, value)
 
 
-@pytest.mark.parametrize(("index_dtype", "value"), bad_id_cases.WRONG)
-@pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("case", bad_id_cases.LORAS)
-def test_a_lora(case, side, index_dtype, value):
-    bad_id_cases.check_lora(lora, DEVICE, case, side, index_dtype, value)
+@pairs(case=bad_id_cases.LORAS, side=[0, 1], wrong=bad_id_cases.WRONG)
+def test_a_lora(case, side, wrong):
+    bad_id_cases.check_lora(lora, DEVICE, case, side, *wrong)
 
 
 @pytest.mark.parametrize("value", [1, -1])

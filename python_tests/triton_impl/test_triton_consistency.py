@@ -134,11 +134,7 @@ def test_any_shape(data):
     gradients(loss, ROWS, logits, grad=grad)
 
 
-@pytest.mark.parametrize(
-    ("classes", "dtype"), [*((7, dtype) for dtype in DTYPES), *((9001, dtype) for dtype in DTYPES)]
-)
-@pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("kind", ["huge", "shifted", "close"])
+@pairs(kind=["huge", "shifted", "close"], detach=[True, False], classes=[7, 9001], dtype=DTYPES)
 def test_large_logits_stay_exact(kind, detach, classes, dtype):
     a = randn(4, classes)
     b = {"huge": randn(4, classes, scale=5e3), "shifted": a + 9000, "close": a + randn(4, classes, scale=1e-2)}[kind]
@@ -187,9 +183,7 @@ def test_a_logit_of_1e38_does_not_make_the_loss_overflow(classes, which, dtype):
     assert_close_to_the_reference(a, b, rtol=2e-2)
 
 
-@pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("label", [3, 9202])
+@pairs(label=[3, 9202], dtype=[torch.float16, torch.bfloat16], detach=[True, False])
 def test_columns_far_above_those_that_a_lane_began_with(label, dtype, detach):
     """A lane's powers are of its first columns and of the label: whatever comes, results are right."""
     apart = torch.tensor([-1e4, -95.0, -60.0, -30.0, 60.0], device=DEVICE, dtype=dtype)

@@ -3,6 +3,7 @@
 # ruff: noqa: E402 (the module is skipped before it imports triton)
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ needs_triton()
 
 from gates_lora_cases import BANKS, draw_gates, run_gates
 from poison import poisoned_memory
+from suite_size import NIGHTLY, covering, pairs
 
 from adamix_kernels.ops import _gated_sum
 from adamix_kernels.ops.gated_lora import reference, triton_impl
@@ -36,23 +38,24 @@ def check(tensors, options, mix="outputs", dropout_p=0.0, kernels=TILE):
     assert [name for name in names if name != "lora_sum_kernel"] == [*kernels, *of_samples]
 
 
-@pytest.mark.parametrize("mix", ["outputs", "weights"])
-@pytest.mark.parametrize("kind", ["dense", "chosen"])
-@pytest.mark.parametrize("per", ["token", "sample"])
-@pytest.mark.parametrize("banks", BANKS)
+# A bank of one has no index.
+KINDS = [
+    case for case in itertools.product(BANKS, ("token", "sample"), ("dense", "chosen"), ("outputs", "weights"))
+    if case[0] != "one" or case[2] != "chosen"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("banks", "per", "kind", "mix"), KINDS if NIGHTLY else covering(KINDS, 2))
 def test_every_kind_of_gates(banks, per, kind, mix):
-    if banks == "one" and kind == "chosen":
-        pytest.skip("a bank of one has no index")
     groups, scales = (2, False) if per == "token" else (1, True)
     dtype = torch.int32 if mix == "weights" else torch.int64
     tensors, options = draw(banks, kind, per, groups, rank=3 if groups == 2 else 4, index_dtype=dtype, scales=scales)
     check(tensors, options, mix, 0.3 if kind == "dense" else 0.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("banks", list(BANKS)[:3])
-@pytest.mark.parametrize(("kind", "mix"), [("chosen", "outputs"), ("dense", "weights")])
-def test_every_kind_of_gates_in_half_precision(kind, mix, banks, dtype):
+@pairs(banks=list(BANKS)[:3], dtype=DTYPES[1:], kind_mix=[("chosen", "outputs"), ("dense", "weights")])
+def test_every_kind_of_gates_in_half_precision(banks, dtype, kind_mix):
+    kind, mix = kind_mix
     gates = dtype if mix == "weights" else torch.float32
     check(*draw(banks, kind, "token", tokens=19, features=37, per_group=23, dtype=dtype, gates_dtype=gates), mix, 0.3)
 
@@ -190,10 +193,11 @@ def test_infinities_of_two_chosen_experts_that_cancel_are_nan():
     assert out[..., [0, 1, 3]].isfinite().all()
 
 
-@pytest.mark.parametrize("mix", ["outputs", "weights"])
-@pytest.mark.parametrize("side", ["both", "A", "B"])
-@pytest.mark.parametrize(("index_dtype", "value"), [(torch.int32, -1), (torch.int64, 2**32 + 1)])
-def test_a_row_with_a_wrong_id_is_nan_and_teaches_no_expert(index_dtype, value, side, mix):
+@pairs(
+    wrong=[(torch.int32, -1), (torch.int64, 2**32 + 1)], side=["both", "A", "B"], mix=["outputs", "weights"]
+)  # fmt: skip
+def test_a_row_with_a_wrong_id_is_nan_and_teaches_no_expert(wrong, side, mix):
+    index_dtype, value = wrong
     """Of one side alone: with "outputs" the rows are grouped by expert."""
     if side == "A" and value > 0:
         pytest.skip("seen with the other sides")
