@@ -117,7 +117,9 @@ class Plan:
         values: list[Any] = [0 if t is None else t.data_ptr() for t in tensors]
         values += [t.data_ptr() for t in results]
         if self._offsets:
-            start = like.new_empty(self._scratch).data_ptr()
+            # Held to the end: else another thread might be given it between two launches.
+            scratch = like.new_empty(self._scratch)
+            start = scratch.data_ptr()
             values += [start + offset for offset in self._offsets]
         union = 0
         for address in values[len(tensors) :] if self._anywhere else values:

@@ -1,13 +1,12 @@
 #include "common/checks.h"
 
-#if !defined(ADAMIX_HOST)
 #include <dlfcn.h>
-#endif
 
 #include <algorithm>
 #include <limits>
 
 #include "common/architectures.h"
+#include "common/planes.h"
 
 namespace adamix {
 namespace {
@@ -23,6 +22,29 @@ std::string list(Sizes values) {
 }
 
 std::string dtype_text(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+
+// What torch said of the error that its C interface has just returned; before 2.13 it prints that, and keeps nothing.
+std::string torchs_words() {
+  using Get = const char* (*)();
+  static Get get = [] {
+    void* library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library == nullptr ? nullptr
+                              : reinterpret_cast<Get>(dlsym(library, "torch_exception_get_what_without_backtrace"));
+  }();
+  return get == nullptr ? "" : get();
+}
+
+// For memory that torch refused: in its words, by which its users know that a smaller batch may do.
+[[noreturn]] void fail_to_allocate(const std::string& sizes) {
+  std::string words = torchs_words();
+  if (words.empty()) {
+    // A GPU that answers no more refuses everything.
+    cudaFuncAttributes attributes{};
+    check_cuda("the GPU", cudaFuncGetAttributes(&attributes, any_kernel()));
+    words = "CUDA out of memory. Tried to allocate " + sizes;
+  }
+  throw std::runtime_error(words);
+}
 
 #if !defined(ADAMIX_HOST)
 // torch's own symbol, looked up at run time: a plain reference would not load beside a torch without CUDA.
@@ -104,7 +126,12 @@ int check_int(const char* name, int64_t value) {
 }
 
 Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  if (tensor.is_contiguous()) return tensor;
+  try {
+    return torch::stable::contiguous(tensor);
+  } catch (const std::runtime_error&) {
+    fail_to_allocate("a copy of " + list(tensor.sizes()));
+  }
 }
 
 Tensor with_contiguous_rows(const Tensor& tensor) {
@@ -122,8 +149,10 @@ Tensor allocate(const Tensor& like, Sizes sizes, std::optional<ScalarType> dtype
   int64_t step = 1;
   for (size_t n = sizes.size(); n-- > 0; step *= std::max<int64_t>(sizes[n], 1)) strides[n] = step;
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), code, device, like.get_device(), &made));
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code, device,
+                               like.get_device(), &made) != TORCH_SUCCESS) {
+    fail_to_allocate(list(sizes) + " elements");
+  }
   return Tensor(made);
 }
 

@@ -43,9 +43,7 @@ inline bool rows_lie_well(const Tensor& tensor) {
   return leading_of(tensor, last).fits && (tensor.stride(last) == 1 || tensor.size(last) == 1);
 }
 
-inline Tensor with_rows(const Tensor& tensor) {
-  return rows_lie_well(tensor) ? tensor : torch::stable::contiguous(tensor);
-}
+inline Tensor with_rows(const Tensor& tensor) { return rows_lie_well(tensor) ? tensor : as_contiguous(tensor); }
 
 template <typename T>
 Rows<T> pair_rows(const Tensor& tensor, int64_t skip) {
@@ -58,7 +56,7 @@ Rows<T> pair_rows(const Tensor& tensor, int64_t skip) {
 template <typename T>
 PerRow<T> per_row(OptionalTensor& tensor) {
   if (!tensor.has_value()) return {nullptr, 0, 0, divisor(1)};
-  if (!leading_of(*tensor, tensor->dim()).fits) tensor = torch::stable::contiguous(*tensor);
+  if (!leading_of(*tensor, tensor->dim()).fits) tensor = as_contiguous(*tensor);
   Leading rows = leading_of(*tensor, tensor->dim()).flat();
   return {static_cast<const T*>(tensor->data_ptr()), rows.outer_stride, rows.inner_stride,
           divisor(static_cast<int>(rows.inner))};

@@ -101,7 +101,7 @@ class BanksLaunch {
   // `tensor` when contiguous, else a copy that lives as long as this.
   const Tensor& kept(const Tensor& tensor) {
     if (tensor.is_contiguous()) return tensor;
-    copies_.push_back(torch::stable::contiguous(tensor));
+    copies_.push_back(as_contiguous(tensor));
     return copies_.back();
   }
 

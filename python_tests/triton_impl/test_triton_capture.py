@@ -3,6 +3,7 @@
 # ruff: noqa: E402 (the module is skipped before it imports triton)
 
 import sys
+import weakref
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from capture_cases import Calls, as_on_a_gpu, check_graph
 from sync_spy import SyncSpy
 
 from adamix_kernels import _backends, _triton_utils
-from adamix_kernels.ops import _direct
+from adamix_kernels.ops import _direct, _triton_plans
 from adamix_kernels.ops.consistency._arguments import as_num_items
 from adamix_kernels.ops.merge import triton_impl as merge_impl
 from adamix_kernels.ops.merge._results import Results
@@ -146,6 +147,49 @@ def test_a_plan_of_banks_is_kept_for_its_addresses_and_its_stream(monkeypatch, n
         state["stream"] = stream
         table()
     assert len(results.plans) <= merge_impl.MAX_PLANS
+
+
+def test_a_plan_of_banks_has_its_addresses_before_another_thread_launches_it(monkeypatch, nothing_launched):
+    banks, seen = [torch.randn(2, 8), torch.randn(2, 8)], []
+    results = Results([bank.shape[1:] for bank in banks], torch.float32, banks[0].device)
+
+    def ready(*_, **__):
+        seen.extend(plan.places for plan in results.plans.values() if isinstance(plan, merge_impl._BanksPlan))
+
+    monkeypatch.setattr(merge_impl, "LAUNCHER_IS_KNOWN", True)
+    monkeypatch.setattr(merge_impl, "ready", ready)
+    merge_impl.banks_forward(banks, [None, None], results)
+    ((table, bank, _),) = seen
+    assert table
+    assert bank == banks[0].data_ptr()
+
+
+class _Remembers:
+    """A tensor that knows the memory it was asked for."""
+
+    def __init__(self):
+        self.made = []
+
+    def data_ptr(self):
+        return 16
+
+    def new_empty(self, shape, dtype=torch.float32):
+        made = torch.empty(shape, dtype=dtype)
+        self.made.append(weakref.ref(made))
+        return made
+
+
+def test_what_lies_between_two_launches_is_nobody_elses(monkeypatch):
+    """A GPU's memory that is free goes to the next who asks, on another thread between two launches, too."""
+    monkeypatch.setattr(_triton_plans, "current_stream", lambda device: 5)
+    like, held = _Remembers(), []
+
+    def launch(stream, *values):
+        held.append([one() is not None for one in like.made])
+
+    plan = _triton_plans.Plan(0, [(-1, (4,), torch.float32)], 8, [0, 16], [], 4, [0], [(launch, [0, 2, 3])] * 2, True)
+    assert plan(like) is not None
+    assert held == [[True, True]] * 2
 
 
 def test_a_number_of_items_on_the_cpu_is_read_there(monkeypatch):

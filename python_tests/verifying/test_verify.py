@@ -13,7 +13,7 @@ from verify_stand_ins import PLAIN
 import adamix_kernels
 from adamix_kernels import _auto, _backends, verifying
 from adamix_kernels.ops import _direct
-from adamix_kernels.verifying import prover, table
+from adamix_kernels.verifying import child, prover, table
 from adamix_kernels.verifying.machine import Job, jobs
 from adamix_kernels.verifying.verdicts import Store
 
@@ -90,6 +90,18 @@ def test_every_fault_is_found_and_kept_and_the_reference_is_taken(store, faults,
     assert calls == []
     adapter(dtype=torch.bfloat16)
     assert calls == [("routed_adapter", "cuda")]
+
+
+@pytest.mark.parametrize(
+    ("words", "state"), [("CUDA out of memory. Tried to allocate (2, 3) elements", "unknown"), ("no image", "crashed")]
+)
+def test_a_gpu_that_others_have_filled_says_nothing_of_a_kernel(monkeypatch, words, state):
+    def problem(self, backend):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(child.Check, "problem", problem)
+    found = child.verify(Job("merge", "cuda", "float32", "any"), PLAIN, lambda case: None)
+    assert (found["state"], words in found["why"]) == (state, True)
 
 
 def test_the_right_kernel_is_chosen_and_runs_and_a_later_process_starts_none(store, calls, monkeypatch):

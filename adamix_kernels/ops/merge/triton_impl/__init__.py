@@ -59,8 +59,9 @@ def banks_forward(banks, scores, results=None):
         arguments = plan.table, banks[0], memory, scored, plan.banks
         launch(merge_banks_kernel, (plan.programs,), results.device, *arguments, **plan.meta)
         if plan.kept and plan.ready is None and LAUNCHER_IS_KNOWN:
-            plan.ready = ready(merge_banks_kernel, (plan.programs,), results.device, *arguments, **plan.meta)
+            # First, as another thread launches once it sees the other.
             plan.places = plan.table.data_ptr(), banks[0].data_ptr(), 0 if scored is None else scored.data_ptr()
+            plan.ready = ready(merge_banks_kernel, (plan.programs,), results.device, *arguments, **plan.meta)
     return results.split(memory)
 
 
