@@ -115,6 +115,10 @@ def host_seconds(call: Call, device: torch.device, calls: int = 20) -> float:
     return taken
 
 
+# Whether a profile was made: on the CPU, on a GPU.
+_started = [False, False]
+
+
 def launches(call: Call, device: torch.device) -> int:
     """What one call starts: kernels, copies and fills on a GPU; on the CPU, ATen calls that call no other."""
     # Else the profiler writes two lines to stderr each time.
@@ -124,7 +128,8 @@ def launches(call: Call, device: torch.device) -> int:
 
     on_gpu = device.type == "cuda"
     # The first profile of a process may miss what ran while the tracer started.
-    for _ in range(2 if on_gpu else 1):
+    first, _started[on_gpu] = not _started[on_gpu], True
+    for _ in range(2 if on_gpu and first else 1):
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
             call(0)
             synchronize(device)
