@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
+# Nothing of benchmarks: it would bring this tree's own adamix_kernels along.
 import torch
 
-from ..measure.ledger import describe
-
-REPEATS = 100
+REPEATS, BACKENDS = 100, ("triton", "cuda")
 # Relative error of a gradient in 16 bits that no rounding explains.
 WRONG = 0.03
 # batch, tokens, width, rank, experts: few tokens and many, tails, wide ranks.
@@ -81,12 +81,26 @@ def backwards(device: torch.device) -> Iterator[tuple[str, int, float]]:
                 return lambda: torch.autograd.grad(out, given, grad.to(dtype), retain_graph=True)
 
             truth = gradients("reference", torch.float64)()
-            for backend in ("triton", "cuda"):
+            for backend in BACKENDS:
                 what = f"{op} {backend} {batch}x{tokens}x{width} r{rank}"
                 try:
                     yield what, *told(gradients(backend, torch.bfloat16), truth)
                 except (RuntimeError, ValueError, TypeError) as error:
-                    print(f"{what}: not run: {describe(error)}", flush=True)
+                    print(f"{what}: not run: {_described(error)}", flush=True)
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0][:200]
+
+
+def of(package: str) -> None:
+    """From now on adamix_kernels is the one in that folder; ImportError where it is another one."""
+    sys.path.insert(0, package)
+    import adamix_kernels
+
+    found = Path(adamix_kernels.__file__).resolve().parent
+    if found != (Path(package) / "adamix_kernels").resolve():
+        raise ImportError(f"--package: got adamix_kernels of {found}, expected that of {package}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,10 +114,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device, bad = torch.device("cuda"), 0
     torch.manual_seed(0)
     if options.package:
-        sys.path.insert(0, options.package)
+        of(options.package)
     else:
-        for what, different, error in smallest(device):
-            print(f"{what}: {different} of {REPEATS} calls differ, error {error:.1e}", flush=True)
+        try:
+            for what, different, error in smallest(device):
+                print(f"{what}: {different} of {REPEATS} calls differ, error {error:.1e}", flush=True)
+        except Exception as error:
+            # Another Triton may not have it; the package's own are looked at all the same.
+            print(f"smallest kernel: not run: {_described(error)}", flush=True)
     whose = f"{options.package}: " if options.package else ""
     for what, different, error in backwards(device):
         bad += different > 0 or error > WRONG

@@ -22,10 +22,11 @@ class Stage:
     """One command of the proof.
 
     seconds: how long it may take; whole: also where time is short and other stages get less. paced: it takes --seconds,
-    and stops itself after so many. csv: the rows it writes as it goes; such a benchmark takes --out and --resume, and
-    goes on after the contender that crashed it, or that took longer than `item_seconds`. absent: why it cannot run here
-    (then it does not). read: its output -> (whether it passed, a note). okay: exit statuses that pass. skips: exit
-    statuses that mean there was nothing to run.
+    and stops itself after so many, `spare` before its end: for imports before, and for what is in progress then. csv:
+    the rows it writes as it goes; such a benchmark takes --out and --resume, and goes on after the contender that
+    crashed it, or that took longer than `item_seconds`. absent: why it cannot run here (then it does not). read: its
+    output -> (whether it passed, a note). okay: exit statuses that pass. skips: exit statuses that mean there was
+    nothing to run.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Stage:
     seconds: float = 60.0
     whole: bool = False
     paced: bool = False
+    spare: float = 15.0
     csv: Path | None = None
     item_seconds: float = 60.0
     environment: dict[str, str] = field(default_factory=dict)
@@ -71,8 +73,8 @@ class _Running:
         if self.stage.csv is not None:
             command += [f"--out={self.stage.csv}", "--resume"]
         if self.stage.paced:
-            # Time for the imports before, and for the contender in progress after.
-            left = max(1.0, self.ends - time.monotonic() - min(15.0, 0.3 * (self.ends - self.began)))
+            spare = self.stage.spare
+            left = max(1.0, self.ends - time.monotonic() - min(spare, 0.02 * spare * (self.ends - self.began)))
             command.append(f"--seconds={left:.0f}")
         self.starts += 1
         self.started = time.time()

@@ -16,8 +16,8 @@ from adamix_kernels.commands import verify
 from adamix_kernels.models._files import write_json
 from adamix_kernels.verifying import prover, verdicts
 
-# Seconds of a case: other compilers keep the processors busy, and that is no kernel's doing.
-ONE_CASE = 60.0
+# Seconds of a case, and of a process to start: other compilers keep the processors busy, and that is no kernel's doing.
+ONE_CASE, START = 60.0, 100.0
 INCOMPLETE = verify.INCOMPLETE
 
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def wide(jobs: Any, machine: Any, store: Any, seconds: float, one_case: float, again: bool, progress: Any) -> Any:
         return real(jobs, machine, store, seconds, max(one_case, ONE_CASE), again, progress, options.processes)
 
-    with mock.patch.object(prover, "prove", wide):
+    with mock.patch.object(prover, "prove", wide), mock.patch.object(prover, "START", START):
         report = verifying.verify(seconds=options.seconds)
     print(verify.in_words(report))
     if options.export:

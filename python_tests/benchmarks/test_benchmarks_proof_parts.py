@@ -22,6 +22,7 @@ from benchmarks.proof import __main__ as proof
 from benchmarks.proof import build as proof_build
 from benchmarks.proof import join as proof_join
 from benchmarks.proof import ncu as proof_ncu
+from benchmarks.proof import race as proof_race
 from benchmarks.proof import stages as proof_stages
 from benchmarks.proof import tests as proof_tests
 from benchmarks.proof import verify as proof_verify
@@ -229,6 +230,21 @@ def test_every_prediction_is_measured():
     assert len({job.folder for job in made[:16]}) == len(predicted.OPS)
 
 
+@pytest.mark.parametrize("folder", predicted.OPS)
+def test_what_is_predicted_is_called_in_every_direction(folder):
+    device = torch.device("cpu")
+    for case in predicted.OPS[folder].cases("smoke", device):
+        ways = ("both",) if folder == "consistency" else tuple(way for way in case.traffic if way != "both")
+        job = predicted.Job(folder, case, ways, "reference")
+        predicted._check(job, device)
+        for way in ways:
+            call = predicted._call(job, way, [predicted._inputs(case, device, seed) for seed in (2, 3)])
+            first, other, again = (call(k) for k in range(3))
+            parts = [x if isinstance(x, (tuple, list)) else [x] for x in (first, other, again)]
+            assert all(torch.equal(a, b) for a, b in zip(parts[0], parts[2], strict=True))
+            assert not all(torch.equal(a, b) for a, b in zip(parts[0], parts[1], strict=True))
+
+
 def test_who_was_checked_is_not_checked_again(tmp_path):
     for piece, metric in enumerate(("checked", "refused")):
         rows = [row("a/predicted", "triton", metric, 1.0, shape=str(piece))]
@@ -261,6 +277,34 @@ def test_a_race_is_read():
     assert proof_stages._read_race(0, "\n".join(lines))[0] is False
     assert proof_stages._read_race(1, "\n".join([*lines, "1 backwards race or are wrong"]))[0] is False
     assert proof_stages._read_before(1, "\n".join([*lines, "1 backwards race or are wrong"]))[0] is True
+
+
+def test_another_package_is_looked_at_and_no_other_in_its_name(tmp_path, monkeypatch):
+    other = tmp_path / "adamix_kernels"
+    other.mkdir()
+    (other / "__init__.py").write_text("")
+    code = (
+        "import sys, benchmarks.proof.race as race; assert 'adamix_kernels' not in sys.modules;"
+        f"race.of({str(tmp_path)!r}); import adamix_kernels; print(adamix_kernels.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == str(other / "__init__.py"), done.stderr
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(ImportError, match="--package: got adamix_kernels of"):
+        proof_race.of(str(tmp_path))
+
+
+def test_weight_gradients_are_called_again_and_again(monkeypatch, capsys):
+    monkeypatch.setattr(proof_race, "SHAPES", ((3, 7, 64, 16, 4),))
+    monkeypatch.setattr(proof_race, "REPEATS", 2)
+    monkeypatch.setattr(proof_race, "BACKENDS", ("reference", "cuda"))
+    found = list(proof_race.backwards(torch.device("cpu")))
+    said = capsys.readouterr().out
+    assert {(what.split()[1], different) for what, different, _ in found} >= {("reference", 0)}
+    assert all(0 < error < proof_race.WRONG for _, _, error in found)
+    assert len(found) == 4 or "not run: BackendUnavailableError" in said
+    leaf, calls = torch.randn(8), iter(range(9))
+    assert proof_race.told(lambda: [leaf + next(calls)], [leaf]) == (2, pytest.approx(2 * 8**0.5 / leaf.norm().item()))
 
 
 def test_a_library_that_fits_is_not_compiled_again(monkeypatch, capsys):
