@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("transformers")
 
 from benchmarks.count import beside as count_beside
 from benchmarks.count import table as count_table
-from benchmarks.measure import record
+from benchmarks.measure import clock, record
 from benchmarks.measure.goals import evaluate, gpu_of
 from benchmarks.ops import predicted
 from benchmarks.proof import __main__ as proof
@@ -112,7 +113,7 @@ def test_a_report_that_cannot_be_made_costs_no_row_and_no_stage(tmp_path, monkey
         ("gpu_name", "cpu_name", "torch", "triton", "driver", "commit", "date"), "x"))  # fmt: skip
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from benchmarks.measure import record
+from benchmarks.measure import clock, record
 out = sys.argv[1].partition("=")[2]
 record.write(out, [record.row("op", "triton", "s", "float32", "time_p50", "us", 1.0)])
 """
@@ -305,6 +306,44 @@ def test_weight_gradients_are_called_again_and_again(monkeypatch, capsys):
     assert len(found) == 4 or "not run: BackendUnavailableError" in said
     leaf, calls = torch.randn(8), iter(range(9))
     assert proof_race.told(lambda: [leaf + next(calls)], [leaf]) == (2, pytest.approx(2 * 8**0.5 / leaf.norm().item()))
+
+
+def test_a_gpu_is_warm_before_it_is_timed(monkeypatch):
+    said = []
+
+    class Event:
+        def record(self):
+            said.append("event")
+
+        def elapsed_time(self, other):
+            return 2.0  # milliseconds
+
+    class Graph:
+        def replay(self):
+            said.append("replay")
+
+    monkeypatch.setattr(clock, "_event", Event)
+    monkeypatch.setattr(clock, "synchronize", lambda device: said.append("wait"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(clock, "capture", lambda *_: Graph())
+    effort = clock.Effort(0.0, 2, 2, warmup=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(clock, "warm", lambda device: said.append(f"warm {device.type}"))
+        assert clock.eager_seconds(said.append, torch.device("cuda"), effort) == [2e-3, 2e-3]
+        # What compiles is neither in the warming nor in the samples, which nothing waits between.
+        samples = ["event", 0, "event", "event", 1, "event"]
+        assert said == [0, "wait", "warm cuda", 0, "wait", *samples, "wait"]
+        said.clear()
+        assert clock.graph_seconds(said.append, 4, effort) == [5e-4, 5e-4]
+        assert said == ["warm cuda", "replay", "wait", *["event", "replay", "event"] * 2, "wait"]
+    monkeypatch.setattr(clock, "_matrices", lambda device: [torch.ones(2, 2)] * 3)
+    began = time.perf_counter()
+    clock.warm(torch.device("cuda"))
+    assert time.perf_counter() - began >= clock.WARM
+    said.clear()
+    clock.warm(torch.device("cpu"))
+    assert said == []
 
 
 def test_a_library_that_fits_is_not_compiled_again(monkeypatch, capsys):
