@@ -63,6 +63,8 @@ def stage_of_tests(name: str, paths: Sequence[Path], seconds: float, share: floa
     if missing:
         return Stage(name, absent=f"not installed: {', '.join(missing)}")
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", GUARD]
+    # A file that cannot be imported here takes no other with it.
+    command += ["--continue-on-collection-errors"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(max(1, int(share * (os.cpu_count() or 1)))), "--dist", "load"]
     environment = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -25,7 +24,6 @@ from benchmarks.proof import join as proof_join
 from benchmarks.proof import ncu as proof_ncu
 from benchmarks.proof import race as proof_race
 from benchmarks.proof import stages as proof_stages
-from benchmarks.proof import tests as proof_tests
 from benchmarks.proof import verify as proof_verify
 from benchmarks.proof.run import FAILED, Stage, run_together
 from benchmarks.proof.stages import groups
@@ -361,23 +359,3 @@ def test_a_library_that_fits_is_not_compiled_again(monkeypatch, capsys):
         monkeypatch.setattr(proof_build._extension, name, lambda value=value: value)
         assert proof_build.main() == 0
         assert ran == [[]], name
-
-
-def test_a_test_that_hangs_and_one_that_loses_the_gpu_cost_one_each(tmp_path):
-    pytest.importorskip("xdist")
-    test = tmp_path / "test_x.py"
-    test.write_text(
-        "import time\nimport benchmarks.proof.guard as guard\n"
-        "def test_bad():\n    guard._no_answer = lambda: 'an illegal address'\n    assert 1 == 2, 'a kernel'\n"
-        "def test_fine(): pass\n"
-    )
-    stage = proof_tests.stage_of_tests("tests/x", [test], 60, 0.0)
-    environment = {**os.environ, **stage.environment, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(stage.command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert proof_tests.count_tests(done.stdout) == {"FAILED": 1, "PASSED": 1}, done.stdout + done.stderr
-    assert "at once: FAILED" in done.stdout
-    assert "the GPU no longer answers: an illegal address" in done.stdout
-    # Cut off before the summary, it is named as well.
-    passed, words = proof_tests.read_tests(-15, done.stdout.partition("= FAILURES =")[0])
-    assert not passed
-    assert "test_bad" in words
