@@ -7,10 +7,14 @@ benchmarks/results/count.csv has predictions of (count/beside.py). Clocks are le
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,10 +69,15 @@ def prepared(work: Work, backend: str, device: torch.device) -> Callable[[], obj
     return lambda: torch.autograd.grad(out, list(made.leaves), inputs.grad, retain_graph=True)
 
 
-def program(device: torch.device) -> int:
-    """What runs under the profiler: every call once to compile, then once between start and stop."""
-    done = 0
+def program(device: torch.device, seconds: float | None) -> int:
+    """What runs under the profiler: every call once to compile, then once between start and stop.
+
+    It ends by itself after so many seconds: the profiler writes what it counted when the program is done.
+    """
+    done, ends = 0, float("inf") if seconds is None else time.monotonic() + seconds
     for work, backend in calls():
+        if time.monotonic() > ends:
+            break
         call = None
         try:
             call = prepared(work, backend, device)
@@ -95,11 +104,13 @@ def find() -> str | None:
     return next((place for place in places if place and Path(place).exists()), None)
 
 
-def command(ncu: str, log: Path) -> list[str]:
+def command(ncu: str, log: Path, seconds: float | None = None) -> list[str]:
     options = ["--clock-control", "none", "--cache-control", "none", "--profile-from-start", "off"]
     options += ["--target-processes", "application-only", "--metrics", ",".join(METRICS)]
     options += ["--page", "raw", "--csv", "--print-units", "base", "--log-file", str(log)]
-    return [ncu, *options, sys.executable, "-m", "benchmarks.proof.ncu", "--program"]
+    program = [sys.executable, "-m", "benchmarks.proof.ncu", "--program"]
+    # Half of it: for the imports before, and for what the profiler writes after.
+    return [ncu, *options, *program, *([] if seconds is None else [f"--seconds={0.5 * seconds:.0f}"])]
 
 
 def launches(text: str) -> list[dict[str, str]]:
@@ -130,10 +141,26 @@ def counted(text: str, names: Sequence[tuple[Work, str]]) -> list[record.Row]:
     return made
 
 
+def ended(words: Sequence[str], seconds: float | None) -> int:
+    """Runs the command, at most so many seconds; its exit status. What it has written by then is worth as much."""
+    with subprocess.Popen(words, cwd=ROOT) as process:
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            # The profiler's own child too, which is of this process's group.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os.killpg(os.getpgrp(), signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(3)
+            process.kill()
+            return 1
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0; 1 when nothing was counted; 2 where there is no ncu or no GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.proof.ncu", description=__doc__)
     parser.add_argument("--out", help="CSV to write")
+    parser.add_argument("--seconds", type=float, help="count no longer than that")
     parser.add_argument("--program", action="store_true", help="only make the calls, for the profiler")
     options = parser.parse_args(arguments)
     ncu = find()
@@ -141,9 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("ncu: " + ("no GPU" if ncu else "Nsight Compute was not found"), file=sys.stderr)
         return 2
     if options.program:
-        return program(torch.device("cuda"))
+        return program(torch.device("cuda"), options.seconds)
     log = Path(options.out).with_suffix(".log.csv.txt")
-    status = subprocess.run(command(ncu or "", log), cwd=ROOT).returncode
+    status = ended(command(ncu or "", log, options.seconds), options.seconds)
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     rows = counted(text, list(calls()))
     if rows:

@@ -122,7 +122,7 @@ def _read_before(status: int, output: str) -> tuple[bool, str]:
 def _ncu(folder: Path, smoke: bool) -> Stage:
     absent = "a smoke run counts nothing" if smoke else "" if ncu.find() else "Nsight Compute was not found"
     command = _python("-m", "benchmarks.proof.ncu", f"--out={folder / 'ncu.csv'}")
-    return Stage("ncu", command, _NCU, environment=_AUTO, absent=absent, skips=(2,))
+    return Stage("ncu", command, _NCU, paced=True, environment=_AUTO, absent=absent, skips=(2,))
 
 
 def _bench(

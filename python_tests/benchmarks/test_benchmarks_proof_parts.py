@@ -215,6 +215,24 @@ def test_what_the_profiler_wrote_stands_beside_the_counts():
     assert proof_ncu.counted("==ERROR== ERR_NVGPUCTRPERM", given) == []
     command = proof_ncu.command("ncu", Path("log"))
     assert command[command.index("--clock-control") + 1] == "none"
+    assert proof_ncu.command("ncu", Path("log"), 40.0)[-2:] == ["--program", "--seconds=20"]
+
+
+def test_a_profiler_that_takes_too_long_is_ended_with_its_child(tmp_path):
+    inner = "import sys, time; open(sys.argv[1], 'w').write('so far'); time.sleep(600)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}, sys.argv[1]])"
+    code = (
+        "import sys; from benchmarks.proof import ncu; "
+        f"print('status', ncu.ended([sys.executable, '-c', {outer!r}, sys.argv[1]], 8.0), flush=True)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "log")]
+    began = time.monotonic()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        # It ends only when nobody holds the pipe any more.
+        said, _ = process.communicate(timeout=400)
+    assert said.split()[-2:] == ["status", "1"]
+    assert time.monotonic() - began < 400
+    assert (tmp_path / "log").read_text() == "so far"
 
 
 def test_every_prediction_is_measured():
