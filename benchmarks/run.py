@@ -17,6 +17,7 @@ from .models import step as bench_step
 from .models import workloads as bench_models
 from .models.contenders import TITLES, Workload
 from .ops import paired as bench_paired
+from .ops import predicted as bench_predicted
 from .ops import run as run_ops
 
 # The sizes that goals are set for: (batch, tokens).
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run_ops.add_parser(commands)
     bench_paired.add_parser(commands)
+    bench_predicted.add_parser(commands)
     bench_models.add_parser(commands)
     bench_inference.add_parser(commands)
     bench_host.add_parser(commands)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
@@ -21,18 +22,24 @@ from .ops.cases import Draw
 from .ops.check import gradients
 from .ops.run import OPS
 
+# With gates, and routers, beside the ops that have peers.
+GATED = ("gated_lora", "gated_adapter", "mixture_lora", "router")
 
-def run(device: torch.device, names: Sequence[str]) -> list[str]:
-    """Calls the contenders `names` of every case; returns what ran, in words."""
+
+def run(device: torch.device, names: Sequence[str], ends: float = float("inf")) -> list[str]:
+    """Calls the contenders `names` of every case; returns what ran, in words, which it prints as it goes.
+
+    ends: when by time.monotonic() no further call is begun.
+    """
     ran = []
-    for op in OPS:
+    for op in (*OPS, *GATED):
         for case in importlib.import_module(f"benchmarks.ops.{op}").cases("odd", device):
             for contender in case.contenders:
-                if contender.name not in names:
+                if contender.name not in names or time.monotonic() > ends:
                     continue
                 try:
                     binder = contender.open()
-                    both_ways = "both" in case.traffic
+                    both_ways = set(case.traffic) != {"forward"}
                     inputs = fresh_leaves(case.make(Draw(device, case.dtype, seed=3)), both_ways)
                     bound = binder(inputs)
                     out = bound.call()
@@ -42,6 +49,7 @@ def run(device: torch.device, names: Sequence[str]) -> list[str]:
                     continue
                 synchronize(device)
                 ran.append(f"{case.op} {contender.name} {case.shape}")
+                print(ran[-1], flush=True)
     return ran
 
 
@@ -70,6 +78,7 @@ def wrong_ids(device: torch.device, names: Sequence[str]) -> list[str]:
                 lora.backward(x, x, t, down, up, *ids, None, True, True, True, 1.0, 1, [0], 0.0)
                 synchronize(device)
                 ran += [f"{op} {backend} wrong {wide} ids" for op in ("routed_adapter", "routed_lora")]
+                print("\n".join(ran[-2:]), flush=True)
     return ran
 
 
@@ -78,13 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--names", nargs="+", default=["triton", "cuda"], help="contenders to run")
+    parser.add_argument("--seconds", type=float, help="begin no call after so many seconds")
     options = parser.parse_args(arguments)
+    ends = float("inf") if options.seconds is None else time.monotonic() + options.seconds
     if options.device == "cuda" and not torch.cuda.is_available():
         print("sanitize: kernels run on a CUDA GPU, and this machine has none", file=sys.stderr)
         return 2
     device = torch.device(options.device)
-    ran = run(device, options.names) + wrong_ids(device, options.names)
-    print("\n".join(ran))
+    # The ids first: few calls, and the most that can go wrong.
+    ran = wrong_ids(device, options.names) + run(device, options.names, ends)
+    if time.monotonic() > ends:
+        print("the time was used up before every call")
     print(f"{len(ran)} calls")
     return 0 if ran else 2
 

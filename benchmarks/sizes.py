@@ -287,7 +287,10 @@ GATED_LORA = {
         GateSize(2, 8, 32, 32, 4, 3, 2, dtype="float32"),
         GateSize(2, 8, 32, 32, 4, 3, 3, "weights", dtype="float32"),
     ),
-    "odd": (),
+    "odd": (
+        *(GateSize(3, 37, 40, 56, 5, 7, slots) for slots in (0, 7, 2)),
+        GateSize(3, 37, 40, 56, 5, 7, 7, "weights"),
+    ),
 }
 GATED_ADAPTER = {
     "gpu": (),
@@ -300,7 +303,7 @@ GATED_ADAPTER = {
     ),
     "cpu": (),
     "smoke": GATED_LORA["smoke"],
-    "odd": (),
+    "odd": tuple(GateSize(3, 37, 72, 72, 5, 7, slots) for slots in (0, 7, 2)),
 }
 ROUTER = {
     "gpu": (),
@@ -310,7 +313,7 @@ ROUTER = {
     ),
     "cpu": (),
     "smoke": (RouterSize(2, 8, 32, 3, 3, dtype="float32"), RouterSize(2, 8, 32, 3, 2, dtype="float32")),
-    "odd": (),
+    "odd": (RouterSize(3, 37, 72, 7, 2),),
 }
 # Of which GATED_LORA and ROUTER have the parts.
 MIXTURE_LORA = {
@@ -318,7 +321,7 @@ MIXTURE_LORA = {
     "count": tuple(GateSize(8, 512, 1024, 1024, 8, 8, slots) for slots in (8, 2)),
     "cpu": (),
     "smoke": tuple(GateSize(2, 8, 32, 32, 4, 3, slots, dtype="float32") for slots in (3, 2)),
-    "odd": (),
+    "odd": (GateSize(3, 37, 40, 56, 5, 7, 2),),
 }
 LOSS = {
     "gpu": (LOSS_GPT2, LOSS_LLAMA, *GLUE),

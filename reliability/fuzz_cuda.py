@@ -91,7 +91,10 @@ def launches() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def launch_names() -> Iterator[list[str]]:
-    """Names of the launches made within, from the library's own record."""
+    """Names of the launches made within, from the library's own record; none on a GPU, whose library keeps none."""
+    if not _extension.on_host():
+        yield []
+        return
     library = ctypes.CDLL(str(_extension.library_path()))
     library.adamix_host_launches.restype = ctypes.c_char_p
     library.adamix_host_launches()

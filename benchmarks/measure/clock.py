@@ -5,6 +5,7 @@ triton.testing's timers call one set of inputs, which stays in the cache (or flu
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,9 @@ class Effort:
         return max(self.least, min(self.most, int(self.seconds / max(seconds_a_call, 1e-9))))
 
 
+# Seconds of work before anything is timed: an idle GPU's clock is a fifth of a busy one's, and takes a while to rise.
+WARM = 0.05
+_SIDE = 4096
 FULL = Effort(seconds=0.1, least=7, most=101)
 SMOKE = Effort(seconds=0.0, least=3, most=3, warmup=1)
 
@@ -38,6 +42,23 @@ def synchronize(device: torch.device) -> None:
     """Waits for the GPU; raises what a kernel before did wrong."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@functools.cache
+def _matrices(device: torch.device) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randn(_SIDE, _SIDE, device=device, dtype=torch.bfloat16) for _ in range(3))
+
+
+def warm(device: torch.device) -> None:
+    """Keeps a GPU busy for WARM seconds, with matrix products; waits for it. Nothing on the CPU."""
+    if device.type != "cuda":
+        return
+    a, b, out = _matrices(device)
+    ends = time.perf_counter() + WARM
+    while time.perf_counter() < ends:
+        for _ in range(8):
+            torch.mm(a, b, out=out)
+        synchronize(device)
 
 
 def require_working(device: torch.device) -> None:
@@ -53,6 +74,7 @@ def eager_seconds(call: Call, device: torch.device, effort: Effort) -> list[floa
     # The first call may compile.
     call(0)
     synchronize(device)
+    warm(device)
     start = time.perf_counter()
     for k in range(effort.warmup):
         call(k)
@@ -74,6 +96,7 @@ def graph_seconds(
 ) -> list[float]:  # fmt: skip
     """Seconds a call, one for each replay of a CUDA graph that goes once through all `sets` inputs."""
     graph = capture(call, sets, stream)
+    warm(torch.device("cuda", torch.cuda.current_device()))
     start = time.perf_counter()
     for _ in range(effort.warmup):
         graph.replay()
@@ -115,6 +138,10 @@ def host_seconds(call: Call, device: torch.device, calls: int = 20) -> float:
     return taken
 
 
+# Whether a profile was made: on the CPU, on a GPU.
+_started = [False, False]
+
+
 def launches(call: Call, device: torch.device) -> int:
     """What one call starts: kernels, copies and fills on a GPU; on the CPU, ATen calls that call no other."""
     # Else the profiler writes two lines to stderr each time.
@@ -124,7 +151,8 @@ def launches(call: Call, device: torch.device) -> int:
 
     on_gpu = device.type == "cuda"
     # The first profile of a process may miss what ran while the tracer started.
-    for _ in range(2 if on_gpu else 1):
+    first, _started[on_gpu] = not _started[on_gpu], True
+    for _ in range(2 if on_gpu and first else 1):
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
             call(0)
             synchronize(device)

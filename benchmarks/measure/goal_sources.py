@@ -21,54 +21,59 @@ class Found:
 
 
 class Rows:
-    """Rows by what they measure; of several, the latest."""
+    """Rows by what they measure; of several, the latest. dtype "": whichever was measured last, of a shape that has
+    one."""
 
     def __init__(self, rows: Iterable[Row]):
         self._values: dict[tuple[str, ...], float] = {}
         self._reasons: dict[tuple[str, ...], str] = {}
         for r in sorted(rows, key=lambda r: r.date):
-            self._values[r.op, r.backend, r.shape, r.metric] = r.value
-            if r.metric in OUTCOMES:
-                fine = r.metric in ("timed", "checked")
-                self._reasons[r.op, r.backend, r.shape] = "" if fine else f"{r.metric}: {r.note}"
+            for dtype in ("", r.dtype):
+                self._values[r.op, r.backend, r.shape, r.metric, dtype] = r.value
+                if r.metric in OUTCOMES:
+                    fine = r.metric in ("timed", "checked")
+                    self._reasons[r.op, r.backend, r.shape, dtype] = "" if fine else f"{r.metric}: {r.note}"
 
-    def get(self, op: str, backend: str, shape: str, metric: str) -> float | None:
-        return self._values.get((op, backend, shape, metric))
+    def get(self, op: str, backend: str, shape: str, metric: str, dtype: str = "") -> float | None:
+        return self._values.get((op, backend, shape, metric, dtype))
 
-    def best(self, op: str, shape: str, metric: str, *, largest: bool = False) -> tuple[float, str] | None:
+    def best(
+        self, op: str, shape: str, metric: str, dtype: str = "", *, largest: bool = False
+    ) -> tuple[float, str] | None:
         """(value, backend) of the best of our backends."""
-        found = [(v, b) for b in OURS if (v := self.get(op, b, shape, metric)) is not None]
+        found = [(v, b) for b in OURS if (v := self.get(op, b, shape, metric, dtype)) is not None]
         return (max(found) if largest else min(found)) if found else None
 
-    def reason(self, op: str, backend: str, shape: str) -> str:
+    def reason(self, op: str, backend: str, shape: str, dtype: str = "") -> str:
         """Why there are no rows, if that was recorded."""
-        return self._reasons.get((op, backend, shape), "")
+        return self._reasons.get((op, backend, shape, dtype), "")
 
 
 # Rows -> what they give, or in words why they give nothing.
 Source = Callable[[Rows], Found | str]
 
 
-def share(op: str, direction: str, shape: str) -> Source:
+def share(op: str, direction: str, shape: str, dtype: str) -> Source:
     """Bytes that must move, over time, as a share of the copy bandwidth of the same run."""
 
     def source(rows: Rows) -> Found | str:
-        best = rows.best(f"{op}/{direction}", shape, "copy_share", largest=True)
-        return _missing(rows, op, OURS, shape) if best is None else Found(best[0], f"backend {best[1]}")
+        best = rows.best(f"{op}/{direction}", shape, "copy_share", dtype, largest=True)
+        return _missing(rows, op, OURS, shape, dtype) if best is None else Found(best[0], f"backend {best[1]}")
 
     return source
 
 
-def speedup(op: str, direction: str, shape: str, peer: str, *, replayed: bool = False) -> Source:
+def speedup(op: str, direction: str, shape: str, dtype: str, peer: str, *, replayed: bool = False) -> Source:
     """Time of the peer over time of the fastest of our backends, both eager or both replayed from a CUDA graph."""
     metric = "graph_time_p50" if replayed else "time_p50"
 
     def source(rows: Rows) -> Found | str:
-        best, other = rows.best(f"{op}/{direction}", shape, metric), rows.get(f"{op}/{direction}", peer, shape, metric)
+        best = rows.best(f"{op}/{direction}", shape, metric, dtype)
+        other = rows.get(f"{op}/{direction}", peer, shape, metric, dtype)
         if best is None:
-            return _missing(rows, op, OURS, shape)
+            return _missing(rows, op, OURS, shape, dtype)
         if other is None:
-            return _missing(rows, op, (peer,), shape)
+            return _missing(rows, op, (peer,), shape, dtype)
         return Found(other / best[0], f"{best[1]} {best[0]:.4g} us, {peer} {other:.4g} us")
 
     return source
@@ -156,6 +161,6 @@ def cpu_ratio(shape: str, other: str) -> Source:
     return source
 
 
-def _missing(rows: Rows, op: str, names: Sequence[str], shape: str) -> str:
-    reasons = {name: rows.reason(op, name, shape) for name in names}
+def _missing(rows: Rows, op: str, names: Sequence[str], shape: str, dtype: str = "") -> str:
+    reasons = {name: rows.reason(op, name, shape, dtype) for name in names}
     return "; ".join(f"{name} {reason}" for name, reason in reasons.items() if reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ from .goal_sources import (
 )
 from .record import Row
 
-# The goals of kernels are set for this GPU.
-GPU = "H200"
+# The goals of kernels are shares of what a GPU itself copies, and times of one over another's there: they hold for
+# either of these. Where both were measured, the first is judged.
+GPUS = ("H200", "H100")
 
 
 # CPU steps of the MiniLM encoder, {(batch, tokens): {other step: AdaMix's time over its time, at most}}.
@@ -51,7 +53,7 @@ class Goal:
     """value <= limit, or >= limit with at_least; strict leaves out the limit itself.
 
     id: issue.line, then a number. metric: what `value` is, in words. source: rows -> Found, or in words why
-    nothing was found. where: rows of "gpu" (the one above), of the "cpu", or "any": of the GPU, else of the CPU.
+    nothing was found. where: rows of "gpu" (one of those above), of the "cpu", or "any": of the GPU, else of the CPU.
     """
 
     id: str
@@ -100,22 +102,22 @@ def _cpu() -> list[Goal]:
 
 
 def _adapters() -> list[Goal]:
-    op, small, large = "routed_adapter", sizes.ADAPTER_8K.words, sizes.ADAPTER_64K.words
-    made = [
-        Goal("3.9.1", "adapter forward, N=65,536", "copy bandwidth", 0.80, True, share(op, "forward", large)),
-        Goal("3.9.2", "adapter backward, N=65,536", "copy bandwidth", 0.65, True, share(op, "backward", large)),
-    ]
+    op, small, large = "routed_adapter", sizes.ADAPTER_8K, sizes.ADAPTER_64K
+    made = []
+    for way, limit in (("forward", 0.80), ("backward", 0.65)):
+        source = share(op, way, large.words, large.dtype)
+        made.append(Goal(f"3.9.{len(made) + 1}", f"adapter {way}, N=65,536", "copy bandwidth", limit, True, source))
 
     def add(text: str, limit: float, source: Source) -> None:
         made.append(Goal(f"3.9.{len(made) + 1}", text, "speed-up", limit, True, source))
 
-    peer = "compile_gathered_bmm"
-    add("adapter over compiled bmm, N=8,192, eager", 2, speedup(op, "both", small, peer))
-    add("adapter over compiled bmm, N=8,192, replayed", 2, speedup(op, "both", small, peer, replayed=True))
-    add("adapter over a loop of GEMMs, N=8,192", 3, speedup(op, "both", small, "expert_loop"))
-    op, small = "routed_lora", sizes.LORA_8K.words
-    add("LoRA update over PEFT's, eager", 1.5, speedup(op, "both", small, "peft_lora"))
-    add("LoRA update over PEFT's, replayed", 1.5, speedup(op, "both", small, "peft_lora", replayed=True))
+    peer, which = "compile_gathered_bmm", (op, "both", small.words, small.dtype)
+    add("adapter over compiled bmm, N=8,192, eager", 2, speedup(*which, peer))
+    add("adapter over compiled bmm, N=8,192, replayed", 2, speedup(*which, peer, replayed=True))
+    add("adapter over a loop of GEMMs, N=8,192", 3, speedup(*which, "expert_loop"))
+    which = "routed_lora", "both", sizes.LORA_8K.words, sizes.LORA_8K.dtype
+    add("LoRA update over PEFT's, eager", 1.5, speedup(*which, "peft_lora"))
+    add("LoRA update over PEFT's, replayed", 1.5, speedup(*which, "peft_lora", replayed=True))
     return made
 
 
@@ -128,20 +130,20 @@ def _losses() -> list[Goal]:
 
     for loss, head in ((sizes.LOSS_GPT2, sizes.HEAD_GPT2), (sizes.LOSS_LLAMA, sizes.HEAD_LLAMA)):
         where, op = f"V={loss.vocab:,}", "adamix_loss"
-        add(f"loss, {where}", "copy bandwidth", 0.80, True, share(op, "both", loss.words))
-        compiled = speedup(op, "both", loss.words, "compile_formula")
+        add(f"loss, {where}", "copy bandwidth", 0.80, True, share(op, "both", loss.words, loss.dtype))
+        compiled = speedup(op, "both", loss.words, loss.dtype, "compile_formula")
         add(f"loss over the compiled formula, {where}", "speed-up", 2, True, compiled)
-        liger = speedup(op, "both", loss.words, "liger_kldiv_x2")
+        liger = speedup(op, "both", loss.words, loss.dtype, "liger_kldiv_x2")
         add(f"loss over Liger's KLDiv x2, {where}", "speed-up", 1, True, liger, strict=True)
-        fla = speedup("linear_adamix_loss", "both", head.words, "fla_fused_kl_div_x2")
+        fla = speedup("linear_adamix_loss", "both", head.words, head.dtype, "fla_fused_kl_div_x2")
         add(f"linear loss over fla's fused_kl_div x2, {where}", "speed-up", 1, True, fla, strict=True)
     for small in sizes.GLUE:
         launched = count("adamix_loss", "forward", small.words, "launches")
         add(f"loss, V={small.vocab}", "launches forward", 1, False, launched)
-    shape, op = sizes.BANKS.words, "merge_banks"
-    add("merge of all banks", "copy bandwidth", 0.80, True, share(op, "forward", shape))
-    add("merge over baddbmm, eager", "speed-up", 1, True, speedup(op, "forward", shape, "baddbmm"))
-    add("merge over baddbmm, replayed", "speed-up", 1, True, speedup(op, "forward", shape, "baddbmm", replayed=True))
+    which = "merge_banks", "forward", sizes.BANKS.words, sizes.BANKS.dtype
+    add("merge of all banks", "copy bandwidth", 0.80, True, share(*which))
+    add("merge over baddbmm, eager", "speed-up", 1, True, speedup(*which, "baddbmm"))
+    add("merge over baddbmm, replayed", "speed-up", 1, True, speedup(*which, "baddbmm", replayed=True))
     return made
 
 
@@ -176,7 +178,7 @@ def _mixtures() -> list[Goal]:
             for direction, limit in zip(("forward", "both"), limits):
                 mode = "eager" if peer == "loop" else "replayed"
                 text = f"mixture layer, {size.kind}, {direction}, over {peer}, {mode}"
-                source = speedup("mixture", direction, size.words, peer, replayed=peer != "loop")
+                source = speedup("mixture", direction, size.words, size.dtype, peer, replayed=peer != "loop")
                 made.append(Goal(f"24.7.{len(made) + 1}", text, "speed-up", limit, True, source))
     for decoded in sizes.DECODE["gpu"]:
         for name in ("LoRAMoE", "MoLA top-2", "HydraLoRA"):
@@ -201,9 +203,13 @@ def judge(goal: Goal, rows: Rows) -> Verdict:
 
 
 def evaluate(rows: Iterable[Row]) -> list[Verdict]:
-    """A verdict for every goal; GPU goals from rows of an H200, CPU goals from rows of no GPU."""
+    """A verdict for every goal; GPU goals from rows of the first of GPUS that has some, CPU goals from rows of none."""
     rows = list(rows)
-    places = {"gpu": Rows(r for r in rows if GPU in r.gpu_name), "cpu": Rows(r for r in rows if not r.gpu_name)}
+    judged = gpu_of(rows)
+    places = {
+        "gpu": Rows(r for r in rows if judged and _is(r, judged)),
+        "cpu": Rows(r for r in rows if not r.gpu_name),
+    }
     made = []
     for goal in all_goals():
         verdict = judge(goal, places["gpu" if goal.where == "any" else goal.where])
@@ -211,6 +217,17 @@ def evaluate(rows: Iterable[Row]) -> list[Verdict]:
             verdict = judge(goal, places["cpu"])
         made.append(verdict)
     return made
+
+
+def gpu_of(rows: Iterable[Row]) -> str:
+    """The GPU that the goals are judged on, of GPUS; "" for none."""
+    rows = list(rows)
+    return next((name for name in GPUS if any(_is(r, name) for r in rows)), "")
+
+
+def _is(row: Row, gpu: str) -> bool:
+    """A GH200 is no H200."""
+    return re.search(rf"\b{gpu}\b", row.gpu_name) is not None
 
 
 def load(folder: Path = RESULTS) -> list[Row]:

@@ -20,7 +20,7 @@ from ..ops.check import disagreement
 from ..ops.run import BROKEN, open_ledger
 from ..sizes import DecodeSize, MixtureSize
 from .decoding import configurations, decoder, prompt, step_of
-from .layer import PEERS, Layer, ours, ways, wrong
+from .layer import PEERS, Layer, Way, ours, ways, wrong
 
 # What waits for the GPU cannot be held by a CUDA graph: torch.where's rows.
 EAGER_ONLY = ("loop",)
@@ -33,18 +33,22 @@ def measure_layer(size: MixtureSize, device: torch.device, ledger: Ledger, *, sm
     first = Layer(*size.dimensions, size.kind, device=device, dtype=dtype)
     count = 1 if check_only else clock.rotation(clock.nbytes([first.x, first.x, first.a, first.b]), device)
     layers = [first, *(Layer(*size.dimensions, size.kind, device=device, dtype=dtype, seed=k) for k in range(1, count))]
-    peers = [{name: way for name, way in ways(layer).items() if name != "adamix"} for layer in layers]
+    peers: list[dict[str, Way]] = []
     for name in (*backends(), *PEERS[size.kind]):
         item = Item("mixture", name, size.words, size.dtype)
         with ledger.item(item, "checked" if check_only else "timed") as rows:
             if rows is None:
                 continue
             mine = name in backends()
-            if not mine and name not in peers[0]:
-                raise AbsentError("not installed, or not in this version")
             if mine:
                 require_usable(name, "gated_lora", device)
-            called = [ours(name) if mine else every[name] for every in peers]
+                called = [ours(name)] * len(layers)
+            else:
+                # What a peer's version does not do is its own loss.
+                peers = peers or [ways(layer) for layer in layers]
+                if name not in peers[0]:
+                    raise AbsentError("not installed, or not in this version")
+                called = [every[name] for every in peers]
             with watching(device):
                 problem = wrong(called[0], first, peer=not mine)
                 if problem is not None:

@@ -17,6 +17,8 @@ from adamix_kernels.routing import ArrowRouter, Gates, dense_gates
 from ..ops.check import MULTIPLE, MULTIPLE_OF_PEERS, disagreement
 
 EXPERTS, RANK, SCALING = 8, 8, 2.0
+# Not installed, or a version whose layers are made otherwise: the other ways go on.
+_NOT_THIS_PEFT = (ImportError, AttributeError, KeyError, TypeError, ValueError)
 ARROW = "arrow top-2"
 # What a layer is called -> experts a token, None: all of them. Arrow's gates are computed from x, others are given.
 KINDS = {"dense": None, "top-2": 2, ARROW: 2}
@@ -193,11 +195,11 @@ def ways(layer: Layer, backends: Sequence[str] = ()) -> dict[str, Way]:
     """Every way that can be had here, ours first: "adamix", or one for each of `backends`."""
     found: dict[str, Way] = {name: ours(name) for name in backends} or {"adamix": ours()}
     if layer.router is not None:
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(*_NOT_THIS_PEFT):
             found["peft arrow"] = peft_arrow(layer)
         return found
     found |= {"loop": python_loop, "einsum": einsum}
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(*_NOT_THIS_PEFT):
         found["peft x-lora"] = peft_xlora(layer)
     with contextlib.suppress(RuntimeError, AttributeError):  # a CPU, or a torch, without it
         grouped_mm(layer)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
+from collections.abc import Iterator
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from adamix_kernels.routing import Router
 
 from .contenders import ADAMIX, ORIGINAL, Contender, Inputs, Workload, build, trainable_outside
 from .original import original_lm_loss, original_loss
@@ -42,9 +47,9 @@ def agreement_problem(base: nn.Module, workload: Workload, backend: str = "auto"
     device = next(base.parameters()).device
     inputs, labels = {name: value.to(device) for name, value in inputs.items()}, labels.to(device)
     for _ in range(DRAWS):
-        with _RecordDraws() as recorded:
+        with _recorded() as draws:
             found = _our_gradients(contender, inputs, labels)
-        drawn = [index.flatten().tolist() for index in recorded.draws]
+        drawn = [index.flatten().tolist() for index in draws]
         if [len(experts) for experts in drawn] != [2] * len(ours.adamix.paths):
             return f"drew experts {drawn}, expected one for each pass in each of {len(ours.adamix.paths)} layers"
         experts = ([first for first, _ in drawn], [second for _, second in drawn])
@@ -58,18 +63,25 @@ def agreement_problem(base: nn.Module, workload: Workload, backend: str = "auto"
     return None
 
 
-class _RecordDraws(TorchFunctionMode):
-    """Keeps what torch.randint returned inside the context."""
-
-    def __init__(self):
-        super().__init__()
-        self.draws: list[torch.Tensor] = []
+class _Watched(TorchFunctionMode):
+    """Changes nothing; autograd's nodes in C++, which draw for themselves, leave alone what is watched."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func is torch.randint:
-            self.draws.append(out)
-        return out
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _recorded() -> Iterator[list[torch.Tensor]]:
+    """What the router gave each layer, in their order: on a GPU all of it is drawn in one launch."""
+    draws: list[torch.Tensor] = []
+    real = Router._drawn
+
+    def drawn(router: Router, *arguments) -> torch.Tensor:
+        draws.append(real(router, *arguments))
+        return draws[-1]
+
+    with mock.patch.object(Router, "_drawn", drawn), _Watched():
+        yield draws
 
 
 def _make_passes_differ(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from adamix_kernels import AdaMixConfig, adapt, backends, merge, unmerge
 from .. import sizes
 from ..measure import clock
 from ..measure.harness import spread
-from ..measure.ledger import AbsentError, BrokenDeviceError, Item, Ledger, RefusedError
+from ..measure.ledger import AbsentError, BrokenDeviceError, Item, Ledger, RefusedError, describe
 from ..ops.bench import watching
 from ..ops.check import disagreement
 from ..ops.run import BROKEN, add_run_options, open_ledger
@@ -56,7 +56,8 @@ class HandFused(nn.Module):
 
 def contenders(workload: Workload, device: torch.device) -> dict[tuple[str, str], Callable[[], nn.Module]]:
     """(op, backend) -> a function that builds the model; pairs that a goal compares hold the same weights."""
-    base = load_base(workload).to(device)
+    with device:
+        base = load_base(workload).to(device)
     made: dict[tuple[str, str], Callable[[], nn.Module]] = {
         ("inference/base", "torch"): lambda: copy.deepcopy(base),
         ("inference/merged_lora", "torch"): lambda: merge(_adapted(base, workload, "lora", "auto")),
@@ -109,7 +110,11 @@ def _timed(item: Item, model: nn.Module, batches, device: torch.device, effort: 
     if device.type == "cuda":
         rows.append(item.row("host_time", "ms", 1e3 * clock.host_seconds(call, device, calls=5)))
         rows.append(item.row("peak_memory", "MiB", clock.peak_bytes(call, device) / 2**20))
-        add(clock.graph_seconds(call, len(batches), effort), "graph_")
+        try:
+            add(clock.graph_seconds(call, len(batches), effort), "graph_")
+        except Exception as error:
+            rows.append(item.row("graph_failed", "", 1, describe(error)))
+            clock.require_working(device)
     return rows
 
 

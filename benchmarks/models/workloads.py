@@ -6,7 +6,8 @@ import argparse
 import contextlib
 import copy
 import gc
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 import torch
@@ -24,10 +25,10 @@ from ..sizes import StepSize
 from .agreement import agreement_problem
 from .contenders import ADAMIX, LORA, ORIGINAL, PLAIN, Contender, Inputs, Workload, build, load_base
 
-EAGER, COMPILE, GRAPH = "eager", "compile", "graph"
+MODES = EAGER, COMPILE, GRAPH = "eager", "compile", "graph"
 # Batches that the steps go through.
 POOL = 4
-FULL = Effort(seconds=1.0, least=7, most=41, warmup=3)
+FULL = Effort(seconds=0.5, least=7, most=41, warmup=3)
 
 
 def plan(*, smoke: bool) -> Iterator[tuple[str, str, str]]:
@@ -41,24 +42,32 @@ def plan(*, smoke: bool) -> Iterator[tuple[str, str, str]]:
     if smoke:
         yield ADAMIX, "reference", COMPILE
         return
+    yield LORA, "peft", EAGER
     yield from ((ADAMIX, name, COMPILE) for name in reversed(names))
     yield PLAIN, "torch", COMPILE
-    yield LORA, "peft", EAGER
 
 
 def measure(
-    size: StepSize, device: torch.device, ledger: Ledger, effort: Effort, *, smoke: bool, check_only: bool
-) -> None:
-    """Fills `ledger` with one item for each contender, backend and mode.
+    size: StepSize, device: torch.device, ledger: Ledger, effort: Effort, *, smoke: bool, check_only: bool,
+    modes: Sequence[str] = MODES, verdicts: dict[tuple[str, str], str | None] | None = None,
+) -> None:  # fmt: skip
+    """Fills `ledger` with one item for each contender, backend and mode of `modes`.
+
+    verdicts: (model, backend) -> what is wrong with its step, None for nothing; checked once for all sizes of a model,
+    since it is checked at a small one.
 
     Raises BrokenDeviceError when the GPU no longer answers this process.
     """
     workload = Workload(size.model, size.batch, size.tokens, size.experts, size.rank)
-    base = load_base(workload).to(device)
+    # Millions of weights are drawn sooner by a GPU.
+    with device:
+        base = load_base(workload).to(device)
     batches = [_without_padding(*batch, device) for batch in workload.batches(base.config.vocab_size, POOL)]
-    verdicts: dict[str, str | None] = {}
+    verdicts = {} if verdicts is None else verdicts
     dtype = "bfloat16 autocast" if device.type == "cuda" else "float32"
     for name, backend, mode in plan(smoke=smoke):
+        if mode not in modes:
+            continue
         item = Item(f"step/{name}/{mode}", backend, size.words, dtype)
         with ledger.item(item, "checked" if check_only else "timed") as rows:
             if rows is None:
@@ -66,10 +75,12 @@ def measure(
             with watching(device):
                 _require_runnable(name, backend, mode, device)
                 if name == ADAMIX:
-                    if backend not in verdicts:
-                        verdicts[backend] = agreement_problem(base, workload, backend)
-                    if verdicts[backend] is not None:
-                        raise RefusedError(verdicts[backend])
+                    key = size.model, backend
+                    if key not in verdicts:
+                        verdicts[key] = agreement_problem(base, workload, backend)
+                    problem = verdicts[key]
+                    if problem is not None:
+                        raise RefusedError(problem)
                 rows += _run(name, backend, mode, base, workload, batches, item, effort, smoke, check_only)
         _free(device)
 
@@ -182,7 +193,8 @@ def _without_padding(inputs: Inputs, labels: torch.Tensor, device: torch.device)
 
 def _free(device: torch.device) -> None:
     if device.type == "cuda":
-        torch._dynamo.reset()
+        if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+            dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -191,6 +203,9 @@ def add_parser(commands) -> None:
     parser = commands.add_parser("models", help="whole training steps in every mode, on a GPU")
     every = sorted({name for models in sizes.STEPS.values() for name in models})
     parser.add_argument("names", nargs="*", help=f"of {', '.join(every)} (default: all of --size)")
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, default=MODES, help="compile takes a minute for each model"
+    )
     add_run_options(parser, sizes.STEPS)
     parser.set_defaults(run=run)
 
@@ -203,11 +218,13 @@ def run(options: argparse.Namespace) -> int:
         raise SystemExit(f"models: got {', '.join(unknown)}, expected {', '.join(known)} with --size {options.size}")
     ledger = open_ledger(options)
     effort = clock.SMOKE if smoke else FULL
+    verdicts: dict[tuple[str, str], str | None] = {}
     try:
         for name in options.names or known:
             for size in known[name]:
                 measure(
-                    size, torch.device(options.device), ledger, effort, smoke=smoke, check_only=options.check_only
+                    size, torch.device(options.device), ledger, effort, smoke=smoke, check_only=options.check_only,
+                    modes=options.modes, verdicts=verdicts,
                 )  # fmt: skip
     except BrokenDeviceError:
         return BROKEN

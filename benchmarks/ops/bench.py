@@ -28,8 +28,11 @@ def run_cases(
     ledger: Ledger,
     ceilings: Ceilings | None,
     effort: Effort,
+    *,
+    brief: bool = False,
 ) -> None:
     """Fills `ledger`. ceilings None: only check, and call everything once at its real size (which compiles it).
+    brief: the kernels in every direction, everybody else in the widest alone, which speeds are compared in.
 
     Raises BrokenDeviceError when a kernel left the GPU unusable for this process.
     """
@@ -51,11 +54,21 @@ def run_cases(
                     if ceilings is None:
                         calls.direction(DIRECTIONS[2] if both_ways else DIRECTIONS[0])(0)
                         continue
-                    for direction in case.traffic:
-                        rows += _measure(item, direction, calls, case, device, ceilings, effort, contender.graph)
-            _free(device)
+                    for direction in list(case.traffic)[-1 if brief and not _is_kernel(contender) else 0 :]:
+                        try:
+                            rows += _measure(item, direction, calls, case, device, ceilings, effort, contender.graph)
+                        except torch.OutOfMemoryError as failed:
+                            # A backward on its own keeps every forward; the others do not.
+                            calls.done()
+                            rows.append(item.row("out_of_memory", "", 1, describe(failed), op=f"{case.op}/{direction}"))
+                            free(device)
+            free(device)
         del inputs
-        _free(device)
+        free(device)
+
+
+def _is_kernel(contender: Contender) -> bool:
+    return contender.exacting and contender.name != "reference"
 
 
 class _Calls:
@@ -118,7 +131,8 @@ def _measure(
     peak = clock.peak_bytes(call, device)
     add("peak_memory", "MiB", None if peak is None else peak / 2**20)
     if device.type == "cuda":
-        add("host_time", "us", 1e6 * clock.host_seconds(call, device))
+        calls_on_end = max(3, min(20, int(0.05 / best)))
+        add("host_time", "us", 1e6 * clock.host_seconds(call, device, calls_on_end))
     if device.type == "cuda" or direction != "backward":
         try:
             add("launches" if device.type == "cuda" else "aten_ops", "calls", clock.launches(call, device))
@@ -194,7 +208,7 @@ class watching:
             raise BrokenDeviceError(describe(error or broken)) from (error or broken)
 
 
-def _free(device: torch.device) -> None:
+def free(device: torch.device) -> None:
     """Memory of the contender before: its tensors, and what torch.compile holds."""
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         dynamo.reset()

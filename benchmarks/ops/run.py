@@ -22,6 +22,7 @@ BROKEN = 4
 def add_parser(commands) -> None:
     parser = commands.add_parser("op", help="one op against its peers: forward, backward, both")
     parser.add_argument("name", choices=OPS)
+    parser.add_argument("--brief", action="store_true", help="of peers, forward and backward together alone")
     add_run_options(parser)
     parser.set_defaults(run=run)
 
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         limits = ceilings.measure(device, {case.dtype for case in cases}, smoke=smoke)
         add_ceilings(ledger, options.name, limits)
     try:
-        run_cases(cases, device, ledger, limits, clock.SMOKE if smoke else clock.FULL)
+        run_cases(cases, device, ledger, limits, clock.SMOKE if smoke else clock.FULL, brief=options.brief)
     except BrokenDeviceError:
         return BROKEN
     return 0

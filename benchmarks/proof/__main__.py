@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -16,20 +17,29 @@ import torch
 
 from .. import RESULTS, ROOT
 from ..measure import goals, record
+from . import join
 from . import report as proof_report
 from .run import FAILED, TIMED_OUT, Result, run_together
-from .stages import groups
+from .stages import PARTS, groups
 
 NO_GPU = 3
 # Seconds between two writings of the partial results.
 EVERY = 10.0
+# Seconds of everything, or of a part.
+_BUDGETS = {None: 900.0, 1: 420.0, 2: 330.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0; 1 when a stage failed or ran out of time (the report names it); 3 without a GPU."""
     options = _parser().parse_args(arguments)
+    if options.join:
+        if options.out is None:
+            raise SystemExit("gpu-proof: --join needs --out, the folder that holds the whole")
+        verdicts = join.join([Path(folder) for folder in options.join], Path(options.out))
+        _tell(verdicts, Path(options.out))
+        return 0
     if options.budget is None:
-        options.budget = 3600.0 if options.smoke else 540.0
+        options.budget = 3600.0 if options.smoke else _BUDGETS[options.part]
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not options.smoke:
         print("gpu-proof: this machine has no CUDA GPU that torch can use, so nothing was run "
@@ -38,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = _out_folder(options.out, smoke=options.smoke)
     # What the stages import must not look for a network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    _caches()
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.txt").unlink(missing_ok=True)
     # Ended from outside, the processes of the stages must end too, and what there is be written.
@@ -48,10 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             proof.run()
         finally:
             proof.write()
-    verdicts = proof.verdicts
+    _tell(proof.verdicts, out)
+    return 1 if any(r.outcome in (FAILED, TIMED_OUT) for r in proof.results) else 0
+
+
+def _tell(verdicts: Sequence[goals.Verdict], out: Path) -> None:
     met = sum(v.state == "met" for v in verdicts)
     print(f"{met} of {len(verdicts)} goals met; report: {out / 'report.md'}")
-    return 1 if any(r.outcome in (FAILED, TIMED_OUT) for r in proof.results) else 0
 
 
 class _Proof:
@@ -63,7 +77,10 @@ class _Proof:
 
     def run(self) -> None:
         """Every group, in order, its time shared with all that come after it."""
-        waiting = groups(self.folder, self.out, smoke=self.options.smoke, skip=self.options.skip)
+        given = self.options
+        waiting = groups(
+            self.folder, self.out, smoke=given.smoke, skip=given.skip, part=given.part, before=given.before
+        )  # fmt: skip
         while waiting:
             left = self.options.budget - (time.monotonic() - self.began)
             wanted = sum(max((s.seconds for s in group if not s.absent), default=0.0) for group in waiting)
@@ -75,7 +92,14 @@ class _Proof:
             run_together(waiting.pop(0), factor, self.folder, ROOT, self._ended, self._tick)
 
     def write(self) -> None:
-        """The three files, from what there is so far."""
+        """The three files, from what there is so far; what is in the way is told, and takes no stage's time."""
+        try:
+            self._write()
+        except Exception as error:
+            print(f"[{time.monotonic() - self.began:4.0f} s] not written: {type(error).__name__}: {error}", flush=True)
+        self.written = time.monotonic()
+
+    def _write(self) -> None:
         facts = record.environment()
         facts = {key: facts[key] for key in ("torch", "triton", "driver", "commit", "date")} | {
             "device": facts["gpu_name"] or facts["cpu_name"] or "CPU",
@@ -83,11 +107,13 @@ class _Proof:
             "budget": self.options.budget,
             "environment": next((r.output for r in self.results if r.name == "environment"), ""),
         }
-        self.verdicts = proof_report.write(self.out, self.folder, self.results, facts, smoke=self.options.smoke)
-        self.written = time.monotonic()
+        rows = proof_report.collect(self.folder)
+        self.verdicts = proof_report.write(self.out, rows, self.results, facts, smoke=self.options.smoke)
 
     def _ended(self, result: Result) -> None:
-        counted = proof_report.count_outcomes(self.folder / f"{result.name.replace('/', '_')}.csv")
+        counted = ""
+        with contextlib.suppress(OSError, ValueError):
+            counted = proof_report.count_outcomes(self.folder / f"{result.name.replace('/', '_')}.csv")
         result.note = "; ".join(filter(None, [counted, result.note]))
         self.results.append(result)
         print(
@@ -96,12 +122,21 @@ class _Proof:
             + (f": {result.note}" if result.note else ""),
             flush=True,
         )
-        proof_report.append_log(self.out, result)
+        with contextlib.suppress(OSError):
+            proof_report.append_log(self.out, result)
         self.write()
 
     def _tick(self) -> None:
         if time.monotonic() - self.written > EVERY:
             self.write()
+
+
+def _caches() -> None:
+    """Where nothing can be written at home, compilers and verdicts keep theirs elsewhere, for all stages."""
+    if not os.access(Path.home(), os.W_OK):
+        elsewhere = Path(tempfile.gettempdir()) / "adamix-caches"
+        for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "ADAMIX_CACHE"):
+            os.environ.setdefault(name, str(elsewhere / name.lower()))
 
 
 def _out_folder(given: str | None, *, smoke: bool) -> Path:
@@ -117,14 +152,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="adamix bench gpu-proof",
         description=__doc__,
-        epilog="In a copy of the tree without its history, $ADAMIX_COMMIT names the commit that the rows are of.",
+        epilog="In a copy of the tree without its history, $ADAMIX_COMMIT names the commit that the rows are of. Exit "
+        "status: 0; 1 when a stage failed or ran out of time, which the report names; 3 without a GPU.",
     )
-    parser.add_argument("--out", help="folder for report.md, results.csv, results.json, log.txt and tune.json "
-                        "(default: benchmarks/results/<GPU>; a temporary one for --smoke)")  # fmt: skip
-    parser.add_argument("--budget", type=float, help="seconds for everything (default: 540; an hour for --smoke)")
+    parser.add_argument("--out", help="folder for report.md, results.csv, results.json, log.txt, verify.json and "
+                        "tune.json (default: benchmarks/results/<GPU>; a temporary one for --smoke)")  # fmt: skip
+    parser.add_argument("--part", type=int, choices=PARTS, help="1: verify, tests, sanitizers, predictions; 2: against "
+                        "peers, whole steps, a profiler's counts (default: both, and tune)")  # fmt: skip
+    parser.add_argument("--budget", type=float, help="seconds for everything (default: 900; of part 1 420, of part 2 "
+                        "330; an hour for --smoke)")  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="every stage in a tiny size, also without a GPU")
     parser.add_argument("--skip", nargs="+", default=[], metavar="STAGE",
                         help="leave out stages: tests, check, build, steps, sanitizer, tune, merge, ...")  # fmt: skip
+    parser.add_argument("--before", default="", metavar="FOLDER", help="holds an older adamix_kernels: its "
+                        "weight gradients are looked at for a race, too")  # fmt: skip
+    parser.add_argument("--join", nargs="+", metavar="FOLDER", help="run nothing: write into --out what the parts in "
+                        "these folders found, a later one's in place of an earlier one's")  # fmt: skip
     return parser
 
 

@@ -33,11 +33,13 @@ def count_outcomes(path: Path) -> str:
     return ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
 
 
-def write(out: Path, folder: Path, results: Sequence[Result], facts: dict, *, smoke: bool) -> list[Verdict]:
+def write(
+    out: Path, rows: Sequence[Row], results: Sequence[Result], facts: dict, *, smoke: bool
+) -> list[Verdict]:  # fmt: skip
     """Writes the three files from what there is so far; returns the verdict on every GPU goal."""
-    rows = collect(folder)
+    # First, so that nothing that is made of the rows can cost them.
+    record.write(out / "results.csv", list(rows))
     verdicts = [v for v in goals.evaluate(rows) if v.goal.where != "cpu"]
-    record.write(out / "results.csv", rows)
     summary = {
         **facts,
         "smoke": smoke,
@@ -68,9 +70,13 @@ def report(
     lines += ["| stage | outcome | seconds | what |", "|---|---|---|---|"]
     lines += [f"| {r.name} | {r.outcome} | {r.seconds:.0f} | {_cell(r.note)} |" for r in results]
     lines += ["", *goals.markdown(verdicts)]
-    beside = count_beside.lines(rows, count_table.committed())
-    if beside:
-        lines += ["", "## Shares of copy bandwidth, predicted from counts and measured", "", *beside]
+    committed = count_table.committed()
+    for title, beside in (
+        ("Shares of copy bandwidth, predicted from counts and measured", count_beside.lines(rows, committed)),
+        ("Counts, and what a profiler counted", count_beside.counts(rows, committed)),
+    ):
+        if beside:
+            lines += ["", f"## {title}", "", *beside]
     ceilings: dict[tuple[str, str, str], list[float]] = {}
     for r in rows:
         if r.op.startswith("ceiling/"):
@@ -78,7 +84,7 @@ def report(
     if ceilings:
         said = [f"{what} {dtype} {min(v):.4g} to {max(v):.4g} {unit}" for (what, dtype, unit), v in ceilings.items()]
         lines += ["", f"Ceilings, measured in each stage: {'; '.join(said)}."]
-    trouble = [r for r in rows if r.metric in ("refused", "failed", "graph_failed", "launches_failed")]
+    trouble = [r for r in rows if r.metric in ("refused", "failed", "graph_failed", "launches_failed", "out_of_memory")]
     if trouble:
         lines += ["", "| not timed | who | size | why |", "|---|---|---|---|"]
         lines += [f"| {r.op} | {r.backend} | {r.shape} {r.dtype} | {r.metric}: {_cell(r.note)} |" for r in trouble]
@@ -89,7 +95,7 @@ def report(
     return "\n".join(lines) + "\n"
 
 
-def append_log(out: Path, result: Result, limit: int = 20_000) -> None:
+def append_log(out: Path, result: Result, limit: int = 400_000) -> None:
     """The end of what a stage printed, into one log for all."""
     with open(out / "log.txt", "a", encoding="utf-8") as log:
         log.write(f"== {result.name}: {result.outcome}, {result.seconds:.0f} s; {result.note}\n")

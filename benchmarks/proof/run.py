@@ -21,17 +21,20 @@ POLL = 0.2  # seconds
 class Stage:
     """One command of the proof.
 
-    seconds: how long it may take. paced: it takes --seconds, and stops itself after so many. csv: the rows it
-    writes as it goes; such a benchmark takes --out and --resume, and goes on after the contender that crashed it,
-    or that took longer than `item_seconds`. absent: why it cannot run here (then it does not). read: its output ->
-    (whether it passed, a note). okay: exit statuses that pass. skips: exit statuses that mean there was nothing
-    to run.
+    seconds: how long it may take; whole: also where time is short and other stages get less. paced: it takes --seconds,
+    and stops itself after so many, `spare` before its end: for imports before, and for what is in progress then. csv:
+    the rows it writes as it goes; such a benchmark takes --out and --resume, and goes on after the contender that
+    crashed it, or that took longer than `item_seconds`. absent: why it cannot run here (then it does not). read: its
+    output -> (whether it passed, a note). okay: exit statuses that pass. skips: exit statuses that mean there was
+    nothing to run.
     """
 
     name: str
     command: Sequence[str] = ()
     seconds: float = 60.0
+    whole: bool = False
     paced: bool = False
+    spare: float = 15.0
     csv: Path | None = None
     item_seconds: float = 60.0
     environment: dict[str, str] = field(default_factory=dict)
@@ -70,8 +73,8 @@ class _Running:
         if self.stage.csv is not None:
             command += [f"--out={self.stage.csv}", "--resume"]
         if self.stage.paced:
-            # Time for the imports before, and for the contender in progress after.
-            left = max(1.0, self.ends - time.monotonic() - min(15.0, 0.3 * (self.ends - self.began)))
+            spare = self.stage.spare
+            left = max(1.0, self.ends - time.monotonic() - min(spare, 0.02 * spare * (self.ends - self.began)))
             command.append(f"--seconds={left:.0f}")
         self.starts += 1
         self.started = time.time()
@@ -146,18 +149,28 @@ def run_together(
     stages: Sequence[Stage], factor: float, folder: Path, root: Path, on_result: Callable[[Result], None],
     on_tick: Callable[[], None],
 ) -> None:  # fmt: skip
-    """Runs stages side by side, each for at most `factor` of its seconds; calls on_result as they end."""
+    """Runs stages side by side, each for at most `factor` of its seconds, or all; calls on_result as they end."""
     running: list[_Running] = []
     try:
         for stage in stages:
             if stage.absent:
                 on_result(Result(stage.name, NOT_RUN, 0.0, stage.absent))
-            else:
-                running.append(_Running(stage, max(1.0, stage.seconds * factor), folder, root))
+                continue
+            try:
+                limit = stage.seconds if stage.whole else max(1.0, stage.seconds * factor)
+                running.append(_Running(stage, limit, folder, root))
+            except OSError as error:
+                on_result(Result(stage.name, FAILED, 0.0, f"did not start: {error}"))
         while running:
             time.sleep(POLL)
             for one in list(running):
-                result = one.poll()
+                try:
+                    result = one.poll()
+                except Exception as error:
+                    # What cannot be read of one stage is no other's loss.
+                    one.end()
+                    words = f"{type(error).__name__}: {error}"
+                    result = Result(one.stage.name, FAILED, time.monotonic() - one.began, words)
                 if result is not None:
                     running.remove(one)
                     on_result(result)

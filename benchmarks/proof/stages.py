@@ -1,10 +1,10 @@
-"""The stages of the GPU proof, in groups that run side by side; the most valuable groups first."""
+"""The stages of the GPU proof, in groups that run side by side; the most valuable groups first.
+
+In two parts for machines that are lent for minutes: what is right, and as fast as predicted; how fast beside others.
+"""
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-import os
 import re
 import shutil
 import sys
@@ -13,38 +13,53 @@ from pathlib import Path
 
 from adamix_kernels import _build
 
-from .. import ROOT, sizes
+from .. import sizes
 from ..ops.run import OPS
+from . import ncu, tests, verify
 from .run import Stage
 
-TESTS = ROOT / "python_tests"
+PARTS = (1, 2)
 # Seconds of the timed benchmarks on a GPU.
-_OP_SECONDS = {"routed_adapter": 40, "routed_lora": 40, "consistency": 65, "merge": 25}
-_MODEL_SECONDS = {"bert-base": 45, "roberta-large": 55, "gpt2-medium": 45}
-_MIXTURE_SECONDS = 30
-_SMOKE_SECONDS = 300
-# Shares of the GPU's memory while everything is checked at once; the tests have the rest.
-_SHARES = {"consistency": 0.3, "routed_adapter": 0.05, "routed_lora": 0.05, "merge": 0.05}
-_MODEL_SHARE = 0.12
-_MIXTURE_SHARE = 0.04
+_OP_SECONDS = {"routed_adapter": 40, "routed_lora": 35, "consistency": 50, "merge": 20}
+_MODEL_SECONDS = {"bert-base": 35, "roberta-large": 40, "gpt2-medium": 30}
+_MIXTURE_SECONDS, _SMOKE_SECONDS = 40, 300
+_BUILD, _VERIFY, _PREDICTED, _TESTS, _TOOLS, _NCU = 100, 110, 70, 100, 75, 60
+# Shares of the GPU's memory while everything is checked at once; the rest is for kernels that are verified.
+_SHARES = {"consistency": 0.3, "routed_adapter": 0.08, "routed_lora": 0.08, "merge": 0.05}
+_PREDICTED_SHARE = 0.08
+# Processes that compile what is only counted and predicted.
+_PIECES = 4
+# A model that a benchmark builds is not for verifying: what was, is known, and the rest is the reference's.
+_AUTO = {"ADAMIX_AUTO": "table"}
 
 
-def groups(folder: Path, out: Path, *, smoke: bool, skip: Sequence[str] = ()) -> list[list[Stage]]:
-    """All stages; one named in `skip` (or its part before a slash) is left out.
+def groups(
+    folder: Path, out: Path, *, smoke: bool, skip: Sequence[str] = (), part: int | None = None, before: str = ""
+) -> list[list[Stage]]:
+    """The stages of a part, or all; one named in `skip` (or its part before a slash) is left out.
 
-    folder: for the CSVs and logs of single stages. out: the folder of results.
+    folder: for the CSVs and logs of single stages. out: the folder of results. before: of another adamix_kernels, whose
+    weight gradients race.
     """
-    made = [
-        [_environment(smoke)],
-        [*_library(smoke), *_tests("triton", smoke), *_warm(folder, smoke)],
-        _tests("cuda", smoke),
-        *([_op(name, folder, smoke)] for name in OPS),
-        *([_models(names, folder, smoke)] for names in _model_names(smoke)),
-        [_bench("inference", ["inference"], folder, 25, smoke)],
-        [_bench("mixtures", ["mixtures"], folder, _MIXTURE_SECONDS, smoke)],
-        _sanitizers(smoke),
-        [_tune(out, smoke)],
+    build = [_library(smoke)]
+    right = [
+        build,
+        [_environment(smoke), _verify(out, smoke), *_warm(folder, smoke)],
+        [_predicted(folder, smoke)],
+        tests.stages(_SMOKE_SECONDS if smoke else _TESTS, smoke),
+        [*_sanitizers(smoke), *_race(before, smoke)],
     ]
+    fast = [
+        [_op("routed_adapter", folder, smoke)],
+        [_op("consistency", folder, smoke)],
+        [_ncu(folder, smoke)],
+        [_op("routed_lora", folder, smoke)],
+        *([_models(names, folder, smoke)] for names in _model_names(smoke)),
+        [_bench("mixtures", ["mixtures"], folder, _MIXTURE_SECONDS, smoke)],
+        [_op("merge", folder, smoke)],
+        [_bench("inference", ["inference"], folder, 20, smoke)],
+    ]
+    made = {None: [*right, *fast, [_tune(out, smoke)]], 1: right, 2: [build, *fast]}[part]
     wanted = [[s for s in group if s.name not in skip and s.name.partition("/")[0] not in skip] for group in made]
     return [group for group in wanted if group]
 
@@ -54,86 +69,60 @@ def _python(*arguments: str) -> list[str]:
 
 
 def _environment(smoke: bool) -> Stage:
-    seconds = _SMOKE_SECONDS if smoke else 30
-    return Stage("environment", _python("-m", "adamix_kernels", "env", "--json"), seconds)
+    return Stage("environment", _python("-m", "adamix_kernels", "env", "--json"), _SMOKE_SECONDS if smoke else 60)
 
 
-def _library(smoke: bool) -> list[Stage]:
+def _library(smoke: bool) -> Stage:
     """The C++/CUDA library, in place; what is up to date is not compiled again."""
     reason = "a smoke run builds nothing" if smoke else _build.obstacle() or ""
-    return [Stage("build", _python("-m", "adamix_kernels._build"), 150, absent=reason)]
+    return Stage("build", _python("-m", "benchmarks.proof.build"), _BUILD, whole=True, absent=reason)
 
 
-def _tests(family: str, smoke: bool) -> list[Stage]:
-    """The test files that run kernels of "triton" or "cuda", by name or by what they import; one alone for smoke."""
-    helper = {"triton": "triton_spy", "cuda": "cuda_host"}[family]
-    files = [
-        path for path in sorted(TESTS.rglob("test_*.py"))
-        if path.name.startswith(f"test_{family}") or f"from {helper} import" in path.read_text(encoding="utf-8")
-    ]  # fmt: skip
+def _verify(out: Path, smoke: bool) -> Stage:
+    command = _python("-m", "benchmarks.proof.verify", f"--export={out / 'verify.json'}")
+    okay = (0, verify.INCOMPLETE)
+    absent = "a smoke run verifies nothing" if smoke else ""
+    return Stage("verify", command, _VERIFY, paced=True, okay=okay, read=verify.read, absent=absent)
+
+
+def _predicted(folder: Path, smoke: bool) -> Stage:
     if smoke:
-        files = [path for path in files if path.name == "test_triton_merge.py"]
-    seconds = _SMOKE_SECONDS if smoke else {"triton": 150, "cuda": 70}[family]
-    return [stage_of_tests(path, seconds) for path in files]
+        return Stage("predicted", absent="speeds are predicted of GPUs")
+    return _bench("predicted", ["predicted"], folder, _PREDICTED, smoke)
 
 
-def stage_of_tests(path: Path, seconds: float) -> Stage:
-    """One file of tests; what it imports and is not installed is told."""
-    name, missing = f"tests/{path.stem.removeprefix('test_')}", missing_imports(path)
-    # What conftest.py needs.
-    missing += [p for p in ("pytest", "hypothesis") if importlib.util.find_spec(p) is None and p not in missing]
-    if missing:
-        return Stage(name, absent=f"not installed: {', '.join(missing)}")
-    command = _python("-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", str(path))
-    if importlib.util.find_spec("xdist") is not None and (os.cpu_count() or 1) >= 8:
-        command += ["-n", "2"]
-    # 5: the whole file was skipped.
-    return Stage(name, command, seconds, environment={"TRITON_INTERPRET": ""}, skips=(5,), read=_read_tests)
+def _race(before: str, smoke: bool) -> list[Stage]:
+    if smoke:
+        return [Stage("race", absent="a smoke run looks for no race")]
+    command = _python("-m", "benchmarks.proof.race")
+    made = [Stage("race", command, _TOOLS, skips=(2,), read=_read_race)]
+    if before:
+        # It is known to race, and passes by showing it.
+        okay = (0, 1)
+        made.append(
+            Stage("race/before", [*command, f"--package={before}"], _TOOLS, okay=okay, skips=(2,), read=_read_before)
+        )
+    return made
 
 
-def missing_imports(path: Path, seen: set[Path] | None = None) -> list[str]:
-    """What a test file, or what it imports from its folder or support/, imports at its top and is not installed."""
-    seen = set() if seen is None else seen
-    seen.add(path)
-    missing: list[str] = []
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [node.module]
-        for name in {n.partition(".")[0] for n in names}:
-            places = (folder / f"{name}.py" for folder in (path.parent, TESTS / "support"))
-            local = next((place for place in places if place.exists()), None)
-            if local is not None:
-                if local not in seen:
-                    missing += missing_imports(local, seen)
-            elif not (ROOT / name).is_dir() and importlib.util.find_spec(name) is None:
-                missing.append(name)
-    return list(dict.fromkeys(missing))
+def _read_race(status: int, output: str) -> tuple[bool, str]:
+    found = [line for line in output.splitlines() if " calls differ, error " in line]
+    shown = [line for line in found if not re.search(r": 0 of \d+ calls differ", line)]
+    whole = bool(re.search(r"^\d+ backwards race or are wrong$", output, flags=re.MULTILINE))
+    words = [f"{len(found)} calls repeated, {len(shown)} with other bits", *shown]
+    if not whole:
+        words.append("did not come to its end")
+    return status == 0 and whole, "; ".join(words)[:600]
 
 
-_OUTCOME = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
-# As pytest -v writes them, and as xdist does.
-_TEST_LINE = re.compile(rf"::\S.* {_OUTCOME}\s.*\[\s*\d+%\]|\[\s*\d+%\] {_OUTCOME} ")
+def _read_before(status: int, output: str) -> tuple[bool, str]:
+    return status in (0, 1), _read_race(status, output)[1]
 
 
-def _read_tests(status: int, output: str) -> tuple[bool, str]:
-    counts = count_tests(output)
-    words = ", ".join(f"{number} {what.lower()}" for what, number in counts.items()) or "no test ran"
-    bad = [line.partition(" ")[2] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    return status == 0, words + (f"; first: {bad[0][:160]}" if bad else "")
-
-
-def count_tests(output: str) -> dict[str, int]:
-    """Tests by outcome, from the lines of pytest -v, also of a run that was cut off."""
-    counts: dict[str, int] = {}
-    for line in output.splitlines():
-        found = _TEST_LINE.search(line)
-        if found:
-            outcome = found.group(1) or found.group(2)
-            counts[outcome] = counts.get(outcome, 0) + 1
-    return counts
+def _ncu(folder: Path, smoke: bool) -> Stage:
+    absent = "a smoke run counts nothing" if smoke else "" if ncu.find() else "Nsight Compute was not found"
+    command = _python("-m", "benchmarks.proof.ncu", f"--out={folder / 'ncu.csv'}")
+    return Stage("ncu", command, _NCU, paced=True, environment=_AUTO, absent=absent, skips=(2,))
 
 
 def _bench(
@@ -146,11 +135,12 @@ def _bench(
         command += ["--check-only", f"--memory-share={check}"]
     seconds = _SMOKE_SECONDS if smoke else seconds
     # Compiling a model takes its time.
-    return Stage(name, command, seconds, paced=True, csv=path, item_seconds=120.0 if check else 45.0)
+    item = 120.0 if check else 45.0
+    return Stage(name, command, seconds, paced=True, csv=path, item_seconds=item, environment=_AUTO)
 
 
 def _op(name: str, folder: Path, smoke: bool) -> Stage:
-    return _bench(name, ["op", name], folder, _OP_SECONDS[name], smoke)
+    return _bench(name, ["op", name, *([] if smoke else ["--brief"])], folder, _OP_SECONDS[name], smoke)
 
 
 def _model_names(smoke: bool) -> list[list[str]]:
@@ -161,17 +151,22 @@ def _model_names(smoke: bool) -> list[list[str]]:
 
 def _models(names: list[str], folder: Path, smoke: bool) -> Stage:
     seconds = sum(_MODEL_SECONDS.get(name, 0) for name in names)
-    return _bench(f"steps/{'+'.join(names)}", ["models", *names], folder, seconds, smoke)
+    # Compiling a whole model takes longer than all else of it.
+    modes = [] if smoke else ["--modes", "eager", "graph"]
+    return _bench(f"steps/{'+'.join(names)}", ["models", *names, *modes], folder, seconds, smoke)
 
 
 def _warm(folder: Path, smoke: bool) -> list[Stage]:
-    """Every check, and every compilation of the timed stages, beside the tests: they fill the compilers' caches."""
+    """Every check of ops, and their compilation: they fill the compilers' caches beside `verify`."""
     if smoke:
         return [Stage("check", absent="a smoke run checks where it times")]
-    made = [_bench(f"check/{name}", ["op", name], folder, 140, smoke, check=_SHARES[name]) for name in OPS]
-    for names in _model_names(smoke):
-        made.append(_bench(f"check/{names[0]}", ["models", *names], folder, 140, smoke, check=_MODEL_SHARE))
-    made.append(_bench("check/mixtures", ["mixtures"], folder, 140, smoke, check=_MIXTURE_SHARE))
+    made = [_bench(f"check/{name}", ["op", name], folder, _VERIFY, smoke, check=_SHARES[name]) for name in OPS]
+    for piece in range(_PIECES):
+        words = ["predicted", f"--piece={piece}/{_PIECES}"]
+        made.append(_bench(f"check/predicted{piece}", words, folder, _VERIFY, smoke, check=_PREDICTED_SHARE))
+    # What the sanitizers run, first without them.
+    command = _python("-m", "benchmarks.sanitize")
+    made.append(Stage("check/sanitize", command, _VERIFY, paced=True, skips=(2,), environment=_AUTO))
     return made
 
 
@@ -184,10 +179,12 @@ def _sanitizers(smoke: bool) -> list[Stage]:
             made.append(Stage(name, absent="compute-sanitizer was not found" if program is None else "a smoke run"))
             continue
         options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+        options += ["--target-processes", "application-only"]
         command = [program, *options, *_python("-m", "benchmarks.sanitize")]
         # Every tensor in an allocation of its own, so that its bounds are seen.
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        made.append(Stage(name, command, 50, environment=environment, skips=(2,), read=read_sanitizer))
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **_AUTO}
+        how = dict(paced=True, spare=30.0, environment=environment, skips=(2,), read=read_sanitizer)
+        made.append(Stage(name, command, _TOOLS, **how))
     return made
 
 

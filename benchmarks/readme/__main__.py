@@ -74,11 +74,11 @@ def _gpu(verdicts: Sequence[Verdict]) -> str:
         return (
             f"No GPU figure is claimed: nothing has been measured on one, and {len(on_gpu)} goals for GPUs are "
             "open. `adamix bench gpu-proof` runs the GPU tests, the sanitizers and every benchmark there, in one "
-            "command with a budget of 9 minutes."
+            "command of 15 minutes or two of half of that."
         )
     met = sum(v.state == "met" for v in measured)
     return (
-        f"On an {goals.GPU} {met} of {len(on_gpu)} goals are met, {len(measured) - met} missed and "
+        f"On an {goals.gpu_of(goals.load())} {met} of {len(on_gpu)} goals are met, {len(measured) - met} missed and "
         f"{len(on_gpu) - len(measured)} not measured (`adamix bench gpu-proof`)."
     )
 

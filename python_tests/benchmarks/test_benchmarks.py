@@ -78,6 +78,19 @@ def test_agreement_is_green_and_sees_a_wrong_loss(base, monkeypatch):
     assert "errs by" in agreement_problem(base, TINY)
 
 
+def test_agreement_where_all_layers_are_drawn_in_one_launch(base, monkeypatch):
+    """As on a GPU: one draw for both layers, of which each takes its own."""
+    from adamix_kernels.routing import draws
+
+    monkeypatch.setattr(draws, "draws_ahead", lambda device: True)
+    shapes, real = [], draws.Router._randint
+    monkeypatch.setattr(
+        draws.Router, "_randint", lambda self, m, shape, device: shapes.append(shape) or real(self, m, shape, device)
+    )
+    assert agreement_problem(base, TINY) is None
+    assert set(shapes) == {(2, 2)}
+
+
 def test_contenders_train_comparable_parameters(base):
     pytest.importorskip("peft")
     models = {name: build(name, base, TINY).model for name in TITLES}

@@ -241,6 +241,57 @@ def test_peft_is_compared_with_one_expert():
         require_agreement(spoiled, wrong, wrong.open(), CPU, True)
 
 
+def test_a_direction_without_memory_costs_no_other(monkeypatch):
+    real = op_bench._measure
+
+    def measured(item, direction, *rest):
+        if direction == "backward":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
+        return real(item, direction, *rest)
+
+    monkeypatch.setattr(op_bench, "_measure", measured)
+    ledger = Ledger()
+    op_bench.run_cases([case_of(of("right", plain))], CPU, ledger, CEILINGS, SMOKE)
+    assert outcomes(ledger) == {"right": "timed"}
+    found = {(r.op, r.metric) for r in ledger.rows}
+    assert {("linear/forward", "time_p50"), ("linear/both", "time_p50"), ("linear/backward", "out_of_memory")} <= found
+    assert ("linear/backward", "time_p50") not in found
+
+
+def test_a_brief_run_times_peers_in_the_widest_direction_alone():
+    ledger = Ledger()
+    ours = [Contender(name, lambda: bind(plain), exacting=True) for name in ("reference", "triton")]
+    op_bench.run_cases([case_of(*ours, of("peer", plain))], CPU, ledger, CEILINGS, SMOKE, brief=True)
+    timed = [(r.backend, r.op.partition("/")[2]) for r in ledger.rows if r.metric == "time_p50"]
+    every = [("triton", way) for way in ("forward", "backward", "both")]
+    assert sorted(timed) == sorted([("reference", "both"), *every, ("peer", "both")])
+
+
+def test_a_measurement_on_a_gpu_takes_what_the_gpu_has(monkeypatch):
+    """The clocks replaced, everything that a GPU's row is made of."""
+    calls = op_bench._Calls(
+        of("right", plain), bind(plain), [make(Draw(CPU, torch.float32, seed)) for seed in (1, 2)], True
+    )
+    ends = []
+    monkeypatch.setattr(clock, "eager_seconds", lambda call, *_: [call(0), 0.02][1:])
+    monkeypatch.setattr(clock, "host_seconds", lambda call, device, many: ends.append(many) or 1e-5)
+    monkeypatch.setattr(clock, "peak_bytes", lambda *_: 2**20)
+    monkeypatch.setattr(clock, "launches", lambda *_: 3)
+    monkeypatch.setattr(op_bench, "_graph_seconds", lambda *_: [1e-6])
+    case = case_of(of("right", plain), operations={"both": 600.0})
+    rows = op_bench._measure(ITEM, "both", calls, case, torch.device("cuda"), CEILINGS, SMOKE, True)
+    found = {r.metric: r.value for r in rows}
+    # The queue of what takes long is short.
+    assert ends == [3]
+    assert found["launches"] == 3
+    assert found["peak_memory"] == 1
+    assert found["time_p50"] == pytest.approx(2e4)
+    assert found["graph_time_p50"] == pytest.approx(1)
+    # 300 bytes in a microsecond, of a gigabyte a second.
+    assert found["copy_share"] == pytest.approx(0.3)
+    assert found["throughput"] == pytest.approx(6e-4)
+
+
 def test_the_sanitizers_program_runs_every_op():
     ran = run_kernels(CPU, ["reference"])
     wanted = {"routed_adapter", "routed_lora", "adamix_loss", "linear_adamix_loss", "merge_banks", "merge_lora"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -20,7 +21,8 @@ from benchmarks.proof import __main__ as proof
 from benchmarks.proof import report as proof_report
 from benchmarks.proof import stages as proof_stages
 from benchmarks.proof.run import FAILED, NOT_RUN, PASSED, TIMED_OUT, Stage, run_together
-from benchmarks.proof.stages import count_tests, groups, missing_imports, read_sanitizer, stage_of_tests
+from benchmarks.proof.stages import groups, read_sanitizer
+from benchmarks.proof.tests import TESTS, absent_stage, count_tests, missing_imports, read_tests, stage_of_tests
 
 ROOT = Path(__file__).parents[2]
 CRASHING = """
@@ -162,7 +164,7 @@ def test_the_stages_of_a_gpu_machine(tmp_path, monkeypatch):
     names = [[stage.name for stage in group] for group in made]
     flat = [name for group in names for name in group]
     assert len(set(flat)) == len(flat)
-    order = [flat.index(name) for name in ("tests/triton_merge", "routed_adapter", "steps/bert-base", "tune")]
+    order = [flat.index(name) for name in ("tests/triton", "routed_adapter", "steps/bert-base", "tune")]
     assert order == sorted(order)
     assert {
         "sanitizer/memcheck",
@@ -174,16 +176,16 @@ def test_the_stages_of_a_gpu_machine(tmp_path, monkeypatch):
     } <= set(flat)
     assert {"steps/bert-base", "steps/roberta-large", "steps/gpt2-medium"} <= set(flat)
     stages = {stage.name: stage for group in made for stage in group}
-    assert stages["tests/triton_merge"].environment["TRITON_INTERPRET"] == ""
+    assert stages["tests/triton"].environment["TRITON_INTERPRET"] == ""
     assert "--size=gpu" in stages["merge"].command
     assert "--check-only" in stages["check/merge"].command
-    assert "--check-only" in stages["check/mixtures"].command
+    assert "--check-only" in stages["check/predicted0"].command
     assert stages["mixtures"].command[-2:] == ["mixtures", "--size=gpu"]
     assert stages["sanitizer/memcheck"].command[0].endswith("compute-sanitizer")
     # Groups run one after the other, their stages side by side.
-    assert sum(max(s.seconds for s in group) for group in made) < 1.3 * 540
+    assert sum(max(s.seconds for s in group) for group in made) <= 900
     assert not {s.name for g in groups(tmp_path, tmp_path, smoke=False, skip=["tests", "tune"]) for s in g} & {
-        "tests/triton_merge",
+        "tests/triton",
         "tune",
     }
 
@@ -198,7 +200,7 @@ python_tests/test_a.py::test_four FAILED                                  [ 80%]
 FAILED python_tests/test_a.py::test_four - AssertionError: PASSED is no number
 python_tests/test_a.py::test_five"""
     assert count_tests(output) == {"PASSED": 2, "SKIPPED": 1, "FAILED": 1}
-    passed, note = proof_stages._read_tests(1, output)
+    passed, note = read_tests(1, output)
     assert not passed
     assert note.startswith("2 passed, 1 skipped, 1 failed; first: python_tests/test_a.py::test_four")
 
@@ -208,18 +210,18 @@ def test_missing_packages_are_found_before_they_are_imported(tmp_path, monkeypat
     test = tmp_path / "test_x.py"
     test.write_text("import os\nimport torch\nfrom helper import thing\nfrom adamix_kernels import adapt\n")
     assert missing_imports(test) == ["no_such_package_a", "no_such_package_b"]
-    stage = stage_of_tests(test, 10)
-    assert stage.absent == "not installed: no_such_package_a, no_such_package_b"
-    for path in sorted(proof_stages.TESTS.rglob("test_triton_*.py")):
+    stage = absent_stage(test, missing_imports(test))
+    assert (stage.name, stage.absent) == ("tests/x", "not installed: no_such_package_a, no_such_package_b")
+    for path in sorted(TESTS.rglob("test_triton_*.py")):
         assert set(missing_imports(path)) <= {"triton"}
 
 
 def test_the_packages_that_every_test_needs_are_named(tmp_path, monkeypatch):
     test = tmp_path / "test_x.py"
     test.write_text("def test_plain():\n    pass\n")
-    real = proof_stages.importlib.util.find_spec
-    monkeypatch.setattr(proof_stages.importlib.util, "find_spec", lambda n: None if n == "hypothesis" else real(n))
-    assert stage_of_tests(test, 60).absent == "not installed: hypothesis"
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "hypothesis" else real(n))
+    assert stage_of_tests("tests/x", [test], 60, 1.0).absent == "not installed: hypothesis"
 
 
 @pytest.mark.parametrize(("status", "lines", "passed"), [

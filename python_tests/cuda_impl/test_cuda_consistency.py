@@ -202,7 +202,7 @@ def test_a_part_that_counts_nothing_leaves_no_nan(detach, monkeypatch):
     pretend(monkeypatch, SMALL_AMPERE)
     logits = 3 * randn(4, 2050)
     logits[:, :683] = -torch.inf
-    labels = torch.tensor([683, 2049])
+    labels = torch.tensor([683, 2049], device=DEVICE)
     losses = [adamix_loss(logits, labels, detach_target=detach, backend=b).loss for b in ("cuda", "reference")]
     torch.testing.assert_close(*losses)
 

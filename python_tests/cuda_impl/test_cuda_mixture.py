@@ -96,7 +96,7 @@ def test_what_is_not_finite_stays_in_its_row(case, bad):
     lost = x.clone()
     lost[1, 2, 5] = bad
     got, want = call.run(lost, *rest), OPS.router_forward(lost, rest[2], None, call.top_k)
-    keep = torch.ones(x.shape[:2], dtype=torch.bool)
+    keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     keep[1, 2] = False
     assert torch.equal(got[2].isnan(), want[0].isnan())
     assert got[2][~keep].isnan().all()
@@ -180,7 +180,7 @@ def test_no_rows_and_a_base_that_starts_anywhere():
     assert shapes == [(0, 13, 64), (0, 13, 64), (0, 13, 8), (0,), (0, 13, 8)]
     call = drawn("dense")
     *head, base = call.tensors
-    flat = torch.empty(base.numel() + 1, dtype=base.dtype)
+    flat = torch.empty(base.numel() + 1, dtype=base.dtype, device=base.device)
     check(call, *call.run(*head, flat[1:].view_as(base).copy_(base)))
 
 
@@ -199,7 +199,7 @@ def test_bad_input_is_named_and_nothing_is_launched():
         (dict(a=a[:1], b=b[:1]), "router: got .*banks of M experts"),
         (dict(top_k=2), "top_k: got 2"),
         (dict(top_k=-1), "top_k: got -1"),
-        (dict(base=torch.ones(3, 13, 72)), "base: got Float"),
+        (dict(base=torch.ones(3, 13, 72, device=x.device)), "base: got Float"),
         (dict(b=b.float()), "lora_b: got"),
     ]
     for wrong, words in bad:

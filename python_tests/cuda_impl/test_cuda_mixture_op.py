@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from cuda_host import DTYPES, ON_HOST, needs_cuda
+from cuda_host import DEVICE, DTYPES, ON_HOST, needs_cuda
 
 needs_cuda()
 
@@ -39,16 +39,16 @@ PIECES = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ALL)
 def test_errs_like_its_parts(name, dtype):
-    check_against_parts("cuda", ALL[name], dtype)
+    check_against_parts("cuda", ALL[name], dtype, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("name", PIECES)
 def test_errs_like_its_parts_in_one_launch(name, dtype):
-    case = Mixture(PIECES[name], dtype)
+    case = Mixture(PIECES[name], dtype, DEVICE)
     case.offsets = [2 * g * (case.b.shape[1] // case.groups) for g in range(case.groups)]
     shape = *case.x.shape[:2], case.offsets[-1] + case.b.shape[1] // case.groups + 8
-    case.base, case.grads[0] = torch.randn(shape).to(dtype), torch.randn(shape)
+    case.base, case.grads[0] = torch.randn(shape).to(DEVICE, dtype), torch.randn(shape).to(DEVICE)
     with launch_names() as made:
         got = case.results(lambda *t: case.call("cuda", *t), *case.tensors)
     if ON_HOST:
@@ -63,25 +63,25 @@ def test_errs_like_its_parts_in_one_launch(name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ids_and_logits_are_the_routers_ties_too(dtype):
     for shape in (ALL | PIECES).values():
-        check_choice("cuda", shape, dtype)
+        check_choice("cuda", shape, dtype, DEVICE)
 
 
 def test_what_is_not_finite_or_not_used_or_not_there():
-    check_not_finite("cuda")
-    check_infinite_expert("cuda")
-    check_unused("cuda")
-    check_empty("cuda")
+    check_not_finite("cuda", DEVICE)
+    check_infinite_expert("cuda", DEVICE)
+    check_unused("cuda", DEVICE)
+    check_empty("cuda", DEVICE)
 
 
 def test_in_place():
-    check_in_place("cuda")
+    check_in_place("cuda", DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_layer(dtype, monkeypatch):
-    check_layer("cuda", monkeypatch, dtype=dtype)
+    check_layer("cuda", monkeypatch, DEVICE, dtype)
 
 
 def test_compile_autocast_checkpointing_and_opcheck():
     torch._dynamo.reset()
-    check_wrapped("cuda")
+    check_wrapped("cuda", DEVICE)

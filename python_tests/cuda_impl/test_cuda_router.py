@@ -5,7 +5,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from cuda_host import DTYPES, needs_cuda
+from cuda_host import DEVICE, DTYPES, needs_cuda
 
 needs_cuda()
 
@@ -18,13 +18,13 @@ OPS = torch.ops.adamix_cuda
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ids_and_logits_are_the_definitions_ties_too(dtype):
-    check_choice("cuda", dtype)
+    check_choice("cuda", dtype, DEVICE)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_errs_like_pytorch(dtype, size):
-    check_forward_and_gradients("cuda", dtype, *size)
+    check_forward_and_gradients("cuda", dtype, *size, device=DEVICE)
 
 
 @pytest.mark.sanitize
@@ -33,7 +33,8 @@ def test_rows_that_start_anywhere_and_many_experts(dtype):
     """x and the weight behind an odd address, features that fill no piece of 16 bytes, experts beyond one pass."""
     for features, experts, top_k in ((37, 9, 3), (64, 40, None), (3, 256, 33)):
         x, weight = (
-            torch.randint(-1, 2, (rows * features + 1,)).to(dtype)[1:].view(rows, features) for rows in (19, experts)
+            torch.randint(-1, 2, (rows * features + 1,)).to(DEVICE, dtype)[1:].view(rows, features)
+            for rows in (19, experts)
         )
         got = router_gates(x, weight, top_k=top_k, backend="cuda")
         want = router_gates(x, weight, top_k=top_k, backend="reference")
@@ -43,27 +44,28 @@ def test_rows_that_start_anywhere_and_many_experts(dtype):
 
 
 def test_what_is_not_finite():
-    check_not_finite("cuda")
+    check_not_finite("cuda", DEVICE)
 
 
 def test_the_module():
-    check_module("cuda")
+    check_module("cuda", DEVICE)
 
 
 def test_compile_autocast_and_opcheck():
     torch._dynamo.reset()
-    check_compile("cuda")
+    check_compile("cuda", DEVICE)
 
 
 def test_bad_input_is_named_in_cpp_too():
-    x, weight = torch.ones(2, 8), torch.ones(4, 8)
+    ones = lambda *shape: torch.ones(*shape, device=DEVICE)  # noqa: E731
+    x, weight = ones(2, 8), ones(4, 8)
     bad = [
-        ((torch.ones(2, 8).double(), weight, None, 0), "x: got"),
-        ((x, torch.ones(4, 7), None, 0), "weight: got"),
-        ((x, torch.ones(257, 8), None, 0), "1 <= M <= 256"),
+        ((x.double(), weight, None, 0), "x: got"),
+        ((x, ones(4, 7), None, 0), "weight: got"),
+        ((x, ones(257, 8), None, 0), "1 <= M <= 256"),
         ((x, weight.half(), None, 0), "weight: got Half"),
-        ((x, weight, torch.ones(3), 0), "bias: got"),
-        ((x, weight, torch.ones(4).half(), 0), "bias: got Half"),
+        ((x, weight, ones(3), 0), "bias: got"),
+        ((x, weight, ones(4).half(), 0), "bias: got Half"),
         ((x, weight, None, 4), "top_k: got 4"),
     ]
     for arguments, words in bad:

@@ -5,7 +5,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from triton_spy import DTYPES, INTERPRET, launches, needs_triton
+from triton_spy import DEVICE, DTYPES, INTERPRET, launches, needs_triton
 
 needs_triton()
 
@@ -25,26 +25,26 @@ from adamix_kernels.routing import router_gates
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ids_and_logits_are_the_definitions_ties_too(dtype):
-    check_choice("triton", dtype)
+    check_choice("triton", dtype, DEVICE)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_errs_like_pytorch(dtype, size):
-    check_forward_and_gradients("triton", dtype, *size)
+    check_forward_and_gradients("triton", dtype, *size, device=DEVICE)
 
 
 def test_what_is_not_finite():
-    check_not_finite("triton")
+    check_not_finite("triton", DEVICE)
 
 
 def test_one_launch_and_the_module():
-    x, weight, bias = drawn((2, 40), 16, 6, True, True, torch.bfloat16)
+    x, weight, bias = drawn((2, 40), 16, 6, True, True, torch.bfloat16, device=DEVICE)
     with launches(triton_impl) as names:
         router_gates(x, weight, bias, top_k=2, backend="triton")
         router_gates(x, weight, bias, backend="triton")
     assert names == ["router_kernel"] * 2
-    check_module("triton")
+    check_module("triton", DEVICE)
 
 
 @pytest.mark.skipif(not INTERPRET, reason="tracing is the same")
