@@ -141,7 +141,7 @@ def read_json(path: Path, kind: str) -> Any:
     """Raises ValueError, naming the file and the `kind` of content that was wanted, for what is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: got a file that is not JSON ({error}), expected {kind}") from error
 
 
@@ -197,6 +197,7 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     last = "tokenizer_config.json"
     place = _temporary(folder)
     try:
+        place.mkdir(exist_ok=True)
         tokenizer.save_pretrained(place)
         for path in sorted(place.rglob("*"), key=lambda path: path.name == last):
             if path.is_file():
