@@ -115,7 +115,16 @@ class CheckpointMixin(_Trainer):
         if self.args.should_save:
             write_manifest(folder)
 
+    def _find_best(self, run_folder: str) -> None:
+        """The best checkpoint is called by where it was: a run that was moved, or is called by another path now, has
+        it beside the others."""
+        best = self.state.best_model_checkpoint
+        here = None if best is None else os.path.join(run_folder, os.path.basename(best))
+        if here is not None and os.path.isdir(here):
+            self.state.best_model_checkpoint = here
+
     def _delete_old_checkpoints(self, run_folder: str) -> None:
+        self._find_best(run_folder)
         # As transformers decides it, with a warning: checkpoints of one second are in the order of their steps.
         times = [path.stat().st_mtime for path in Path(run_folder).glob("checkpoint-*")]
         by_time = bool(times) and max(times) - min(times) >= 1
@@ -142,6 +151,10 @@ class CheckpointMixin(_Trainer):
         load_adamix(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        self._find_best(str(self.args.output_dir))
         best = self.state.best_model_checkpoint
+        if not os.path.isdir(str(best)):
+            logger.warning("%s, the best checkpoint, is not there any more: the last weights are kept", best)
+            return
         logger.info("Loading best model from %s (score: %s)", best, self.state.best_metric)
         load_adamix(self.model, str(best))
