@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = closest(args.command, COMMANDS)
         print(f"adamix: got {args.command!r}, expected one of {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         return 2
-    if args.command in _ALONE and "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":
+    if args.command in _ALONE and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
         return 0  # the first process of the launch does it
     try:
         status: int = importlib.import_module(_MODULES[args.command]).main(args.options)

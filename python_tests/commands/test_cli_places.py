@@ -122,7 +122,7 @@ def test_of_a_launch_the_first_process_works_alone(command, tmp_path, monkeypatc
     monkeypatch.setenv("RANK", "1")
     assert cli.main(command) == 2  # a cluster's own RANK is no launch
     assert "no such folder" in capsys.readouterr().err
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert cli.main(command) == 0
     monkeypatch.setenv("RANK", "0")
     assert cli.main(command) == 2
