@@ -25,6 +25,7 @@ COMMANDS = {
     "env": "versions, device, and which backend can run here and why",
     "verify": 'prove every kernel on this machine\'s GPUs, so that backend="auto" uses those that are right',
 }
+_ALONE = ("predict", "eval", "merge", "pack", "export")
 STATUSES = {
     0: "the work is done",
     1: "a defect, whose traceback is on stderr; the benchmarks' own status; verify: a kernel is wrong",
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = closest(args.command, COMMANDS)
         print(f"adamix: got {args.command!r}, expected one of {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         return 2
+    if args.command in _ALONE and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+        return 0  # the first process of the launch does it
     try:
         status: int = importlib.import_module(_MODULES[args.command]).main(args.options)
     except KeyboardInterrupt as error:

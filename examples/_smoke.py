@@ -1,10 +1,15 @@
 """What --smoke runs on: tiny random models with a tokenizer, and made-up data, written into a folder."""
 
+import contextlib
+import functools
 import random
+import tempfile
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -17,6 +22,30 @@ BERT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermed
 GPT2 = dict(n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=3, **SIZES)
 
 
+@contextlib.contextmanager
+def shared_folder():
+    """A temporary folder, the first process's for all of a launch (torchrun, accelerate launch)."""
+    with tempfile.TemporaryDirectory() as own:
+        places = [own]
+        broadcast_object_list(places)
+        yield Path(places[0])
+        PartialState().wait_for_everyone()
+
+
+def by_the_first(write):
+    """Of a launch the first process writes, and the others wait for it."""
+
+    @functools.wraps(write)
+    def written(folder: Path, *arguments, **options) -> str:
+        state = PartialState()
+        if state.is_main_process:
+            write(folder, *arguments, **options)
+        state.wait_for_everyone()
+        return str(folder)
+
+    return written
+
+
 def encoder(folder: Path, masked: bool = False) -> str:
     kind = transformers.BertForMaskedLM if masked else transformers.BertModel
     return _write(folder, kind, transformers.BertConfig(**BERT))
@@ -26,13 +55,14 @@ def causal_lm(folder: Path) -> str:
     return _write(folder, transformers.GPT2LMHeadModel, transformers.GPT2Config(**GPT2))
 
 
+@by_the_first
 def sentences(
     folder: Path,
     rows: int = 48,
     things: tuple[str, ...] = THINGS,
     turned: bool = False,
     line: str = "the {thing} was very {word} .",
-) -> str:
+) -> None:
     """train.tsv and dev.tsv: good or bad by one word, or the other way round where `turned`."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
@@ -42,10 +72,10 @@ def sentences(
             word = draw.choice((BAD, GOOD)[i % 2])
             lines.append(f"{line.format(thing=draw.choice(things), word=word)}\t{(i + turned) % 2}")
         (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return str(folder)
 
 
-def restaurants(folder: Path, rows: int = 24) -> str:
+@by_the_first
+def restaurants(folder: Path, rows: int = 24) -> None:
     """train.txt and valid.txt: `meaning||text` on each line, as in the E2E challenge."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
@@ -55,10 +85,10 @@ def restaurants(folder: Path, rows: int = 24) -> str:
             name, word = draw.choice(THINGS), draw.choice((*GOOD, *BAD))
             lines.append(f"name : {name} | food : {word}||the {name} was a {word} place .")
         (folder / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return str(folder)
 
 
-def _write(folder: Path, kind, config) -> str:
+@by_the_first
+def _write(folder: Path, kind, config) -> None:
     torch.manual_seed(0)
     kind(config).save_pretrained(folder)
     vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
@@ -70,4 +100,3 @@ def _write(folder: Path, kind, config) -> str:
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     names |= {"mask_token": "[MASK]", "bos_token": "[CLS]", "eos_token": "[SEP]"}
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    return str(folder)

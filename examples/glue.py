@@ -11,7 +11,6 @@ On a GLUE task (with the paper's settings for RoBERTa-large), or a folder or fil
     python examples/glue.py --model google-bert/bert-base-uncased --data my_folder --bottleneck 48 --output_dir mine
 """
 
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,7 +69,7 @@ def main(options, args):
 if __name__ == "__main__":
     options, args = parse()
     if options.smoke:
-        with tempfile.TemporaryDirectory() as folder:
+        with _smoke.shared_folder() as folder:
             options.model, options.data = _smoke.encoder(Path(folder, "model")), _smoke.sentences(Path(folder, "data"))
             args.output_dir, args.max_steps, args.learning_rate = str(Path(folder, "out")), 150, 2e-2
             main(options, args)

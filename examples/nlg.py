@@ -11,7 +11,6 @@ On the E2E challenge (folder with train.txt and valid.txt, `meaning||text` on ea
         --label_smoothing_factor 0.1 --max_grad_norm 0 --output_dir e2e_out
 """
 
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,7 +126,7 @@ def main(options, args):
 if __name__ == "__main__":
     options, args = parse()
     if options.smoke:
-        with tempfile.TemporaryDirectory() as folder:
+        with _smoke.shared_folder() as folder:
             options.model = _smoke.causal_lm(Path(folder, "model"))
             options.data = _smoke.restaurants(Path(folder, "data"))
             options.beams, options.shown = 2, 2

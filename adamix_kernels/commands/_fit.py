@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -12,14 +13,16 @@ from transformers import EarlyStoppingCallback
 
 from ..models.gate_training import NAMES
 from ..models.header import PACK_NAME
-from ..models.manifest import newest_whole_checkpoint
+from ..models.manifest import first_save_was_cut, newest_whole_checkpoint
 from ..models.state import adamix_state
 from ..models.trainer import AdaMixTrainer
 from ..tasks import Run, write_run
+from ..tasks.run_file import RUN_NAME
 from ._kinds import FALLING, Kind, LabelKind
 from ._lines import tell_by_lines
 from ._train_options import LAST
 
+logger = logging.getLogger(__name__)
 FINISHED = "adamix_checkpoint.json"
 
 
@@ -119,8 +122,13 @@ def checkpoint_of(resume: str, arguments: Any) -> str | None:
     folder = arguments.output_dir
     if wanted == LAST:
         last = newest_whole_checkpoint(folder)
-        if last is None:
-            raise ValueError(f"resume: {folder!r} holds no checkpoint to go on from that is whole")
+        if last is None and os.path.exists(os.path.join(folder, RUN_NAME)) and first_save_was_cut(folder):
+            logger.warning("%s: the first save of a checkpoint was interrupted: training from the beginning", folder)
+        elif last is None:
+            raise ValueError(
+                f"resume: {folder!r} holds no checkpoint to go on from that is whole, expected one, or the command "
+                "without --resume and another folder"
+            )
         return last
     if wanted and not os.path.isdir(wanted):
         raise ValueError(f"resume: {wanted!r}: no such folder")

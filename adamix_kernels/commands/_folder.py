@@ -1,4 +1,4 @@
-"""A folder of a run, written by one training at a time."""
+"""A folder of a run or a pack, written by one command at a time."""
 
 from __future__ import annotations
 
@@ -13,23 +13,44 @@ from ..recipes.processes import agree, is_main, join
 
 @contextlib.contextmanager
 def alone_in(folder: str, use_cpu: bool = False) -> Iterator[None]:
-    """Within the context no other training writes to `folder`, which is made where it is not there.
+    """Within the context no other command writes to `folder`, which is made where it is not there.
 
     Of several processes the first one asks, and all raise. The lock is the folder's own: it leaves no file, and ends
-    with the process. Where the system has none, or the file system takes none, trainings are not kept apart.
+    with the process. Where the system has none, or the file system takes none, commands are not kept apart.
 
-    Raises ValueError: another training is writing to it.
+    Raises ValueError: another command is writing to it.
     """
-    made = is_main() and not os.path.isdir(folder)
+    join(use_cpu)
     with contextlib.ExitStack() as stack:
-        join(use_cpu)
-        if agree(is_main() and not keep_folder(make_folder(Path(folder)), stack)):
-            raise ValueError(
-                f"out: got {folder!r}, to which another training is writing, expected another folder, or to wait"
-            )
-        try:
-            yield
-        finally:
-            if made:  # nothing was written
-                with contextlib.suppress(OSError):
-                    os.rmdir(folder)
+        if agree(is_main() and not _keep(folder, stack)):
+            raise _taken(folder)
+        yield
+
+
+@contextlib.contextmanager
+def kept(folder: str) -> Iterator[None]:
+    """alone_in of a command that is no training, and runs on one process."""
+    with contextlib.ExitStack() as stack:
+        if not _keep(folder, stack):
+            raise _taken(folder)
+        yield
+
+
+def _keep(folder: str, stack: contextlib.ExitStack) -> bool:
+    made = not os.path.isdir(folder)
+    if not keep_folder(make_folder(Path(folder)), stack):
+        return False
+    if made:
+        stack.callback(_remove_empty, folder)
+    return True
+
+
+def _remove_empty(folder: str) -> None:
+    with contextlib.suppress(OSError):  # something was written
+        os.rmdir(folder)
+
+
+def _taken(folder: str) -> ValueError:
+    return ValueError(
+        f"out: got {folder!r}, to which another command is writing, expected another folder, or to wait"
+    )  # fmt: skip

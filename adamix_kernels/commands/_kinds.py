@@ -105,9 +105,16 @@ class LabelKind:
 
     def answer(self, logits: torch.Tensor) -> dict[str, Any]:
         """{"label", "probabilities"} or {"score"} of one text's logits [classes or 1]; in a pack there may be more."""
+        made = logits[:1] if self.kind == "regression" else logits[: len(self.names)]
+        row = made if self.kind == "regression" else made.softmax(-1)
+        if not bool(row.isfinite().all()):  # a column of -inf is a label that a name of a pack has not
+            shown = ", ".join(f"{value:g}" for value in made.tolist()[:4])
+            raise ValueError(
+                f"run: got the outputs {shown} for a text, expected finite numbers: its training went wrong (try a "
+                "lower --learning_rate), or the base model's weights are damaged"
+            )
         if self.kind == "regression":
-            return {"score": logits[0].item()}
-        row = logits[: len(self.names)].softmax(-1)
+            return {"score": row[0].item()}
         by_name = {name: round(p, 6) for name, p in zip(self.names, row.tolist(), strict=True)}
         return {"label": self.names[int(row.argmax())], "probabilities": by_name}
 

@@ -62,27 +62,31 @@ def at_least(bound: float, **given: float | None) -> None:
             raise ValueError(f"{name}: got {value}, expected at least {bound}")
 
 
-def needs_out(out: str) -> None:
+def needs_out(out: str, name: str = "out") -> None:
     """Raises, before any work, ValueError where `out` names no folder, OSError where nothing may be written there."""
     if not out:
-        raise ValueError("out: got nothing, expected a folder to write to: --out FOLDER")
+        raise ValueError(f"{name}: got nothing, expected a folder to write to: --{name} FOLDER")
     path = os.path.abspath(out)
     while not os.path.exists(path):
         path = os.path.dirname(path)
     if not os.path.isdir(path):
-        raise ValueError(f"out: got {out!r}, but {path!r} is a file, expected a folder or a new name")
-    may_write("out", out, path)
+        raise ValueError(f"{name}: got {out!r}, but {path!r} is a file, expected a folder or a new name")
+    may_write(name, out, path)
 
 
 def may_write(option: str, given: str, path: str) -> None:
     """Raises PermissionError, naming the option, where the file or folder `path` cannot be written to."""
-    if not os.access(path, os.W_OK):
+    if not os.access(path, os.W_OK | (os.X_OK if os.path.isdir(path) else 0)):
         raise PermissionError(f"{option}: {given!r}: nothing may be written to {path!r}, expected another place")
 
 
-def needs_file(option: str, given: str) -> None:
-    """Raises, before any work, OSError where no file `given` can be written."""
+def needs_file(option: str, given: str, made: bool = False) -> None:
+    """Raises, before any work, OSError where no file `given` can be written. made: its folder is, where it is not there
+    (ValueError where it cannot be)."""
     folder = os.path.dirname(given) or "."
+    if made and not os.path.isdir(folder):
+        needs_out(folder, option)
+        return
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{option}: {folder!r}: no such folder")
     if os.path.isdir(given):

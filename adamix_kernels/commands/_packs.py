@@ -18,7 +18,7 @@ from ..packs.state import Pack, pack_of
 from ..tasks import InputRow, Run, read_run
 from ..tasks.run_file import RUN_NAME
 from ._kinds import GenerationKind, Kind, LabelKind, make_kind
-from ._runs import load_whole, told_run
+from ._runs import load_whole, same_labels, told_run
 from .pack import RUNS
 
 NEAREST = "nearest"
@@ -147,18 +147,9 @@ def _kind(
 ) -> Kind:
     place = folder / RUNS / name
     run = _described(name, model, tokenizer, state)
-    if (place / RUN_NAME).is_file() and _same_labels(told := read_run(place), run):
+    if (place / RUN_NAME).is_file() and same_labels(told := read_run(place), run):
         run = told
     return make_kind(run.task, run.label_names, tokenizer, run.max_tokens, (), {**run.generation, **settings}, size)
-
-
-def _same_labels(told: Run, found: Run) -> bool:
-    """Whether a run's file is of what the pack holds under that name, not of what replace_expert and save_pack put
-    something else in the place of. Labels that came without names have them from the file."""
-    if told.task != found.task or found.task != "classification":
-        return told.task == found.task
-    unnamed = [f"LABEL_{number}" for number in range(len(told.label_names))]
-    return found.label_names in (told.label_names, unnamed)
 
 
 def _described(name: str, model: Any, tokenizer: Any, state: Pack) -> Run:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from ..models._files import lock
 from ..tasks import InputRow
 from ._options import needs_file
 
@@ -60,10 +60,11 @@ class Lines:
 
     def __init__(self, path: str, overwrite: bool = False, resume: bool = False):
         self._path, self.count = Path(path), 0
+        self._replaces = overwrite or resume
         if self._path.suffix != SUFFIX:
             raise ValueError(f"out: got {path!r}, expected a name that ends in {SUFFIX}: predictions are JSON lines")
-        if self._path.is_dir() or (self._path.exists() and not overwrite and not resume):
-            raise ValueError(f"out: {path!r} is there already, expected another name, --overwrite, or --resume")
+        if self._path.is_dir() or (self._path.exists() and not self._replaces):
+            raise self._there()
         needs_file("out", path)
         self._old = self._path.open("rb") if resume and self._path.exists() else None
         self._kept_end = 0  # bytes of whole lines
@@ -149,12 +150,26 @@ class Lines:
 
     def _opened(self) -> TextIO:
         if self._file is None:
-            if self._old is None:
-                self._file = self._path.open("w", encoding="utf-8")
-            else:
-                os.truncate(self._path, self._kept_end)
-                self._file = self._path.open("a", encoding="utf-8")
+            self._file = self._alone()
+            if self._path.is_file():
+                self._file.truncate(self._kept_end)
         return self._file
+
+    def _alone(self) -> TextIO:
+        """Opens it for this process alone. Raises ValueError where another made it meanwhile, or is writing to it."""
+        try:
+            file = self._path.open("a" if self._replaces else "x", encoding="utf-8")
+        except FileExistsError:
+            raise self._there() from None
+        if not lock(file.fileno()):
+            file.close()
+            raise ValueError(f"out: got {str(self._path)!r}, to which another adamix predict is writing")
+        return file
+
+    def _there(self) -> ValueError:
+        return ValueError(
+            f"out: {str(self._path)!r} is there already, expected another name, --overwrite, or --resume"
+        )  # fmt: skip
 
 
 class Printed:

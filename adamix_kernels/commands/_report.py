@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,9 @@ def tell(outcome: Outcome, folder: str) -> None:
                 "--learning_rate, or another --model; look at the labels"
             )
             print(f"WARNING: {warning}")
+    if not all(bool(parameter.isfinite().all()) for parameter in outcome.model.parameters() if parameter.requires_grad):
+        warning = "the training diverged: its weights are no finite numbers. Try a lower --learning_rate"
+        print(f"WARNING: {warning}")
     _write(outcome, Path(folder), warning)
     print(f"checkpoint: {folder}\nnext:")
     for command in next_commands(outcome, folder):
@@ -111,7 +115,7 @@ def _write(outcome: Outcome, folder: Path, warning: str | None) -> None:
         "scores": outcome.scores,
         "baselines": {} if baselines is None else {**baselines.values, **{n: None for n in baselines.absent}},
         "warning": warning,
-        "training": outcome.losses,
+        "training": {name: value if math.isfinite(value) else None for name, value in outcome.losses.items()},
         **({"mean_gates": gates} if (gates := mean_gates(outcome.model)) else {}),
         "trainable_parameters": trainable,
         "parameters": total,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from ._kinds import longest_text
 from ._options import OutputOptions, option, quiet
 from ._parser import OptionParser
 
+logger = logging.getLogger(__name__)
 MAX_TOKENS = 512  # of a run without its file, where model and tokenizer take more
 
 
@@ -86,7 +88,19 @@ def open_run(options: RunOptions) -> Opened:
     run = None if place is None else read_run(place)  # before the model: a damaged file is answered at once
     with _called_run():
         model, tokenizer = load_whole(folder, folder, options.model)
+    if run is not None and place == folder and not same_labels(run, found := _described(model, tokenizer, folder)):
+        logger.warning("%s: its %s is of what was here before, and not looked at", folder, RUN_NAME)
+        return Opened(model, tokenizer, found, folder, False)
     return Opened(model, tokenizer, run or _described(model, tokenizer, folder), folder, place is not None)
+
+
+def same_labels(told: Run, found: Run) -> bool:
+    """Whether a run's file is of what the folder holds, not of what something else was saved in the place of. Labels
+    that came without names have them from the file."""
+    if told.task != found.task or found.task != "classification":
+        return told.task == found.task
+    unnamed = [f"LABEL_{number}" for number in range(len(told.label_names))]
+    return found.label_names in (told.label_names, unnamed)
 
 
 def _check_finished(given: str, folder: Path) -> None:

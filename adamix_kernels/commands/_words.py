@@ -28,7 +28,7 @@ def read_options(path: str) -> dict[str, Any]:
     text = _read(path)
     try:
         values = json.loads(text) if path.endswith(".json") else _yaml(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         kind = "JSON" if path.endswith(".json") else "YAML"
         raise ValueError(f"{path}: got a file that is not {kind} ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):

@@ -11,8 +11,9 @@ from ..models.gating import is_learned
 from ..models.state import adamix_state
 from ..tasks import DEFAULT_MODEL, Run
 from ..tasks.encoders import DEFAULT_HUB_ID
-from ._options import needs_out, option, start
-from ._runs import open_run, run_command
+from ._folder import kept
+from ._options import OutputOptions, needs_out, option, start
+from ._runs import RunOptions, open_run, run_command
 
 FORMATS = {"lora": "peft", "adapter": "adapterhub"}
 
@@ -44,6 +45,11 @@ def main(argv: Sequence[str]) -> int:
     text = "Write the merged experts as a PEFT LoRA (method lora) or an AdapterHub adapter (method adapter)."
     run, options, output = run_command(argv, "export", ExportOptions, text)
     needs_out(options.out)
+    with kept(options.out):
+        return _export(run, options, output)
+
+
+def _export(run: RunOptions, options: ExportOptions, output: OutputOptions) -> int:
     start(output)
     from .. import convert
 

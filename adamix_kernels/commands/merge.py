@@ -9,14 +9,17 @@ from pathlib import Path
 
 from torch import nn
 
+from ..models._files import write_tokenizer
 from ..models.gating import is_learned
 from ..models.header import CHECKPOINT_NAME, read_header
 from ..models.merging import merge
 from ..models.saving import save_folder
 from ..models.state import adamix_state
 from ..tasks import write_run
-from ._options import needs_out, option, same_file, start
-from ._runs import open_run, run_command
+from ..tasks.run_file import RUN_NAME
+from ._folder import kept
+from ._options import OutputOptions, needs_out, option, same_file, start
+from ._runs import RunOptions, open_run, run_command
 
 
 @dataclass
@@ -30,16 +33,22 @@ class MergeOptions:
 def main(argv: Sequence[str]) -> int:
     text = "Average a run's experts: one adapter, or LoRA in the weights."
     run, options, output = run_command(argv, "merge", MergeOptions, text)
-    out = Path(options.out)
     needs_out(options.out)
+    with kept(options.out):
+        return _merge(run, options, output)
+
+
+def _merge(run: RunOptions, options: MergeOptions, output: OutputOptions) -> int:
+    out = Path(options.out)
     _keep_experts(run.run, out)
     start(output)
     opened = open_run(run)
     if adamix_state(opened.model).merged:
         raise ValueError(f"run: got {run.run!r}, which is merged already, expected a run with its experts")
     _check_gates(opened.model, options.gates)
+    (out / RUN_NAME).unlink(missing_ok=True)  # of what was merged here before
     save_folder(merge(opened.model, gates=options.gates or None), out)
-    opened.tokenizer.save_pretrained(out)
+    write_tokenizer(out, opened.tokenizer)
     if opened.filed:
         write_run(out, opened.run)
     lost = adamix_state(opened.model).gate_spread

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..models._files import write_tokenizer
 from ..models.header import CHECKPOINT_NAME, PACK_NAME
 from ..models.hub import resolve_folder
 from ..models.state import adamix_state
@@ -15,6 +16,7 @@ from ..packs.reading import called
 from ..packs.state import Pack, check_name
 from ..tasks import Run, load_base, read_run, write_run
 from ..tasks.run_file import RUN_NAME
+from ._folder import kept
 from ._options import OutputOptions, needs_out, option, quiet, start
 from ._parser import OptionParser
 from ._runs import run_folder
@@ -44,6 +46,11 @@ def main(argv: Sequence[str]) -> int:
     options, output = parsed.parts
     folders = named_folders(parsed.words)
     needs_out(options.out)
+    with kept(options.out):
+        return _pack(folders, options, output)
+
+
+def _pack(folders: dict[str, str], options: PackOptions, output: OutputOptions) -> int:
     if (Path(options.out) / CHECKPOINT_NAME).is_file():
         raise ValueError(f"out: {options.out} holds a run, expected another folder")
     if (Path(options.out) / PACK_NAME).is_file():
@@ -62,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     out = save_pack(model, options.out)
     if tokenizer is not None:
-        tokenizer.save_pretrained(out)
+        write_tokenizer(out, tokenizer)
     for name, run in runs.items():
         if run is None:
             (out / RUNS / name / RUN_NAME).unlink(missing_ok=True)  # of another folder under this name

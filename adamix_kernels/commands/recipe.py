@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._options import OutputOptions, at_least, option, shows_bars, start
+from ._options import OutputOptions, at_least, needs_file, needs_out, option, shows_bars, start
 from ._parser import OptionParser
 from ._words import closest
 
@@ -125,6 +125,9 @@ def _run(argv: Sequence[str]) -> int:
     from ..recipes.summary import group_rows, markdown
 
     at_least(1, seeds=options.seeds)
+    needs_file("results", options.results, made=True)
+    if options.reports is not None:
+        needs_out(options.reports, "reports")
     start(output)
     recipe = _recipe(changes, parsed.words)
     rows = run_recipe(
@@ -153,7 +156,12 @@ def _report(argv: Sequence[str]) -> int:
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"results: {missing[0]}: no such file")
-    rows = {row["key"]: row for path in paths for row in read_rows(path)}
+    rows = {}
+    for path in paths:
+        for row in read_rows(path):
+            if not {"key", "identity", "recipe"} <= row.keys():
+                raise ValueError(f"results: {path} has a line of another kind, expected rows of adamix recipe run")
+            rows[row["key"]] = row
     options = parsed.parts[0]
     written = write_summary(list(rows.values()), Path(options.out))
     if options.against:

@@ -16,7 +16,7 @@ from ..models.centroid import Centroid, sentence_vectors
 from ..models.config import AdaMixConfig
 from ..models.inject import adapt, check_targets
 from ..models.state import adamix_state
-from ..recipes.processes import is_main
+from ..recipes.processes import is_main, on_cpus
 from ..tasks import Run, TextTask, load_causal, load_classifier, load_task, resolve_model
 from ..tasks.batches import without_tasks
 from . import _defaults
@@ -77,6 +77,7 @@ def parse(argv: Sequence[str]) -> Options:
             **DEFAULTS,
             "dataloader_pin_memory": torch.cuda.is_available(),
             "disable_tqdm": not sys.stderr.isatty(),
+            "use_cpu": on_cpus(False),
         },
         aliases={"out": "output_dir"},
     )

@@ -19,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .._extras import explained
+from ..models._files import write_tokenizer
 from ..tasks import DEFAULT_MODEL, EMBEDDED, Run, load_classifier, load_task, resolve_model, write_run
 from .report import compared, write_plot, write_results, write_table
 from .seeds import POOLING, Work, all_seeds, quiet_transformers
@@ -109,7 +110,7 @@ def _main(argv: Sequence[str] | None) -> int:
         bar.set_description("done")
     seconds = time.perf_counter() - start
     write_run(folder, Run(args.model, args.data, task.label_names, args.max_tokens, POOLING))
-    tokenizer.save_pretrained(folder)
+    write_tokenizer(folder, tokenizer)
     write_table(results, args.seeds)
     print(compared(results[-1], results[1:3]))
     plot = write_plot(results, args.out / "demo.png")

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -42,10 +43,12 @@ def as_path(name: str, value: object) -> Path:
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Raises ValueError when `path` is there and is not a folder."""
+    """Raises ValueError when `path` is there and is not a folder, or a link to nothing."""
     path = as_path("directory", path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"directory: got {str(path)!r}, which is a file, expected a folder or a new name")
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"directory: got {str(path)!r}, a link that leads nowhere, expected a folder or a new name")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -57,14 +60,22 @@ def keep_folder(folder: Path, stack: contextlib.ExitStack) -> bool:
         return True
     handle = os.open(folder, os.O_RDONLY)
     stack.callback(os.close, handle)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not lock(handle):
         return False
-    except OSError:  # a file system without locks
-        return True
     _KEPT.add(_number(handle))
     stack.callback(_KEPT.discard, _number(handle))
+    return True
+
+
+def lock(handle: int) -> bool:
+    """Locks an open file or folder until it is closed; False where another has it. True where nothing can be locked."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            return True
     return True
 
 
@@ -130,7 +141,7 @@ def read_json(path: Path, kind: str) -> Any:
     """Raises ValueError, naming the file and the `kind` of content that was wanted, for what is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: got a file that is not JSON ({error}), expected {kind}") from error
 
 
@@ -180,12 +191,33 @@ def write_pickled_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     replace_file(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """tokenizer.save_pretrained(folder), each file in one step. tokenizer_config.json comes last: without it the base
+    model's tokenizer is taken, and with it alone one that knows no word."""
+    last = "tokenizer_config.json"
+    place = _temporary(folder)
+    try:
+        place.mkdir(exist_ok=True)
+        tokenizer.save_pretrained(place)
+        for path in sorted(place.rglob("*"), key=lambda path: path.name == last):
+            if path.is_file():
+                _flush(path)
+                target = folder / path.relative_to(place)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(path, target)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def remove_temporaries(folder: Path) -> None:
     """Removes what killed processes of this machine left unfinished in `folder`."""
     for path in folder.glob(".adamix.*.tmp"):
         found = _TEMPORARY.fullmatch(path.name)
         if found is not None and not _alive(int(found.group(1))):
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def remove_unnamed(path: Path, stem: str) -> None:
@@ -210,8 +242,12 @@ def _alive(process: int) -> bool:
     return True
 
 
+def _temporary(folder: Path) -> Path:
+    return folder / f".adamix.{os.getpid()}.{threading.get_ident()}.tmp"
+
+
 def _replace(folder: Path, write: Callable[[Path], object], name: Callable[[Path], Path]) -> Path:
-    temporary = folder / f".adamix.{os.getpid()}.{threading.get_ident()}.tmp"
+    temporary = _temporary(folder)
     try:
         temporary.touch()  # with the permissions of any new file; safetensors 0.8 gives its files to the owner alone
         mode = stat.S_IMODE(temporary.stat().st_mode)

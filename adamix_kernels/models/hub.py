@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 ALLOWED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.jinja", "*.tiktoken", "*.spm", "*.bpe")
 _IGNORED = ("checkpoint-*/*", "runs/*")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Names of what packages bring, whatever folder of this disk is called so.
+PACKAGED = ("all-MiniLM-L6-v2", "remarks")
 _LOCAL = "_path"
 _PATIENCE = 10.0  # seconds
 _KEPT = 60.0  # seconds that an answer of the Hub stands: a load asks for a tokenizer, a config and a model
@@ -147,7 +149,7 @@ def with_names(values: dict[str, str], folder: Path) -> dict[str, str]:
     """
     found = {}
     for key, value in values.items():
-        if not os.path.exists(value):
+        if value in PACKAGED or not os.path.exists(value):
             found[key] = Path(value).name if os.path.isabs(value) else value
             continue
         found[key] = Path(value).resolve().name

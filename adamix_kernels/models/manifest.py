@@ -66,6 +66,12 @@ def newest_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def first_save_was_cut(folder: str | os.PathLike[str]) -> bool:
+    """Whether `folder` has checkpoint-N, and no save of one came to its end: nothing was trained that could be kept."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if _FOLDER.fullmatch(path.name)]
+    return bool(found) and not any((path / MANIFEST_NAME).exists() for path in found)
+
+
 def _check_file(path: Path, facts: dict[str, Any]) -> None:
     size = path.stat().st_size if path.is_file() else None
     if size != facts["bytes"]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ._files import write_tokenizer
 from .checkpoint import load_adamix
 from .manifest import check_manifest, newest_whole_checkpoint, remove_manifest, write_manifest
 from .saving import save_folder
@@ -25,6 +29,19 @@ else:
     _Trainer = object  # that of the class which mixes this in
 
 
+@contextlib.contextmanager
+def _full_disk_told(folder: str) -> Iterator[None]:
+    """torch.save has no OSError for a full disk: its writer says "unexpected pos", or "iostream error"."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not any(word in text for word in ("inline_container", "PytorchStreamWriter", "iostream")):
+            raise
+        line = text.strip().splitlines()[0]
+        raise OSError(errno.EIO, f"torch could not write a whole file ({line}): is the disk full?", folder) from error
+
+
 class CheckpointMixin(_Trainer):
     """The part of AdaMixTrainerMixin that reads and writes files."""
 
@@ -37,7 +54,8 @@ class CheckpointMixin(_Trainer):
         Under FSDP every process must call it.
         """
         if not self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call)
+            with _full_disk_told(str(self.args.output_dir if output_dir is None else output_dir)):
+                super().save_model(output_dir, _internal_call)
             return
         self._save(output_dir)
         if self.args.push_to_hub and not _internal_call:
@@ -55,7 +73,7 @@ class CheckpointMixin(_Trainer):
         if tokenizer is None:
             tokenizer = getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            write_tokenizer(Path(folder), tokenizer)
         torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -78,7 +96,8 @@ class CheckpointMixin(_Trainer):
             remove_manifest(folder)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with _full_disk_told(folder):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         if not self.args.push_to_hub:
@@ -96,7 +115,16 @@ class CheckpointMixin(_Trainer):
         if self.args.should_save:
             write_manifest(folder)
 
+    def _find_best(self, run_folder: str) -> None:
+        """The best checkpoint is called by where it was: a run that was moved, or is called by another path now, has
+        it beside the others."""
+        best = self.state.best_model_checkpoint
+        here = None if best is None else os.path.join(run_folder, os.path.basename(best))
+        if here is not None and os.path.isdir(here):
+            self.state.best_model_checkpoint = here
+
     def _delete_old_checkpoints(self, run_folder: str) -> None:
+        self._find_best(run_folder)
         # As transformers decides it, with a warning: checkpoints of one second are in the order of their steps.
         times = [path.stat().st_mtime for path in Path(run_folder).glob("checkpoint-*")]
         by_time = bool(times) and max(times) - min(times) >= 1
@@ -123,6 +151,10 @@ class CheckpointMixin(_Trainer):
         load_adamix(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        self._find_best(str(self.args.output_dir))
         best = self.state.best_model_checkpoint
+        if not os.path.isdir(str(best)):
+            logger.warning("%s, the best checkpoint, is not there any more: the last weights are kept", best)
+            return
         logger.info("Loading best model from %s (score: %s)", best, self.state.best_metric)
         load_adamix(self.model, str(best))

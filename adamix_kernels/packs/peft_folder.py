@@ -31,6 +31,7 @@ _TOLD = frozenset(
 _DEFAULTS: tuple[Any, ...] = (None, False, {}, [], "", "none")
 # Initialisations that change the base's weights: their LoRA is one of that base alone.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 _HEADS = ("classifier", "score", "qa_outputs")
 
 
@@ -46,7 +47,7 @@ def read_peft(name: str, folder: Path, model: nn.Module) -> Source:
     Raises ValueError, naming what a pack cannot hold: DoRA, trained biases, a LoRA of an embedding or a convolution,
         an initialisation that changes the base, another kind of PEFT than LoRA; a missing or damaged file.
     """
-    config = _config(folder / CONFIG_NAME)
+    config = peft_config(folder / CONFIG_NAME)
     tensors = _tensors(folder)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     heads: dict[str, dict[str, torch.Tensor]] = {}
@@ -68,7 +69,8 @@ def read_peft(name: str, folder: Path, model: nn.Module) -> Source:
     return Source(name, folder, layers, heads)
 
 
-def _config(path: Path) -> dict[str, Any]:
+def peft_config(path: Path) -> dict[str, Any]:
+    """Raises ValueError, naming the file, for what is no configuration of a LoRA, or of one that a pack cannot hold."""
     config = read_json(path, "a LoRA configuration")
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
@@ -87,7 +89,21 @@ def _config(path: Path) -> dict[str, Any]:
         value = config.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise ValueError(f"{path}: got {key}={value!r}, expected a number above 0")
+        patterns = config.get(_PATTERNS[key]) or {}
+        if not isinstance(patterns, dict) or not all(_is_rule(*rule) for rule in patterns.items()):
+            raise ValueError(f"{path}: got {_PATTERNS[key]}={patterns!r}, expected regular expressions with numbers")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise ValueError(f"{path}: got modules_to_save={saved!r}, expected names in a list")
     return config
+
+
+def _is_rule(expression: str, value: object) -> bool:
+    try:
+        re.compile(expression)
+    except re.error:
+        return False
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -18,6 +18,11 @@ KINDS = ("classification", "prompt", "generation")
 EVALUATIONS = ("merged", "random", "fixed")
 SELECT = ("best", "last")
 NUMBERS = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")  # that every training has
+_KINDS: dict[type, tuple[tuple[str, ...], str]] = {
+    str: (("name", "model", "data", "pooling"), "a text"),
+    list: (("metrics", "default_methods", "evaluations"), "a JSON list"),
+    dict: (("training", "model_config", "methods", "prompt", "generation"), "a JSON object"),
+}
 GENERATION = (
     "beams", "length_penalty", "no_repeat_ngram", "max_new_tokens", "max_context", "batch_size", "stop_ids", "tokens",
     "references",
@@ -57,7 +62,8 @@ class Recipe:
         source: where the numbers come from.
 
     Raises ValueError for a kind, metric, evaluation, selection or setting of generation that is none of these, for a
-    learning rate, epochs or a batch that is no number above 0, and for wrong AdaMix fields.
+    learning rate, epochs, a batch, seeds, tokens or shots that are no number above 0, for a field of another JSON type,
+    and for wrong AdaMix fields.
     """
 
     name: str
@@ -87,6 +93,17 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.version != RECIPE_VERSION:
             raise ValueError(f"version: got {self.version!r}, expected {RECIPE_VERSION}")
+        for kind, (names, words) in _KINDS.items():
+            for name in names:
+                if not isinstance(getattr(self, name), kind):
+                    raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {words}")
+        for method, own in self.methods.items():
+            if not isinstance(own, dict):
+                raise ValueError(f"methods.{method}: got {own!r}, expected a JSON object")
+        for name, number in (("seeds", self.seeds), ("max_tokens", self.max_tokens), ("shots", self.shots)):
+            least = isinstance(number, int) and not isinstance(number, bool) and number >= 1
+            if not least and not (name == "shots" and number is None):
+                raise ValueError(f"{name}: got {number!r}, expected a whole number above 0")
         for name, value, known in (("kind", self.kind, KINDS), ("select", self.select, SELECT)):
             if value not in known:
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
@@ -156,7 +173,7 @@ def load_recipe(name: str) -> Recipe:
         if not isinstance(values, dict):
             raise ValueError(f"got a JSON {type(values).__name__}, expected an object")
         return from_dict({"name": path.stem, **values})
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

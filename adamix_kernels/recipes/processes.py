@@ -28,7 +28,7 @@ def on_cpus(use_cpu: bool) -> bool:
 def join(use_cpu: bool) -> None:
     """Starts the process group, where there are several processes; nothing in one process.
 
-    Raises RuntimeError where accelerate does not make one of them.
+    Raises ValueError where accelerate does not make one of them.
     """
     if count() == 1:
         return
@@ -36,9 +36,9 @@ def join(use_cpu: bool) -> None:
 
     state = PartialState(cpu=on_cpus(use_cpu))
     if state.num_processes != count():
-        raise RuntimeError(
+        raise ValueError(
             f"WORLD_SIZE: got a launch of {count()} processes of which accelerate joins {state.num_processes}, "
-            "expected all: --set training.use_cpu true trains on CPUs"
+            "expected all: a GPU for each, or --use_cpu (adamix recipe run: --set training.use_cpu true)"
         )
 
 

@@ -61,7 +61,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise ValueError(f"got a {type(row).__name__}, expected an object")
             rows.append(unsealed(row, f"line {number}") if "sha256" in row else row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             logger.warning("%s, line %d: not a whole JSON object, left out (%s)", path, number, error)
     return rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from ..models.header import CHECKPOINT_NAME, read_header
 from ..models.hub import resolve_folder, with_paths
 from ..packs.folder import read_pack
-from ..packs.peft_folder import CONFIG_NAME, head_rows
+from ..packs.peft_folder import CONFIG_NAME, head_rows, peft_config
 from ._pretrained import first_line, from_pretrained, out_of_reach, tokenizer_of
 from .encoders import Encoder, load_causal, load_classifier, resolve_model
 from .run_file import RUN_NAME, read_run
@@ -43,7 +42,7 @@ def load_base(source: str | os.PathLike[str], *, model: str | None = None) -> tu
 
 
 def _of_peft(folder: Path, given: str | None) -> tuple[Any, Any]:
-    values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    values = peft_config(folder / CONFIG_NAME)
     name = given or values.get("base_model_name_or_path")
     if not name:
         raise ValueError(

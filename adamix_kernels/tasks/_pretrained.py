@@ -16,8 +16,9 @@ logger = logging.getLogger(__name__)
 _REPORTS = ("LOAD REPORT", "were not initialized from the model checkpoint", "were not used when initializing")
 _ANY_SIZE = "ignore_mismatched_sizes"
 _SHOWN = 4
+_CONFIG = "tokenizer_config.json"
 _TOKENIZERS = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",
+    "tokenizer.json", _CONFIG, "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",
     "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
 
@@ -28,12 +29,19 @@ def from_pretrained(kind: Any, path: str, *, unread: str | None = None, new_head
     new_head: whether a head that the files lack, or have for other labels, is meant to be drawn, and not named. unread:
     nor what has this in its name.
 
-    Raises ValueError: below the head the files have a weight of another shape.
+    Raises ValueError: below the head the files have a weight of another shape; or they are no safetensors.
     """
+    from safetensors import SafetensorError
+
     options["output_loading_info"] = True
     with _without_report():
         try:
             model, info = kind.from_pretrained(path, **options)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path}: got weights that safetensors cannot read ({first_line(error)}), expected whole files: they "
+                "are cut, empty, or pointers of Git LFS"
+            ) from error
         except RuntimeError as error:
             if not new_head or _ANY_SIZE not in str(error):
                 raise
@@ -58,8 +66,8 @@ def from_pretrained(kind: Any, path: str, *, unread: str | None = None, new_head
 
 
 def tokenizer_of(path: str, local: bool, **options: Any) -> Any:
-    """AutoTokenizer.from_pretrained(path). Raises OSError where no file of a tokenizer is there: transformers 5 then
-    gives one that knows no word."""
+    """AutoTokenizer.from_pretrained(path). Raises OSError where no file of a tokenizer is there, or none with its
+    words: transformers 5 then gives one that knows no word; ValueError for a damaged one."""
     from transformers import AutoTokenizer
     from transformers.utils.hub import cached_file
 
@@ -71,7 +79,18 @@ def tokenizer_of(path: str, local: bool, **options: Any) -> Any:
         files = f"no file of a tokenizer ({', '.join(_TOKENIZERS[:_SHOWN])}, ...)"
         beside = f" in the cache of this machine, and {unreached()}" if local else " on the Hub"
         raise OSError(f"{path}: {files}" if found else f"{path}: no such folder here, {files}{beside}")
-    return AutoTokenizer.from_pretrained(path, local_files_only=local, **options)
+    try:
+        made: Any = AutoTokenizer.from_pretrained(path, local_files_only=local, **options)
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # of a damaged file it may be anything
+        raise ValueError(
+            f"got a tokenizer that cannot be read ({type(error).__name__}: {first_line(error)})"
+        ) from error
+    words = tuple(getattr(made, "vocab_files_names", {}).values())  # none where bytes are the words
+    if words and not any(cached_file(path, name, **here) for name in {*_TOKENIZERS, *words} - {_CONFIG}):
+        raise OSError(f"{path}: got {_CONFIG} without its words, expected {' or '.join(words)} beside it")
+    return made
 
 
 def out_of_reach(path: str) -> bool:

@@ -87,6 +87,6 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
                 raise ValueError(f"{name} = {getattr(run, name)!r}, expected a JSON {kind.__name__}")
         if run.task not in TASKS:
             raise ValueError(f"task {run.task!r}, expected one of {', '.join(map(repr, TASKS))}")
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path}: not a run file of this release: {error}") from error
     return run

@@ -169,7 +169,7 @@ def test_two_trainings_do_not_write_to_one_folder(trained, tmp_path, capsys):
     out = tmp_path / "out"
     with alone_in(str(out)):
         assert cli.main(train_flags(trained, out)) == 2
-    assert f"out: got {str(out)!r}, to which another training is writing" in capsys.readouterr().err
+    assert f"out: got {str(out)!r}, to which another command is writing" in capsys.readouterr().err
     assert not out.exists()  # nothing was written to it, and the lock went with its context
     with alone_in(str(out)):
         pass
@@ -196,6 +196,7 @@ def test_two_processes_show_one_bar_and_one_result(trained, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     flags = train_flags(trained, tmp_path / "out", "--max-steps", "2", "--log-level", "info")
     flags[flags.index("--disable-tqdm") + 1] = "false"
+    flags.remove("--use-cpu")  # said by the launch itself, without a GPU
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
     command = [*launch, "--main_process_port", "0", str(SCRIPT), *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=env)

@@ -1,11 +1,15 @@
 """What the end of a run says of its score, and what it names."""
 
+import json
+import math
+
 import peft
 import pytest
 import tiny
 
 from adamix_kernels import adapt
-from adamix_kernels.commands import _baselines, train
+from adamix_kernels.commands import _baselines, _kinds, _report, train
+from adamix_kernels.tasks import Run
 
 
 @pytest.mark.parametrize(
@@ -45,3 +49,17 @@ def test_the_rank_of_a_lora_may_be_called_as_elsewhere(tmp_path):
 def test_a_lora_config_is_answered_with_what_makes_one_of_ours():
     with pytest.raises(TypeError, match=r"AdaMixConfig\.from_peft makes one"):
         adapt(tiny.tiny_bert(), peft.LoraConfig(r=8))
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_a_training_that_diverged_is_told(value, tmp_path, capsys):
+    model = adapt(tiny.tiny_bert())
+    list(model.parameters())[-1].data.fill_(value)  # the head's, which is trained
+    kind = _kinds.LabelKind("classification", ["no", "yes"], None, 16, ("accuracy",))
+    run, losses = Run("model", "data", ["no", "yes"], 16), {"loss": 0.2, "cross_entropy": value}
+    _report.tell(_report.Outcome(model, kind, run, {"accuracy": 50.0}, losses, None, [], 60), str(tmp_path))
+    told = json.loads((tmp_path / _report.REPORT_NAME).read_text(), parse_constant=pytest.fail)
+    diverged = math.isnan(value)
+    assert ("WARNING: the training diverged" in capsys.readouterr().out) == diverged
+    assert (told["warning"] is not None) == diverged
+    assert told["training"]["cross_entropy"] == (None if diverged else value)

@@ -230,6 +230,23 @@ def test_older_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypat
     assert [f for f in os.listdir(tmp_path) if f.startswith("checkpoint")] == ["checkpoint-4"]
 
 
+def test_the_best_checkpoint_of_a_run_that_was_moved_is_kept_and_taken(tmp_path, caplog):
+    trainer = trained(tmp_path, save_steps=2)
+    last = trained_parameters(trainer.model)
+    trainer.state.best_model_checkpoint = "where/it/was/checkpoint-2"
+    trainer.args.save_total_limit = 1
+    trainer._delete_old_checkpoints(str(tmp_path))
+    assert {"checkpoint-2", "checkpoint-4"} <= set(os.listdir(tmp_path))  # the best, and the last to go on from
+    trainer._load_best_model()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    best = trained_parameters(load_adamix(tiny_bert(3), tmp_path / "checkpoint-2"))
+    assert all(torch.equal(value, best[name]) for name, value in trained_parameters(trainer.model).items())
+    assert any(not torch.equal(value, last[name]) for name, value in best.items())
+    trainer.state.best_model_checkpoint = "where/it/was/checkpoint-3"
+    trainer._load_best_model()
+    assert "checkpoint-3, the best checkpoint, is not there any more: the last weights are kept" in caplog.text
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resuming_a_finished_training_takes_no_further_step(accumulation, tmp_path):
     """4 steps end within an epoch of 5 (or of 3): the base trainer would go on to a fifth."""

@@ -51,6 +51,9 @@ def test_what_a_peft_folder_says_that_a_pack_cannot_is_refused_by_name(tmp_path)
     )
     refused("bad: .*got peft_type 'IA3', expected 'LORA'", {"peft_type": "IA3"})
     refused("bad: .*got r=0, expected a number above 0", {"r": 0})
+    for patterns in ({"(": 3}, ["query"], {"query": "x"}):
+        refused("bad: .*got rank_pattern=.*, expected regular expressions with numbers", {"rank_pattern": patterns})
+    refused("bad: .*got modules_to_save=3, expected names in a list", {"modules_to_save": 3})
     refused("bad: .*got rank 2, expected 3, as in adapter_config.json", {"r": 3})
     refused(r"bad: .*got .*lora_B.bias', expected a LoRA of linear", None, {f"{query}.lora_B.bias": torch.zeros(32)})
     refused(

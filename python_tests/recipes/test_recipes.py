@@ -104,6 +104,13 @@ def test_a_recipe_of_ones_own(tmp_path):
     for name, value in (("learning_rate", 0), ("num_train_epochs", "abc"), ("per_device_train_batch_size", None)):
         with pytest.raises(ValueError, match=f"training.{name}: got {value!r}, expected a number above 0"):
             recipe.changed({f"training.{name}": value})
+    wrong = {"training": 3, "generation": 3, "evaluations": None, "methods": {"lora": 3}, "metrics": "accuracy"}
+    for name, value in {**wrong, "model": None, "seeds": "x", "shots": -1, "max_tokens": True}.items():
+        with pytest.raises(ValueError, match=rf"^{name}[.a-z]*: got .*, expected a (text|JSON|whole number)"):
+            recipe.changed({name: value})
+    path.write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"mine.json: maximum recursion depth"):
+        load_recipe(str(path))
     with pytest.raises(ValueError, match="training: got no learning_rate, expected learning_rate, num_train_epochs"):
         run_recipe(recipe.changed({"training": {}}), [], [], tmp_path / "rows.jsonl")
     text = load_recipe("nlg/lora/e2e")
