@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ from .merging import mergeable, plain_lora
 from .pooling import set_pooling
 from .sharding import is_sharded, put, whole
 from .state import adamix_state, check_model, check_no_pack, replace_module
-from .targets import saved_modules
+from .targets import BELOW_CLASSIFIER, saved_modules
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +183,9 @@ def load_adamix(
         layers = build_layers(model, config, Router())
         layers = {path: _merged_layer(layer) for path, layer in layers.items()} if merged else layers
         saved = [path for path, _ in saved_modules(model, config.modules_to_save, config.task_type)]
+        if {*BELOW_CLASSIFIER, *header["saved_modules"]} > {*saved} > {*header["saved_modules"]}:  # of an older release
+            saved = header["saved_modules"]
+            config = dataclasses.replace(config, modules_to_save=saved, task_type=None)
     else:
         check_states(adamix_state(model).merged, merged)
         layers = {path: model.get_submodule(path) for path in adamix_state(model).paths}

@@ -51,9 +51,9 @@ class AdaMixConfig(Presets):
         qkv: which of "q", "k", "v" to adapt where one layer computes all three (GPT-2's c_attn), each with a LoRA of
             its own; None: one LoRA of rank r for the whole layer, as PEFT does.
         share: the side with one bank for all experts, "up" (B), "down" (A) or None.
-        routing: training draw per "batch" (each pass one expert), "sample" or "token"; or "learned": gates weigh the
-            experts, in training and in evaluation (see docs/gates.md; presets: hydra_lora(), lora_moe(), mola(),
-            smear()).
+        routing: training draw per "batch" (each pass one expert), "sample" or "token" (OPT's adapters, which are given
+            tokens as rows, take "sample" for "token"); or "learned": gates weigh the experts, in training and in
+            evaluation (see docs/gates.md; presets: hydra_lora(), lora_moe(), mola(), smear()).
         consistency_weight: weight of the symmetric KL between the two passes (paper: 1; 100 for GPT-2).
             0 trains with a single pass; with "learned", whose passes differ by dropout alone, it is the default.
         target_modules: PEFT's rules: a list matches whole names or dotted suffixes, a string is a regular

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -133,9 +134,12 @@ def gate_losses(model: nn.Module) -> GateLosses:
     return GateLosses(total, means["balance"], means["z"])
 
 
-def note_batch(model: nn.Module, _args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def note_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """A hook before every forward of a model with gates: which of its tokens are padding."""
     router = adamix_state(model).router
+    if len(args) > 1:  # model(ids, mask)
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        kwargs = {**dict(zip(names, args)), **kwargs}
     for ours, theirs in (("attention_mask", "attention_mask"), ("decoder_mask", "decoder_attention_mask")):
         mask = kwargs.get(theirs)
         setattr(router, ours, mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None)

@@ -28,11 +28,12 @@ _TASKS: dict[str, tuple[Mapping[str, Any], ...]] = {
         auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     ),
-    TOKENS: (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    # Before TOKENS: transformers lists BART, mBART and MVP as masked language models as well, by the same class.
     SEQ2SEQ: (
         auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
     ),
+    TOKENS: (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
     CAUSAL: (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,),
 }
 # Models whose logits are lm_head(last hidden state), with nothing in between or after.
@@ -199,7 +200,9 @@ def _single_pass(
             reduction="sum",
         )
         count = (labels != IGNORED).sum().clamp(min=1)
-    loss = total / (count if num_items is None else num_items)
+    if num_items is not None:  # 0 where the whole update is unlabelled: a loss of 0, as with both passes
+        count = num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else max(1, num_items)
+    loss = total / count
     return AdaMixLossOutput(loss, loss.detach(), torch.zeros_like(loss.detach()))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .doubling import double_batch, find_batch_size
+from .guards import is_reentrant
 from .state import AdaMixState, adamix_state
 
 
@@ -46,7 +47,7 @@ def shared_prefix(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[bool]
     """A forward of the doubled `inputs` within the context does not compute the shared layers. Yields whether so."""
     state = adamix_state(model)
     lists = first_blocks(model, state) if _may_share(model, state) else {}
-    found = _run(model, inputs, state, lists) if lists else None
+    found = _run(model, inputs, state, lists) if any(lists.values()) else None
     if found is None:
         yield False
         return
@@ -67,7 +68,7 @@ def shared_prefix(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[bool]
 
 
 def first_blocks(model: nn.Module, state: AdaMixState) -> dict[nn.ModuleList, int]:
-    """Of every list of layers that has adapted ones: the number of the first; lists that begin with one left out."""
+    """Of every list of layers that has adapted ones: the number of the first; {} where one stands in no list."""
     first: dict[nn.ModuleList, int] = {}
     for path in state.paths:
         parent: Any = model
@@ -78,13 +79,16 @@ def first_blocks(model: nn.Module, state: AdaMixState) -> dict[nn.ModuleList, in
             parent = getattr(parent, part)
         else:
             return {}
-    return {blocks: number for blocks, number in first.items() if number > 0}
+    return first
 
 
 def _may_share(model: nn.Module, state: AdaMixState) -> bool:
     if state.config.shared_prefix is False or state.merged or not model.training or state.router.passes != 2:
         return False
     if state.prefix_is_random and state.config.shared_prefix == "auto":
+        return False
+    # Recomputed in the backward, outside the context, a shared layer would be given its own output.
+    if any(part.gradient_checkpointing and is_reentrant(part) for part in state.checkpointable):
         return False
     return not (torch.compiler.is_compiling() or state.router.experts is not None)
 
@@ -96,7 +100,8 @@ class _Reached(Exception):
 def _run(
     model: nn.Module, inputs: Mapping[str, Any], state: AdaMixState, lists: dict[nn.ModuleList, int]
 ) -> tuple[list[nn.Module], Any] | None:
-    """(layers below the first adapted one, what the last of them gave for B rows), or None: they draw at random."""
+    """(layers below the first adapted one, what the last of them gave for B rows), or None: they draw at random, or
+    there are none below it, as in a decoder that reads an adapted encoder."""
     outputs: dict[nn.ModuleList, Any] = {}
     reached: list[nn.ModuleList] = []
 
@@ -113,7 +118,7 @@ def _run(
 
         return before
 
-    hooks = [blocks[number - 1].register_forward_hook(keep(blocks)) for blocks, number in lists.items()]
+    hooks = [blocks[number - 1].register_forward_hook(keep(blocks)) for blocks, number in lists.items() if number]
     hooks += [blocks[number].register_forward_pre_hook(stop(blocks)) for blocks, number in lists.items()]
     watch, state.watch = state.watch, None
     before = _random_states(inputs)

@@ -16,7 +16,12 @@ from .families import ADAPTER_TARGETS, LORA_TARGETS
 from .quantised import dynamic_linear
 
 logger = logging.getLogger(__name__)
-_HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier")
+_HEADS = (
+    "classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj", "sequence_summary",
+)  # fmt: skip
+# Of the head where they stand beside the classifier, outside the encoder: DeBERTa's and EuroBERT's, which no pretrained
+# file holds, so that each process would draw its own. Older checkpoints hold none of it.
+BELOW_CLASSIFIER = ("pooler", "dense")
 # PEFT's pattern asks for a name before the list of layers as well; a headless model (h.0.attn) has none.
 _LAYER_NUMBER = re.compile(r"(?:.*?\.)??[^.]*\.(\d+)\.")
 
@@ -43,8 +48,7 @@ def target_layers(model: nn.Module, config: AdaMixConfig) -> dict[str, nn.Module
                 f"{config.method!r}, expected names; {_what_is_there(model)}"
             )
         rule = defaults[kind]
-    only = config.layers_to_transform
-    wanted = {only} if isinstance(only, int) else set(only) if only else None
+    wanted = _numbers(config)
     heads = {path for path, _ in saved_modules(model, config.modules_to_save, config.task_type)}
     found = {}
     for path, layer in model.named_modules():
@@ -69,6 +73,11 @@ def target_layers(model: nn.Module, config: AdaMixConfig) -> dict[str, nn.Module
         except ValueError as error:
             raise ValueError(f"target_modules: got {path!r}: {error}; {_what_is_there(model)}") from error
     return found
+
+
+def _numbers(config: AdaMixConfig) -> set[int] | None:
+    only = config.layers_to_transform
+    return {only} if isinstance(only, int) else set(only) if only else None
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -108,7 +117,11 @@ def _closest(name: str, names: Iterable[str]) -> list[str]:
 
 
 def warn_of_unmatched(model: nn.Module, config: AdaMixConfig) -> None:
-    """Logs the names of target_modules that no layer has."""
+    """Logs the names of target_modules, and the numbers of layers_to_transform, that no layer has."""
+    numbers = {layer_number(path, config.layers_pattern) for path in target_layers(model, config)}
+    beyond = sorted((_numbers(config) or set()) - numbers)
+    if beyond:
+        logger.warning("layers_to_transform: no layer to adapt is numbered %s", ", ".join(map(str, beyond)))
     rule = config.target_modules
     if not isinstance(rule, list):
         return
@@ -161,7 +174,9 @@ def saved_modules(
 
     Raises ValueError for a name that no module has.
     """
-    heads = [(path, module) for path, module in model.named_children() if path in _HEADS]
+    children = dict(model.named_children())
+    known = (*_HEADS, *BELOW_CLASSIFIER) if "classifier" in children else _HEADS
+    heads = [(path, module) for path, module in children.items() if path in known]
     if names is None:
         return heads
     found = []

@@ -24,13 +24,10 @@ from .proving import settle_backends
 from .quantised import known_to_train
 from .state import adamix_state
 from .trainer_checkpoints import CheckpointMixin
-from .trainer_checks import check_checkpointing, unsaved_parameters
-from .watch import warn_of_dropout, warn_of_standstill
+from .trainer_checks import check_checkpointing, check_unpacked, unsaved_parameters
+from .watch import warn_of_dropout, warn_of_rounding, warn_of_standstill
 
 logger = logging.getLogger(__name__)
-
-# Where the texts of one long row begin, as flash attention is told.
-_PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx"})
 
 
 class AdaMixTrainerMixin(CheckpointMixin):
@@ -105,6 +102,7 @@ class AdaMixTrainerMixin(CheckpointMixin):
         self._component_sums = None
         keep_gradients(self.model, self.args)
         warn_of_dropout(self.model, adamix_state(self.model))
+        warn_of_rounding(self.model)
         halves = {torch.bfloat16: self.args.bf16, torch.float16: self.args.fp16}
         settle_backends(self.model, [dtype for dtype, on in halves.items() if on])
         result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -124,16 +122,11 @@ class AdaMixTrainerMixin(CheckpointMixin):
                 )
         labels = inputs.pop("labels", None)
         objective = Objective(self.model)
-        packed = sorted(set(inputs) & _PACKED)
-        if packed:
-            raise ValueError(
-                f"inputs: got {', '.join(packed)}, a packed batch, whose boundaries cannot be doubled, expected one "
-                "text a row: packing=False and padding_free=False"
-            )
+        doubled = self._passes() == 2
+        check_unpacked(self.model, inputs, doubled)
         if labels is None:
             raise ValueError(f"inputs: got {sorted(inputs)}, expected `labels` among them")
         batch = find_batch_size(labels)
-        doubled = self._passes() == 2
         inputs = objective.prepare(inputs, labels)
         processes = 1
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -170,6 +163,11 @@ class AdaMixTrainerMixin(CheckpointMixin):
         if not return_outputs:
             return loss
         return loss, split_passes(outputs, batch)[0] if doubled else outputs
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = dict(inputs)
+        with tasks_of(self.model, inputs):  # the base trainer hands a batch without labels to the model as it is
+            return super().prediction_step(model, inputs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._own_normalisation():

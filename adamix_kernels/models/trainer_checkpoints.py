@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ._files import write_tokenizer
+from ._files import one_writer, remove_unnamed, replace_file, write_sealed_json, write_tokenizer
+from .card import adamix_card, write_card
 from .checkpoint import load_adamix
+from .header import CHECKPOINT_NAME, read_header
 from .manifest import check_manifest, newest_whole_checkpoint, remove_manifest, write_manifest
 from .saving import save_folder
 
@@ -107,6 +110,13 @@ class CheckpointMixin(_Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._finish_checkpoint(checkpoint_folder)
+        # The base trainer pushes its output folder, into which it copies the files that it knows. Other processes push
+        # nothing, and have no such attribute.
+        running = getattr(self, "push_in_progress", None)
+        if self.is_world_process_zero() and self.args.hub_strategy != "end" and (running is None or running.is_done()):
+            output = Path(str(self.args.output_dir))
+            _copy_checkpoint(Path(checkpoint_folder), output)
+            write_card(output, adamix_card(self.model))
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _finish_checkpoint(self, folder: str) -> None:
@@ -158,3 +168,14 @@ class CheckpointMixin(_Trainer):
             return
         logger.info("Loading best model from %s (score: %s)", best, self.state.best_metric)
         load_adamix(self.model, str(best))
+
+
+def _copy_checkpoint(source: Path, target: Path) -> None:
+    """The tensors and the JSON that commits them, without the way to a local base, which begins elsewhere."""
+    header = read_header(source / CHECKPOINT_NAME)
+    header["base_model"]["folder"] = None
+    name = header["tensors"]["file"]
+    with one_writer(target):
+        replace_file(target / name, lambda temporary: shutil.copyfile(source / name, temporary))
+        write_sealed_json(target / CHECKPOINT_NAME, header)
+        remove_unnamed(target / CHECKPOINT_NAME, "adamix")

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from .gate_training import OPTIONS
 from .state import adamix_state
+
+# Where the texts of one long row begin, as flash attention is told.
+_PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx"})
+
+
+def check_unpacked(model: nn.Module, inputs: Mapping[str, Any], doubled: bool) -> None:
+    """Raises ValueError for several texts in one row, where they would not stay apart."""
+    packed = sorted(set(inputs) & _PACKED)
+    places = inputs.get("position_ids")
+    flash = "flash" in str(getattr(getattr(model, "config", None), "_attn_implementation", None))
+    if doubled and flash and not packed and places is not None and "attention_mask" not in inputs:
+        # transformers looks for texts in the positions of a single row alone, and two passes are two rows.
+        packed = ["position_ids that begin anew"] if bool((places.diff(dim=-1) < 0).any()) else []
+    if packed:
+        raise ValueError(
+            f"inputs: got {', '.join(packed)}, a packed batch, whose boundaries cannot be doubled, expected one "
+            "text a row: packing=False and padding_free=False"
+        )
 
 
 def check_checkpointing(model: nn.Module, args: Any, fsdp_plugin: Any = None) -> None:

@@ -1,4 +1,5 @@
-"""Warns where an adapted model trains without its second pass, with one that measures dropout, or learns nothing."""
+"""Warns where an adapted model trains without its second pass, with one that measures dropout, in 16-bit parameters, or
+where it has learned nothing."""
 
 from __future__ import annotations
 
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 _PATIENCE = 4
 # From here on a symmetric KL between two dropout masks outweighs the cross-entropy.
 _LARGE_WEIGHT = 10.0
+# Bits of a value.
+_SIGNIFICANT = {torch.bfloat16: 8, torch.float16: 11}
 # A cross-entropy that ends above this part of its first has not fallen; fewer logs do not tell.
 _STANDSTILL, _LOGS = 0.98, 8
 # Of the head, which is trained.
@@ -110,6 +113,21 @@ def warn_of_dropout(model: nn.Module, state: AdaMixState) -> None:
         weight,
         ", ".join(f"{name.rpartition('.')[2]}=0.0" for name in found),
     )
+
+
+def warn_of_rounding(model: nn.Module) -> None:
+    """Before a training of 16-bit parameters, which the head of a 16-bit base is: banks are in float32."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and p.dtype in _SIGNIFICANT}
+    if trained:
+        first, dtype = next((name, p.dtype) for name, p in trained.items())
+        logger.warning(
+            "%d trained parameters are %s (%s, ...): an optimizer's step of less than about 1/%d of a value is rounded "
+            "away. Load the base in float32, from_pretrained(..., dtype=torch.float32), and train with bf16=True.",
+            len(trained),
+            str(dtype).removeprefix("torch."),
+            first,
+            2 ** _SIGNIFICANT[dtype],
+        )
 
 
 def _dropouts(values: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str, float]]:

@@ -117,10 +117,10 @@ def _built(base: Encoder, header: dict[str, Any]) -> Any:
     if facts.get("dtype") is not None and "quantization_config" not in facts["config"]:
         options["dtype"] = facts["dtype"]
     try:
-        # A head that was trained comes with the checkpoint; any other is the base's.
-        head = bool(header["saved_modules"])
         options["local_files_only"] = base.packaged or out_of_reach(base.path)
-        model = from_pretrained(kind, base.path, unread=_unread(facts), new_head=head, **options)
+        # A head that was trained comes with the checkpoint; any other is the base's.
+        heads = header["saved_modules"]
+        model = from_pretrained(kind, base.path, unread=_unread(facts), new_head=heads, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f'model: cannot load the base model {base.name!r} ({first_line(error)}), expected model="...", a Hub id or '

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..models.hub import hub_answers, unreached
@@ -23,11 +23,13 @@ _TOKENIZERS = (
 )  # fmt: skip
 
 
-def from_pretrained(kind: Any, path: str, *, unread: str | None = None, new_head: bool = True, **options: Any) -> Any:
+def from_pretrained(
+    kind: Any, path: str, *, unread: str | None = None, new_head: bool | Sequence[str] = True, **options: Any
+) -> Any:
     """kind.from_pretrained(path), without transformers' report: one warning names the weights drawn at random.
 
-    new_head: whether a head that the files lack, or have for other labels, is meant to be drawn, and not named. unread:
-    nor what has this in its name.
+    new_head: whether a head that the files lack, or have for other labels, is meant to be drawn, and not named; or the
+    paths of the modules of which this is true. unread: nor what has this in its name.
 
     Raises ValueError: below the head the files have a weight of another shape; or they are no safetensors.
     """
@@ -51,18 +53,26 @@ def from_pretrained(kind: Any, path: str, *, unread: str | None = None, new_head
                 raise
             # How transformers 4 says that it found no file, offline.
             raise OSError(f"{path}: no such folder, and no such model in the cache of this machine") from error
-    prefix = f"{model.base_model_prefix}."
-    headless = getattr(model, model.base_model_prefix, model) is model
-    every = headless or not new_head
+    new = _new_names(model, new_head)
     for name, stored, wanted in sorted(info["mismatched_keys"]):
-        if every or name.startswith(prefix):
+        if not new(name):
             raise ValueError(f"{path}: got {name} of shape {tuple(stored)}, expected {tuple(wanted)}")
-    fresh = sorted(name for name in info["missing_keys"] if every or name.startswith(prefix))
+    fresh = sorted(name for name in info["missing_keys"] if not new(name))
     fresh = [name for name in fresh if unread is None or unread not in name]
     if fresh:
         shown = ", ".join(fresh[:_SHOWN]) + (f" and {len(fresh) - _SHOWN} more" if len(fresh) > _SHOWN else "")
         logger.warning("%s has no values for %d weights, which were drawn at random: %s", path, len(fresh), shown)
     return model
+
+
+def _new_names(model: Any, new_head: bool | Sequence[str]) -> Callable[[str], bool]:
+    """Whether the weight of a name is meant to be drawn at random."""
+    if not isinstance(new_head, bool):
+        heads = tuple(f"{path}." for path in new_head)
+        return lambda name: name.startswith(heads)
+    prefix = f"{model.base_model_prefix}."
+    headless = getattr(model, model.base_model_prefix, model) is model
+    return lambda name: new_head and not headless and not name.startswith(prefix)
 
 
 def tokenizer_of(path: str, local: bool, **options: Any) -> Any:

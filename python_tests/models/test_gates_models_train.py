@@ -285,6 +285,8 @@ def test_padding_counts_nowhere():
     model(**wide)
     padded = gate_losses(model)
     torch.testing.assert_close(padded, short)
+    model(wide["input_ids"], wide["attention_mask"])
+    torch.testing.assert_close(gate_losses(model), short)
     model(input_ids=wide["input_ids"])  # without a mask the padding counts
     assert (gate_losses(model).balance - short.balance).abs() > 1e-6
     assert gate_losses(model).total == 0  # taken
@@ -353,6 +355,12 @@ def test_single_experts_and_random_ones_serve_for_comparison():
     with eval_routing(model, "token"):
         found.append(logits(model))
     assert min((a - b).abs().max() for n, a in enumerate(found) for b in found[:n]) > 1e-4
+
+
+def test_rows_without_labels_are_predicted_by_their_tasks(tmp_path):
+    model, trainer = trained(tmp_path, PRESETS["task"]())
+    rows = [{name: value for name, value in row.items() if name != "labels"} for row in rows_of(model, True)]
+    torch.testing.assert_close(torch.tensor(trainer.predict(rows).predictions), logits(model))
 
 
 def test_tasks_are_asked_for_and_checked():

@@ -200,7 +200,9 @@ def test_a_name_that_matches_nothing_beside_others_is_told(caplog):
     assert "(closest: value)" in record.getMessage()
     caplog.clear()
     adapted(method="lora", target_modules=["query", "key"], layers_to_transform=[1], exclude_modules=["key"])
-    assert not [r for r in caplog.records if "target_modules" in r.getMessage()]
+    assert not caplog.records
+    assert len(adapted(layers_to_transform=[-1, 1, 7]).adamix.paths) == 1
+    assert "layers_to_transform: no layer to adapt is numbered -1, 7" in caplog.text
 
 
 def test_a_refused_config_changes_nothing():

@@ -153,6 +153,41 @@ def test_activation_checkpointing():
         torch.testing.assert_close(a, b)
 
 
+def test_a_trained_embedding_under_reentrant_checkpointing():
+    """transformers 4 recomputes a layer by its forward of that time: here it would be the layer's own output."""
+    model = tiny.tiny_llama(num_hidden_layers=4)
+    fields = dict(bottleneck=4, num_experts=3, layers_to_transform=[3], modules_to_save=["embed_tokens"])
+    families.spread(adapt(model, AdaMixConfig(**fields))).train()
+    batch = inputs_of(model, "llama")
+    grads = []
+    for reentrant in (None, True):
+        if reentrant:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": True})
+        torch.manual_seed(5)
+        model.zero_grad()
+        with shared_prefix(model, batch) as shared:
+            model(**double_batch(batch)).logits.float().pow(2).sum().backward()
+        assert shared is not reentrant
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_decoder_shares_nothing_that_has_read_drawn_experts():
+    """The encoder's first layer has experts, the decoder's first has none, but attends to their output."""
+    model = tiny.tiny_t5()
+    targets = r"(encoder\.block\.\d+|decoder\.block\.1)\..*DenseReluDense\.wo"
+    fields = dict(bottleneck=4, num_experts=3, share=None, target_modules=targets, shared_prefix=True)
+    families.spread(adapt(model, AdaMixConfig(**fields))).train()
+    batch = inputs_of(model, "t5")
+    results = []
+    for run in (lambda: model(**double_batch(batch)), lambda: both_passes(model, batch)):
+        torch.manual_seed(5)
+        results.append(run().logits)
+    assert torch.equal(*results)
+
+
 def test_an_error_inside_leaves_nothing_behind():
     model = upper("bert")
     batch = inputs_of(model, "bert")

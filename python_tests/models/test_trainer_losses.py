@@ -179,6 +179,35 @@ def test_given_decoder_inputs_are_kept(tmp_path):
     assert prepared["use_cache"] is False
 
 
+@pytest.mark.parametrize("kind", ["Bart", "MBart", "Mvp"])
+def test_an_encoder_decoder_that_transformers_calls_masked_too(kind, tmp_path):
+    """Its decoder reads the labels, shifted, and not the inputs."""
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in
+             {"layers": 2, "attention_heads": 4, "ffn_dim": 64}.items()}  # fmt: skip
+    rates = {name: 0.0 for name in ("dropout", "attention_dropout", "activation_dropout")}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=64, d_model=32, max_position_embeddings=40, **sizes)
+    config.update(rates)
+    model = adapted(
+        getattr(transformers, f"{kind}ForConditionalGeneration")(config), num_experts=1, target_modules=["fc2"]
+    )
+    batch = batch_for(model, 4, 6)
+    batch["labels"] = ignoring(batch)["labels"].flip(0)
+    trainer = trainer_for(model, tmp_path)
+    loss, outputs = trainer.compute_loss(model.train(), dict(batch), return_outputs=True)
+    torch.testing.assert_close(loss, model(**batch).loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs.logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_an_update_without_a_label_has_a_loss_of_zero(weight, tmp_path):
+    model = adapted(tiny_gpt2(), consistency_weight=weight)
+    rows = dataset_for(model)
+    trainer = trainer_for(model, tmp_path, [{**row, "labels": torch.full((6,), -100)} for row in rows])
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "learning_rate" in log]
+    assert [(log["loss"], log["cross_entropy"], log["consistency"]) for log in logs] == [(0, 0, 0)] * 2
+
+
 def test_a_task_without_a_loss_is_named(tmp_path):
     model = adapted(tiny_bert(model_class=transformers.BertForQuestionAnswering))
     with pytest.raises(NotImplementedError, match="BertForQuestionAnswering"):

@@ -247,6 +247,29 @@ def test_the_best_checkpoint_of_a_run_that_was_moved_is_kept_and_taken(tmp_path,
     assert "checkpoint-3, the best checkpoint, is not there any more: the last weights are kept" in caplog.text
 
 
+def test_what_is_pushed_in_training_is_a_whole_checkpoint(tmp_path, monkeypatch):
+    """transformers pushes its output folder, into which it copies the files that it knows."""
+    pushed = []
+
+    def push(trainer, folder):
+        pushed.append(load_adamix(tiny_bert(3, dropout=0.1), tmp_path))
+        for name, value in trained_parameters(trainer.model).items():
+            assert torch.equal(pushed[-1].get_parameter(name), value)
+        assert sum(name.startswith("adamix-") for name in os.listdir(tmp_path)) == 1
+        assert json.loads((tmp_path / "adamix_checkpoint.json").read_text())["base_model"]["folder"] is None
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    model = adapted(tiny_bert(3, dropout=0.1))
+    trainer = AdaMixTrainer(model, arguments(tmp_path, max_steps=4), train_dataset=data_for(model))
+    trainer.args.push_to_hub = True  # afterwards: the constructor asks the Hub
+    trainer.train()
+    assert len(pushed) == 2
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    os.remove(tmp_path / "adamix_checkpoint.json")
+    with pytest.raises(ValueError, match="expected a folder written by save_adamix"):
+        trainer._push_from_checkpoint(str(tmp_path / "checkpoint-4"))
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resuming_a_finished_training_takes_no_further_step(accumulation, tmp_path):
     """4 steps end within an epoch of 5 (or of 3): the base trainer would go on to a fifth."""

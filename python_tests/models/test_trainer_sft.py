@@ -134,3 +134,10 @@ def test_what_the_mixin_would_lose_is_refused(tokenizer, tmp_path):
     packed = {**tiny.batch_for(model), "cu_seq_lens_q": torch.tensor([0, 8])}
     with pytest.raises(ValueError, match=r"inputs: got cu_seq_lens_q, a packed batch.*packing=False"):
         trainer.compute_loss(model, packed)
+    batch = tiny.batch_for(model, batch=1)
+    row = {"input_ids": batch["input_ids"], "labels": batch["labels"], "position_ids": torch.tensor([[*range(4)] * 2])}
+    apart = trainer.compute_loss(model, row)  # a mask is made of the positions
+    assert apart.isfinite()
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"inputs: got position_ids that begin anew, a packed batch"):
+        trainer.compute_loss(model, row)

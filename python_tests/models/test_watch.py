@@ -283,3 +283,12 @@ def test_the_trainer_tells_of_a_training_that_learned_nothing(caplog, tmp_path):
         )
         AdaMixTrainer(model, settings, train_dataset=rows(model)).train()
         assert sum("lower learning rate" in record.getMessage() for record in caplog.records) == told
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_head_in_16_bits_is_told(caplog, tmp_path, dtype):
+    model = adapt(tiny.tiny_bert().to(dtype), AdaMixConfig(bottleneck=4))
+    rows = tiny_training.dataset_for(model)
+    tiny_training.trainer_for(model, tmp_path, rows, max_steps=1).train()
+    told = "2 trained parameters are bfloat16 (classifier.weight, ...): an optimizer's step of less than about 1/256"
+    assert (told in caplog.text) is (dtype == torch.bfloat16)

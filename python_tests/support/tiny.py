@@ -87,7 +87,7 @@ def tiny_llama(**options):
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=options.pop("num_hidden_layers", LAYERS),
         num_attention_heads=HEADS,
         num_key_value_heads=2,
         max_position_embeddings=40,
