@@ -1,5 +1,6 @@
 """docs/evidence: its tables say what its rows say, and its command trains what they lack."""
 
+import re
 import shutil
 
 import pytest
@@ -27,7 +28,7 @@ def test_every_table_of_the_page_is_what_its_rows_say(capsys):
 def test_a_table_that_differs_from_its_rows_is_found_and_put_right(tmp_path, monkeypatch, capsys):
     page = tmp_path / "README.md"
     text = command.PAGES[0].read_text(encoding="utf-8")
-    page.write_text(text.replace("| pfeiffer | 86.35", "| pfeiffer | 86.45", 1), encoding="utf-8")
+    page.write_text(re.sub(r"(\| pfeiffer \| )\d\d", r"\g<1>12", text, count=1), encoding="utf-8")
     monkeypatch.setattr(command, "PAGES", (page,))
     assert command.main(["--check"]) == 1
     assert "a table differs from its rows" in capsys.readouterr().err
