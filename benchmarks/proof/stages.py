@@ -1,6 +1,7 @@
 """The stages of the GPU proof, in groups that run side by side; the most valuable groups first.
 
-In two parts for machines that are rented by the minute: what is right, and as fast as predicted; how fast beside others.
+In two parts for machines that are rented by the minute: what is right, and as fast as predicted; how fast beside
+others.
 """
 
 from __future__ import annotations
