@@ -23,8 +23,6 @@ CONTROLS = (
 )  # fmt: skip
 # Without those that the recipe's default methods hold too.
 NEW_CONTROLS = tuple(m for m in CONTROLS if m not in ("pfeiffer", "adamix", "adamix:consistency_weight=0"))
-# Of CONTROLS the ones that tell the mixture from the second pass and from more steps.
-DECISIVE = (CONTROLS[0], CONTROLS[1], CONTROLS[4], CONTROLS[6], CONTROLS[7])
 RATES = (0.003, 0.01, 0.001)
 SEARCHED = ("pfeiffer", "adamix:num_experts=1", "adamix:consistency_weight=0", "adamix")
 
@@ -117,7 +115,7 @@ STUDIES = (
     Study("acceptable_search", "acceptable_held_back", [_at(m, r) for m in SEARCHED for r in RATES],
           _epochs(10, ["merged"], 8, **HALF), Limits(train_rows=200), seeds=1,
           make=sentences.write_acceptable_held_back),
-    Study("acceptable", "acceptable", (*DECISIVE, CONTROLS[2], CONTROLS[5]), _epochs(20, ["merged"], 8, **HALF),
+    Study("acceptable", "acceptable", CONTROLS, _epochs(20, ["merged"], 8, **HALF),
           Limits(train_rows=240, dev_rows=436), make=sentences.write_acceptable),
     Study("gates_search", "sst2_held_back", [_at(m, r) for m in SEARCHED_GATES for r in (0.003, 0.01)],
           _epochs(5, ["merged"], 8, adamix=LORAS, **HALF), Limits(train_rows=400, dev_rows=436), seeds=1,
