@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 IMPLEMENTED = sorted((ROOT / "adamix_kernels" / "ops").glob("*/triton_impl"))
 OPS = [folder.parent.name for folder in IMPLEMENTED]
 TABLE = read(aot_table.TABLE)
-BY_DAY = 4
+BY_DAY = 1
 GOOD = Row("a_kernel", "bfloat16", "sample", "64x128 w4 s3", 90, 100, 0, 4096, 0, "wgmma", "0123", "3.6.0")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is missing")
 
