@@ -15,7 +15,7 @@ from .loras import offsets_of
 
 _FORMS = ("dense, sample", "dense, token", "chosen, sample", "chosen, token", "chosen, token")
 # Experts and rank of more columns than one tile holds.
-_MANY = 33, 8
+_MANY = 17, 16
 
 
 def _gates(d: Draw, banks: tuple[int, int], batch: int, tokens: int):
