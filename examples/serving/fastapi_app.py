@@ -99,6 +99,12 @@ def application(server, timeout=30.0):
             detail.insert(0, {"type": "content_type", "loc": ["header", "content-type"], "msg": told})
         return JSONResponse({"detail": detail}, 422)
 
+    @app.exception_handler(ConnectionError)
+    @app.exception_handler(TimeoutError)
+    def away(_request: Request, error: Exception):
+        told = str(error) if isinstance(error, ConnectionError) else f"no answer within {timeout:g} s"
+        return JSONResponse({"detail": told}, 503, {"Retry-After": "1"})
+
     @app.api_route("/health", methods=["GET", "HEAD"])
     def health():
         alive = server.alive() and not closing.is_set()
@@ -118,10 +124,6 @@ def application(server, timeout=30.0):
             return server.ask(asked.text, asked.name, timeout)
         except Busy as error:
             raise HTTPException(429, str(error), {"Retry-After": "1"}) from None
-        except TimeoutError:
-            raise HTTPException(503, f"no answer within {timeout:g} s") from None
-        except ConnectionError as error:
-            raise HTTPException(503, str(error), {"Retry-After": "1"}) from None
         except FloatingPointError as error:
             raise HTTPException(500, str(error)) from None
         except ValueError as error:  # by content, of a name without a centroid

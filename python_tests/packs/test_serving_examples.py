@@ -76,6 +76,10 @@ def test_whatever_comes_is_answered(app):
             server.model.classifier.bias.fill_(torch.nan)
         status, told = post(ask, {"text": "a", "name": "books"})
         assert (status, told["detail"][:10]) == (500, "books: got")
+        server.waiting = server.labels = lambda: (_ for _ in ()).throw(ConnectionError("a shard does not answer"))
+        for path in ("names", "health"):
+            assert raw(f"{url}/{path}", None, method="GET") == (503, '{"detail":"a shard does not answer"}')
+        del server.waiting
         server.close()
         assert raw(f"{url}/health", None, method="GET") == (503, '{"alive":false,"waiting":0}')
 
