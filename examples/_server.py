@@ -25,10 +25,22 @@ class Asked(NamedTuple):
     answer: futures.Future
 
 
-def lengths(folder):
-    """name -> tokens at which its training cut, of a folder of `adamix pack`; of save_pack's it is empty."""
+def lengths(folder, names):
+    """name -> tokens at which its training cut, of a folder of `adamix pack`; of save_pack's it is empty. Raises
+    ValueError for a name of pairs of texts."""
     files = sorted(Path(folder, "names").glob("*/adamix_run.json"))
-    return {file.parent.name: read_run(file.parent).max_tokens for file in files}
+    runs = {file.parent.name: read_run(file.parent) for file in files if file.parent.name in names}
+    of_pairs = [name for name, run in runs.items() if run.text_pair_column]
+    if of_pairs:
+        raise ValueError(
+            f"pack: got {of_pairs[0]!r}, which was trained on pairs of texts, expected names of single ones: adamix "
+            "predict --pack takes --pair"
+        )
+    return {name: run.max_tokens for name, run in runs.items()}
+
+
+def regresses(entry):
+    return entry.problem == "regression" or len(entry.labels or ()) == 1
 
 
 class Server:
@@ -94,7 +106,7 @@ class Server:
 
     def labels(self):
         """Of each name, in id order."""
-        return {name: entry.labels for name, entry in dict(self.names).items()}
+        return {name: ["score"] if regresses(entry) else entry.labels for name, entry in dict(self.names).items()}
 
     def alive(self):
         return self.thread.is_alive()
@@ -161,7 +173,7 @@ class Server:
     def _said(self, name, row):
         entry = self.names[name]
         labels = entry.labels or [f"LABEL_{number}" for number in range(len(row))]
-        if entry.problem == "regression" or len(labels) == 1:
+        if regresses(entry):
             values, said = row[:1], {"name": name, "score": row[0].item()}
         else:
             values = row[: len(labels)].softmax(-1)

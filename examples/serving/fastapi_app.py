@@ -155,7 +155,8 @@ def open_server(folder, most, waiting, names=None):
     except ValueError as error:
         raise ValueError(f"pack: {error}") from error
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return Server(model, tokenizer, most, waiting, lengths(folder))
+    pack = getattr(getattr(model, "adamix", None), "pack", None)
+    return Server(model, tokenizer, most, waiting, lengths(folder, pack.entries if pack else ()))
 
 
 def main(arguments=None):

@@ -11,7 +11,7 @@ import tiny_text
 import torch
 
 from adamix_kernels import AdaMixConfig, adapt, load, merge, pack, remove_expert, save_adamix, save_pack, store_centroid
-from adamix_kernels.tasks import load_base, load_classifier, resolve_model
+from adamix_kernels.tasks import Run, load_base, load_classifier, resolve_model, write_run
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LABELS = {"books": ["bad", "good"], "songs": ["a", "b", "c"], "stars": ["score"]}
@@ -105,6 +105,7 @@ def test_long_texts_are_cut_as_in_the_training_and_numbers_are_scores(server, fo
     text = "good " * 200  # of a model of 32 positions
     assert server.ask(text, "books") == pytest.approx(server.ask("good " * 30, "books"))
     assert server.ask(text, "stars").keys() == {"name", "score"}
+    assert server.labels() == LABELS
     server.longest["books"] = 5
     assert server.ask(text, "books") == pytest.approx(server.ask("good good good", "books"))
     remove_expert(server.model, "songs")
@@ -148,6 +149,16 @@ def test_what_is_no_pack_of_labels_is_refused(folder, examples):
     ):
         with pytest.raises(ValueError, match=told):
             examples[0].Server(*given)
+
+
+def test_what_a_name_was_trained_on_comes_of_its_run_file(tmp_path, examples):
+    for name, pair in (("books", None), ("pairs", "second")):
+        (tmp_path / "names" / name).mkdir(parents=True)
+        run = Run("m", "d", ["a", "b"], 24, text_column="text", text_pair_column=pair)
+        write_run(tmp_path / "names" / name, run)
+    assert examples[0].lengths(tmp_path, ["books", "songs"]) == {"books": 24}
+    with pytest.raises(ValueError, match="got 'pairs', which was trained on pairs of texts, expected names of single"):
+        examples[0].lengths(tmp_path, ["books", "pairs"])
 
 
 @pytest.fixture
