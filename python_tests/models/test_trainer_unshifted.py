@@ -89,3 +89,25 @@ def test_a_loss_of_several_tokens_ahead_is_named():
     for name in ("ProphetNetForCausalLM", "ProphetNetForConditionalGeneration"):
         with pytest.raises(NotImplementedError, match=name):
             objectives.Objective(getattr(transformers, name)(config))
+
+
+def test_layers_that_are_given_tokens_first_take_no_experts_of_a_pass(tmp_path):
+    """XLNet's are: a pass would be half of the tokens. Experts of each token fit, as does a single expert."""
+    seen = []
+    for options in ({"routing": "batch"}, {"routing": "sample"}):
+        model = model_of("XLNetLMHeadModel", **options)
+        with pytest.raises(ValueError, match=r"routing: got '(batch|sample)' for 'transformer.layer.0.ff.layer_2'"):
+            trainer_for(model, tmp_path)
+    model = model_of("XLNetLMHeadModel", routing="token").train()
+    model.get_submodule(model.adamix.paths[0]).register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+    loss = trainer_for(model, tmp_path).compute_loss(model, batch_for(model, 4, 6))
+    assert loss.isfinite()
+    assert seen == [(6, 8, 64)]
+    config = transformers.LongformerConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=40, attention_window=8,
+    )  # fmt: skip
+    classifier = transformers.LongformerForSequenceClassification(config)
+    with pytest.raises(ValueError, match=r"of model_type 'longformer', which is given tokens before samples"):
+        trainer_for(adapted(classifier, method="lora", r=2, target_modules=["query"]), tmp_path)
+    trainer_for(adapted(classifier, target_modules=["output.dense"]), tmp_path)
