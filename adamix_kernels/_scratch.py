@@ -37,5 +37,5 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
         try:
             yield Path(name)
         finally:
-            if ours:
+            if ours and signal.getsignal(signal.SIGTERM) is end:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -18,7 +18,7 @@ from ..packs.reading import called, one_adaptation
 from ..packs.state import Pack, check_name
 from ..tasks import Run, load_base, read_run, write_run
 from ..tasks._bases import TOKENIZER_NAME
-from ..tasks._pretrained import tokenizer_of
+from ..tasks._pretrained import first_line, tokenizer_of
 from ..tasks.run_file import RUN_NAME
 from ._folder import kept
 from ._options import OutputOptions, needs_out, option, quiet, start
@@ -97,7 +97,11 @@ def _check_tokenizer(tokenizer: Any, folder: Path, first: str) -> None:
     parts a text otherwise is noted."""
     if tokenizer is None or not (folder / TOKENIZER_NAME).is_file():
         return
-    own = tokenizer_of(str(folder), True)
+    try:
+        own = tokenizer_of(str(folder), True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        print(f"note: the tokenizer of {folder} does not load ({first_line(error)}); all names get that of {first}")
+        return
     ours, theirs = ({number: word for word, number in one.get_vocab().items()} for one in (tokenizer, own))
     other = next((number for number in sorted(ours.keys() & theirs.keys()) if ours[number] != theirs[number]), None)
     if other is not None:
@@ -108,7 +112,7 @@ def _check_tokenizer(tokenizer: Any, folder: Path, first: str) -> None:
     steps: list[Any] = [getattr(one, "backend_tokenizer", None) for one in (tokenizer, own)]
     if None not in steps:
         mine, its = (json.loads(one.to_str()) for one in steps)
-        for step in ("normalizer", "pre_tokenizer"):
+        for step in ("normalizer", "pre_tokenizer", "post_processor"):
             if mine[step] != its[step]:
                 print(f"note: the tokenizer of {folder} has another {step} than that of {first}, which all names get")
 

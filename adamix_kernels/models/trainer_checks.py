@@ -35,14 +35,16 @@ def check_layout(model: nn.Module) -> None:
     """Raises ValueError for experts drawn per pass or sample in layers that are given tokens before samples."""
     state, kind = adamix_state(model), model_type(model)
     rule = TOKENS_FIRST.get(kind or "")
-    if rule is None or state.config.num_experts == 1 or state.config.routing not in ("batch", "sample"):
+    # With one pass a whole batch has one expert, however it lies.
+    drawn = ("batch", "sample") if state.config.passes == 2 else ("sample",)
+    if rule is None or state.config.num_experts == 1 or state.config.routing not in drawn:
         return
     path = next((path for path in state.paths if named(path, rule)), None)
     if path is not None:
         raise ValueError(
             f"routing: got {state.config.routing!r} for {path!r} of model_type {kind!r}, which is given tokens before "
-            "samples, so that a pass would be half of the tokens, expected 'token', num_experts=1 or other "
-            "target_modules"
+            "samples, so that a pass or a sample would be tokens of all, expected 'token', 'batch' with "
+            "consistency_weight=0, num_experts=1 or other target_modules"
         )
 
 

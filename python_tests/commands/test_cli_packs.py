@@ -160,6 +160,9 @@ def test_a_pack_has_one_tokenizer(folder, tmp_path, capsys):
     file.write_text(json.dumps({**json.loads(file.read_text()), "do_lower_case": False}))
     assert cli.main(["pack", *words]) == 0
     assert "has another normalizer than that of films, which all names get" in capsys.readouterr().out
+    (tmp_path / "meals" / "tokenizer.json").unlink()
+    assert cli.main(["pack", *words[:-1], str(tmp_path / "other")]) == 0
+    assert f"note: the tokenizer of {tmp_path / 'meals'} does not load (" in capsys.readouterr().out
 
 
 def test_texts_are_of_the_kind_that_the_name_was_trained_on(folder, capsys):

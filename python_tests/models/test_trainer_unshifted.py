@@ -98,6 +98,7 @@ def test_layers_that_are_given_tokens_first_take_no_experts_of_a_pass(tmp_path):
         model = model_of("XLNetLMHeadModel", **options)
         with pytest.raises(ValueError, match=r"routing: got '(batch|sample)' for 'transformer.layer.0.ff.layer_2'"):
             trainer_for(model, tmp_path)
+    trainer_for(model_of("XLNetLMHeadModel", routing="batch", consistency_weight=0.0), tmp_path)  # one pass, one expert
     model = model_of("XLNetLMHeadModel", routing="token").train()
     model.get_submodule(model.adamix.paths[0]).register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
     loss = trainer_for(model, tmp_path).compute_loss(model, batch_for(model, 4, 6))

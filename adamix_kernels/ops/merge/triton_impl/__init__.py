@@ -285,8 +285,8 @@ def _table(rows: list[tuple[int, ...]], device: torch.device) -> torch.Tensor:
         if not capturing:
             raise
         raise RuntimeError(
-            "merge: got these banks for the first time while a CUDA graph is captured, when this torch gives no pinned "
-            "memory, expected a call with the same banks before the capture"
+            "merge: got new tensors while a CUDA graph is captured, when this torch gives no pinned memory, expected "
+            "one layer a call, or a newer torch; contiguous banks may also be merged once before"
         ) from error
     if capturing:
         _CAPTURED.append(pinned)
