@@ -55,7 +55,8 @@ void run_by_pairs(GatedInputGrad<T>& params, GatedCall& call, const Device& devi
   Tensor narrow = allocate(call.x, {(of_u ? up_size + down_size : 0) + (needs.up ? up_size : 0) + bias_size + 8});
   OptionalTensor ids, planes;
   if (call.has_ids && (needs.down || needs.up)) {
-    ids = allocate(call.x, {call.rows * (gates.down.slots + gates.up.slots)}, ScalarType::Int);
+    // Nor is this: without ids a side is dense.
+    ids = allocate(call.x, {call.rows * (gates.down.slots + gates.up.slots) + 1}, ScalarType::Int);
   }
   T* free = data<T>(narrow);
   auto take = [&](bool wanted, int64_t size) {
