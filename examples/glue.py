@@ -71,7 +71,7 @@ if __name__ == "__main__":
     if options.smoke:
         with _smoke.shared_folder() as folder:
             options.model, options.data = _smoke.encoder(Path(folder, "model")), _smoke.sentences(Path(folder, "data"))
-            args.output_dir, args.max_steps, args.learning_rate = str(Path(folder, "out")), 150, 2e-2
+            args.output_dir, args.max_steps, args.learning_rate = str(Path(folder, "out")), 150, 5e-3
             main(options, args)
     else:
         main(options, args)

@@ -15,9 +15,13 @@ and then, until Ctrl-C, an HTTP server that answers POST {"text": ..., "name": "
 """
 
 import argparse
+import contextlib
 import json
 import queue
 import random
+import signal
+import socket
+import sys
 import tempfile
 import threading
 import time
@@ -28,6 +32,7 @@ from pathlib import Path
 
 import _smoke
 import torch
+from _server import LONGEST, Busy, Server
 from transformers import TrainingArguments, set_seed
 
 from adamix_kernels import (
@@ -36,16 +41,15 @@ from adamix_kernels import (
     adapt,
     load_pack,
     merge,
-    nearest,
     pack,
     save_adamix,
     save_pack,
     store_centroid,
-    use_experts,
 )
+from adamix_kernels.commands.pack import named_folders
 from adamix_kernels.tasks import collator, load_classifier, load_task, resolve_model, tokenize
 
-LONGEST = 128  # tokens
+MOST_BYTES = 1 << 19  # of a request's body
 
 
 def parse(arguments=None):
@@ -62,13 +66,16 @@ def parse(arguments=None):
     options = parser.parse_args(arguments)
     if not options.smoke and len(options.data) < 2:
         parser.error("--data: give at least two domains")
+    try:
+        options.domains = named_folders(options.data) if options.data else {}
+    except ValueError as error:
+        parser.error(str(error))
     return options
 
 
-def train(name, source, options):
+def train(name, task, options):
     """One domain by itself: AdaMix, merged and saved. Returns (folder, dev texts, dev labels by name)."""
     set_seed(options.seed)
-    task = load_task(source, task="classification")
     model, tokenizer = load_classifier(resolve_model(options.model), task.label_names)
     adapt(model, AdaMixConfig(num_experts=2, bottleneck=16))
     rows, collate = tokenize(task.train, tokenizer, LONGEST), collator(tokenizer)
@@ -90,110 +97,53 @@ def train(name, source, options):
     return folder, task.dev.texts, [task.label_names[label] for label in task.dev.labels]
 
 
-class Busy(RuntimeError):
-    """The queue is full: try again later."""
+def http_server(server, port, timeout=60):
+    """POST {"text": ..., "name": ...} alone. `answering` holds the threads that are at it."""
 
-
-class Server:
-    """One thread with the model; batches of whatever is waiting, of any names.
-
-    Args:
-        model: a pack. most: texts of one forward. waiting: texts that may wait; one more raises Busy.
-    """
-
-    def __init__(self, model, tokenizer, most=32, waiting=256):
-        self.model, self.tokenizer, self.most = model.eval(), tokenizer, most
-        self.names, self.batches, self.answered = model.adamix.pack.entries, 0, 0
-        self.queue = queue.Queue(waiting)
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def ask(self, text, name=None, timeout=60):
-        """{"name", "label", "probability"}, and the similarity where there was no name. Raises ValueError, Busy."""
-        if not isinstance(text, str):
-            raise ValueError(f"text: got {type(text).__name__}, expected a string")
-        if name is not None and name not in self.names:
-            raise ValueError(f"name: got {name!r}, expected one of {', '.join(self.names)}, or none")
-        answer = queue.Queue(1)
-        try:
-            self.queue.put_nowait((text, name, answer))
-        except queue.Full:
-            raise Busy(f"{self.queue.maxsize} texts are waiting") from None
-        found = answer.get(timeout=timeout)
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    def labels(self):
-        """Of each name, in id order."""
-        return {name: entry.labels for name, entry in self.names.items()}
-
-    def alive(self):
-        return self.thread.is_alive()
-
-    def waiting(self):
-        """How many texts wait."""
-        return self.queue.qsize()
-
-    def close(self):
-        self.queue.put(None)
-        self.thread.join()
-
-    def _run(self):
-        while (first := self.queue.get()) is not None:
-            some = [first]
-            while len(some) < self.most and not self.queue.empty():
-                following = self.queue.get()
-                if following is None:
-                    self.queue.put(None)
-                    break
-                some.append(following)
-            try:
-                answers = self._answers([text for text, _, _ in some], [name for _, name, _ in some])
-            except Exception as error:  # whoever asked shall know, and the thread goes on
-                answers = [error] * len(some)
-            for (_, _, waiting), found in zip(some, answers, strict=True):
-                waiting.put(found)
-            self.batches, self.answered = self.batches + 1, self.answered + len(some)
-
-    @torch.inference_mode()
-    def _answers(self, texts, names):
-        inputs = self.tokenizer(texts, truncation=True, max_length=LONGEST, padding=True, return_tensors="pt")
-        inputs = inputs.to(next(self.model.parameters()).device)
-        routed = nearest(self.model, **inputs) if None in names else None
-        chosen = [routed.nearest[i] if name is None else name for i, name in enumerate(names)]
-        with use_experts(self.model, chosen):
-            chances = self.model(**inputs).logits.softmax(-1).cpu()
-        found = []
-        for i, (name, row) in enumerate(zip(chosen, chances, strict=True)):
-            probability, label = row.max(-1)
-            labels = self.names[name].labels
-            one = {"name": name, "label": labels[label] if labels else int(label), "probability": probability.item()}
-            found.append(one if names[i] else {**one, "similarity": routed.similarity[i]})
-        return found
-
-
-def http_server(server, port):
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
+        timeout = 30  # seconds that a silent client keeps its thread
 
         def do_POST(self):
+            self.server.answering.add(threading.current_thread())
             try:
-                asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-                if not isinstance(asked, dict):
-                    raise ValueError('got no object, expected {"text": ..., "name": ...}')
-                status, answer = 200, server.ask(asked.get("text"), asked.get("name"))
-            except ValueError as error:
-                status, answer = 400, {"error": str(error)}
-            except Busy as error:
-                status, answer = 503, {"error": str(error)}
-            body = json.dumps(answer).encode()
+                self._answer()
+            finally:
+                self.server.answering.discard(threading.current_thread())
+
+        def do_GET(self):
+            self._say(405, f"method: got {self.command}, expected POST", Allow="POST", Connection="close")
+
+        do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
+
+        def _answer(self):
+            length = self.headers.get("Content-Length", "")
+            if not (length.isascii() and length.isdigit()):
+                return self._say(411, f"Content-Length: got {length!r}, expected the body's bytes", Connection="close")
+            if len(length) > len(str(MOST_BYTES)) or int(length) > MOST_BYTES:
+                return self._say(413, f"body: got {length} bytes, expected at most {MOST_BYTES}", Connection="close")
+            try:
+                asked = json.loads(self.rfile.read(int(length)))
+                if not isinstance(asked, dict) or asked.keys() - {"text", "name"}:
+                    raise ValueError('body: got another object, expected {"text": ..., "name": ...}')
+                status, answer = 200, server.ask(asked.get("text"), asked.get("name"), timeout)
+            except (ValueError, RecursionError) as error:
+                status, answer = 400, str(error)
+            except (Busy, ConnectionError, TimeoutError) as error:
+                status, answer = 503, str(error)
+            except Exception as error:  # of the forward
+                status, answer = 500, f"{type(error).__name__}: {error}"
+            self._say(status, answer, **({"Connection": "close"} if server.closed else {}))
+
+        def _say(self, status, answer, **headers):
+            body = json.dumps({"error": answer} if isinstance(answer, str) else answer).encode()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
+            for name, value in {"Content-Type": "application/json", "Content-Length": len(body), **headers}.items():
+                self.send_header(name, str(value))
             self.end_headers()
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body)
 
         def log_message(self, *_):
             pass
@@ -201,7 +151,34 @@ def http_server(server, port):
     class Listening(ThreadingHTTPServer):
         request_queue_size = 128
 
+        def __init__(self, *address):
+            super().__init__(*address)
+            self.answering = set()
+
+        def handle_error(self, request, address):
+            if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that hung up
+                super().handle_error(request, address)
+
     return Listening(("127.0.0.1", port), Handler)
+
+
+def serve(http, server):
+    """Until Ctrl-C or SIGTERM; what was asked by then is answered."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        http.serve_forever()
+    http.server_close()
+    server.close()
+    while http.answering:
+        time.sleep(0.01)
+
+
+def check_port(port):
+    """Raises ValueError where nothing can listen on it."""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"port: got {port}, expected a free one, or 0 for any ({error})") from None
 
 
 def post(url, asked):
@@ -240,8 +217,10 @@ def load_test(url, asked, clients=16):
 
 
 def main(options):
-    domains = dict(word.split("=", 1) for word in options.data)
-    apart = {name: train(name, source, options) for name, source in domains.items()}
+    if options.port is not None:
+        check_port(options.port)  # before the training
+    domains = {name: load_task(source, task="classification") for name, source in options.domains.items()}
+    apart = {name: train(name, task, options) for name, task in domains.items()}
     model, tokenizer = load_classifier(resolve_model(options.model), ["", "_"])
     pack(model, {name: folder for name, (folder, _, _) in apart.items()})
     folder = save_pack(model, options.out / "pack")
@@ -266,9 +245,9 @@ def main(options):
         return
     http = http_server(server, options.port)
     url = f"http://127.0.0.1:{http.server_address[1]}/"
-    print(f"serving {', '.join(domains)} on {url}")
+    print(f"serving {', '.join(domains)} on {url}", flush=True)
     if not options.smoke:
-        http.serve_forever()
+        serve(http, server)
         return
     threading.Thread(target=http.serve_forever, daemon=True).start()
     print(f"a wrong name: {post(url, {'text': 'a', 'name': 'none'})}")
@@ -292,11 +271,14 @@ if __name__ == "__main__":
             options.model, options.out = _smoke.encoder(Path(folder, "model")), Path(folder, "out")
             things = {"films": ("film",), "hotels": ("hotel",), "songs": ("song",)}
             line = "{thing} {thing} was {word} {word} {word} ."
-            options.data = [
-                f"{name}={_smoke.sentences(Path(folder, name), 48, words, name == 'songs', line)}"
+            options.domains = {
+                name: _smoke.sentences(Path(folder, name), 48, words, name == "songs", line)
                 for name, words in things.items()
-            ]
+            }
             options.lr, options.epochs, options.port, options.batch_size = 1e-2, 16, 0, 8
             main(options)
     else:
-        main(options)
+        try:
+            main(options)
+        except (ValueError, OSError) as error:
+            sys.exit(f"serve_pack.py: {error}")

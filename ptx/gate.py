@@ -24,7 +24,7 @@ from . import build
 
 ARCHITECTURES = (80, 90)
 # Cases of every group of ops that are drawn.
-CASES = {"small": 6, "nightly": 60}
+CASES = {"small": 4, "nightly": 60}
 _ROOT = Path(__file__).parent.parent
 
 
@@ -89,7 +89,7 @@ def in_turn(indices: set[int], arch: int, before: int) -> set[int]:
     return {index for number, index in enumerate(sorted(indices), before + arch // 10) if number % 2}
 
 
-def chosen(count: int, stride: int = 8) -> set[int]:
+def chosen(count: int, stride: int = 14) -> set[int]:
     """Which of a test's parametrisations the small size runs: every stride-th, so the same on every machine.
 
     Both architectures together reach at least one of each op's ways.

@@ -60,7 +60,7 @@ LIBRARIES = ("-L{torch}/lib", "-ltorch", "-ltorch_cpu")
 _UNWATCHED = "host/fibers.cpp"
 HOST_FLAGS = {
     "plain": ("-O2",),
-    "asan": ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "asan": ("-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "tsan": ("-O1", "-g1", "-fsanitize=thread"),
 }
 

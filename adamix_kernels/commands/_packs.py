@@ -26,23 +26,27 @@ NEAREST = "nearest"
 
 @dataclass
 class PackRun:
-    """A pack with its tokenizer. kinds: of each name. adapter: for all rows, or None. threshold: of the routing."""
+    """A pack with its tokenizer. kinds: of each name. adapter: for all rows, or None. threshold: of the routing. pairs:
+    by name, see on_pairs."""
 
     model: nn.Module
     tokenizer: Any
     kinds: dict[str, Kind]
     adapter: str | None
     threshold: float | str | None
+    pairs: dict[str, bool | None]
 
     @property
     def batch_size(self) -> int:
         return next(iter(self.kinds.values())).batch_size
 
     def check(self, row: InputRow) -> InputRow:
-        """Raises ValueError, naming the place, for a row whose name is none of the pack."""
+        """Raises ValueError, naming the place, for a row whose name is none of the pack, or of other texts."""
         if row.name is not None and row.name not in self.kinds:
             raise ValueError(f"{row.place}: got the adapter {row.name!r}, expected one of {', '.join(self.kinds)}")
-        return row
+        name = row.name or self.adapter
+        wanted = set(self.pairs.values()) if name is None else {self.pairs[name]}
+        return check_pair(row, wanted.pop() if len(wanted) == 1 else None)
 
     def answers(self, rows: Sequence[InputRow]) -> list[dict[str, Any]]:
         """One forward a batch, whatever its names; each prediction with its adapter, and, routed, its similarity."""
@@ -127,10 +131,26 @@ def open_pack(
     state = pack_of(packed)
     if adapter is not None and adapter not in state.entries:
         raise ValueError(f"adapter: got {adapter!r}, expected one of {', '.join(state.entries)}")
-    kinds = {name: _kind(name, packed, tokenizer, state, place, batch_size, settings) for name in state.entries}
+    runs = {name: _run_of(name, packed, tokenizer, state, place) for name in state.entries}
+    kinds = {name: _kind(run, tokenizer, batch_size, settings) for name, run in runs.items()}
     if len({isinstance(kind, GenerationKind) for kind in kinds.values()}) > 1:
         raise ValueError(f"pack: got {folder!r}, whose names write texts and label them, expected one of them")
-    return PackRun(packed, tokenizer, kinds, adapter, _threshold(threshold))
+    pairs = {name: on_pairs(run) for name, run in runs.items()}
+    return PackRun(packed, tokenizer, kinds, adapter, _threshold(threshold), pairs)
+
+
+def on_pairs(run: Run) -> bool | None:
+    """Whether it was trained on pairs of texts; None where its file does not tell."""
+    return bool(run.text_pair_column) if run.text_column else None
+
+
+def check_pair(row: InputRow, wanted: bool | None) -> InputRow:
+    """The row. Raises ValueError for a second text that is missing, or that the run knows nothing of."""
+    if wanted and row.pair is None:
+        raise ValueError(f"{row.place}: got one text, expected two: the run was trained on pairs (--pair, or a file)")
+    if wanted is False and row.pair is not None:
+        raise ValueError(f"{row.place}: got a pair, expected one text: the run was trained on single texts")
+    return row
 
 
 def _threshold(given: str | None) -> float | str | None:
@@ -142,13 +162,13 @@ def _threshold(given: str | None) -> float | str | None:
         raise ValueError(f"threshold: got {given!r}, expected a cosine from -1 to 1, or {AUTO}") from None
 
 
-def _kind(
-    name: str, model: Any, tokenizer: Any, state: Pack, folder: Path, size: int | None, settings: dict[str, Any]
-) -> Kind:
+def _run_of(name: str, model: Any, tokenizer: Any, state: Pack, folder: Path) -> Run:
     place = folder / RUNS / name
     run = _described(name, model, tokenizer, state)
-    if (place / RUN_NAME).is_file() and same_labels(told := read_run(place), run):
-        run = told
+    return told if (place / RUN_NAME).is_file() and same_labels(told := read_run(place), run) else run
+
+
+def _kind(run: Run, tokenizer: Any, size: int | None, settings: dict[str, Any]) -> Kind:
     return make_kind(run.task, run.label_names, tokenizer, run.max_tokens, (), {**run.generation, **settings}, size)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..models._files import write_tokenizer
 from ..models.header import CHECKPOINT_NAME, PACK_NAME
@@ -12,9 +14,11 @@ from ..models.hub import resolve_folder
 from ..models.state import adamix_state
 from ..packs.folder import read_pack, save_pack
 from ..packs.pack import pack
-from ..packs.reading import called
+from ..packs.reading import called, one_adaptation
 from ..packs.state import Pack, check_name
 from ..tasks import Run, load_base, read_run, write_run
+from ..tasks._bases import TOKENIZER_NAME
+from ..tasks._pretrained import tokenizer_of
 from ..tasks.run_file import RUN_NAME
 from ._folder import kept
 from ._options import OutputOptions, needs_out, option, quiet, start
@@ -64,6 +68,9 @@ def _pack(folders: dict[str, str], options: PackOptions, output: OutputOptions) 
     first = next(iter(folders))
     with called(first), quiet():
         model, tokenizer = load_base(folders[first], model=options.model)
+    for name, folder in folders.items():
+        with called(name):
+            _check_tokenizer(tokenizer, resolve_folder(folder), first)
     pack(
         model, folders, capacity=options.capacity, max_rank=options.max_rank, max_labels=options.max_labels
     )  # fmt: skip
@@ -85,6 +92,27 @@ def _pack(folders: dict[str, str], options: PackOptions, output: OutputOptions) 
     return 0
 
 
+def _check_tokenizer(tokenizer: Any, folder: Path, first: str) -> None:
+    """A pack has one. Raises ValueError where that of `folder` has other words for its numbers than `first`'s. One that
+    parts a text otherwise is noted."""
+    if tokenizer is None or not (folder / TOKENIZER_NAME).is_file():
+        return
+    own = tokenizer_of(str(folder), True)
+    ours, theirs = ({number: word for word, number in one.get_vocab().items()} for one in (tokenizer, own))
+    other = next((number for number in sorted(ours.keys() & theirs.keys()) if ours[number] != theirs[number]), None)
+    if other is not None:
+        raise ValueError(
+            f"folder: got {str(folder)!r}, in whose tokenizer {other} is {theirs[other]!r}, expected {ours[other]!r}, "
+            f"as in that of {first}: a pack has one tokenizer for all"
+        )
+    steps: list[Any] = [getattr(one, "backend_tokenizer", None) for one in (tokenizer, own)]
+    if None not in steps:
+        mine, its = (json.loads(one.to_str()) for one in steps)
+        for step in ("normalizer", "pre_tokenizer"):
+            if mine[step] != its[step]:
+                print(f"note: the tokenizer of {folder} has another {step} than that of {first}, which all names get")
+
+
 def named_folders(words: Sequence[str]) -> dict[str, str]:
     """NAME=FOLDER of each. Raises ValueError for another word, a name given twice, or none."""
     if not words:
@@ -102,5 +130,5 @@ def named_folders(words: Sequence[str]) -> dict[str, str]:
 
 def _run_of(name: str, folder: str) -> Run | None:
     with called(name):
-        place = run_folder(resolve_folder(folder, name="folder"))
+        place = run_folder(one_adaptation(folder))
         return None if place is None else read_run(place)

@@ -15,9 +15,10 @@ from ..models.gate_training import weighs_by_task
 from ..tasks import InputRow, Run, read_inputs
 from ..tasks._task_names import TaskNames
 from ..tasks.inputs import has_columns
+from ..tasks.reading import checked_text
 from ._kinds import Kind, make_kind
 from ._options import OutputOptions, at_least, option, same_file, shows_bars, start
-from ._packs import open_pack
+from ._packs import check_pair, on_pairs, open_pack
 from ._parser import OptionParser
 from ._predictions import Lines, Printed, Sink, chunks
 from ._runs import RunOptions, open_run
@@ -154,7 +155,10 @@ def _called(option: str, rows: Iterator[InputRow]) -> Iterator[InputRow]:
 
 def _words(options: PredictOptions, words: Sequence[str]) -> Iterator[InputRow]:
     seconds: Sequence[str | None] = options.pair or [None] * len(words)
-    return iter([InputRow(w, p, f"text {i}") for i, (w, p) in enumerate(zip(words, seconds, strict=True), 1)])
+    for number, (word, pair) in enumerate(zip(words, seconds, strict=True), 1):
+        place = f"text {number}"
+        more = None if pair is None else checked_text(pair, lambda place=place: f"{place}, its pair")
+        yield InputRow(checked_text(word, lambda place=place: place), more, place)
 
 
 def _kind(run: Run, tokenizer: Any, options: PredictOptions) -> Kind:
@@ -190,11 +194,7 @@ def _by_training_columns(file: str, run: Run, tasks: str | None) -> Iterator[Inp
 
 
 def _checked(row: InputRow, run: Run) -> InputRow:
-    if run.text_pair_column and row.pair is None:
-        raise ValueError(f"{row.place}: got one text, expected two: the run was trained on pairs (--pair, or a file)")
-    if row.pair is not None and run.text_column and not run.text_pair_column:
-        raise ValueError(f"{row.place}: got a pair, expected one text: the run was trained on single texts")
-    return row
+    return check_pair(row, on_pairs(run))
 
 
 def _run(answer: Answer, rows: Iterator[InputRow], sink: Sink, size: int, progress: bool) -> None:

@@ -45,3 +45,6 @@ LORA_TARGETS: dict[str, Rule] = {
         ("q_proj", "v_proj"),
     ),
 }
+# Layers that are given [S, B, H], tokens before samples: no index of a pass or of a sample fits them.
+_LONGFORMER = r"(.*\.)?(query|key|value)(_global)?"
+TOKENS_FIRST: dict[str, str] = {"xlnet": ".*", "fsmt": ".*", "longformer": _LONGFORMER, "led": _LONGFORMER}

@@ -38,6 +38,15 @@ _TASKS: dict[str, tuple[Mapping[str, Any], ...]] = {
 }
 # Models whose logits are lm_head(last hidden state), with nothing in between or after.
 _PLAIN_HEADS = ("gpt2", "llama")
+# Causal models whose own forward shifts no labels: the logits at s are compared with the labels at s.
+_UNSHIFTED = frozenset(
+    {f"{decoder}ForCausalLM" for decoder in (
+        "Bart", "BigBirdPegasus", "Blenderbot", "BlenderbotSmall", "CpmAnt", "MBart", "Marian", "Mvp", "PLBart",
+        "Pegasus", "Speech2Text2", "TrOCR", "Whisper",
+    )} | {"XLNetLMHeadModel"}
+)  # fmt: skip
+# Models whose own loss is none of these: of several tokens ahead, or of several codebooks.
+_OWN_LOSS = ("ProphetNet", "XLMProphetNet", "Musicgen")
 
 
 class Objective:
@@ -47,7 +56,8 @@ class Objective:
         Gaussian rule of adamix_loss on float labels; with "multi_label_classification" binary cross-entropy (mean over
         labels) and the Bernoulli symmetric KL summed over labels.
     token classification, masked language models: rows [B, S], those labelled -100 left out.
-    causal language models: logits at s predict labels at s + 1. GPT-2 and Llama never hold [2B, S, V] logits.
+    causal language models: logits at s predict labels at s + 1. GPT-2 and Llama never hold [2B, S, V] logits. XLNet and
+        the decoders of encoder-decoders (BartForCausalLM) compare logits and labels at s, as their own forward does.
     sequence (or speech) to sequence: decoder_input_ids are made from the labels by the model's own rule.
 
     Args:
@@ -155,10 +165,18 @@ class Objective:
         return head if type(head) is nn.Linear else None
 
 
+def is_unshifted(model: nn.Module) -> bool:
+    """Whether the model wants the labels of causal language modelling shifted already: at s the token at s + 1."""
+    return any(c.__name__ in _UNSHIFTED for c in type(model).__mro__)
+
+
 def _task_of(model: nn.Module) -> str:
     names = {c.__name__ for c in type(model).__mro__}
     task = next((t for t, tables in _TASKS.items() if any(names & set(table.values()) for table in tables)), None)
-    if task is None or (task == SEQ2SEQ and _decoder_rule(model) is None):
+    if task == CAUSAL and is_unshifted(model):
+        task = TOKENS
+    own = task in (CAUSAL, SEQ2SEQ) and any(name.startswith(_OWN_LOSS) for name in names)
+    if task is None or own or (task == SEQ2SEQ and _decoder_rule(model) is None):
         raise NotImplementedError(
             f"model: got {type(model).__name__}, expected a model for sequence, image or token classification, "
             "or for masked, causal or sequence-to-sequence language modelling; AdaMixTrainer has no loss for its task"

@@ -99,14 +99,14 @@ def _head(model: nn.Module, base: Any, change: str | None) -> torch.Tensor:
 
 
 def mean_pool(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """sum_s mask_s h_s / sum_s mask_s. states: [B, S, H]. mask: [B, S], 1 for text, 0 for padding (None: 1).
+    """sum_s mask_s h_s / max(1, sum_s mask_s). states: [B, S, H]. mask: [B, S], 1 for text, 0 for padding (None: 1).
 
-    -> [B, H].
+    -> [B, H]; zeros of a row that is all padding, as for SentenceRouter.
     """
     if mask is None:
         return states.mean(1)
     weights = mask.unsqueeze(-1).to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1)
+    return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
 def pool_by_mean(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:

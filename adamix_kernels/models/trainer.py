@@ -24,7 +24,7 @@ from .proving import settle_backends
 from .quantised import known_to_train
 from .state import adamix_state
 from .trainer_checkpoints import CheckpointMixin
-from .trainer_checks import check_checkpointing, check_unpacked, unsaved_parameters
+from .trainer_checks import check_checkpointing, check_layout, check_unpacked, unsaved_parameters
 from .watch import warn_of_dropout, warn_of_rounding, warn_of_standstill
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ class AdaMixTrainerMixin(CheckpointMixin):
     Raises:
         ValueError: the model is not adapted, or merged; compute_loss_func is given; activation checkpointing
             without preserve_rng_state (fsdp_config's own has none: use args.gradient_checkpointing); more than
-            one GPU in one process (nn.DataParallel).
+            one GPU in one process (nn.DataParallel); experts of a pass or a sample in layers that are given tokens
+            before samples (XLNet).
         NotImplementedError: a task without a rule here (see Objective), FSDP1 or DeepSpeed.
 
     Source: AdaMix section 3.2 and the reference project's training loops.
@@ -260,6 +261,7 @@ class AdaMixTrainerMixin(CheckpointMixin):
                 f"args.fsdp_config: got FSDP version {plugin.fsdp_version}, expected 2, or no FSDP"
             )
         check_checkpointing(self.model, self.args, plugin)
+        check_layout(self.model)
         lost = unsaved_parameters(self.model)
         if lost and self.args.save_strategy != "no":
             raise ValueError(

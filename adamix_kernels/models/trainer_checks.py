@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from .families import TOKENS_FIRST
 from .gate_training import OPTIONS
 from .state import adamix_state
+from .targets import model_type, named
 
 # Where the texts of one long row begin, as flash attention is told.
 _PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx"})
@@ -26,6 +28,21 @@ def check_unpacked(model: nn.Module, inputs: Mapping[str, Any], doubled: bool) -
         raise ValueError(
             f"inputs: got {', '.join(packed)}, a packed batch, whose boundaries cannot be doubled, expected one "
             "text a row: packing=False and padding_free=False"
+        )
+
+
+def check_layout(model: nn.Module) -> None:
+    """Raises ValueError for experts drawn per pass or sample in layers that are given tokens before samples."""
+    state, kind = adamix_state(model), model_type(model)
+    rule = TOKENS_FIRST.get(kind or "")
+    if rule is None or state.config.num_experts == 1 or state.config.routing not in ("batch", "sample"):
+        return
+    path = next((path for path in state.paths if named(path, rule)), None)
+    if path is not None:
+        raise ValueError(
+            f"routing: got {state.config.routing!r} for {path!r} of model_type {kind!r}, which is given tokens before "
+            "samples, so that a pass would be half of the tokens, expected 'token', num_experts=1 or other "
+            "target_modules"
         )
 
 

@@ -58,12 +58,12 @@ def unpack(model: nn.Module, name: str, directory: str | os.PathLike[str]) -> Pa
     """
     state = pack_of(model)
     with state.lock:
-        state.slots(check_name(name))
+        entry = state.entry(check_name(name))
         folder = make_folder(directory)
         with one_writer(folder):
             check_no_pack_in(folder)
             try:
-                header = _write_name(model, state.entries[name], folder, True)
+                header = _write_name(model, entry, folder, True)
                 write_sealed_json(folder / CHECKPOINT_NAME, header)
             finally:
                 remove_unnamed(folder / CHECKPOINT_NAME, _STEM)

@@ -158,10 +158,10 @@ def replace_expert(model: nn.Module, name: str, folder: Folder) -> nn.Module:
     """
     state = pack_of(model)
     with state.lock:
-        _entry(state, name)
+        state.entry(name)
     source = read_source(model, name, folder)  # forwards go on meanwhile
     with state.lock:
-        _put(model, state, name, _entry(state, name).slot, source)
+        _put(model, state, name, state.entry(name).slot, source)
     return model
 
 
@@ -175,7 +175,7 @@ def remove_expert(model: nn.Module, name: str) -> nn.Module:
     """
     state = pack_of(model)
     with state.lock:
-        slot = _entry(state, name).slot
+        slot = state.entry(name).slot
         owner = adamix_state(model)
         pairs = [pair for path in owner.paths for pair in slots.plan(_layer(model, path), slot, None)]
         pairs += [pair for path in owner.saved for pair in heads.plan_head(model.get_submodule(path), slot, {})]
@@ -298,12 +298,6 @@ def _put(model: nn.Module, state: Pack, name: str, slot: int, source: Source) ->
         entry, pairs = _planned(layers, packed, state.heads, slot, source)
     _commit(pairs)
     state.entries[name] = entry
-
-
-def _entry(state: Pack, name: str) -> Entry:
-    if name not in state.entries:
-        raise ValueError(f"name: got {name!r}, expected one of {', '.join(state.entries) or 'none: the pack is empty'}")
-    return state.entries[name]
 
 
 def _layer(model: nn.Module, path: str) -> RoutedLayer:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import nn
 
-from ..models.header import CHECKPOINT_NAME, check_base, check_pooling, other_weights
+from ..models.header import CHECKPOINT_NAME, PACK_NAME, check_base, check_pooling, other_weights
 from ..models.hub import resolve_folder
 from . import slots
 from .peft_folder import CONFIG_NAME, read_peft
@@ -19,7 +20,7 @@ Folder = str | os.PathLike[str]
 def read_source(model: nn.Module, name: str, folder: Folder) -> Source:
     """What is in `folder`, checked against `model`. Raises ValueError that begins with the name."""
     with called(name):
-        place = resolve_folder(folder, name="folder")
+        place = one_adaptation(folder)
         if (place / CHECKPOINT_NAME).is_file():
             source = read_adamix(name, place)
         elif (place / CONFIG_NAME).is_file():
@@ -31,6 +32,17 @@ def read_source(model: nn.Module, name: str, folder: Folder) -> Source:
             )
         check_source(model, source)
     return source
+
+
+def one_adaptation(folder: Folder) -> Path:
+    """Where it is on this disk. Raises ValueError for no such folder, and for that of a pack."""
+    place = resolve_folder(folder, name="folder")
+    if (place / PACK_NAME).is_file() and not (place / CHECKPOINT_NAME).is_file():
+        raise ValueError(
+            f"folder: got {str(folder)!r}, a pack of several, expected one adaptation: in Python "
+            "unpack(model, name, folder) takes a name out of a pack"
+        )
+    return place
 
 
 def check_source(model: nn.Module, source: Source) -> None:

@@ -95,6 +95,13 @@ class Pack:
     _buffers: dict[Any, torch.Tensor] = field(default_factory=dict, repr=False)
     _depth: int = field(default=0, repr=False)
 
+    def entry(self, name: str) -> Entry:
+        """Raises ValueError for a name that is none."""
+        if name not in self.entries:
+            known = ", ".join(self.entries) or "none: the pack is empty"
+            raise ValueError(f"name: got {name!r}, expected one of {known}")
+        return self.entries[name]
+
     def slots(self, names: str | Sequence[str]) -> torch.Tensor:
         """[] or [B], int64, on the CPU. Raises ValueError for a name that is none."""
         unknown = [name for name in ([names] if isinstance(names, str) else names) if name not in self.entries]
@@ -116,8 +123,7 @@ class Pack:
         if name is None:
             raise ValueError("name: got None for a pack, expected the name whose texts these are")
         with self.lock:
-            self.slots(name)
-            self.entries[name] = dataclasses.replace(self.entries[name], centroid=centroid)
+            self.entries[name] = dataclasses.replace(self.entry(name), centroid=centroid)
 
     @contextlib.contextmanager
     def use(self, model: nn.Module, chosen: str | Sequence[str], threshold: float | str | None) -> Iterator[None]:

@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from .._version import __version__
-from ..models._files import make_folder, read_versioned, write_safetensors_by_digest, write_sealed_json
+from ..models._files import (
+    make_folder,
+    one_writer,
+    read_versioned,
+    write_safetensors_by_digest,
+    write_sealed_json,
+)
 from ..models.checkpoint import load_adamix, save_adamix
 from ..models.header import read_tensors
 from .job import PackJob
@@ -31,8 +37,15 @@ class Saved(NamedTuple):
 
 
 def write(own: Own, model: nn.Module, place: Path) -> None:
-    """model: in trainer.alone(). A new folder beside the old one; the JSON, written last, says which counts."""
-    place = make_folder(place)
+    """model: in trainer.alone(). A new folder beside the old one; the JSON, written last, says which counts.
+
+    Another process that saves into `place` is waited for: either would remove the folder that the other's JSON names.
+    """
+    with one_writer(make_folder(place)):
+        _write(own, model, place)
+
+
+def _write(own: Own, model: nn.Module, place: Path) -> None:
     number = 0
     while (fresh := place / f"step-{own.steps}{f'-{number}' if number else ''}").exists():
         number += 1

@@ -6,13 +6,13 @@ import contextlib
 import functools
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .._scratch import temporary_folder
 from . import processes
 from .commits import commit
 from .config import NUMBERS, Recipe
@@ -141,8 +141,8 @@ def _shared_folder() -> Iterator[Path]:
     if not processes.is_main():
         yield Path(processes.agree(""))
         return
-    with tempfile.TemporaryDirectory(prefix="adamix_recipe_") as folder:
-        yield Path(processes.agree(folder))
+    with temporary_folder("adamix_recipe_") as folder:
+        yield Path(processes.agree(str(folder)))
 
 
 def versions() -> dict[str, str]:

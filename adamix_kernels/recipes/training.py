@@ -16,9 +16,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..models.config import AdaMixConfig
 from ..models.contexts import eval_routing, use_experts
 from ..models.merging import merge
+from ..models.objectives import is_unshifted
 from ..models.state import adamix_state
 from ..models.trainer import AdaMixTrainer
 from ..reports import TrainingReport
+from ..tasks.generation import already_shifted
 from . import processes
 from .config import Recipe
 from .methods import Built, Method, build, epochs, kept_parameters, learning_rate, warmup
@@ -108,12 +110,15 @@ def _trainer(
     more: dict[str, Any] = {} if built.adapted else {"compute_loss_func": problem.loss}
     if best:
         more["compute_metrics"] = _metric(problem)
+    collate = problem.collate
+    if built.adapted and is_unshifted(built.model):  # the others' loss is problem.loss
+        collate = already_shifted(collate)
     trainer = (AdaMixTrainer if built.adapted else Trainer)(
         model=built.model,
         args=arguments,
         train_dataset=rows,
         eval_dataset=problem.dev_rows() if best else None,
-        data_collator=problem.collate,
+        data_collator=collate,
         callbacks=callbacks,
         **more,
     )

@@ -16,7 +16,7 @@ from .encoders import Encoder, load_causal, load_classifier, resolve_model
 from .run_file import RUN_NAME, read_run
 
 logger = logging.getLogger(__name__)
-_TOKENIZER = "tokenizer_config.json"
+TOKENIZER_NAME = "tokenizer_config.json"
 
 
 def load_base(source: str | os.PathLike[str], *, model: str | None = None) -> tuple[Any, Any]:
@@ -146,13 +146,13 @@ def _older(folder: Path, base: Encoder) -> tuple[Any, Any]:
 
 
 def tokenizer_for(folder: Path, base: Encoder, config: Any) -> Any:
-    own = (folder / _TOKENIZER).is_file()
+    own = (folder / TOKENIZER_NAME).is_file()
     try:
         local = own or base.packaged or out_of_reach(base.path)
         return tokenizer_of(str(folder) if own else base.path, local, config=config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if own:
-            raise ValueError(f"{folder / _TOKENIZER}: cannot load the tokenizer: {first_line(error)}") from error
+            raise ValueError(f"{folder / TOKENIZER_NAME}: cannot load the tokenizer: {first_line(error)}") from error
         if hasattr(config.get_text_config(decoder=True), "vocab_size"):
             logger.warning("No tokenizer in %s, nor with its base: %s", folder, first_line(error))
         return None

@@ -69,6 +69,16 @@ def pair_collator(tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, 
     return collate
 
 
+def already_shifted(collate: Callable[..., Any]) -> Callable[..., Any]:
+    """collate's batches with the label at s of the token at s + 1, for a model that does not shift them itself."""
+
+    def shift(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch: dict[str, torch.Tensor] = collate(rows)
+        return {**batch, "labels": F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)}
+
+    return shift
+
+
 @torch.inference_mode()
 def beam_decode(
     model: nn.Module,

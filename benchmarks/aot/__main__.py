@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+
+from adamix_kernels._scratch import temporary_folder
 
 from .table import (
     SHARED_LIMITS,
@@ -44,7 +45,7 @@ def compiled(keys: Iterable[tuple], jobs: int = 2, cache: Path | None = None) ->
     keys = sorted(keys)
     parts = [keys[n : n + 8] for n in range(0, len(keys), 8)]
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="adamix-aot-") as empty, _environment(TRITON_CACHE_DIR=str(cache or empty)):
+    with temporary_folder("adamix-aot-") as empty, _environment(TRITON_CACHE_DIR=str(cache or empty)):
         from .compile import compile_keys
 
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:

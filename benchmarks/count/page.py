@@ -78,6 +78,36 @@ _WAYS = (
     "once where there is nothing to do, as torch's own would not. Only a cluster's blocks share a row (csrc/, sm_90), "
     "which is then read once; on sm_80, 128,256 classes are read twice in part and come to 1.2 of the floor."
 )
+_ROUTED = (
+    "Adapters and LoRA below what was wanted of them, and what binds: N rows of H = 1,024 columns of 16 bits, the "
+    "model's times for an H100 where no other GPU is named."
+)
+_LIMITS = (
+    "Adapter forward, r = 16, N = 8,192: 0.82 (csrc/) and 0.79 (Triton), wanted 0.85. x and out take 11.4 "
+    "microseconds, the weights 0.15 and the launch's ramp 2: 0.84 at most. 0.85 would take a ramp below 1.9; fewer "
+    "bytes there are none.",
+    "Adapter forward, r = 48: weights read through L2 are 0.77 of what a tile's own rows move, wanted 0.5. A tile of "
+    "R rows reads 48 / R of that in weights, 0.75 at 64 rows; 0.5 takes 96 rows and more. Those fit neither into the "
+    "registers (64 rows are half of them, sums and operands the rest) nor, beside the sums, into shared memory, and "
+    "at N = 8,192 would leave 46 of 132 multiprocessors without a tile. A cluster whose two blocks are sent the same "
+    "weights (multicast) would come to 0.39; no kernel here does so.",
+    "Adapter backward, r = 48 and 64: 8.7 and 8.9 N H bytes, wanted 8. Two passes read grad_out twice and x once and "
+    "write dx, which is 8. Between them pre is read, dpre and h are written and read, 10 N r bytes (0.47 and 0.63 N "
+    "H); the shares' sums and the weights are the rest. One pass keeps the sums of both weight gradients, 8 r H "
+    "bytes: 131 KB at r = 16, 393 KB at r = 48, where a multiprocessor has 256 KB of registers.",
+    "Adapter backward, r = 16, N = 8,192: 0.74 (csrc/) and 0.56 (Triton), wanted 0.75. The floor takes 17.1 "
+    "microseconds. csrc/: with the sums that blocks leave 18.3, ramps 2 and 1, 0.80 at most; the launch that adds the "
+    "sums has 544 blocks, five on the fullest multiprocessor, of about 1,800 warp instructions each by its machine "
+    "code, 2 microseconds; a third of them are divisions by numbers that the launch knows and products of 64 bits. "
+    "Triton reads grad_out twice at this size, 1.32 of the floor in three launches: 0.60 at most.",
+    "LoRA forward, r = 48, N = 8,192: 0.79 (csrc/) and 0.75 (Triton), wanted 0.80. Base, x and out take 17.1 "
+    "microseconds, weights 0.4, the ramp 2: 0.88 at most. Of the 2.17 of the floor that csrc/ loads, 1.5 are weights: "
+    "a block of 64 rows reads A four times and B twice. A read twice would take twice the sums of the first product a "
+    "lane, which spill 52 bytes at 128 registers (compiled, not counted).",
+    "Adapter backward, r = 48, H = 768, on a V100: 0.29, where 0.60 is wanted at r = 16 (there 0.72). The kernels for "
+    "any shape take 0.60 warp instructions a byte with 4 warps a multiprocessor, of which the model issues 1.25 a "
+    "cycle: 0.32 at most. The one pass of a V100 holds 16 ranks.",
+)
 _GATES = (
     "What gates cost beside one expert a token without any, at the same size: instructions, bytes (those that each "
     "launch moves at least) and device bytes (as above, under the model's L2) over those of routing by token, and "
@@ -114,6 +144,7 @@ def page(rows: Sequence[Row]) -> str:
         *(["\n".join([_filled(_MERGES), "", *(_filled(line, "- ") for line in few)])] if (few := merges(rows)) else []),
         _filled(_WIDE),
         _filled(_WAYS),
+        "\n".join([_filled(_ROUTED), "", *(_filled(line, "- ") for line in _LIMITS)]),
         "## Gates",
         _filled(_GATES),
         "\n".join(count_gates.table(rows)),

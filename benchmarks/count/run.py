@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
+from adamix_kernels._scratch import temporary_folder
+
 from .. import ROOT
 from .table import Row
 
@@ -35,7 +37,7 @@ def run(
         backend, target = pair
         command = [sys.executable, "-m", "benchmarks.count", *arguments, "--of", backend, str(target)]
         began, rows = time.perf_counter(), 0
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as child:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as child:
             assert child.stdout is not None
             for line in child.stdout:
                 if line.startswith("{"):
@@ -48,7 +50,9 @@ def run(
             if child.returncode:
                 wrong.append(f"{backend} sm_{target}: exit status {child.returncode} after {rows} rows")
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with temporary_folder("adamix-count-") as folder, ThreadPoolExecutor(jobs) as pool:
+        # What an ended process leaves there goes with the folder.
+        environment = {**os.environ, "TMPDIR": str(folder)}
         list(pool.map(one, wanted))
     return wrong
 

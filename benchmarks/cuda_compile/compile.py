@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -50,8 +50,8 @@ def compiled(jobs: int | None = None, wheels: Path = WHEELS, architectures: Sequ
     return sorted((row for part in parts for row in part), key=lambda row: row.key)
 
 
-def compile_nvrtc(csrc: Path, wheels: Path, jobs: int) -> list[Compiled]:
-    """The cubin for sm_70 of every .cu file; BuildError with NVRTC's messages."""
+def compile_nvrtc(csrc: Path, wheels: Path, jobs: int, only: Collection[str] = ()) -> list[Compiled]:
+    """The cubin for sm_70 of every .cu file, or of those of these names; BuildError with NVRTC's messages."""
     version = nvrtc_version(wheels)
     command = [sys.executable, str(NVRTC)]
     flags = ["--wheels", str(wheels), "-I", str(csrc)]
@@ -61,7 +61,8 @@ def compile_nvrtc(csrc: Path, wheels: Path, jobs: int) -> list[Compiled]:
         def plan(source: Path) -> Compiled:
             return planned(command, flags, source, [*with_includes(source, csrc), driver], folder, (version,))
 
-        return compile_all([plan(path) for path in sources(csrc) if path.suffix == ".cu"], jobs)
+        wanted = [path for path in sources(csrc) if path.suffix == ".cu" and (not only or path.name in only)]
+        return compile_all([plan(path) for path in wanted], jobs)
 
 
 def nvrtc_version(wheels: Path) -> str:

@@ -93,10 +93,10 @@ def resumed(line, log):
     if line.words[:2] != ["adamix", "train"] or not log.exists():
         return []
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--out", default="")
+    parser.add_argument("--out", "--output_dir", "--output-dir", default="adamix_out")
     parser.add_argument("--resume", nargs="?", const=True)
     known, _ = parser.parse_known_args(line.words[2:])
-    begun = known.out and any(Path(known.out).glob("checkpoint-*"))
+    begun = any(Path(known.out).glob("checkpoint-*"))
     return ["--resume"] if begun and known.resume is None else []
 
 

@@ -3,9 +3,10 @@
     python examples/serving/fastapi_app.py --pack pack --port 8000
 
 with a folder of `adamix pack` or save_pack. POST /predict {"text": ..., "name": "books"}, or without a name by content,
-answers {"name", "label", "probability"}; GET /names tells the names and their labels, GET /health whether it lives.
-404: no such name; 422: not such an object; 429: the queue is full, with Retry-After; 503: it is closing, or the answer
-took longer than --timeout.
+answers {"name", "label", "probability"}, or {"name", "score"}; GET /names tells the names and their labels, GET /health
+whether it lives (503 where not). 400: by content, where a name has no centroid; 404: no such name; 413: a body of over
+512 KiB; 422: not such an object; 429: the queue is full, with Retry-After; 500: the forward failed; 503: it is closing,
+or the answer took longer than --timeout.
 
     python examples/serving/fastapi_app.py --pack pack --port 0 --load 500
 
@@ -15,7 +16,6 @@ asks itself 500 times by 16 clients, prints what that took, and ends.
 import argparse
 import asyncio
 import contextlib
-import queue
 import socket
 import sys
 import threading
@@ -26,15 +26,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # examples/, wh
 
 try:
     import uvicorn
-    from fastapi import FastAPI, HTTPException
+    from anyio import to_thread
+    from fastapi import FastAPI, HTTPException, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
     from pydantic import BaseModel, ConfigDict, Field
 except ModuleNotFoundError as missing:
     if __name__ != "__main__":
         raise
     sys.exit(f"{missing.name}: not installed, expected the extra: pip install 'adamix_kernels[serve]'")
-from serve_pack import Busy, Server, load_test
+import torch
+from _server import Busy, Server, lengths
+from serve_pack import MOST_BYTES, check_port, load_test
 
 from adamix_kernels import load
+
+THREADS = 2048  # requests at once: more than wait in a queue, which is to refuse first
 
 
 class Asked(BaseModel):
@@ -43,23 +50,67 @@ class Asked(BaseModel):
     name: str | None = None
 
 
+def plain(part):
+    """A place in the body, as JSON can be written of it."""
+    return part if isinstance(part, int) else part.encode("ascii", "backslashreplace").decode()
+
+
+class Limited:
+    """ASGI: 413 for a body of more than `most` bytes, of which no more is read."""
+
+    def __init__(self, app, most):
+        self.app, self.most = app, most
+
+    async def __call__(self, scope, receive, send):
+        read = 0
+
+        async def counted():
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.most:
+                raise HTTPException(413, f"body: got more than {self.most} bytes, expected fewer")
+            return message
+
+        await self.app(scope, counted, send)
+
+
 def application(server, timeout=30.0):
-    """A FastAPI application over a serve_pack.Server, which it closes at its end, or what has the same methods."""
+    """A FastAPI application over a _server.Server, which it closes at its end, or what has the same methods."""
     closing = threading.Event()
 
     @contextlib.asynccontextmanager
     async def life(_app):
+        to_thread.current_default_thread_limiter().total_tokens = THREADS
         yield
         closing.set()
         await asyncio.to_thread(server.close)
 
     app = FastAPI(title="adamix pack", lifespan=life)
+    app.add_middleware(Limited, most=MOST_BYTES)
 
-    @app.get("/health")
+    @app.exception_handler(RequestValidationError)
+    def invalid(request: Request, error: RequestValidationError):
+        """Without what came, which may be long, and no JSON."""
+        given = request.headers.get("content-type", "none")
+        detail = [{"type": one["type"], "loc": [*map(plain, one["loc"])], "msg": one["msg"]} for one in error.errors()]
+        if "json" not in given.lower():
+            told = f"got {given!r}, expected application/json"
+            detail.insert(0, {"type": "content_type", "loc": ["header", "content-type"], "msg": told})
+        return JSONResponse({"detail": detail}, 422)
+
+    @app.exception_handler(ConnectionError)
+    @app.exception_handler(TimeoutError)
+    def away(_request: Request, error: Exception):
+        told = str(error) if isinstance(error, ConnectionError) else f"no answer within {timeout:g} s"
+        return JSONResponse({"detail": told}, 503, {"Retry-After": "1"})
+
+    @app.api_route("/health", methods=["GET", "HEAD"])
     def health():
-        return {"alive": server.alive(), "waiting": server.waiting()}
+        alive = server.alive() and not closing.is_set()
+        return JSONResponse({"alive": alive, "waiting": server.waiting()}, 200 if alive else 503)
 
-    @app.get("/names")
+    @app.api_route("/names", methods=["GET", "HEAD"])
     def names():
         return server.labels()
 
@@ -73,10 +124,8 @@ def application(server, timeout=30.0):
             return server.ask(asked.text, asked.name, timeout)
         except Busy as error:
             raise HTTPException(429, str(error), {"Retry-After": "1"}) from None
-        except (queue.Empty, TimeoutError):
-            raise HTTPException(503, f"no answer within {timeout:g} s") from None
-        except ConnectionError as error:
-            raise HTTPException(503, str(error), {"Retry-After": "1"}) from None
+        except FloatingPointError as error:
+            raise HTTPException(500, str(error)) from None
         except ValueError as error:  # by content, of a name without a centroid
             raise HTTPException(400, str(error)) from None
 
@@ -99,6 +148,17 @@ def running(app, port=0):
         thread.join()
 
 
+def open_server(folder, most, waiting, names=None):
+    """A Server of a pack's folder, or of some of its names, on a GPU where there is one. Raises ValueError."""
+    try:
+        model, tokenizer = load(folder, names=names)
+    except ValueError as error:
+        raise ValueError(f"pack: {error}") from error
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    pack = getattr(getattr(model, "adamix", None), "pack", None)
+    return Server(model, tokenizer, most, waiting, lengths(folder, pack.entries if pack else ()))
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pack", required=True, help="a folder of adamix pack or save_pack")
@@ -108,8 +168,14 @@ def main(arguments=None):
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds until 503")
     parser.add_argument("--load", type=int, help="ask itself so often, print what that took, and end")
     options = parser.parse_args(arguments)
-    model, tokenizer = load(options.pack)
-    server = Server(model, tokenizer, options.most, options.waiting)
+    try:
+        for name, value in (("timeout", options.timeout), ("load", options.load)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: got {value}, expected more than 0")
+        check_port(options.port)
+        server = open_server(options.pack, options.most, options.waiting)
+    except ValueError as error:
+        parser.error(str(error))
     app = application(server, options.timeout)
     if options.load is None:
         uvicorn.run(app, port=options.port)

@@ -19,7 +19,6 @@ asks itself 500 times by 16 clients, prints what that took, and ends.
 import argparse
 import asyncio
 import os
-import queue
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,25 +35,23 @@ except ModuleNotFoundError as missing:
     if __name__ != "__main__":
         raise
     sys.exit(f"{missing.name}: not installed, expected the extra: pip install 'adamix_kernels[ray]'")
-import torch
-from fastapi_app import application
-from serve_pack import Busy, Server, load_test
+from _server import Busy
+from fastapi_app import application, open_server
+from serve_pack import check_port, load_test
 
-from adamix_kernels import load
 from adamix_kernels.packs.folder import read_pack
 
 APP = "adamix"
 HERE = Path(__file__).resolve().parent
 # What a holder's answer may stand for, as an exception does not keep its class on its way through Ray.
-ERRORS = {"Busy": Busy, "Empty": queue.Empty, "ValueError": ValueError}
+ERRORS = {kind.__name__: kind for kind in (Busy, TimeoutError, FloatingPointError, ValueError)}
 
 
 class Holder:
     """One replica of a shard: a pack of the names that are pinned here."""
 
     def __init__(self, folder, names, most, waiting):
-        model, tokenizer = load(folder, names=names)
-        self.server = Server(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, most, waiting)
+        self.server = open_server(folder, most, waiting, names)
         self.threads = ThreadPoolExecutor(waiting + most + 1)
 
     async def ask(self, text, name, timeout):
@@ -63,7 +60,7 @@ class Holder:
         try:
             return None, await loop.run_in_executor(self.threads, self.server.ask, text, name, timeout)
         except tuple(ERRORS.values()) as error:
-            return type(error).__name__, str(error)
+            return next(name for name, kind in ERRORS.items() if isinstance(error, kind)), str(error)
 
     async def state(self):
         return {"labels": self.server.labels(), "waiting": self.server.waiting(), "process": os.getpid()}
@@ -174,6 +171,12 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     folder = Path(options.pack).resolve()
     try:
+        for name in ("replicas", "most", "waiting", "timeout", "load"):
+            value = getattr(options, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: got {value}, expected more than 0")
+        if options.address is None:
+            check_port(options.port)
         places = placed(list(read_pack(folder)["names"]), options.shards, options.pin)
     except ValueError as error:
         parser.error(str(error))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from suite_size import NIGHTLY
 
 from adamix_kernels import _build
 from benchmarks.cuda_compile import compile as cuda_compile
@@ -86,7 +87,7 @@ def test_routed_kernels_multiply_on_matrix_units_with_asynchronous_copies():
 @pytest.mark.nightly
 @needs_compilers
 def test_compiling_gives_the_table_and_a_library_that_loads_here():
-    """By day the table's fingerprints say that it was compiled from these sources, and NVRTC compiles them all."""
+    """By day the table's fingerprints say that it was compiled from these sources, and NVRTC compiles some of them."""
     architectures = cuda_compile.ARCHITECTURES
     rows = cuda_compile.compiled(architectures=architectures)
     assert problems(rows) == []
@@ -116,7 +117,9 @@ def test_compiling_gives_the_table_and_a_library_that_loads_here():
 @needs_compilers
 def test_what_a_kernel_may_overwrite_is_not_loaded_as_read_only():
     """Losses write gradients in the place of their logits, which LDG.CONSTANT may then read as they were."""
-    objects = {each.source.name: each.object for each in cuda_compile.compile_nvrtc(CSRC, cuda_compile.WHEELS, 2)}
+    only = () if NIGHTLY else ("consistency_fwd.cu", "consistency_bwd.cu", "routed_adapter_fwd.cu")
+    made = cuda_compile.compile_nvrtc(CSRC, cuda_compile.WHEELS, 2, only)
+    objects = {each.source.name: each.object for each in made}
 
     def read_only_loads(name):
         command = [cuda_compile.cuobjdump(), "-sass", objects[name]]

@@ -141,12 +141,47 @@ def test_peft_folders_are_packed_too(folder, capsys, tmp_path):
     assert "got 'lora' without a centroid" in capsys.readouterr().err
 
 
+def test_a_pack_has_one_tokenizer(folder, tmp_path, capsys):
+    words = [f"films={folder / 'run_films'}", f"meals={tmp_path / 'meals'}", "--out", str(tmp_path / "pack")]
+    file = shutil.copytree(folder / "run_meals", tmp_path / "meals") / "tokenizer.json"
+    values = json.loads(file.read_text())
+    vocab = values["model"]["vocab"]
+    vocab["good"], vocab["bad"] = vocab["bad"], vocab["good"]
+    file.write_text(json.dumps(values))
+    assert cli.main(["pack", *words]) == 2
+    assert "meals: folder: got" in (err := capsys.readouterr().err)
+    assert (
+        "in whose tokenizer 5 is 'bad', expected 'good', as in that of films: a pack has one tokenizer for all" in err
+    )
+    assert not (tmp_path / "pack").exists()
+    vocab["good"], vocab["bad"] = vocab["bad"], vocab["good"]
+    file.write_text(json.dumps(values))
+    file = file.with_name("tokenizer_config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "do_lower_case": False}))
+    assert cli.main(["pack", *words]) == 0
+    assert "has another normalizer than that of films, which all names get" in capsys.readouterr().out
+
+
+def test_texts_are_of_the_kind_that_the_name_was_trained_on(folder, capsys):
+    call = ["predict", "--pack", str(folder / "pack"), "--adapter", "films"]
+    assert cli.main([*call, "a film", "--pair", "a meal"]) == 2
+    assert "text 1: got a pair, expected one text: the run was trained on single texts" in capsys.readouterr().err
+    assert cli.main([*call, "a \udcff film"]) == 2  # what a shell's bytes become that are no UTF-8
+    assert "text 1: got 'a \\udcff film', which has half of a surrogate pair in it" in capsys.readouterr().err
+
+
 WRONG = {
     "got no folder, expected adamix pack NAME=FOLDER": ["pack", "--out", "x"],
     "got 'films', expected NAME=FOLDER": ["pack", "films", "--out", "x"],
     "name: got 'a' twice": ["pack", "a=RUN", "a=RUN", "--out", "x"],
     "out: got nothing": ["pack", "a=RUN"],
     "a: folder: got 'nowhere', no such folder": ["pack", "a=nowhere", "--out", "x"],
+    "a: folder: got 'PACK', a pack of several, expected one adaptation: in Python unpack": [
+        "pack",
+        "a=PACK",
+        "--out",
+        "x",
+    ],
     "capacity: got 1 for 2": ["pack", "a=RUN", "b=RUN", "--capacity", "1", "--out", "x"],
     "holds a run, expected another folder": ["pack", "a=RUN", "--out", "RUN"],
     "holds meals too, expected all its names, or another folder": ["pack", "films=RUN", "--out", "PACK"],
@@ -194,5 +229,5 @@ def test_wrong_usage_is_one_line(message, folder, capsys, tmp_path, monkeypatch)
     assert cli.main(words) == 2
     err = capsys.readouterr().err.strip().splitlines()
     assert len(err) == 1
-    assert message in err[0]
+    assert message.replace("PACK", places["PACK"]) in err[0]
     assert not (tmp_path / "x").exists()

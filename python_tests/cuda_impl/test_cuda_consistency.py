@@ -73,9 +73,12 @@ def test_options(options):
     gradients(lambda backend, x: adamix_loss(x, labels, backend=backend, **options), randn(12, 4, 5), grad=3.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [
+    torch.int32, torch.int64, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.uint16,
+    torch.uint32, torch.float8_e5m2,
+])  # fmt: skip
 def test_the_number_of_items_of_any_dtype(dtype):
-    labels, items = torch.randint(5, (6,), device=DEVICE), torch.tensor(11, device=DEVICE)
+    labels, items = torch.randint(5, (6,), device=DEVICE), torch.tensor(12, device=DEVICE)
     got = adamix_loss(x := randn(12, 5), labels, num_items=items.to(dtype), backend="cuda")
     torch.testing.assert_close(got, adamix_loss(x, labels.int(), num_items=items, backend="reference"))
 

@@ -13,6 +13,7 @@ from checkpoint_cases import edit_sealed
 
 from adamix_kernels.models._files import sealed
 from adamix_kernels.models.pooling import head_reads, mean_pool, pooling_of, set_pooling
+from adamix_kernels.routing import SentenceRouter
 from adamix_kernels.tasks import Run, load_causal, load_classifier, read_run, resolve_model, write_run
 
 SIZES = dict(
@@ -107,6 +108,26 @@ def test_without_a_mask_all_tokens_count(encoder):
     model, _ = load_classifier(resolve_model(str(encoder)), ["a", "b"])
     ids = torch.tensor([[2, 5, 3]])
     torch.testing.assert_close(model.eval()(ids).logits, model(ids, attention_mask=torch.ones_like(ids)).logits)
+
+
+def test_a_row_that_is_all_padding_has_no_mean():
+    """Zeros, for which no gate and no class is more likely by the text, in every dtype; the other rows are unmoved."""
+    states, mask = torch.randn(3, 4, 8), torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        pooled = mean_pool(states.to(dtype), mask)
+        assert torch.equal(pooled[1], torch.zeros(8, dtype=dtype))
+        assert torch.equal(pooled[2], states[2].to(dtype).mean(0))
+    gates = SentenceRouter(8, 4)(states, mask).gates
+    torch.testing.assert_close(gates[1], torch.full((4,), 0.25))
+
+
+def test_a_classifier_that_reads_the_mean_answers_a_row_of_padding(encoder):
+    model, _ = load_classifier(resolve_model(str(encoder)), ["a", "b"], "mean")
+    batch = {"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.tensor([[1] * 5, [0] * 5])}
+    logits = model.eval()(**batch).logits
+    assert logits.isfinite().all()
+    alone = model(**{name: value[:1] for name, value in batch.items()}).logits
+    torch.testing.assert_close(logits[:1], alone)
 
 
 def test_a_regression_has_one_output(encoder):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from once import once
 from tiny import tiny_gpt2
 from tiny_training import parameters
 
@@ -28,7 +29,10 @@ SPLIT += [("fsdp", n) for n in ("bert", "gpt2", "gpt2 checkpointed")]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where every run wrote its results: single0.pt, ddp0.pt, ddp1.pt, fsdp0.pt, fsdp1.pt."""
-    folder = tmp_path_factory.mktemp("launch")
+    return once(tmp_path_factory, "launch", launch)
+
+
+def launch(folder):
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT), str(SUPPORT)]))
     env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     running = {}
@@ -44,7 +48,6 @@ def folder(tmp_path_factory):
         for process in running.values():
             process.terminate()
             process.wait()
-    return folder
 
 
 @pytest.fixture(scope="module")

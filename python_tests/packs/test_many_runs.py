@@ -83,6 +83,9 @@ def test_a_training_that_was_stopped_goes_on(many):
     log.write_text("begun")
     assert many.resumed(first, log) == ["--resume"]
     assert [many.resumed(line, log) for line in others] == [[], []]
+    for number, words in enumerate(("", " --output_dir runs/c", " --output-dir=runs/d")):
+        Path(("adamix_out", "runs/c", "runs/d")[number], "checkpoint-8").mkdir(parents=True)
+        assert many.resumed(many.Line(1, f"adamix train{words}".split(), Path("s")), log) == ["--resume"]
     Path("runs/a/checkpoint-8").rmdir()
     assert many.resumed(first, log) == []
 

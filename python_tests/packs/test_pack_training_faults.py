@@ -4,8 +4,18 @@ import pytest
 import tiny
 import torch
 from pack_jobs import ADAPTERS, LABELS, same, stream, trainer_of, values
+from two_writers import write_while_locked
 
 from adamix_kernels import AdaMixConfig, PackJob, PackTrainer, merge, save_adamix, use_experts
+
+
+def test_two_writers_of_one_folder_wait_for_each_other(tmp_path, caplog):
+    first, second = trainer_of(ADAPTERS), trainer_of(ADAPTERS)
+    first.save(tmp_path)
+    second.step(*next(iter(stream(second.model, 1))))
+    write_while_locked(tmp_path / "a", caplog, second.save, tmp_path)
+    same(values(trainer_of({"a": tmp_path / "a"}), "a"), values(second, "a"))
+    assert len(list((tmp_path / "a").glob("step-*"))) == 1
 
 
 def test_a_save_that_breaks_leaves_the_earlier_one(tmp_path, monkeypatch):

@@ -150,6 +150,8 @@ def test_names_come_and_go_in_place(tmp_path):
     remove_expert(model, "patents")
     with pytest.raises(ValueError, match="index: got the name 'patents', expected leases, mails, notes"):
         tp.logits(model, "patents", batch)
+    with pytest.raises(ValueError, match="name: got 'patents', expected one of leases, mails, notes"):
+        unpack(model, "patents", "nowhere")
     for number in range(2):
         add_expert(model, f"more{number}", late["notes"])
     with pytest.raises(ValueError, match=r"name: got 'x' for a pack that is full \(5 slots\)"):

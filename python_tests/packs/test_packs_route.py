@@ -139,7 +139,7 @@ def test_centroids_travel_and_missing_ones_are_named(given, tmp_path):
     assert nearest(model, **batch).names == found.names
     with pytest.raises(ValueError, match="name: got None for a pack"):
         store_centroid(model, [texts(0, 4, 0)])
-    with pytest.raises(ValueError, match="index: got the name 'x'"):
+    with pytest.raises(ValueError, match="name: got 'x', expected one of"):
         store_centroid(model, [texts(0, 4, 0)], name="x")
     with pytest.raises(ValueError, match="name: got 'x' for a model of one adaptation"):
         store_centroid(own, [texts(0, 4, 0)], name="x")

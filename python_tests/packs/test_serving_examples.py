@@ -1,8 +1,11 @@
 """examples/serving: a pack behind FastAPI, asked over the loopback."""
 
 import json
+import socket
 import sys
 import threading
+import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -39,6 +42,85 @@ def app(tmp_path, monkeypatch):
 def get(url):
     with urllib.request.urlopen(url, timeout=30) as answer:
         return json.load(answer)
+
+
+def raw(url, body, content_type="application/json", method="POST"):
+    """(status, answer) of a body as it is."""
+    request = urllib.request.Request(url, body, {"Content-Type": content_type}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_whatever_comes_is_answered(app):
+    from serve_pack import post
+
+    server = app.open_server(app.folder, 8, 4)
+    with app.running(app.application(server)) as url:
+        ask = f"{url}/predict"
+        for body in (b'{"text": NaN}', b'{"text": "a", "name": Infinity}', b'{"text": "a", "\\ud800": 1}', b"[1]", b""):
+            assert raw(ask, body)[0] == 422, body
+        assert raw(ask, b'{"text": "a \\ud800", "name": "books"}')[0] in (400, 422)  # by pydantic's version
+        status, told = raw(ask, json.dumps({"text": "a" * 30_000}).encode())
+        assert (status, "20000 characters" in told, len(told) < 300) == (422, True, True)  # not what came
+        status, told = raw(ask, b'{"text": "a"}', "text/plain")
+        assert (status, "got 'text/plain', expected application/json" in told) == (422, True)
+        for body in (b"a" * 600_000, iter([b"a" * 100_000] * 6)):
+            assert raw(ask, body) == (413, '{"detail":"body: got more than 524288 bytes, expected fewer"}')
+        for path in ("names", "health"):
+            assert raw(f"{url}/{path}", None, method="HEAD") == (200, "")
+        assert post(ask, {"text": "good " * 200, "name": "books"})[0] == 200  # of a model of 32 positions
+        with torch.no_grad():
+            server.model.classifier.bias.fill_(torch.nan)
+        status, told = post(ask, {"text": "a", "name": "books"})
+        assert (status, told["detail"][:10]) == (500, "books: got")
+        server.waiting = server.labels = lambda: (_ for _ in ()).throw(ConnectionError("a shard does not answer"))
+        for path in ("names", "health"):
+            assert raw(f"{url}/{path}", None, method="GET") == (503, '{"detail":"a shard does not answer"}')
+        del server.waiting
+        server.close()
+        assert raw(f"{url}/health", None, method="GET") == (503, '{"alive":false,"waiting":0}')
+
+
+def test_more_than_forty_may_wait(app):
+    """AnyIO has 40 threads; the queue is what refuses, and /health is answered meanwhile."""
+    from serve_pack import post
+
+    server = app.open_server(app.folder, 1, 60)
+    held, answers = threading.Event(), server._answers
+    server._answers = lambda *given: held.wait(30) and answers(*given)
+    found = []
+    with app.running(app.application(server)) as url:
+        asked = {"text": "a", "name": "books"}
+        threads = [threading.Thread(target=lambda: found.append(post(f"{url}/predict", asked)[0])) for _ in range(70)]
+        for thread in threads:
+            thread.start()
+        while len(found) < 9:
+            time.sleep(0.01)
+        assert get(f"{url}/health") == {"alive": True, "waiting": 60}
+        held.set()
+        for thread in threads:
+            thread.join()
+    assert sorted(found) == [200] * 61 + [429] * 9
+
+
+def test_wrong_words_are_a_line(app, tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for words, told in (
+            (["--pack", str(tmp_path / "no")], "pack: source: got"),
+            (["--pack", str(tmp_path / "books")], "pack: got a BertForSequenceClassification that is no pack"),
+            (["--pack", app.folder, "--port", str(port)], f"port: got {port}, expected a free one, or 0 for any"),
+            (["--pack", app.folder, "--port", "70000"], "port: got 70000, expected a free one, or 0 for any"),
+            (["--pack", app.folder, "--port", "0", "--load", "0"], "load: got 0, expected more than 0"),
+            (["--pack", app.folder, "--port", "0", "--waiting", "0"], "waiting: got 0, expected at least 1"),
+        ):
+            with pytest.raises(SystemExit) as ended:
+                app.main(words)
+            assert ended.value.code == 2
+            assert told in capsys.readouterr().err
 
 
 def test_the_server_answers_and_says_what_is_wrong(app, capsys):

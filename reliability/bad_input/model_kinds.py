@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from .kinds import Kind
 
 def kinds() -> list[Kind]:
     folder = Path(tempfile.mkdtemp(prefix="adamix_bad_input_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # the kinds are tried later
     return [*_adapt(), *_contexts(), *_files(folder), *_official(folder), *_exports(folder), *_trainer(folder)]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ from .kinds import Kind
 
 def kinds() -> list[Kind]:
     folder = Path(tempfile.mkdtemp(prefix="adamix_bad_options_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # the kinds are tried later
     return [*_commands(folder), *_train_options(), *_recipes(folder), *_methods(), *_data(folder)]
 
 

@@ -16,13 +16,14 @@ from .draws import FINITE, VALUES, Draw, Sizes
 def routed_adapter_cases(
     draw, dtypes, sizes: Sizes, whole: bool = False, one_up: bool = False, many: bool = False
 ) -> Case:
-    """whole: features in whole pieces of 64, ranks of 4, and samples of a tile's rows. one_up: one expert above. many:
-    ranks, in whole pieces, and samples of half a long tile's rows at least."""
+    """whole: features in whole pieces of 64, ranks of 4, and samples of a tile's rows, which mostly have one expert
+    each. one_up: one expert above. many: ranks, in whole pieces, and samples of half a long tile's rows at least."""
     d = Draw(draw, dtypes)
     batch, tokens = d.size(sizes.batch), d.size(sizes.tokens) + sizes.more_rows
     hidden, r = d.size(sizes.features), d.size(sizes.rank)
     if whole:
-        batch, tokens, hidden, r = max(1, batch), tokens + 8, 64 * d.integer(4, 6), 4 * d.integer(1, 4)
+        batch, tokens, hidden, r = max(1, batch), tokens + 24, 64 * d.integer(4, 6), 4 * d.integer(1, 4)
+        d.mostly_aligned()
     if many:
         batch, tokens, hidden, r = max(1, batch), tokens + 32, 128, 8 * d.integer(3, 8)
     rows = batch * tokens
@@ -41,7 +42,8 @@ def routed_adapter_cases(
         d.tensor("up_bias", mu, out, values=FINITE) if d.flag() else None,
         d.tensor("residual", batch, tokens, out) if residual == "other" else None,
     )
-    i, j = d.index("down_index", md, batch, tokens), d.index("up_index", mu, batch, tokens)
+    kinds = ("sample", "sample", "sample", "token") if whole else ("sample", "token")
+    i, j = d.index("down_index", md, batch, tokens, kinds), d.index("up_index", mu, batch, tokens, kinds)
     d.said.append(f"activation {activation}, residual {residual}")
 
     def op(backend, x, down_weight, down_bias, up_weight, up_bias, other):

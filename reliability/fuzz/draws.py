@@ -13,6 +13,7 @@ ALL_FLOATS = (*HALVES_AND_FLOAT, torch.float64)
 # Of weights and incoming gradients: what infinity times a slope of zero gives is nobody's promise.
 FINITE = ("normal", "normal", "normal", "zeros", "huge", "tiny", "one huge")
 LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded", "misaligned")
+ALIGNED = tuple(name for name in LAYOUTS if name not in ("sliced", "misaligned"))
 # The most frequent first; one infinity or NaN, so that what it must not reach stays comparable.
 VALUES = ("normal", "normal", "normal", "zeros", "huge", "tiny", "one huge", "infinity", "nan")
 
@@ -39,6 +40,7 @@ class Draw:
         self._draw = draw
         self.generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
         self.dtype = self.choose(dtypes)
+        self.layouts = LAYOUTS
         self.said: list[str] = [str(self.dtype)]
 
     def choose(self, options):
@@ -54,15 +56,22 @@ class Draw:
     def flag(self) -> bool:
         return self._draw(st.booleans())
 
+    def mostly(self) -> bool:
+        return self._draw(st.integers(0, 7)) > 0
+
+    def mostly_aligned(self) -> None:
+        """For ways that take nothing misaligned: of several tensors that each may be so, most calls have one."""
+        self.layouts = ALIGNED if self.mostly() else LAYOUTS
+
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator).to(dtype or self.dtype)
 
-    def tensor(self, name: str, *shape: int, values=VALUES, layouts=LAYOUTS, dtype=None, huge=None) -> torch.Tensor:
+    def tensor(self, name: str, *shape: int, values=VALUES, layouts=None, dtype=None, huge=None) -> torch.Tensor:
         """A floating tensor of drawn values in a drawn layout; what surrounds it in memory is NaN.
 
         huge: the scale of huge values; by default one whose products stay within the dtype.
         """
-        kind, layout = self.choose(values), self.choose(layouts)
+        kind, layout = self.choose(values), self.choose(layouts or self.layouts)
         t = self.randn(*shape, dtype=dtype)
         t = lay_out(fill(t, kind, huge or (3.0 if t.dtype == torch.float16 else 1e4)), layout)
         self.said.append(f"{name} {tuple(shape)} {kind} {layout}")
@@ -72,9 +81,11 @@ class Draw:
         """The gradient of an output."""
         return self.tensor("incoming", *shape, values=FINITE)
 
-    def index(self, name: str, experts: int, batch: int, tokens: int) -> torch.Tensor | None:
+    def index(
+        self, name: str, experts: int, batch: int, tokens: int, kinds: tuple[str, ...] = ("sample", "token")
+    ) -> torch.Tensor | None:
         """Expert ids of a drawn pattern; None now and then where the bank holds one expert."""
-        kind = self.choose(("sample", "token", "sample", "token", "none") if experts == 1 else ("sample", "token"))
+        kind = self.choose((*kinds, *kinds, "none") if experts == 1 else kinds)
         if kind == "none":
             return None
         return self.ids(f"{name} {kind}", experts, *((batch,) if kind == "sample" else (batch, tokens)))

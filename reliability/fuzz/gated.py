@@ -15,7 +15,7 @@ from .loras import offsets_of
 
 _FORMS = ("dense, sample", "dense, token", "chosen, sample", "chosen, token", "chosen, token")
 # Experts and rank of more columns than one tile holds.
-_MANY = 33, 8
+_MANY = 17, 16
 
 
 def _gates(d: Draw, banks: tuple[int, int], batch: int, tokens: int):
@@ -33,7 +33,7 @@ def _gates(d: Draw, banks: tuple[int, int], batch: int, tokens: int):
         names = ("first index", "second index")
         for side, (experts, name) in enumerate(zip(banks, names, strict=True)):
             indices[side] = d.ids(name, experts, *lead, slots) if wanted[side] else None
-        if None not in indices and banks[0] == banks[1] and d.flag():
+        if None not in indices and banks[0] == banks[1] and d.mostly():
             indices[1] = indices[0]  # one index in memory: slots may be sorted by it
     half = d.dtype == torch.float16
     values = ("normal", "normal", "zeros") if half else ("normal", "normal", "zeros", "huge", "tiny", "one huge")
@@ -67,6 +67,7 @@ def gated_lora_cases(draw, dtypes, sizes: Sizes, whole: bool = False, many: bool
     with_base, dropout_p, mix = d.flag(), d.choose((0, 0, 0.3)), d.choose(("outputs", "weights"))
     if many and whole:
         banks, mix = (9, 9), "outputs"  # of rank 32: most such slots may be sorted
+        d.mostly_aligned()
     seed, scaling = d.choose((0, -1, 11)), d.choose((1, 1.7, -0.25, 0, "each"))
     inplace = with_base and d.flag()
     width = width if with_base else max(offsets) + per_group
@@ -119,6 +120,7 @@ def gated_adapter_cases(draw, dtypes, sizes: Sizes, whole: bool = False, many: b
         banks, r = tuple(_MANY[0] if experts == 4 else experts for experts in banks), _MANY[1]
     if whole:
         batch, hidden, r = max(1, batch), 64 * d.integer(1, 3), 4 * d.integer(1, 4)
+        d.mostly_aligned()
     residual, mix = d.choose(("none", "input", "other")), d.choose(("outputs", "weights"))
     if many and whole:
         banks, r, mix = (_MANY[0], _MANY[0]), 2 * r, "outputs"  # most such slots may be sorted

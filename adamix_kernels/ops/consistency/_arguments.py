@@ -9,6 +9,8 @@ import torch
 
 from .._checks import INDEX_DTYPES, check_device, check_flag, fail
 
+# Of num_items, what every backend reads; others are converted.
+_COUNT_DTYPES = (torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -79,10 +81,13 @@ def as_num_items(num_items: object, like: torch.Tensor) -> torch.Tensor | None:
             fail("num_items", f"shape {tuple(num_items.shape)}", "an int or a 0-dim tensor")
         if num_items.dtype == torch.bool or num_items.is_complex():
             fail("num_items", num_items.dtype, "an integer or floating dtype", TypeError)
+        dtype = num_items.dtype
+        if dtype not in _COUNT_DTYPES:
+            dtype = torch.float32 if dtype.is_floating_point else torch.int64
         if num_items.device.type == "cpu" != like.device.type and not torch.compiler.is_compiling():
             # Read on the host, which has it: a copy from unpinned memory would wait for the GPU.
-            return torch.full((), num_items.item(), dtype=num_items.dtype, device=like.device)
-        return num_items.detach().to(like.device)
+            return torch.full((), num_items.item(), dtype=dtype, device=like.device)
+        return num_items.detach().to(like.device, dtype)
     if not isinstance(num_items, int) or isinstance(num_items, bool):
         fail("num_items", type(num_items).__name__, "an int or a 0-dim tensor", TypeError)
     if num_items < 0:

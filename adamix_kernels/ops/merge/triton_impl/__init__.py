@@ -203,7 +203,8 @@ def _banks_plan(banks, scores, results):
     """(plan, banks, scores as the kernel reads them): that of the last call with the same memory, if there is one.
 
     It depends on what `results` stands for (shapes, dtype, device), on addresses, and on the stream that the table
-    was sent in. What was sent while a graph is captured arrives at its replay alone, so that nothing is kept then.
+    was sent in. What was sent while a graph is captured arrives at its replay alone, so that nothing is kept then; but
+    the plan of a call before the capture, in whichever stream, is taken: a capture begins when that work is done.
     """
     given = [score for score in scores if score is not None]
     wide = wide_dtype(*given)
@@ -219,6 +220,8 @@ def _banks_plan(banks, scores, results):
     score_places = tuple(None if score is None else score.data_ptr() for score in scores) if given else (None,)
     key = stream, wide, places, score_places
     plan = results.plans.get(key)
+    if plan is None and capturing:
+        plan = next((made for known, made in list(results.plans.items()) if known[1:] == key[1:]), None)
     if plan is None:
         plan = _new_plan(banks, places, score_places if given else (None,) * len(banks), wide, results)
         if as_they_are and not capturing:
@@ -266,13 +269,26 @@ _CAPTURED: list[torch.Tensor] = []
 
 
 def _table(rows: list[tuple[int, ...]], device: torch.device) -> torch.Tensor:
-    """int64 [columns, rows] on the device, from pinned memory: the host does not wait, and a graph may capture it."""
+    """int64 [columns, rows] on the device, from pinned memory: the host does not wait, and a graph may capture it.
+
+    Raises RuntimeError where torch gives no such memory while a graph is captured: an older one asks for events then,
+    which a capture forbids.
+    """
     columns = array("q", (value for column in zip(*rows, strict=True) for value in column))
     table = torch.frombuffer(columns, dtype=torch.int64).view(-1, len(rows))
     if device.type != "cuda":
         return table
-    pinned = table.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
+    capturing = torch.cuda.is_current_stream_capturing()
+    try:
+        pinned = table.pin_memory()
+    except RuntimeError as error:
+        if not capturing:
+            raise
+        raise RuntimeError(
+            "merge: got these banks for the first time while a CUDA graph is captured, when this torch gives no pinned "
+            "memory, expected a call with the same banks before the capture"
+        ) from error
+    if capturing:
         _CAPTURED.append(pinned)
     return pinned.to(device, non_blocking=True)
 

@@ -1,0 +1,184 @@
+"""One thread with a pack's model: whatever texts wait become one forward, whatever their names."""
+
+import queue
+import threading
+from concurrent import futures
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from adamix_kernels import nearest, use_experts
+from adamix_kernels.tasks import read_run
+from adamix_kernels.tasks.encoders import positions
+
+LONGEST = 128  # tokens of a text, where nothing tells at how many its name's training cut
+
+
+class Busy(RuntimeError):
+    """The queue is full: try again later."""
+
+
+class Asked(NamedTuple):
+    text: str
+    name: str | None
+    answer: futures.Future
+
+
+def lengths(folder, names):
+    """name -> tokens at which its training cut, of a folder of `adamix pack`; of save_pack's it is empty. Raises
+    ValueError for a name of pairs of texts."""
+    files = sorted(Path(folder, "names").glob("*/adamix_run.json"))
+    runs = {file.parent.name: read_run(file.parent) for file in files if file.parent.name in names}
+    of_pairs = [name for name, run in runs.items() if run.text_pair_column]
+    if of_pairs:
+        raise ValueError(
+            f"pack: got {of_pairs[0]!r}, which was trained on pairs of texts, expected names of single ones: adamix "
+            "predict --pack takes --pair"
+        )
+    return {name: run.max_tokens for name, run in runs.items()}
+
+
+def regresses(entry):
+    return entry.problem == "regression" or len(entry.labels or ()) == 1
+
+
+class Server:
+    """Answers as `adamix predict --pack` does.
+
+    Args:
+        model: a pack of classifiers or regressions. most: texts of one forward. waiting: texts that may wait; one more
+            raises Busy. longest: see lengths.
+
+    Raises ValueError: a model that is no such pack, no tokenizer, most or waiting below 1.
+    """
+
+    def __init__(self, model, tokenizer, most=32, waiting=256, longest=None):
+        self.pack = getattr(getattr(model, "adamix", None), "pack", None)
+        kind = type(model).__name__
+        if self.pack is None:
+            raise ValueError(f"pack: got a {kind} that is no pack, expected a folder of adamix pack or save_pack")
+        if "SequenceClassification" not in kind:
+            raise ValueError(f"pack: got a {kind}, expected one that labels texts: adamix predict --pack writes texts")
+        if tokenizer is None:
+            raise ValueError("pack: got no tokenizer in it, nor beside its base model, expected one")
+        for name, value in (("most", most), ("waiting", waiting)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        self.model, self.tokenizer, self.most, self.longest = model.eval(), tokenizer, most, longest or {}
+        self.names, self.batches, self.answered = self.pack.entries, 0, 0
+        self.queue, self.door, self.closed = queue.Queue(waiting), threading.Lock(), False
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def ask(self, text, name=None, timeout=60):
+        """{"name", "label", "probability"}, of a regression {"name", "score"}; the similarity where no name was given.
+
+        Raises ValueError: what was asked is wrong. Busy. TimeoutError: nobody is answered then. ConnectionError: it is
+        closed. FloatingPointError: the name's outputs are no numbers.
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"text: got {type(text).__name__}, expected a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text: got {text[error.start]!r}, half a character, expected whole ones") from None
+        names = dict(self.names)  # as they may change meanwhile
+        if name is not None and (not isinstance(name, str) or name not in names):
+            raise ValueError(f"name: got {name!r}, expected one of {', '.join(names)}, or none")
+        without = [other for other, entry in names.items() if name is None and entry.centroid is None]
+        if without:
+            raise ValueError(f"name: got none, and {without[0]!r} is without a centroid, expected one of {[*names]}")
+        asked = Asked(text, name, futures.Future())
+        with self.door:
+            if self.closed:
+                raise ConnectionError("closing")
+            try:
+                self.queue.put_nowait(asked)
+            except queue.Full:
+                raise Busy(f"{self.queue.maxsize} texts are waiting") from None
+        try:
+            return asked.answer.result(timeout)
+        except futures.TimeoutError:
+            asked.answer.cancel()  # no forward for nobody
+            raise TimeoutError(f"no answer within {timeout:g} s") from None
+
+    def labels(self):
+        """Of each name, in id order."""
+        return {name: ["score"] if regresses(entry) else entry.labels for name, entry in dict(self.names).items()}
+
+    def alive(self):
+        return self.thread.is_alive()
+
+    def waiting(self):
+        """How many texts wait."""
+        return self.queue.qsize()
+
+    def close(self):
+        """What waits is answered first."""
+        with self.door:
+            if not self.closed:
+                self.closed = True
+                self.queue.put(None)
+        self.thread.join()
+
+    def _run(self):
+        some = [self.queue.get()]
+        while some:
+            while some[-1] is not None and len(some) < self.most and not self.queue.empty():
+                some.append(self.queue.get())
+            self._answer([one for one in some if one is not None and one.answer.set_running_or_notify_cancel()])
+            some = [] if some[-1] is None else [self.queue.get()]
+
+    def _answer(self, some):
+        if not some:
+            return
+        try:
+            answers = self._answers([one.text for one in some], [one.name for one in some])
+        except Exception as error:  # whoever asked shall know, nobody else, and the thread goes on
+            if len(some) > 1:
+                for one in some:
+                    self._answer([one])
+                return
+            answers = [error]
+        self.batches, self.answered = self.batches + 1, self.answered + len(some)
+        for one, found in zip(some, answers, strict=True):
+            give = one.answer.set_exception if isinstance(found, Exception) else one.answer.set_result
+            give(found)
+
+    @torch.inference_mode()
+    def _answers(self, texts, names):
+        """Of each an answer, or its error."""
+        with self.pack.lock:  # names and labels stay what they are
+            encoded = [
+                self.tokenizer(text, truncation=True, max_length=self._cut(name)) for text, name in zip(texts, names)
+            ]
+            inputs = self.tokenizer.pad(encoded, return_tensors="pt").to(next(self.model.parameters()).device)
+            routed = nearest(self.model, **inputs) if None in names else None
+            chosen = [routed.nearest[i] if name is None else name for i, name in enumerate(names)]
+            with use_experts(self.model, chosen):
+                rows = self.model(**inputs).logits.float().cpu()
+            found = [self._said(name, row) for name, row in zip(chosen, rows, strict=True)]
+        for i, name in enumerate(names):
+            if name is None and isinstance(found[i], dict):
+                found[i]["similarity"] = routed.similarity[i]
+        return found
+
+    def _cut(self, name):
+        given = [self.longest.get(one, LONGEST) for one in (self.names if name is None else [name])]
+        most = int(self.tokenizer.model_max_length)
+        return min([*given, positions(self.model) or most, most])
+
+    def _said(self, name, row):
+        entry = self.names[name]
+        labels = entry.labels or [f"LABEL_{number}" for number in range(len(row))]
+        if regresses(entry):
+            values, said = row[:1], {"name": name, "score": row[0].item()}
+        else:
+            values = row[: len(labels)].softmax(-1)
+            probability, label = values.max(-1)
+            said = {"name": name, "label": labels[label], "probability": probability.item()}
+        if values.isfinite().all():
+            return said
+        return FloatingPointError(f"{name}: got outputs that are no finite numbers: its training went wrong")

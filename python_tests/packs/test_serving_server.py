@@ -1,0 +1,229 @@
+"""examples/_server.py and the server of examples/serve_pack.py: what comes over a socket, and who hears of an error."""
+
+import http.client
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import tiny_text
+import torch
+
+from adamix_kernels import AdaMixConfig, adapt, load, merge, pack, remove_expert, save_adamix, save_pack, store_centroid
+from adamix_kernels.tasks import Run, load_base, load_classifier, resolve_model, write_run
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+LABELS = {"books": ["bad", "good"], "songs": ["a", "b", "c"], "stars": ["score"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pack of two classifiers and a regression, of a model of 32 positions."""
+    folder = tmp_path_factory.mktemp("serving")
+    encoder = resolve_model(str(tiny_text.write_encoder(folder / "encoder")))
+    for number, (name, labels) in enumerate(LABELS.items()):
+        model, tokenizer = load_classifier(encoder, labels)
+        torch.manual_seed(number)
+        adapt(model, AdaMixConfig(num_experts=2, bottleneck=4))
+        if name != "songs":
+            store_centroid(model, [tokenizer(["a fine book", "the good film"], padding=True, return_tensors="pt")])
+        save_adamix(merge(model), folder / name)
+    base, _ = load_classifier(encoder, ["", "_"])
+    return save_pack(pack(base, {name: folder / name for name in LABELS}), folder / "pack")
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import _server
+    import serve_pack
+
+    return _server, serve_pack
+
+
+@pytest.fixture
+def server(folder, examples):
+    server = examples[0].Server(*load(folder), most=4)
+    yield server
+    server.close()
+
+
+def held(server):
+    """Stops the forwards; what is called lets them go on."""
+    go_on, answers = threading.Event(), server._answers
+    server._answers = lambda *given: go_on.wait(30) and answers(*given)
+    return go_on.set
+
+
+def asked(server, texts_and_names):
+    """What each of several, who ask at once, is told: an answer or an error."""
+    found = {}
+
+    def ask(number, text, name):
+        try:
+            found[number] = server.ask(text, name, 30)
+        except Exception as error:
+            found[number] = error
+
+    go_on, threads = held(server), []
+    for number, (text, name) in enumerate(texts_and_names):
+        threads.append(threading.Thread(target=ask, args=(number, text, name)))
+        threads[-1].start()
+        while not server.waiting() and number:
+            time.sleep(0.005)  # the first is in the forward, the others wait
+    go_on()
+    for thread in threads:
+        thread.join()
+    return [found[number] for number in range(len(threads))]
+
+
+def test_an_error_is_told_to_whoever_made_it_alone(server, folder):
+    answers = server._answers
+
+    def failing(texts, names):
+        if "bad" in texts:
+            raise RuntimeError("out of something")
+        return answers(texts, names)
+
+    server._answers = failing
+    first, wrong, right = asked(server, [("a", "books"), ("bad", "books"), ("fine", "songs")])
+    assert (first["name"], right["name"]) == ("books", "songs")
+    assert str(wrong) == "out of something"
+    with pytest.raises(ValueError, match=r"text: got '.ud800', half a character"):
+        server.ask("a \ud800", "books")
+    with pytest.raises(ValueError, match="name: got none, and 'songs' is without a centroid"):
+        server.ask("a")
+    with torch.no_grad():
+        server.model.classifier.bias[server.names["books"].slot] = torch.nan
+    with pytest.raises(FloatingPointError, match="books: got outputs that are no finite numbers"):
+        server.ask("a", "books")
+    assert server.ask("a", "songs")["name"] == "songs"
+
+
+def test_long_texts_are_cut_as_in_the_training_and_numbers_are_scores(server, folder):
+    text = "good " * 200  # of a model of 32 positions
+    assert server.ask(text, "books") == pytest.approx(server.ask("good " * 30, "books"))
+    assert server.ask(text, "stars").keys() == {"name", "score"}
+    assert server.labels() == LABELS
+    server.longest["books"] = 5
+    assert server.ask(text, "books") == pytest.approx(server.ask("good good good", "books"))
+    remove_expert(server.model, "songs")
+    assert server.ask(text)["similarity"] <= 1
+    with pytest.raises(ValueError, match="name: got 'songs', expected one of books, stars, or none"):
+        server.ask(text, "songs")
+
+
+def test_what_nobody_waits_for_is_not_computed_and_close_answers_the_rest(server):
+    go_on, found = held(server), []
+    threading.Thread(target=lambda: found.append(server.ask("a", "books"))).start()
+    while not server.queue.empty() or not server.queue.unfinished_tasks:
+        time.sleep(0.005)
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.01 s"):
+        server.ask("bad", "books", 0.01)
+    rest = threading.Thread(target=lambda: found.append(server.ask("a", "songs")))
+    rest.start()
+    while server.waiting() < 2:
+        time.sleep(0.005)
+    closing = threading.Thread(target=server.close)
+    closing.start()
+    while not server.closed:
+        time.sleep(0.005)
+    with pytest.raises(ConnectionError, match="closing"):
+        server.ask("a", "books")
+    go_on()
+    closing.join()
+    rest.join()
+    assert sorted(one["name"] for one in found) == ["books", "songs"]
+    assert server.answered == 2
+
+
+def test_what_is_no_pack_of_labels_is_refused(folder, examples):
+    base, tokenizer = load_base(folder.parent / "books")
+    model, _ = load(folder)
+    for given, told in (
+        ((base, tokenizer), "pack: got a BertForSequenceClassification that is no pack, expected a folder"),
+        ((model, None), "pack: got no tokenizer"),
+        ((model, tokenizer, 0), "most: got 0, expected at least 1"),
+        ((model, tokenizer, 1, 0), "waiting: got 0, expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            examples[0].Server(*given)
+
+
+def test_what_a_name_was_trained_on_comes_of_its_run_file(tmp_path, examples):
+    for name, pair in (("books", None), ("pairs", "second")):
+        (tmp_path / "names" / name).mkdir(parents=True)
+        run = Run("m", "d", ["a", "b"], 24, text_column="text", text_pair_column=pair)
+        write_run(tmp_path / "names" / name, run)
+    assert examples[0].lengths(tmp_path, ["books", "songs"]) == {"books": 24}
+    with pytest.raises(ValueError, match="got 'pairs', which was trained on pairs of texts, expected names of single"):
+        examples[0].lengths(tmp_path, ["books", "pairs"])
+
+
+@pytest.fixture
+def connection(server, examples):
+    listening = examples[1].http_server(server, 0)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    connection = http.client.HTTPConnection(*listening.server_address, timeout=30)
+    yield connection
+    connection.close()
+    listening.shutdown()
+    listening.server_close()
+
+
+def said(connection, body=None, method="POST", headers=None):
+    connection.request(method, "/", body, headers or {})
+    answer = connection.getresponse()
+    text = answer.read()
+    return answer.status, json.loads(text) if text else None
+
+
+def test_whatever_comes_is_answered_and_the_connection_goes_on(connection, capfd):
+    good = b'{"text": "a fine book", "name": "books"}'
+    for body, status, told in (
+        (b"{", 400, "Expecting property name"),
+        (b"[1]", 400, "body: got another object"),
+        (b'{"text": "a", "nam": "books"}', 400, "body: got another object"),
+        (b'{"text": NaN, "name": "books"}', 400, "text: got float, expected a string"),
+        (b'{"text": "\\ud800", "name": "books"}', 400, "half a character"),
+        (b"\xff", 400, "utf-8"),
+        (b'{"text": "a", "name": ["books"]}', 400, "name: got ['books'], expected one of"),
+        (b'{"text": "a", "name": "../books"}', 400, "name: got '../books', expected one of"),
+        (b"[" * 100_000, 400, "recursion"),
+    ):
+        found = said(connection, body)
+        assert (found[0], told in found[1]["error"]) == (status, True), found
+        assert said(connection, good)[0] == 200
+    for method in ("GET", "PUT", "DELETE"):
+        assert said(connection, None, method) == (405, {"error": f"method: got {method}, expected POST"})
+    assert said(connection, None, "HEAD") == (405, None)
+    for length in ("-1", "x", ""):
+        assert said(connection, good, headers={"Content-Length": length})[0] == 411
+    for length in ("600000", "9" * 5000):
+        found = said(connection, headers={"Content-Length": length})
+        assert found == (413, {"error": f"body: got {length} bytes, expected at most 524288"})
+    assert said(connection, iter([good]), headers={"Transfer-Encoding": "chunked"})[0] == 411
+    connection.request("POST", "/", good)
+    connection.close()  # a client that hangs up
+    assert said(connection, good)[1]["name"] == "books"
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_wrong_words_of_the_program_are_a_line(folder, examples, capsys, monkeypatch):
+    program = examples[1]
+    for words, told in (
+        (["books", "songs=b"], "got 'books', expected NAME=FOLDER"),
+        (["books=a", "books=b"], "name: got 'books' twice"),
+        (["../x=a", "books=b"], "name: got '../x'"),
+    ):
+        with pytest.raises(SystemExit):
+            program.parse(["--data", *words])
+        assert told in capsys.readouterr().err
+    monkeypatch.setattr(program, "train", None)  # nothing is trained before these are known
+    options = program.parse(["--data", "books=nowhere.csv", "songs=b.csv", "--port", "70000"])
+    with pytest.raises(ValueError, match="port: got 70000, expected a free one, or 0 for any"):
+        program.main(options)
+    options.port = None
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.csv"):
+        program.main(options)
