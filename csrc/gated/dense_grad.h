@@ -6,8 +6,8 @@
 
 namespace adamix {
 
-// A dense side's job, for the share blockIdx.y of the rows, which are all as far apart. change_wide(tile, row): of the
-// tile's rows from that row on; see change_tile.
+// A dense side's job, for the share blockIdx.y of the rows, which are all as far apart. change_wide(tile, row, column):
+// of the tile's rows and columns from those on; see change_tile.
 template <typename T, int Narrow, typename ChangeWide>
 ADAMIX_DEVICE void dense_grad(const GradTile<T, Narrow>& tile, const GradSide<T>& side, int number,
                               const RowShares& shares, ChangeWide change_wide) {

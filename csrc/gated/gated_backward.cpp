@@ -122,7 +122,7 @@ void run_by_pairs(GatedInputGrad<T>& params, GatedCall& call, const Device& devi
     row_bytes += static_cast<int64_t>(side.groups) * side.cols * sizeof(T);
   }
   int count = count_shares(call.rows, blocks, row_bytes, sum.plane_size, device);
-  if (!call.has_ids) {
+  if (!call.has_ids && blocks > 0) {
     // Every block takes as long: what fills the device once is enough, and planes are bytes.
     int resident = static_cast<int>(device.shared_bytes / gated_grad_block_bytes<T>(most));
     int64_t at_once = static_cast<int64_t>(device.multiprocessors) * max_of(1, resident);
