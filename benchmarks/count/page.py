@@ -115,7 +115,7 @@ _GATES = (
     f"{count_gates.INSTRUCTIONS} of the instructions, {count_gates.BYTES} of the bytes, or a launch more; beyond, "
     f"above {count_gates.LAUNCHES['wide']} launches more. Those that cost more stand below the table, with the reason; "
     "forward and backward of a size together are held to the same, but for a V100 "
-    f"({count_gates.STEP_INSTRUCTIONS_V100} of the instructions, {count_gates.STEP_V100} of the bytes)."
+    f"({count_gates.STEP_V100} of the bytes, as below the table)."
 )
 
 _MIXTURES = (

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "common/row_shares.h"
+#include "gated/dense_side.h"
 #include "gated/gated_call.h"
 
 namespace adamix {
@@ -54,7 +55,8 @@ void run_by_pairs(GatedInputGrad<T>& params, GatedCall& call, const Device& devi
   Tensor narrow = allocate(call.x, {(of_u ? up_size + down_size : 0) + (needs.up ? up_size : 0) + bias_size + 8});
   OptionalTensor ids, planes;
   if (call.has_ids && (needs.down || needs.up)) {
-    ids = allocate(call.x, {call.rows * (gates.down.slots + gates.up.slots)}, ScalarType::Int);
+    // Nor is this: without ids a side is dense.
+    ids = allocate(call.x, {call.rows * (gates.down.slots + gates.up.slots) + 1}, ScalarType::Int);
   }
   T* free = data<T>(narrow);
   auto take = [&](bool wanted, int64_t size) {
@@ -71,8 +73,8 @@ void run_by_pairs(GatedInputGrad<T>& params, GatedCall& call, const Device& devi
   launch_gated_input_grad(params, device);
   if (!needs.down && !needs.up) return;
 
-  // Where slots name experts of their own a product is of the pairs that name one; else all experts' ranks are one
-  // expert's, side by side.
+  // Where slots name experts of their own a product is of the pairs that name one; else of all experts' ranks, side by
+  // side: one expert's where they lie so in the gradient too.
   auto routing = [&](int* of, const SlotExperts& side) {
     return Routing{of, false, divisor(1), static_cast<uint32_t>(of == nullptr ? 1 : side.experts)};
   };
@@ -96,8 +98,11 @@ void run_by_pairs(GatedInputGrad<T>& params, GatedCall& call, const Device& devi
     GradSide<T>& side = weights.side[1];
     Rows<const T> wide = pair_rows<T>(grad_out, weights.pairs[1]);
     Routing of_up = routing(params.up_ids, gates.up);
-    side = grad_side<T>(wide, params.mixed, apart(gates.up), together(gates.up) * call.ranges.groups, call.ranges.cols,
-                        call.rank, of_up, false);
+    int groups = call.ranges.groups;
+    bool joined = !call.has_ids && groups == 1;
+    side = grad_side<T>(wide, params.mixed, joined ? gates.up.experts : apart(gates.up),
+                        joined ? 1 : together(gates.up) * groups, call.ranges.cols, call.rank, of_up, false);
+    if (joined) side.narrow_aligned = is_aligned(params.mixed, {gates.up.experts * call.rank}, sizeof(T));
     side.weight = sum.add(data<T>(grads.up), grads.up.numel());
     if (biases) {
       GradSide<T>& bias = weights.side[2];
@@ -106,13 +111,23 @@ void run_by_pairs(GatedInputGrad<T>& params, GatedCall& call, const Device& devi
       bias.weight = sum.add(data<T>(grads.up_bias), grads.up_bias.numel());
     }
   }
+  int most = 0;
+  for (const GradSide<T>& side : weights.side) most = side.experts > 0 ? max_of(most, joined_ranks(side)) : most;
   int64_t blocks = 0, row_bytes = 0;
   for (const GradSide<T>& side : weights.side) {
     if (side.experts == 0) continue;
-    blocks += blocks_an_expert(side, narrow_of<T>(side.ranks));
+    // Of one expert, as count_shares wants; of all where all serve every row.
+    blocks +=
+        is_dense(side) ? blocks_of_side(side, narrow_of<T>(most)) : blocks_an_expert(side, narrow_of<T>(side.ranks));
     row_bytes += static_cast<int64_t>(side.groups) * side.cols * sizeof(T);
   }
   int count = count_shares(call.rows, blocks, row_bytes, sum.plane_size, device);
+  if (!call.has_ids && blocks > 0) {
+    // Every block takes as long: what fills the device once is enough, and planes are bytes.
+    int resident = static_cast<int>(device.shared_bytes / gated_grad_block_bytes<T>(most));
+    int64_t at_once = static_cast<int64_t>(device.multiprocessors) * max_of(1, resident);
+    count = static_cast<int>(std::min<int64_t>(count, std::max<int64_t>(1, at_once / blocks)));
+  }
   weights.shares = cut_rows(count, kTileRows, call.rows, sum, call.x, planes);
   launch_gated_weight_grad(weights, device);
   if (weights.shares.count > 1) launch_plane_sum("gated_plane_sum", sum, device);

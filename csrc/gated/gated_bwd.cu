@@ -2,6 +2,7 @@
 // in another.
 #include "common/piece.h"
 #include "common/routed_launch.h"
+#include "gated/dense_grad.h"
 #include "gated/gated_tile.h"
 #include "gated/mix_rows.h"
 
@@ -54,14 +55,23 @@ ADAMIX_DEVICE void leave_row(const GatedInputGrad<T>& p, const GatedTile<T>& til
   for (int slot = this_lane(); sums != nullptr && slot < gates.slots; slot += 32) {
     store_scalar(p.dgates, p.dgates_kind, number * slots + slot, served ? sums[slot] : not_a_number());
   }
-  if (served) mix_row(p, number, p.t, p.mixed, p.bias_gates);
+  int64_t slot0 = static_cast<int64_t>(number) * gates.up.slots;
+  if (served) {
+    mix_row(p, number, p.t, p.mixed == nullptr ? nullptr : p.mixed + slot0 * p.ranks(),
+            p.bias_gates == nullptr ? nullptr : p.bias_gates + slot0);
+  }
   __syncwarp();
+}
+
+template <typename T>
+ADAMIX_BOTH int kept_cols_of(const GatedInputGrad<T>& p) {
+  return p.dx == nullptr ? 0 : kept_cols<T>(p.gates.down, p.ranks(), false);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, 2) gated_input_grad_kernel(GatedInputGrad<T> p) {
   SharedMemory memory;
-  GatedTile<T> tile(memory, p.gates);
+  GatedTile<T> tile(memory, p.gates, kept_cols_of(p));
   tile.find(p.rows, p.grad_out, p.grad_out, p.gates);
   DropoutMask mask(p.dropout);
   int64_t first = tile.first;
@@ -87,7 +97,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) gated_input_grad_kernel(Gated
   __syncthreads();
 
   spread<T, Inner::kStrided>(
-      tile, p.gates, p.gates.down, tile.down, p.dt, ranks, 0, ranks, p.by_ranks, static_cast<const T*>(nullptr),
+      tile, p.gates, p.gates.down, tile.down, p.dt, ranks, 0, ranks, p.by_ranks, static_cast<const T*>(nullptr), false,
       p.features,
       [&](T* right, int col0, int expert, int experts, int k0) {
         load_matrix<kInner<T>, GatedTile<T>::kNarrow>(right, p.down + static_cast<int64_t>(expert) * ranks * p.features,
@@ -120,27 +130,34 @@ __global__ void __launch_bounds__(kTileThreads, 2) gated_weight_grad_kernel(Gate
   int number = blockIdx.x, pairs = p.pairs[0], which = 0;
 #pragma unroll
   for (int next = 1; next < 3; ++next) {
-    int jobs = side.experts * blocks_an_expert(side, Narrow);
+    int jobs = blocks_of_side(side, Narrow);
     if (which != next - 1 || number < jobs) continue;
     number -= jobs, which = next, side = p.side[next], pairs = p.pairs[next];
   }
-  GradJob job = job_of<T, Narrow>(side, number);
-  if (which == 1) {
-    int start = p.ranges.start[job.group % p.ranges.groups];
+  auto change = [&](T* wide, auto row_of, int col0) {
+    if (which != 0 || !mask.drops()) return;
+    change_tile<kInner<T>, kTileCols, kTileThreads>(
+        wide, [&](float value, int row, int col) { return mask.apply(value, row_of(row), col0 + col); });
+  };
+  auto from_start = [&](int group) {
+    if (which != 1) return;
+    int start = p.ranges.start[group % p.ranges.groups];
     side.wide.data += start;
     side.wide.aligned = side.wide.aligned && start % Piece<T>::kSize == 0;
+  };
+  if (is_dense(side)) {
+    from_start(number / (blocks_of_side(side, Narrow) / side.groups));
+    dense_grad(tile, side, number, p.shares,
+               [&](T* wide, int64_t first, int col0) { change(wide, [&](int row) { return first + row; }, col0); });
+    return;
   }
+  GradJob job = job_of<T, Narrow>(side, number);
+  from_start(job.group);
   RowShares shares = p.shares;
   shares.rows *= pairs, shares.rows_a_share *= pairs;
   weight_grad(
       tile, side, job, shares, 1.f,
-      [&](T* wide, auto row_of) {
-        if (which != 0 || !mask.drops()) return;
-        change_tile<kInner<T>, kTileCols, kTileThreads>(wide, [&](float value, int row, int col) {
-          return mask.apply(value, row_of(row) / pairs, job.col0 + col);
-        });
-      },
-      [](T*) {});
+      [&](T* wide, auto row_of) { change(wide, [&](int row) { return row_of(row) / pairs; }, job.col0); }, [](T*) {});
 }
 
 #define ADAMIX_INSTANTIATE(T)                                                           \
@@ -155,18 +172,26 @@ ADAMIX_INSTANTIATE(bfloat16)
 #if defined(ADAMIX_LAUNCHERS)
 template <typename T>
 void launch_gated_input_grad(const GatedInputGrad<T>& params, const Device& device) {
-  Shape shape{dim3(count_tiles(params.rows)), kTileThreads, shared_bytes<GatedTile<T>>(params.gates)};
+  Shape shape{dim3(count_tiles(params.rows)), kTileThreads,
+              shared_bytes<GatedTile<T>>(params.gates, kept_cols_of(params))};
   launch("gated_input_grad", gated_input_grad_kernel<T>, shape, device, params);
+}
+
+template <typename T>
+size_t gated_grad_block_bytes(int ranks) {
+  size_t bytes = 0;
+  dispatch_narrow<T>(ranks, [&](auto narrow) { bytes = shared_bytes<GradTile<T, decltype(narrow)::value>>(); });
+  return bytes;
 }
 
 template <typename T>
 void launch_gated_weight_grad(const GatedWeightGrad<T>& params, const Device& device) {
   int most = 0;
-  for (const GradSide<T>& side : params.side) most = side.experts > 0 ? max_of(most, side.ranks) : most;
+  for (const GradSide<T>& side : params.side) most = side.experts > 0 ? max_of(most, joined_ranks(side)) : most;
   auto run = [&](auto narrow) {
     constexpr int kNarrow = decltype(narrow)::value;
     int jobs = 0;
-    for (const GradSide<T>& side : params.side) jobs += side.experts * blocks_an_expert(side, kNarrow);
+    for (const GradSide<T>& side : params.side) jobs += blocks_of_side(side, kNarrow);
     launch("gated_weight_grad", gated_weight_grad_kernel<T, kNarrow>,
            {dim3(jobs, params.shares.count), kTileThreads, shared_bytes<GradTile<T, kNarrow>>()}, device, params);
   };
@@ -174,6 +199,7 @@ void launch_gated_weight_grad(const GatedWeightGrad<T>& params, const Device& de
 }
 
 #define ADAMIX_INSTANTIATE(T)                                                     \
+  template size_t gated_grad_block_bytes<T>(int);                                 \
   template void launch_gated_input_grad(const GatedInputGrad<T>&, const Device&); \
   template void launch_gated_weight_grad(const GatedWeightGrad<T>&, const Device&);
 ADAMIX_INSTANTIATE(float)

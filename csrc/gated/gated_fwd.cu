@@ -55,9 +55,30 @@ ADAMIX_DEVICE void copy_gap(const GatedForward<T>& p, const GatedTile<T>& tile, 
 }
 
 template <typename T>
+ADAMIX_BOTH int kept_cols_of(const GatedForward<T>& p) {
+  return kept_cols<T>(p.gates.up, p.rank, p.up_bias != nullptr);
+}
+
+// Whether a row's slots lie as what is kept of it does.
+template <typename T>
+ADAMIX_BOTH bool mixes_in_place(const GatedForward<T>& p) {
+  return kept_cols_of(p) > 0 && p.ranges.groups == 1 && !p.gates.up.differ();
+}
+
+// What is kept of a row, zeros behind it and in rows that are not there. All lanes of a warp call.
+template <typename T>
+ADAMIX_DEVICE void keep_row(const GatedForward<T>& p, const GatedTile<T>& tile, int row) {
+  T* kept = tile.kept + row * tile.kept_cols;
+  int weights = p.gates.up.slots * p.rank, cols = weights + (p.up_bias == nullptr ? 0 : p.gates.up.slots);
+  bool there = row < tile.count && tile.served[row];
+  for (int col = (there ? cols : 0) + this_lane(); col < tile.kept_cols; col += 32) kept[col] = from_float<T>(0.f);
+  if (there) mix_row(p, static_cast<int>(tile.first) + row, p.t, kept, p.up_bias == nullptr ? nullptr : kept + weights);
+}
+
+template <typename T>
 __global__ void __launch_bounds__(kTileThreads, 2) gated_forward_kernel(GatedForward<T> p) {
   SharedMemory memory;
-  GatedTile<T> tile(memory, p.gates);
+  GatedTile<T> tile(memory, p.gates, kept_cols_of(p));
   tile.find(p.rows, p.x, p.base, p.gates);
   DropoutMask mask(p.dropout);
   int64_t first = tile.first;
@@ -85,8 +106,15 @@ __global__ void __launch_bounds__(kTileThreads, 2) gated_forward_kernel(GatedFor
         p.t[((first + row) * slots + slot) * ranks + rank] = from_float<T>(sum);
       });
   __syncthreads();
-  for (int row = this_warp(); row < tile.count; row += kTileThreads / 32) {
-    if (tile.served[row]) mix_row(p, static_cast<int>(first) + row, p.t, p.mixed, p.bias_gates);
+  bool in_place = mixes_in_place(p);
+  for (int row = this_warp(); row < (in_place ? kTileRows : tile.count); row += kTileThreads / 32) {
+    if (in_place) {
+      keep_row(p, tile, row);
+    } else if (tile.served[row]) {
+      int64_t slot0 = (first + row) * p.gates.up.slots;
+      mix_row(p, static_cast<int>(first) + row, p.t, p.mixed + slot0 * ranks,
+              p.bias_gates == nullptr ? nullptr : p.bias_gates + slot0);
+    }
   }
   __syncthreads();
 
@@ -94,7 +122,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) gated_forward_kernel(GatedFor
     int start = p.ranges.start[group];
     bool aligned = start % Piece<T>::kSize == 0;
     spread<T, Inner::kContiguous>(
-        tile, p.gates, p.gates.up, tile.up, p.mixed, ranks, group * p.rank, p.rank, p.by_rank, p.bias_gates,
+        tile, p.gates, p.gates.up, tile.up, p.mixed, ranks, group * p.rank, p.rank, p.by_rank, p.bias_gates, in_place,
         p.ranges.cols,
         [&](T* right, int col0, int expert, int experts, int k0) {
           load_up(right, p, group, col0, expert, experts, k0);
@@ -123,7 +151,8 @@ ADAMIX_INSTANTIATE(bfloat16)
 #if defined(ADAMIX_LAUNCHERS)
 template <typename T>
 void launch_gated_forward(const GatedForward<T>& params, const Device& device) {
-  Shape shape{dim3(count_tiles(params.rows)), kTileThreads, shared_bytes<GatedTile<T>>(params.gates)};
+  Shape shape{dim3(count_tiles(params.rows)), kTileThreads,
+              shared_bytes<GatedTile<T>>(params.gates, kept_cols_of(params))};
   launch("gated_forward", gated_forward_kernel<T>, shape, device, params);
 }
 

@@ -27,6 +27,14 @@ struct NamedExperts {
   }
 };
 
+// Columns of spread's left operand, of all experts, that are kept for all columns of its right one; 0: too many.
+constexpr int kKeptRowBytes = 160;
+template <typename T>
+ADAMIX_BOTH int kept_cols(const SlotExperts& side, int ranks, bool biases) {
+  int64_t cols = static_cast<int64_t>(side.experts) * (ranks + (biases ? 1 : 0));
+  return cols * sizeof(T) > kKeptRowBytes ? 0 : round_up(static_cast<int>(cols), Piece<T>::kSize);
+}
+
 template <typename T>
 struct GatedTile {
   static constexpr int kNarrow = kChunk<T>;
@@ -35,12 +43,14 @@ struct GatedTile {
   int64_t* added_offset;  // of the rows added to what is spread
   int* served;            // whether a row's ids are all right
   NamedExperts down, up;
-  float* sums;  // [warps, slots]
+  float* sums;    // [warps, slots]
+  int kept_cols;  // or 0
+  T* kept;        // [kTileRows, kept_cols]
   int64_t first;
   int count;
 
   template <typename Memory>
-  ADAMIX_BOTH GatedTile(Memory& memory, const Gates& gates)
+  ADAMIX_BOTH GatedTile(Memory& memory, const Gates& gates, int cols_kept)
       : stages(memory),
         in_offset(memory.template take<int64_t>(kTileRows)),
         added_offset(memory.template take<int64_t>(kTileRows)),
@@ -48,6 +58,8 @@ struct GatedTile {
         down(memory, gates.down),
         up(memory, gates.up),
         sums(memory.template take<float>(kTileThreads / 32 * max_of(gates.slots, 1))),
+        kept_cols(cols_kept),
+        kept(memory.template take<T>(kTileRows * cols_kept)),
         first(0),
         count(0) {}
 
@@ -138,16 +150,19 @@ ADAMIX_DEVICE void gather(const GatedTile<T>& tile, const Gates& gates, const Sl
 // inner indices of so many experts, their ranks first and then their biases.
 //
 // Experts of a few ranks share a product's inner dimension, where what a row does not name is zero. Pieces that are not
-// finite then are made again, expert by expert, by the rows that name it: no row sees another's infinities.
+// finite then are made again, expert by expert, by the rows that name it: no row sees another's infinities. Where
+// tile.kept_cols says so, all experts do, and what is narrow is put in order once: here, or before where `filled`.
 template <typename T, Inner Right, typename LoadRight, typename Finish>
 ADAMIX_DEVICE void spread(const GatedTile<T>& tile, const Gates& gates, const SlotExperts& side,
                           const NamedExperts& named, const T* narrow, int pitch, int from, int rank,
-                          const Divisor& by_rank, const T* bias_gates, int cols, LoadRight load_right, Finish finish) {
+                          const Divisor& by_rank, const T* bias_gates, bool filled, int cols, LoadRight load_right,
+                          Finish finish) {
   constexpr int kNarrow = GatedTile<T>::kNarrow, kSize = Piece<T>::kSize, kPieces = kNarrow / kSize;
   constexpr int kMine = kWarpRows * kPieces / 32, kPitch = pitch_of<T>(kInner<T>), kLefts = kInner<T> / kSize;
   bool whole = rank % kSize == 0 && pitch % kSize == 0 && reinterpret_cast<uintptr_t>(narrow + from) % 16 == 0;
   int own_ranks = rank + (bias_gates == nullptr ? 0 : 1);
-  int together = side.differ() ? max_of(1, kInner<T> / max_of(1, own_ranks)) : side.experts;
+  int together = side.experts, kept = tile.kept_cols;
+  if (side.differ() && kept == 0) together = max_of(1, kInner<T> / max_of(1, own_ranks));
   // Calls visit(slot) for the slots of a row that name an expert.
   auto each_slot = [&](int row, int expert, auto visit) {
     if (!side.differ()) return visit(expert);
@@ -157,6 +172,43 @@ ADAMIX_DEVICE void spread(const GatedTile<T>& tile, const Gates& gates, const Sl
       if (side.named(at + slot, slot) == expert) visit(slot);
     }
   };
+  // to = kSize inner indices of a row from k on, of `count` experts from `expert` on.
+  auto mix = [&](T* to, int row, int k, int expert, int count) {
+    int weights = count * rank, inner = weights + (bias_gates == nullptr ? 0 : count);
+    bool there = k < inner && row < tile.count && tile.served[row];
+    int64_t slot0 = (tile.first + row) * side.slots;
+    if (!there || (whole && k + kSize <= weights)) {
+      float sums[kSize] = {};
+      int of = there ? static_cast<int>(by_rank.quotient(k)) : 0;
+      auto take = [&](int slot) {
+        Piece<T> own = load_piece(narrow + (slot0 + slot) * pitch + from + k - of * rank, kSize, true);
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) sums[e] += to_float(own.values[e]);
+      };
+      if (there) each_slot(row, expert + of, take);
+      Piece<T> piece;
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) piece.values[e] = from_float<T>(sums[e]);
+      store_piece(to, piece, kSize, true);
+      return;
+    }
+#pragma unroll 1
+    for (int e = 0; e < kSize; ++e) {
+      float sum = 0.f;
+      bool bias = k + e >= weights;
+      int of = bias ? k + e - weights : static_cast<int>(by_rank.quotient(k + e));
+      auto take = [&](int slot) {
+        int64_t at = slot0 + slot;
+        sum += to_float(bias ? bias_gates[at] : narrow[at * pitch + from + k + e - of * rank]);
+      };
+      if (k + e < inner) each_slot(row, expert + of, take);
+      to[e] = from_float<T>(sum);
+    }
+  };
+  for (int i = threadIdx.x; !filled && i < kTileRows * kept / kSize; i += kTileThreads) {
+    int row = i / (kept / kSize), k = i % (kept / kSize) * kSize;
+    mix(tile.kept + row * kept + k, row, k, 0, side.experts);
+  }
   for (int col0 = 0; col0 < cols; col0 += kNarrow) {
     float totals[kMine][kSize] = {};
     bool again[kMine] = {};
@@ -166,40 +218,18 @@ ADAMIX_DEVICE void spread(const GatedTile<T>& tile, const Gates& gates, const Sl
       for (int expert = 0; expert < side.experts; expert += experts) {
         int count = side.experts - expert < experts ? side.experts - expert : experts;
         if (!named.any(expert, expert + count - 1)) continue;
-        int weights = count * rank, inner = weights + (bias_gates == nullptr ? 0 : count);
+        int inner = count * own_ranks;
         auto load_left = [&](T* left, int k0) {
           for (int i = threadIdx.x; i < kTileRows * kLefts; i += kTileThreads) {
             int row = i / kLefts, k = k0 + i % kLefts * kSize;
             T* to = left + row * kPitch + i % kLefts * kSize;
-            bool there = k < inner && row < tile.count && tile.served[row];
-            int64_t slot0 = (tile.first + row) * side.slots;
-            if (!there || (whole && k + kSize <= weights)) {
-              float sums[kSize] = {};
-              int of = there ? static_cast<int>(by_rank.quotient(k)) : 0;
-              auto take = [&](int slot) {
-                Piece<T> own = load_piece(narrow + (slot0 + slot) * pitch + from + k - of * rank, kSize, true);
-#pragma unroll
-                for (int e = 0; e < kSize; ++e) sums[e] += to_float(own.values[e]);
-              };
-              if (there) each_slot(row, expert + of, take);
-              Piece<T> piece;
-#pragma unroll
-              for (int e = 0; e < kSize; ++e) piece.values[e] = from_float<T>(sums[e]);
-              store_piece(to, piece, kSize, true);
+            if (pass > 0 || kept == 0) {
+              mix(to, row, k, expert, count);
               continue;
             }
-#pragma unroll 1
-            for (int e = 0; e < kSize; ++e) {
-              float sum = 0.f;
-              bool bias = k + e >= weights;
-              int of = bias ? k + e - weights : static_cast<int>(by_rank.quotient(k + e));
-              auto take = [&](int slot) {
-                int64_t at = slot0 + slot;
-                sum += to_float(bias ? bias_gates[at] : narrow[at * pitch + from + k + e - of * rank]);
-              };
-              if (k + e < inner) each_slot(row, expert + of, take);
-              to[e] = from_float<T>(sum);
-            }
+            Piece<T> piece{};
+            if (k < kept) piece = load_piece(tile.kept + row * kept + k, kSize, true);
+            store_piece(to, piece, kSize, true);
           }
         };
         narrow_product<T, kNarrow, Right>(

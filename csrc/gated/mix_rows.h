@@ -1,20 +1,21 @@
 // What gates make of one row's narrow values: a warp's work, in fp32, between the two products.
 #pragma once
 
+#include "common/piece.h"
 #include "common/warp.h"
 #include "gated/gated.h"
 
 namespace adamix {
 
 // Of a row: mixed[slot of up] = gate times scale times act(t[slot of down]), of a bank of one the sum over all slots.
-// Where gates weigh weights: act(the gated sum of t), times gate and scale of each slot of up. All lanes call.
+// Where gates weigh weights: act(the gated sum of t), times gate and scale of each slot of up. mixed, bias_gates: of
+// the row, or null. All lanes call.
 template <typename T>
 ADAMIX_DEVICE void mix_row(const GatedBanks<T>& p, int row, const T* t, T* mixed, T* bias_gates) {
   const Gates& gates = p.gates;
   int64_t at = gates.at(row);
   int ranks = p.ranks(), lane = threadIdx.x % 32;
   t += static_cast<int64_t>(row) * gates.down.slots * ranks;
-  int64_t first = static_cast<int64_t>(row) * gates.up.slots;
   for (int i = lane; mixed != nullptr && i < ranks; i += 32) {
     auto of = [&](int slot) {
       return activate(p.activation, to_float(t[gates.down.experts == 1 ? i : slot * ranks + i]));
@@ -29,12 +30,12 @@ ADAMIX_DEVICE void mix_row(const GatedBanks<T>& p, int row, const T* t, T* mixed
       for (int slot = 0; slot < gates.slots; ++slot) z += gates.gate(at, slot) * gates.scale(at, slot) * of(slot);
     }
     if (gates.up.experts == 1) {
-      mixed[first * ranks + i] = from_float<T>(z);
+      mixed[i] = from_float<T>(z);
       continue;
     }
     for (int slot = 0; slot < gates.slots; ++slot) {
       float one = gates.weights ? z : of(slot);
-      mixed[(first + slot) * ranks + i] = from_float<T>(gates.gate(at, slot) * gates.scale(at, slot) * one);
+      mixed[slot * ranks + i] = from_float<T>(gates.gate(at, slot) * gates.scale(at, slot) * one);
     }
   }
   if (bias_gates == nullptr) return;
@@ -45,7 +46,42 @@ ADAMIX_DEVICE void mix_row(const GatedBanks<T>& p, int row, const T* t, T* mixed
     } else if (!gates.weights) {
       for (int of = 0; of < gates.slots; ++of) gate += gates.gate(at, of);
     }
-    bias_gates[first + slot] = from_float<T>(gate);
+    bias_gates[slot] = from_float<T>(gate);
+  }
+}
+
+// sums[slot] = the bias of the slot's expert up times grad_out. All lanes call.
+template <typename T>
+ADAMIX_DEVICE void bias_gates_grad(const GatedBanks<T>& p, int64_t at, const T* grad_out, float* sums) {
+  constexpr int kSize = Piece<T>::kSize, kTogether = 4;
+  int cols = p.ranges.cols, lane = threadIdx.x % 32;
+  bool aligned = cols % kSize == 0 && reinterpret_cast<uintptr_t>(grad_out) % 16 == 0 &&
+                 reinterpret_cast<uintptr_t>(p.up_bias) % 16 == 0;
+#pragma unroll 1
+  for (int slot = 0; slot < p.gates.slots; slot += kTogether) {
+    const T* bias[kTogether];
+    float own[kTogether] = {};
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      // Behind the last slot: the first, left out below.
+      int of = slot + i < p.gates.slots ? slot + i : slot;
+      bias[i] = p.up_bias + static_cast<int64_t>(p.gates.up.named(at + of, of)) * cols;
+    }
+#pragma unroll 1
+    for (int col = lane * kSize; col < cols; col += 32 * kSize) {
+      Piece<T> grad = load_piece(grad_out + col, cols - col, aligned);
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        Piece<T> piece = load_piece(bias[i] + col, cols - col, aligned);
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) own[i] += to_float(piece.values[e]) * to_float(grad.values[e]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      float sum = warp_reduce(own[i], Add{});
+      if (lane == 0 && slot + i < p.gates.slots) sums[slot + i] = sum;
+    }
   }
 }
 
@@ -61,15 +97,12 @@ ADAMIX_DEVICE void unmix_row(const GatedBanks<T>& p, int row, const T* t, const 
   u += static_cast<int64_t>(row) * gates.up.slots * ranks;
   dt += static_cast<int64_t>(row) * gates.down.slots * ranks;
   bool down_one = gates.down.experts == 1, up_one = gates.up.experts == 1;
-  for (int slot = 0; slot < gates.slots; ++slot) {
-    float sum = 0.f;
-    if (p.up_bias != nullptr && sums != nullptr && !(gates.weights && up_one)) {
-      const T* bias = p.up_bias + static_cast<int64_t>(gates.up.named(at + slot, slot)) * p.ranges.cols;
-      for (int col = lane; col < p.ranges.cols; col += 32) sum += to_float(bias[col]) * to_float(grad_out[col]);
-      sum = warp_reduce(sum, Add{});
-    }
-    if (lane == 0 && sums != nullptr) sums[slot] = sum;
+  if (p.up_bias != nullptr && sums != nullptr && !(gates.weights && up_one)) {
+    bias_gates_grad(p, at, grad_out, sums);
+  } else {
+    for (int slot = lane; sums != nullptr && slot < gates.slots; slot += 32) sums[slot] = 0.f;
   }
+  __syncwarp();
   for (int i0 = 0; i0 < ranks; i0 += 32) {
     int i = i0 + lane;
     bool inside = i < ranks;

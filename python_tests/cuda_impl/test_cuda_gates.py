@@ -2,13 +2,17 @@
 
 # ruff: noqa: E402 (the module is skipped where the kernels cannot run)
 
+import os
+
 import pytest
 import torch
-from cuda_host import DTYPES, needs_cuda
+from cuda_host import DTYPES, ON_HOST, needs_cuda
 
 needs_cuda()
 
 from cuda_gates import BACKENDS, Drawn
+
+from reliability.fuzz_cuda import launch_names
 
 BANKS = [(4, 4), (1, 4), (4, 1)]
 
@@ -32,7 +36,10 @@ CASES = {
     "more than 256 columns": dict(banks=(20, 20), kind="chosen", slots=3, tokens=37, features=40, rank=16, cols=40),
     "wide and dense": dict(banks=(9, 9), mix="weights", tokens=17, features=40, rank=33, cols=20),
     "shares of rows": dict(kind="chosen", banks=(4, 1), batch=2, tokens=200, features=20, dropout_p=0.3),
-    "shares of rows, dense": dict(banks=(4, 4), of="samples", batch=3, tokens=140, features=20, rank=8),
+    "shares of rows, dense": dict(banks=(4, 4), of="samples", batch=3, tokens=140, features=20, rank=2),
+    "shares of rows, dense, two groups": dict(
+        groups=2, banks=(4, 4), batch=3, tokens=140, features=20, rank=2, cols=9, dropout_p=0.3
+    ),
     "gates in the rows' dtype": dict(gates_dtype=None, kind="chosen", of="samples", tokens=9),
     "one row": dict(batch=1, tokens=1, kind="chosen"),
     "one expert twice": dict(kind="chosen", banks=(2, 2), slots=3, tokens=9),
@@ -45,7 +52,14 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_every_shape(case, dtype):
-    Drawn(**{"dtype": dtype, **CASES[case]}).check()
+    check_shares(case, Drawn(**{"dtype": dtype, **CASES[case]}))
+
+
+def check_shares(case, drawn):
+    with launch_names() as made:
+        drawn.check()
+    if ON_HOST and "ADAMIX_HOST_CAPABILITY" not in os.environ and "shares of rows" in case:
+        assert "gated_plane_sum" in made
 
 
 ADAPTERS = {
@@ -55,13 +69,14 @@ ADAPTERS = {
     "no biases": dict(biases=False, kind="chosen", of="samples", banks=(1, 4), tokens=21, activation="relu"),
     "more than 256 columns": dict(banks=(6, 6), tokens=19, features=40, rank=48, cols=40, activation="gelu_tanh"),
     "shares of rows": dict(kind="chosen", banks=(4, 1), batch=2, tokens=200, features=20, activation=""),
+    "shares of rows, dense": dict(banks=(4, 4), batch=3, tokens=140, features=20, rank=2, activation="silu"),
 }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_every_shape_of_adapters(case, dtype):
-    Drawn("adapter", **{"dtype": dtype, **ADAPTERS[case]}).check()
+    check_shares(case, Drawn("adapter", **{"dtype": dtype, **ADAPTERS[case]}))
 
 
 @pytest.mark.parametrize("op", BACKENDS)

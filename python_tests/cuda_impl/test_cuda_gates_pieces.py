@@ -24,9 +24,10 @@ def test_rows_of_pieces(case, dtype):
 @pytest.mark.skipif(not ON_HOST, reason="a GPU keeps no record of launches")
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("capability", [70, 75, 90])
-def test_pieces_go_to_the_registers_where_the_gpu_multiplies_there(capability, dtype, monkeypatch):
+@pytest.mark.parametrize("case", ["adapter", "adapter, chosen"])
+def test_pieces_go_to_the_registers_where_the_gpu_multiplies_there(case, capability, dtype, monkeypatch):
     monkeypatch.setenv("ADAMIX_HOST_CAPABILITY", str(capability))
-    drawn = even("adapter, chosen", dtype)
+    drawn = even(case, dtype)
     with launches() as made:
         drawn.check()
     straight = capability >= (75 if dtype == torch.float16 else 80)
