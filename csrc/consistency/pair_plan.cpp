@@ -49,7 +49,8 @@ PairPlan plan_pairs(int rows, int classes, int element_bytes, const Device& devi
       return {0, threads, cluster, slots, std::min(rows, std::max(groups, 1))};
     }
   }
-  int slots = device.shared_bytes / 32;
+  // Fewer than any row has, wherever it begins: a row without a tail has no lanes for what another's head adds.
+  int slots = std::min(device.shared_bytes / 32, (classes - 1) / size);
   while (slots > 0 && blocks(0, slots) < 1) --slots;
   return {0, pair_loss_threads(0), 1, slots, std::min(rows, device.multiprocessors)};
 }

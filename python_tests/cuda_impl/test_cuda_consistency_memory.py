@@ -50,6 +50,15 @@ def test_strides_do_not_matter(classes, device, monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("classes", range(980, 1000))
+def test_a_row_that_counts_nothing_has_no_gradient_anywhere(classes, monkeypatch):
+    """Where shared memory ends within the last piece of a row, or of one that begins elsewhere."""
+    pretend(monkeypatch, SMALL_AMPERE)
+    x = randn(2, classes).bfloat16().requires_grad_()
+    loss = adamix_loss(x, torch.tensor([-100], device=DEVICE), backend="cuda").loss
+    assert not torch.autograd.grad(loss, x)[0].any()
+
+
 @pytest.mark.parametrize("device", [HOPPER, TINY_HOPPER, SMALL_AMPERE])
 @pytest.mark.parametrize("offset", range(4))
 def test_passes_at_any_distance_from_16_bytes(offset, device, monkeypatch):
