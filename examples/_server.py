@@ -136,14 +136,15 @@ class Server:
             return
         try:
             answers = self._answers([one.text for one in some], [one.name for one in some])
+            told = list(zip(some, answers, strict=True))
         except Exception as error:  # whoever asked shall know, nobody else, and the thread goes on
             if len(some) > 1:
                 for one in some:
                     self._answer([one])
                 return
-            answers = [error]
+            told = [(some[0], error)]
         self.batches, self.answered = self.batches + 1, self.answered + len(some)
-        for one, found in zip(some, answers, strict=True):
+        for one, found in told:
             give = one.answer.set_exception if isinstance(found, Exception) else one.answer.set_result
             give(found)
 

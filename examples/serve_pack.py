@@ -50,6 +50,7 @@ from adamix_kernels.commands.pack import named_folders
 from adamix_kernels.tasks import collator, load_classifier, load_task, resolve_model, tokenize
 
 MOST_BYTES = 1 << 19  # of a request's body
+MOST_DRAINED = 1 << 23  # of a body that is refused
 
 
 def parse(arguments=None):
@@ -113,18 +114,23 @@ def http_server(server, port, timeout=60):
                 self.server.answering.discard(threading.current_thread())
 
         def do_GET(self):
-            self._say(405, f"method: got {self.command}, expected POST", Allow="POST", Connection="close")
+            self._refuse(405, f"method: got {self.command}, expected POST", Allow="POST")
 
         do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
 
         def _answer(self):
             length = self.headers.get("Content-Length", "")
             if not (length.isascii() and length.isdigit()):
-                return self._say(411, f"Content-Length: got {length!r}, expected the body's bytes", Connection="close")
+                return self._refuse(411, f"Content-Length: got {length!r}, expected the body's bytes")
             if len(length) > len(str(MOST_BYTES)) or int(length) > MOST_BYTES:
-                return self._say(413, f"body: got {length} bytes, expected at most {MOST_BYTES}", Connection="close")
+                return self._refuse(413, f"body: got {length} bytes, expected at most {MOST_BYTES}")
             try:
-                asked = json.loads(self.rfile.read(int(length)))
+                body = self.rfile.read(int(length))
+            except TimeoutError:
+                told = f"body: got no more of it for {self.timeout:g} s, expected {length} bytes"
+                return self._say(408, told, Connection="close")
+            try:
+                asked = json.loads(body)
                 if not isinstance(asked, dict) or asked.keys() - {"text", "name"}:
                     raise ValueError('body: got another object, expected {"text": ..., "name": ...}')
                 status, answer = 200, server.ask(asked.get("text"), asked.get("name"), timeout)
@@ -135,6 +141,17 @@ def http_server(server, port, timeout=60):
             except Exception as error:  # of the forward
                 status, answer = 500, f"{type(error).__name__}: {error}"
             self._say(status, answer, **({"Connection": "close"} if server.closed else {}))
+
+        def _refuse(self, status, told, **headers):
+            """Reads on for a while after the answer: a socket closed with bytes unread is reset, and the answer lost
+            to a client that still sends."""
+            self._say(status, told, Connection="close", **headers)
+            self.server.answering.discard(threading.current_thread())
+            left, end = MOST_DRAINED, time.monotonic() + self.timeout
+            with contextlib.suppress(OSError):  # the client is gone, or silent
+                self.connection.shutdown(socket.SHUT_WR)
+                while left > 0 and time.monotonic() < end and (piece := self.rfile.read1(1 << 16)):
+                    left -= len(piece)
 
         def _say(self, status, answer, **headers):
             body = json.dumps({"error": answer} if isinstance(answer, str) else answer).encode()
@@ -216,6 +233,23 @@ def load_test(url, asked, clients=16):
     return sorted(seconds), time.perf_counter() - start, statuses
 
 
+def accuracy(name, stream, found, routed):
+    """A line on the (name, text, label) of a stream that are this name's, by the answers by name and by content."""
+    mine = [i for i, (own, _, _) in enumerate(stream) if own == name]
+    for i in mine:
+        if isinstance(found[i], Exception):
+            return str(found[i])
+        if "label" not in found[i]:
+            return f"{name}: got scores, expected labels: it was trained on fewer than two"
+    heard = [one if isinstance(one, dict) else {} for one in routed]  # another name's outputs may be no numbers
+    right, by_content = (sum(some[i].get("label") == stream[i][2] for i in mine) for some in (found, heard))
+    sent = sum(heard[i].get("name") == name for i in mine)
+    return (
+        f"{name}: {len(mine)} texts, accuracy {right / len(mine):.3f} by name, {by_content / len(mine):.3f} by "
+        f"content; {sent} routed right"
+    )
+
+
 def main(options):
     if options.port is not None:
         check_port(options.port)  # before the training
@@ -233,13 +267,7 @@ def main(options):
     found = server._answers([text for _, text, _ in stream], [name for name, _, _ in stream])
     routed = server._answers([text for _, text, _ in stream], [None] * len(stream))
     for name in domains:
-        mine = [i for i, (own, _, _) in enumerate(stream) if own == name]
-        right, by_content = (sum(answers[i]["label"] == stream[i][2] for i in mine) for answers in (found, routed))
-        sent = sum(routed[i]["name"] == name for i in mine)
-        print(
-            f"{name}: {len(mine)} texts, accuracy {right / len(mine):.3f} by name, {by_content / len(mine):.3f} by "
-            f"content; {sent} routed right"
-        )
+        print(accuracy(name, stream, found, routed))
     if options.port is None:
         server.close()
         return

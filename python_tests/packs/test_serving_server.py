@@ -1,7 +1,9 @@
 """examples/_server.py and the server of examples/serve_pack.py: what comes over a socket, and who hears of an error."""
 
+import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from adamix_kernels import AdaMixConfig, adapt, load, merge, pack, remove_expert
 from adamix_kernels.tasks import Run, load_base, load_classifier, resolve_model, write_run
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+MOST_SECONDS = 60  # of any wait
 LABELS = {"books": ["bad", "good"], "songs": ["a", "b", "c"], "stars": ["score"]}
 
 
@@ -49,11 +52,35 @@ def server(folder, examples):
     server.close()
 
 
+def until(there):
+    """Waits for it, and fails where it does not come."""
+    end = time.monotonic() + MOST_SECONDS
+    while not there():
+        assert time.monotonic() < end, f"it did not come within {MOST_SECONDS} s"
+        time.sleep(0.005)
+
+
+def ended(*threads):
+    for thread in threads:
+        thread.join(MOST_SECONDS)
+        assert not thread.is_alive()
+
+
+@contextlib.contextmanager
 def held(server):
-    """Stops the forwards; what is called lets them go on."""
-    go_on, answers = threading.Event(), server._answers
-    server._answers = lambda *given: go_on.wait(30) and answers(*given)
-    return go_on.set
+    """Stops the forwards within the context; gives what is set once one is stopped."""
+    inside, go_on, answers = threading.Event(), threading.Event(), server._answers
+
+    def holding(*given):
+        inside.set()
+        go_on.wait(MOST_SECONDS)
+        return answers(*given)
+
+    server._answers = holding
+    try:
+        yield inside
+    finally:
+        go_on.set()
 
 
 def asked(server, texts_and_names):
@@ -66,15 +93,14 @@ def asked(server, texts_and_names):
         except Exception as error:
             found[number] = error
 
-    go_on, threads = held(server), []
-    for number, (text, name) in enumerate(texts_and_names):
-        threads.append(threading.Thread(target=ask, args=(number, text, name)))
-        threads[-1].start()
-        while not server.waiting() and number:
-            time.sleep(0.005)  # the first is in the forward, the others wait
-    go_on()
-    for thread in threads:
-        thread.join()
+    threads = []
+    with held(server) as inside:
+        for number, (text, name) in enumerate(texts_and_names):
+            threads.append(threading.Thread(target=ask, args=(number, text, name), daemon=True))
+            threads[-1].start()
+            assert inside.wait(MOST_SECONDS)
+            until(lambda: server.waiting() == len(threads) - 1)  # the first is in the forward, the others wait
+    ended(*threads)
     return [found[number] for number in range(len(threads))]
 
 
@@ -115,27 +141,35 @@ def test_long_texts_are_cut_as_in_the_training_and_numbers_are_scores(server, fo
 
 
 def test_what_nobody_waits_for_is_not_computed_and_close_answers_the_rest(server):
-    go_on, found = held(server), []
-    threading.Thread(target=lambda: found.append(server.ask("a", "books"))).start()
-    while not server.queue.empty() or not server.queue.unfinished_tasks:
-        time.sleep(0.005)
-    with pytest.raises(TimeoutError, match=r"no answer within 0\.01 s"):
-        server.ask("bad", "books", 0.01)
-    rest = threading.Thread(target=lambda: found.append(server.ask("a", "songs")))
-    rest.start()
-    while server.waiting() < 2:
-        time.sleep(0.005)
-    closing = threading.Thread(target=server.close)
-    closing.start()
-    while not server.closed:
-        time.sleep(0.005)
-    with pytest.raises(ConnectionError, match="closing"):
-        server.ask("a", "books")
-    go_on()
-    closing.join()
-    rest.join()
+    found = []
+    first = threading.Thread(target=lambda: found.append(server.ask("a", "books")), daemon=True)
+    rest = threading.Thread(target=lambda: found.append(server.ask("a", "songs")), daemon=True)
+    closing = threading.Thread(target=server.close, daemon=True)
+    with held(server) as inside:
+        first.start()
+        assert inside.wait(MOST_SECONDS)
+        with pytest.raises(TimeoutError, match=r"no answer within 0\.01 s"):
+            server.ask("bad", "books", 0.01)
+        rest.start()
+        until(lambda: server.waiting() == 2)
+        closing.start()
+        until(lambda: server.closed)
+        with pytest.raises(ConnectionError, match="closing"):
+            server.ask("a", "books")
+    ended(first, rest, closing)
     assert sorted(one["name"] for one in found) == ["books", "songs"]
     assert server.answered == 2
+
+
+def test_answers_that_are_none_or_too_few_do_not_end_the_thread(server):
+    answers = server._answers
+    server._answers = lambda *given: False
+    with pytest.raises(TypeError, match="bool"):
+        server.ask("a", "books", MOST_SECONDS)
+    server._answers = lambda *given: answers(*given)[:1]  # of several one
+    found = asked(server, [("a", "books"), ("a", "songs"), ("b", "books")])
+    assert [one["name"] for one in found] == ["books", "songs", "books"]
+    assert server.alive()
 
 
 def test_what_is_no_pack_of_labels_is_refused(folder, examples):
@@ -162,14 +196,19 @@ def test_what_a_name_was_trained_on_comes_of_its_run_file(tmp_path, examples):
 
 
 @pytest.fixture
-def connection(server, examples):
+def listening(server, examples):
     listening = examples[1].http_server(server, 0)
     threading.Thread(target=listening.serve_forever, daemon=True).start()
+    yield listening
+    listening.shutdown()
+    listening.server_close()
+
+
+@pytest.fixture
+def connection(listening):
     connection = http.client.HTTPConnection(*listening.server_address, timeout=30)
     yield connection
     connection.close()
-    listening.shutdown()
-    listening.server_close()
 
 
 def said(connection, body=None, method="POST", headers=None):
@@ -208,6 +247,43 @@ def test_whatever_comes_is_answered_and_the_connection_goes_on(connection, capfd
     connection.close()  # a client that hangs up
     assert said(connection, good)[1]["name"] == "books"
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("size", [600_000, 5_000_000])
+def test_who_sends_a_body_that_is_too_long_hears_of_it(connection, listening, examples, size):
+    asked = {"text": "a" * size, "name": "books"}
+    found = examples[1].post(f"http://127.0.0.1:{listening.server_address[1]}/", asked)
+    told = f"body: got {len(json.dumps(asked))} bytes, expected at most 524288"
+    assert found == (413, {"error": told})
+    assert said(connection, b"a" * size, "PUT")[0] == 405
+    assert said(connection, iter([b"a" * size]), headers={"Transfer-Encoding": "chunked"})[0] == 411
+    until(lambda: not listening.answering)
+
+
+def test_a_body_that_stops_coming_is_a_408_and_the_end(listening, capfd):
+    listening.RequestHandlerClass.timeout = 1
+    with socket.create_connection(listening.server_address, timeout=MOST_SECONDS) as client:
+        client.sendall(b'POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{"text"')
+        with client.makefile("rb") as reading:
+            head, _, body = reading.read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert b"\r\nConnection: close" in head
+    assert json.loads(body) == {"error": "body: got no more of it for 1 s, expected 100 bytes"}
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_name_that_cannot_be_counted_is_named(examples):
+    stream = [("books", "a", "good"), ("books", "b", "bad"), ("songs", "c", "a"), ("stars", "d", "0")]
+    lost = FloatingPointError("songs: got outputs that are no finite numbers")
+    good = {"name": "books", "label": "good"}
+    found = [good, good, lost, {"name": "stars", "score": 0.5}]
+    routed = [good, lost, good, {"name": "stars", "score": 0.5}]
+    lines = [examples[1].accuracy(name, stream, found, routed) for name in LABELS]
+    assert lines == [
+        "books: 2 texts, accuracy 0.500 by name, 0.500 by content; 1 routed right",
+        str(lost),
+        "stars: got scores, expected labels: it was trained on fewer than two",
+    ]
 
 
 def test_wrong_words_of_the_program_are_a_line(folder, examples, capsys, monkeypatch):
