@@ -95,11 +95,9 @@ _LIMITS = (
     "write dx, which is 8. Between them pre is read, dpre and h are written and read, 10 N r bytes (0.47 and 0.63 N "
     "H); the shares' sums and the weights are the rest. One pass keeps the sums of both weight gradients, 8 r H "
     "bytes: 131 KB at r = 16, 393 KB at r = 48, where a multiprocessor has 256 KB of registers.",
-    "Adapter backward, r = 16, N = 8,192: 0.74 (csrc/) and 0.56 (Triton), wanted 0.75. The floor takes 17.1 "
-    "microseconds. csrc/: with the sums that blocks leave 18.3, ramps 2 and 1, 0.80 at most; the launch that adds the "
-    "sums has 544 blocks, five on the fullest multiprocessor, of about 1,800 warp instructions each by its machine "
-    "code, 2 microseconds; a third of them are divisions by numbers that the launch knows and products of 64 bits. "
-    "Triton reads grad_out twice at this size, 1.32 of the floor in three launches: 0.60 at most.",
+    "Adapter backward, r = 16, N = 8,192: 0.75 (csrc/) and 0.56 (Triton), wanted 0.75. The floor takes 17.1 "
+    "microseconds. csrc/: with the sums that blocks leave 18.3, ramps 2 and 1, 0.80 at most. Triton reads grad_out "
+    "twice at this size, 1.32 of the floor in three launches: 0.60 at most.",
     "LoRA forward, r = 48, N = 8,192: 0.79 (csrc/) and 0.75 (Triton), wanted 0.80. Base, x and out take 17.1 "
     "microseconds, weights 0.4, the ramp 2: 0.88 at most. Of the 2.17 of the floor that csrc/ loads, 1.5 are weights: "
     "a block of 64 rows reads A four times and B twice. A read twice would take twice the sums of the first product a "

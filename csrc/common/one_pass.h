@@ -50,7 +50,7 @@ struct PassSum {
   int64_t planes_size;
   int blocks, slots;  // of the first launch
   int hidden, rank;
-  int down_jobs, chunks;                             // blocks of this launch for the down side, and for an expert
+  int down_jobs, chunks;                             // experts of the down side, and blocks for each
   T *down_weight, *down_bias, *up_weight, *up_bias;  // no bias: null
   float down_scale, up_scale;                        // of the sums
 };

@@ -8,7 +8,8 @@
 namespace adamix {
 
 // Every gradient = the sum of its planes, in the order of the blocks that left them, times its scale; zero where none
-// did. Parts: of the planes, summed side by side.
+// did. Parts: of the planes, summed side by side. Block x has an expert of a side, those of the down side first, and
+// block y a part of its sums.
 template <int Parts, typename T>
 ADAMIX_DEVICE void pass_sum(const PassSum<T>& p) {
   await_launch();
@@ -16,31 +17,44 @@ ADAMIX_DEVICE void pass_sum(const PassSum<T>& p) {
   int planes = p.blocks * p.slots;
   int* found = memory.take<int>(planes + 1);
   bool up = static_cast<int>(blockIdx.x) >= p.down_jobs;
-  int job = static_cast<int>(blockIdx.x) - (up ? p.down_jobs : 0);
-  int expert = job / p.chunks, side = up ? p.slots : 0;
+  int expert = static_cast<int>(blockIdx.x) - (up ? p.down_jobs : 0), side = up ? p.slots : 0;
   if (threadIdx.x < 32) {
+    constexpr int kAhead = 4;  // that a lane asks for before it looks at the first
     int count = 0;
-    for (int from = 0; from < planes; from += 32) {
-      int at = from + static_cast<int>(threadIdx.x), plane = at + at / p.slots * p.slots + side;
-      bool mine = at < planes && p.experts[plane] == expert;
-      uint32_t all = __ballot_sync(0xffffffffu, mine);
-      if (mine) found[1 + count + __popc(all & ((1u << threadIdx.x) - 1))] = plane;
-      count += __popc(all);
+#pragma unroll 1
+    for (int from = 0; from < planes; from += kAhead * 32) {
+      int plane[kAhead], whose[kAhead];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        int at = from + 32 * u + static_cast<int>(threadIdx.x);
+        plane[u] = at + static_cast<int>(static_cast<uint32_t>(at) / static_cast<uint32_t>(p.slots)) * p.slots + side;
+        whose[u] = at < planes ? p.experts[plane[u]] : kNoExpert;
+      }
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        bool mine = whose[u] == expert;
+        uint32_t all = __ballot_sync(0xffffffffu, mine);
+        if (mine) found[1 + count + __popc(all & ((1u << threadIdx.x) - 1))] = plane[u];
+        count += __popc(all);
+      }
     }
     if (threadIdx.x == 0) found[0] = count;
   }
   __syncthreads();
   constexpr int kSize = Piece<float>::kSize, kPieces = kPassSumThreads / Parts;
   int piece = threadIdx.x % kPieces, part = threadIdx.x / kPieces;
-  int at = (job % p.chunks * kPieces + piece) * kSize;
+  int at = (static_cast<int>(blockIdx.y) * kPieces + piece) * kSize;
   int weights = p.rank * p.hidden, biases = p.down_bias == nullptr && p.up_bias == nullptr ? 0 : up ? p.hidden : p.rank;
   int count = found[0];
   int a_part = ceil_div(count, Parts), last = count < (part + 1) * a_part ? count : (part + 1) * a_part;
+  const float* planes_at = p.planes + at;
+  auto planes_size = static_cast<uint32_t>(p.planes_size);
   float sums[kSize] = {};
   if (at < weights + biases) {
 #pragma unroll 8
     for (int i = part * a_part; i < last; ++i) {
-      Piece<float> one = *reinterpret_cast<const Piece<float>*>(p.planes + found[1 + i] * p.planes_size + at);
+      uint64_t plane = static_cast<uint64_t>(static_cast<uint32_t>(found[1 + i])) * planes_size;
+      Piece<float> one = *reinterpret_cast<const Piece<float>*>(planes_at + plane);
 #pragma unroll
       for (int e = 0; e < kSize; ++e) sums[e] += one.values[e];
     }
@@ -61,10 +75,15 @@ ADAMIX_DEVICE void pass_sum(const PassSum<T>& p) {
   T* bias = up ? p.up_bias : p.down_bias;
   // Weights and ranks are multiples of kSize, columns too: a piece is of weights or of a bias, and of one rank.
   bool is_bias = at >= weights;
-  int rank = at / p.hidden;
-  T* to = is_bias
-              ? bias + (static_cast<int64_t>(expert) * biases + at - weights)
-              : weight + (static_cast<int64_t>(expert) * weights + (up ? (at - rank * p.hidden) * p.rank + rank : at));
+  int place = at;  // in the bias, or in the expert's weights
+  if (is_bias) {
+    place -= weights;
+  } else if (up) {
+    int rank = static_cast<int>(static_cast<uint32_t>(at) / static_cast<uint32_t>(p.hidden));
+    place = (at - rank * p.hidden) * p.rank + rank;
+  }
+  T* to = is_bias ? bias + (static_cast<int64_t>(expert) * biases + place)
+                  : weight + (static_cast<int64_t>(expert) * weights + place);
   float scale = up ? p.up_scale : p.down_scale;
 #pragma unroll
   for (float& sum : sums) sum *= scale;
@@ -102,9 +121,9 @@ void launch_pass_sum(const char* name, void (*kernel)(PassSum<T>), PassSum<T> pa
                      const Device& device) {
   constexpr int kBlock = kPassSumThreads / Parts * Piece<float>::kSize;
   params.chunks = ceil_div(static_cast<int>(params.planes_size), kBlock);
-  params.down_jobs = down_experts * params.chunks;
+  params.down_jobs = down_experts;
   size_t bytes = pass_sum_bytes(params.blocks, params.slots);
-  Shape shape{dim3(params.down_jobs + up_experts * params.chunks), kPassSumThreads, bytes};
+  Shape shape{dim3(down_experts + up_experts, params.chunks), kPassSumThreads, bytes};
   launch_after(name, kernel, shape, device, params);
 }
 #endif
