@@ -15,8 +15,9 @@ BENCH ?=
 OLD_TRANSFORMERS := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 datasets==4.4.2 requests==2.34.2 \
 	urllib3==2.8.0 charset-normalizer==3.5.3 certifi==2026.10.19.post1 idna==3.20 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 \
 	anyio==4.16.0 adapters==1.3.0
-# What runs on it; at night all of the Trainer's tests.
-OLD_TRAINER := trainer$(if $(filter 1,$(ADAMIX_NIGHTLY)),* recipes_unipelt) checkpointing recipes_methods
+# 1 where it is the night's run: all of the Trainer's tests on that one, and the thread sanitiser.
+NIGHT := $(filter 1,$(ADAMIX_NIGHTLY))
+OLD_TRAINER := trainer$(if $(NIGHT),* recipes_unipelt) checkpointing recipes_methods
 # Reads the layout of the Hub's kernels; kept apart, as transformers changes what it imports where it finds it.
 KERNELS := kernels==0.17.2 sigstore==4.5.1 tomlkit==0.15.2 pyyaml==6.0.4 packaging==26.4
 
@@ -101,11 +102,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test $(VENV)/.triton $(VENV)/.nvrtc $(OLD)/.ready $(HUB)/.ready
 	ADAMIX_ADAPTERS_PATH=$(abspath $(OLD)) $(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) $(TRITON_TESTS)
-	for variant in plain asan tsan; do $(BIN)/python -m adamix_kernels._build --host $$variant || exit 1; done
+	for variant in plain asan $(NIGHT:1=tsan); do $(BIN)/python -m adamix_kernels._build --host $$variant || exit 1; done
 	rm -f $(REPORT).*
 	$(call ON_HOST,plain) $(PYTEST) $(CUDA_TESTS)
 	$(call ON_HOST,asan) $(call UNDER,asan) ASAN_OPTIONS=detect_leaks=0:log_path=$(REPORT) $(SANITIZED)
-	$(call ON_HOST,tsan) $(call UNDER,tsan) TSAN_OPTIONS=halt_on_error=1:log_path=$(REPORT) $(SANITIZED)
+	$(if $(NIGHT),$(call ON_HOST,tsan) $(call UNDER,tsan) TSAN_OPTIONS=halt_on_error=1:log_path=$(REPORT) $(SANITIZED))
 	PYTHONPATH=$(abspath $(OLD)) $(PYTEST) --ignore-glob='*_launch.py' \
 		$(foreach name,$(OLD_TRAINER),$(call tests,$(name)))
 	PYTHONPATH=$(abspath $(HUB)) $(PYTEST) $(call tests,hub_layout)

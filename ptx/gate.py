@@ -89,7 +89,7 @@ def in_turn(indices: set[int], arch: int, before: int) -> set[int]:
     return {index for number, index in enumerate(sorted(indices), before + arch // 10) if number % 2}
 
 
-def chosen(count: int, stride: int = 14) -> set[int]:
+def chosen(count: int, stride: int = 28) -> set[int]:
     """Which of a test's parametrisations the small size runs: every stride-th, so the same on every machine.
 
     Both architectures together reach at least one of each op's ways.

@@ -2,7 +2,7 @@
 
 import pytest
 from cuda_host import run_script
-from suite_size import singles
+from suite_size import NIGHTLY, singles
 
 FAULTS = [
     "none",
@@ -28,7 +28,7 @@ def run(fault, variant, order="forward"):
     return run_script(SCRIPT.format(fault=FAULTS.index(fault)), variant, order)
 
 
-@singles(variant=["plain", "asan", "tsan"], order=["forward", "reverse", "7"])
+@singles(variant=["plain", "asan", *["tsan"] * NIGHTLY], order=["forward", "reverse", "7"])
 def test_a_kernel_without_fault_passes(variant, order):
     status, text = run("none", variant, order)
     assert (status, text.splitlines()[0]) == (0, "equal 0")
@@ -37,7 +37,7 @@ def test_a_kernel_without_fault_passes(variant, order):
 @pytest.mark.parametrize(
     ("fault", "variant", "words"),
     [
-        ("no barrier", "tsan", "ThreadSanitizer: data race"),
+        pytest.param("no barrier", "tsan", "ThreadSanitizer: data race", marks=pytest.mark.nightly),
         ("shared bounds", "asan", "AddressSanitizer: heap-buffer-overflow"),
         ("global bounds", "asan", "AddressSanitizer: heap-buffer-overflow"),
     ],
