@@ -69,6 +69,8 @@ def _pack(folders: dict[str, str], options: PackOptions, output: OutputOptions) 
     with called(first), quiet():
         model, tokenizer = load_base(folders[first], model=options.model)
     for name, folder in folders.items():
+        if name == first:
+            continue  # whose tokenizer it is
         with called(name):
             _check_tokenizer(tokenizer, resolve_folder(folder), first)
     pack(

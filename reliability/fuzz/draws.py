@@ -14,6 +14,8 @@ ALL_FLOATS = (*HALVES_AND_FLOAT, torch.float64)
 FINITE = ("normal", "normal", "normal", "zeros", "huge", "tiny", "one huge")
 LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded", "misaligned")
 ALIGNED = tuple(name for name in LAYOUTS if name not in ("sliced", "misaligned"))
+# Experts and rank of more columns than one tile holds.
+MANY = 17, 16
 # The most frequent first; one infinity or NaN, so that what it must not reach stays comparable.
 VALUES = ("normal", "normal", "normal", "zeros", "huge", "tiny", "one huge", "infinity", "nan")
 

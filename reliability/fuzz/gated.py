@@ -10,12 +10,10 @@ from adamix_kernels.ops._dropout import keep_mask
 
 from ..numerics import plain
 from .case import Case
-from .draws import FINITE, VALUES, Draw, Sizes
+from .draws import FINITE, MANY, VALUES, Draw, Sizes
 from .loras import offsets_of
 
 _FORMS = ("dense, sample", "dense, token", "chosen, sample", "chosen, token", "chosen, token")
-# Experts and rank of more columns than one tile holds.
-_MANY = 17, 16
 
 
 def _gates(d: Draw, banks: tuple[int, int], batch: int, tokens: int):
@@ -59,7 +57,7 @@ def gated_lora_cases(draw, dtypes, sizes: Sizes, whole: bool = False, many: bool
     banks = d.choose(((4, 4), (3, 3), (1, 4), (4, 1), (3, 4), (1, 1)))
     groups = d.choose((1, 1, 2, 3))
     if many:
-        banks, r = tuple(_MANY[0] if experts == 4 else experts for experts in banks), _MANY[1]
+        banks, r = tuple(MANY[0] if experts == 4 else experts for experts in banks), MANY[1]
     offsets, width = offsets_of(d, groups, per_group)
     if whole:
         features, r, per_group, width = 8 * features, 4 * r, 8 * per_group, 8 * width
@@ -117,13 +115,13 @@ def gated_adapter_cases(draw, dtypes, sizes: Sizes, whole: bool = False, many: b
     hidden, r = d.size(sizes.features), d.size(sizes.rank)
     banks = d.choose(((4, 4), (3, 3), (1, 4), (4, 1), (3, 4), (1, 1)))
     if many:
-        banks, r = tuple(_MANY[0] if experts == 4 else experts for experts in banks), _MANY[1]
+        banks, r = tuple(MANY[0] if experts == 4 else experts for experts in banks), MANY[1]
     if whole:
         batch, hidden, r = max(1, batch), 64 * d.integer(1, 3), 4 * d.integer(1, 4)
         d.mostly_aligned()
     residual, mix = d.choose(("none", "input", "other")), d.choose(("outputs", "weights"))
     if many and whole:
-        banks, r, mix = (_MANY[0], _MANY[0]), 2 * r, "outputs"  # most such slots may be sorted
+        banks, r, mix = (MANY[0], MANY[0]), 2 * r, "outputs"  # most such slots may be sorted
     out = hidden if whole or residual == "input" else d.choose((hidden, d.size(sizes.features)))
     activation = d.choose(tuple(plain.ACTIVATIONS))
     gates, i, j = _gates(d, banks, batch, tokens)

@@ -11,13 +11,11 @@ from adamix_kernels.routing import mixture_lora
 
 from ..numerics import plain
 from .case import Case
-from .draws import FINITE, Draw, Sizes
+from .draws import FINITE, MANY, Draw, Sizes
 from .loras import offsets_of
 
 # What is chosen of logits that overflow, or of NaN, tests say.
 _VALUES = ("normal", "normal", "zeros")
-# Experts and rank of more columns than one tile holds.
-_MANY = 17, 16
 
 
 @st.composite
@@ -31,7 +29,7 @@ def mixture_lora_cases(draw, dtypes, sizes: Sizes, whole: bool = False, many: bo
     features, r, per_group = d.size(sizes.features), d.size(sizes.rank), d.size(sizes.features)
     experts = d.choose((2, 3, 4, 7, 9))
     if many:
-        experts, r = _MANY
+        experts, r = MANY
     banks = d.choose(((experts, experts), (experts, experts), (1, experts), (experts, 1)))
     groups = d.choose((1, 1, 2, 3))
     offsets, width = offsets_of(d, groups, per_group)
