@@ -43,18 +43,19 @@ class Point:
     throughput: float
 
 
-def step_bars(rows: Sequence[Row]) -> list[Bar]:
-    """Paired steps: the inverse of "ratio_p50 to step/<other>" of the AdaMix step."""
-    found = {(r.shape, r.metric): r.value for r in rows if r.op == f"step/{ADAMIX}"}
+def paired_bars(rows: Sequence[Row]) -> list[Bar]:
+    """What was timed in turns, the AdaMix step or an op: the inverse of ours over another's, "ratio_p50 to <other>"."""
+    ours = [r for r in rows if r.op == f"step/{ADAMIX}" or not r.op.startswith("step/")]
+    found = {(r.op, r.shape, r.metric): r.value for r in ours}
     bars = []
-    for (shape, metric), value in found.items():
+    for (op, shape, metric), value in found.items():
         if not metric.startswith("ratio_p50 to "):
             continue
         other = metric.removeprefix("ratio_p50 to ")
-        low, high = (found.get((shape, f"ratio_{p} to {other}")) for p in ("p80", "p20"))
+        low, high = (found.get((op, shape, f"ratio_{p} to {other}")) for p in ("p80", "p20"))
         title = TITLES.get(other.removeprefix("step/"), other)
         spread = (None, None) if low is None or high is None else (1 / low, 1 / high)
-        bars.append(Bar(shape, title, 1 / value, *spread))
+        bars.append(Bar(shape if op.startswith("step/") else f"{op}, {shape}", title, 1 / value, *spread))
     return bars
 
 
@@ -99,8 +100,9 @@ def draw(path: Path) -> list[Path]:
     """The pictures of one CSV, beside it; only those it has rows for."""
     rows, stem = record.read(path), path.with_suffix("")
     made = []
-    bars = step_bars(rows) or op_bars(rows)
-    if bars:
+    bars = paired_bars(rows) or op_bars(rows)
+    # Times taken one after the other give way to those taken in turns.
+    if bars and not path.with_name(f"{path.stem}_paired.csv").exists():
         made.append(save(_speedups(bars, _where(rows)), Path(f"{stem}_speedup.png"), rows))
     scattered, copy, product = points(rows)
     if scattered and copy and product:

@@ -13,9 +13,12 @@ import importlib
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
+from ..measure import record
 from ..measure.harness import Check, RedCheckError, Timing, time_paired
 from ..measure.ledger import AbsentError
 from .bench import fresh_leaves
@@ -35,6 +38,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--rounds", type=int, help="samples of every contender (default: what fits into --seconds)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of a case")
     parser.add_argument("--cold", action="store_true", help="one call a sample, after other work: as in a training")
+    parser.add_argument("--out", type=Path, help="CSV to write; rows of other cases in it stay")
     parser.set_defaults(run=run)
 
 
@@ -56,6 +60,8 @@ def run(options: argparse.Namespace) -> int:
             if name != "reference":
                 ratio = timing.ratio(name, "reference")
                 print(f"    {name:24} {ratio.p50:5.2f}x ({ratio.p20:.2f} to {ratio.p80:.2f})")
+        if options.out is not None:
+            _keep(options.out, rows(case, timing, options.cold))
     if not found:
         print(f"paired: no case's name holds {options.only!r}", file=sys.stderr)
     return 0 if found else 1
@@ -90,6 +96,29 @@ def measure(case: Case, device: torch.device, rounds: int | None, seconds: float
     other = {"between": _other_work()} if cold else {}
     timing = time_paired(calls, checks, rounds=rounds, seconds=seconds, clock=time.thread_time, **other)
     return Timing({name: [taken / repeats for taken in all_of_it] for name, all_of_it in timing.seconds.items()})
+
+
+def rows(case: Case, timing: Timing, cold: bool = False) -> list[record.Row]:
+    """Ours in microseconds, and over each contender's of the same round ("ratio_p50 to formula"), with their spread."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    note = f"one thread's time, rounds={timing.rounds}{' cold' if cold else ''}"
+
+    def row(metric: str, unit: str, value: float) -> record.Row:
+        return record.row(case.op, "reference", case.shape, dtype, metric, unit, value, note)
+
+    made = [row(f"time_{p}", "us", 1e6 * value) for p, value in asdict(timing.time("reference")).items()]
+    for name in timing.seconds:
+        if name != "reference":
+            ratio = asdict(timing.ratio("reference", name))
+            made += [row(f"ratio_{p} to {name}", "x", value) for p, value in ratio.items()]
+    return made
+
+
+def _keep(path: Path, new: list[record.Row]) -> None:
+    """In `path`, in the place of what it has of the same case."""
+    cases = {(r.op, r.shape, r.dtype) for r in new}
+    old = record.read(path) if path.exists() else []
+    record.write(path, [r for r in old if (r.op, r.shape, r.dtype) not in cases] + new)
 
 
 def _other_work() -> Callable[[], None]:

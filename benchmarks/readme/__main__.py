@@ -27,6 +27,7 @@ END = "<!-- performance: end -->"
 STEPS = RESULTS / "step_cpu.csv"
 EARLIER = RESULTS / "step_cpu_earlier.csv"
 OPS = RESULTS / "ops_cpu.csv"
+PAIRED = RESULTS / "ops_cpu_paired.csv"
 MEMORY = RESULTS / "linear_memory_cpu.csv"
 HOST = RESULTS / "host_cpu.csv"
 
@@ -52,8 +53,8 @@ def page() -> str:
     counts = "What kernels do is counted without a GPU, and GPUs' speeds predicted: [counts](counts.md)."
     parts = [head, wrapped(_gpu(verdicts)), counts, _memory(record.read(MEMORY)), "## A training step on a CPU"]
     parts += [_cpu_table(record.read(STEPS)), _cpu_words(record.read(STEPS), record.read(EARLIER))]
-    command = f"python -m benchmarks.run op NAME --size cpu --out {OPS.relative_to(ROOT)}"
-    parts += ["## Ops on a CPU", readme_ops.table(record.read(OPS), command), *_pictures()]
+    command = f"python -m benchmarks.run paired NAME --out {PAIRED.relative_to(ROOT)}"
+    parts += ["## Ops on a CPU", readme_ops.table(record.read(PAIRED), record.read(OPS), command), *_pictures()]
     parts += ["## Host time of a call", readme_host.table(record.read(HOST)), "## Goals", _goals(verdicts)]
     return "\n\n".join(part for part in parts if part) + "\n"
 

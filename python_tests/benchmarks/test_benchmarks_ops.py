@@ -339,7 +339,7 @@ def test_traffic_counts_what_must_move():
     assert banks.traffic["forward"] == (4 + 1) * 4 * 24 * (2 * 512 * 1024 + 512 + 1024)
 
 
-def test_contenders_take_turns_after_their_results_were_compared(capsys):
+def test_contenders_take_turns_after_their_results_were_compared(capsys, tmp_path):
     def double(x, w):
         return 2 * plain(x, w)
 
@@ -352,5 +352,11 @@ def test_contenders_take_turns_after_their_results_were_compared(capsys):
         bench_paired.measure(case_of(of("reference", plain), of("off", double)), CPU, rounds=1, seconds=1.0)
     assert run.main(["paired", "merge", "--size", "smoke", "--only", "nothing"]) == 1
     assert "no case's name holds 'nothing'" in capsys.readouterr().err
-    assert run.main(["paired", "merge", "--size", "smoke", "--only", "merge_lora", "--rounds", "2"]) == 0
+    out = tmp_path / "paired.csv"
+    for only in ("merge_lora", "merge_banks", "merge_lora"):
+        command = ["paired", "merge", "--size", "smoke", "--only", only, "--rounds", "2", "--out", str(out)]
+        assert run.main(command) == 0
     assert "baddbmm" in capsys.readouterr().out
+    kept = [(r.op, r.metric) for r in record.read(out)]
+    assert len(kept) == len(set(kept))
+    assert {("merge_lora", "time_p50"), ("merge_lora", "ratio_p20 to baddbmm"), ("merge_banks", "time_p80")} <= {*kept}

@@ -76,24 +76,25 @@ def _section(text):
 
 def test_the_table_of_ops_says_how_fast_and_what_was_refused():
     shape = "16x128"
-    made = readme_ops.table(
-        [
-            row("ceiling/copy", "torch", "routed_adapter", "bandwidth", 17.0),
-            row("routed_adapter/forward", "reference", shape, "time_p50", 1.0),
-            row("routed_adapter/both", "reference", shape, "time_p50", 2000.0),
-            row("routed_adapter/both", "reference", shape, "floor_share", 0.634),
-            row("routed_adapter/both", "bmm", shape, "time_p50", 3000.0),
-            row("routed_adapter", "grouped_mm", shape, "refused", 1),
-            row("merge/forward", "reference", shape, "time_p50", 20.0),
-            row("merge/forward", "baddbmm", shape, "time_p50", 10.0),
-        ],
-        "the command",
-    )
-    assert "| routed_adapter, 16x128 | 2.0 ms | 63% | bmm 1.50x |" in made
-    assert "| merge, 16x128 | 20 us |  | baddbmm 0.50x |" in made
+    ratios = {"p20": 0.5, "p50": 0.8, "p80": 1.25}
+    paired = [
+        row("routed_adapter", "reference", shape, "time_p50", 2000.0),
+        *(row("routed_adapter", "reference", shape, f"ratio_{p} to bmm", value) for p, value in ratios.items()),
+        row("merge", "reference", shape, "time_p50", 20.0),
+    ]
+    alone = [
+        row("ceiling/copy", "torch", "routed_adapter", "bandwidth", 17.0),
+        row("routed_adapter/forward", "reference", shape, "floor_share", 0.1),
+        row("routed_adapter/both", "reference", shape, "floor_share", 0.634),
+        row("routed_adapter/both", "bmm", shape, "floor_share", 0.2),
+        row("routed_adapter", "grouped_mm", shape, "refused", 1),
+    ]
+    made = readme_ops.table(paired, alone, "the command")
+    assert "| routed_adapter, 16x128 | 2.0 ms | 63% | bmm 1.25x (0.80 to 2.00) |" in made
+    assert "| merge, 16x128 | 20 us |  |  |" in made
     assert "grouped_mm at routed_adapter, 16x128" in made
     assert "`the command`, commit abc." in made
-    assert readme_ops.table([], "the command") == ""
+    assert readme_ops.table([], alone, "the command") == ""
 
 
 def test_the_pictures_show_the_committed_rows():
@@ -282,6 +283,10 @@ def test_pictures_are_drawn_from_rows(tmp_path):
     drawn = plot.draw(path)
     assert [p.name for p in drawn] == ["gpu_speedup.png", "gpu_roofline.png"]
     assert drawn == plot.pictures(path)
+    paired = tmp_path / "gpu_paired.csv"
+    paired.touch()
+    assert [p.name for p in plot.draw(path)] == ["gpu_roofline.png"]
+    paired.unlink()
     assert {plot.digest_in(p) for p in drawn} == {plot.digest(record.read(path))}
     record.write(path, rows[:2])
     assert plot.draw(path) == []
@@ -290,9 +295,11 @@ def test_pictures_are_drawn_from_rows(tmp_path):
 def test_bars_of_paired_steps_turn_the_ratio_round():
     ratios = {"p20": 0.5, "p50": 0.8, "p80": 1.25}
     rows = [row("step/adamix", "reference", "2x16", f"ratio_{p} to step/original", v) for p, v in ratios.items()]
-    (bar,) = plot.step_bars(rows)
+    (bar,) = plot.paired_bars(rows)
     assert (bar.group, bar.low, bar.value, bar.high) == ("2x16", 0.8, 1.25, 2.0)
     assert "published" in bar.label
+    (bar,) = plot.paired_bars([row("merge", "reference", "24 layers", "ratio_p50 to foreach", 0.5)])
+    assert (bar.group, bar.label, bar.low, bar.value) == ("merge, 24 layers", "foreach", None, 2.0)
 
 
 def test_a_commit_is_dirty_by_sources_and_not_by_results(tmp_path):
