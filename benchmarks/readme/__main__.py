@@ -151,10 +151,10 @@ def _earlier(ratios: dict, rows: Sequence[Row]) -> str:
         limits = CPU_LIMITS.get(_numbers(shape), {})
         missed += sum(found[other] > limit for other, limit in limits.items())
         parts.append(", ".join(f"{value:.2f}x" for value in found.values()) + f" at {_size(shape)}")
-    conditions = rows[0].note.split(";")[1].strip().replace("step_cpu.csv, ", "(")
+    first = rows[0]
     return (
-        f"Another run of the same command, {conditions}), gave, in the order of the table, {'; '.join(parts)}: "
-        f"{missed} goals missed."
+        f"Another run of the same command, on a shared {first.cpu_name} ({first.date[:10]}, commit {first.commit}), "
+        f"gave, in the order of the table, {'; '.join(parts)}; goals missed: {missed}."
     )
 
 
