@@ -17,9 +17,9 @@ from ..models.manifest import first_save_was_cut, newest_whole_checkpoint
 from ..models.objectives import is_unshifted
 from ..models.state import adamix_state
 from ..models.trainer import AdaMixTrainer
-from ..tasks import Run, write_run
 from ..tasks.generation import already_shifted
 from ..tasks.run_file import RUN_NAME
+from ._begun import Begun
 from ._kinds import FALLING, Kind, LabelKind
 from ._lines import tell_by_lines
 from ._train_options import LAST
@@ -64,7 +64,7 @@ def run_training(
     dev: list[dict[str, Any]],
     options: Any,
     checkpoint: str | None,
-    run: Run,
+    begun: Begun,
 ) -> Trained:
     """Trains, keeps what --load_best_model_at_end asks for, evaluates on dev and saves."""
     arguments, fit = options.arguments, options.fit
@@ -86,7 +86,7 @@ def run_training(
     asked = {"eval_strategy", "eval_steps"} & options.given
     tell_by_lines(trainer, lambda logs: _scores(logs, kind), bool(asked))
     if trainer.is_world_process_zero():
-        write_run(arguments.output_dir, run)  # so that a checkpoint of an interrupted run can be used, too
+        begun.write(arguments.output_dir)
     try:
         done = trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:

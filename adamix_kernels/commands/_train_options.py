@@ -157,7 +157,13 @@ class FitOptions:
     max_new_tokens: int | None = option("of a generated text (default: 64, or half of a text's where that is less)")
     beams: int = option("of the beam search that generates a text", 4)
     no_baselines: bool = option("do not measure the majority class and the frozen encoder beside the run", False)
-    resume: str = option("go on from a checkpoint folder; alone, from the last one in --out", "", nargs="?", const=LAST)
+    resume: str = option(
+        "beside the same command: go on from a checkpoint folder; alone, from the last one in --out; refused where "
+        "model, data or settings are others than those it was begun with",
+        "",
+        nargs="?",
+        const=LAST,
+    )
 
 
 def check_amounts(data: DataOptions, fit: FitOptions, arguments: Any) -> None:

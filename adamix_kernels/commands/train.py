@@ -115,6 +115,7 @@ def _train(options: Options) -> None:
     arguments, data, fit = options.arguments, options.data, options.fit
     import transformers
 
+    from ._begun import Begun
     from ._fit import checkpoint_of, run_training
     from ._report import Outcome, tell
 
@@ -142,6 +143,9 @@ def _train(options: Options) -> None:
     if longest < data.max_tokens:
         notes.append(f"texts are cut at {longest} tokens, which is all that this model takes")
     steps = _choose(options, model, task.kind, len(rows), config.method)
+    begun = Begun.of(options, run, config, task)
+    if fit.resume or arguments.resume_from_checkpoint:
+        notes += begun.check(checkpoint, arguments.output_dir, model)
     if is_main():
         for note in notes:
             print(f"note: {note}")
@@ -153,7 +157,7 @@ def _train(options: Options) -> None:
     centroid = _centroid(options, model, kind, bare)
     adapt(model, config)
     adamix_state(model).centroid = centroid
-    trained = run_training(model, kind, rows, dev_rows, options, checkpoint, run)
+    trained = run_training(model, kind, rows, dev_rows, options, checkpoint, begun)
     if is_main():
         scores = trained.scores
         if task.kind == "generation":  # per token, which the Trainer's is not, and the decoded texts
