@@ -140,6 +140,8 @@ def _train(options: Options) -> None:
     rows, dev_rows = kind.encode(task.train.sample(data.max_train_rows or None, arguments.seed)), kind.encode(dev)
     run = _run(options, task, model, settings, longest)
     notes = [*task.notes, *_notes(run, rows, dev_rows, model, config.method)]
+    if told := kind.cuts.told(longest):
+        notes.append(told + (": --max_tokens" if longest == data.max_tokens else ""))
     if longest < data.max_tokens:
         notes.append(f"texts are cut at {longest} tokens, which is all that this model takes")
     steps = _choose(options, model, task.kind, len(rows), config.method)
