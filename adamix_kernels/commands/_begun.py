@@ -27,11 +27,12 @@ _SETTINGS = (
 )  # fmt: skip
 # May change on the way; what comes out is then of neither.
 _PACE = (
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
+    "num_train_epochs", "max_steps", "warmup_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "world_size", "max_grad_norm", "bf16", "fp16",
 )  # fmt: skip
 _COLUMNS = ("text_column", "text_pair_column", "label_column")
 _OF_RUN = ("task", "label_names", *_COLUMNS, "task_column", "task_names", "dev_fraction", "max_tokens", "pooling")
-_SPELLED = {"label_names": "labels", "task_names": "tasks"}  # what is no option
+_SPELLED = {"label_names": "labels", "task_names": "tasks", "world_size": "processes"}  # what is no option
 _SHOWN = 3
 
 
@@ -99,14 +100,16 @@ class Begun:
         if not copied and not _same_place(run.model, self.run.model):
             found.append((f"--model {run.model}", f"--model {self.run.model}"))
         elsewhere = not _same_place(run.data, self.run.data)
-        if "rows" in stored and stored["rows"] != self.rows and not elsewhere:
-            found.append((f"other rows of --data {run.data}", "those that are there now"))
-        elif stored["rows"] != self.rows if "rows" in stored else not _same_name(run.data, self.run.data):
+        other_rows = "rows" in stored and stored["rows"] != self.rows
+        if elsewhere and (other_rows if "rows" in stored else not _same_name(run.data, self.run.data)):
             found.append((f"--data {run.data}", f"--data {self.run.data}"))
         unknown = () if run.text_column else _COLUMNS  # an older run
         pairs = [(n, getattr(run, n), getattr(self.run, n)) for n in _OF_RUN if n not in unknown]
         pairs += [(n, stored.get("settings", {}).get(n, value), value) for n, value in self.settings.items()]
-        return found + [(_said(n, was), _said(n, now)) for n, was, now in pairs if was != now]
+        found += [(_said(n, was), _said(n, now)) for n, was, now in pairs if was != now]
+        if other_rows and not found:
+            found.append((f"other rows of --data {run.data}", "those that are there now"))
+        return found
 
     def _config_differs(self, header: dict[str, Any]) -> list[tuple[str, str]]:
         if not header:
@@ -117,11 +120,11 @@ class Begun:
 
     def _paced(self, stored: dict[str, Any]) -> list[str]:
         before = stored.get("pace", {})
-        changed = [(n, before[n], now) for n, now in self.pace.items() if n in before and before[n] != now]
-        return [
-            f"the training was begun with {_said(n, was)} and goes on with {now}: the result is not that of one command"
-            for n, was, now in changed
-        ]
+        changed = [n for n, now in self.pace.items() if n in before and before[n] != now]
+        if not changed:
+            return []
+        was, now = (" and ".join(_said(n, values[n]) for n in changed) for values in (before, self.pace))
+        return [f"the training was begun with {was}, and goes on with {now}: the result is not that of one command"]
 
 
 def _read(place: Path) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from adamix_kernels.commands import _begun
 def _write(path, labels, rows=24):
     with open(path, "w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file)
-        lines.writerow(["text", "label"])
+        lines.writerow(["text", "label", "more"])
         for i in range(rows):
-            lines.writerow([f"{('good', 'bad')[i % 2]} {' '.join(tiny_text.WORDS[4 : 6 + i % 5])}", labels[i % 2]])
+            text = f"{('good', 'bad')[i % 2]} {' '.join(tiny_text.WORDS[4 : 6 + i % 5])}"
+            lines.writerow([text, labels[i % 2], f"{text} again"])
     return str(path)
 
 
@@ -72,7 +73,7 @@ def test_other_data_are_refused_before_anything_is_written(begun, release, capsy
         (["--num_experts", "2"], "--num_experts 4", "--num_experts 2"),
         (["--method", "lora", "--target_modules", "query"], "--method adapter", "--method lora"),
         (["--max_tokens", "16"], "--max_tokens 32", "--max_tokens 16"),
-        (["--text_column", "label", "--label_column", "text"], "--text_column text", "--text_column label"),
+        (["--text_column", "more"], "--text_column text", "--text_column more"),
     ],
 )
 def test_other_settings_are_refused(begun, flags, was, now, capsys):
@@ -88,7 +89,7 @@ def test_rows_that_changed_in_their_file_are_refused(begun, capsys):
     shutil.copytree(begun / "out", begun / "changed")
     text = (begun / "own.csv").read_text()
     try:
-        (begun / "own.csv").write_text(text + "good film,neg\n")
+        (begun / "own.csv").write_text(text + "good film,neg,\n")
         assert _train(begun, "--resume", out="changed") == 2
     finally:
         (begun / "own.csv").write_text(text)
@@ -134,7 +135,7 @@ def test_more_epochs_go_on_with_a_word(begun, capsys):
     shutil.copytree(begun / "out", begun / "more")
     assert _train(begun, "--resume", "--num_train_epochs", "3", out="more") == 0
     out = capsys.readouterr().out
-    assert "note: the training was begun with --num_train_epochs 2.0 and goes on with 3.0" in out
+    assert "note: the training was begun with --num_train_epochs 2.0, and goes on with --num_train_epochs 3.0: " in out
     assert _train(begun, "--resume", "--num_train_epochs", "3", out="more") == 0
     assert "was begun with" not in capsys.readouterr().out
 
