@@ -22,13 +22,13 @@ BEGUN_NAME = "adamix_begun.json"
 _VERSION = 1
 # The optimizer's state has its own of most of these, and the order of the rows is drawn by the seeds.
 _SETTINGS = (
-    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "weight_decay", "optim", "adam_beta1", "adam_beta2",
+    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2",
     "adam_epsilon",
 )  # fmt: skip
 # May change on the way; what comes out is then of neither.
 _PACE = (
     "num_train_epochs", "max_steps", "warmup_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "world_size", "max_grad_norm", "bf16", "fp16",
+    "world_size", "max_grad_norm", "optim", "bf16", "fp16",
 )  # fmt: skip
 _COLUMNS = ("text_column", "text_pair_column", "label_column")
 _OF_RUN = ("task", "label_names", *_COLUMNS, "task_column", "task_names", "dev_fraction", "max_tokens", "pooling")
