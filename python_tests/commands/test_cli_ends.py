@@ -31,6 +31,7 @@ def _train(place, out, *more):
         ("learning_rate", "nan", "a finite number above 0"),
         ("learning_rate", "inf", "a finite number above 0"),
         ("learning_rate", "0", "a finite number above 0"),
+        ("learning_rate", "-1", "a finite number above 0"),
         ("head_learning_rate", "nan", "a finite number, at least 0"),
         ("weight_decay", "inf", "a finite number, at least 0"),
         ("max_grad_norm", "-1", "at least 0"),

@@ -182,7 +182,7 @@ def test_early_stopping_keeps_the_best():
 
 
 AMOUNTS = ("max_tokens", "max_new_tokens", "beams", "max_train_rows", "early_stopping", "per_device_train_batch_size")
-AMOUNTS += ("per_device_eval_batch_size", "gradient_accumulation_steps", "learning_rate")
+AMOUNTS += ("per_device_eval_batch_size", "gradient_accumulation_steps", "weight_decay")
 
 
 @pytest.mark.parametrize("flag", AMOUNTS)
