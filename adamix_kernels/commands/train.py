@@ -29,7 +29,7 @@ from ._parser import OptionParser
 from ._train_options import SHOWN, AdaptationOptions, DataOptions, FitOptions, check_amounts
 
 if TYPE_CHECKING:
-    from ._fit import Trained
+    from ._report import Outcome
 
 # Where they differ from TrainingArguments'; a flag or a file overrides each. Learning rate, epochs and warm-up are
 # chosen by model and data: see _choose.
@@ -124,6 +124,7 @@ def _train(options: Options) -> bool:
 
     from ._begun import Begun
     from ._fit import checkpoint_of, run_training
+    from ._report import Outcome
 
     checkpoint = checkpoint_of(fit.resume, arguments)
     encoder, task = resolve_model(data.model), _task(options)
@@ -168,32 +169,23 @@ def _train(options: Options) -> bool:
     adamix_state(model).centroid = centroid
     trained = run_training(model, kind, rows, dev_rows, options, checkpoint, begun)
     if is_main():
-        try:
-            _tell(options, model, kind, run, dev, trained, baselines, notes)
-        except KeyboardInterrupt:
-            told = f"{arguments.output_dir} holds the trained run, without its report; adamix eval tells its score"
-            raise KeyboardInterrupt(told) from None
+        scores, losses, diverged = trained.scores, trained.losses, trained.diverged
+        _tell(Outcome(model, kind, run, scores, losses, baselines, notes, len(dev), diverged), dev, arguments)
     return trained.diverged
 
 
-def _tell(
-    options: Options,
-    model: Any,
-    kind: Kind,
-    run: Run,
-    dev: TextSplit,
-    trained: Trained,
-    baselines: Baselines | None,
-    notes: list[str],
-) -> None:
-    from ._report import Outcome, tell
+def _tell(outcome: Outcome, dev: TextSplit, arguments: Any) -> None:
+    from ._report import tell
 
-    arguments, scores = options.arguments, trained.scores
-    if run.task == "generation" and not trained.diverged:  # per token, which the Trainer's is not, and decoded texts
-        with quiet():
-            scores = kind.evaluate(model, dev, not arguments.disable_tqdm).values
-    outcome = Outcome(model, kind, run, scores, trained.losses, baselines, notes, len(dev), trained.diverged)
-    tell(outcome, arguments.output_dir)
+    folder = arguments.output_dir
+    try:
+        if outcome.run.task == "generation" and not outcome.diverged:
+            with quiet():  # per token, which the Trainer's is not, and the decoded texts
+                outcome.scores = outcome.kind.evaluate(outcome.model, dev, not arguments.disable_tqdm).values
+        tell(outcome, folder)
+    except KeyboardInterrupt:
+        there = "holds the trained run, without its report; adamix eval tells its score"
+        raise KeyboardInterrupt("the training diverged" if outcome.diverged else f"{folder} {there}") from None
 
 
 def _centroid(options: Options, model: Any, kind: Kind, rows: list[dict[str, Any]]) -> Centroid | None:
