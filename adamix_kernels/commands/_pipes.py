@@ -46,6 +46,9 @@ class Pipe:
 def outlives_its_reader(name: str) -> Iterator[None]:
     """Within the context what is printed may find no reader: the work goes on, and stderr says so."""
     out, errors = sys.stdout, sys.stderr
+    if out is None or errors is None:  # `>&-`: print() knows
+        yield
+        return
     loud = Pipe(errors, lambda: None)
     plain = Pipe(out, lambda: loud.write(f"{name}: nobody reads its output any more; it goes on\n"))
     sys.stdout, sys.stderr = plain, loud

@@ -109,6 +109,18 @@ def test_a_training_goes_on_without_a_reader(both, place, monkeypatch, capsys):
         assert capsys.readouterr().err.count("adamix train: nobody reads its output any more; it goes on\n") == 1
 
 
+def test_a_command_without_an_output_works(monkeypatch, capsys):
+    def says(_):
+        print("something")
+        return 3
+
+    monkeypatch.setattr(train, "main", says)
+    assert cli.main(["train"]) == 3
+    assert capsys.readouterr().out == "something\n"
+    monkeypatch.setattr("sys.stdout", None)
+    assert cli.main(["train"]) == 3
+
+
 def test_a_pipe_that_is_not_of_the_output_is_an_error(monkeypatch, capsys):
     def broken(_):
         raise BrokenPipeError(32, "Broken pipe")
