@@ -9,11 +9,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .cuts import Cuts
+
 IGNORED = -100
 
 
 def encode_texts(
-    contexts: Sequence[str], texts: Sequence[str], tokenizer: Any, max_tokens: int, *, keep_text: bool = False
+    contexts: Sequence[str],
+    texts: Sequence[str],
+    tokenizer: Any,
+    max_tokens: int,
+    *,
+    keep_text: bool = False,
+    cuts: Cuts | None = None,
 ) -> list[dict[str, Any]]:
     """context, beginning, " text", end; labels are the text's and the end's ids, -100 before.
 
@@ -22,6 +30,7 @@ def encode_texts(
         max_tokens: of both together; longer rows lose their end.
         keep_text: longer rows lose the beginning of their context instead, and the text's end only where the text
             alone is longer.
+        cuts: counts the rows that are longer.
 
     Source: gpt2_encode.py of the reference project with --add_bos --add_eos.
     """
@@ -29,6 +38,8 @@ def encode_texts(
     for context, text in zip(contexts, texts, strict=True):
         start = context_ids(context, tokenizer)
         end = [*tokenizer(" " + text, add_special_tokens=False)["input_ids"], _end(tokenizer)]
+        if cuts is not None:
+            cuts.add(1, len(start) + len(end) > max_tokens)
         if keep_text and len(start) + len(end) > max_tokens:
             start = start[-max(1, max_tokens - len(end)) :]
         ids, labels = start + end, [IGNORED] * len(start) + end
