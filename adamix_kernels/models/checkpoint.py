@@ -44,6 +44,7 @@ from .pooling import set_pooling
 from .sharding import is_sharded, put, whole
 from .state import adamix_state, check_model, check_no_pack, replace_module
 from .targets import BELOW_CLASSIFIER, saved_modules
+from .tying import shared_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,8 @@ def save_adamix(
 
     Files: `adamix-<digest>.safetensors` (the banks and merge scores, the plain adapters after merge(), for a merged
     LoRA model the changed weights of the adapted layers and the factors they were merged from, or a plain LoRA on a
-    quantised one; and the trained head) and `adamix_checkpoint.json` (version, configuration, base model with its
-    configuration and a few of its frozen values, layers, trainable flags, the tensor file's name, size and SHA-256,
+    quantised or tied one; and the trained head) and `adamix_checkpoint.json` (version, configuration, base model with
+    its configuration and a few of its frozen values, layers, trainable flags, the tensor file's name, size and SHA-256,
     and the SHA-256 of all this). Every file appears in one step and the JSON comes last: an interrupted save leaves
     the previous checkpoint. The frozen base is not written; a base that is a folder of this disk is named, and
     found again from `directory` as long as both stand as they do to each other.
@@ -181,7 +182,8 @@ def load_adamix(
     layers: Mapping[str, nn.Module]
     if bare:
         layers = build_layers(model, config, Router())
-        layers = {path: _merged_layer(layer) for path, layer in layers.items()} if merged else layers
+        shared = shared_parameters(model)
+        layers = {path: _merged_layer(layer, shared) for path, layer in layers.items()} if merged else layers
         saved = [path for path, _ in saved_modules(model, config.modules_to_save, config.task_type)]
         if {*BELOW_CLASSIFIER, *header["saved_modules"]} > {*saved} > {*header["saved_modules"]}:  # of an older release
             saved = header["saved_modules"]
@@ -263,21 +265,21 @@ def _pop_factors(layers: dict[str, dict[str, Any]], tensors: dict[str, torch.Ten
     return found
 
 
-def _merged_layer(layer: nn.Module) -> nn.Module:
+def _merged_layer(layer: nn.Module, shared: Mapping[int, object]) -> nn.Module:
     if isinstance(layer, AdaptedLayer):
         return AdaptedLayer(layer.base, layer.adapter.merged())
     lora = cast("RoutedLoRALinear", layer)
-    return lora.base if mergeable(lora) else plain_lora(lora)
+    return lora.base if mergeable(lora, shared) else plain_lora(lora)
 
 
 def _become_merged(model: nn.Module) -> None:
-    state = adamix_state(model)
+    state, shared = adamix_state(model), shared_parameters(model)
     for path in state.paths:
         layer = model.get_submodule(path)
         if isinstance(layer, AdaptedLayer):
             layer.adapter = layer.adapter.merged()
         else:
-            replace_module(model, path, _merged_layer(layer))
+            replace_module(model, path, _merged_layer(layer, shared))
     state.merged = True
 
 

@@ -193,6 +193,11 @@ def check_same(name: str, stored: list[str], here: list[str]) -> None:
 
 
 def check_structure(path: str, stored: dict[str, Any], here: dict[str, Any]) -> None:
+    if "r" in here and "r" not in stored:
+        raise ValueError(
+            f"{path}: got a weight that takes no update, being quantised or another layer's, too (tied), expected one "
+            "of this layer alone, for the checkpoint's LoRA was merged into it: load the unmerged checkpoint and merge"
+        )
     for name in {**stored, **here}:
         if stored.get(name) != here.get(name):
             raise ValueError(f"{path}: got {name} = {here.get(name)!r} in the model, expected {stored.get(name)!r}")
