@@ -126,8 +126,11 @@ def _wanted(expert: int | str | None, count: int) -> list[int | None]:
 
 def _lora_layer(model: nn.Module, path: str, merged: bool) -> RoutedLoRALinear | Factors:
     state = adamix_state(model)
-    kept = None if merged and state.gate_spread else state.stash.get(path)
-    layer: Any = model.get_submodule(path) if kept is None else kept[0]
+    layer: Any = model.get_submodule(path)
+    kept = state.stash.get(path)
+    # The one LoRA of a merged layer may have been trained on since.
+    if kept is not None and not (merged and (state.gate_spread or isinstance(layer, RoutedLoRALinear))):
+        layer = kept[0]
     if not isinstance(layer, RoutedLoRALinear):
         layer = state.factors.get(path)
     if layer is None:

@@ -61,3 +61,12 @@ def test_a_lora_on_a_weight_that_is_trained_whole_is_refused(tmp_path):
             export_peft(exported, tmp_path / "both")
         assert not (tmp_path / "both").exists()
     export_peft(model, tmp_path / "loras", head=False)
+
+
+def test_a_merged_lora_on_a_tied_head_is_exported_as_it_was_trained_on(tmp_path):
+    model = merge(adapted(tied_llama, [], target_modules=["q_proj", "lm_head"]))
+    batch = tiny.batch_for(model)
+    with torch.no_grad():
+        tp.randomise(model, 4)
+        other = peft.PeftModel.from_pretrained(tied_llama(), export_peft(model, tmp_path)).eval()
+        torch.testing.assert_close(other(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-4)
