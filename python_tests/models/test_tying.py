@@ -53,6 +53,33 @@ def test_a_checkpoint_merged_into_an_untied_head_is_refused_by_a_tied_one(tmp_pa
     tp.same_state(before[:5], tp.state_of(model)[:5])
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_tokens_are_added_before_the_head_is_adapted(tie):
+    model = adapted(tie)
+    before, want = tp.state_of(model), logits(model)
+    for refused in ({"new_num_tokens": tiny.VOCAB + 3}, {"pad_to_multiple_of": 48}):
+        with pytest.raises(
+            ValueError, match=r"new_num_tokens: got \d+ for a model whose lm_head is adapted.* 64 columns"
+        ):
+            model.resize_token_embeddings(**refused)
+    tp.same_state(before, tp.state_of(model))
+    for _ in range(2):  # with its experts, and merged
+        assert model.resize_token_embeddings(tiny.VOCAB) is model.get_input_embeddings()
+        model.tie_weights()
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
+        torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-4)
+        model = model if model.adamix.merged else merge(model)
+    larger = tied_llama(tie)
+    larger.resize_token_embeddings(tiny.VOCAB + 3)
+    assert adapt(larger, model.adamix.config).lm_head.lora_b.shape[1] == tiny.VOCAB + 3
+
+
+def test_tokens_are_added_where_the_head_is_not_adapted():
+    model = adapted(target_modules=["q_proj"])
+    assert model.resize_token_embeddings(tiny.VOCAB + 3, mean_resizing=False).num_embeddings == tiny.VOCAB + 3
+    assert logits(model).shape[-1] == tiny.VOCAB + 3
+
+
 def test_which_parameters_are_shared():
     model = tied_llama()
     assert list(shared_parameters(model).values()) == [["model.embed_tokens.weight", "lm_head.weight"]]
