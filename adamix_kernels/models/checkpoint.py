@@ -25,6 +25,7 @@ from .header import (
     CHECKPOINT_VERSION,
     base_facts,
     check_base,
+    check_class,
     check_no_pack_in,
     check_pooling,
     check_same,
@@ -144,10 +145,10 @@ def load_adamix(
 
     Args:
         model: the bare base model, which is adapted with the stored configuration (and is merged when the
-            checkpoint is), with a warning where its frozen weights are not those of the training; or a model
-            adapted to the same layers in the same way, which keeps its own routing, dropout and loss settings. An
-            adapted model and its checkpoint must both be unmerged, or both merged; then the experts that merge()
-            kept in the model are dropped, since they are not those of the checkpoint.
+            checkpoint is), with a warning where its class or its frozen weights are not those of the training; or
+            a model adapted to the same layers in the same way, which keeps its own routing, dropout and loss
+            settings. An adapted model and its checkpoint must both be unmerged, or both merged; then the experts that
+            merge() kept in the model are dropped, since they are not those of the checkpoint.
         directory: a folder of save_adamix, save_pretrained or a trainer; or "user/repo" on the Hub.
         revision: of the repository.
         backend: for a bare model, as in adapt().
@@ -157,8 +158,8 @@ def load_adamix(
 
     Raises:
         ValueError: a file is missing, truncated, corrupt or of an unknown version; the repository cannot be had; the
-            model is another one; a tensor is missing, unexpected or of another shape. Everything is checked before
-            `model` changes.
+            model is another one, or of another task; a tensor is missing, unexpected or of another shape. Everything is
+            checked before `model` changes.
 
     Example:
         >>> import copy
@@ -199,6 +200,9 @@ def load_adamix(
         check_structure(path, header["layers"][path], structure(layer))
     check_tensors(tensors, _tensors(model, layers, saved))
 
+    another = check_class(model, header)
+    if another is not None:
+        logger.warning("%s; what %s computes in it may not be what was trained", another, folder)
     different = other_weights(model, header)
     if different is not None:
         logger.warning("%s; what %s computes on it is not what was trained", different, folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..models.header import CHECKPOINT_NAME, PACK_NAME, check_base, check_pooling, other_weights
+from ..models.header import CHECKPOINT_NAME, PACK_NAME, check_base, check_class, check_pooling, other_weights
 from ..models.hub import resolve_folder
 from . import heads, slots
 from .peft_folder import CONFIG_NAME, read_peft
@@ -52,6 +52,7 @@ def check_source(model: nn.Module, source: Source) -> None:
     """Raises ValueError where `model` is another base than the source's, or lacks a layer of it."""
     if source.header is not None:
         check_base(model, source.header)
+        check_class(model, source.header)
         different = other_weights(model, source.header)
         if different is not None:
             raise ValueError(different)
