@@ -170,7 +170,7 @@ def check_untied(model: nn.Module, path: str) -> None:
     and a pack has one a name at `path` alone. model: the bare base, or a pack."""
     pack = getattr(getattr(model, "adamix", None), "pack", None)
     tied = getattr(pack, "tied", {}).get(path) or tied_outside(model, path)
-    if tied:
+    if tied and not isinstance(model.get_submodule(path), nn.Embedding):  # which packed_head refuses
         raise ValueError(
             f"{path}: got a module trained whole that is tied to {tied[0]}, expected one of its own weights, which a "
             f"pack has one a name of: adapt it with LoRA instead (target_modules=[..., {path!r}], modules_to_save=[]), "

@@ -38,10 +38,14 @@ def saved(folder, tie=True):
 
 def test_a_pack_refuses_it_and_takes_an_untied_one(tmp_path):
     folder, _ = saved(tmp_path / "tied")
+    embedding = save_adamix(adapt(llama(), config(modules_to_save=["embed_tokens"])), tmp_path / "embedding")
     model = llama()
     before = tp.state_of(model)
     with pytest.raises(ValueError, match=SAID):
         pack(model, {"a": folder})
+    tp.same_state(before, tp.state_of(model))
+    with pytest.raises(ValueError, match=r"model.embed_tokens: got a Embedding among the modules trained whole"):
+        pack(model, {"a": embedding})
     tp.same_state(before, tp.state_of(model))
     other, want = saved(tmp_path / "own", False)
     packed = pack(llama(False), {"a": other})
