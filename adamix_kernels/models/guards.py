@@ -1,4 +1,4 @@
-"""Hooks that keep training mode honest: a second pass, activation checkpointing, generate(). Saving: saving.py."""
+"""Hooks that keep training mode honest (a second pass, checkpointing, generate()), and resizing. Saving: saving.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modules import RoutedAdapter, RoutedLoRALinear
+from ..modules import AdaptedLayer, RoutedAdapter, RoutedLoRALinear
+from ..modules.lora import linear_sizes
 from ..routing import Router
 from .doubling import BATCHED
 from .gating import is_learned, note_batch
@@ -36,6 +37,8 @@ def install_guards(model: nn.Module) -> None:
     install_saving(model)
     if callable(getattr(model, "generate", None)):
         model.generate = GuardedGenerate(model)  # type: ignore[assignment]  # a method, in the place of the class's
+    if callable(getattr(model, "resize_token_embeddings", None)):
+        model.resize_token_embeddings = GuardedResize(model)  # type: ignore[assignment]
 
 
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -118,6 +121,28 @@ def is_reentrant(part: nn.Module) -> bool:
     """Whether a part's activation checkpointing is of the reentrant kind, or may be."""
     function = getattr(part, "_gradient_checkpointing_func", None)
     return getattr(function, "keywords", {}).get("use_reentrant") is not False
+
+
+class GuardedResize(Guarded):
+    """model.resize_token_embeddings, which banks on the output layer do not follow."""
+
+    def __call__(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        model: Any = self.model
+        output = model.get_output_embeddings()
+        if isinstance(output, (AdaptedLayer, RoutedLoRALinear)):
+            here = linear_sizes(output.base)[1]
+            wanted = new_num_tokens or here
+            if pad_to_multiple_of:
+                wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+            if wanted != here:
+                path = next(path for path in adamix_state(model).paths if model.get_submodule(path) is output)
+                raise ValueError(
+                    f"new_num_tokens: got {wanted} for a model whose {path} is adapted by experts of {here} columns, "
+                    "expected resize_token_embeddings() of the bare model, before adapt()"
+                )
+        return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
 
 class GuardedGenerate(Guarded):

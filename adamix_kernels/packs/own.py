@@ -19,6 +19,7 @@ from ..models.targets import saved_modules
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import Router, process_rank
 from .banks import Cut, TrainedBank, cuts
+from .heads import check_untied
 from .job import PackJob
 from .mix import Block, generator_of
 from .slots import RoutedLayer
@@ -52,6 +53,8 @@ class Own:
             router = Router(job.config.routing, job.config.passes)
             self.layers: dict[str, RoutedLayer] = build_layers(model, job.config, router, backend)
             whole = saved_modules(model, job.config.modules_to_save, job.config.task_type)
+            for path, _ in whole:
+                check_untied(model, path)
             self.heads = {path: _own_head(model, module) for path, module in whole}
             if job.labels is not None:
                 self._set_labels(model, len(job.labels))
