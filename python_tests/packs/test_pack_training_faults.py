@@ -8,6 +8,8 @@ from two_writers import write_while_locked
 
 from adamix_kernels import AdaMixConfig, PackJob, PackTrainer, merge, save_adamix, use_experts
 
+LEARNED = {"routing": "learned", "mix": "weights"}
+
 
 def test_two_writers_of_one_folder_wait_for_each_other(tmp_path, caplog):
     first, second = trainer_of(ADAPTERS), trainer_of(ADAPTERS)
@@ -104,6 +106,8 @@ def test_whatever_goes_wrong_changes_nothing(monkeypatch):
         ({"schedule": "linear"}, "total_steps: got None"), ({"max_grad_norm": 0.0}, "max_grad_norm"),
         ({"labels": "yes"}, "labels"), ({"labels": ["a", "a"]}, "labels"), ({"problem": "hard"}, "problem"),
         ({"seed": True}, "seed"), ({"config": AdaMixConfig(routing="token")}, "config.routing"),
+        *(({"config": AdaMixConfig(**LEARNED, **more)}, "config.routing: got 'learned', .*AdaMixTrainer")
+          for more in ({"router": "linear"}, {"router": "task", "num_tasks": 2}, {"router": "sentence"})),
     ],
 )  # fmt: skip
 def test_a_job_that_is_none(option, told):
