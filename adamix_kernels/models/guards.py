@@ -13,7 +13,7 @@ from torch import nn
 from ..modules import RoutedAdapter, RoutedLoRALinear
 from ..routing import Router
 from .doubling import BATCHED
-from .gating import is_learned, note_batch
+from .gating import gates_of_layers, is_learned, note_batch
 from .saving import Guarded, install_saving
 from .state import adamix_state
 from .watch import PassWatch
@@ -123,7 +123,7 @@ def is_reentrant(part: nn.Module) -> bool:
 class GuardedGenerate(Guarded):
     """model.generate that never re-routes in silence: in training mode it warns and uses the merged experts.
 
-    Learned gates draw nothing, and serve as they are.
+    Learned gates weigh as in evaluation: no noise, each sample's task for its beams, no running means.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,14 +131,22 @@ class GuardedGenerate(Guarded):
         kind: Any = type(model)
         generate = kind.generate
         router = adamix_state(model).router
-        if not model.training or router.force_merged or is_learned(model):
+        if not model.training or router.force_merged:
             return generate(model, *args, **kwargs)
+        learned = is_learned(model)
+        used = "the gates weigh as in evaluation" if learned else "the merged experts are used"
         logger.warning(
-            "generate() was called in training mode: dropout is active; the merged experts are used, "
-            "because drawing experts anew at every step has no meaning. Call model.eval() first."
+            "generate() was called in training mode: dropout is active; %s, because drawing anew at every step has no "
+            "meaning. Call model.eval() first.",
+            used,
         )
+        gates = [gate for gate in gates_of_layers(model).values() if gate.training]
         router.force_merged = True
         try:
+            for gate in gates:
+                gate.eval()
             return generate(model, *args, **kwargs)
         finally:
             router.force_merged = False
+            for gate in gates:
+                gate.train()

@@ -162,7 +162,7 @@ class Router:
         if tasks is None:
             return None
         samples = self.samples_in(rows)
-        if not training or samples == rows or not tasks.numel() or samples % tasks.numel():
+        if not training or self.force_merged or samples == rows or not tasks.numel() or samples % tasks.numel():
             return tasks
         return tasks.repeat(samples // tasks.numel()).repeat_interleave(rows // samples)
 

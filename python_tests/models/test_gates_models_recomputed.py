@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from adamix_kernels import AdaMixConfig, AdaMixTrainer, adapt, gate_losses, use_tasks
+from adamix_kernels.models.gating import gates_of_layers
 
 TARGETS = {"target_modules": ["query", "value"]}
 KINDS = {
@@ -112,3 +113,21 @@ def test_a_forward_of_long_ago_is_not_guessed():
     batch = {"input_ids": tiny.batch_for(fresh)["input_ids"]}
     outputs = [fresh(**batch).logits.sum() for _ in range(KEPT + 2)]
     sum(outputs).backward()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_in_training_mode_weighs_as_in_evaluation(beams, caplog):
+    model = built("task", build=tiny.tiny_gpt2)
+    gates = list(gates_of_layers(model).values())
+    with torch.no_grad():
+        for gate in gates:
+            gate.logits.copy_(torch.randn(gate.logits.shape, generator=torch.Generator().manual_seed(1)) * 3)
+    batch = {name: value for name, value in tiny.batch_for(model, 4, 5).items() if name != "labels"}
+    options = dict(num_beams=beams, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    seen = [gate.batches.item() for gate in gates]
+    with use_tasks(model, [0, 1, 1, 0]):
+        wanted = model.eval().generate(**batch, **options)
+        assert torch.equal(model.train().generate(**batch, **options), wanted)
+    assert "generate() was called in training mode" in caplog.text
+    assert [gate.batches.item() for gate in gates] == seen  # no batch of the training
+    assert all(gate.training for gate in gates)
