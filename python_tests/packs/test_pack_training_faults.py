@@ -117,6 +117,25 @@ def test_a_job_that_is_none(option, told):
     assert PackJob.from_dict(job.to_dict()) == job
 
 
+def test_every_process_has_rows(monkeypatch):
+    trainer = trainer_of({"a": PackJob(AdaMixConfig(bottleneck=4), total_steps=1)})
+    batch = tiny.batch_for(trainer.model, 4)
+    rows = [{name: value[n] for name, value in batch.items()} for n in range(4)]
+
+    def collate(rows):
+        return {name: torch.stack([row[name] for row in rows]) for name in batch}
+
+    with pytest.raises(ValueError, match="batch_size: got 0"):
+        trainer.train({"a": rows}, collate, batch_size=0)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    with pytest.raises(ValueError, match="batch_size: got 1 for 2 processes, expected at least 2"):
+        trainer.train({"a": rows}, collate, batch_size=1)
+    assert trainer.names["a"].next_rows(4, 2) != []
+    assert trainer.names["a"].steps == 0
+
+
 @pytest.mark.parametrize("method", ["adapter", "lora"])
 def test_a_merge_that_could_not_be_undone_is_refused(method, tmp_path):
     jobs = {
