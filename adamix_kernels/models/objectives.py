@@ -126,7 +126,11 @@ class Objective:
             expected_grad: the gradient that will come in to the loss, as adamix_loss takes it.
 
         Returns (losses, the model's outputs).
+
+        Raises ValueError for label smoothing of what are no single classes.
         """
+        if label_smoothing and self.task == SEQUENCE and (kind := self._problem(labels)) in (REGRESSION, MULTI_LABEL):
+            raise ValueError(f"label_smoothing: got {label_smoothing}, expected 0 with problem_type {kind!r}")
         options: dict[str, Any] = {"weight": weight, "label_smoothing": label_smoothing, "num_items": num_items}
         if doubled and fuse_head and self.task == CAUSAL and (head := self.plain_head()) is not None:
             outputs = network(**inputs, logits_to_keep=1, output_hidden_states=True, return_dict=True)

@@ -170,6 +170,15 @@ def test_label_smoothing_of_the_first_pass_alone(tmp_path):
     torch.testing.assert_close(loss, (smoothed + mean_kl(first, second)).float(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize(("task", "problem"), [("regression", "regression"), ("multi label", "multi_label_class")])
+def test_label_smoothing_of_what_is_no_class_is_refused(task, problem, weight, tmp_path):
+    model = adapted(TASKS[task](), consistency_weight=weight).train()
+    trainer = trainer_for(model, tmp_path, label_smoothing_factor=0.3)
+    with pytest.raises(ValueError, match=f"label_smoothing: got 0.3, expected 0 with problem_type '{problem}"):
+        trainer.compute_loss(model, task_batch(task, model))
+
+
 def test_given_decoder_inputs_are_kept(tmp_path):
     model = adapted(tiny_t5()).train()
     batch = batch_for(model, 2, 6)
