@@ -147,6 +147,8 @@ class Objective:
             return _multi_label(logits, labels, doubled, weight, num_items), outputs
         if problem == REGRESSION:
             labels = labels.to(torch.float32).view(labels.shape[0], *logits.shape[1:])
+        elif problem is not None:
+            labels = labels.reshape(-1)  # [B, 1], as transformers takes them
         if not doubled:
             return _single_pass(logits, labels, label_smoothing, num_items), outputs
         return adamix_loss(logits, labels, expected_grad=expected_grad, **options), outputs

@@ -179,6 +179,18 @@ def test_label_smoothing_of_what_is_no_class_is_refused(task, problem, weight, t
         trainer.compute_loss(model, task_batch(task, model))
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_labels_in_a_column_are_those_in_a_row(weight, tmp_path):
+    model = adapted(tiny_bert(3), consistency_weight=weight).train()
+    batch = batch_for(model, 4, 6)
+    trainer = trainer_for(model, tmp_path)
+    found = []
+    for labels in (batch["labels"], batch["labels"].view(-1, 1)):
+        torch.manual_seed(5)
+        found.append(trainer.compute_loss(model, {**batch, "labels": labels}))
+    assert torch.equal(*found)
+
+
 def test_given_decoder_inputs_are_kept(tmp_path):
     model = adapted(tiny_t5()).train()
     batch = batch_for(model, 2, 6)
