@@ -178,7 +178,7 @@ def is_unshifted(model: nn.Module) -> bool:
 
 def _task_of(model: nn.Module) -> str:
     names = {c.__name__ for c in type(model).__mro__}
-    task = next((t for t, tables in _TASKS.items() if any(names & set(table.values()) for table in tables)), None)
+    task = next((t for t, tables in _TASKS.items() if any(names & _classes(table) for table in tables)), None)
     if task == CAUSAL and is_unshifted(model):
         task = TOKENS
     own = task in (CAUSAL, SEQ2SEQ) and any(name.startswith(_OWN_LOSS) for name in names)
@@ -192,6 +192,12 @@ def _task_of(model: nn.Module) -> str:
             f"model: got {type(model).__name__} with output_router_logits, whose auxiliary loss AdaMixTrainer lacks"
         )
     return task
+
+
+def _classes(table: Mapping[str, Any]) -> set[str]:
+    """Names of the classes of a table, where some kinds of model have several. Those with a teacher take no labels."""
+    found = {c for entry in table.values() for c in ((entry,) if isinstance(entry, str) else entry)}
+    return {name for name in found if not name.endswith("WithTeacher")}
 
 
 def _decoder_rule(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:

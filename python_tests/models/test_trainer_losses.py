@@ -229,6 +229,17 @@ def test_an_update_without_a_label_has_a_loss_of_zero(weight, tmp_path):
     assert [(log["loss"], log["cross_entropy"], log["consistency"]) for log in logs] == [(0, 0, 0)] * 2
 
 
+def test_a_kind_of_model_with_several_classes_has_a_loss(tmp_path):
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8)
+    config = transformers.DeiTConfig(**sizes, patch_size=4, hidden_dropout_prob=0.0, num_labels=3)
+    model = adapted(transformers.DeiTForImageClassification(config), num_experts=1, target_modules="all-linear").train()
+    batch = {"pixel_values": torch.randn(4, 3, 8, 8), "labels": torch.tensor([0, 1, 2, 0])}
+    loss = trainer_for(model, tmp_path).compute_loss(model, dict(batch))
+    torch.testing.assert_close(loss, model(**batch).loss)
+    with pytest.raises(NotImplementedError, match="DeiTForImageClassificationWithTeacher"):
+        Objective(transformers.DeiTForImageClassificationWithTeacher(config))
+
+
 def test_a_task_without_a_loss_is_named(tmp_path):
     model = adapted(tiny_bert(model_class=transformers.BertForQuestionAnswering))
     with pytest.raises(NotImplementedError, match="BertForQuestionAnswering"):
