@@ -14,7 +14,7 @@ from ..modules import AdaptedLayer, RoutedAdapter, RoutedLoRALinear
 from ..modules.lora import linear_sizes
 from ..routing import Router
 from .doubling import BATCHED
-from .gating import is_learned, note_batch
+from .gating import gates_of_layers, is_learned, note_batch
 from .saving import Guarded, install_saving
 from .state import adamix_state
 from .watch import PassWatch
@@ -148,7 +148,7 @@ class GuardedResize(Guarded):
 class GuardedGenerate(Guarded):
     """model.generate that never re-routes in silence: in training mode it warns and uses the merged experts.
 
-    Learned gates draw nothing, and serve as they are.
+    Learned gates weigh as in evaluation: no noise, each sample's task for its beams, no running means.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,14 +156,22 @@ class GuardedGenerate(Guarded):
         kind: Any = type(model)
         generate = kind.generate
         router = adamix_state(model).router
-        if not model.training or router.force_merged or is_learned(model):
+        if not model.training or router.force_merged:
             return generate(model, *args, **kwargs)
+        learned = is_learned(model)
+        used = "the gates weigh as in evaluation" if learned else "the merged experts are used"
         logger.warning(
-            "generate() was called in training mode: dropout is active; the merged experts are used, "
-            "because drawing experts anew at every step has no meaning. Call model.eval() first."
+            "generate() was called in training mode: dropout is active; %s, because drawing anew at every step has no "
+            "meaning. Call model.eval() first.",
+            used,
         )
+        gates = [gate for gate in gates_of_layers(model).values() if gate.training]
         router.force_merged = True
         try:
+            for gate in gates:
+                gate.eval()
             return generate(model, *args, **kwargs)
         finally:
             router.force_merged = False
+            for gate in gates:
+                gate.train()
