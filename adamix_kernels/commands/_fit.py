@@ -14,11 +14,10 @@ from transformers import EarlyStoppingCallback
 from ..models.gate_training import NAMES
 from ..models.header import PACK_NAME
 from ..models.manifest import first_save_was_cut, newest_whole_checkpoint
-from ..models.objectives import is_unshifted
 from ..models.state import adamix_state
 from ..models.trainer import AdaMixTrainer
 from ..tasks import Run, write_run
-from ..tasks.generation import already_shifted
+from ..tasks.generation import labels_for
 from ..tasks.run_file import RUN_NAME
 from ._kinds import FALLING, Kind, LabelKind
 from ._lines import tell_by_lines
@@ -77,7 +76,7 @@ def run_training(
         args=arguments,
         train_dataset=rows,
         eval_dataset=dev,
-        data_collator=already_shifted(kind.collate) if is_unshifted(model) else kind.collate,
+        data_collator=labels_for(model, kind.collate),
         processing_class=kind.tokenizer,
         compute_metrics=kind.trainer_metrics if isinstance(kind, LabelKind) else None,
         callbacks=[EarlyStoppingCallback(fit.early_stopping)] if fit.early_stopping else None,

@@ -19,6 +19,7 @@ from ..models.state import adamix_state
 from ..recipes.processes import is_main, on_cpus
 from ..tasks import Run, TextTask, load_causal, load_classifier, load_task, resolve_model
 from ..tasks.batches import without_tasks
+from ..tasks.generation import check_causal
 from . import _defaults
 from ._baselines import Baselines, Work, measure
 from ._folder import alone_in
@@ -126,6 +127,7 @@ def _train(options: Options) -> None:
     with quiet():
         if task.kind == "generation":
             model, tokenizer = load_causal(encoder)
+            check_causal(model, encoder.name)
         else:
             model, tokenizer = load_classifier(encoder, task.label_names, data.pooling, task=task.kind)
     check_targets(model, config)  # before the baselines, which take their time

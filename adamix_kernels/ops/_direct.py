@@ -16,6 +16,7 @@ import torch
 from .. import _auto, _environment
 from .._backends import most_of, select
 from .._limits import UNLIMITED, Extent, tile_columns
+from ._library import in_forward_mode
 
 # Other classes are their own business: a DTensor, a FakeTensor, a quantised weight.
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
@@ -94,6 +95,7 @@ def may_be_direct() -> bool:
     return not (
         traced()
         or _switched_off
+        or in_forward_mode()
         or torch._C._len_torch_function_stack()
         or torch._C._autograd._profiler_enabled()
         or _environment.checks_values()

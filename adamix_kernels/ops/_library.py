@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, get_type_hints
 
 import torch
+from torch.autograd import forward_ad
 
 # The package's own name: a copy under another one (see build.toml) registers beside this one.
 NAMESPACE = __package__.removesuffix(".ops").replace(".", "_")
@@ -73,8 +74,16 @@ def gradients_of(arguments: type[Any], **grads: torch.Tensor | None) -> tuple[to
 
 
 def records(args: tuple[Any, ...]) -> bool:
-    """Whether autograd records a call with these arguments."""
-    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+    """Whether autograd records a call with these arguments, or is to take their tangents, which Functions refuse."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    if in_forward_mode() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may have tangents (torch.autograd.forward_ad, torch.func.jvp)."""
+    return forward_ad._current_level >= 0
 
 
 def below_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:

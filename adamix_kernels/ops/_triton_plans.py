@@ -20,6 +20,8 @@ from .._environment import tf32, triton_table
 from .._triton_utils import Ready, Recording, current_stream, ready
 from ._direct import PLAIN, Kept, traits
 
+_UNKNOWN: Any = object()
+
 
 class Planned:
     """Direct calls of run(*tensors, *options), a backend's function of `count` tensors or Nones and hashable options.
@@ -41,8 +43,10 @@ class Planned:
     def make(self, *arguments: Any) -> Plan | None:
         """The plan of a call whose arguments were checked; None, from now on, where there can be none."""
         key = self._key(arguments)
-        if key in self._plans:
-            return self._plans[key]
+        # In one step: another thread may empty the table.
+        known = self._plans.get(key, _UNKNOWN)
+        if known is not _UNKNOWN:
+            return known
         tensors = arguments[: self._count]
         given = [t for t in tensors if t is not None]
         fit = not any(t.is_neg() or not (self._anywhere or t.is_contiguous()) for t in given)
@@ -157,7 +161,10 @@ class Plan:
                 elif kind in _FORMATS and slot >= self._first:
                     value = self._constants[slot - self._first]
                     taken.append(self._first + len(constants))
-                    constants.append(int.from_bytes(struct.pack(f"<{_FORMATS[kind]}", value), "little"))
+                    try:
+                        constants.append(int.from_bytes(struct.pack(f"<{_FORMATS[kind]}", value), "little"))
+                    except OverflowError:  # a number beyond float32
+                        return None
                 else:
                     return None
             if set(kinds[len(slots) :]) - {"constexpr"}:

@@ -12,7 +12,7 @@ from torch import nn
 from ..models.centroid import Centroid, encode
 from ..models.state import adamix_state
 from ..modules import RoutedLoRALinear
-from ..modules._banks import as_batch
+from ..modules._layout import as_rows, turned
 from ..routing import leading_directions
 from . import slots
 from .sources import LoraPart
@@ -163,17 +163,18 @@ def choose_by_arrow(model: nn.Module, pack: Pack) -> list[Any]:
     hooks = []
     for path, layer in layers.items():
         vectors, known = prototypes(layer, pack, path)
-        hooks.append(layer.register_forward_pre_hook(_Arrow(pack, vectors, known)))
+        assert isinstance(layer, RoutedLoRALinear)
+        hooks.append(layer.register_forward_pre_hook(_Arrow(pack, layer, vectors, known)))
     return hooks
 
 
 class _Arrow:
-    def __init__(self, pack: Pack, vectors: torch.Tensor, known: torch.Tensor):
-        self.pack, self.vectors, self.known = pack, vectors, known
+    def __init__(self, pack: Pack, layer: RoutedLoRALinear, vectors: torch.Tensor, known: torch.Tensor):
+        self.pack, self.layer, self.vectors, self.known = pack, layer, vectors, known
 
     @torch.no_grad()
     def __call__(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        rows = as_batch(args[0])
+        rows = as_rows(self.layer, turned(args[0]) if self.layer.tokens_first else args[0])
         likeness = (rows.to(self.vectors.dtype) @ self.vectors.T).abs().masked_fill(~self.known, -1)  # [B, S, M]
         self.pack.router.experts = likeness.argmax(-1)
 

@@ -79,6 +79,39 @@ def already_shifted(collate: Callable[..., Any]) -> Callable[..., Any]:
     return shift
 
 
+def labels_for(model: nn.Module, collate: Callable[..., Any]) -> Callable[..., Any]:
+    """collate, with its labels where a training of `model` wants them: `already_shifted` or as they are."""
+    from ..models.objectives import is_unshifted
+
+    return already_shifted(collate) if is_unshifted(model) else collate
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, name: str) -> None:
+    """Raises ValueError where the logits at a token depend on those behind it, its answer among them: an encoder's.
+
+    Two rows of four tokens, the last of which differs, are read; nothing where the model cannot read them.
+    """
+    language_model: Any = model
+    mode, words = model.training, int(language_model.get_input_embeddings().weight.shape[0])
+    ids = torch.arange(words // 3, words // 3 + 4).repeat(2, 1)
+    ids[1, 3] += words // 2
+    ids = (ids % words).to(language_model.device)
+    try:
+        logits = language_model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -4:]
+    except (RuntimeError, ValueError, TypeError, IndexError, ImportError, AttributeError):
+        return
+    finally:
+        model.train(mode)
+    noise = 8 * torch.finfo(logits.dtype).eps * logits.abs().max()
+    if (logits[0, :3] - logits[1, :3]).abs().max() > noise:
+        raise ValueError(
+            f"model: got {name!r} ({type(model).__name__}), which sees the tokens behind each one, and so the text "
+            "that it is to write, expected a causal language model, as gpt2 (a BERT-like one with is_decoder=true in "
+            "its config.json); an encoder takes classification and regression"
+        )
+
+
 @torch.inference_mode()
 def beam_decode(
     model: nn.Module,
