@@ -61,7 +61,8 @@ def test_the_table_holds_every_kernel_for_every_target():
 
 
 def test_the_table_is_of_these_sources():
-    now = {str(path.relative_to(CSRC)): cuda_compile.source_fingerprint(path, CSRC) for path in SOURCES}
+    of_kernels = [path for path in SOURCES if "__global__" in path.read_text()]
+    now = {str(path.relative_to(CSRC)): cuda_compile.source_fingerprint(path, CSRC) for path in of_kernels}
     assert {row.file: row.source for row in ROWS} == now, "python -m benchmarks.cuda_compile --write"
 
 
