@@ -9,14 +9,15 @@ from pathlib import Path
 
 from torch import nn
 
-from ..models._files import write_tokenizer
+from ..models._files import write_json
+from ..models._staging import write_tokenizer
 from ..models.gating import is_learned
 from ..models.header import CHECKPOINT_NAME, read_header
 from ..models.merging import merge
+from ..models.run_values import RUN_NAME, sealed_run
 from ..models.saving import save_folder
 from ..models.state import adamix_state
-from ..tasks import write_run
-from ..tasks.run_file import RUN_NAME
+from ..tasks.run_file import run_values
 from ._folder import kept
 from ._options import OutputOptions, needs_out, option, same_file, start
 from ._runs import RunOptions, open_run, run_command
@@ -46,11 +47,15 @@ def _merge(run: RunOptions, options: MergeOptions, output: OutputOptions) -> int
     if adamix_state(opened.model).merged:
         raise ValueError(f"run: got {run.run!r}, which is merged already, expected a run with its experts")
     _check_gates(opened.model, options.gates)
-    (out / RUN_NAME).unlink(missing_ok=True)  # of what was merged here before
-    save_folder(merge(opened.model, gates=options.gates or None), out)
-    write_tokenizer(out, opened.tokenizer)
-    if opened.filed:
-        write_run(out, opened.run)
+
+    def beside(place: Path) -> None:
+        write_tokenizer(place, opened.tokenizer)
+        if opened.filed:
+            write_json(place / RUN_NAME, sealed_run(run_values(opened.run), out))
+
+    save_folder(merge(opened.model, gates=options.gates or None), out, beside=beside)
+    if not opened.filed:
+        (out / RUN_NAME).unlink(missing_ok=True)  # of what was merged here before
     lost = adamix_state(opened.model).gate_spread
     if lost:
         mean, worst = sum(lost.values()) / len(lost), max(lost, key=lost.__getitem__)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..models._files import write_tokenizer
+from ..models._staging import write_tokenizer
 from ..models.header import CHECKPOINT_NAME, PACK_NAME
 from ..models.hub import resolve_folder
 from ..models.state import adamix_state
