@@ -16,6 +16,12 @@ _READABLE = (1, 2, 3)
 _PLACES = ("model", "data")
 
 
+def run_folder(folder: Path) -> Path | None:
+    """Where the run file of `folder` is: in it, or, of a Trainer's checkpoint-N, beside it; None for none."""
+    places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+    return next((place for place in places if (place / RUN_NAME).is_file()), None)
+
+
 def run_to_json(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What a file in `folder` holds of a run's values, but for its seal."""
     rest = {name: value for name, value in values.items() if name not in _PLACES}

@@ -11,6 +11,7 @@ from torch import nn
 from ..models.header import CHECKPOINT_NAME, PACK_NAME, check_base, check_pooling, other_weights
 from ..models.hub import resolve_folder
 from . import slots
+from .beside import run_of_folder
 from .peft_folder import CONFIG_NAME, read_peft
 from .sources import Source, read_adamix
 
@@ -31,6 +32,7 @@ def read_source(model: nn.Module, name: str, folder: Folder) -> Source:
                 "folder of save_adamix, of adamix train or of a PEFT LoRA"
             )
         check_source(model, source)
+        source.run = run_of_folder(place)
     return source
 
 
