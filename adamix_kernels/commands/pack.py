@@ -124,6 +124,12 @@ def named_folders(words: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"got {word!r}, expected NAME=FOLDER")
         if check_name(name) in found:
             raise ValueError(f"name: got {name!r} twice, expected different names")
+        other = next((one for one in found if one.casefold() == name.casefold()), None)
+        if other is not None:
+            raise ValueError(
+                f"name: got {name!r} beside {other!r}, expected names that differ in more than case: folders called so "
+                "are one on Windows and macOS"
+            )
         found[name] = folder
     return found
 
