@@ -17,10 +17,10 @@ from ..models.merging import merge
 from ..models.run_values import RUN_NAME, sealed_run
 from ..models.saving import save_folder
 from ..models.state import adamix_state
-from ..tasks.run_file import run_values
+from ..tasks.run_file import read_run, run_values
 from ._folder import kept
 from ._options import OutputOptions, needs_out, option, same_file, start
-from ._runs import RunOptions, open_run, run_command
+from ._runs import Opened, RunOptions, open_run, run_command
 
 
 @dataclass
@@ -47,6 +47,7 @@ def _merge(run: RunOptions, options: MergeOptions, output: OutputOptions) -> int
     if adamix_state(opened.model).merged:
         raise ValueError(f"run: got {run.run!r}, which is merged already, expected a run with its experts")
     _check_gates(opened.model, options.gates)
+    _keep_another(opened, out)
 
     def beside(place: Path) -> None:
         write_tokenizer(place, opened.tokenizer)
@@ -73,6 +74,22 @@ def _check_gates(model: nn.Module, gates: str) -> None:
         raise ValueError(
             "run: got one whose gates differ by token or text, which no single expert computes, expected --gates mean, "
             "which takes the mean gates of the training and says what is lost"
+        )
+
+
+def _keep_another(opened: Opened, out: Path) -> None:
+    """Raises ValueError where `out` holds what was merged of a run on other data, or for other labels."""
+    if not ((out / CHECKPOINT_NAME).is_file() and (out / RUN_NAME).is_file()):
+        return
+    there, here = read_run(out), opened.run
+    other = None
+    if (there.task, there.label_names) != (here.task, here.label_names):
+        other = f"for {there.label_names or there.task}"
+    elif opened.filed and Path(there.data).name != Path(here.data).name:
+        other = f"on {there.data}"
+    if other:
+        raise ValueError(
+            f"out: {out} holds what was merged of another run, {other}, expected another folder, or this one removed"
         )
 
 

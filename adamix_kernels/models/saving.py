@@ -90,6 +90,11 @@ def save_folder(
 def check_export(folder: Path) -> None:
     """Raises ValueError for a folder that an adapter in another project's format does not belong into."""
     check_no_pack_in(folder)
+    if (folder / CHECKPOINT_NAME).exists():
+        raise ValueError(
+            f"directory: got {str(folder)!r}, which holds an AdaMix checkpoint, expected another folder: what reads "
+            "one of both would find the other's files"
+        )
     whole = _whole_model(folder)
     if whole is not None:
         raise ValueError(

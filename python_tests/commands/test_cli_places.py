@@ -170,7 +170,7 @@ def test_a_run_s_file_of_what_was_there_before_gives_no_labels(tmp_path, capsys,
         assert cli.main(["predict", "--run", folder, "good film", "--json"]) == 0
         return list(json.loads(capsys.readouterr().out)["probabilities"])
 
-    filed, bare, out = saved("filed", ["down", "up"]), saved("bare", ["x", "y"]), str(tmp_path / "out")
+    filed, bare, out = saved("filed", ["down", "up"]), saved("bare", ["down", "up"]), str(tmp_path / "out")
     write_run(filed, Run(encoder, "data", ["down", "up"], 16))
     assert cli.main(["merge", filed, "--out", out]) == 0
     capsys.readouterr()
@@ -178,7 +178,7 @@ def test_a_run_s_file_of_what_was_there_before_gives_no_labels(tmp_path, capsys,
     assert cli.main(["merge", bare, "--out", out]) == 0
     capsys.readouterr()
     assert not (tmp_path / "out" / "adamix_run.json").exists()
-    assert label(out) == ["x", "y"]
+    assert label(out) == ["down", "up"]
     saved("filed", ["x", "y"])  # in the place of the run, by hand
     assert label(filed) == ["x", "y"]
     assert "its adamix_run.json is of what was here before" in caplog.text
