@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import importlib
 import os
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 from ._extras import explained
 from ._version import __version__
+from .commands._pipes import outlives_its_reader
 from .commands._words import closest
 
 COMMANDS = {
@@ -25,10 +27,11 @@ COMMANDS = {
     "env": "versions, device, and which backend can run here and why",
     "verify": 'prove every kernel on this machine\'s GPUs, so that backend="auto" uses those that are right',
 }
+_READ = ("predict",)  # what it prints is what it is for; the others go on without a reader
 _ALONE = ("predict", "eval", "merge", "pack", "export")
 STATUSES = {
     0: "the work is done",
-    1: "a defect, whose traceback is on stderr; the benchmarks' own status; verify: a kernel is wrong",
+    1: "a defect, whose traceback is on stderr; bench: its own status; verify: a kernel is wrong; train: it diverged",
     2: "wrong usage or input: one line on stderr says what was wrong (--traceback shows where)",
     3: "verify: nothing, or not everything, could be verified here",
     130: "interrupted (Ctrl-C)",
@@ -41,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns 0 when it did its work; 2 after one line on stderr for wrong usage or wrong input (arguments,
     files, data, models); 130 when it was interrupted; bench passes on the benchmarks' own status, and verify has 1
-    and 3 for what it found out. Any other error is a defect, which Python shows in full, with status 1.
+    and 3 for what it found out, train 1 where it diverged. Any other error is a defect, which Python shows in full,
+    with status 1.
     """
     parser = _parser()
     args = parser.parse_args(argv)
@@ -55,14 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command in _ALONE and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
         return 0  # the first process of the launch does it
     try:
-        status: int = importlib.import_module(_MODULES[args.command]).main(args.options)
+        with contextlib.nullcontext() if args.command in _READ else outlives_its_reader(f"adamix {args.command}"):
+            status: int = importlib.import_module(_MODULES[args.command]).main(args.options)
     except KeyboardInterrupt as error:
         print(": ".join(filter(None, [f"adamix {args.command}: interrupted", str(error)])), file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `adamix predict ... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (ValueError, OSError, NotImplementedError, ModuleNotFoundError) as error:
+        if isinstance(error, BrokenPipeError) and args.command in _READ:  # `adamix predict ... | head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         if args.traceback:
             raise
         if isinstance(error, ModuleNotFoundError):

@@ -149,24 +149,35 @@ class Server:
     def _answers(self, texts, names):
         """Of each an answer, or its error."""
         with self.pack.lock:  # names and labels stay what they are
-            encoded = [
-                self.tokenizer(text, truncation=True, max_length=self._cut(name)) for text, name in zip(texts, names)
-            ]
-            inputs = self.tokenizer.pad(encoded, return_tensors="pt").to(next(self.model.parameters()).device)
-            routed = nearest(self.model, **inputs) if None in names else None
-            chosen = [routed.nearest[i] if name is None else name for i, name in enumerate(names)]
+            at = [i for i, name in enumerate(names) if name is None]
+            routed = dict(zip(at, self._routed([texts[i] for i in at]))) if at else {}
+            chosen = [routed[i][0] if i in routed else name for i, name in enumerate(names)]
             with use_experts(self.model, chosen):
-                rows = self.model(**inputs).logits.float().cpu()
+                rows = self.model(**self._inputs(texts, [self._cut(name) for name in chosen])).logits.float().cpu()
             found = [self._said(name, row) for name, row in zip(chosen, rows, strict=True)]
-        for i, name in enumerate(names):
-            if name is None and isinstance(found[i], dict):
-                found[i]["similarity"] = routed.similarity[i]
+        for i, (_, similarity) in routed.items():
+            if isinstance(found[i], dict):
+                found[i]["similarity"] = similarity
         return found
 
+    def _routed(self, texts):
+        """(name, similarity) of each, every name by the text as its training cut it: its centroid is of such texts."""
+        longest, groups = self._inputs(texts, [max(map(self._cut, self.names))] * len(texts))["input_ids"].shape[1], {}
+        for name in self.names:
+            groups.setdefault(min(self._cut(name), longest), []).append(name)
+        found = [
+            nearest(self.model, names=some, **self._inputs(texts, [most] * len(texts))) for most, some in groups.items()
+        ]
+        best = [max(found, key=lambda one, i=i: one.similarity[i]) for i in range(len(texts))]
+        return [(one.nearest[i], one.similarity[i]) for i, one in enumerate(best)]
+
+    def _inputs(self, texts, lengths):
+        encoded = [self.tokenizer(text, truncation=True, max_length=most) for text, most in zip(texts, lengths)]
+        return self.tokenizer.pad(encoded, return_tensors="pt").to(next(self.model.parameters()).device)
+
     def _cut(self, name):
-        given = [self.longest.get(one, LONGEST) for one in (self.names if name is None else [name])]
         most = int(self.tokenizer.model_max_length)
-        return min([*given, positions(self.model) or most, most])
+        return min(self.longest.get(name, LONGEST), positions(self.model) or most, most)
 
     def _said(self, name, row):
         entry = self.names[name]

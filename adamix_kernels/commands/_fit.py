@@ -14,12 +14,12 @@ from transformers import EarlyStoppingCallback
 from ..models.gate_training import NAMES
 from ..models.header import PACK_NAME
 from ..models.manifest import first_save_was_cut, newest_whole_checkpoint
-from ..models.objectives import is_unshifted
 from ..models.state import adamix_state
 from ..models.trainer import AdaMixTrainer
-from ..tasks import Run, write_run
-from ..tasks.generation import already_shifted
+from ..recipes.processes import agree
+from ..tasks.generation import labels_for
 from ..tasks.run_file import RUN_NAME
+from ._begun import Begun
 from ._kinds import FALLING, Kind, LabelKind
 from ._lines import tell_by_lines
 from ._train_options import LAST
@@ -30,10 +30,12 @@ FINISHED = "adamix_checkpoint.json"
 
 @dataclass
 class Trained:
-    """scores: of the kept model on dev, in the units of Kind.scores. losses: the run's mean, the last log's parts."""
+    """scores: of the kept model on dev, in the units of Kind.scores. losses: the run's mean, the last log's parts.
+    diverged: its numbers are not finite, and it was not saved."""
 
     scores: dict[str, float]
     losses: dict[str, float]
+    diverged: bool = False
 
 
 class HeadRateTrainer(AdaMixTrainer):
@@ -64,9 +66,9 @@ def run_training(
     dev: list[dict[str, Any]],
     options: Any,
     checkpoint: str | None,
-    run: Run,
+    begun: Begun,
 ) -> Trained:
-    """Trains, keeps what --load_best_model_at_end asks for, evaluates on dev and saves."""
+    """Trains, keeps what --load_best_model_at_end asks for, evaluates on dev, and saves what did not diverge."""
     arguments, fit = options.arguments, options.fit
     chooses = arguments.load_best_model_at_end or arguments.save_strategy == "best"
     if chooses and "metric_for_best_model" not in options.given and isinstance(kind, LabelKind):
@@ -77,7 +79,7 @@ def run_training(
         args=arguments,
         train_dataset=rows,
         eval_dataset=dev,
-        data_collator=already_shifted(kind.collate) if is_unshifted(model) else kind.collate,
+        data_collator=labels_for(model, kind.collate),
         processing_class=kind.tokenizer,
         compute_metrics=kind.trainer_metrics if isinstance(kind, LabelKind) else None,
         callbacks=[EarlyStoppingCallback(fit.early_stopping)] if fit.early_stopping else None,
@@ -86,18 +88,26 @@ def run_training(
     asked = {"eval_strategy", "eval_steps"} & options.given
     tell_by_lines(trainer, lambda logs: _scores(logs, kind), bool(asked))
     if trainer.is_world_process_zero():
-        write_run(arguments.output_dir, run)  # so that a checkpoint of an interrupted run can be used, too
+        begun.write(arguments.output_dir)
     try:
         done = trainer.train(resume_from_checkpoint=checkpoint)
+        metrics = {name: value for name, value in trainer.evaluate().items() if value != -math.inf}
+        lost = isinstance(kind, LabelKind) and not math.isfinite(metrics["eval_loss"])  # of a text without a word it is
+        diverged = agree(lost or not all_finite(model))
+        if not diverged:
+            trainer.save_model()
+        trainer.save_metrics("eval", metrics)
     except KeyboardInterrupt:
         last = newest_whole_checkpoint(arguments.output_dir)
-        if last is None:
-            raise
-        raise KeyboardInterrupt(f"{os.path.basename(last)} is saved; the same command with --resume goes on") from None
-    metrics = {name: value for name, value in trainer.evaluate().items() if value != -math.inf}
-    trainer.save_model()
-    trainer.save_metrics("eval", metrics)
-    return Trained(_scores(metrics, kind), _losses(done, trainer.state.log_history))
+        there = "nothing is saved" if last is None else f"{os.path.basename(last)} is saved"
+        how = "the same command begins anew" if last is None else "the same command with --resume goes on"
+        raise KeyboardInterrupt(f"{there}; {how}") from None
+    return Trained(_scores(metrics, kind), _losses(done, trainer.state.log_history), diverged)
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Of what is trained."""
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _scores(metrics: dict[str, float], kind: Kind) -> dict[str, float]:

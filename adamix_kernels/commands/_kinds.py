@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,9 @@ from ..models.targets import saved_modules
 from ..recipes.metrics import CLASS_METRICS, NUMBER_METRICS, TEXT_METRICS, Scores, label_scores, text_scores
 from ..tasks import TextSplit, collator, predict, tokenize
 from ..tasks.batches import with_tasks
+from ..tasks.cuts import Cuts
 from ..tasks.encoders import positions
-from ..tasks.generation import IGNORED, beam_decode, encode_texts, pair_collator, token_loss
+from ..tasks.generation import IGNORED, beam_decode, context_ids, encode_texts, pair_collator, token_loss
 
 METRICS = {"classification": CLASS_METRICS, "regression": NUMBER_METRICS, "generation": TEXT_METRICS}
 DEFAULT_METRICS = {"classification": ("accuracy",), "regression": ("pearson", "spearman"), "generation": ()}
@@ -35,7 +37,8 @@ def written(name: str, value: float) -> str:
 class LabelKind:
     """Classification or regression: one row of logits a text.
 
-    Attributes: names: of the labels, in id order. metrics: of checked_metrics; the first one leads.
+    Attributes: names: of the labels, in id order. metrics: of checked_metrics; the first one leads. cuts: of all texts
+    that it was given.
     """
 
     kind: str
@@ -44,6 +47,7 @@ class LabelKind:
     max_tokens: int
     metrics: tuple[str, ...] = ()
     batch_size: int = 64
+    cuts: Cuts = field(default_factory=Cuts)
 
     @property
     def leading(self) -> str:
@@ -54,11 +58,12 @@ class LabelKind:
         return collator(self.tokenizer)
 
     def encode(self, split: TextSplit) -> list[dict[str, Any]]:
-        return tokenize(split, self.tokenizer, self.max_tokens)
+        return tokenize(split, self.tokenizer, self.max_tokens, self.cuts)
 
     def encode_inputs(self, texts: list[str], pairs: list[str] | None) -> list[dict[str, Any]]:
         more = [] if pairs is None else [pairs]
         encoded = self.tokenizer(texts, *more, truncation=True, max_length=self.max_tokens)
+        self.cuts.count(encoded, self.max_tokens)
         return [{name: encoded[name][i] for name in encoded} for i in range(len(texts))]
 
     def scores(self, predicted: Sequence[float], labels: Sequence[float]) -> Scores:
@@ -128,6 +133,7 @@ class GenerationKind:
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
     batch_size: int = 8
+    cuts: Cuts = field(default_factory=Cuts)
     kind = "generation"
     leading = "loss"
     names: tuple[str, ...] = ()
@@ -144,7 +150,8 @@ class GenerationKind:
 
     def encode(self, split: TextSplit) -> list[dict[str, Any]]:
         texts = [str(text) for text in split.labels]
-        return encode_texts(contexts(split.texts, split.pairs), texts, self.tokenizer, self.max_tokens, keep_text=True)
+        read, most = contexts(split.texts, split.pairs), self.max_tokens
+        return encode_texts(read, texts, self.tokenizer, most, keep_text=True, cuts=self.cuts)
 
     def evaluate(self, model: nn.Module, split: TextSplit, progress: bool) -> Scores:
         """The loss per token and, where metrics are asked for, those of the decoded texts."""
@@ -161,13 +168,19 @@ class GenerationKind:
     def predictions(
         self, model: nn.Module, texts: list[str], pairs: list[str] | None, tasks: list[int] | None = None
     ) -> list[dict[str, Any]]:
-        return [{"generated": text} for text in self._decode(model, contexts(texts, pairs), False)]
+        read = contexts(texts, pairs)
+        self.cuts.add(len(read), sum(len(context_ids(text, self.tokenizer)) > self.room for text in read))
+        return [{"generated": text} for text in self._decode(model, read, False)]
+
+    @property
+    def room(self) -> int:
+        """Tokens of a context."""
+        return self.max_tokens - int(self.settings["max_new_tokens"])
 
     def _decode(self, model: nn.Module, texts: list[str], progress: bool) -> list[str]:
         from tqdm.auto import tqdm
 
-        room = self.max_tokens - self.settings["max_new_tokens"]
-        options = {**self.settings, "max_context": room, "batch_size": self.batch_size}
+        options = {**self.settings, "max_context": self.room, "batch_size": self.batch_size}
         made: list[str] = []
         with tqdm(total=len(texts), unit="text", disable=not progress) as bar:
             for start in range(0, len(texts), self.batch_size):
@@ -178,6 +191,17 @@ class GenerationKind:
 
 
 Kind = LabelKind | GenerationKind
+
+
+def warn_of_cuts(logger: logging.Logger, kinds: Mapping[str, Kind], written: bool = False) -> None:
+    """A warning of each kind, by its name where it has one, that was given texts longer than it takes.
+
+    written: texts were generated, for which a context has less room.
+    """
+    for name, kind in kinds.items():
+        room = kind.room if written and isinstance(kind, GenerationKind) else kind.max_tokens
+        if told := kind.cuts.told(room):
+            logger.warning("%s%s", f"{name}: " if name else "", told)
 
 
 def contexts(texts: Sequence[str], pairs: Sequence[str] | None) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -56,10 +57,18 @@ def start(options: OutputOptions) -> None:
 
 
 def at_least(bound: float, **given: float | None) -> None:
-    """Raises ValueError, naming the option, for a number below `bound`; None is none."""
+    """Raises ValueError, naming the option, for a number below `bound`, or that is not finite; None is none."""
     for name, value in given.items():
-        if value is not None and value < bound:
-            raise ValueError(f"{name}: got {value}, expected at least {bound}")
+        if value is not None and not bound <= value < math.inf:
+            finite = "" if math.isfinite(value) else "a finite number, "
+            raise ValueError(f"{name}: got {value}, expected {finite}at least {bound}")
+
+
+def above(bound: float, **given: float | None) -> None:
+    """As at_least, for a number that may not be `bound` either."""
+    for name, value in given.items():
+        if value is not None and not bound < value < math.inf:
+            raise ValueError(f"{name}: got {value}, expected a finite number above {bound}")
 
 
 def needs_out(out: str, name: str = "out") -> None:

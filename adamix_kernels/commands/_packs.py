@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class PackRun:
 
     def answers(self, rows: Sequence[InputRow]) -> list[dict[str, Any]]:
         """One forward a batch, whatever its names; each prediction with its adapter, and, routed, its similarity."""
-        encoded = [self._encoded(row) for row in rows]
+        encoded = [self._encoded(row, self._longest(row)) for row in rows]
         order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]["input_ids"]))
         found: list[dict[str, Any]] = [{} for _ in rows]
         self.model.eval()
@@ -59,30 +60,59 @@ class PackRun:
                 found[i] = answer
         return found
 
-    def _encoded(self, row: InputRow) -> dict[str, Any]:
+    def _longest(self, row: InputRow) -> int:
+        """Tokens at which the row is cut: as in the training of its name, and of the longest where it has none yet."""
         name = row.name or self.adapter
-        kinds = list(self.kinds.values()) if name is None else [self.kinds[name]]
+        return max(kind.max_tokens for kind in self.kinds.values()) if name is None else self.kinds[name].max_tokens
+
+    def _encoded(self, row: InputRow, most: int) -> Any:
         more = [] if row.pair is None else [row.pair]
-        encoded = self.tokenizer(
-            row.text, *more, truncation=True, max_length=min(kind.max_tokens for kind in kinds)
-        )  # fmt: skip
-        return dict(encoded)
+        return self.tokenizer(row.text, *more, truncation=True, max_length=most)
+
+    def _inputs(self, rows: Sequence[InputRow], encoded: Sequence[Any], most: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The rows padded, those of more than `most` tokens cut anew."""
+        cut = [
+            one if len(one["input_ids"]) <= length else self._encoded(row, length)
+            for row, one, length in zip(rows, encoded, most, strict=True)
+        ]
+        device = next(self.model.parameters()).device
+        return {name: value.to(device) for name, value in self.tokenizer.pad(cut, return_tensors="pt").items()}
+
+    def _routed(self, rows: list[InputRow], encoded: list[Any]) -> Nearest:
+        """nearest(), each name by the texts as its training cut them: its centroid is of such texts."""
+        longest = max(len(one["input_ids"]) for one in encoded)
+        groups: dict[int, list[str]] = {}
+        for name, kind in self.kinds.items():
+            groups.setdefault(min(kind.max_tokens, longest), []).append(name)
+        found = [
+            nearest(
+                self.model, threshold=self.threshold, names=names, **self._inputs(rows, encoded, [most] * len(rows))
+            )
+            for most, names in groups.items()
+        ]
+        best = [max(found, key=lambda one, i=i: one.similarity[i]) for i in range(len(rows))]  # type: ignore[misc]
+        return Nearest(
+            [one.names[i] for i, one in enumerate(best)],
+            [one.similarity[i] for i, one in enumerate(best)],
+            [one.nearest[i] for i, one in enumerate(best)],
+        )
 
     @torch.inference_mode()
-    def _batch(self, rows: list[InputRow], encoded: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        device = next(self.model.parameters()).device
-        padded = self.tokenizer.pad(encoded, return_tensors="pt")
-        inputs = {name: value.to(device) for name, value in padded.items()}
+    def _batch(self, rows: list[InputRow], encoded: list[Any]) -> list[dict[str, Any]]:
         routed: Nearest | None = None
         if self.adapter is None and rows[0].name is None:
-            routed = nearest(self.model, threshold=self.threshold, **inputs)
+            routed = self._routed(rows, encoded)
             names, kept = routed.nearest, [i for i, name in enumerate(routed.names) if name is not None]
         else:
             names, kept = [row.name or str(self.adapter) for row in rows], list(range(len(rows)))
         answers: list[dict[str, Any]] = [{"label": None, "probabilities": {}} for _ in rows]
         if kept:
-            chosen = [names[i] for i in kept]
-            made = self._labels(chosen, {name: value[kept] for name, value in inputs.items()}, [rows[i] for i in kept])
+            chosen, asked = [names[i] for i in kept], [rows[i] for i in kept]
+            lengths = [self.kinds[name].max_tokens for name in chosen]
+            for i, name in zip(kept, chosen, strict=True):
+                if isinstance(kind := self.kinds[name], LabelKind):
+                    kind.cuts.count_one(encoded[i], kind.max_tokens)
+            made = self._labels(chosen, self._inputs(asked, [encoded[i] for i in kept], lengths), asked)
             for i, answer in zip(kept, made, strict=True):
                 answers[i] = answer
         for i, answer in enumerate(answers):
@@ -95,11 +125,9 @@ class PackRun:
         self, names: list[str], inputs: dict[str, torch.Tensor], rows: list[InputRow]
     ) -> list[dict[str, Any]]:  # fmt: skip
         kinds = [self.kinds[name] for name in names]
+        if isinstance(kinds[0], GenerationKind):
+            return self._written(names, rows)
         with use_experts(self.model, names):
-            if isinstance(kinds[0], GenerationKind):
-                texts, pairs = [row.text for row in rows], [row.pair for row in rows if row.pair is not None]
-                one = in_one_batch(kinds[0], len(rows))
-                return one.predictions(self.model, texts, pairs or None)
             model: Any = self.model
             logits = model(**inputs).logits.float().cpu()
         found = []
@@ -108,10 +136,29 @@ class PackRun:
             found.append(kind.answer(row))
         return found
 
+    def _written(self, names: list[str], rows: list[InputRow]) -> list[dict[str, Any]]:
+        """Names that were trained on texts of another length, or write longer ones, are a batch of their own."""
+        groups: dict[str, list[int]] = {}
+        for i, name in enumerate(names):
+            kind = self.kinds[name]
+            assert isinstance(kind, GenerationKind)
+            groups.setdefault(repr((kind.max_tokens, sorted(kind.settings.items()))), []).append(i)
+        found: list[dict[str, Any]] = [{} for _ in rows]
+        for group in groups.values():
+            kind = self.kinds[names[group[0]]]
+            assert isinstance(kind, GenerationKind)
+            some = [rows[i] for i in group]
+            texts, pairs = [row.text for row in some], [row.pair for row in some if row.pair is not None]
+            with use_experts(self.model, [names[i] for i in group]):
+                made = in_one_batch(kind, len(some)).predictions(self.model, texts, pairs or None)
+            for i, answer in zip(group, made, strict=True):
+                found[i] = answer
+        return found
+
 
 def in_one_batch(kind: GenerationKind, rows: int) -> GenerationKind:
     """The same, with all rows in one batch, as use_experts expects them."""
-    return GenerationKind(kind.tokenizer, kind.max_tokens, kind.settings, kind.metrics, rows)
+    return dataclasses.replace(kind, batch_size=rows)
 
 
 def open_pack(

@@ -17,15 +17,16 @@ from ..models.summary import count_parameters, summary
 from ..tasks import Run
 from ._baselines import Baselines, not_above
 from ._kinds import Kind, written
+from ._runs import DIVERGED, REPORT_NAME
 from .export import FORMATS, problem
 
-REPORT_NAME = "adamix_report.json"
 FEW = 50  # dev rows, of which each is two points
 
 
 @dataclass
 class Outcome:
-    """A finished run on the main process. scores: on dev, merged, or by the learned gates. losses: of the training."""
+    """A finished run on the main process. scores: on dev, merged, or by the learned gates. losses: of the training.
+    diverged: it is not saved."""
 
     model: nn.Module
     kind: Kind
@@ -35,6 +36,7 @@ class Outcome:
     baselines: Baselines | None
     notes: list[str]
     dev_rows: int
+    diverged: bool = False
 
 
 def tell(outcome: Outcome, folder: str) -> None:
@@ -71,10 +73,15 @@ def tell(outcome: Outcome, folder: str) -> None:
                 "--learning_rate, or another --model; look at the labels"
             )
             print(f"WARNING: {warning}")
-    if not all(bool(parameter.isfinite().all()) for parameter in outcome.model.parameters() if parameter.requires_grad):
-        warning = "the training diverged: its weights are no finite numbers. Try a lower --learning_rate"
+    if outcome.diverged:
+        warning = (
+            "the training diverged: its numbers are not finite, and it is not saved. Try a lower --learning_rate, and "
+            "another --out"
+        )
         print(f"WARNING: {warning}")
     _write(outcome, Path(folder), warning)
+    if outcome.diverged:
+        return
     print(f"checkpoint: {folder}\nnext:")
     for command in next_commands(outcome, folder):
         print(f"  {command}")
@@ -115,6 +122,7 @@ def _write(outcome: Outcome, folder: Path, warning: str | None) -> None:
         "scores": outcome.scores,
         "baselines": {} if baselines is None else {**baselines.values, **{n: None for n in baselines.absent}},
         "warning": warning,
+        **({DIVERGED: True} if outcome.diverged else {}),
         "training": {name: value if math.isfinite(value) else None for name, value in outcome.losses.items()},
         **({"mean_gates": gates} if (gates := mean_gates(outcome.model)) else {}),
         "trainable_parameters": trainable,

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..models._files import read_json
 from ..models.header import CHECKPOINT_NAME, PACK_NAME
 from ..models.hub import resolve_folder
 from ..models.manifest import newest_whole_checkpoint
@@ -23,6 +24,7 @@ from ._options import OutputOptions, option, quiet
 from ._parser import OptionParser
 
 logger = logging.getLogger(__name__)
+REPORT_NAME, DIVERGED = "adamix_report.json", "diverged"
 MAX_TOKENS = 512  # of a run without its file, where model and tokenizer take more
 
 
@@ -107,6 +109,10 @@ def _check_finished(given: str, folder: Path) -> None:
     """Raises ValueError for the folder of a training that was interrupted, which has its checkpoints alone."""
     if not (folder / RUN_NAME).is_file() or (folder / CHECKPOINT_NAME).is_file():
         return
+    if (folder / REPORT_NAME).is_file() and read_json(folder / REPORT_NAME, "a report").get(DIVERGED):
+        raise ValueError(
+            f"run: got {given!r}, whose training diverged and was not saved, expected one with a lower --learning_rate"
+        )
     last = newest_whole_checkpoint(folder)
     beside = "" if last is None else f", or its last checkpoint, {last}"
     raise ValueError(

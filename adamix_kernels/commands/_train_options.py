@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from ..models.config import AdaMixConfig
 from ..routing import LEARNED
 from ..tasks import DEFAULT_MODEL, EMBEDDED
-from ._options import at_least, option
+from ._options import above, at_least, option
 from ._parser import names, numbers
 
 LAST = "last"
@@ -110,6 +111,8 @@ class AdaptationOptions:
         return made
 
     def _fields(self) -> dict[str, Any]:
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout: got {self.lora_dropout}, expected at least 0 and less than 1")
         saved = names("modules_to_save", self.modules_to_save)
         weight: dict[str, Any] = {}
         if self.consistency_weight is not None:
@@ -157,18 +160,27 @@ class FitOptions:
     max_new_tokens: int | None = option("of a generated text (default: 64, or half of a text's where that is less)")
     beams: int = option("of the beam search that generates a text", 4)
     no_baselines: bool = option("do not measure the majority class and the frozen encoder beside the run", False)
-    resume: str = option("go on from a checkpoint folder; alone, from the last one in --out", "", nargs="?", const=LAST)
+    resume: str = option(
+        "beside the same command: go on from a checkpoint folder; alone, from the last one in --out; refused where "
+        "model, data or settings are others than those it was begun with",
+        "",
+        nargs="?",
+        const=LAST,
+    )
 
 
 def check_amounts(data: DataOptions, fit: FitOptions, arguments: Any) -> None:
-    """Raises ValueError, naming the option, for a number that is too small."""
+    """Raises ValueError, naming the option, for a number that is too small, or not finite."""
     at_least(1, max_tokens=data.max_tokens, max_new_tokens=fit.max_new_tokens, beams=fit.beams)
     at_least(0, max_train_rows=data.max_train_rows, max_eval_rows=data.max_eval_rows)
     at_least(0, early_stopping=fit.early_stopping, head_learning_rate=fit.head_learning_rate)
     positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
     at_least(1, **{name: getattr(arguments, name) for name in positive})
-    at_least(0, learning_rate=arguments.learning_rate, weight_decay=arguments.weight_decay)
-    if arguments.max_steps <= 0 and not arguments.num_train_epochs > 0:
+    if not 0 < data.dev_fraction < 1:
+        raise ValueError(f"dev_fraction: got {data.dev_fraction}, expected a share between 0 and 1")
+    above(0, learning_rate=arguments.learning_rate, adam_epsilon=arguments.adam_epsilon)
+    at_least(0, weight_decay=arguments.weight_decay, max_grad_norm=arguments.max_grad_norm)
+    if arguments.max_steps <= 0 and not 0 < arguments.num_train_epochs < math.inf:
         raise ValueError(f"num_train_epochs: got {arguments.num_train_epochs:g}, expected more than 0, or --max_steps")
 
 

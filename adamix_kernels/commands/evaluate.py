@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +17,12 @@ from ..models.state import adamix_state
 from ..recipes.processes import is_main
 from ..routing import LEARNED
 from ..tasks import Run, TextSplit, load_split, load_task
-from ._kinds import checked_metrics, make_kind, written
+from ..tasks._sources import is_file
+from ._kinds import checked_metrics, make_kind, warn_of_cuts, written
 from ._options import at_least, option, same_file, shows_bars, start
 from ._runs import open_run, run_command
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -57,7 +61,9 @@ def main(argv: Sequence[str]) -> int:
     settings, size = run.generation, options.batch_size
     metrics = checked_metrics(run.task, options.metrics)
     kind = make_kind(run.task, run.label_names, opened.tokenizer, run.max_tokens, metrics, settings, size)
-    rows = _rows(options, run, source).sample(options.max_rows, 0)
+    whole = source != run.data and not same_file(source, run.data) and is_file(source)  # what has no parts
+    found = _rows(options, run, source)
+    rows = found.sample(options.max_rows, 0)
     if torch.cuda.is_available():
         model.cuda()
     torch.manual_seed(options.seed)
@@ -70,12 +76,16 @@ def main(argv: Sequence[str]) -> int:
         routing = LEARNED
     if not is_main():
         return 0
+    warn_of_cuts(logger, {"": kind})
     if options.json:
-        facts = {"rows": len(rows), "split": options.split, "data": source, "routing": routing}
+        facts = {"rows": len(rows), "split": "all" if whole else options.split, "data": source, "routing": routing}
         print(json.dumps({**scores.values, **({"missing": scores.missing} if scores.missing else {}), **facts}))
         return 0
     values = ", ".join(written(name, value) for name, value in scores.values.items())
-    print(f"{values} on {len(rows)} {options.split} texts of {source} ({routing})")
+    part = f"{len(rows)} {options.split} texts"
+    if whole:
+        part = f"all {len(rows)} rows" if len(rows) == len(found) else f"{len(rows)} of all {len(found)} rows"
+    print(f"{values} on {part} of {source} ({routing})")
     for name, why in scores.missing.items():
         print(f"{name}: {why}")
     return 0

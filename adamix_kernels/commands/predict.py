@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,15 +17,17 @@ from ..tasks import InputRow, Run, read_inputs
 from ..tasks._task_names import TaskNames
 from ..tasks.inputs import has_columns
 from ..tasks.reading import checked_text
-from ._kinds import Kind, make_kind
+from ._kinds import Kind, make_kind, warn_of_cuts
 from ._options import OutputOptions, at_least, option, same_file, shows_bars, start
 from ._packs import check_pair, on_pairs, open_pack
 from ._parser import OptionParser
 from ._predictions import Lines, Printed, Sink, chunks
 from ._runs import RunOptions, open_run
 
+logger = logging.getLogger(__name__)
 Answer = Callable[[Sequence[InputRow]], list[dict[str, Any]]]
-Work = tuple[Iterator[InputRow], Answer, int]  # what is read, what answers, rows of a chunk
+# What is read, what answers, rows of a chunk, the kinds by the pack's names.
+Work = tuple[Iterator[InputRow], Answer, int, dict[str, Kind]]
 BATCHES = 16  # of a chunk: sorted by length together, written together
 BAR_AFTER = 1.0  # seconds: what is done by then needs no bar
 
@@ -69,14 +72,19 @@ def main(argv: Sequence[str]) -> int:
     if options.file:
         read_inputs(options.file)  # a missing file is answered before the model is loaded
     lines = Lines(options.out, options.overwrite, options.resume) if options.out else None
-    rows, answer, size = _pack(options, parsed.words, place) if options.pack else _single(options, parsed.words, place)
-    if lines is None:
-        bar = shows_bars(output) and bool(options.file) and not sys.stdout.isatty()
-        _run(answer, rows, Printed(sys.stdout, options.json), size, bar)
-        return 0
-    with lines:
-        _run(answer, rows, lines, size, shows_bars(output))
-        lines.complete()
+    rows, answer, size, kinds = (
+        _pack(options, parsed.words, place) if options.pack else _single(options, parsed.words, place)
+    )
+    try:
+        if lines is None:
+            bar = shows_bars(output) and bool(options.file) and not sys.stdout.isatty()
+            _run(answer, rows, Printed(sys.stdout, options.json), size, bar)
+            return 0
+        with lines:
+            _run(answer, rows, lines, size, shows_bars(output))
+            lines.complete()
+    finally:
+        warn_of_cuts(logger, kinds, written=True)
     print(f"{lines.count} rows: {options.out}")
     return 0
 
@@ -95,7 +103,7 @@ def _single(options: PredictOptions, words: Sequence[str], place: RunOptions) ->
     rows = _rows(options, words, opened.run, None if tasks is None else tasks.column)
     if tasks is not None:
         rows = (dataclasses.replace(row, name=options.task_name or row.name) for row in rows)
-    return rows, answer, kind.batch_size * BATCHES
+    return rows, answer, kind.batch_size * BATCHES, {"": kind}
 
 
 def _tasks(options: PredictOptions, run: Run, needed: bool) -> TaskNames | None:
@@ -130,7 +138,8 @@ def _pack(options: PredictOptions, words: Sequence[str], place: RunOptions) -> W
         opened.model.cuda()
     named = options.adapter_column
     rows = _called("adapter_column", _of_file(options, named)) if options.file else _words(options, words)
-    return (opened.check(row) for row in rows), opened.answers, opened.batch_size * BATCHES
+    checked = (opened.check(row) for row in rows)
+    return checked, opened.answers, opened.batch_size * BATCHES, opened.kinds
 
 
 def _settings(options: PredictOptions) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,8 +17,9 @@ from ..models.config import AdaMixConfig
 from ..models.inject import adapt, check_targets
 from ..models.state import adamix_state
 from ..recipes.processes import is_main, on_cpus
-from ..tasks import Run, TextTask, load_causal, load_classifier, load_task, resolve_model
+from ..tasks import Run, TextSplit, TextTask, load_causal, load_classifier, load_task, resolve_model
 from ..tasks.batches import without_tasks
+from ..tasks.generation import check_causal
 from . import _defaults
 from ._baselines import Baselines, Work, measure
 from ._folder import alone_in
@@ -26,6 +27,9 @@ from ._kinds import Kind, checked_metrics, longest_text, make_kind, most_new_tok
 from ._options import needs_out, quiet, set_log_level
 from ._parser import OptionParser
 from ._train_options import SHOWN, AdaptationOptions, DataOptions, FitOptions, check_amounts
+
+if TYPE_CHECKING:
+    from ._fit import Trained
 
 # Where they differ from TrainingArguments'; a flag or a file overrides each. Learning rate, epochs and warm-up are
 # chosen by model and data: see _choose.
@@ -107,16 +111,19 @@ def main(argv: Sequence[str]) -> int:
     needs_out(arguments.output_dir)
     options.config()  # what is wrong is answered before anything is read
     with alone_in(arguments.output_dir, arguments.use_cpu):
-        _train(options)
-    return 0
+        diverged = _train(options)
+    if diverged and is_main():
+        print(f"adamix train: the training diverged, and {arguments.output_dir} holds no run", file=sys.stderr)
+    return int(diverged)
 
 
-def _train(options: Options) -> None:
+def _train(options: Options) -> bool:
+    """Whether it diverged."""
     arguments, data, fit = options.arguments, options.data, options.fit
     import transformers
 
+    from ._begun import Begun
     from ._fit import checkpoint_of, run_training
-    from ._report import Outcome, tell
 
     checkpoint = checkpoint_of(fit.resume, arguments)
     encoder, task = resolve_model(data.model), _task(options)
@@ -126,6 +133,7 @@ def _train(options: Options) -> None:
     with quiet():
         if task.kind == "generation":
             model, tokenizer = load_causal(encoder)
+            check_causal(model, encoder.name)
         else:
             model, tokenizer = load_classifier(encoder, task.label_names, data.pooling, task=task.kind)
     check_targets(model, config)  # before the baselines, which take their time
@@ -139,9 +147,14 @@ def _train(options: Options) -> None:
     rows, dev_rows = kind.encode(task.train.sample(data.max_train_rows or None, arguments.seed)), kind.encode(dev)
     run = _run(options, task, model, settings, longest)
     notes = [*task.notes, *_notes(run, rows, dev_rows, model, config.method)]
+    if told := kind.cuts.told(longest):
+        notes.append(told + (": --max_tokens" if longest == data.max_tokens else ""))
     if longest < data.max_tokens:
         notes.append(f"texts are cut at {longest} tokens, which is all that this model takes")
     steps = _choose(options, model, task.kind, len(rows), config.method)
+    begun = Begun.of(options, run, config, task)
+    if fit.resume or arguments.resume_from_checkpoint:
+        notes += begun.check(checkpoint, arguments.output_dir, model)
     if is_main():
         for note in notes:
             print(f"note: {note}")
@@ -153,14 +166,34 @@ def _train(options: Options) -> None:
     centroid = _centroid(options, model, kind, bare)
     adapt(model, config)
     adamix_state(model).centroid = centroid
-    trained = run_training(model, kind, rows, dev_rows, options, checkpoint, run)
+    trained = run_training(model, kind, rows, dev_rows, options, checkpoint, begun)
     if is_main():
-        scores = trained.scores
-        if task.kind == "generation":  # per token, which the Trainer's is not, and the decoded texts
-            with quiet():
-                scores = kind.evaluate(model, dev, not arguments.disable_tqdm).values
-        outcome = Outcome(model, kind, run, scores, trained.losses, baselines, notes, len(dev_rows))
-        tell(outcome, arguments.output_dir)
+        try:
+            _tell(options, model, kind, run, dev, trained, baselines, notes)
+        except KeyboardInterrupt:
+            told = f"{arguments.output_dir} holds the trained run, without its report; adamix eval tells its score"
+            raise KeyboardInterrupt(told) from None
+    return trained.diverged
+
+
+def _tell(
+    options: Options,
+    model: Any,
+    kind: Kind,
+    run: Run,
+    dev: TextSplit,
+    trained: Trained,
+    baselines: Baselines | None,
+    notes: list[str],
+) -> None:
+    from ._report import Outcome, tell
+
+    arguments, scores = options.arguments, trained.scores
+    if run.task == "generation" and not trained.diverged:  # per token, which the Trainer's is not, and decoded texts
+        with quiet():
+            scores = kind.evaluate(model, dev, not arguments.disable_tqdm).values
+    outcome = Outcome(model, kind, run, scores, trained.losses, baselines, notes, len(dev), trained.diverged)
+    tell(outcome, arguments.output_dir)
 
 
 def _centroid(options: Options, model: Any, kind: Kind, rows: list[dict[str, Any]]) -> Centroid | None:

@@ -11,7 +11,7 @@ from ..ops._passes import looked
 
 # Arguments without a batch axis, whose first dimension may equal the batch size by chance.
 _UNBATCHED = frozenset({"cache_position", "head_mask", "decoder_head_mask", "cross_attn_head_mask"})
-_BATCHED = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "attention_mask")
+BATCHED = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "attention_mask")
 
 
 def double_batch(inputs: Any, batch_size: int | None = None) -> Any:
@@ -64,7 +64,7 @@ def split_passes(outputs: Any, batch_size: int) -> tuple[Any, Any]:
 def find_batch_size(inputs: Any) -> int:
     """B of a batch. Raises ValueError when it holds no tensor with a first dimension."""
     if isinstance(inputs, Mapping):
-        for name in _BATCHED:
+        for name in BATCHED:
             value = inputs.get(name)
             if isinstance(value, torch.Tensor) and value.dim():
                 return value.shape[0]

@@ -45,6 +45,13 @@ LORA_TARGETS: dict[str, Rule] = {
         ("q_proj", "v_proj"),
     ),
 }
-# Layers that are given [S, B, H], tokens before samples: no index of a pass or of a sample fits them.
+# Layers that are given [S, B, H], tokens before samples; what stands behind them (heads) is not.
 _LONGFORMER = r"(.*\.)?(query|key|value)(_global)?"
-TOKENS_FIRST: dict[str, str] = {"xlnet": ".*", "fsmt": ".*", "longformer": _LONGFORMER, "led": _LONGFORMER}
+TOKENS_FIRST: dict[str, str] = {
+    "xlnet": r"(.*\.)?ff\.layer_[12]",
+    "fsmt": r"(.*\.)?layers\.\d+\..*",
+    "longformer": _LONGFORMER,
+    "led": _LONGFORMER,
+}
+# A mixture's own expert, which is given the tokens that chose it, of all samples.
+GATHERED = r"(.*\.)?experts\.\w*\d+\..*"

@@ -16,7 +16,7 @@ from ..routing import LEARNED, GateRouter, gate_router
 from .config import AdaMixConfig
 from .gate_config import by_path, experts_at
 from .state import AdaMixState, adamix_state
-from .targets import layer_number
+from .targets import is_gathered, layer_number, tokens_first
 
 TASK_IDS = "task_ids"
 _DECODER = re.compile(r"(^|\.)decoder\.")
@@ -63,8 +63,11 @@ def check_model_for_gates(model: nn.Module, config: AdaMixConfig, paths: list[st
         )
 
 
-def place(model: nn.Module, path: str, layer: RoutedAdapter | RoutedLoRALinear) -> None:
-    layer.place, layer.decodes = path, _in_decoder(model, path)
+def place(model: nn.Module, path: str, layer: AdaptedLayer | RoutedLoRALinear) -> None:
+    """Tells a layer where it stands, and how its tokens lie there."""
+    part = layer.adapter if isinstance(layer, AdaptedLayer) else layer
+    part.place, part.decodes, part.gathered = path, _in_decoder(model, path), is_gathered(path)
+    layer.tokens_first = tokens_first(model, path)
 
 
 def _in_decoder(model: nn.Module, path: str) -> bool:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from ..modules import RoutedAdapter, RoutedLoRALinear
+from ..routing import Router
+from .doubling import BATCHED
 from .gating import is_learned, note_batch
 from .saving import Guarded, install_saving
 from .state import adamix_state
@@ -24,7 +26,7 @@ def install_guards(model: nn.Module) -> None:
     state = adamix_state(model)
     state.checkpointable, state.watch = checkpointable(model), PassWatch()
     state.router.sides = _sides(model)
-    model.register_forward_pre_hook(_before_forward)
+    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     model.register_forward_hook(_after_forward)
     if is_learned(model):
         model.register_forward_pre_hook(note_batch, with_kwargs=True)
@@ -36,7 +38,11 @@ def install_guards(model: nn.Module) -> None:
         model.generate = GuardedGenerate(model)  # type: ignore[assignment]  # a method, in the place of the class's
 
 
-def _before_forward(model: nn.Module, _args: object) -> None:
+def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    owner: Any = model
+    router: Router = owner.adamix.router
+    if model.training or router.experts is not None or router.eval_level != "merged":
+        router.batch = _batch(args, kwargs)
     if not (model.training and torch.is_grad_enabled()):
         return
     state = adamix_state(model)
@@ -55,8 +61,19 @@ def _before_forward(model: nn.Module, _args: object) -> None:
 
 
 def _after_forward(model: nn.Module, _args: object, _output: object) -> None:
+    router = adamix_state(model).router
+    if router.batch is not None:
+        router.end_batch()
     if not torch.compiler.is_compiling():
-        adamix_state(model).router.end_forward()
+        router.end_forward()
+
+
+def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The input [B, ...] of a forward that tells how many samples it has, None where nothing does."""
+    for value in (*args[:1], *(kwargs.get(name) for name in BATCHED)):
+        if isinstance(value, torch.Tensor) and value.dim():
+            return value
+    return None
 
 
 def _sides(model: nn.Module) -> Mapping[int, int]:

@@ -94,8 +94,7 @@ def build_layers(
             banks = bank_options(layer)
             options = layer_options(config, path, linear_sizes(layer)[build is _adapted_layer], depths, **banks)
             built[path] = build(model, layer, config, {**options, **banks, "router": router, "backend": backend})
-            part = built[path]
-            place(model, path, part.adapter if isinstance(part, AdaptedLayer) else part)
+            place(model, path, built[path])
         return built
     finally:
         for parameter, flag in flags:

@@ -87,6 +87,9 @@ def _may_share(model: nn.Module, state: AdaMixState) -> bool:
         return False
     if state.prefix_is_random and state.config.shared_prefix == "auto":
         return False
+    # A block gives [S, B, H] there, whose first axis is not doubled.
+    if any(getattr(model.get_submodule(path), "tokens_first", False) for path in state.paths):
+        return False
     # Recomputed in the backward, outside the context, a shared layer would be given its own output.
     if any(part.gradient_checkpointing and is_reentrant(part) for part in state.checkpointable):
         return False

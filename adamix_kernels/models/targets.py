@@ -12,7 +12,7 @@ from torch import nn
 
 from ..modules.lora import linear_sizes
 from .config import HEAD_TASKS, AdaMixConfig
-from .families import ADAPTER_TARGETS, LORA_TARGETS
+from .families import ADAPTER_TARGETS, GATHERED, LORA_TARGETS, TOKENS_FIRST
 from .quantised import dynamic_linear
 
 logger = logging.getLogger(__name__)
@@ -149,6 +149,17 @@ def named(path: str, rule: str | Sequence[str]) -> bool:
     if isinstance(rule, str):
         return re.fullmatch(rule, path) is not None
     return any(path == name or path.endswith("." + name) for name in rule)
+
+
+def tokens_first(model: nn.Module, path: str) -> bool:
+    """Whether the layer at `path` is given [S, B, H], tokens before samples."""
+    rule = TOKENS_FIRST.get(model_type(model) or "")
+    return rule is not None and named(path, rule)
+
+
+def is_gathered(path: str) -> bool:
+    """Whether the layer at `path` is given tokens of all samples that chose it: no sample's expert fits them."""
+    return named(path, GATHERED)
 
 
 def layer_number(path: str, pattern: str | Sequence[str] | None = None) -> int | None:

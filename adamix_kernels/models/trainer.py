@@ -56,8 +56,8 @@ class AdaMixTrainerMixin(CheckpointMixin):
     Raises:
         ValueError: the model is not adapted, or merged; compute_loss_func is given; activation checkpointing
             without preserve_rng_state (fsdp_config's own has none: use args.gradient_checkpointing); more than
-            one GPU in one process (nn.DataParallel); experts of a pass or a sample in layers that are given tokens
-            before samples (XLNet).
+            one GPU in one process (nn.DataParallel); experts of a pass or a sample in a mixture's own
+            experts, which are given tokens of all samples.
         NotImplementedError: a task without a rule here (see Objective), FSDP1 or DeepSpeed.
 
     Source: AdaMix section 3.2 and the reference project's training loops.

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from .families import TOKENS_FIRST
 from .gate_training import OPTIONS
 from .state import adamix_state
-from .targets import model_type, named
+from .targets import is_gathered
 
 # Where the texts of one long row begin, as flash attention is told.
 _PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx"})
@@ -32,19 +31,17 @@ def check_unpacked(model: nn.Module, inputs: Mapping[str, Any], doubled: bool) -
 
 
 def check_layout(model: nn.Module) -> None:
-    """Raises ValueError for experts drawn per pass or sample in layers that are given tokens before samples."""
-    state, kind = adamix_state(model), model_type(model)
-    rule = TOKENS_FIRST.get(kind or "")
+    """Raises ValueError for experts drawn per pass or sample in layers that are given tokens of all samples, mixed."""
+    state = adamix_state(model)
     # With one pass a whole batch has one expert, however it lies.
     drawn = ("batch", "sample") if state.config.passes == 2 else ("sample",)
-    if rule is None or state.config.num_experts == 1 or state.config.routing not in drawn:
+    if state.config.num_experts == 1 or state.config.routing not in drawn:
         return
-    path = next((path for path in state.paths if named(path, rule)), None)
+    path = next((path for path in state.paths if is_gathered(path)), None)
     if path is not None:
         raise ValueError(
-            f"routing: got {state.config.routing!r} for {path!r} of model_type {kind!r}, which is given tokens before "
-            "samples, so that a pass or a sample would be tokens of all, expected 'token', 'batch' with "
-            "consistency_weight=0, num_experts=1 or other target_modules"
+            f"routing: got {state.config.routing!r} for {path!r}, which is given the tokens that chose it, of all "
+            "samples, expected 'token', 'batch' with consistency_weight=0, num_experts=1 or other target_modules"
         )
 
 

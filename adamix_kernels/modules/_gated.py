@@ -34,7 +34,9 @@ def gates_of(layer: RoutedAdapter | RoutedLoRALinear, x: torch.Tensor, rows: tor
             f"x: got shape {tuple(x.shape)} at {layer.place or type(layer).__name__}, expected [B, S, K]: gates per "
             "sample cannot tell samples from tokens there"
         )
-    found: Gates = gate(rows, mask_of(layer, rows), layer.router.tasks)
+    router = layer.router
+    tasks = None if router.tasks is None else router.tasks_of(rows.shape[0], layer.training)
+    found: Gates = gate(rows, mask_of(layer, rows), tasks)
     return found
 
 

@@ -17,7 +17,6 @@ from ..ops._node import NODE, keep_adapter
 from ..ops.routed_adapter.api import routed_by_pass
 from ..routing import GateRouter, Router
 from ._banks import (
-    as_batch,
     bank_sizes,
     cast_like,
     check_input,
@@ -28,6 +27,7 @@ from ._banks import (
 )
 from ._finite import check_output, checking
 from ._gated import check_gate, gates_of, mean_banks
+from ._layout import as_rows, refuse_gathered, turned
 from ._linear import OnBase
 
 INIT_STD = 0.02
@@ -64,6 +64,7 @@ class RoutedAdapter(nn.Module):
 
     place: str | None = None  # its path in the model, for messages; set by adapt()
     decodes = False  # whether it stands in the decoder of an encoder-decoder; set by adapt()
+    gathered = False  # whether it is given tokens of all samples, mixed; set by adapt()
 
     def __init__(
         self,
@@ -114,9 +115,10 @@ class RoutedAdapter(nn.Module):
         check_input(x, self.hidden_size)
         if not self.router.enabled:
             return x if residual is None else residual
-        rows = as_batch(x)
+        rows = as_rows(self, x)
+        added = rows if residual is None else as_rows(self, residual)
         if self.gate is not None and self.router.uses_gates(self.training):
-            return self._gated(x, rows, rows if residual is None else as_batch(residual))
+            return self._gated(x, rows, added)
         down_index = up_index = None
         merged = self.router.uses_merged(self.training, self.down_score.requires_grad or self.up_score.requires_grad)
         passes = 0
@@ -125,8 +127,9 @@ class RoutedAdapter(nn.Module):
         else:
             down_weight, down_bias, up_weight, up_bias = self.banks()
             sides, paired = (down_weight.shape[0], up_weight.shape[0]), self.gate is not None
+            if self.gathered and sides != (1, 1):
+                refuse_gathered(self)
             passes, down_index, up_index = self.router.draw_sides(sides, rows, self.training, paired)
-        added = rows if residual is None else as_batch(residual)
         down_weight, down_bias, up_weight, up_bias = cast_like(rows, down_weight, down_bias, up_weight, up_bias)
         out = routed_by_pass(
             rows, down_weight, down_bias, up_weight, up_bias, down_index, up_index, passes, added, self.activation,
@@ -232,12 +235,16 @@ class AdaptedLayer(OnBase):
         True
     """
 
+    tokens_first = False  # whether it is given [S, B, H]; set by adapt()
+
     def __init__(self, base: nn.Module, adapter: RoutedAdapter):
         super().__init__()
         self.base = base
         self.adapter = adapter
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.tokens_first and self.adapter.router.enabled:
+            return turned(self.adapter(turned(self.base(*args, **kwargs))))
         node = NODE.module
         if node is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
             # A frozen linear layer and its adapter as one call and one node; what that layer gave, if no more was done.

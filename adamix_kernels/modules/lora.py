@@ -18,7 +18,6 @@ from ..ops.merge.api import LoraLayer
 from ..ops.routed_lora.api import routed_by_pass
 from ..routing import GateRouter, Router
 from ._banks import (
-    as_batch,
     bank_sizes,
     cast_like,
     check_finite,
@@ -31,6 +30,7 @@ from ._banks import (
 )
 from ._finite import check_output, checking
 from ._gated import check_gate, gates_of, mean_factors, refreshed
+from ._layout import as_rows, refuse_gathered, turned
 from ._linear import QKV as QKV
 from ._linear import OnBase, group_width, qkv_offsets
 from ._linear import linear_sizes as linear_sizes
@@ -69,6 +69,7 @@ class RoutedLoRALinear(OnBase):
 
     place: str | None = None  # its path in the model, for messages; set by adapt()
     decodes = False  # whether it stands in the decoder of an encoder-decoder; set by adapt()
+    tokens_first = gathered = False  # how its tokens lie; set by adapt()
 
     def __init__(
         self,
@@ -167,8 +168,10 @@ class RoutedLoRALinear(OnBase):
                 nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
         nn.init.zeros_(self.lora_b)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, _turned: bool = False) -> torch.Tensor:
         """x [B, S, K] (or [N, K]) -> [B, S, N] (or [N, N'])."""
+        if self.tokens_first and not _turned and self.router.enabled:
+            return turned(self.forward(turned(x), True))
         node = None if torch.compiler.is_compiling() else NODE.module
         if node is None:
             check_input(x, self.in_features)
@@ -191,7 +194,7 @@ class RoutedLoRALinear(OnBase):
                 return made
         if not self.router.enabled:
             return base
-        rows, added = as_batch(x), as_batch(base)
+        rows, added = as_rows(self, x), as_rows(self, base)
         if rows.dtype != added.dtype and autocast_dtype(x.device.type) is None:
             rows = rows.to(added.dtype)
         looking = checking()
@@ -208,6 +211,8 @@ class RoutedLoRALinear(OnBase):
         else:
             lora_a, lora_b = self.lora_a, self.lora_b
             sides = lora_a.shape[0], lora_b.shape[0]
+            if self.gathered and sides != (1, 1):
+                refuse_gathered(self)
             passes, a_index, b_index = router.draw_sides(sides, rows, training, self.gate is not None)
         lora_a, lora_b = cast_like(rows, lora_a, lora_b)
         options = self.scaling, self.groups, self.output_offsets, self.dropout if self.training else 0.0, None
@@ -215,8 +220,8 @@ class RoutedLoRALinear(OnBase):
         tensors = rows, lora_a, lora_b, a_index, b_index
         out = routed_by_pass(*tensors, passes, added, *options, over, self.backend, True)
         if looking:
-            result = as_batch(out.view(base.shape))
-            check_output(self, result, as_batch(x), as_batch(base), {"a": a_index, "b": b_index}, merged)
+            result = as_rows(self, out.view(base.shape))
+            check_output(self, result, as_rows(self, x), as_rows(self, base), {"a": a_index, "b": b_index}, merged)
         return out if out.shape == base.shape else out.view(base.shape)
 
     def _gated(self, x: torch.Tensor, rows: torch.Tensor, added: torch.Tensor, looking: bool) -> torch.Tensor:

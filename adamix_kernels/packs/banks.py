@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..functional import routed_adapter, routed_lora
 from ..models.inject import bank_options
+from ..models.targets import is_gathered, tokens_first
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..modules._banks import as_batch, cast_like
 from ..modules._linear import OnBase
@@ -167,6 +168,11 @@ def bank_shapes(model: nn.Module, layers: Mapping[str, Mapping[str, RoutedLayer]
         for name, own in layers.items():
             if path not in own:
                 continue
+            if tokens_first(model, path) or is_gathered(path):
+                raise ValueError(
+                    f"{name}: {path}: got a layer that is given tokens of all samples before the samples, or mixed, "
+                    "expected samples first: train each name by itself, with AdaMixTrainer"
+                )
             shape = Shape.of(own[path])
             known = found.setdefault(path, dataclasses.replace(shape, rank=max(rank, shape.rank)))
             first.setdefault(path, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from ..models.centroid import Centroid, encode
 from ..models.state import adamix_state
 from ..modules import RoutedLoRALinear
-from ..modules._banks import as_batch
+from ..modules._layout import as_rows, turned
 from ..routing import leading_directions
 from . import slots
 from .sources import LoraPart
@@ -35,8 +35,12 @@ class Nearest:
 
 
 def nearest(
-    model: nn.Module, *, threshold: float | str | None = None, **inputs: torch.Tensor | None
-) -> Nearest:  # fmt: skip
+    model: nn.Module,
+    *,
+    threshold: float | str | None = None,
+    names: Collection[str] | None = None,
+    **inputs: torch.Tensor | None,
+) -> Nearest:
     """Whose training texts each sample is most like: argmax_n cos(v, c_n).
 
     v is the mean of the frozen encoder's last hidden states over the sample, c_n the centroid stored with name n (see
@@ -46,26 +50,38 @@ def nearest(
         model: a pack. inputs: as the model takes them: input_ids [B, S], attention_mask [B, S].
         threshold: the least cosine; below it a sample has no name. "auto": the name's own, which 1% of its training
             texts stay below. None: no sample is refused.
+        names: those to choose from; None: all. A centroid is of texts as its training cut them: where names were
+            trained on texts of other lengths, ask once a length.
 
     Example:
         >>> found = nearest(model, **batch)  # doctest: +SKIP
         >>> with use_experts(model, found.names):  # doctest: +SKIP
         ...     logits = model(**batch).logits
 
-    Raises ValueError: `model` is no pack; a name has no centroid; threshold is no number from -1 to 1 and not "auto";
-        the encoder gives no state per token.
+    Raises ValueError: `model` is no pack; a name has no centroid, or `names` are none of the pack's; threshold is no
+        number from -1 to 1 and not "auto"; the encoder gives no state per token.
     """
     from .state import pack_of
 
     state = pack_of(model)
     with state.lock:
-        return find(model, state, {n: v for n, v in inputs.items() if v is not None}, threshold)
+        return find(model, state, {n: v for n, v in inputs.items() if v is not None}, threshold, names)
 
 
 @torch.no_grad()
-def find(model: nn.Module, pack: Pack, inputs: Mapping[str, Any], threshold: float | str | None) -> Nearest:
+def find(
+    model: nn.Module,
+    pack: Pack,
+    inputs: Mapping[str, Any],
+    threshold: float | str | None,
+    names: Collection[str] | None = None,
+) -> Nearest:
     check_threshold(threshold)
     known = _centroids(pack)
+    if names is not None:
+        if not names or not set(names) <= set(known):
+            raise ValueError(f"names: got {list(names)}, expected some of {', '.join(known)}, or None")
+        known = {name: centroid for name, centroid in known.items() if name in names}
     training, enabled = model.training, pack.router.enabled
     model.eval()
     pack.router.enabled = False
@@ -80,11 +96,11 @@ def find(model: nn.Module, pack: Pack, inputs: Mapping[str, Any], threshold: flo
             f"model: got vectors of {vectors.shape[1]} numbers, expected {matrix.shape[1]} as the centroids"
         )
     best, number = (vectors @ matrix.T).max(1)
-    names, lowest = list(known), [centroid.low for centroid in known.values()]
+    called, lowest = list(known), [centroid.low for centroid in known.values()]
     similarity: list[float] = best.tolist()
     chosen: list[int] = number.tolist()
     least = [lowest[n] if threshold == AUTO else -2.0 if threshold is None else float(threshold) for n in chosen]
-    closest = [names[n] for n in chosen]
+    closest = [called[n] for n in chosen]
     kept = [name if s >= bound else None for name, s, bound in zip(closest, similarity, least, strict=True)]
     return Nearest(kept, similarity, closest)
 
@@ -163,17 +179,18 @@ def choose_by_arrow(model: nn.Module, pack: Pack) -> list[Any]:
     hooks = []
     for path, layer in layers.items():
         vectors, known = prototypes(layer, pack, path)
-        hooks.append(layer.register_forward_pre_hook(_Arrow(pack, vectors, known)))
+        assert isinstance(layer, RoutedLoRALinear)
+        hooks.append(layer.register_forward_pre_hook(_Arrow(pack, layer, vectors, known)))
     return hooks
 
 
 class _Arrow:
-    def __init__(self, pack: Pack, vectors: torch.Tensor, known: torch.Tensor):
-        self.pack, self.vectors, self.known = pack, vectors, known
+    def __init__(self, pack: Pack, layer: RoutedLoRALinear, vectors: torch.Tensor, known: torch.Tensor):
+        self.pack, self.layer, self.vectors, self.known = pack, layer, vectors, known
 
     @torch.no_grad()
     def __call__(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        rows = as_batch(args[0])
+        rows = as_rows(self.layer, turned(args[0]) if self.layer.tokens_first else args[0])
         likeness = (rows.to(self.vectors.dtype) @ self.vectors.T).abs().masked_fill(~self.known, -1)  # [B, S, M]
         self.pack.router.experts = likeness.argmax(-1)
 

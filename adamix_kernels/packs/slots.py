@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..models.gating import place
 from ..models.inject import bank_options
 from ..modules import AdaptedLayer, RoutedAdapter, RoutedLoRALinear
 from ..modules.lora import linear_sizes
@@ -155,10 +156,9 @@ def _built(
             if shape.adapter:
                 hidden = linear_sizes(layer)[1]
                 adapter = RoutedAdapter(hidden, shape.rank, capacity, None, shape.activation, **options)
-                adapter.place = path
                 built[path] = AdaptedLayer(layer, adapter)
             else:
-                lora = RoutedLoRALinear.from_linear(
+                built[path] = RoutedLoRALinear.from_linear(
                     layer,
                     shape.rank,
                     shape.rank,  # the scaling is in B: alpha / r = 1
@@ -169,8 +169,7 @@ def _built(
                     group_features=shape.width,
                     **options,
                 )
-                lora.place = path
-                built[path] = lora
+            place(model, path, built[path])
             for bank in banks(built[path]):
                 bank.requires_grad_(False).zero_()
     return built

@@ -24,7 +24,7 @@ from ..tasks import (
 )
 from ..tasks._draw import sample_rows
 from ..tasks.encoders import known_settings, load_model
-from ..tasks.generation import IGNORED, beam_decode, encode_texts, pair_collator, token_loss
+from ..tasks.generation import IGNORED, beam_decode, check_causal, encode_texts, pair_collator, token_loss
 from ..tasks.table_data import Pair, TableData, load_tables, references
 from .config import Recipe
 from .metrics import Scores, label_scores, text_scores
@@ -154,6 +154,7 @@ class TextProblem:
     def fresh(self) -> nn.Module:
         model: nn.Module
         model, self.tokenizer = load_causal(self.encoder, self.settings)
+        check_causal(model, self.encoder.name)
         self.collate = pair_collator(self.tokenizer)
         return model
 

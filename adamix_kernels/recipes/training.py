@@ -16,11 +16,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..models.config import AdaMixConfig
 from ..models.contexts import eval_routing, use_experts
 from ..models.merging import merge
-from ..models.objectives import is_unshifted
 from ..models.state import adamix_state
 from ..models.trainer import AdaMixTrainer
 from ..reports import TrainingReport
-from ..tasks.generation import already_shifted
+from ..tasks.generation import labels_for
 from . import processes
 from .config import Recipe
 from .methods import Built, Method, build, epochs, kept_parameters, learning_rate, warmup
@@ -111,8 +110,8 @@ def _trainer(
     if best:
         more["compute_metrics"] = _metric(problem)
     collate = problem.collate
-    if built.adapted and is_unshifted(built.model):  # the others' loss is problem.loss
-        collate = already_shifted(collate)
+    if built.adapted:  # the others' loss is problem.loss
+        collate = labels_for(built.model, collate)
     trainer = (AdaMixTrainer if built.adapted else Trainer)(
         model=built.model,
         args=arguments,

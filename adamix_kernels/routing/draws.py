@@ -45,6 +45,7 @@ class Router:
         enabled: False while the adaptation is switched off (see disable).
         force_merged: True while generate() runs on a model in training mode.
         attention_mask, decoder_mask: of the forward that is under way, [B, S], for the gates' means over tokens.
+        batch: an input [B, ...] of it, for layers whose rows are several a sample; or None.
         tasks: the caller's task ids [B] (see use_tasks).
         rank: shifts the draw, so that ranks that share a seed draw different experts; None means the
             process's rank in torch.distributed. Ranks that hold the same samples (tensor parallel) need one value.
@@ -61,6 +62,9 @@ class Router:
     # of its forwards.
     sides: Mapping[int, int] = MappingProxyType({})
     _ahead: Ahead | None = None
+    # An input [B, ...] of the model's forward under way, and B of its last one, which a backward may run again.
+    batch: torch.Tensor | None = None
+    _last_samples: int | None = None
 
     def __init__(self, level: str = "batch", passes: int = 2):
         check_level("level", level, LEARNED)
@@ -75,6 +79,7 @@ class Router:
         self.attention_mask: torch.Tensor | None = None
         self.decoder_mask: torch.Tensor | None = None
         self.tasks: torch.Tensor | None = None
+        self.batch = self._last_samples = None
 
     def uses_gates(self, training: bool) -> bool:
         """Whether a layer with gates computes with them, and not with the caller's experts, or some at random."""
@@ -96,6 +101,20 @@ class Router:
         if self.experts is not None or (self.level if training else self.eval_level) != "batch":
             return 0
         return self.passes if training and batch % self.passes == 0 else 1
+
+    def is_by_sample(self, training: bool) -> bool:
+        """Whether an expert, where the merged ones do not serve, is that of a sample or of one of several passes."""
+        if self.experts is not None:
+            return self.experts.dim() > 0
+        level = self.level if training else self.eval_level
+        return level == "sample" or (level == "batch" and training and self.passes > 1)
+
+    def samples_in(self, rows: int) -> int:
+        """Of how many samples `rows` rows of a layer are, as far as the model's forward tells; else `rows`."""
+        samples = None if self.batch is None else self.batch.shape[0]
+        if samples is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            samples = self._last_samples
+        return rows if not samples or rows % samples else samples
 
     def draw(
         self, num_experts: int, batch: int, tokens: int, device: torch.device, training: bool
@@ -127,6 +146,13 @@ class Router:
             return passes, first, first
         return passes, first, self.draw(experts[1], batch, tokens, rows.device, training)
 
+    def tasks_of(self, rows: int, training: bool) -> torch.Tensor | None:
+        """The caller's task ids; in training one for each row, where a sample is several, one after the other."""
+        tasks, samples = self.tasks, self.samples_in(rows)
+        if tasks is None or not training or samples == rows or not tasks.numel() or samples % tasks.numel():
+            return tasks
+        return tasks.repeat(samples // tasks.numel()).repeat_interleave(rows // samples)
+
     def begin_forward(self) -> None:
         """From here to end_forward, layers share draws: each still has its own, all of them of one launch."""
         self._ahead = {}
@@ -134,6 +160,12 @@ class Router:
     def end_forward(self) -> None:
         """What was drawn and not asked for is dropped: a seed set between two forwards decides the second."""
         self._ahead = None
+
+    def end_batch(self) -> None:
+        """The model's forward is over: its layers know no more of how many samples their rows are."""
+        if self.batch is not None and not torch.compiler.is_compiling():
+            self._last_samples = self.batch.shape[0]
+        self.batch = None
 
     def _drawn(self, num_experts: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         ahead, key = self._ahead, (num_experts, shape, device)
@@ -175,7 +207,11 @@ class Router:
             return index
         if not stacked:  # beams repeat each sample in place, and so does a layer that sees tokens as rows
             return index.repeat_interleave(copies, 0)
-        if tokens == 1 and copies > self.passes:
+        samples = self.samples_in(batch)
+        if samples < batch and samples % rows == 0:  # a sample of several rows, one after the other
+            whole = index.repeat(samples // rows, *[1] * (index.dim() - 1))
+            return whole.repeat_interleave(batch // samples, 0)
+        if tokens == 1 and copies > self.passes and self.batch is None:
             raise ValueError(
                 f"use_experts index: got {rows} rows for {batch} rows of one token in training, expected {batch} or "
                 f"{batch // self.passes}"

@@ -10,13 +10,21 @@ from torch import nn
 
 from ..models.gate_training import tasks_of
 from ..models.gating import TASK_IDS
+from .cuts import Cuts
 from .text import TextSplit
 
 
-def tokenize(split: TextSplit, tokenizer: Any, max_tokens: int) -> list[dict[str, Any]]:
-    """One dict a row, unpadded: what the tokenizer makes of it, at most max_tokens ids; `labels`, and `task_ids`."""
+def tokenize(
+    split: TextSplit, tokenizer: Any, max_tokens: int, cuts: Cuts | None = None
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One dict a row, unpadded: what the tokenizer makes of it, at most max_tokens ids; `labels`, and `task_ids`.
+
+    cuts: counts the rows that are longer.
+    """
     pairs = [] if split.pairs is None else [split.pairs]
     encoded = tokenizer(split.texts, *pairs, truncation=True, max_length=max_tokens)
+    if cuts is not None:
+        cuts.count(encoded, max_tokens)
     rows = [{**{k: encoded[k][i] for k in encoded}, "labels": label} for i, label in enumerate(split.labels)]
     return rows if split.tasks is None else with_tasks(rows, split.tasks)
 

@@ -9,11 +9,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .cuts import Cuts
+
 IGNORED = -100
 
 
 def encode_texts(
-    contexts: Sequence[str], texts: Sequence[str], tokenizer: Any, max_tokens: int, *, keep_text: bool = False
+    contexts: Sequence[str],
+    texts: Sequence[str],
+    tokenizer: Any,
+    max_tokens: int,
+    *,
+    keep_text: bool = False,
+    cuts: Cuts | None = None,
 ) -> list[dict[str, Any]]:
     """context, beginning, " text", end; labels are the text's and the end's ids, -100 before.
 
@@ -22,6 +30,7 @@ def encode_texts(
         max_tokens: of both together; longer rows lose their end.
         keep_text: longer rows lose the beginning of their context instead, and the text's end only where the text
             alone is longer.
+        cuts: counts the rows that are longer.
 
     Source: gpt2_encode.py of the reference project with --add_bos --add_eos.
     """
@@ -29,6 +38,8 @@ def encode_texts(
     for context, text in zip(contexts, texts, strict=True):
         start = context_ids(context, tokenizer)
         end = [*tokenizer(" " + text, add_special_tokens=False)["input_ids"], _end(tokenizer)]
+        if cuts is not None:
+            cuts.add(1, len(start) + len(end) > max_tokens)
         if keep_text and len(start) + len(end) > max_tokens:
             start = start[-max(1, max_tokens - len(end)) :]
         ids, labels = start + end, [IGNORED] * len(start) + end
@@ -77,6 +88,39 @@ def already_shifted(collate: Callable[..., Any]) -> Callable[..., Any]:
         return {**batch, "labels": F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)}
 
     return shift
+
+
+def labels_for(model: nn.Module, collate: Callable[..., Any]) -> Callable[..., Any]:
+    """collate, with its labels where a training of `model` wants them: `already_shifted` or as they are."""
+    from ..models.objectives import is_unshifted
+
+    return already_shifted(collate) if is_unshifted(model) else collate
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, name: str) -> None:
+    """Raises ValueError where the logits at a token depend on those behind it, its answer among them: an encoder's.
+
+    Two rows of four tokens, the last of which differs, are read; nothing where the model cannot read them.
+    """
+    language_model: Any = model
+    mode, words = model.training, int(language_model.get_input_embeddings().weight.shape[0])
+    ids = torch.arange(words // 3, words // 3 + 4).repeat(2, 1)
+    ids[1, 3] += words // 2
+    ids = (ids % words).to(language_model.device)
+    try:
+        logits = language_model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -4:]
+    except (RuntimeError, ValueError, TypeError, IndexError, ImportError, AttributeError):
+        return
+    finally:
+        model.train(mode)
+    noise = 8 * torch.finfo(logits.dtype).eps * logits.abs().max()
+    if (logits[0, :3] - logits[1, :3]).abs().max() > noise:
+        raise ValueError(
+            f"model: got {name!r} ({type(model).__name__}), which sees the tokens behind each one, and so the text "
+            "that it is to write, expected a causal language model, as gpt2 (a BERT-like one with is_decoder=true in "
+            "its config.json); an encoder takes classification and regression"
+        )
 
 
 @torch.inference_mode()

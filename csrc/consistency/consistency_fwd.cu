@@ -58,7 +58,7 @@ ADAMIX_DEVICE bool settle(const PairShare<T, Lanes, Threads>& share, const PairR
   return true;
 }
 
-// Threads: of a block that takes whole rows, as a constant; 0: what the launch says.
+// Threads: of a block that holds its rows, as a constant; 0: what PairShare says.
 template <typename T, int Lanes, int Threads>
 __global__ void __launch_bounds__(Threads > 0 ? Threads : threads_of(Lanes),
                                   Lanes == 32 ? 4 : kPairBlockThreads / (Threads > 0 ? Threads : kPairBlockThreads))
@@ -226,10 +226,16 @@ template __global__ void pair_loss_kernel<bfloat16, 0, 512>(PairLoss<bfloat16>);
 #undef ADAMIX_INSTANTIATE
 
 #if defined(ADAMIX_LAUNCHERS)
+// Whether a plan holds less than a row may have.
+template <typename T>
+static bool has_tails(const PairLoss<T>& params, const PairPlan& plan) {
+  return static_cast<int64_t>(plan.slots) * plan.cluster < pieces_of(params.classes, Piece<T>::kSize);
+}
+
 template <typename T, int Lanes, int Threads = 0>
 static void launch_rows(const PairLoss<T>& params, const PairPlan& plan, const Device& device) {
   int teams = Lanes == 0 ? 1 : threads_of(Lanes) / Lanes;
-  bool tails = static_cast<int64_t>(plan.slots) * plan.cluster < pieces_of(params.classes, Piece<T>::kSize);
+  bool tails = has_tails(params, plan);
   const char* name = tails ? "consistency_tail" : plan.cluster > 1 ? "consistency_cluster" : "consistency";
   Shape shape{dim3(static_cast<unsigned>(plan.groups * plan.cluster)), plan.threads,
               shared_bytes<PairTile<T>>(teams, plan.slots), plan.cluster};
@@ -242,9 +248,11 @@ void launch_pair_loss(PairLoss<T> params, const PairPlan& plan, const Device& de
   if (plan.lanes == 4) return launch_rows<T, 4>(params, plan, device);
   if (plan.lanes == 32) return launch_rows<T, 32>(params, plan, device);
   if constexpr (sizeof(T) == 2) {
-    if (plan.threads == 128) return launch_rows<T, 0, 128>(params, plan, device);
-    if (plan.threads == 256) return launch_rows<T, 0, 256>(params, plan, device);
-    if (plan.threads == 512) return launch_rows<T, 0, 512>(params, plan, device);
+    if (!has_tails(params, plan)) {
+      if (plan.threads == 128) return launch_rows<T, 0, 128>(params, plan, device);
+      if (plan.threads == 256) return launch_rows<T, 0, 256>(params, plan, device);
+      return launch_rows<T, 0, 512>(params, plan, device);
+    }
   }
   launch_rows<T, 0>(params, plan, device);
 }

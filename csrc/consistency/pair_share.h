@@ -7,12 +7,12 @@
 
 namespace adamix {
 
-// Threads: of a block, where that is a constant (then it saves instructions), or 0.
+// Threads: of a block whose rows it holds, as a constant, which saves instructions; 0: rows may be longer than what is
+// held.
 template <typename T, int Lanes, int Threads = 0>
 struct PairShare {
   static constexpr int kSize = Piece<T>::kSize;
-  // A row may be longer than what is held: then blocks have all the threads that they may.
-  static constexpr bool kTails = Lanes == 0 && (Threads == kPairBlockThreads || (Threads == 0 && sizeof(T) == 4));
+  static constexpr bool kTails = Lanes == 0 && Threads == 0;
   static constexpr bool kAcross = Lanes == 0 || Lanes == 32;  // a warp has one row
 
   Piece<T>*a, *b;       // [held]
@@ -24,6 +24,8 @@ struct PairShare {
   static ADAMIX_DEVICE int threads() {
     if constexpr (Lanes > 0) return Lanes;
     if constexpr (Threads > 0) return Threads;
+    // With tails, all that a block may have; of float, rows that are held come here too, with fewer.
+    if constexpr (sizeof(T) == 2) return kPairBlockThreads;
     return static_cast<int>(blockDim.x);
   }
 

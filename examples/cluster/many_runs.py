@@ -32,10 +32,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-# index, size, and the lowest index, as the schedulers tell them
+# index and size, and the lowest index, the highest and the step, as the schedulers tell them
 SCHEDULERS = (
-    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-    ("AWS_BATCH_JOB_ARRAY_INDEX", "AWS_BATCH_JOB_ARRAY_SIZE", ""),
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", *(f"SLURM_ARRAY_TASK_{name}" for name in ("MIN", "MAX", "STEP"))),
+    ("AWS_BATCH_JOB_ARRAY_INDEX", "AWS_BATCH_JOB_ARRAY_SIZE", "", "", ""),
 )
 PROGRAMS = {"adamix": [sys.executable, "-m", "adamix_kernels"], "python": [sys.executable]}
 
@@ -77,9 +77,16 @@ def read(path):
 def share(lines, index, size, environment=os.environ):
     """The lines of one element of an array: every size-th. Raises ValueError where index and size are no such thing."""
     if index is None and size is None:
-        for at, count, least in SCHEDULERS:
+        for at, count, least, most, by in SCHEDULERS:
             if at in environment and count in environment:
-                index, size = int(environment[at]) - int(environment.get(least, 0)), int(environment[count])
+                first, size, step = int(environment.get(least, 0)), int(environment[count]), int(environment.get(by, 1))
+                index, rest = divmod(int(environment[at]) - first, step)
+                last = int(environment.get(most, first + (size - 1) * step))
+                if rest or (last - first) // step + 1 != size:
+                    raise ValueError(
+                        f"array: got {size} indices from {first} to {last} by {step}, expected all between them, "
+                        "as of --array=0-15 or --array=0-30:2, or --array-index and --array-size"
+                    )
                 break
         else:
             return lines

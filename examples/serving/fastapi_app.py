@@ -6,7 +6,7 @@ with a folder of `adamix pack` or save_pack. POST /predict {"text": ..., "name":
 answers {"name", "label", "probability"}, or {"name", "score"}; GET /names tells the names and their labels, GET /health
 whether it lives (503 where not). 400: by content, where a name has no centroid; 404: no such name; 413: a body of over
 512 KiB; 422: not such an object; 429: the queue is full, with Retry-After; 500: the forward failed; 503: it is closing,
-or the answer took longer than --timeout.
+or the answer took longer than --timeout. With --host 0.0.0.0 other machines may ask; nobody needs a password.
 
     python examples/serving/fastapi_app.py --pack pack --port 0 --load 500
 
@@ -162,6 +162,7 @@ def open_server(folder, most, waiting, names=None):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pack", required=True, help="a folder of adamix pack or save_pack")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: other machines may ask")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one")
     parser.add_argument("--most", type=int, default=32, help="texts of one forward")
     parser.add_argument("--waiting", type=int, default=256, help="texts that may wait")
@@ -178,7 +179,7 @@ def main(arguments=None):
         parser.error(str(error))
     app = application(server, options.timeout)
     if options.load is None:
-        uvicorn.run(app, port=options.port)
+        uvicorn.run(app, host=options.host, port=options.port)
         return
     names = list(server.names)
     asked = [{"text": f"text number {n}", "name": names[n % len(names)]} for n in range(options.load)]

@@ -6,6 +6,7 @@ import random
 import pytest
 import tiny_recipes
 import tiny_text
+import transformers
 from tiny_runs import report, run, text
 
 from adamix_kernels import cli, tasks
@@ -136,6 +137,23 @@ def test_the_tokens_of_a_generated_text_fit_by_default(tokens, new, tmp_path):
     more = ["--task", "generation", "--method", "lora", "--max_steps", "1", "--max_tokens", str(tokens)]
     assert run(tmp_path, tmp_path / "gpt", data, *more) == 0
     assert tasks.read_run(tmp_path / "out").generation["max_new_tokens"] == new
+
+
+@pytest.mark.parametrize("reads_on", [True, False])
+def test_an_encoder_that_sees_its_answers_is_not_trained_to_write(reads_on, tmp_path, capsys):
+    folder = tiny_recipes.write_causal(tmp_path / "bert")  # whose tokenizer has an end of the text
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, pad_token_id=0,
+        is_decoder=not reads_on,
+    )  # fmt: skip
+    transformers.BertLMHeadModel(config).save_pretrained(folder)
+    data = write_prompts(tmp_path / "prompts.jsonl")
+    more = ["--task", "generation", "--max_steps", "1", "--max_tokens", "20", "--no_baselines"]
+    status = run(tmp_path, folder, data, *more)
+    told = capsys.readouterr()
+    assert status == (2 if reads_on else 0)
+    assert ("training on" in told.out) != reads_on
+    assert (f"model: got '{folder}' (BertLMHeadModel), which sees the tokens behind each one" in told.err) == reads_on
 
 
 def test_which_runs_can_be_exported(numbers):

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from adamix_kernels import adapt
-from adamix_kernels.commands import _baselines, _kinds, _report, train
+from adamix_kernels.commands import _baselines, _fit, _kinds, _report, train
 from adamix_kernels.tasks import Run
 
 
@@ -57,9 +57,14 @@ def test_a_training_that_diverged_is_told(value, tmp_path, capsys):
     list(model.parameters())[-1].data.fill_(value)  # the head's, which is trained
     kind = _kinds.LabelKind("classification", ["no", "yes"], None, 16, ("accuracy",))
     run, losses = Run("model", "data", ["no", "yes"], 16), {"loss": 0.2, "cross_entropy": value}
-    _report.tell(_report.Outcome(model, kind, run, {"accuracy": 50.0}, losses, None, [], 60), str(tmp_path))
+    diverged = not _fit.all_finite(model)
+    assert diverged == math.isnan(value)
+    outcome = _report.Outcome(model, kind, run, {"accuracy": 50.0}, losses, None, [], 60, diverged)
+    _report.tell(outcome, str(tmp_path))
     told = json.loads((tmp_path / _report.REPORT_NAME).read_text(), parse_constant=pytest.fail)
-    diverged = math.isnan(value)
-    assert ("WARNING: the training diverged" in capsys.readouterr().out) == diverged
+    printed = capsys.readouterr().out
+    assert ("WARNING: the training diverged" in printed) == diverged
+    assert ("checkpoint: " in printed) != diverged
+    assert told.get("diverged", False) == diverged
     assert (told["warning"] is not None) == diverged
     assert told["training"]["cross_entropy"] == (None if diverged else value)

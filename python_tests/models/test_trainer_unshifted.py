@@ -7,12 +7,12 @@ import pytest
 import tiny_recipes
 import torch
 import transformers
-from tiny import batch_for
+from tiny import batch_for, tiny_bert, tiny_gpt2, tiny_llama
 from tiny_training import adapted, ignoring, trainer_for
 from transformers.models.auto import modeling_auto as auto
 
 from adamix_kernels.models import objectives
-from adamix_kernels.tasks.generation import already_shifted, encode_texts, pair_collator, token_loss
+from adamix_kernels.tasks.generation import check_causal, encode_texts, labels_for, pair_collator, token_loss
 
 SIZES = {"vocab_size": 64, "d_model": 32}
 LAYERS = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in
@@ -25,9 +25,13 @@ CONFIGS = {
 TARGETS = {"XLNetLMHeadModel": ["ff.layer_2"], "BartForCausalLM": ["fc2"]}
 
 
-def model_of(name, **options):
+def bare(name):
     torch.manual_seed(1)
-    return adapted(getattr(transformers, name)(CONFIGS[name]()), target_modules=TARGETS[name], **options)
+    return getattr(transformers, name)(CONFIGS[name]())
+
+
+def model_of(name, **options):
+    return adapted(bare(name), target_modules=TARGETS[name], **options)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -63,9 +67,26 @@ def test_the_commands_shift_for_such_a_model(tmp_path):
     model = model_of("BartForCausalLM", num_experts=1)
     collate = pair_collator(tokenizer)
     assert objectives.is_unshifted(model)
-    batch = already_shifted(collate)(rows)
+    batch = labels_for(model, collate)(rows)
+    assert labels_for(tiny_gpt2(), collate) is collate
     loss = trainer_for(model, tmp_path).compute_loss(model.train(), dict(batch))
     assert float(loss.detach()) == pytest.approx(token_loss(model, rows, collate), rel=1e-5)
+
+
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama, lambda: bare("BartForCausalLM")])
+def test_what_reads_on_from_its_past_alone(build):
+    model = build().train()
+    check_causal(model, "it")
+    check_causal(model.bfloat16(), "it")
+    assert model.training
+
+
+@pytest.mark.parametrize("build", [lambda: tiny_bert(model_class=transformers.BertLMHeadModel),
+                                   lambda: bare("XLNetLMHeadModel")])  # fmt: skip
+def test_what_sees_its_answers(build):
+    """XLNet's attention looks both ways, but for a permutation that no command gives it."""
+    with pytest.raises(ValueError, match=r"model: got 'it' \((Bert|XLNet)LMHeadModel\), which sees the tokens behind"):
+        check_causal(build(), "it")
 
 
 def test_every_model_of_transformers_that_shifts_nothing_is_known():
@@ -89,26 +110,3 @@ def test_a_loss_of_several_tokens_ahead_is_named():
     for name in ("ProphetNetForCausalLM", "ProphetNetForConditionalGeneration"):
         with pytest.raises(NotImplementedError, match=name):
             objectives.Objective(getattr(transformers, name)(config))
-
-
-def test_layers_that_are_given_tokens_first_take_no_experts_of_a_pass(tmp_path):
-    """XLNet's are: a pass would be half of the tokens. Experts of each token fit, as does a single expert."""
-    seen = []
-    for options in ({"routing": "batch"}, {"routing": "sample"}):
-        model = model_of("XLNetLMHeadModel", **options)
-        with pytest.raises(ValueError, match=r"routing: got '(batch|sample)' for 'transformer.layer.0.ff.layer_2'"):
-            trainer_for(model, tmp_path)
-    trainer_for(model_of("XLNetLMHeadModel", routing="batch", consistency_weight=0.0), tmp_path)  # one pass, one expert
-    model = model_of("XLNetLMHeadModel", routing="token").train()
-    model.get_submodule(model.adamix.paths[0]).register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
-    loss = trainer_for(model, tmp_path).compute_loss(model, batch_for(model, 4, 6))
-    assert loss.isfinite()
-    assert seen == [(6, 8, 64)]
-    config = transformers.LongformerConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=40, attention_window=8,
-    )  # fmt: skip
-    classifier = transformers.LongformerForSequenceClassification(config)
-    with pytest.raises(ValueError, match=r"of model_type 'longformer', which is given tokens before samples"):
-        trainer_for(adapted(classifier, method="lora", r=2, target_modules=["query"]), tmp_path)
-    trainer_for(adapted(classifier, target_modules=["output.dense"]), tmp_path)

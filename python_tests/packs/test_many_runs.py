@@ -21,6 +21,11 @@ def many(monkeypatch, tmp_path):
     return many_runs
 
 
+def slurm(*values):
+    names = ("ID", "COUNT", "MIN", "MAX", "STEP")
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in zip(names, values, strict=True)}
+
+
 def write(count, fails=()):
     """A file of `count` commands that each note that they ran; those of `fails` then fail."""
     lines = ["# names", ""]
@@ -43,6 +48,12 @@ def test_the_elements_of_an_array_share_the_lines(many, monkeypatch, capsys):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{key}", value)
     assert many.main(["runs.txt"]) == 0
     assert ran() == [0, 1, 2, 3, 4]
+    assert [many.share(range(5), None, None, slurm(at, 3, 0, 4, 2)) for at in (0, 2, 4)] == [
+        range(0, 5, 3), range(1, 5, 3), range(2, 5, 3),
+    ]  # fmt: skip
+    for at in (1, 4, 9):  # --array=1,4,9, which Slurm calls a step of 1
+        with pytest.raises(ValueError, match="array: got 3 indices from 1 to 9 by 1, expected all between them"):
+            many.share(range(5), None, None, slurm(at, 3, 1, 9, 1))
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     assert many.main(["runs.txt"]) == 0  # no array: all lines, which are done
     assert ran() == [0, 1, 2, 3, 4]

@@ -71,6 +71,18 @@ def test_each_text_finds_its_name(given):
     assert model.training
 
 
+def test_a_name_may_be_chosen_among_some(given):
+    model = pack(tiny.tiny_bert(), given)
+    batch, _ = mixed()
+    some = NAMES[:2]
+    assert set(nearest(model, names=some, **batch).nearest) <= set(some)
+    found = [nearest(model, names=[name], **batch).similarity for name in NAMES]
+    assert nearest(model, **batch).similarity == pytest.approx([max(three) for three in zip(*found, strict=True)])
+    for wrong in ([], ["none"]):
+        with pytest.raises(ValueError, match=r"names: got \['?(none)?'?\], expected some of"):
+            nearest(model, names=wrong, **batch)
+
+
 def test_the_vector_is_that_of_the_frozen_encoder(given):
     batch, _ = mixed()
     base = tiny.tiny_bert()

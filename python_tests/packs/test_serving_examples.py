@@ -64,6 +64,19 @@ def refused(url, body):
         return "broken"
 
 
+def test_where_it_listens(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "serving"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    import fastapi_app
+
+    seen = []
+    monkeypatch.setattr(fastapi_app, "open_server", lambda *_: None)
+    monkeypatch.setattr(fastapi_app.uvicorn, "run", lambda _app, **where: seen.append(where))
+    fastapi_app.main(["--pack", "pack"])
+    fastapi_app.main(["--pack", "pack", "--host", "0.0.0.0", "--port", "80"])
+    assert seen == [{"host": "127.0.0.1", "port": 8000}, {"host": "0.0.0.0", "port": 80}]
+
+
 def test_whatever_comes_is_answered(app):
     from serve_pack import post
 

@@ -141,6 +141,19 @@ def test_long_texts_are_cut_as_in_the_training_and_numbers_are_scores(server, fo
         server.ask(text, "songs")
 
 
+def test_a_text_without_a_name_is_cut_as_in_the_training_of_the_name_that_it_gets(server):
+    remove_expert(server.model, "songs")
+    text = "a fine book was very poor"  # of 5 tokens it is what the centroids are of
+    chosen = []
+    for books, stars in ((3, 5), (5, 3), (9, 9)):
+        server.longest.update(books=books, stars=stars)
+        found = server.ask(text)
+        found.pop("similarity")
+        assert found == pytest.approx(server.ask(text, found["name"]))
+        chosen.append(server.longest[found["name"]])
+    assert chosen == [5, 5, 9]
+
+
 def test_what_nobody_waits_for_is_not_computed_and_close_answers_the_rest(server):
     found = []
     first = threading.Thread(target=lambda: found.append(server.ask("a", "books")), daemon=True)

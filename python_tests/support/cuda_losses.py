@@ -71,6 +71,7 @@ SHAPES = {
     "a block": ((3, 3), 1031, HOPPER, "cluster of 1"),
     "a block, passes alike": ((8,), 1031, HOPPER, "cluster of 1"),
     "few rows": ((2,), 9001, HOPPER, "cluster of 2"),
+    "all threads, passes alike": ((8,), 9001, (80, 77000), "cluster of 1"),
     "2 blocks": ((1, 5), 2053, SMALL_HOPPER, "cluster of 2"),
     "4 blocks": ((1, 5), 2053, TINY_HOPPER, "cluster of 4"),
     "8 blocks": ((1, 3), 3079, TINY_HOPPER, "cluster of 8"),
