@@ -88,6 +88,15 @@ def test_two_predictions_do_not_share_a_file(tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == '{"text": "a", "label": "b"}\n'
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_is_told_with_the_file_s_name(tmp_path):
+    (tmp_path / "out.jsonl").symlink_to("/dev/full")
+    row, answer = InputRow("a", None, "line 1"), {"label": "b"}
+    told = pytest.raises(OSError, match=r"No space left on device: '.*out\.jsonl'")
+    with told, Lines(str(tmp_path / "out.jsonl"), overwrite=True) as full:
+        _one_more(full, row, answer)
+
+
 def test_names_of_packages_are_no_folders_that_are_called_so(tmp_path, monkeypatch):
     assert set(PACKAGED) == {DEFAULT_MODEL, EMBEDDED}
     monkeypatch.chdir(tmp_path)
