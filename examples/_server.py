@@ -3,13 +3,11 @@
 import queue
 import threading
 from concurrent import futures
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from adamix_kernels import nearest, use_experts
-from adamix_kernels.tasks import read_run
 from adamix_kernels.tasks.encoders import positions
 
 LONGEST = 128  # tokens of a text, where nothing tells at how many its name's training cut
@@ -25,18 +23,17 @@ class Asked(NamedTuple):
     answer: futures.Future
 
 
-def lengths(folder, names):
-    """name -> tokens at which its training cut, of a folder of `adamix pack`; of save_pack's it is empty. Raises
-    ValueError for a name of pairs of texts."""
-    files = sorted(Path(folder, "names").glob("*/adamix_run.json"))
-    runs = {file.parent.name: read_run(file.parent) for file in files if file.parent.name in names}
-    of_pairs = [name for name, run in runs.items() if run.text_pair_column]
+def lengths(entries):
+    """name -> tokens at which its training cut, of a pack's entries; those that came without a run file are not in it.
+    Raises ValueError for a name of pairs of texts."""
+    runs = {name: entry.run for name, entry in entries.items() if entry.run is not None}
+    of_pairs = [name for name, run in runs.items() if run.get("text_pair_column")]
     if of_pairs:
         raise ValueError(
             f"pack: got {of_pairs[0]!r}, which was trained on pairs of texts, expected names of single ones: adamix "
             "predict --pack takes --pair"
         )
-    return {name: run.max_tokens for name, run in runs.items()}
+    return {name: run["max_tokens"] for name, run in runs.items()}
 
 
 def regresses(entry):

@@ -14,9 +14,9 @@ from ..models._files import read_versioned, write_sealed_json
 from ..models.base_weights import others
 from ..models.config import AdaMixConfig
 from ..models.header import CHECKPOINT_NAME, read_header
+from ..models.run_values import run_folder
 from ..tasks import Run, TextTask, read_run, write_run
 from ..tasks.run_file import RUN_NAME
-from ._runs import run_folder
 
 BEGUN_NAME = "adamix_begun.json"
 _VERSION = 1

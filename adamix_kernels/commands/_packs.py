@@ -16,11 +16,10 @@ from ..models.header import PACK_NAME
 from ..models.hub import resolve_folder
 from ..packs.route import AUTO, Nearest, nearest
 from ..packs.state import Pack, pack_of
-from ..tasks import InputRow, Run, read_run
-from ..tasks.run_file import RUN_NAME
+from ..tasks import InputRow, Run
+from ..tasks.run_file import run_of
 from ._kinds import GenerationKind, Kind, LabelKind, make_kind
 from ._runs import load_whole, same_labels, told_run
-from .pack import RUNS
 
 NEAREST = "nearest"
 
@@ -210,9 +209,8 @@ def _threshold(given: str | None) -> float | str | None:
 
 
 def _run_of(name: str, model: Any, tokenizer: Any, state: Pack, folder: Path) -> Run:
-    place = folder / RUNS / name
-    run = _described(name, model, tokenizer, state)
-    return told if (place / RUN_NAME).is_file() and same_labels(told := read_run(place), run) else run
+    values, run = state.entries[name].run, _described(name, model, tokenizer, state)
+    return told if values is not None and same_labels(told := run_of(values, f"{folder}, {name}"), run) else run
 
 
 def _kind(run: Run, tokenizer: Any, size: int | None, settings: dict[str, Any]) -> Kind:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from ..models._files import lock
+from ..models._files import lock, naming
 from ..tasks import InputRow
 from ._options import needs_file
 
@@ -76,9 +76,10 @@ class Lines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self._old, self._file):
-            if file is not None:
-                file.close()
+        with naming(self._path, self._path):  # on a full disk closing tries to write once more
+            for file in (self._old, self._file):
+                if file is not None:
+                    file.close()
 
     def wants(self, rows: Sequence[InputRow]) -> bool:
         first = self.count == 0
@@ -100,8 +101,9 @@ class Lines:
         fresh = [record(row, prediction) for row, prediction in zip(rows[held:], predictions[held:])]
         if fresh:
             file = self._opened()
-            file.writelines(json.dumps(values, ensure_ascii=False) + "\n" for values in fresh)
-            file.flush()
+            with naming(self._path, self._path):
+                file.writelines(json.dumps(values, ensure_ascii=False) + "\n" for values in fresh)
+                file.flush()
             self.count += len(fresh)
 
     def complete(self) -> None:

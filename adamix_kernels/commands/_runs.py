@@ -17,8 +17,8 @@ from ..models.header import CHECKPOINT_NAME, PACK_NAME
 from ..models.hub import resolve_folder
 from ..models.manifest import newest_whole_checkpoint
 from ..models.pooling import pooling_of
+from ..models.run_values import RUN_NAME, run_folder
 from ..tasks import Run, load, read_run
-from ..tasks.run_file import RUN_NAME
 from ._kinds import longest_text
 from ._options import OutputOptions, option, quiet
 from ._parser import OptionParser
@@ -130,12 +130,6 @@ def _called_run() -> Iterator[None]:
         if not str(error).startswith("source:"):
             raise
         raise ValueError(f"run{str(error).removeprefix('source')}") from error
-
-
-def run_folder(folder: Path) -> Path | None:
-    """Where the run file of `folder` is: in it, or, of a Trainer's checkpoint-N, beside it; None for none."""
-    places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
-    return next((place for place in places if (place / RUN_NAME).is_file()), None)
 
 
 def _described(model: Any, tokenizer: Any, folder: Path) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -53,6 +54,10 @@ def main(argv: Sequence[str]) -> int:
     source = options.data or run.data
     if not source:
         raise ValueError(f"data: got nothing, expected --data: {where.run!r} does not say what it was trained on")
+    if not options.data and os.path.isabs(source) and not os.path.exists(source):
+        raise FileNotFoundError(
+            f"data: {source!r}, what the run was trained on: no such folder or file, expected --data"
+        )
     settings, size = run.generation, options.batch_size
     metrics = checked_metrics(run.task, options.metrics)
     kind = make_kind(run.task, run.label_names, opened.tokenizer, run.max_tokens, metrics, settings, size)

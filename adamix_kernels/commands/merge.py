@@ -9,17 +9,18 @@ from pathlib import Path
 
 from torch import nn
 
-from ..models._files import write_tokenizer
+from ..models._files import write_json
+from ..models._staging import write_tokenizer
 from ..models.gating import is_learned
 from ..models.header import CHECKPOINT_NAME, read_header
 from ..models.merging import merge
+from ..models.run_values import RUN_NAME, sealed_run
 from ..models.saving import save_folder
 from ..models.state import adamix_state
-from ..tasks import write_run
-from ..tasks.run_file import RUN_NAME
+from ..tasks.run_file import read_run, run_values
 from ._folder import kept
 from ._options import OutputOptions, needs_out, option, same_file, start
-from ._runs import RunOptions, open_run, run_command
+from ._runs import Opened, RunOptions, open_run, run_command
 
 
 @dataclass
@@ -46,11 +47,16 @@ def _merge(run: RunOptions, options: MergeOptions, output: OutputOptions) -> int
     if adamix_state(opened.model).merged:
         raise ValueError(f"run: got {run.run!r}, which is merged already, expected a run with its experts")
     _check_gates(opened.model, options.gates)
-    (out / RUN_NAME).unlink(missing_ok=True)  # of what was merged here before
-    save_folder(merge(opened.model, gates=options.gates or None), out)
-    write_tokenizer(out, opened.tokenizer)
-    if opened.filed:
-        write_run(out, opened.run)
+    _keep_another(opened, out)
+
+    def beside(place: Path) -> None:
+        write_tokenizer(place, opened.tokenizer)
+        if opened.filed:
+            write_json(place / RUN_NAME, sealed_run(run_values(opened.run), out))
+
+    save_folder(merge(opened.model, gates=options.gates or None), out, beside=beside)
+    if not opened.filed:
+        (out / RUN_NAME).unlink(missing_ok=True)  # of what was merged here before
     lost = adamix_state(opened.model).gate_spread
     if lost:
         mean, worst = sum(lost.values()) / len(lost), max(lost, key=lost.__getitem__)
@@ -68,6 +74,22 @@ def _check_gates(model: nn.Module, gates: str) -> None:
         raise ValueError(
             "run: got one whose gates differ by token or text, which no single expert computes, expected --gates mean, "
             "which takes the mean gates of the training and says what is lost"
+        )
+
+
+def _keep_another(opened: Opened, out: Path) -> None:
+    """Raises ValueError where `out` holds what was merged of a run on other data, or for other labels."""
+    if not ((out / CHECKPOINT_NAME).is_file() and (out / RUN_NAME).is_file()):
+        return
+    there, here = read_run(out), opened.run
+    other = None
+    if (there.task, there.label_names) != (here.task, here.label_names):
+        other = f"for {there.label_names or there.task}"
+    elif opened.filed and Path(there.data).name != Path(here.data).name:
+        other = f"on {there.data}"
+    if other:
+        raise ValueError(
+            f"out: {out} holds what was merged of another run, {other}, expected another folder, or this one removed"
         )
 
 

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..models._files import write_tokenizer
+from ..models._staging import write_tokenizer
 from ..models.header import CHECKPOINT_NAME, PACK_NAME
 from ..models.hub import resolve_folder
-from ..models.state import adamix_state
+from ..models.run_values import run_folder
+from ..packs.beside import tokenizer_files
 from ..packs.folder import read_pack, save_pack
 from ..packs.pack import pack
 from ..packs.reading import called, one_adaptation
-from ..packs.state import Pack, check_name
-from ..tasks import Run, load_base, read_run, write_run
+from ..packs.state import check_name, pack_of
+from ..tasks import load_base, read_run
 from ..tasks._bases import TOKENIZER_NAME
 from ..tasks._pretrained import first_line, tokenizer_of
-from ..tasks.run_file import RUN_NAME
 from ._folder import kept
 from ._options import OutputOptions, needs_out, option, quiet, start
 from ._parser import OptionParser
-from ._runs import run_folder
-
-RUNS = "names"  # of a pack: a folder a name, with the name's run file
 
 
 @dataclass
@@ -64,7 +62,8 @@ def _pack(folders: dict[str, str], options: PackOptions, output: OutputOptions) 
                 f"out: {options.out} holds {', '.join(lost)} too, expected all its names, or another folder"
             )
     start(output)
-    runs = {name: _run_of(name, folder) for name, folder in folders.items()}  # damaged files are answered at once
+    for name, folder in folders.items():
+        _check_run(name, folder)  # damaged files are answered at once
     first = next(iter(folders))
     with called(first), quiet():
         model, tokenizer = load_base(folders[first], model=options.model)
@@ -76,17 +75,12 @@ def _pack(folders: dict[str, str], options: PackOptions, output: OutputOptions) 
     pack(
         model, folders, capacity=options.capacity, max_rank=options.max_rank, max_labels=options.max_labels
     )  # fmt: skip
+    state = pack_of(model)
+    if tokenizer is not None:  # that of the first folder's base, where the folder has none
+        with tempfile.TemporaryDirectory() as place:
+            write_tokenizer(Path(place), tokenizer)
+            state.tokenizer = tokenizer_files(Path(place))
     out = save_pack(model, options.out)
-    if tokenizer is not None:
-        write_tokenizer(out, tokenizer)
-    for name, run in runs.items():
-        if run is None:
-            (out / RUNS / name / RUN_NAME).unlink(missing_ok=True)  # of another folder under this name
-        else:
-            (out / RUNS / name).mkdir(parents=True, exist_ok=True)
-            write_run(out / RUNS / name, run)
-    state = adamix_state(model).pack
-    assert isinstance(state, Pack)
     without = [name for name, entry in state.entries.items() if entry.centroid is None]
     if without:
         print(f"note: --route nearest cannot choose: {', '.join(without)} came without the centroid of their texts")
@@ -130,11 +124,18 @@ def named_folders(words: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"got {word!r}, expected NAME=FOLDER")
         if check_name(name) in found:
             raise ValueError(f"name: got {name!r} twice, expected different names")
+        other = next((one for one in found if one.casefold() == name.casefold()), None)
+        if other is not None:
+            raise ValueError(
+                f"name: got {name!r} beside {other!r}, expected names that differ in more than case: folders called so "
+                "are one on Windows and macOS"
+            )
         found[name] = folder
     return found
 
 
-def _run_of(name: str, folder: str) -> Run | None:
+def _check_run(name: str, folder: str) -> None:
     with called(name):
         place = run_folder(one_adaptation(folder))
-        return None if place is None else read_run(place)
+        if place is not None:
+            read_run(place)

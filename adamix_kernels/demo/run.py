@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .._extras import explained
-from ..models._files import write_tokenizer
+from ..models._staging import write_tokenizer
 from ..tasks import DEFAULT_MODEL, EMBEDDED, Run, load_classifier, load_task, resolve_model, write_run
 from .report import compared, write_plot, write_results, write_table
 from .seeds import POOLING, Work, all_seeds, quiet_transformers

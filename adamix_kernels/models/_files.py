@@ -191,24 +191,6 @@ def write_pickled_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     replace_file(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
-def write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """tokenizer.save_pretrained(folder), each file in one step. tokenizer_config.json comes last: without it the base
-    model's tokenizer is taken, and with it alone one that knows no word."""
-    last = "tokenizer_config.json"
-    place = _temporary(folder)
-    try:
-        place.mkdir(exist_ok=True)
-        tokenizer.save_pretrained(place)
-        for path in sorted(place.rglob("*"), key=lambda path: path.name == last):
-            if path.is_file():
-                _flush(path)
-                target = folder / path.relative_to(place)
-                target.parent.mkdir(exist_ok=True)
-                os.replace(path, target)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
 def remove_temporaries(folder: Path) -> None:
     """Removes what killed processes of this machine left unfinished in `folder`."""
     for path in folder.glob(".adamix.*.tmp"):
@@ -251,7 +233,8 @@ def _replace(folder: Path, write: Callable[[Path], object], name: Callable[[Path
     try:
         temporary.touch()  # with the permissions of any new file; safetensors 0.8 gives its files to the owner alone
         mode = stat.S_IMODE(temporary.stat().st_mode)
-        write(temporary)
+        with naming(folder, temporary):
+            write(temporary)
         if stat.S_IMODE(temporary.stat().st_mode) != mode:
             temporary.chmod(mode)
         _flush(temporary)
@@ -273,8 +256,25 @@ def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     try:
         save_file(ready, path, metadata={"format": "pt"})
     except SafetensorError as error:  # which a full disk is, too
-        number = re.search(r"(?:os error|Os \{ code:) (\d+)", str(error))  # the second is safetensors 0.5's
-        raise OSError(int(number.group(1)) if number else errno.EIO, str(error), str(path)) from error
+        raise _os_error(error, path, errno.EIO) from error
+
+
+def _os_error(error: Exception, path: Path, otherwise: int) -> OSError:
+    """What a library written in Rust says of an error of the system, with its number, as an OSError about `path`."""
+    number = re.search(r"(?:os error|Os \{ code:) (\d+)", str(error))  # the second is safetensors 0.5's
+    return OSError(int(number.group(1)) if number else otherwise, str(error), str(path))
+
+
+@contextlib.contextmanager
+def naming(path: Path, hidden: Path) -> Iterator[None]:
+    """An OSError that tells no file, as that of a write, or one of `hidden`, a temporary one, tells `path`."""
+    try:
+        yield
+    except OSError as error:
+        told = error.filename is not None and not str(error.filename).startswith(str(hidden))
+        if error.errno is None or told:
+            raise
+        raise OSError(error.errno, error.strerror or os.strerror(error.errno), str(path)) from error
 
 
 def sha256(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from .._version import __version__
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import Router, process_rank
 from ._files import make_folder, one_writer, remove_unnamed, write_safetensors_by_digest, write_sealed_json
+from ._staging import staged
 from .centroid import Centroid
 from .config import AdaMixConfig
 from .factors import NAMES, Factors
@@ -97,9 +98,10 @@ def write_checkpoint(
     directory: str | os.PathLike[str],
     state_dict: Mapping[str, torch.Tensor] | None = None,
     here: bool = True,
+    beside: Callable[[Path], object] | None = None,
 ) -> Path:
     """save_adamix; where the files do not stay `here`, the way from them to a local base has no meaning, and is left
-    out."""
+    out. beside: writes what else the folder needs into a place from which all takes its own, before the JSON."""
     state = adamix_state(model)
     check_no_pack(model, "save")
     layers = {path: model.get_submodule(path) for path in state.paths}
@@ -131,7 +133,10 @@ def write_checkpoint(
             file, digest = write_safetensors_by_digest(folder, "adamix", tensors)
             size = file.stat().st_size
             tensor_file = {"file": file.name, "bytes": size, "sha256": digest}
-            write_sealed_json(folder / CHECKPOINT_NAME, {**header, "tensors": tensor_file})
+            with staged(folder, CHECKPOINT_NAME) as place:
+                if beside is not None:
+                    beside(place)
+                write_sealed_json(place / CHECKPOINT_NAME, {**header, "tensors": tensor_file})
         finally:
             remove_unnamed(folder / CHECKPOINT_NAME, "adamix")
     logger.info("Saved the adaptation in %s (%d tensors, %d bytes)", folder, len(tensors), size)

@@ -149,8 +149,8 @@ def with_names(values: dict[str, str], folder: Path) -> dict[str, str]:
     """
     found = {}
     for key, value in values.items():
-        if value in PACKAGED or not os.path.exists(value):
-            found[key] = Path(value).name if os.path.isabs(value) else value
+        if value in PACKAGED or not (os.path.isabs(value) or os.path.exists(value)):
+            found[key] = value
             continue
         found[key] = Path(value).resolve().name
         found[key + _LOCAL] = Path(os.path.relpath(os.path.realpath(value), os.path.realpath(folder))).as_posix()
@@ -158,10 +158,9 @@ def with_names(values: dict[str, str], folder: Path) -> dict[str, str]:
 
 
 def with_paths(values: dict[str, str], folder: Path) -> dict[str, str]:
-    """What was given to with_names, a path where it still leads somewhere, and else the name."""
+    """What was given to with_names: a path where one was written, though it may lead nowhere now, and else the name."""
     found = {key: value for key, value in values.items() if key + _LOCAL not in values}
     for key in [key for key in values if key + _LOCAL in values]:
         found.pop(key + _LOCAL, None)
-        path = os.path.normpath(os.path.join(os.path.realpath(folder), values[key + _LOCAL]))
-        found[key] = path if os.path.exists(path) else values[key]
+        found[key] = os.path.normpath(os.path.join(os.path.realpath(folder), values[key + _LOCAL]))
     return found

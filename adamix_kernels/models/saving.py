@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +56,18 @@ def save_folder(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     tags: Sequence[str] = (),
     here: bool = True,
+    beside: Callable[[Path], object] | None = None,
 ) -> Path:
     """save_adamix; config.json, for which plain Transformers refuses the folder by name; the list of tensors from which
     transformers' Trainer resumes and takes its best model; and a README.md where there is none.
 
     Where `directory` holds a whole model, its config.json stays, and a warning says so. Under FSDP2 without
     state_dict every process must call it, and the first one writes. Arguments and errors: see save_adamix.
-    tags: more ones for the card. here: see write_checkpoint.
+    tags: more ones for the card. here, beside: see write_checkpoint.
     """
     from .checkpoint import write_checkpoint
 
-    folder = write_checkpoint(model, directory, state_dict, here)
+    folder = write_checkpoint(model, directory, state_dict, here, beside)
     if state_dict is None and process_rank() != 0 and _sharded(model):
         return folder
     whole = _whole_model(folder)
@@ -89,6 +90,11 @@ def save_folder(
 def check_export(folder: Path) -> None:
     """Raises ValueError for a folder that an adapter in another project's format does not belong into."""
     check_no_pack_in(folder)
+    if (folder / CHECKPOINT_NAME).exists():
+        raise ValueError(
+            f"directory: got {str(folder)!r}, which holds an AdaMix checkpoint, expected another folder: what reads "
+            "one of both would find the other's files"
+        )
     whole = _whole_model(folder)
     if whole is not None:
         raise ValueError(

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ._files import one_writer, remove_unnamed, replace_file, write_sealed_json, write_tokenizer
+from ._files import one_writer, remove_unnamed, replace_file, write_sealed_json
+from ._staging import write_tokenizer
 from .card import adamix_card, write_card
 from .checkpoint import load_adamix
 from .header import CHECKPOINT_NAME, read_header

@@ -20,16 +20,20 @@ from ..models._files import (
     one_writer,
     read_versioned,
     remove_unnamed,
+    write_json,
     write_safetensors_by_digest,
     write_sealed_json,
 )
+from ..models._staging import staged
 from ..models.config import AdaMixConfig
 from ..models.header import CHECKPOINT_NAME, CHECKPOINT_VERSION, PACK_NAME, base_facts, check_no_pack_in
 from ..models.hub import resolve_folder
 from ..models.inject import check_bare
+from ..models.run_values import RUN_NAME, run_to_json, sealed_run
 from ..models.state import adamix_state, check_model
 from ..modules.lora import QKV, linear_sizes
 from . import heads, slots
+from .beside import remove_old_runs, run_of_name, write_files
 from .pack import assemble
 from .reading import Folder, called, check_source, wanted_names
 from .slots import Shape
@@ -45,7 +49,8 @@ def unpack(model: nn.Module, name: str, directory: str | os.PathLike[str]) -> Pa
     """Writes one name of a pack as a checkpoint of its own, which load_adamix, load and pack read; returns the folder.
 
     A name of adapters becomes a merged checkpoint, one of LoRA a checkpoint of one expert whose B holds the scaling
-    (alpha = r), so that it can be trained on, merged and exported. The pack stays as it is.
+    (alpha = r), so that it can be trained on, merged and exported. Its run file and the tokenizer come along, where the
+    pack has them. The pack stays as it is.
 
     Raises:
         ValueError: `model` is no pack or has no such name, or `directory` is a file or holds a pack.
@@ -66,7 +71,13 @@ def unpack(model: nn.Module, name: str, directory: str | os.PathLike[str]) -> Pa
             check_no_pack_in(folder)
             try:
                 header = _write_name(model, entry, folder, True)
-                write_sealed_json(folder / CHECKPOINT_NAME, header)
+                with staged(folder, CHECKPOINT_NAME) as place:
+                    write_files(place, state.tokenizer)
+                    if entry.run is not None:
+                        write_json(place / RUN_NAME, sealed_run(entry.run, folder))
+                    write_sealed_json(place / CHECKPOINT_NAME, header)
+                if entry.run is None:
+                    (folder / RUN_NAME).unlink(missing_ok=True)  # of what was here before
             finally:
                 remove_unnamed(folder / CHECKPOINT_NAME, _STEM)
     return folder
@@ -75,9 +86,10 @@ def unpack(model: nn.Module, name: str, directory: str | os.PathLike[str]) -> Pa
 def save_pack(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Writes all names of a pack into one folder, which load_pack and load read; returns the folder.
 
-    Files: `adamix-<digest>.safetensors`, one a name, and `adamix_pack.json`, which names them, their base model and the
-    room of the pack. The JSON comes last and knows the SHA-256 of everything: an interrupted save leaves the previous
-    pack. The frozen base is not written.
+    Files: `adamix-<digest>.safetensors`, one a name, the tokenizer where a folder brought one, and `adamix_pack.json`,
+    which names the tensors, their base model and the room of the pack, and holds each name's run file. The JSON comes
+    last and knows the SHA-256 of all tensors: an interrupted save leaves the previous pack. The frozen base is not
+    written.
 
     Raises:
         ValueError: `model` is no pack, it is empty, or `directory` is a file or holds another checkpoint.
@@ -112,9 +124,15 @@ def save_pack(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
                     path: {n: part.out_features for n, part in parts.items() if isinstance(part, heads.PackedLinear)}
                     for path, parts in packed.items()
                 },
-                "names": {name: _write_name(model, entry, folder, False) for name, entry in state.entries.items()},
+                "names": {
+                    name: {**_write_name(model, entry, folder, False), "run": _run(entry, folder)}
+                    for name, entry in state.entries.items()
+                },
             }
-            write_sealed_json(folder / PACK_NAME, values)
+            with staged(folder, PACK_NAME) as place:
+                write_files(place, state.tokenizer)
+                write_sealed_json(place / PACK_NAME, values)
+            remove_old_runs(folder)
     return folder
 
 
@@ -153,6 +171,7 @@ def load_pack(
         with called(check_name(name)):
             source = read_adamix(name, folder, values["names"][name])
             check_source(model, source)
+            source.run = run_of_name(name, values["names"][name], folder)
         sources.append(source)
     try:
         shapes = {
@@ -195,6 +214,10 @@ def _write_name(model: nn.Module, entry: Entry, folder: Path, alone: bool) -> di
         **({} if entry.centroid is None else {"centroid": entry.centroid.to_json()}),
         "tensors": {"file": file.name, "bytes": file.stat().st_size, "sha256": digest},
     }
+
+
+def _run(entry: Entry, folder: Path) -> dict[str, Any] | None:
+    return None if entry.run is None else run_to_json(entry.run, folder)
 
 
 def _to_rank(part: Part, rank: int) -> Part:

@@ -17,6 +17,7 @@ from ..models.state import AdaMixState, adamix_state, check_model, replace_modul
 from ..models.tying import tied_outside
 from ..ops._checks import check_positive
 from . import heads, slots
+from .beside import tokenizer_files
 from .reading import Folder, called, read_source
 from .slots import RoutedLayer, Shape
 from .sources import Source, classifies
@@ -97,6 +98,7 @@ def assemble(
     layers = slots.build(model, shapes, capacity, router, backend)
     packed, own = _heads(model, sources, capacity, router, max_labels, rows or {})
     state = Pack(router, capacity, {}, own, {path: tied_outside(model, path) for path in packed})
+    state.tokenizer = next(filter(None, (tokenizer_files(source.folder) for source in sources)), {})
     for slot, source in enumerate(sources):
         with called(source.name):
             entry, pairs = _planned(layers, packed, own, slot, source)
@@ -247,7 +249,7 @@ def _planned(
     pairs += [pair for path, head in packed.items() for pair in heads.plan_head(head, slot, tensors[path])]
     ranks = {path: part.rank for path, part in parts.items()}
     labels = _labels(source, packed, tensors)
-    entry = Entry(slot, ranks, tuple(source.heads), labels, source.problem, source.centroid)
+    entry = Entry(slot, ranks, tuple(source.heads), labels, source.problem, source.centroid, source.run)
     return entry, pairs
 
 
@@ -297,8 +299,10 @@ def _put(model: nn.Module, state: Pack, name: str, slot: int, source: Source) ->
         if source.heads and packed and (source.pooling or here) != here:
             raise ValueError(f"folder: got a head that reads {source.pooling!r}, expected {here!r}, as in the pack")
         entry, pairs = _planned(layers, packed, state.heads, slot, source)
+        words = state.tokenizer or tokenizer_files(source.folder)
     _commit(pairs)
     state.entries[name] = entry
+    state.tokenizer = words
 
 
 def _layer(model: nn.Module, path: str) -> RoutedLayer:

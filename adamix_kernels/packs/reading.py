@@ -11,6 +11,7 @@ from torch import nn
 from ..models.header import CHECKPOINT_NAME, PACK_NAME, check_base, check_class, check_pooling, other_weights
 from ..models.hub import resolve_folder
 from . import heads, slots
+from .beside import run_of_folder
 from .peft_folder import CONFIG_NAME, read_peft
 from .sources import Source, read_adamix
 
@@ -34,6 +35,7 @@ def read_source(model: nn.Module, name: str, folder: Folder) -> Source:
         if source.header is not None:  # PEFT trains a copy, whatever the module is tied to
             for path in source.heads:
                 heads.check_untied(model, path)
+        source.run = run_of_folder(place)
     return source
 
 

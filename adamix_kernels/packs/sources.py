@@ -84,7 +84,7 @@ class Source:
         labels: names in id order, where the folder tells and the task has any.
         problem: the configuration's problem_type. pooling: what the head reads, None: not told.
         header: of a checkpoint of save_adamix, whose base model is held against the pack's.
-        centroid: of the training texts.
+        centroid: of the training texts. run: the values of its run file.
     """
 
     name: str
@@ -97,6 +97,7 @@ class Source:
     pooling: str | None = None
     header: dict[str, Any] | None = None
     centroid: Centroid | None = None
+    run: dict[str, Any] | None = None
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ class Entry:
         slot: its place in every bank. ranks: of its part, by path; a layer that is absent here serves it unadapted.
         heads: paths of the modules that it brought; for the others it has the base model's.
         labels: in id order, None where the task has none. problem: problem_type of its configuration.
-        centroid: of its training texts, or None.
+        centroid: of its training texts, or None. run: the values of its run file, or None: what it came from had none.
     """
 
     slot: int
@@ -79,13 +79,15 @@ class Entry:
     labels: list[str] | None = None
     problem: str | None = None
     centroid: Centroid | None = None
+    run: Mapping[str, Any] | None = None
 
 
 @dataclass
 class Pack:
     """Attributes: router: of every layer and head. capacity: slots of every bank. entries: by name. heads: the base
-    model's own ones, by path, for names without. tied: what the base's own ones
-    share parameters with, by path. last: what the last forward under "nearest" chose."""
+    model's own ones, by path, for names without. tied: what the base's own ones share parameters with, by path. last:
+    what the last forward under "nearest" chose. tokenizer: of all names, as files by name; empty where no folder
+    brought one."""
 
     router: PackRouter
     capacity: int
@@ -94,6 +96,7 @@ class Pack:
     tied: dict[str, list[str]] = field(default_factory=dict, repr=False)
     lock: Lock = field(default_factory=Lock, repr=False)
     last: route.Nearest | None = field(default=None, repr=False)
+    tokenizer: dict[str, bytes] = field(default_factory=dict, repr=False)
     _buffers: dict[Any, torch.Tensor] = field(default_factory=dict, repr=False)
     _depth: int = field(default=0, repr=False)
 

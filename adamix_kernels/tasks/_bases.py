@@ -97,6 +97,13 @@ def base_of(folder: Path, facts: dict[str, Any], given: str | None, local: bool)
             f"{folder / CHECKPOINT_NAME}: got no name of its base model, a {facts.get('class')} that was built, not "
             'loaded: expected model="...", a Hub id or a folder; or call load_adamix(base, folder)'
         )
+    if os.path.isabs(name) and not os.path.exists(name):
+        if not local:  # of the Hub, where the way from another disk means nothing, and the name is its owner's word
+            return resolve_model(os.path.basename(name))
+        raise ValueError(
+            f"model: got {name!r} as the base of {str(folder)!r}, but no such folder, expected where it is now: "
+            "--model, in Python model=..."
+        )
     return resolve_model(name)
 
 

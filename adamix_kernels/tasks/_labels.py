@@ -161,6 +161,12 @@ def _class_names(table: Table, column: str, values: Sequence[tuple[int, Any]], n
             f"{table.name}, column {column!r}: got {len(names)} distinct labels ({listed(names)}), expected at least 2 "
             "(another column: --label_column)"
         )
+    cases: dict[str, list[str]] = {}
+    for name in names:
+        cases.setdefault(name.casefold(), []).append(name)
+    alike = [name for group in cases.values() if len(group) > 1 for name in group]
+    if alike:
+        notes.append(f"The labels {listed(alike[:4])} in {column!r} differ in case alone, and are classes apart.")
     if column in table.label_names:
         return [name for name in table.label_names[column] if name in names]
     whole = [name for name in names if _is_integer(name)]

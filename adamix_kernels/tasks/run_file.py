@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..models._files import unsealed, write_sealed_json
-from ..models.hub import with_names, with_paths
+from ..models._files import write_json
+from ..models.run_values import RUN_NAME as RUN_NAME
+from ..models.run_values import read_run_values, sealed_run
 
-RUN_NAME = "adamix_run.json"
 TASKS = ("classification", "regression", "generation")
-_VERSION = 3
-_READABLE = (1, 2, 3)
-_UNSEALED_VERSION = 1  # it holds no digest of itself
-_PLACES = ("model", "data")
 _KINDS = {"model": str, "data": str, "label_names": list, "max_tokens": int, "pooling": str, "generation": dict}
 _KINDS["task_names"] = list
 _NEWER = ("task_column", "task_names")
@@ -54,39 +50,34 @@ class Run:
     task_names: list[str] = field(default_factory=list)
 
 
+def run_values(run: Run) -> dict[str, Any]:
+    """As read_run_values gives them. An older release reads a file that does not need the newer fields."""
+    return {name: value for name, value in asdict(run).items() if value or name not in _NEWER}
+
+
 def write_run(folder: str | os.PathLike[str], run: Run) -> None:
     """Writes the file into an existing folder in one step, with a digest of itself."""
     folder = Path(folder)
-    # An older release reads a file that does not need the newer fields.
-    values = {name: value for name, value in asdict(run).items() if value or name not in _NEWER}
-    places = with_names({name: values.pop(name) for name in _PLACES}, folder)
-    write_sealed_json(folder / RUN_NAME, {"version": _VERSION, **places, **values})
+    write_json(folder / RUN_NAME, sealed_run(run_values(run), folder))
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
     """Raises ValueError, naming the file, when it is missing, malformed, damaged or of another version."""
-    folder = Path(folder)
-    path = folder / RUN_NAME
+    path = Path(folder) / RUN_NAME
     if not path.is_file():
         raise ValueError(f"{path}: no such file, expected a folder written by adamix train or the demo")
+    return run_of(read_run_values(Path(folder)), path)
+
+
+def run_of(values: Mapping[str, Any], path: object) -> Run:
+    """The run of such values. Raises ValueError, naming `path`, where they are none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        version = values.pop("version", None)
-        if version not in _READABLE:
-            raise ValueError(f"version {version!r}, expected one of {', '.join(map(str, _READABLE))}")
-        values = values if version == _UNSEALED_VERSION else unsealed({"version": version, **values}, RUN_NAME)
-        values.pop("version", None)
-        places: dict[str, Any] = {
-            name: value for name, value in values.items() if name.removesuffix("_path") in _PLACES
-        }
-        rest = {name: value for name, value in values.items() if name not in places}
-        places = dict(with_paths(places, folder))
-        run = Run(**places, **rest)
+        run = Run(**values)
         for name, kind in _KINDS.items():
             if not isinstance(getattr(run, name), kind):
                 raise ValueError(f"{name} = {getattr(run, name)!r}, expected a JSON {kind.__name__}")
         if run.task not in TASKS:
             raise ValueError(f"task {run.task!r}, expected one of {', '.join(map(repr, TASKS))}")
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a run file of this release: {error}") from error
     return run

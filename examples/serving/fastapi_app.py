@@ -156,7 +156,7 @@ def open_server(folder, most, waiting, names=None):
         raise ValueError(f"pack: {error}") from error
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     pack = getattr(getattr(model, "adamix", None), "pack", None)
-    return Server(model, tokenizer, most, waiting, lengths(folder, pack.entries if pack else ()))
+    return Server(model, tokenizer, most, waiting, lengths(pack.entries if pack else {}))
 
 
 def main(arguments=None):

@@ -1,14 +1,16 @@
 """adamix pack, and adamix predict --pack: by name, by column, by content."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 import tiny_text
 
-from adamix_kernels import cli, load_pack, replace_expert, save_pack
+from adamix_kernels import add_expert, cli, load_pack, replace_expert, save_pack
 from adamix_kernels.commands import predict
-from adamix_kernels.tasks import load, load_base
+from adamix_kernels.commands._packs import open_pack
+from adamix_kernels.tasks import load, load_base, read_run, write_run
 
 FLAGS = ["--use_cpu", "--disable_tqdm", "--max_steps", "6", "--learning_rate", "1e-2", "--no_baselines"]
 
@@ -121,11 +123,21 @@ def test_labels_are_those_of_what_a_name_holds_now(folder, capsys):
     assert set(lines(capsys.readouterr().out)[0]["probabilities"]) == {"m0", "m1", "m2"}
     plain = shutil.copytree(folder / "run_films", folder / "plain")
     (plain / "adamix_run.json").unlink()
-    file = pack_of_both / "names" / "meals" / "adamix_run.json"
-    assert file.is_file()
+    runs = [entry.run for entry in load(pack_of_both)[0].adamix.pack.entries.values()]
+    assert [run["label_names"] for run in runs] == [["m0", "m1", "m2"]] * 2
     words = [f"films={folder / 'run_films'}", f"meals={plain}"]
     assert cli.main(["pack", *words, "--out", str(pack_of_both)]) == 0
-    assert not file.exists()
+    films, meals = (entry.run for entry in load(pack_of_both)[0].adamix.pack.entries.values())
+    assert (films["label_names"], meals) == (["down", "up"], None)
+
+
+def test_texts_are_cut_where_the_name_s_training_did(folder, tmp_path):
+    short = shutil.copytree(folder / "run_films", tmp_path / "short")
+    write_run(short, dataclasses.replace(read_run(short), max_tokens=6))
+    model, _ = load(folder / "pack")
+    out = save_pack(add_expert(model, "short", short), tmp_path / "pack")
+    opened = open_pack(str(out), None, "short", None, None, {})
+    assert {name: kind.max_tokens for name, kind in opened.kinds.items()} == {"films": 32, "meals": 32, "short": 6}
 
 
 def test_peft_folders_are_packed_too(folder, capsys, tmp_path):
@@ -178,6 +190,7 @@ WRONG = {
     "got 'films', expected NAME=FOLDER": ["pack", "films", "--out", "x"],
     "name: got 'a' twice": ["pack", "a=RUN", "a=RUN", "--out", "x"],
     "out: got nothing": ["pack", "a=RUN"],
+    "name: got 'A' beside 'a', expected names that differ in more than case": ["pack", "a=RUN", "A=RUN", "--out", "x"],
     "a: folder: got 'nowhere', no such folder": ["pack", "a=nowhere", "--out", "x"],
     "a: folder: got 'PACK', a pack of several, expected one adaptation: in Python unpack": [
         "pack",

@@ -88,6 +88,15 @@ def test_two_predictions_do_not_share_a_file(tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == '{"text": "a", "label": "b"}\n'
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_is_told_with_the_file_s_name(tmp_path):
+    (tmp_path / "out.jsonl").symlink_to("/dev/full")
+    row, answer = InputRow("a", None, "line 1"), {"label": "b"}
+    told = pytest.raises(OSError, match=r"No space left on device: '.*out\.jsonl'")
+    with told, Lines(str(tmp_path / "out.jsonl"), overwrite=True) as full:
+        _one_more(full, row, answer)
+
+
 def test_names_of_packages_are_no_folders_that_are_called_so(tmp_path, monkeypatch):
     assert set(PACKAGED) == {DEFAULT_MODEL, EMBEDDED}
     monkeypatch.chdir(tmp_path)
@@ -170,7 +179,7 @@ def test_a_run_s_file_of_what_was_there_before_gives_no_labels(tmp_path, capsys,
         assert cli.main(["predict", "--run", folder, "good film", "--json"]) == 0
         return list(json.loads(capsys.readouterr().out)["probabilities"])
 
-    filed, bare, out = saved("filed", ["down", "up"]), saved("bare", ["x", "y"]), str(tmp_path / "out")
+    filed, bare, out = saved("filed", ["down", "up"]), saved("bare", ["down", "up"]), str(tmp_path / "out")
     write_run(filed, Run(encoder, "data", ["down", "up"], 16))
     assert cli.main(["merge", filed, "--out", out]) == 0
     capsys.readouterr()
@@ -178,7 +187,7 @@ def test_a_run_s_file_of_what_was_there_before_gives_no_labels(tmp_path, capsys,
     assert cli.main(["merge", bare, "--out", out]) == 0
     capsys.readouterr()
     assert not (tmp_path / "out" / "adamix_run.json").exists()
-    assert label(out) == ["x", "y"]
+    assert label(out) == ["down", "up"]
     saved("filed", ["x", "y"])  # in the place of the run, by hand
     assert label(filed) == ["x", "y"]
     assert "its adamix_run.json is of what was here before" in caplog.text

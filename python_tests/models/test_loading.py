@@ -19,6 +19,7 @@ from adamix_kernels.models.checkpoint import CHECKPOINT_NAME
 from adamix_kernels.models.hub import hub_answers, resolve_folder
 from adamix_kernels.models.pooling import pooling_of
 from adamix_kernels.tasks import Run, load_causal, load_classifier, resolve_model, write_run
+from adamix_kernels.tasks._bases import base_of
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -45,10 +46,17 @@ def test_both_folders_may_move_together(encoder, tmp_path):
     again, _ = load(tmp_path / "elsewhere" / "out")
     assert torch.equal(logits(again, tokenizer), logits(model, tokenizer))
     shutil.move(tmp_path / "elsewhere" / "encoder", tmp_path / "far")
-    with pytest.raises(ValueError, match=r"cannot load the base model 'encoder' .*, expected model=\"...\""):
+    with pytest.raises(ValueError, match=r"elsewhere.encoder' as the base of .*: --model, in Python model=\.\.\.$"):
         load(tmp_path / "elsewhere" / "out")
     again, _ = load(tmp_path / "elsewhere" / "out", model=str(tmp_path / "far"))
     assert torch.equal(logits(again, tokenizer), logits(model, tokenizer))
+
+
+def test_a_repository_s_run_names_its_base(tmp_path):
+    write_run(tmp_path, Run("/gone/away/some-base", "d", ["a", "b"], 8))
+    assert base_of(tmp_path, {}, None, local=False).name == "some-base"
+    with pytest.raises(ValueError, match="model: got '/gone/away/some-base' as the base of"):
+        base_of(tmp_path, {}, None, local=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -189,9 +189,9 @@ def test_places_of_this_machine_are_written_as_names(tmp_path):
     assert str(tmp_path) not in text
     assert read_run(tmp_path / "run") == run
     (tmp_path / "base").rmdir()
-    assert read_run(tmp_path / "run").model == "base"
+    assert read_run(tmp_path / "run") == run  # a name alone would be somebody else's on the Hub
     write_run(tmp_path / "run", Run("/gone/away/base", "d", ["a"], 8))
-    assert read_run(tmp_path / "run").model == "base"
+    assert read_run(tmp_path / "run").model == "/gone/away/base"
 
 
 BAD = {"task": "translation", "label_names": "ab", "generation": None, "max_tokens": "many", "novel": 1}

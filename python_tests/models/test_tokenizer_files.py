@@ -9,7 +9,7 @@ import pytest
 import tiny_text
 
 from adamix_kernels import AdaMixConfig, adapt, load
-from adamix_kernels.models import _files
+from adamix_kernels.models import _files, _staging
 from adamix_kernels.models.trainer_checkpoints import _full_disk_told
 from adamix_kernels.tasks import load_classifier, resolve_model
 from adamix_kernels.tasks._pretrained import tokenizer_of
@@ -40,13 +40,13 @@ def test_a_save_that_is_cut_off_leaves_the_base_s_tokenizer(encoder, tmp_path, m
         left = pieces
         monkeypatch.setattr(_files.os, "replace", cut_off)
         with pytest.raises(OSError, match="no space"):
-            _files.write_tokenizer(tmp_path, tokenizer)
+            _staging.write_tokenizer(tmp_path, tokenizer)
         monkeypatch.undo()
         assert (tmp_path / "tokenizer.json").exists() == bool(pieces)
         assert not (tmp_path / "tokenizer_config.json").exists()
         assert load(tmp_path)[1](TEXT)["input_ids"] == wanted
     assert not list(tmp_path.glob(".adamix*"))
-    _files.write_tokenizer(tmp_path, tokenizer)
+    _staging.write_tokenizer(tmp_path, tokenizer)
     assert (tmp_path / "tokenizer_config.json").exists()
     assert load(tmp_path)[1](TEXT)["input_ids"] == wanted
 

@@ -13,7 +13,8 @@ import tiny_text
 import torch
 
 from adamix_kernels import AdaMixConfig, adapt, load, merge, pack, remove_expert, save_adamix, save_pack, store_centroid
-from adamix_kernels.tasks import Run, load_base, load_classifier, resolve_model, write_run
+from adamix_kernels.packs.state import Entry
+from adamix_kernels.tasks import load_base, load_classifier, resolve_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MOST_SECONDS = 60  # of any wait
@@ -198,14 +199,12 @@ def test_what_is_no_pack_of_labels_is_refused(folder, examples):
             examples[0].Server(*given)
 
 
-def test_what_a_name_was_trained_on_comes_of_its_run_file(tmp_path, examples):
-    for name, pair in (("books", None), ("pairs", "second")):
-        (tmp_path / "names" / name).mkdir(parents=True)
-        run = Run("m", "d", ["a", "b"], 24, text_column="text", text_pair_column=pair)
-        write_run(tmp_path / "names" / name, run)
-    assert examples[0].lengths(tmp_path, ["books", "songs"]) == {"books": 24}
+def test_what_a_name_was_trained_on_comes_of_its_run_file(examples):
+    entries = {"books": Entry(0, {}, (), run={"max_tokens": 24}), "songs": Entry(1, {}, ())}
+    assert examples[0].lengths(entries) == {"books": 24}
+    entries["pairs"] = Entry(2, {}, (), run={"max_tokens": 24, "text_pair_column": "second"})
     with pytest.raises(ValueError, match="got 'pairs', which was trained on pairs of texts, expected names of single"):
-        examples[0].lengths(tmp_path, ["books", "pairs"])
+        examples[0].lengths(entries)
 
 
 @pytest.fixture

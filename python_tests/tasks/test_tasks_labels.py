@@ -126,6 +126,9 @@ def test_what_the_notes_tell_of_labels(tmp_path):
     assert many.notes == ("30 classes are trained, all integers; for a number to predict: task regression.",)
     mixed = load_task(_lines(tmp_path, ["1", "2", "unknown"]))
     assert mixed.notes == ("The labels in 'label' are names, as 'unknown' among integers are no numbers.",)
+    cased = load_task(_lines(tmp_path, ["Keep", "drop", "keep"] * 4))
+    assert cased.label_names == ["Keep", "drop", "keep"]
+    assert cased.notes == ("The labels 'Keep', 'keep' in 'label' differ in case alone, and are classes apart.",)
 
 
 def test_snli_rows_without_a_gold_label_are_left_out(tmp_path):
