@@ -1,7 +1,7 @@
 """Which backend serves which op, and why.
 
-Selection is a pure function of (op, request, device, dtype, class of shapes) and of the table that "auto" looks into
-(_auto.py): no tensor value is read, so it is the same while tracing, under CUDA-graph capture and in eager mode.
+Selection is a pure function of (op, request, device, dtype, sizes) and of the table that "auto" looks into (_auto.py):
+no tensor value is read, so it is the same while tracing, under CUDA-graph capture and in eager mode.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from . import _auto
+from ._limits import UNLIMITED, Extent, refusal
 
 OPS = ("routed_adapter", "routed_lora", "gated_adapter", "gated_lora", "router", "mixture_lora", "merge", "consistency")
 REQUESTS = ("auto", "reference", "triton", "cuda")
@@ -111,18 +112,44 @@ def _load(op: str, backend: str) -> ModuleType:
     return importlib.import_module(f".ops.{op}.{_MODULES[backend]}", __package__)
 
 
-def select(op: str, request: str, device: torch.device | str, dtype: torch.dtype, size: int = 0) -> ModuleType:
+def select(
+    op: str,
+    request: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    size: int = 0,
+    extent: Extent | None = None,
+) -> ModuleType:
     """The module that serves `op` on this device: an explicit request is met or refused, "auto" looks it up.
 
-    size: what the class of shapes goes by (_auto.SHAPES); "auto" alone asks for it. A device without a number, such as
-    "cuda", stands for all of its type. Raises ValueError for an unknown request and BackendUnavailableError, with the
-    reason, for an explicit request that cannot be met.
+    size: what the class of shapes goes by (_auto.SHAPES); "auto" alone asks for it. extent: where it exceeds what the
+    kernels take, "auto" takes the reference. A device without a number, such as "cuda", stands for all of its type;
+    with an extent it has one. Raises ValueError for an unknown request and BackendUnavailableError, with the reason,
+    for an explicit request that cannot be met.
     """
-    return (
+    module = (
         _selected(op, request, device, dtype, size, _auto.table)
         if request == "auto"
         else _asked(op, request, device, dtype)
     )
+    if extent is None:
+        return module
+    device = torch.device(device)
+    most = most_of(module, device, dtype)
+    if not extent.exceeds(most):
+        return module
+    if request == "auto":
+        return _load(op, "reference")
+    raise BackendUnavailableError(
+        f"backend={request!r} cannot serve this call of {op}: {refusal(request, device, dtype, extent, most)}"
+    )
+
+
+def most_of(module: ModuleType, device: torch.device, dtype: torch.dtype) -> Extent:
+    """The most that a backend's module takes, by its own word: most(device, dtype)."""
+    most = getattr(module, "most", None)
+    found: Extent = UNLIMITED if most is None else most(device, dtype)
+    return found
 
 
 @functools.cache

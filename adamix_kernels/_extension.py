@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from torch.utils._mode_utils import no_dispatch
 
+from ._limits import UNLIMITED, Extent
+
 _PACKAGE = Path(__file__).parent
 _HOST = "ADAMIX_CUDA_HOST"
 _OTHER = "ADAMIX_CUDA_LIBRARY"
 # Whose stable ABI the library is built on.
 OLDEST_TORCH = "2.11"
+# kMaxGroups in csrc/common/column_ranges.h.
+_GROUPED = UNLIMITED._replace(groups=64)
 
 
 @functools.cache
@@ -148,6 +152,38 @@ def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type != wanted:
         return f"the C++/CUDA kernels are loaded for {wanted!r}, not for {device_type!r}"
     return None
+
+
+def routed_most(device: torch.device, dtype: torch.dtype) -> Extent:
+    """The most that the routed kernels take: a tile's narrow columns stand in a block's shared memory."""
+    return _most("columns", _number(device), dtype.itemsize, _stood_for())
+
+
+def merge_most(device: torch.device, dtype: torch.dtype) -> Extent:
+    """The most that merging takes: a bank's shares stand in a block's shared memory."""
+    return _most("experts", _number(device), dtype.itemsize, _stood_for())
+
+
+def grouped_most(device: torch.device, dtype: torch.dtype) -> Extent:
+    """The most that the gated kernels take, whose tiles hold a part of the columns where they do not hold all."""
+    return _GROUPED
+
+
+def _number(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index or 0
+
+
+def _stood_for() -> str | None:
+    """What the CPU stands for, which the environment says at any time."""
+    return os.environ.get("ADAMIX_HOST_SHARED") if on_host() else None
+
+
+@functools.cache
+def _most(what: str, device: int, itemsize: int, _stood_for: str | None) -> Extent:
+    with no_dispatch():
+        if what == "experts":
+            return UNLIMITED._replace(experts=_library().most_merged(device))
+        return _GROUPED._replace(columns=_library().tile_columns(device, itemsize))
 
 
 def serves(name: str, capability: int) -> bool:

@@ -20,6 +20,7 @@ FILES = (
     "_backends.py",
     "_environment.py",
     "_extension.py",
+    "_limits.py",
     "_triton_utils.py",
     "_version.py",
 )

@@ -24,6 +24,8 @@ STABLE_TORCH_LIBRARY(adamix_cuda, m) {
   m.def("build_info() -> str");
   m.def("driver_problem() -> str");
   m.def("device_problem(int device) -> str");
+  m.def("tile_columns(int device, int element_bytes) -> int");
+  m.def("most_merged(int device) -> int");
   m.def("entries() -> int");
   m.def(
       "routed_adapter_forward(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
@@ -113,6 +115,8 @@ STABLE_TORCH_LIBRARY_IMPL(adamix_cuda, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&adamix::build_info));
   m.impl("driver_problem", TORCH_BOX(&adamix::driver_problem));
   m.impl("device_problem", TORCH_BOX(&adamix::device_problem));
+  m.impl("tile_columns", TORCH_BOX(&adamix::tile_columns));
+  m.impl("most_merged", TORCH_BOX(&adamix::most_merged));
   m.impl("entries", TORCH_BOX(&adamix::entries));
   m.impl("routed_adapter_forward", TORCH_BOX(&adamix::routed_adapter_forward));
   m.impl("routed_adapter_backward", TORCH_BOX(&adamix::routed_adapter_backward));

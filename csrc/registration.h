@@ -7,6 +7,10 @@ namespace adamix {
 
 std::string driver_problem();
 std::string device_problem(int64_t device);
+// The most narrow columns that a tile of the routed ops' kernels holds there, of elements of 2 or 4 bytes.
+int64_t tile_columns(int64_t device, int64_t element_bytes);
+// The most experts of a bank that is merged there, whose scores are of float32.
+int64_t most_merged(int64_t device);
 // The address of entries.h's table.
 int64_t entries();
 

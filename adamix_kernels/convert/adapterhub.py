@@ -109,13 +109,15 @@ def _facts(model: nn.Module, name: str | None) -> dict[str, Any]:
 def _adapter_config(model: nn.Module, state: AdaMixState) -> dict[str, Any]:
     """SeqBnConfig's fields with AdaMix's placement: behind the dense layer, before the residual and LayerNorm."""
     config: Any = model.config
-    adapter = cast("AdaptedLayer", model.get_submodule(state.paths[0])).adapter
-    adapted = {layer_number(path) for path in state.paths}
+    adapters = {layer_number(path): cast("AdaptedLayer", model.get_submodule(path)).adapter for path in state.paths}
+    adapter = next(iter(adapters.values()))
+    # adapters rounds hidden_size // reduction_factor down: the next float below H / r gives exactly r.
+    factors = {str(i): math.nextafter(one.hidden_size / one.bottleneck, 0.0) for i, one in adapters.items()}
+    same = len(set(factors.values())) == 1
     return {
         "mh_adapter": False,
         "output_adapter": True,
-        # adapters rounds hidden_size // reduction_factor down: the next float below H / r gives exactly r.
-        "reduction_factor": math.nextafter(adapter.hidden_size / adapter.bottleneck, 0.0),
+        "reduction_factor": factors[next(iter(factors))] if same else factors,
         "non_linearity": _ACTIVATIONS[adapter.activation],
         "original_ln_before": False,
         "original_ln_after": True,
@@ -129,7 +131,7 @@ def _adapter_config(model: nn.Module, state: AdaMixState) -> dict[str, Any]:
         "inv_adapter": None,
         "inv_adapter_reduction_factor": None,
         "cross_adapter": False,
-        "leave_out": [i for i in range(config.num_hidden_layers) if i not in adapted],
+        "leave_out": [i for i in range(config.num_hidden_layers) if i not in adapters],
         "dropout": 0.0,
         "init_weights": "bert",
         "phm_layer": False,

@@ -17,6 +17,7 @@ from ..models.gating import check_one, routed_layers
 from ..models.merging import check_experts
 from ..models.saving import check_export
 from ..models.state import adamix_state, check_no_pack
+from ..models.tying import tied_outside
 from ..modules import RoutedLoRALinear
 from ._card import peft_card
 
@@ -61,8 +62,8 @@ def export_peft(
     Raises:
         ValueError: `model` is not adapted, or with adapters instead of LoRA (see export_adapterhub); it was
             loaded merged and so has no factors; its gates are learned, it is not merged, and no expert is named;
-            `expert` is not one of its experts, or they are gone (loaded merged, or merged with keep=False); `directory`
-            is a file or holds a whole model or a pack.
+            `expert` is not one of its experts, or they are gone (loaded merged, or merged with keep=False); a weight is
+            trained whole and, tied to it, the base of a LoRA; `directory` is a file or holds a whole model or a pack.
 
     Source: PEFT's LoRA format, peft 0.18 and newer.
 
@@ -83,7 +84,7 @@ def export_peft(
     if expert is None:
         check_one(model, "PEFT's LoRA", ', or expert=N, or "each"')
     layers = {path: _lora_layer(model, path, expert is None) for path in state.paths}
-    saved = state.saved if head else []
+    saved = _with_tied(model) if head else []
     folder = make_folder(directory)
     check_export(folder)
     if expert != "each":
@@ -92,6 +93,25 @@ def export_peft(
     for one in wanted:
         _write(model, make_folder(folder / f"expert_{one}"), layers, saved, one)
     return folder
+
+
+def _with_tied(model: nn.Module) -> list[str]:
+    """The modules trained whole, and those that hold a parameter of theirs, too (an lm_head tied to an embedding): PEFT
+    has a copy of each, and of the others the base's values."""
+    state = adamix_state(model)
+    found = list(state.saved)
+    for path in state.saved:
+        for name in tied_outside(model, path):
+            owner = name.rpartition(".")[0]
+            if owner.removesuffix(".base") in state.paths:
+                raise ValueError(
+                    f"{owner.removesuffix('.base')}: got a LoRA on a weight that is trained whole as well, tied to "
+                    f"{path}, expected one of them, which is what PEFT has of a layer; save_adamix keeps both"
+                )
+            around = not owner or f"{path}.".startswith(f"{owner}.")  # which reads the parameter at `path`
+            if not around and not any(f"{owner}.".startswith(f"{known}.") for known in found):
+                found.append(owner)
+    return found
 
 
 def _wanted(expert: int | str | None, count: int) -> list[int | None]:
@@ -106,8 +126,11 @@ def _wanted(expert: int | str | None, count: int) -> list[int | None]:
 
 def _lora_layer(model: nn.Module, path: str, merged: bool) -> RoutedLoRALinear | Factors:
     state = adamix_state(model)
-    kept = None if merged and state.gate_spread else state.stash.get(path)
-    layer: Any = model.get_submodule(path) if kept is None else kept[0]
+    layer: Any = model.get_submodule(path)
+    kept = state.stash.get(path)
+    # The one LoRA of a merged layer may have been trained on since.
+    if kept is not None and not (merged and (state.gate_spread or isinstance(layer, RoutedLoRALinear))):
+        layer = kept[0]
     if not isinstance(layer, RoutedLoRALinear):
         layer = state.factors.get(path)
     if layer is None:

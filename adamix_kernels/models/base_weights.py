@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,16 +18,17 @@ _TOLERANCE = 2**-8
 
 @torch.no_grad()
 def sampled(model: nn.Module) -> dict[str, list[float]]:
-    """name -> values of some matrices that stay as they are: frozen, floating, in no adapted layer and no head.
+    """name in the bare base -> values of some matrices that stay as they are: frozen, floating, in no head, and in no
+    adapted layer but as its base.
 
     Empty where the model has none of these, as one sharded over processes.
     """
     state = getattr(model, "adamix", None)
-    changed = () if state is None else tuple(f"{path}." for path in (*state.paths, *state.saved))
+    saved = () if state is None else tuple(f"{path}." for path in state.saved)
     frozen = [
         (name, parameter)
         for name, parameter in _named(model)
-        if not parameter.requires_grad and not name.startswith(changed) and _is_matrix(parameter)
+        if not parameter.requires_grad and not name.startswith(saved) and _is_matrix(parameter)
     ]
     step = max(1, -(-len(frozen) // _PARAMETERS))
     return {name: _values(parameter) for name, parameter in frozen[::step]}
@@ -43,8 +44,18 @@ def others(model: nn.Module, stored: Mapping[str, list[float]]) -> bool:
     return 2 * different > len(compared)
 
 
-def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name.removeprefix(_COMPILED), parameter) for name, parameter in model.named_parameters()]
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base's parameters by its own names, without those that a LoRA was merged into."""
+    state = getattr(model, "adamix", None)
+    adapted = set() if state is None else set(state.paths)
+    inside = tuple(f"{path}." for path in adapted)
+    for name, parameter in model.named_parameters():
+        name = name.removeprefix(_COMPILED)
+        path, _, last = name.rpartition(".base.")
+        if path in adapted:
+            yield f"{path}.{last}", parameter
+        elif not name.startswith(inside):
+            yield name, parameter
 
 
 def _is_matrix(tensor: torch.Tensor) -> bool:

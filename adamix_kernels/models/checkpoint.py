@@ -26,6 +26,7 @@ from .header import (
     CHECKPOINT_VERSION,
     base_facts,
     check_base,
+    check_class,
     check_no_pack_in,
     check_pooling,
     check_same,
@@ -45,6 +46,7 @@ from .pooling import set_pooling
 from .sharding import is_sharded, put, whole
 from .state import adamix_state, check_model, check_no_pack, replace_module
 from .targets import BELOW_CLASSIFIER, saved_modules
+from .tying import shared_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +63,8 @@ def save_adamix(
 
     Files: `adamix-<digest>.safetensors` (the banks and merge scores, the plain adapters after merge(), for a merged
     LoRA model the changed weights of the adapted layers and the factors they were merged from, or a plain LoRA on a
-    quantised one; and the trained head) and `adamix_checkpoint.json` (version, configuration, base model with its
-    configuration and a few of its frozen values, layers, trainable flags, the tensor file's name, size and SHA-256,
+    quantised or tied one; and the trained head) and `adamix_checkpoint.json` (version, configuration, base model with
+    its configuration and a few of its frozen values, layers, trainable flags, the tensor file's name, size and SHA-256,
     and the SHA-256 of all this). Every file appears in one step and the JSON comes last: an interrupted save leaves
     the previous checkpoint. The frozen base is not written; a base that is a folder of this disk is named, and
     found again from `directory` as long as both stand as they do to each other.
@@ -148,10 +150,10 @@ def load_adamix(
 
     Args:
         model: the bare base model, which is adapted with the stored configuration (and is merged when the
-            checkpoint is), with a warning where its frozen weights are not those of the training; or a model
-            adapted to the same layers in the same way, which keeps its own routing, dropout and loss settings. An
-            adapted model and its checkpoint must both be unmerged, or both merged; then the experts that merge()
-            kept in the model are dropped, since they are not those of the checkpoint.
+            checkpoint is), with a warning where its class or its frozen weights are not those of the training; or
+            a model adapted to the same layers in the same way, which keeps its own routing, dropout and loss
+            settings. An adapted model and its checkpoint must both be unmerged, or both merged; then the experts that
+            merge() kept in the model are dropped, since they are not those of the checkpoint.
         directory: a folder of save_adamix, save_pretrained or a trainer; or "user/repo" on the Hub.
         revision: of the repository.
         backend: for a bare model, as in adapt().
@@ -161,8 +163,8 @@ def load_adamix(
 
     Raises:
         ValueError: a file is missing, truncated, corrupt or of an unknown version; the repository cannot be had; the
-            model is another one; a tensor is missing, unexpected or of another shape. Everything is checked before
-            `model` changes.
+            model is another one, or of another task; a tensor is missing, unexpected or of another shape. Everything is
+            checked before `model` changes.
 
     Example:
         >>> import copy
@@ -186,7 +188,8 @@ def load_adamix(
     layers: Mapping[str, nn.Module]
     if bare:
         layers = build_layers(model, config, Router())
-        layers = {path: _merged_layer(layer) for path, layer in layers.items()} if merged else layers
+        shared = shared_parameters(model)
+        layers = {path: _merged_layer(layer, shared) for path, layer in layers.items()} if merged else layers
         saved = [path for path, _ in saved_modules(model, config.modules_to_save, config.task_type)]
         if {*BELOW_CLASSIFIER, *header["saved_modules"]} > {*saved} > {*header["saved_modules"]}:  # of an older release
             saved = header["saved_modules"]
@@ -202,6 +205,9 @@ def load_adamix(
         check_structure(path, header["layers"][path], structure(layer))
     check_tensors(tensors, _tensors(model, layers, saved))
 
+    another = check_class(model, header)
+    if another is not None:
+        logger.warning("%s; what %s computes in it may not be what was trained", another, folder)
     different = other_weights(model, header)
     if different is not None:
         logger.warning("%s; what %s computes on it is not what was trained", different, folder)
@@ -268,21 +274,21 @@ def _pop_factors(layers: dict[str, dict[str, Any]], tensors: dict[str, torch.Ten
     return found
 
 
-def _merged_layer(layer: nn.Module) -> nn.Module:
+def _merged_layer(layer: nn.Module, shared: Mapping[int, object]) -> nn.Module:
     if isinstance(layer, AdaptedLayer):
         return AdaptedLayer(layer.base, layer.adapter.merged())
     lora = cast("RoutedLoRALinear", layer)
-    return lora.base if mergeable(lora) else plain_lora(lora)
+    return lora.base if mergeable(lora, shared) else plain_lora(lora)
 
 
 def _become_merged(model: nn.Module) -> None:
-    state = adamix_state(model)
+    state, shared = adamix_state(model), shared_parameters(model)
     for path in state.paths:
         layer = model.get_submodule(path)
         if isinstance(layer, AdaptedLayer):
             layer.adapter = layer.adapter.merged()
         else:
-            replace_module(model, path, _merged_layer(layer))
+            replace_module(model, path, _merged_layer(layer, shared))
     state.merged = True
 
 

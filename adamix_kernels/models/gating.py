@@ -146,6 +146,7 @@ def note_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     for ours, theirs in (("attention_mask", "attention_mask"), ("decoder_mask", "decoder_attention_mask")):
         mask = kwargs.get(theirs)
         setattr(router, ours, mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None)
+    router.note()
 
 
 @contextlib.contextmanager
@@ -156,7 +157,7 @@ def use_tasks(model: nn.Module, tasks: torch.Tensor | list[int]) -> Iterator[nn.
         model: adapted with router="task". tasks: ids [B], 0 <= id < num_tasks; a batch of k * B rows takes each k times
             (passes in training, beams in evaluation).
 
-    A backward that recomputes activations must run inside the context, too.
+    A backward that recomputes activations may run outside: it takes the tasks of the forward.
 
     Raises:
         TypeError: tasks are no integers. ValueError: the model has no task router, or an id is not in its table.
@@ -182,6 +183,7 @@ def use_tasks(model: nn.Module, tasks: torch.Tensor | list[int]) -> Iterator[nn.
         raise ValueError(f"tasks: got {ids.tolist()!r}, expected ids [B] with 0 <= id < {count}")
     gate = next(iter(gates_of_layers(model).values()))
     previous, state.router.tasks = state.router.tasks, ids.to(gate.mean_gates.device, torch.int64)
+    state.router.note()
     try:
         yield model
     finally:

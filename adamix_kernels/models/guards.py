@@ -1,4 +1,4 @@
-"""Hooks that keep training mode honest: a second pass, activation checkpointing, generate(). Saving: saving.py."""
+"""Hooks that keep training mode honest (a second pass, checkpointing, generate()), and resizing. Saving: saving.py."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modules import RoutedAdapter, RoutedLoRALinear
+from ..modules import AdaptedLayer, RoutedAdapter, RoutedLoRALinear
+from ..modules.lora import linear_sizes
 from ..routing import Router
 from .doubling import BATCHED
-from .gating import is_learned, note_batch
+from .gating import gates_of_layers, is_learned, note_batch
 from .saving import Guarded, install_saving
 from .state import adamix_state
 from .watch import PassWatch
@@ -36,6 +37,8 @@ def install_guards(model: nn.Module) -> None:
     install_saving(model)
     if callable(getattr(model, "generate", None)):
         model.generate = GuardedGenerate(model)  # type: ignore[assignment]  # a method, in the place of the class's
+    if callable(getattr(model, "resize_token_embeddings", None)):
+        model.resize_token_embeddings = GuardedResize(model)  # type: ignore[assignment]
 
 
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -120,10 +123,32 @@ def is_reentrant(part: nn.Module) -> bool:
     return getattr(function, "keywords", {}).get("use_reentrant") is not False
 
 
+class GuardedResize(Guarded):
+    """model.resize_token_embeddings, which banks on the output layer do not follow."""
+
+    def __call__(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        model: Any = self.model
+        output = model.get_output_embeddings()
+        if isinstance(output, (AdaptedLayer, RoutedLoRALinear)):
+            here = linear_sizes(output.base)[1]
+            wanted = new_num_tokens or here
+            if pad_to_multiple_of:
+                wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+            if wanted != here:
+                path = next(path for path in adamix_state(model).paths if model.get_submodule(path) is output)
+                raise ValueError(
+                    f"new_num_tokens: got {wanted} for a model whose {path} is adapted by experts of {here} columns, "
+                    "expected resize_token_embeddings() of the bare model, before adapt()"
+                )
+        return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+
 class GuardedGenerate(Guarded):
     """model.generate that never re-routes in silence: in training mode it warns and uses the merged experts.
 
-    Learned gates draw nothing, and serve as they are.
+    Learned gates weigh as in evaluation: no noise, each sample's task for its beams, no running means.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,14 +156,22 @@ class GuardedGenerate(Guarded):
         kind: Any = type(model)
         generate = kind.generate
         router = adamix_state(model).router
-        if not model.training or router.force_merged or is_learned(model):
+        if not model.training or router.force_merged:
             return generate(model, *args, **kwargs)
+        learned = is_learned(model)
+        used = "the gates weigh as in evaluation" if learned else "the merged experts are used"
         logger.warning(
-            "generate() was called in training mode: dropout is active; the merged experts are used, "
-            "because drawing experts anew at every step has no meaning. Call model.eval() first."
+            "generate() was called in training mode: dropout is active; %s, because drawing anew at every step has no "
+            "meaning. Call model.eval() first.",
+            used,
         )
+        gates = [gate for gate in gates_of_layers(model).values() if gate.training]
         router.force_merged = True
         try:
+            for gate in gates:
+                gate.eval()
             return generate(model, *args, **kwargs)
         finally:
             router.force_merged = False
+            for gate in gates:
+                gate.train()

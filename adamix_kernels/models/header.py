@@ -28,6 +28,11 @@ _FACTS = ("hidden_size", "num_hidden_layers", "vocab_size")
 # Where the base was read from, the pooling, which has its own entry, and whether generate() may trust config.json.
 _OF_THIS_PROCESS = ("_name_or_path", MARK, "_from_model_config")
 _SHOWN = 4
+_NO_CLASS = ("None", "OptimizedModule")  # what an older release wrote of a compiled model
+_TASKS = (
+    "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice", "CausalLM", "LMHeadModel",
+    "MaskedLM", "ConditionalGeneration",
+)  # fmt: skip
 
 
 def base_facts(model: nn.Module, folder: Path | None = None, here: bool = True) -> dict[str, Any]:
@@ -151,6 +156,19 @@ def other_weights(model: nn.Module, header: dict[str, Any]) -> str | None:
     )
 
 
+def check_class(model: nn.Module, header: dict[str, Any]) -> str | None:
+    """What to say where `model` fits, but is of another class than the checkpoint's; None for that one, or one made of
+    it. Raises ValueError where modules were trained whole for another task: their sizes may be the same."""
+    kind, stored = plain_class(model), str(header["base_model"].get("class"))
+    if stored in {*(base.__name__ for base in kind.__mro__), *_NO_CLASS}:
+        return None
+    said = f"model: got a {kind.__name__}, expected a {stored}, which the checkpoint was saved from"
+    tasks = {next((task for task in _TASKS if name.endswith(task)), None) for name in (kind.__name__, stored)}
+    if header["saved_modules"] and len(tasks) == 2 and None not in tasks:
+        raise ValueError(f"{said}: {listed(header['saved_modules'])} was trained for another task")
+    return said
+
+
 def check_pooling(model: nn.Module, header: dict[str, Any]) -> str | None:
     """The pooling that the checkpoint's head was trained on. Raises ValueError where the model's is set otherwise, or
     can be no mean."""
@@ -193,6 +211,11 @@ def check_same(name: str, stored: list[str], here: list[str]) -> None:
 
 
 def check_structure(path: str, stored: dict[str, Any], here: dict[str, Any]) -> None:
+    if "r" in here and "r" not in stored:
+        raise ValueError(
+            f"{path}: got a weight that takes no update, being quantised or another layer's, too (tied), expected one "
+            "of this layer alone, for the checkpoint's LoRA was merged into it: load the unmerged checkpoint and merge"
+        )
     for name in {**stored, **here}:
         if stored.get(name) != here.get(name):
             raise ValueError(f"{path}: got {name} = {here.get(name)!r} in the model, expected {stored.get(name)!r}")

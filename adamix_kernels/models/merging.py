@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from .factors import Factors
 from .gating import check_mergeable, is_learned, spread
 from .quantised import plain_weight
 from .state import adamix_state, check_no_pack, replace_module
+from .tying import shared_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,8 @@ def merge(model: nn.Module, keep: bool = True, *, gates: str | None = None) -> n
 
     A LoRA layer whose base is quantised becomes a plain LoRA (one expert) on the untouched base: the model
     computes what it computed in evaluation. Adding the update to quantised weights would round it to their
-    steps, which are often larger than the update itself.
+    steps, which are often larger than the update itself. So does one whose weight stands elsewhere in the model, too
+    (an lm_head tied to the input embedding), which the update must not change.
 
     Args:
         keep: False drops what unmerge needs, the experts and a copy of every merged weight, and so frees their memory.
@@ -76,8 +79,9 @@ def merge(model: nn.Module, keep: bool = True, *, gates: str | None = None) -> n
             layer.adapter = merged[path]
     else:
         loras = {path: cast("RoutedLoRALinear", layer) for path, layer in layers.items()}
+        shared = shared_parameters(model)
         plain = {path: lora if lora.gate is None else plain_lora(lora) for path, lora in loras.items()}
-        merged_factors, made = merge_layers(list(plain.values()), [mergeable(lora) for lora in loras.values()])
+        merged_factors, made = merge_layers(list(plain.values()), [mergeable(lora, shared) for lora in loras.values()])
         factors = dict(zip(loras, merged_factors, strict=True))
         weights = {path: weight for path, weight in zip(loras, made, strict=True) if weight is not None}
         for path, lora in loras.items():
@@ -105,9 +109,13 @@ def merge(model: nn.Module, keep: bool = True, *, gates: str | None = None) -> n
     return model
 
 
-def mergeable(layer: RoutedLoRALinear) -> bool:
-    """Whether the update can go into the base's weight without requantising it."""
-    return plain_weight(layer.base) is not None
+def mergeable(layer: RoutedLoRALinear, shared: Mapping[int, object]) -> bool:
+    """Whether the update can go into the base's weight without requantising it, and without changing another layer.
+
+    shared: shared_parameters() of the model.
+    """
+    weight = plain_weight(layer.base)
+    return weight is not None and id(weight) not in shared
 
 
 def plain_lora(layer: RoutedLoRALinear, factors: tuple[torch.Tensor, torch.Tensor] | None = None) -> RoutedLoRALinear:

@@ -126,7 +126,11 @@ class Objective:
             expected_grad: the gradient that will come in to the loss, as adamix_loss takes it.
 
         Returns (losses, the model's outputs).
+
+        Raises ValueError for label smoothing of what are no single classes.
         """
+        if label_smoothing and self.task == SEQUENCE and (kind := self._problem(labels)) in (REGRESSION, MULTI_LABEL):
+            raise ValueError(f"label_smoothing: got {label_smoothing}, expected 0 with problem_type {kind!r}")
         options: dict[str, Any] = {"weight": weight, "label_smoothing": label_smoothing, "num_items": num_items}
         if doubled and fuse_head and self.task == CAUSAL and (head := self.plain_head()) is not None:
             outputs = network(**inputs, logits_to_keep=1, output_hidden_states=True, return_dict=True)
@@ -143,6 +147,8 @@ class Objective:
             return _multi_label(logits, labels, doubled, weight, num_items), outputs
         if problem == REGRESSION:
             labels = labels.to(torch.float32).view(labels.shape[0], *logits.shape[1:])
+        elif problem is not None:
+            labels = labels.reshape(-1)  # [B, 1], as transformers takes them
         if not doubled:
             return _single_pass(logits, labels, label_smoothing, num_items), outputs
         return adamix_loss(logits, labels, expected_grad=expected_grad, **options), outputs
@@ -172,7 +178,7 @@ def is_unshifted(model: nn.Module) -> bool:
 
 def _task_of(model: nn.Module) -> str:
     names = {c.__name__ for c in type(model).__mro__}
-    task = next((t for t, tables in _TASKS.items() if any(names & set(table.values()) for table in tables)), None)
+    task = next((t for t, tables in _TASKS.items() if any(names & _classes(table) for table in tables)), None)
     if task == CAUSAL and is_unshifted(model):
         task = TOKENS
     own = task in (CAUSAL, SEQ2SEQ) and any(name.startswith(_OWN_LOSS) for name in names)
@@ -186,6 +192,12 @@ def _task_of(model: nn.Module) -> str:
             f"model: got {type(model).__name__} with output_router_logits, whose auxiliary loss AdaMixTrainer lacks"
         )
     return task
+
+
+def _classes(table: Mapping[str, Any]) -> set[str]:
+    """Names of the classes of a table, where some kinds of model have several. Those with a teacher take no labels."""
+    found = {c for entry in table.values() for c in ((entry,) if isinstance(entry, str) else entry)}
+    return {name for name in found if not name.endswith("WithTeacher")}
 
 
 def _decoder_rule(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:

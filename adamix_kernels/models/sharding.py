@@ -34,8 +34,8 @@ def put(target: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def plain_class(model: nn.Module) -> type:
-    """type(model), without the class that fully_shard puts in front of it."""
-    bases = type(model).__mro__
+    """type(model), without the class that fully_shard puts in front of it, or torch.compile around it."""
+    bases = type(getattr(model, "_orig_mod", model)).__mro__
     if not any(base.__name__ == "FSDPModule" for base in bases):
         return bases[0]
     return next(c for c in bases if not any(base.__name__ == "FSDPModule" for base in c.__mro__))

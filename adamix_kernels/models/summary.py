@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .gate_config import experts_of
 from .merging import mergeable
 from .quantised import dynamic_linear
 from .state import adamix_state
+from .tying import shared_parameters
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 _COLUMNS = ("layers", "number", "in -> out", "adaptation", "experts A/B", "parameters", "merged")
@@ -67,9 +68,10 @@ def summary(model: nn.Module) -> str:
     state = adamix_state(model)
     config = state.config
     rows: dict[tuple[Any, ...], list[Any]] = {}
+    shared = shared_parameters(model)
     for path in state.paths:
         kept = state.stash.get(path)
-        facts, parameters, merged = _layer_facts(model.get_submodule(path), kept)
+        facts, parameters, merged = _layer_facts(model.get_submodule(path), kept, shared)
         entry = rows.setdefault((_NUMBER.sub("#", path), facts), [[], 0, 0])
         entry[0].append(path)
         entry[1] += parameters
@@ -103,7 +105,7 @@ def _routing(config: AdaMixConfig) -> str:
     return f"learned gates ({config.router}, {chosen}, mix {config.mix})"
 
 
-def _layer_facts(layer: nn.Module, kept: Any) -> tuple[tuple[str, str, str], int, int]:
+def _layer_facts(layer: nn.Module, kept: Any, shared: Mapping[int, object]) -> tuple[tuple[str, str, str], int, int]:
     """((sizes, adaptation, experts), parameters held now, parameters after merging)."""
     if isinstance(layer, AdaptedLayer):
         inputs, outputs, _ = linear_sizes(layer.base)
@@ -121,7 +123,7 @@ def _layer_facts(layer: nn.Module, kept: Any) -> tuple[tuple[str, str, str], int
     words = f"lora {lora.r}, {alpha}" + (f", {lora.groups} slices" if lora.groups > 1 else "")
     sides = (lora.lora_a, lora.lora_b)
     of_one = lora.merged_factors() if lora.gate is not None else (bank[:1] for bank in sides)
-    merged = 0 if mergeable(lora) else _sizes(of_one)
+    merged = 0 if mergeable(lora, shared) else _sizes(of_one)
     if lora is not layer:
         return (f"{inputs} -> {outputs}", f"{words}, in the weight", "0/0"), 0, 0
     experts = f"{sides[0].shape[0]}/{sides[1].shape[0]}"

@@ -34,16 +34,15 @@ def gates_of(layer: RoutedAdapter | RoutedLoRALinear, x: torch.Tensor, rows: tor
             f"x: got shape {tuple(x.shape)} at {layer.place or type(layer).__name__}, expected [B, S, K]: gates per "
             "sample cannot tell samples from tokens there"
         )
-    router = layer.router
-    tasks = None if router.tasks is None else router.tasks_of(rows.shape[0], layer.training)
+    tasks = layer.router.tasks_of(rows.shape[0], layer.training)
     found: Gates = gate(rows, mask_of(layer, rows), tasks)
     return found
 
 
 def mask_of(layer: RoutedAdapter | RoutedLoRALinear, rows: torch.Tensor) -> torch.Tensor | None:
     """Which of the tokens of rows [B, S, K] are no padding, as far as the model was told."""
-    router = layer.router
-    mask = router.decoder_mask if layer.decodes else router.attention_mask
+    told = layer.router.told()
+    mask = told.decoder_mask if layer.decodes else told.attention_mask
     if mask is not None and mask.shape != rows.shape[:2] and mask.numel() == rows.shape[0] * rows.shape[1]:
         mask = mask.reshape(rows.shape[:2])
     if mask is not None and mask.device != rows.device:  # layers of one model on several devices

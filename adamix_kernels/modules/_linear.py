@@ -30,6 +30,14 @@ class OnBase(nn.Module):
     def bias(self) -> torch.Tensor | None:
         return cast("torch.Tensor | None", self.base.bias)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """A weight or bias that model code sets (tie_weights() of transformers) is the base's."""
+        base = self._modules.get("base")
+        if base is not None and name in ("weight", "bias"):
+            base.register_parameter(name, param)
+        else:
+            super().register_parameter(name, param)
+
 
 def linear_sizes(layer: nn.Module) -> tuple[int, int, bool]:
     """(in_features, out_features, fan_in_fan_out) of a linear layer or a Conv1D of transformers."""

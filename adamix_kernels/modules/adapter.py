@@ -188,7 +188,9 @@ keep_adapter(RoutedAdapter)
 
 @torch.no_grad()
 def merge_adapters(adapters: Sequence[RoutedAdapter]) -> list[RoutedAdapter]:
-    """[adapter.merged() for each], the banks of all of one backend merged together (one launch on a GPU)."""
+    """[adapter.merged() for each], the banks of all of one backend merged together (one launch on a GPU).
+
+    A merged bank requires a gradient where the experts' does."""
     gated = {n: adapter.merged_banks() for n, adapter in enumerate(adapters) if adapter.gate is not None}
     plain = [
         RoutedAdapter(
@@ -220,6 +222,8 @@ def merge_adapters(adapters: Sequence[RoutedAdapter]) -> list[RoutedAdapter]:
             target.copy_(value)
     for mine, full in zip(plain, adapters, strict=True):
         mine.place = full.place
+        for target, bank in zip(mine.banks(), full.banks(), strict=True):
+            target.requires_grad_(bank.requires_grad)
     return plain
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
 from .. import _auto, _environment
-from .._backends import select
+from .._backends import most_of, select
+from .._limits import UNLIMITED, Extent, tile_columns
 from ._library import in_forward_mode
 
 # Other classes are their own business: a DTensor, a FakeTensor, a quantised weight.
@@ -42,7 +43,22 @@ class Kept(dict[Any, Value]):
         return value
 
 
-_SERVED: Kept[Any] = Kept()
+class Served(NamedTuple):
+    """The attribute `direct` of a backend's module, None where it has none, and the most that the module takes."""
+
+    direct: Any
+    most: Extent
+
+    def takes(self, bank: torch.Tensor, groups: int) -> bool:
+        """Whether kernels take a call of this first bank [M, groups * r, H]."""
+        most = self.most
+        if most is UNLIMITED:
+            return True
+        # A slice, for a bank of fewer dimensions.
+        return 0 < groups <= most.groups and tile_columns(bank.shape[1:2].numel(), groups) <= most.columns
+
+
+_SERVED: Kept[Served] = Kept()
 # What else forgets with them.
 OTHERS: list[Callable[[], None]] = []
 
@@ -86,24 +102,40 @@ def may_be_direct() -> bool:
     )
 
 
-def served(op: str, backend: str, tensors: tuple[Any, ...], checked: bool) -> Any:
-    """What serves direct calls of an op with these arguments, the first of which decides, or None.
+def served(
+    op: str, backend: str, tensors: tuple[Any, ...], checked: bool, groups: int = 1, size: int | None = None
+) -> Any:
+    """What serves direct calls of an op with these arguments, the first of which decides, or None: served_within's."""
+    found = served_within(op, backend, tensors, checked, groups, size)
+    return None if found is None else found.direct
 
-    It is the attribute `direct` of the backend's module. What the class of shapes goes by is the last axis of a loss's
-    logits, and of routed ops the first bank, the second tensor. checked: whether api.py has checked the arguments,
-    `backend` too; what no checked call asked for is not looked up. Raises AttributeError for what is no tensor.
+
+def served_within(
+    op: str, backend: str, tensors: tuple[Any, ...], checked: bool, groups: int = 1, size: int | None = None
+) -> Served | None:
+    """What serves direct calls of an op with these arguments, the first of which decides; None: nothing does.
+
+    What the class of shapes goes by is `size` or else, of a loss, the last axis of its logits, and of routed ops the
+    first bank, the second tensor. What exceeds the kernels' limits is not served. checked: whether api.py has checked
+    the arguments, `backend` too; what no checked call asked for is not looked up. Raises AttributeError for what is no
+    tensor.
     """
     x: Any = tensors[0]
     key: Any = op, backend, x.device, x.dtype
-    size = 0
     if backend == "auto":
-        # Slices: what has too few dimensions is for api.py to name.
-        size = (x.shape[-1:] if op == "consistency" else tensors[1].shape[:2]).numel()
+        if size is None:
+            # Slices: what has too few dimensions is for api.py to name.
+            size = (x.shape[-1:] if op == "consistency" else tensors[1].shape[:2]).numel()
         key = *key, size, _auto.table
     found = _SERVED.get(key)
-    if found is None and checked and key not in _SERVED:
-        found = _SERVED.keep(key, getattr(select(op, backend, x.device, x.dtype, size), "direct", None))
-    return found if PLAIN.issuperset(map(type, tensors)) else None
+    if found is None:
+        if not checked:
+            return None
+        module = select(op, backend, x.device, x.dtype, size or 0)
+        found = _SERVED.keep(key, Served(getattr(module, "direct", None), most_of(module, x.device, x.dtype)))
+    if found.direct is None or not PLAIN.issuperset(map(type, tensors)):
+        return None
+    return found if op == "consistency" or found.takes(tensors[1], groups) else None
 
 
 # Whether autocast is on for any device.

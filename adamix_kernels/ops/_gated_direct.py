@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 
-from .. import _auto
-from .._backends import select
 from . import _checks
-from ._direct import PLAIN, Kept, below_autograd, may_be_direct
+from ._direct import below_autograd, may_be_direct, served
 from ._direct_function import apply
 from ._library import below_autograd as dispatched
 from ._library import wrote
-from ._routed_ops import RoutedOps
+from ._routed_ops import LORA, RoutedOps
 
 
 class GatedDirect:
@@ -32,7 +30,6 @@ class GatedDirect:
         self.indices = [fields.index(name) for name in ops.layer.indices]
         self.learned = [fields.index(name) for name in ops.learned]
         self.saved = [fields.index(name) if name in fields else None for name in ops.saved]
-        self._served: Kept[Any] = Kept()
 
     def as_given(self, tensors: tuple[Any, ...]) -> bool:
         """Whether the op takes these arguments of its public function as they are: a bank of one has no index."""
@@ -53,7 +50,7 @@ class GatedDirect:
         checked: whether it went through the checks, so that what is found out about the arguments may be kept. taken:
         gives the tensors to compute with, where they are not those to look up with.
         """
-        direct = self._serving(tensors, backend, checked)
+        direct = self._serving(tensors, backend, checked, options[1] if self.ops.layer is LORA else 1)
         if direct is None:
             return None
         if tensors[0].is_cpu and _checks.values_at_hand(tensors[0]):
@@ -74,18 +71,13 @@ class GatedDirect:
             return out
         return self.run(plan, how, tensors)[0]
 
-    def _serving(self, tensors: tuple[Any, ...], backend: str, checked: bool) -> Any:
+    def _serving(self, tensors: tuple[Any, ...], backend: str, checked: bool, groups: int) -> Any:
         """As _direct.served; the class of shapes goes by the narrow columns of all experts of the larger bank."""
-        x, (down, up) = tensors[0], (tensors[n] for n in self.banks)
+        down, up = (tensors[n] for n in self.banks)
         if down.dim() != 3 or up.dim() != 3:
             return None
         size = max(down.shape[0], up.shape[0]) * down.shape[1]
-        key = backend, x.device, x.dtype, size, _auto.table
-        found = self._served.get(key)
-        if found is None and checked and key not in self._served:
-            module = select(self.ops.name, backend, x.device, x.dtype, size)
-            found = self._served.keep(key, getattr(module, "direct", None))
-        return found if PLAIN.issuperset(map(type, tensors)) else None
+        return served(self.ops.name, backend, tensors, checked, groups, size)
 
     def run(self, plan: Any, how: tuple[Any, ...], tensors: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         """(out, kept) by the plan or, where it does not fit the addresses, by the op."""

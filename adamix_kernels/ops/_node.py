@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .. import _auto, _environment, _extension
+from .._limits import Extent
 from . import _direct
 
 ADAPTER, LORA = 0, 1
@@ -144,13 +145,14 @@ def _backward(kind: int, passes: int, backend: str, *arguments: Any) -> Sequence
     return BACKWARD[BACKWARDS[kind]](kind, passes, backend, *arguments)
 
 
-def serve(direct: Any, op: int, backend: str, x: torch.Tensor, bank: torch.Tensor) -> None:
-    """Calls like this one, which `direct` serves, are the node's from now on: where it has_node, by the library's
-    kernels or, if it says which stream to launch on (current_stream), by its plans."""
+def serve(direct: Any, op: int, backend: str, x: torch.Tensor, bank: torch.Tensor, most: Extent) -> None:
+    """Calls like this one, which `direct` serves, are the node's from now on, those within `most`: where it has_node,
+    by the library's kernels or, if it says which stream to launch on (current_stream), by its plans."""
     if getattr(direct, "has_node", False):
         module = _load()
         if module is not None:
-            module.serve(op, backend, x, bank, getattr(direct, "current_stream", None))
+            stream = getattr(direct, "current_stream", None)
+            module.serve(op, backend, x, bank, stream, most.columns, most.groups)
             NODE.module = module
 
 

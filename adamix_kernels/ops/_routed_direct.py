@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from . import _checks, _node
-from ._direct import below_autograd, may_be_direct, served
+from ._direct import below_autograd, may_be_direct, served, served_within
 from ._direct_function import apply
 from ._library import below_autograd as dispatched
 from ._library import wrote
@@ -37,6 +37,8 @@ class RoutedDirect:
         fields = ops.arguments._fields
         self.added = fields.index(ops.layer.added)
         self.learned = range(len(ops.learned))
+        # Of LoRA's backward.
+        self.groups = ops.groups_of_backward
         self.saved = [fields.index(name) if name in fields else None for name in ops.saved]
         self._op_by_pass = by_pass(functools.partial(dispatched, ops.forward), 0, self.added)
         self.backward_by_pass = by_pass(ops.backward, 0, 1, 2)
@@ -57,9 +59,10 @@ class RoutedDirect:
         checked: whether it went through the checks, so that what is found out about the arguments may be kept. taken:
         gives the tensors to compute with, where they are not those to look up with.
         """
-        direct = served(self.ops.name, backend, tensors, checked)
-        if direct is None:
+        found = served_within(self.ops.name, backend, tensors, checked, options[1] if self.ops.layer is LORA else 1)
+        if found is None:
             return None
+        direct, most = found
         x = tensors[0]
         if x.is_cpu and _checks.values_at_hand(x):
             if not checked:
@@ -73,7 +76,7 @@ class RoutedDirect:
             plan = direct.make(*arguments)
         if plan is None:
             return None
-        _node.serve(direct, self.node, backend, x, tensors[1])
+        _node.serve(direct, self.node, backend, x, tensors[1], most)
         _node.keep(_node.IN_PLACE if inplace else _node.FORWARDS[self.node], plan, tensors, (*options, passes))
         tensors = tensors if taken is None else taken()
         how = direct, inplace, passes, *options, backend
@@ -88,7 +91,8 @@ class RoutedDirect:
         """The backward of a node in C++ that has no plan for it, or that something watches."""
         count = len(self.saved) + 1
         tensors = arguments[:count]
-        direct = served(self.ops.name, backend, (tensors[1], tensors[3]), False) if may_be_direct() else None
+        groups = 1 if self.groups is None else arguments[self.groups]
+        direct = served(self.ops.name, backend, (tensors[1], tensors[3]), False, groups) if may_be_direct() else None
         made = _backward(self, direct, passes, backend, *arguments)
         if made is not None and direct is not None:
             _node.keep(kind, direct.backward.find(*arguments, passes), tensors, (*arguments[count:], passes))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._backends import select
+from .._limits import routed_extent
 from ._checks import check_index_values
 from ._gates import check_scale_values, slots_of
 from ._library import (
@@ -55,6 +56,7 @@ class RoutedOps:
         needs = [n for n, field in enumerate(fields) if field.startswith("need_")]
         self._needs, self.saved = slice(needs[0], needs[-1] + 1), fields[1 : needs[0]]
         self._first_option = arguments._fields.index(fields[needs[-1] + 1])
+        self.groups_of_backward = fields.index("groups") if layer is LORA else None
         self.forward = define(name, arguments, "(Tensor, Tensor)", self._forward, self._forward_fake)
         grads = f"({', '.join(['Tensor'] * len(self.learned))})"
         self.backward = define(f"{name}_backward", of_backward, grads, self._backward, self._backward_fake)
@@ -75,7 +77,8 @@ class RoutedOps:
         """The class of shapes goes by the narrow columns of all experts, where gated, of the larger bank."""
         down, up = self._banks(a)
         experts = max(down.shape[0], up.shape[0]) if self.gated else down.shape[0]
-        return select(self.name, backend, a.x.device, a.x.dtype, experts * down.shape[1])
+        extent = routed_extent(down.shape[1], getattr(a, "groups", 1))
+        return select(self.name, backend, a.x.device, a.x.dtype, experts * down.shape[1], extent)
 
     def _run(self, a: Any, backend: str, **how: bool) -> tuple[torch.Tensor, torch.Tensor]:
         self.check_values(a)

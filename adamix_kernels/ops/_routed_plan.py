@@ -8,10 +8,14 @@ from typing import NamedTuple
 
 import torch
 
+from .._limits import UNLIMITED, Extent
+
 # Fewer tokens a sample than this and a tile takes its rows from several samples.
 MIN_SPAN = 16
 # Narrow columns of all experts that one tile may hold; beyond, the rows are grouped by expert.
 MAX_WIDTH = 256
+# An expert's columns lie in one tile whole; these widths are compiled ahead of time for every GPU.
+_WIDEST = UNLIMITED._replace(columns=MAX_WIDTH)
 
 
 class Side(NamedTuple):
@@ -50,6 +54,11 @@ class Groups(NamedTuple):
     start: torch.Tensor | None
     stop: torch.Tensor | None
     tiles: int
+
+
+def widest(device: torch.device, dtype: torch.dtype) -> Extent:
+    """The most that an adapter's kernels take."""
+    return _WIDEST
 
 
 def power_of_2(n: int) -> int:

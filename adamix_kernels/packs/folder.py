@@ -64,6 +64,8 @@ def unpack(model: nn.Module, name: str, directory: str | os.PathLike[str]) -> Pa
     state = pack_of(model)
     with state.lock:
         entry = state.entry(check_name(name))
+        for path in entry.heads:
+            heads.check_untied(model, path)  # load_adamix would write PEFT's copy into both
         folder = make_folder(directory)
         with one_writer(folder):
             check_no_pack_in(folder)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..models.quantised import dynamic_linear
+from ..models.tying import tied_outside
 from ..routing import Router
 
 
@@ -162,6 +163,19 @@ def packed_head(
         parent, _, last = name.rpartition(".")
         setattr(done.get_submodule(parent), last, new)
     return done.requires_grad_(False)
+
+
+def check_untied(model: nn.Module, path: str) -> None:
+    """Raises ValueError where a parameter of the module at `path` is another module's, too: one training changes both,
+    and a pack has one a name at `path` alone. model: the bare base, or a pack."""
+    pack = getattr(getattr(model, "adamix", None), "pack", None)
+    tied = getattr(pack, "tied", {}).get(path) or tied_outside(model, path)
+    if tied and not isinstance(model.get_submodule(path), nn.Embedding):  # which packed_head refuses
+        raise ValueError(
+            f"{path}: got a module trained whole that is tied to {tied[0]}, expected one of its own weights, which a "
+            f"pack has one a name of: adapt it with LoRA instead (target_modules=[..., {path!r}], modules_to_save=[]), "
+            "or serve the folder alone (load_adamix)"
+        )
 
 
 def packed_parts(head: nn.Module) -> dict[str, Packed]:

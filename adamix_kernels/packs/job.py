@@ -11,6 +11,7 @@ from typing import Any
 from ..models.config import AdaMixConfig
 from ..models.objectives import MULTI_LABEL, REGRESSION
 from ..ops._checks import check_positive
+from ..routing import LEARNED
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PROBLEMS = (REGRESSION, "single_label_classification", MULTI_LABEL, None)
@@ -63,6 +64,11 @@ class PackJob:
         if self.config.routing == "token":
             raise ValueError(
                 "config.routing: got 'token', expected 'batch' or 'sample', of which a pack trains several"
+            )
+        if self.config.routing == LEARNED:
+            raise ValueError(
+                "config.routing: got 'learned', expected 'batch' or 'sample': a pack trains no gates. "
+                "AdaMixTrainer does; pack what merge(model, gates='mean') gives"
             )
         for name in ("lr", "weight_decay", "eps", "label_smoothing"):
             _number(name, getattr(self, name))

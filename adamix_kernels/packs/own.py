@@ -19,6 +19,7 @@ from ..models.targets import saved_modules
 from ..modules import AdaptedLayer, RoutedLoRALinear
 from ..routing import Router, process_rank
 from .banks import Cut, TrainedBank, cuts
+from .heads import check_untied
 from .job import PackJob
 from .mix import Block, generator_of
 from .slots import RoutedLayer
@@ -39,6 +40,11 @@ class PackStep(NamedTuple):
     step: int
 
 
+def processes() -> int:
+    """How many there are in torch.distributed, 1 without it."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 class Own:
     """Attributes: name, slot, job. layers, heads: by path, the name's own parameters, which the banks hold a copy of.
     state: what adapt() would leave on a model of this name alone. steps: updates. rows: since the last update."""
@@ -52,6 +58,8 @@ class Own:
             router = Router(job.config.routing, job.config.passes)
             self.layers: dict[str, RoutedLayer] = build_layers(model, job.config, router, backend)
             whole = saved_modules(model, job.config.modules_to_save, job.config.task_type)
+            for path, _ in whole:
+                check_untied(model, path)
             self.heads = {path: _own_head(model, module) for path, module in whole}
             if job.labels is not None:
                 self._set_labels(model, len(job.labels))
@@ -149,14 +157,13 @@ class Own:
 
     def next_rows(self, rows: int, batch_size: int) -> list[int]:
         """The numbers of the rows of this name's next update: an order for each round through them, by its seed."""
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         found: list[int] = []
         first, end = self.steps * batch_size, (self.steps + 1) * batch_size
         for turn in range(first // rows, (end - 1) // rows + 1):
             generator = generator_of(torch.device("cpu"), self.job.seed, turn, "order")
             order = torch.randperm(rows, generator=generator).tolist()
             found += order[max(first - turn * rows, 0) : end - turn * rows]
-        return found[process_rank() :: world]
+        return found[process_rank() :: processes()]
 
     def add(self, rows: int, targets: torch.Tensor, sums: torch.Tensor) -> None:
         """After a backward. targets: how many terms the sums have. sums: loss, cross-entropy, consistency."""

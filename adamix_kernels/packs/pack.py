@@ -14,6 +14,7 @@ from ..models.guards import install_guards
 from ..models.inject import check_bare
 from ..models.pooling import pooling_of, set_pooling
 from ..models.state import AdaMixState, adamix_state, check_model, replace_module
+from ..models.tying import tied_outside
 from ..ops._checks import check_positive
 from . import heads, slots
 from .beside import tokenizer_files
@@ -96,7 +97,7 @@ def assemble(
     pooling = _pooling(model, sources)
     layers = slots.build(model, shapes, capacity, router, backend)
     packed, own = _heads(model, sources, capacity, router, max_labels, rows or {})
-    state = Pack(router, capacity, {}, own)
+    state = Pack(router, capacity, {}, own, {path: tied_outside(model, path) for path in packed})
     state.tokenizer = next(filter(None, (tokenizer_files(source.folder) for source in sources)), {})
     for slot, source in enumerate(sources):
         with called(source.name):

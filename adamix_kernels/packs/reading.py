@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
-from ..models.header import CHECKPOINT_NAME, PACK_NAME, check_base, check_pooling, other_weights
+from ..models.header import CHECKPOINT_NAME, PACK_NAME, check_base, check_class, check_pooling, other_weights
 from ..models.hub import resolve_folder
-from . import slots
+from . import heads, slots
 from .beside import run_of_folder
 from .peft_folder import CONFIG_NAME, read_peft
 from .sources import Source, read_adamix
@@ -32,6 +32,9 @@ def read_source(model: nn.Module, name: str, folder: Folder) -> Source:
                 "folder of save_adamix, of adamix train or of a PEFT LoRA"
             )
         check_source(model, source)
+        if source.header is not None:  # PEFT trains a copy, whatever the module is tied to
+            for path in source.heads:
+                heads.check_untied(model, path)
         source.run = run_of_folder(place)
     return source
 
@@ -51,6 +54,7 @@ def check_source(model: nn.Module, source: Source) -> None:
     """Raises ValueError where `model` is another base than the source's, or lacks a layer of it."""
     if source.header is not None:
         check_base(model, source.header)
+        check_class(model, source.header)
         different = other_weights(model, source.header)
         if different is not None:
             raise ValueError(different)

@@ -85,13 +85,15 @@ class Entry:
 @dataclass
 class Pack:
     """Attributes: router: of every layer and head. capacity: slots of every bank. entries: by name. heads: the base
-    model's own ones, by path, for names without. last: what the last forward under "nearest" chose. tokenizer: of all
-    names, as files by name; empty where no folder brought one."""
+    model's own ones, by path, for names without. tied: what the base's own ones
+    share parameters with, by path. last: what the last forward under "nearest" chose. tokenizer: of all names, as files
+    by name; empty where no folder brought one."""
 
     router: PackRouter
     capacity: int
     entries: dict[str, Entry]
     heads: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
+    tied: dict[str, list[str]] = field(default_factory=dict, repr=False)
     lock: Lock = field(default_factory=Lock, repr=False)
     last: route.Nearest | None = field(default=None, repr=False)
     tokenizer: dict[str, bytes] = field(default_factory=dict, repr=False)

@@ -24,7 +24,7 @@ from .mix import Mix
 from .own import Own, PackStep, base_of, swapped
 from .reading import Folder, called
 from .state import PackRouter, check_name
-from .training_room import Jobs, NoNames, alone, check_room, checked, free_slot, is_over, job_of
+from .training_room import Jobs, NoNames, alone, check_batch_size, check_room, checked, free_slot, is_over, job_of
 from .training_step import StepOptions, accumulate, sum_over_processes, wait_for_all
 
 
@@ -229,8 +229,9 @@ class PackTrainer:
                 tasks.collator gives.
             on_step: called with what update() returned; it may add, pause and finish names.
 
-        Raises ValueError: a name has no rows, or its job no total_steps.
+        Raises ValueError: batch_size is below the number of processes; a name has no rows, or its job no total_steps.
         """
+        check_batch_size(batch_size)
         while active := [name for name, own in self.names.items() if not own.paused and not is_over(name, own)]:
             absent = [name for name in active if name not in rows or not len(rows[name])]
             if absent:

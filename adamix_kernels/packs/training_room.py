@@ -20,7 +20,7 @@ from ..ops._checks import check_positive
 from . import training_folder
 from .banks import TrainedBank
 from .job import PackJob
-from .own import Own, swapped
+from .own import Own, processes, swapped
 from .reading import Folder
 from .slots import Shape
 
@@ -75,6 +75,16 @@ def check_room(own: Own, banks: Mapping[str, TrainedBank], heads: Mapping[str, n
             raise ValueError(f"{path}: got {new}, expected {here} with a rank of at most {here.rank} (max_rank)")
     if own.job.config.num_experts > experts:
         raise ValueError(f"num_experts: got {own.job.config.num_experts}, expected at most {experts} (max_experts)")
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises ValueError for fewer rows of a name than there are processes."""
+    check_positive(batch_size=batch_size)
+    if batch_size < processes():
+        raise ValueError(
+            f"batch_size: got {batch_size} for {processes()} processes, expected at least {processes()}: a process "
+            "without rows would keep the others waiting"
+        )
 
 
 @contextlib.contextmanager

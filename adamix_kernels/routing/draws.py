@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from ..ops._checks import check_positive
 from ..ops._node import ROUTERS
+from .forwards import Forwards, Told
 
 Ahead = dict[tuple[int, tuple[int, ...], torch.device], list[torch.Tensor]]
 LEVELS = ("batch", "sample", "token")
@@ -80,6 +81,15 @@ class Router:
         self.decoder_mask: torch.Tensor | None = None
         self.tasks: torch.Tensor | None = None
         self.batch = self._last_samples = None
+        self.forwards = Forwards()
+
+    def note(self) -> None:
+        """A training forward with these masks and tasks begins, which a backward may recompute."""
+        self.forwards.begin(Told(self.attention_mask, self.decoder_mask, self.tasks))
+
+    def told(self) -> Told:
+        """Masks and tasks of the forward that is under way, or that a backward recomputes."""
+        return self.forwards.recomputed() or Told(self.attention_mask, self.decoder_mask, self.tasks)
 
     def uses_gates(self, training: bool) -> bool:
         """Whether a layer with gates computes with them, and not with the caller's experts, or some at random."""
@@ -148,8 +158,11 @@ class Router:
 
     def tasks_of(self, rows: int, training: bool) -> torch.Tensor | None:
         """The caller's task ids; in training one for each row, where a sample is several, one after the other."""
-        tasks, samples = self.tasks, self.samples_in(rows)
-        if tasks is None or not training or samples == rows or not tasks.numel() or samples % tasks.numel():
+        tasks = self.told().tasks
+        if tasks is None:
+            return None
+        samples = self.samples_in(rows)
+        if not training or self.force_merged or samples == rows or not tasks.numel() or samples % tasks.numel():
             return tasks
         return tasks.repeat(samples // tasks.numel()).repeat_interleave(rows // samples)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import adamix_kernels
 
+from . import full as count_full
 from . import gates as count_gates
 from . import page as count_page
 from . import run as count_run
@@ -137,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.write or options.check:
         now = committed if options.write else committed | {row.key: row for row in rows}
         found += count_gates.problems(list(now.values()), {row.key for row in rows})
+        found += count_full.problems(now.values(), {row.key for row in rows})
     if options.out:
         table.write(options.out, rows)
     for line in [*found, *failed]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .. import ROOT, plot
 from ..measure.record import write_text
+from . import full as count_full
 from . import gates as count_gates
 from . import model
 from .table import Row
@@ -98,10 +99,6 @@ _LIMITS = (
     "Adapter backward, r = 16, N = 8,192: 0.75 (csrc/) and 0.56 (Triton), wanted 0.75. The floor takes 17.1 "
     "microseconds. csrc/: with the sums that blocks leave 18.3, ramps 2 and 1, 0.80 at most. Triton reads grad_out "
     "twice at this size, 1.32 of the floor in three launches: 0.60 at most.",
-    "LoRA forward, r = 48, N = 8,192: 0.79 (csrc/) and 0.75 (Triton), wanted 0.80. Base, x and out take 17.1 "
-    "microseconds, weights 0.4, the ramp 2: 0.88 at most. Of the 2.17 of the floor that csrc/ loads, 1.5 are weights: "
-    "a block of 64 rows reads A four times and B twice. A read twice would take twice the sums of the first product a "
-    "lane, which spill 52 bytes at 128 registers (compiled, not counted).",
     "Adapter backward, r = 48, H = 768, on a V100: 0.29, where 0.60 is wanted at r = 16 (there 0.72). The kernels for "
     "any shape take 0.60 warp instructions a byte with 4 warps a multiprocessor, of which the model issues 1.25 a "
     "cycle: 0.32 at most. The one pass of a V100 holds 16 ranks.",
@@ -142,6 +139,7 @@ def page(rows: Sequence[Row]) -> str:
         *(["\n".join([_filled(_MERGES), "", *(_filled(line, "- ") for line in few)])] if (few := merges(rows)) else []),
         _filled(_WIDE),
         _filled(_WAYS),
+        *([_filled(said)] if (said := count_full.sentence(rows)) else []),
         "\n".join([_filled(_ROUTED), "", *(_filled(line, "- ") for line in _LIMITS)]),
         "## Gates",
         _filled(_GATES),

@@ -63,7 +63,7 @@ _MAY_SPILL = {
     "gated_sorted_input_grad_mma_kernel": (90, 20, 28),
     "gated_sorted_weight_grad_mma_kernel": (75, 16, 20),  # of an adapter's biases
     "pair_loss_kernel": (90, 64, 28),  # rows of which no cluster holds all
-    "routed_lora_forward_mma_kernel": (100, 80, 256),
+    "routed_lora_forward_mma_kernel": (75, 60, 124),  # pointers to rows of x
     "routed_lora_input_grad_mma_kernel": (100, 60, 256),
 }
 

@@ -77,7 +77,7 @@ bool read_lora(const Layer& layer, Lora& call) {
       !layer.own.read_into(names().backend, call.backend) || !is_usual(call)) {
     return false;
   }
-  call.service = service_of(kLora, call.backend, call.x, call.lora_a);
+  call.service = service_of(kLora, call.backend, call.x, call.lora_a, call.groups);
   return call.service != Service::kNone;
 }
 
@@ -116,7 +116,7 @@ bool read_adapter(const Layer& layer, const at::Tensor& like, int64_t features, 
       !layer.own.read_into(names().backend, call.backend)) {
     return false;
   }
-  call.service = service_of(kAdapter, call.backend, like, call.down_weight);
+  call.service = service_of(kAdapter, call.backend, like, call.down_weight, 1);
   return call.service != Service::kNone;
 }
 

@@ -28,7 +28,7 @@ PyObject* adapter(PyObject*, PyObject* const* given, Py_ssize_t count) {
       !read(given[11], call.backend) || !call.up_weight.defined() || call.up_weight.dim() != 3) {
     Py_RETURN_NONE;
   }
-  call.service = service_of(kAdapter, call.backend, call.x, call.down_weight);
+  call.service = service_of(kAdapter, call.backend, call.x, call.down_weight, 1);
   if (call.service == Service::kNone) Py_RETURN_NONE;
   return given_back(run_adapter(call));
   END_HANDLE_TH_ERRORS
@@ -48,7 +48,7 @@ PyObject* lora(PyObject*, PyObject* const* given, Py_ssize_t count) {
       !read(given[14], call.backend) || !call.lora_b.defined() || call.lora_b.dim() != 3 || !is_usual(call)) {
     Py_RETURN_NONE;
   }
-  call.service = service_of(kLora, call.backend, call.x, call.lora_a);
+  call.service = service_of(kLora, call.backend, call.x, call.lora_a, call.groups);
   if (call.service == Service::kNone) Py_RETURN_NONE;
   draw_seed(call);
   Base base = given[11] != Py_True ? Base::kStays : given[12] == Py_True ? Base::kConsumed : Base::kOverwritten;
@@ -56,15 +56,16 @@ PyObject* lora(PyObject*, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// serve(op, backend, x, bank, current_stream): the library's kernels (None), where they are of this module's version,
-// or plans serve calls like this one from now on.
+// serve(op, backend, x, bank, current_stream, columns, groups): the library's kernels (None), where they are of this
+// module's version, or plans serve calls like this one of at most so many from now on.
 PyObject* serve(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   int64_t op = 0;
   std::string backend;
-  TORCH_CHECK(count == 5 && read(given[0], op) && read(given[1], backend) && THPVariable_Check(given[2]) &&
-                  THPVariable_Check(given[3]),
-              "serve: expected an op's number, a backend, x, a bank and current_stream or None");
+  Most most{};
+  TORCH_CHECK(count == 7 && read(given[0], op) && read(given[1], backend) && THPVariable_Check(given[2]) &&
+                  THPVariable_Check(given[3]) && read(given[5], most.columns) && read(given[6], most.groups),
+              "serve: expected an op's number, a backend, x, a bank, current_stream or None, and two limits");
   at::Tensor x, bank;
   if (!read(given[2], x) || !read(given[3], bank)) Py_RETURN_NONE;  // not plain memory
   bool planned = given[4] != Py_None;
@@ -73,7 +74,7 @@ PyObject* serve(PyObject*, PyObject* const* given, Py_ssize_t count) {
     python.current_stream = given[4];
   }
   if (planned || find_kernels())
-    note_served(static_cast<OpId>(op), backend, x, bank, planned ? Service::kPlans : Service::kKernels);
+    note_served(static_cast<OpId>(op), backend, x, bank, most, planned ? Service::kPlans : Service::kKernels);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }

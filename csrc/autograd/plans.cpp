@@ -148,6 +148,13 @@ std::vector<at::Tensor> python_backward(PlanKind kind, const std::vector<c10::IV
   return results;
 }
 
+// Python's plans are offered again, when they serve a call.
+void offer_again() {
+  for (const auto& [key, plan] : plans()) {
+    if (PyObject_SetAttrString(plan->source, "kept", Py_False) != 0) PyErr_Clear();
+  }
+}
+
 class Gil {
  public:
   Gil() : state_(PyGILState_Ensure()) {}
@@ -222,7 +229,7 @@ PyObject* keep_plan(PyObject*, PyObject* const* given, Py_ssize_t count) {
     tensors.emplace_back();
     fits = read(item, tensors.back()) && fits;
   });
-  if (!fits || tensors.empty() || !tensors[0].defined() || plans().size() >= kMostPlans) Py_RETURN_FALSE;
+  if (!fits || tensors.empty() || !tensors[0].defined()) Py_RETURN_FALSE;
   Request request(static_cast<PlanKind>(kind), std::move(tensors));
   each(given[2], [&](PyObject* item) { fits = put_option(item, request) && fits; });
   if (!fits || !request.fits() || !put_state(request)) Py_RETURN_FALSE;
@@ -233,6 +240,8 @@ PyObject* keep_plan(PyObject*, PyObject* const* given, Py_ssize_t count) {
   std::shared_ptr<Plan> plan = read_plan(described);
   Py_INCREF(given[3]);
   plan->source = given[3];
+  // Batches of very many shapes begin anew, as Python's plans do; a call under way holds its own.
+  if (plans().size() >= kMostPlans) offer_again(), forget_plans();
   plans().emplace(request.key(), std::move(plan));
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS

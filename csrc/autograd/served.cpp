@@ -6,8 +6,8 @@
 namespace adamix {
 namespace {
 
-// An op, a request and a kind of tensors that kernels were found to serve. table: backend="auto" chose by it, for a
-// bank of this size; null where a backend was named.
+// An op, a request and a kind of tensors that kernels were found to serve, of calls within `most`. table:
+// backend="auto" chose by it, for a bank of this size; null where a backend was named.
 struct Served {
   OpId op;
   std::string backend;
@@ -15,6 +15,7 @@ struct Served {
   at::ScalarType dtype;
   int64_t size;
   PyObject* table;
+  Most most;
   Service service;
 };
 
@@ -24,6 +25,19 @@ std::vector<Served> served;
 PyObject* current_table() {
   static PyObject* const name = interned("table");
   return PyDict_GetItem(python.choices, name);
+}
+
+// What is known of such calls, of any rank, or null.
+const Served* find(OpId op, const std::string& backend, const at::Tensor& x, const at::Tensor& bank) {
+  if (!x.defined() || !bank.defined() || bank.dim() != 3) return nullptr;
+  int64_t size = bank.size(0) * bank.size(1);
+  for (const Served& known : served) {
+    if (known.op == op && known.backend == backend && known.dtype == x.scalar_type() && known.device == x.device() &&
+        (known.table == nullptr || (known.size == size && known.table == current_table()))) {
+      return &known;
+    }
+  }
+  return nullptr;
 }
 
 }  // namespace
@@ -87,25 +101,19 @@ bool is_switched_off() {
   return PyObject_IsTrue(PyDict_GetItem(python.direct, switched_off)) != 0;
 }
 
-Service service_of(OpId op, const std::string& backend, const at::Tensor& x, const at::Tensor& bank) {
-  if (!x.defined() || !bank.defined() || bank.dim() != 3) return Service::kNone;
-  int64_t size = bank.size(0) * bank.size(1);
-  for (const Served& known : served) {
-    if (known.op == op && known.backend == backend && known.dtype == x.scalar_type() && known.device == x.device() &&
-        (known.table == nullptr || (known.size == size && known.table == current_table()))) {
-      return known.service;
-    }
-  }
-  return Service::kNone;
+Service service_of(OpId op, const std::string& backend, const at::Tensor& x, const at::Tensor& bank, int64_t groups) {
+  const Served* known = find(op, backend, x, bank);
+  return known != nullptr && known->most.take(bank.size(1), groups) ? known->service : Service::kNone;
 }
 
-void note_served(OpId op, const std::string& backend, const at::Tensor& x, const at::Tensor& bank, Service service) {
-  if (service_of(op, backend, x, bank) != Service::kNone) return;
+void note_served(OpId op, const std::string& backend, const at::Tensor& x, const at::Tensor& bank, const Most& most,
+                 Service service) {
+  if (find(op, backend, x, bank) != nullptr) return;
   if (served.size() >= kMostServed) served.clear();
   // A reference for good: another table at the same place would look the same.
   PyObject* table = backend == "auto" ? current_table() : nullptr;
   Py_XINCREF(table);
-  served.push_back({op, backend, x.device(), x.scalar_type(), bank.size(0) * bank.size(1), table, service});
+  served.push_back({op, backend, x.device(), x.scalar_type(), bank.size(0) * bank.size(1), table, most, service});
 }
 
 void forget_served() { served.clear(); }

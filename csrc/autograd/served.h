@@ -42,9 +42,22 @@ bool is_switched_off();
 // no batched, negated or dual tensor.
 bool is_plain(const at::Tensor& t);
 
-// What serves calls of an op like this one, as Python found (`note_served`) since the last `forget_served`.
-Service service_of(OpId op, const std::string& backend, const at::Tensor& x, const at::Tensor& bank);
-void note_served(OpId op, const std::string& backend, const at::Tensor& x, const at::Tensor& bank, Service service);
+// The most that kernels take, as in adamix_kernels/_limits.py: narrow columns, and LoRA's groups of them.
+struct Most {
+  int64_t columns, groups;
+  // Each group's columns begin at a multiple of 16.
+  bool take(int64_t wanted, int64_t of_groups) const {
+    if (of_groups < 1 || of_groups > groups) return false;
+    int64_t unit = 16 * of_groups;
+    return (wanted + unit - 1) / unit * unit <= columns;
+  }
+};
+
+// What serves calls of an op like this one, as Python found (`note_served`) since the last `forget_served`; nothing
+// beyond the most that it takes.
+Service service_of(OpId op, const std::string& backend, const at::Tensor& x, const at::Tensor& bank, int64_t groups);
+void note_served(OpId op, const std::string& backend, const at::Tensor& x, const at::Tensor& bank, const Most& most,
+                 Service service);
 void forget_served();
 
 // A new reference to the output, or to None where nothing was done.

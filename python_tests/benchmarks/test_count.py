@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.count import beside as count_beside
+from benchmarks.count import full as count_full
 from benchmarks.count import gates as count_gates
 from benchmarks.count import model as count_model
 from benchmarks.count import table as count_table
@@ -353,3 +354,13 @@ def test_what_the_pointers_of_an_argument_lead_to_lies_side_by_side():
     assert [(span.low, span.high) for span in found] == [
         (first, second), (second, known.data_ptr()), (known.data_ptr(), known.data_ptr() + 4000),
     ]  # fmt: skip
+
+
+def test_the_full_gradient_is_held_against_the_detached_one():
+    full = row(op="adamix_loss_full/both", instructions=1_450_000, h100=0.4, h200=0.35, b200=0.2)
+    assert count_full.problems([row(), full], {full.key}) == [
+        f"{full}: 1.500 of the detached gradient's time on B200, at most 1.4"
+    ]
+    assert count_full.problems([row(), full], {"another"}) == []
+    assert "1.45 to 1.45 of the detached one's instructions, and at most 1.50" in count_full.sentence([row(), full])
+    assert count_full.sentence([row()]) == ""

@@ -61,7 +61,8 @@ def test_the_table_holds_every_kernel_for_every_target():
 
 
 def test_the_table_is_of_these_sources():
-    now = {str(path.relative_to(CSRC)): cuda_compile.source_fingerprint(path, CSRC) for path in SOURCES}
+    of_kernels = [path for path in SOURCES if "__global__" in path.read_text()]
+    now = {str(path.relative_to(CSRC)): cuda_compile.source_fingerprint(path, CSRC) for path in of_kernels}
     assert {row.file: row.source for row in ROWS} == now, "python -m benchmarks.cuda_compile --write"
 
 
@@ -203,11 +204,11 @@ def test_a_broken_limit_is_named(change, words):
 
 
 def test_what_keeps_to_128_registers_may_spill_a_little_on_new_gpus():
-    row = replace(GOOD, kernel="routed_lora_forward_mma_kernel<half 2>", target=100, spill_stores=80, spill_loads=96)
+    row = replace(GOOD, kernel="routed_lora_input_grad_mma_kernel<half 2>", target=100, spill_stores=60, spill_loads=96)
     assert problems([row]) == []
-    assert "84 B of spill stores" in problems([replace(row, spill_stores=84)])[0]
-    assert "80 B of spill stores" in problems([replace(row, target=90)])[0]
-    assert "80 B of spill stores" in problems([replace(row, kernel="a_kernel<half 2>")])[0]
+    assert "64 B of spill stores" in problems([replace(row, spill_stores=64)])[0]
+    assert "60 B of spill stores" in problems([replace(row, target=90)])[0]
+    assert "60 B of spill stores" in problems([replace(row, kernel="a_kernel<half 2>")])[0]
 
 
 def test_some_kernels_may_spill_a_little():

@@ -21,6 +21,7 @@ CASES = {
     "some_layers": ("bert", dict(activation="relu", share="down", layers_to_transform=[1])),
     "linear": ("bert", dict(activation=None, bottleneck=3)),
     "merged": ("roberta", dict(activation="silu")),
+    "widths": ("bert", dict(rank_pattern={"1.output.dense": 3})),
 }
 BUILD = {"bert": tiny.tiny_bert, "roberta": tiny.tiny_roberta}
 

@@ -91,6 +91,16 @@ def test_reduction_factor_rounds_to_the_bottleneck(bottleneck, tmp_path):
     assert int(H // factor) == bottleneck
 
 
+def test_widths_that_differ_are_told_layer_by_layer(tmp_path):
+    model = adapted(rank_pattern={"1.output.dense": 3})
+    for exported in (model, merge(model)):
+        export_adapterhub(exported, tmp_path)
+        config, tensors = read(tmp_path)
+        factors = config["config"]["reduction_factor"]
+        widths = {i: len(tensors[f"bert.encoder.layer.{i}.output.adapters.adamix.adapter_down.0.bias"]) for i in "01"}
+        assert widths == {i: int(H // factors[i]) for i in "01"} == {"0": R, "1": 3}
+
+
 def test_head_files(tmp_path):
     model = adapted()
     export_adapterhub(model, tmp_path)

@@ -23,6 +23,7 @@ SHAPES = {
         a_kind="token", b_kind="sample", groups=2, batch=2, tokens=19, features=320, rank=16, per_group=32
     ),
     "rank 20": dict(a_kind="none", b_kind="token", batch=1, tokens=50, features=64, rank=20, per_group=296),
+    "rank 36": dict(a_kind="none", b_kind="sample", batch=2, tokens=40, features=352, rank=36, per_group=40),
     "rank 48, tokens": dict(a_kind="token", batch=2, tokens=24, features=288, rank=48, per_group=40),
     "rank 64": dict(a_kind="none", batch=1, tokens=33, features=160, rank=64, per_group=104),
     "shares of rows": dict(a_kind="token", groups=2, batch=3, tokens=110, features=40, rank=4, per_group=24),
@@ -51,7 +52,7 @@ def test_every_shape(case, dtype, dropout_p):
 
 
 @pytest.mark.skipif(not ON_HOST, reason="a GPU has more multiprocessors")
-@pytest.mark.parametrize("case", ["rank 8, samples of both", "rank 48, tokens", "rank 64"])
+@pytest.mark.parametrize("case", ["rank 8, samples of both", "rank 36", "rank 48, tokens", "rank 64"])
 def test_blocks_of_64_rows(case, monkeypatch):
     """The same bits as of blocks of 32 rows, which a GPU of many multiprocessors is given for so few rows."""
     tensors, options = draw(torch.bfloat16, **SHAPES[case])
@@ -80,6 +81,14 @@ def test_other_rows_go_to_the_kernels_for_any(wrong):
     with launches() as names:
         check(*draw(torch.bfloat16, **sizes), 0.3)
     assert set(names) & ANY
+
+
+@pytest.mark.skipif(not ON_HOST, reason="a GPU keeps no record of launches")
+def test_sums_without_room_in_shared_memory_go_to_the_kernel_for_any(monkeypatch):
+    monkeypatch.setenv("ADAMIX_HOST_SHARED", "60000")
+    with launches() as names:
+        check(*draw(torch.bfloat16, **SHAPES["rank 48, tokens"]), 0.3)
+    assert set(names) == PIECES - {"routed_lora_forward_mma_kernel"} | {"routed_lora_forward_kernel"}
 
 
 @pytest.mark.parametrize("dtype", HALVES)

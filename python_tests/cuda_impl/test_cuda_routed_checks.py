@@ -151,13 +151,13 @@ def test_tensors_elsewhere_are_refused(op, arguments):
 
 def test_a_rank_beyond_shared_memory_is_refused_with_the_sizes():
     tensors, indices = draw_adapter(DEVICE, torch.float32, 1, 2, 4, 2000, 1, 1, None, None)
-    with pytest.raises(RuntimeError, match=r"routed_adapter_forward: needs \d+ bytes of shared memory, the device has"):
+    with pytest.raises(RuntimeError, match=r"routed_adapter: r, in units of 16: got 2000, expected at most \d+ on"):
         run_adapter("cuda", tensors, indices)(*tensors)
 
 
 def test_a_refused_launch_leaves_the_base_as_it_was():
     (x, a, b, base, _), options = draw_lora(DEVICE, batch=1, tokens=2, rank=2000, dtype=torch.float32)
     before = base.clone()
-    with pytest.raises(RuntimeError, match=r"routed_lora_forward: needs \d+ bytes of shared memory, the device has"):
+    with pytest.raises(RuntimeError, match=r"routed_lora: r, in units of 16: got 2000, expected at most \d+ on"):
         routed_lora(x, a, b, base=base, **options, inplace=True, backend="cuda")
     assert torch.equal(base, before)

@@ -1,5 +1,6 @@
 """A base of the same sizes and other weights: a pack refuses it, load_adamix warns."""
 
+import json
 import logging
 
 import pytest
@@ -7,7 +8,7 @@ import tiny
 import tiny_packs as tp
 import torch
 
-from adamix_kernels import AdaMixConfig, adapt, add_expert, load_adamix, load_pack, pack, save_pack
+from adamix_kernels import AdaMixConfig, adapt, add_expert, load_adamix, load_pack, merge, pack, save_adamix, save_pack
 from adamix_kernels.models.base_weights import others, sampled
 
 
@@ -45,6 +46,44 @@ def test_load_adamix_warns_of_other_weights_and_of_nothing_else(tmp_path, caplog
     assert not caplog.messages
     load_adamix(another(), folder)
     assert "other frozen weights than the one that the checkpoint was trained on" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+def test_where_every_layer_is_adapted_and_the_embedding_trained_the_layers_bases_tell(method, tmp_path, caplog):
+    def llama(seed=1):
+        model = tiny.tiny_llama(tie_word_embeddings=True)
+        for parameter in model.parameters():
+            parameter.data.add_(seed - 1)
+        return model
+
+    config = AdaMixConfig(method=method, target_modules="all-linear", modules_to_save=["embed_tokens"], num_experts=2)
+    model = tp.randomise(adapt(llama(), config), 1)
+    stored = sampled(model)
+    assert len(stored) == 5
+    assert set(stored) <= {name for name, _ in llama().named_parameters()} - {"model.embed_tokens.weight"}
+    folders = [save_adamix(model, tmp_path / "experts")]
+    if method == "adapter":
+        folders.append(save_adamix(merge(model), tmp_path / "merged"))
+        assert sampled(model) == stored
+    for folder in folders:
+        with caplog.at_level(logging.WARNING):
+            load_adamix(llama(), folder)
+            load_adamix(load_adamix(llama(), folder), folder)
+        assert not caplog.messages
+        load_adamix(llama(2), folder)
+        assert "other frozen weights" in caplog.text
+        caplog.clear()
+
+
+def test_what_a_lora_was_merged_into_tells_nothing(tmp_path, caplog):
+    model = tp.randomise(adapt(tiny.tiny_bert(), AdaMixConfig(method="lora", target_modules="all-linear")), 1)
+    experts = save_adamix(model, tmp_path / "experts")
+    merged = save_adamix(merge(model), tmp_path / "merged")
+    assert not [name for name in sampled(model) if name.rpartition(".")[0] in model.adamix.paths]
+    with caplog.at_level(logging.WARNING):
+        load_adamix(load_adamix(tiny.tiny_bert(), merged), merged)
+    assert not caplog.messages
+    assert others(another(), json.loads((experts / "adamix_checkpoint.json").read_text())["base_model"]["weights"])
 
 
 def test_one_matrix_that_is_new_in_each_process_and_a_base_without_values_tell_nothing():

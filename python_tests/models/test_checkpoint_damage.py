@@ -20,6 +20,7 @@ from checkpoint_cases import (
 )  # fmt: skip
 from two_writers import write_while_locked
 
+from adamix_kernels import AdaMixConfig, adapt, pack
 from adamix_kernels.models import checkpoint
 from adamix_kernels.models.checkpoint import load_adamix, save_adamix
 from adamix_kernels.models.merging import merge
@@ -108,6 +109,32 @@ def test_a_model_whose_head_can_read_no_mean_stays_untouched(tmp_path):
     with pytest.raises(ValueError, match=message):
         load_adamix(other, tmp_path)
     same_picture(before, picture(other))
+
+
+def test_a_head_of_another_task_is_refused_and_another_class_told(tmp_path, caplog):
+    """Of the same sizes: a sentence's classifier and a token's."""
+
+    class Own(transformers.BertForSequenceClassification):
+        pass
+
+    folder, plain = save_adamix(adapted(), tmp_path / "head"), tmp_path / "plain"
+    other = tiny.tiny_bert(model_class=transformers.BertForTokenClassification)
+    before = picture(other)
+    said = "model: got a BertForTokenClassification, expected a BertForSequenceClassification, which the checkpoint was"
+    with pytest.raises(ValueError, match=f"^{said} saved from: classifier was trained for another task"):
+        load_adamix(other, folder)
+    with pytest.raises(ValueError, match=f"^a: {said}"):
+        pack(other, {"a": folder})
+    same_picture(before, picture(other))
+    save_adamix(adapt(tiny.tiny_bert(), AdaMixConfig(modules_to_save=[], num_experts=2)), plain)
+    load_adamix(tiny.tiny_bert(model_class=Own), folder)
+    load_adamix(bare(), save_adamix(torch.compile(adapted()), tmp_path / "compiled"))
+    assert not caplog.messages
+    load_adamix(other, plain)
+    assert said in caplog.text
+    caplog.clear()
+    load_adamix(bare(), save_adamix(load_adamix(tiny.tiny_bert(model_class=Own), folder), tmp_path / "own"))
+    assert "got a BertForSequenceClassification, expected a Own" in caplog.text
 
 
 def test_two_writers_of_one_folder_wait_for_each_other(tmp_path, caplog):

@@ -10,7 +10,7 @@ from checkpoint_cases import CASES, adapted, bare, same_bits
 
 from adamix_kernels.models.checkpoint import load_adamix, save_adamix
 from adamix_kernels.models.contexts import disable
-from adamix_kernels.models.merging import merge, unmerge
+from adamix_kernels.models.merging import learn_merging, merge, unmerge
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -64,6 +64,19 @@ def test_disable_needs_what_was_dropped_only_where_the_weights_changed():
     other.classifier.load_state_dict(adapter.classifier.state_dict())
     with disable(adapter):
         assert torch.equal(adapter(**batch).logits, other(**batch).logits)
+
+
+@pytest.mark.parametrize("case", ["bert_adapter", "bert_lora"])
+def test_what_is_frozen_stays_frozen(case):
+    """One trained bank among frozen ones, and none where the merge scores were learned."""
+    model = adapted(case).requires_grad_(False)
+    layer = model.get_submodule(model.adamix.paths[0])
+    if case == "bert_adapter":
+        layer.adapter.up_bias.requires_grad_(True)
+    want = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert [name for name, p in merge(model).named_parameters() if p.requires_grad] == want
+    learned = merge(learn_merging(adapted(case)))
+    assert not any(p.requires_grad for name, p in learned.named_parameters() if "classifier" not in name)
 
 
 def test_keep_is_a_bool():

@@ -211,6 +211,14 @@ def test_export_and_counts_on_an_int8_base(tmp_path):
     with pytest.raises(ValueError, match="without experts"):
         export_peft(loaded, tmp_path / "none", expert=1)
     assert not (tmp_path / "none").exists()
+    experts = (export_peft(model, tmp_path / "one", expert=1, head=False) / "adapter_model.safetensors").read_bytes()
+    randomise(model)  # the merged LoRA, trained on
+    save_adamix(model, tmp_path / "checkpoint")
+    loaded = load_adamix(quantise(tiny.tiny_bert()), tmp_path / "checkpoint")
+    names = "trained", "loaded_trained"
+    files = [(export_peft(m, tmp_path / n) / "adapter_model.safetensors") for n, m in zip(names, (model, loaded))]
+    assert files[0].read_bytes() == files[1].read_bytes() != (tmp_path / "merged" / files[0].name).read_bytes()
+    assert (export_peft(model, tmp_path / "two", expert=1, head=False) / files[0].name).read_bytes() == experts
 
 
 def test_a_quantised_head_is_refused_and_nothing_changes():

@@ -170,6 +170,27 @@ def test_label_smoothing_of_the_first_pass_alone(tmp_path):
     torch.testing.assert_close(loss, (smoothed + mean_kl(first, second)).float(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize(("task", "problem"), [("regression", "regression"), ("multi label", "multi_label_class")])
+def test_label_smoothing_of_what_is_no_class_is_refused(task, problem, weight, tmp_path):
+    model = adapted(TASKS[task](), consistency_weight=weight).train()
+    trainer = trainer_for(model, tmp_path, label_smoothing_factor=0.3)
+    with pytest.raises(ValueError, match=f"label_smoothing: got 0.3, expected 0 with problem_type '{problem}"):
+        trainer.compute_loss(model, task_batch(task, model))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_labels_in_a_column_are_those_in_a_row(weight, tmp_path):
+    model = adapted(tiny_bert(3), consistency_weight=weight).train()
+    batch = batch_for(model, 4, 6)
+    trainer = trainer_for(model, tmp_path)
+    found = []
+    for labels in (batch["labels"], batch["labels"].view(-1, 1)):
+        torch.manual_seed(5)
+        found.append(trainer.compute_loss(model, {**batch, "labels": labels}))
+    assert torch.equal(*found)
+
+
 def test_given_decoder_inputs_are_kept(tmp_path):
     model = adapted(tiny_t5()).train()
     batch = batch_for(model, 2, 6)
@@ -206,6 +227,17 @@ def test_an_update_without_a_label_has_a_loss_of_zero(weight, tmp_path):
     trainer.train()
     logs = [log for log in trainer.state.log_history if "learning_rate" in log]
     assert [(log["loss"], log["cross_entropy"], log["consistency"]) for log in logs] == [(0, 0, 0)] * 2
+
+
+def test_a_kind_of_model_with_several_classes_has_a_loss(tmp_path):
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8)
+    config = transformers.DeiTConfig(**sizes, patch_size=4, hidden_dropout_prob=0.0, num_labels=3)
+    model = adapted(transformers.DeiTForImageClassification(config), num_experts=1, target_modules="all-linear").train()
+    batch = {"pixel_values": torch.randn(4, 3, 8, 8), "labels": torch.tensor([0, 1, 2, 0])}
+    loss = trainer_for(model, tmp_path).compute_loss(model, dict(batch))
+    torch.testing.assert_close(loss, model(**batch).loss)
+    with pytest.raises(NotImplementedError, match="DeiTForImageClassificationWithTeacher"):
+        Objective(transformers.DeiTForImageClassificationWithTeacher(config))
 
 
 def test_a_task_without_a_loss_is_named(tmp_path):

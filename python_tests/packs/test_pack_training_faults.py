@@ -8,6 +8,8 @@ from two_writers import write_while_locked
 
 from adamix_kernels import AdaMixConfig, PackJob, PackTrainer, merge, save_adamix, use_experts
 
+LEARNED = {"routing": "learned", "mix": "weights"}
+
 
 def test_two_writers_of_one_folder_wait_for_each_other(tmp_path, caplog):
     first, second = trainer_of(ADAPTERS), trainer_of(ADAPTERS)
@@ -104,6 +106,8 @@ def test_whatever_goes_wrong_changes_nothing(monkeypatch):
         ({"schedule": "linear"}, "total_steps: got None"), ({"max_grad_norm": 0.0}, "max_grad_norm"),
         ({"labels": "yes"}, "labels"), ({"labels": ["a", "a"]}, "labels"), ({"problem": "hard"}, "problem"),
         ({"seed": True}, "seed"), ({"config": AdaMixConfig(routing="token")}, "config.routing"),
+        *(({"config": AdaMixConfig(**LEARNED, **more)}, "config.routing: got 'learned', .*AdaMixTrainer")
+          for more in ({"router": "linear"}, {"router": "task", "num_tasks": 2}, {"router": "sentence"})),
     ],
 )  # fmt: skip
 def test_a_job_that_is_none(option, told):
@@ -111,6 +115,25 @@ def test_a_job_that_is_none(option, told):
         PackJob(**{"config": AdaMixConfig(), **option})
     job = ADAPTERS["b"]
     assert PackJob.from_dict(job.to_dict()) == job
+
+
+def test_every_process_has_rows(monkeypatch):
+    trainer = trainer_of({"a": PackJob(AdaMixConfig(bottleneck=4), total_steps=1)})
+    batch = tiny.batch_for(trainer.model, 4)
+    rows = [{name: value[n] for name, value in batch.items()} for n in range(4)]
+
+    def collate(rows):
+        return {name: torch.stack([row[name] for row in rows]) for name in batch}
+
+    with pytest.raises(ValueError, match="batch_size: got 0"):
+        trainer.train({"a": rows}, collate, batch_size=0)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    with pytest.raises(ValueError, match="batch_size: got 1 for 2 processes, expected at least 2"):
+        trainer.train({"a": rows}, collate, batch_size=1)
+    assert trainer.names["a"].next_rows(4, 2) != []
+    assert trainer.names["a"].steps == 0
 
 
 @pytest.mark.parametrize("method", ["adapter", "lora"])

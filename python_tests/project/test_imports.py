@@ -23,7 +23,7 @@ BUILT_OF = {
 TRITON_ROOMS = ("_triton_utils", "_routed_tiles", "_gated_tiles", "_row_tiles", "_adapter_planes", "_gated_sum")
 # A room may import rooms of a lower floor, and its own.
 FLOORS = {
-    "_environment": -1, "_version": 0, "_extras": 0, "_build": 0, "_extension": 0, "_triton_utils": 0,
+    "_environment": -1, "_limits": -1, "_version": 0, "_extras": 0, "_build": 0, "_extension": 0, "_triton_utils": 0,
     "_auto": 0, "testing": 0, "_scratch": 0, "_backends": 0.5,
     "ops": 1, "functional": 2, "routing": 2, "modules": 3, "verifying": 3, "models": 4, "packs": 4.7, "peft": 5,
     "_official_keys": 4.5, "convert": 5, "compat": 5, "tasks": 5, "reports": 5, "recipes": 5.5,

@@ -299,7 +299,7 @@ ROWS = {
     "no slot": dict(form="chosen, token", slots=0),
     "no slot, one up": dict(form="chosen, token", banks=(3, 1), slots=0, mix="weights"),
     "one row": dict(form="chosen, token", batch=1, tokens=1),
-    "wider than a tile": dict(form="chosen, token", banks=(2, 2), rank=300, tokens=3),
+    "as wide as a tile": dict(form="chosen, token", banks=(2, 2), rank=256, tokens=3),
     "primes": dict(form="chosen, token", tokens=37, features=41, out=37),
     "many experts": dict(
         form="chosen, token", banks=(33, 33), rank=8, tokens=2, dtype=torch.bfloat16, gates_dtype=torch.float32

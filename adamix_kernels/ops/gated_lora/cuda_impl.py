@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
+from ..._extension import grouped_most as most
 from ..._extension import unsupported
 from .._direct import Kept, traits
 from .._gated_mix import gates_grad
 from .signatures import Backward, Forward
 
-__all__ = ["backward", "direct", "forward", "unsupported"]
+__all__ = ["backward", "direct", "forward", "most", "unsupported"]
 
 _ops = torch.ops.adamix_cuda
 

@@ -22,7 +22,8 @@ def merge_experts(
     Args:
         bank: [M, ...], floating, M >= 1; one side's parameters, the experts on the first axis.
         scores: [M], floating of any dtype, or None.
-        backend: "auto", "reference", "triton" or "cuda".
+        backend: "auto", "reference", "triton" or "cuda", which takes an M whose shares a GPU's shared memory holds,
+            1,800 at least; "auto" takes the reference beyond.
 
     Returns:
         A new tensor, bank's shape without the first axis, bank's dtype. Accumulated in float32 (float64

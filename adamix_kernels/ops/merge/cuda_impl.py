@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..._extension import merge_most as most
 from ..._extension import unsupported
 from ._results import Results
 from ._wide import lora_backward
@@ -27,6 +28,7 @@ __all__ = [
     "lora_banks_forward",
     "lora_forward",
     "loras_forward",
+    "most",
     "unsupported",
 ]
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..._backends import select
+from ..._limits import Extent
 from .._direct import PLAIN, may_be_direct
 from .._library import define
 from ._results import Results
@@ -18,11 +19,12 @@ from .signatures import Banks, Experts, ExpertsBackward, LoRA, LoRABackward, LoR
 
 
 def _runs(name: str) -> Callable[[Any, str], Any]:
-    """What the backend's function of that name gives; the first tensor decides which backend."""
+    """What the backend's function of that name gives; the first tensor decides which backend, and a bank's experts."""
 
     def run(a: Any, backend: str) -> Any:
         first = a[0][0] if isinstance(a[0], list) else a[0]
-        return getattr(_select(first, backend), name)(*a)
+        extent = _extent(a.bank, a.scores) if "bank" in a._fields else None
+        return getattr(_select(first, backend, extent), name)(*a)
 
     return run
 
@@ -40,7 +42,8 @@ def _experts_backward_fake(a: ExpertsBackward, backend: str) -> tuple[torch.Tens
 def _banks_forward(a: Banks, backend: str) -> list[torch.Tensor]:
     alike: dict[tuple[ModuleType, torch.device, torch.dtype], list[int]] = {}
     for n, bank in enumerate(a.banks):
-        alike.setdefault((_select(bank, backend), bank.device, bank.dtype), []).append(n)
+        module = _select(bank, backend, _extent(bank, a.scores[n]))
+        alike.setdefault((module, bank.device, bank.dtype), []).append(n)
     merged = list(a.banks)
     for (module, _, _), which in alike.items():
         outs = module.banks_forward([a.banks[n] for n in which], [a.scores[n] for n in which])
@@ -52,12 +55,13 @@ def _banks_forward(a: Banks, backend: str) -> list[torch.Tensor]:
 
 class _Known(NamedTuple):
     """A list of banks that was checked. guard: whether tensors are like its banks and scores, in class, shape, strides,
-    dtype and device; scored: which banks have scores, none for no bank."""
+    dtype and device; scored: which banks have scores, none for no bank; extent: of the largest."""
 
     guard: Callable[..., bool]
     scored: tuple[bool, ...]
     device: torch.device
     dtype: torch.dtype
+    extent: Extent
     results: Results
 
 
@@ -86,17 +90,21 @@ def banks_directly(
         if known.scored == scored and known.guard(*tensors):
             break
     else:
-        found = _look_at(banks, scored, tensors, check)
+        found = _look_at(banks, scores, scored, tensors, check)
         if found is None:
             return None
         known = found
-    module = select("merge", backend, known.device, known.dtype)
+    module = select("merge", backend, known.device, known.dtype, extent=known.extent)
     with torch.no_grad(), torch._C._DisableAutocast():
         return module.banks_forward(banks, scores, known.results)
 
 
 def _look_at(
-    banks: list[torch.Tensor], scored: tuple[bool, ...], tensors: list[torch.Tensor], check: Callable[[], None]
+    banks: list[torch.Tensor],
+    scores: list[torch.Tensor | None],
+    scored: tuple[bool, ...],
+    tensors: list[torch.Tensor],
+    check: Callable[[], None],
 ) -> _Known | None:
     """A list that is known from now on; None where the dispatcher must see it."""
     if _Guards is None or not PLAIN.issuperset(map(type, tensors)):
@@ -109,7 +117,8 @@ def _look_at(
         return None
     sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
     guard = _Guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    known = _Known(guard, scored, device, dtype, Results([bank.shape[1:] for bank in banks], dtype, device))
+    results = Results([bank.shape[1:] for bank in banks], dtype, device)
+    known = _Known(guard, scored, device, dtype, max(map(_extent, banks, scores)), results)
     if sum(map(len, _KNOWN.values())) >= _MOST_KNOWN:
         _KNOWN.clear()
     _KNOWN.setdefault(len(tensors), []).append(known)
@@ -158,8 +167,14 @@ def _lora_backward_fake(a: LoRABackward, backend: str) -> tuple[torch.Tensor, ..
     return tuple(bank.new_empty(bank.shape if needed else 0) for bank, needed in banks)
 
 
-def _select(tensor: torch.Tensor, backend: str) -> ModuleType:
-    return select("merge", backend, tensor.device, tensor.dtype)
+def _select(tensor: torch.Tensor, backend: str, extent: Extent | None = None) -> ModuleType:
+    return select("merge", backend, tensor.device, tensor.dtype, extent=extent)
+
+
+def _extent(bank: torch.Tensor, scores: torch.Tensor | None) -> Extent:
+    """A slice, for a bank of no dimension. Shares in float64 take twice the room."""
+    twice = scores is not None and scores.dtype == torch.float64
+    return Extent(experts=bank.shape[:1].numel() * (2 if twice else 1))
 
 
 # Returns bank's shape without the first axis.

@@ -61,7 +61,7 @@ def mixture_lora(
         top_k: how many experts a token chooses; None, or M: all, dense. Of equal logits the lower id is the larger; a
             NaN is chosen as infinity would be, and makes the token's gates NaN.
         base, groups, output_offsets, dropout_p, seed, inplace: as routed_lora's. scaling: a finite number.
-        backend: "auto", "reference", "triton" or "cuda".
+        backend: "auto", "reference", "triton" or "cuda", which takes up to 64 groups; "auto" takes more elsewhere.
 
     Returns:
         MixtureOutput(out, gates, indices, logits). Differentiable once in x, lora_a, lora_b, router and base, through

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from ..._extension import grouped_most as most
 from ..._extension import unsupported
 from .signatures import Forward
 
-__all__ = ["forward", "unsupported"]
+__all__ = ["forward", "most", "unsupported"]
 
 _ops = torch.ops.adamix_cuda
 

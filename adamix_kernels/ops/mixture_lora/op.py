@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..._backends import select
+from ..._limits import Extent
 from .._library import define, wrote
 from ._composed import composed
 from ._grads import backward
@@ -16,7 +17,7 @@ from .signatures import Backward, Forward
 
 def _served(op: str, a: Any, backend: str) -> ModuleType:
     """The class of shapes goes by the narrow columns of all experts of the larger bank."""
-    return select(op, backend, a.x.device, a.x.dtype, columns_of(a.lora_a, a.lora_b))
+    return select(op, backend, a.x.device, a.x.dtype, columns_of(a.lora_a, a.lora_b), Extent(groups=a.groups))
 
 
 def columns_of(lora_a: torch.Tensor, lora_b: torch.Tensor) -> int:

@@ -52,7 +52,8 @@ def routed_adapter(
             each bank of M or of one. A bank of one is in every slot of "outputs".
         mix: what the gates weigh, "outputs" or "weights" (SMEAR); in the latter a bank of one is taken once,
             unweighted, unless both are of one.
-        backend: "auto", "reference", "triton" or "cuda".
+        backend: "auto", "reference", "triton" or "cuda". "auto" takes the reference for an r that the kernels do not
+            hold: "triton" takes up to 256, "cuda" without gates what a GPU's shared memory gives it (docs/auto.md).
 
     Returns:
         [B, S, Hout], x's dtype. Differentiable once in every floating argument; an expert that no

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from ..._extension import routed_most as most
 from ..._extension import unsupported
 from .._passes import by_pass
 
-__all__ = ["backward", "direct", "forward", "unsupported"]
+__all__ = ["backward", "direct", "forward", "most", "unsupported"]
 
 _ops = torch.ops.adamix_cuda
 

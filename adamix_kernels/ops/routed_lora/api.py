@@ -68,7 +68,9 @@ def routed_lora(
         inplace: write the output over base; the same bits. base must then be contiguous, share no memory with
             x, lora_a and lora_b, and while autograd records be neither a leaf that requires grad nor a
             part of another tensor. If a backward needs base's old value, that backward raises.
-        backend: "auto", "reference", "triton" or "cuda".
+        backend: "auto", "reference", "triton" or "cuda". "auto" takes the reference for what the kernels do not hold:
+            "cuda" takes up to 64 groups, and without gates as many narrow columns, r in units of 16 for every group,
+            as a GPU's shared memory gives it (docs/auto.md).
 
     Returns:
         [B, S, N], x's dtype; in base's memory if inplace. Differentiable once in x, lora_a, lora_b, gates and

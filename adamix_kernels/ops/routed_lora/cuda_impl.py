@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
+from ..._extension import routed_most as most
 from ..._extension import unsupported
 from .._direct import Kept, traits
 from .._passes import by_pass, fold_passes
 from .signatures import Forward
 
-__all__ = ["backward", "direct", "forward", "unsupported"]
+__all__ = ["backward", "direct", "forward", "most", "unsupported"]
 
 _ops = torch.ops.adamix_cuda
 

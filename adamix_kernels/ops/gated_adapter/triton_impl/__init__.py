@@ -14,6 +14,7 @@ from ...._triton_utils import capability, dot_dtype, launch, memory, precision
 from ...._triton_utils import problem as unsupported
 from ..._gated_plans import PlannedGated
 from ..._gates import slots_of
+from ..._routed_plan import widest as most
 from ..._row_tiles import row_tile, tile_options
 from . import by_rows
 from .forward import gated_adapter_forward_kernel
@@ -22,7 +23,7 @@ from .plan import Plan, make_plan
 from .tables import may_stay, rows_table
 from .weights import outputs, weight_grads
 
-__all__ = ["backward", "direct", "forward", "unsupported"]
+__all__ = ["backward", "direct", "forward", "most", "unsupported"]
 
 
 def forward(

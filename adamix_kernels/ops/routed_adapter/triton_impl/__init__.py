@@ -15,6 +15,7 @@ from ...._triton_utils import problem as unsupported
 from ..._one_read import tiles_a_program
 from ..._passes import by_pass
 from ..._routed_plan import Plan, group_rows, make_plan
+from ..._routed_plan import widest as most
 from ..._triton_plans import Planned
 from ..._triton_tables import Config
 from .forward import adapter_forward_kernel
@@ -23,7 +24,7 @@ from .one_read import read_once
 from .tables import row_tile, tile_options
 from .weights import weight_grads
 
-__all__ = ["backward", "direct", "forward", "unsupported"]
+__all__ = ["backward", "direct", "forward", "most", "unsupported"]
 
 
 def forward(x, down_weight, down_bias, up_weight, up_bias, down_index, up_index, residual, add_input, activation):

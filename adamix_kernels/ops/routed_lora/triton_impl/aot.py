@@ -12,7 +12,7 @@ from . import one_read
 from .forward import lora_forward_kernel
 from .grad_out_pass import lora_grad_out_pass_kernel
 from .input_grad import lora_dx_kernel
-from .plan import RESIDENT, RESIDENT_WIDTH, gaps, padded_rank, row_blocks
+from .plan import RESIDENT, RESIDENT_WIDTH, TALL, gaps, may_be_tall, padded_rank, row_blocks
 from .plane_sum import lora_sum_kernel
 from .tables import MAX_REGISTERS, config
 from .weight_grad import lora_grads_kernel
@@ -88,7 +88,8 @@ def _tile_cases(name, dtype, capability, experts, groups, r, per_token, dropout)
         own["GAPS"] = gaps(arguments["OFFSETS"], _HIDDEN, arguments["WIDTH"])
         tensors = ("x_ptr", "a_ptr", "b_ptr", "base_ptr", "out_ptr", "t_ptr", "grad_ptr", "dx_ptr", "dt_ptr")
         own |= dict.fromkeys(tensors, POINTERS[dtype]) | dict(keys_ptr="*i32" if dropout else None)
-        for rows in row_blocks(chosen.rows):
+        tall = may_be_tall(kernel.__name__, capability, dtype.itemsize, width, per_token)
+        for rows in [*[TALL][:tall], *row_blocks(chosen.rows)]:
             own |= dict(BLOCK_M=rows, BLOCK_C=chosen.cols, STAGES=chosen.num_stages)
             yield _case(kernel, f"{name}_rows{rows}", dtype, chosen, arguments | own, width)
 

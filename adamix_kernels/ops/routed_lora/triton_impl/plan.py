@@ -22,6 +22,9 @@ MIN_PROGRAMS, WIDE = 256, 64
 MULTIPROCESSORS = 132
 # Programs on a multiprocessor that this counts on in 16 bits, narrow tiles up to this width; wider and float32: one.
 RESIDENT, RESIDENT_WIDTH = 2, 64
+# One expert's 33 to 64 columns are read half as often by tiles of TALL rows in the forward, where rows in a row that
+# tiles do not cross are at least TALL_SPAN. From 9.0 on, but for 12.x, a multiprocessor has shared memory for two.
+TALL, TALL_SPAN = 64, 256
 
 
 def narrow_columns(plan: Plan) -> tuple[int, int]:
@@ -34,6 +37,12 @@ def narrow_columns(plan: Plan) -> tuple[int, int]:
 def row_blocks(rows: int) -> list[int]:
     """The heights of tile that `rows` of the table stands for: itself, then for calls of fewer rows."""
     return [rows, *(height for height in (64, 32, 16) if height < rows)]
+
+
+def may_be_tall(kernel: str, capability: int, itemsize: int, width: int, masked: bool) -> bool:
+    """Whether tiles of TALL rows are compiled, too; width, masked: of the narrow tile."""
+    wide = itemsize == 2 and width == RESIDENT_WIDTH and not masked
+    return kernel == "lora_forward_kernel" and wide and 90 <= capability < 120
 
 
 def gaps(offsets: list[int], per_group: int, width: int) -> tuple[tuple[int, int], ...]:
@@ -74,6 +83,9 @@ class Call(NamedTuple):
         rp, width = narrow_columns(plan)
         chosen = config(kernel, self.capability, self.dtype.itemsize, width)
         heights = row_blocks(chosen.rows)
+        masked = plan.down.masked or plan.up.masked or plan.key is not None or self.slots > 0
+        if may_be_tall(kernel, self.capability, self.dtype.itemsize, width, masked) and plan.span >= TALL_SPAN:
+            heights = [TALL, *heights]
         # Interpreted, a program costs more than its rows.
         enough = 1 if INTERPRETING else MIN_PROGRAMS // (2 if width >= WIDE else 1)
         rows = next((height for height in heights if self.rows >= enough * height), heights[-1])
