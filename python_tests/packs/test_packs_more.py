@@ -225,7 +225,7 @@ def test_load_finds_a_pack_and_its_base(tmp_path):
     want = tp.logits(model, ["b"] * 6, batch)
     torch.testing.assert_close(tp.logits(one, ["b"] * 6, batch), want, rtol=1e-5, atol=1e-6)
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(ValueError, match=r"model: cannot load the base model .*expected model="):
+    with pytest.raises(ValueError, match=r"model: got .*base. as the base of .*: --model, in Python model="):
         load(folder)
 
 
