@@ -188,6 +188,7 @@ def use_tasks(model: nn.Module, tasks: torch.Tensor | list[int]) -> Iterator[nn.
         yield model
     finally:
         state.router.tasks = previous
+        state.router.note(begins=False)
 
 
 def usage(model: nn.Module) -> list[list[float]]:

@@ -28,7 +28,7 @@ def install_guards(model: nn.Module) -> None:
     state.checkpointable, state.watch = checkpointable(model), PassWatch()
     state.router.sides = _sides(model)
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    model.register_forward_hook(_after_forward)
+    model.register_forward_hook(_after_forward, always_call=True)
     if is_learned(model):
         model.register_forward_pre_hook(note_batch, with_kwargs=True)
     embeddings = _input_embeddings(model) if state.checkpointable else None

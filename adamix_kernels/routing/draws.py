@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from ..ops._checks import check_positive
 from ..ops._node import ROUTERS
-from .forwards import Forwards, Told
+from .forwards import Told
+from .notes import Notes
 
 Ahead = dict[tuple[int, tuple[int, ...], torch.device], list[torch.Tensor]]
 LEVELS = ("batch", "sample", "token")
@@ -66,6 +67,8 @@ class Router:
     # An input [B, ...] of the model's forward under way, and B of its last one, which a backward may run again.
     batch: torch.Tensor | None = None
     _last_samples: int | None = None
+    # None: nothing was noted, or an earlier version pickled this.
+    notes: Notes | None = None
 
     def __init__(self, level: str = "batch", passes: int = 2):
         check_level("level", level, LEARNED)
@@ -81,15 +84,23 @@ class Router:
         self.decoder_mask: torch.Tensor | None = None
         self.tasks: torch.Tensor | None = None
         self.batch = self._last_samples = None
-        self.forwards = Forwards()
 
-    def note(self) -> None:
-        """A training forward with these masks and tasks begins, which a backward may recompute."""
-        self.forwards.begin(Told(self.attention_mask, self.decoder_mask, self.tasks))
+    def note(self, begins: bool = True) -> None:
+        """A forward with these masks and tasks begins, which a backward may recompute. begins=False: none does yet."""
+        if torch.compiler.is_compiling():
+            return
+        if self.notes is None:
+            self.notes = Notes()
+        self.notes.begin(Told(self.attention_mask, self.decoder_mask, self.tasks), begins)
 
     def told(self) -> Told:
         """Masks and tasks of the forward that is under way, or that a backward recomputes."""
-        return self.forwards.recomputed() or Told(self.attention_mask, self.decoder_mask, self.tasks)
+        found = None
+        if not torch.compiler.is_compiling() and self.notes is not None:
+            if _is_recomputed():
+                self.notes.keep()
+            found = self.notes.recomputed()
+        return found or Told(self.attention_mask, self.decoder_mask, self.tasks)
 
     def uses_gates(self, training: bool) -> bool:
         """Whether a layer with gates computes with them, and not with the caller's experts, or some at random."""
@@ -173,6 +184,8 @@ class Router:
     def end_forward(self) -> None:
         """What was drawn and not asked for is dropped: a seed set between two forwards decides the second."""
         self._ahead = None
+        if self.notes is not None:
+            self.notes.end()
 
     def end_batch(self) -> None:
         """The model's forward is over: its layers know no more of how many samples their rows are."""

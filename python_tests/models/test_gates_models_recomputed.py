@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import tiny
 import torch
 import transformers
+from torch.utils.checkpoint import checkpoint
 
 from adamix_kernels import AdaMixConfig, AdaMixTrainer, adapt, gate_losses, use_tasks
 from adamix_kernels.models.gating import gates_of_layers
@@ -108,11 +110,108 @@ def test_a_forward_of_long_ago_is_not_guessed():
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model.adamix.router))):
         router = getattr(again, "adamix", None)
         router = again if router is None else router.router
-        assert not router.forwards._begun
+        assert not router.notes._begun
     fresh = built("sentence", False)  # without a mask there is nothing to keep
     batch = {"input_ids": tiny.batch_for(fresh)["input_ids"]}
     outputs = [fresh(**batch).logits.sum() for _ in range(KEPT + 2)]
     sum(outputs).backward()
+
+
+def whole(model, run):
+    """Reentrant checkpointing of the model: its first run has no gradients."""
+    total = checkpoint(
+        lambda anchor: run(batch_of(model, 5, 2)) + 0 * anchor, torch.zeros(1, requires_grad=True), use_reentrant=True
+    )
+    return total.backward
+
+
+def hooked(model, run):
+    """As GradCache: a hook on the loss computes the batch again, and its gradients."""
+    with torch.no_grad():
+        loss = run(batch_of(model, 5, 2)).requires_grad_()
+
+    def again(gradient):
+        with torch.enable_grad():
+            (run(batch_of(model, 5, 2)) * gradient).backward()
+
+    loss.register_hook(again)
+    return loss.backward
+
+
+def hooked_in_a_thread(model, run):
+    """As on a GPU, whose thread counts the nodes of the hook by itself."""
+    backward = hooked(model, run)
+
+    def in_a_thread():
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join()
+
+    return in_a_thread
+
+
+@pytest.mark.parametrize("recomputes", [None, True, False])
+@pytest.mark.parametrize("way", [whole, hooked, hooked_in_a_thread])
+@pytest.mark.parametrize("kind", ["sentence", "task"])
+def test_a_forward_that_a_backward_runs_has_its_own_padding_and_tasks(kind, way, recomputes):
+    def run(batch):
+        torch.manual_seed(0)  # the noise of the gates
+        if kind == "sentence":
+            return model(**batch).logits.square().sum()
+        with use_tasks(model, [1, 1, 0, 1]):
+            return model(**batch).logits.square().sum()
+
+    tasks = [0, 1, 1, 0] if kind == "task" else None
+    model = built(kind)
+    total = run(batch_of(model, 5, 2))
+    torch.manual_seed(1)
+    wanted = gradients(model, total + forward(model, 3, 0, tasks))
+    model = built(kind, recomputes)
+    forward(model, 7, 1, tasks).backward()
+    model.zero_grad()
+    torch.manual_seed(1)
+    late = forward(model, 3, 0, tasks)
+    way(model, run)()
+    assert not model.adamix.router.notes._within
+    assert_same(gradients(model, late), wanted)
+
+
+def test_only_what_may_run_again_is_kept():
+    model = built("sentence")
+    for seed in range(3):
+        forward(model, 3, seed).backward()
+    notes = model.adamix.router.notes
+    assert not notes._begun
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    forward(model.eval(), 3, 0)
+    with torch.no_grad():
+        forward(model.train(), 3, 0)
+    assert not notes._begun
+    forward(model, 3, 0)
+    assert len(notes._begun) == 1
+
+
+def test_behind_a_nested_context_are_the_tasks_of_the_outer():
+    found = []
+    for recomputes in (None, False):
+        torch.manual_seed(0)
+        model = built("task", recomputes)
+        batch = batch_of(model, 7, 0)
+        with use_tasks(model, [0, 1, 1, 0]):
+            with use_tasks(model, [1, 1, 0, 1]):
+                total = model(**batch).logits.square().sum()
+            total = total + model.bert(**batch).last_hidden_state.square().sum()
+        found.append(gradients(model, total))
+    assert_same(found[1], found[0])
+
+
+def test_a_router_of_an_earlier_version_notes_too():
+    model = built("sentence", False)
+    vars(model.adamix.router).pop("notes", None)
+    again = pickle.loads(pickle.dumps(model.adamix.router))
+    assert again.told() == (None, None, None)
+    again.note()
+    assert again.notes is not type(again).notes
 
 
 @pytest.mark.parametrize("beams", [1, 3])
