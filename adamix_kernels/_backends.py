@@ -132,9 +132,9 @@ def select(
         if request == "auto"
         else _asked(op, request, device, dtype)
     )
-    if extent is None:
+    if extent is None or not hasattr(module, "most"):
         return module
-    device = torch.device(device)
+    device = device if isinstance(device, torch.device) else torch.device(device)
     most = most_of(module, device, dtype)
     if not extent.exceeds(most):
         return module

@@ -73,6 +73,8 @@ def load_problem() -> str | None:
     try:
         torch.ops.load_library(str(path))
         built_for = torch.ops.adamix_cuda.build_info()
+        for name in ("tile_columns", "most_merged"):  # a library of an older version has none
+            getattr(torch.ops.adamix_cuda, name)
     except (OSError, AttributeError) as error:
         return f"{path.name} did not load: {error}"
     if on_host() != (built_for == "host"):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from ._extras import explained
 from ._version import __version__
-from .commands._pipes import outlives_its_reader
+from .commands._pipes import is_closed_pipe, outlives_its_reader, to_nowhere
 from .commands._words import closest
 
 COMMANDS = {
@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(": ".join(filter(None, [f"adamix {args.command}: interrupted", str(error)])), file=sys.stderr)
         return 130
     except (ValueError, OSError, NotImplementedError, ModuleNotFoundError) as error:
-        if isinstance(error, BrokenPipeError) and args.command in _READ:  # `adamix predict ... | head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, OSError) and is_closed_pipe(error) and args.command in _READ:
+            to_nowhere(sys.stdout)  # `adamix predict ... | head` has read enough
             return 0
         if args.traceback:
             raise

@@ -64,13 +64,6 @@ def at_least(bound: float, **given: float | None) -> None:
             raise ValueError(f"{name}: got {value}, expected {finite}at least {bound}")
 
 
-def above(bound: float, **given: float | None) -> None:
-    """As at_least, for a number that may not be `bound` either."""
-    for name, value in given.items():
-        if value is not None and not bound < value < math.inf:
-            raise ValueError(f"{name}: got {value}, expected a finite number above {bound}")
-
-
 def needs_out(out: str, name: str = "out") -> None:
     """Raises, before any work, ValueError where `out` names no folder, OSError where nothing may be written there."""
     if not out:

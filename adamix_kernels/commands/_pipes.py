@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -32,14 +34,28 @@ class Pipe:
     def _tried(self, call: Callable[..., object], *arguments: str) -> None:
         try:
             call(*arguments)
-        except BrokenPipeError:
-            # What the stream still holds goes there, too; or Python's own flush at the end would fail.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+        except OSError as error:
+            if not is_closed_pipe(error):
+                raise
+            with contextlib.suppress(io.UnsupportedOperation):  # a stream of Python's own
+                to_nowhere(self._stream)
             if not self._gone:
                 self._gone = True
                 self._told()
+
+
+def is_closed_pipe(error: OSError) -> bool:
+    """Whether a write found no reader, which Windows calls an invalid argument."""
+    windows = os.name == "nt" and error.errno == errno.EINVAL and error.filename is None
+    return windows or isinstance(error, BrokenPipeError)
+
+
+def to_nowhere(stream: Any) -> None:
+    """What the stream still holds goes there, too; or Python's own flush at the end would fail."""
+    number = stream.fileno()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 @contextlib.contextmanager
@@ -55,6 +71,8 @@ def outlives_its_reader(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        plain.flush()
-        loud.flush()
         sys.stdout, sys.stderr = out, errors
+        try:
+            plain.flush()
+        finally:
+            loud.flush()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ..models.config import AdaMixConfig
 from ..routing import LEARNED
 from ..tasks import DEFAULT_MODEL, EMBEDDED
-from ._options import above, at_least, option
+from ._options import at_least, option
 from ._parser import names, numbers
 
 LAST = "last"
@@ -178,8 +178,9 @@ def check_amounts(data: DataOptions, fit: FitOptions, arguments: Any) -> None:
     at_least(1, **{name: getattr(arguments, name) for name in positive})
     if not 0 < data.dev_fraction < 1:
         raise ValueError(f"dev_fraction: got {data.dev_fraction}, expected a share between 0 and 1")
-    above(0, learning_rate=arguments.learning_rate, adam_epsilon=arguments.adam_epsilon)
-    at_least(0, weight_decay=arguments.weight_decay, max_grad_norm=arguments.max_grad_norm)
+    at_least(0, **{name: getattr(arguments, name) for name in ("learning_rate", "adam_epsilon", "weight_decay")})
+    if arguments.max_grad_norm != math.inf:  # which clips nothing
+        at_least(0, max_grad_norm=arguments.max_grad_norm)
     if arguments.max_steps <= 0 and not 0 < arguments.num_train_epochs < math.inf:
         raise ValueError(f"num_train_epochs: got {arguments.num_train_epochs:g}, expected more than 0, or --max_steps")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 
 from ..models.centroid import Centroid, sentence_vectors
 from ..models.config import AdaMixConfig
+from ..models.header import CHECKPOINT_NAME
 from ..models.inject import adapt, check_targets
 from ..models.state import adamix_state
 from ..recipes.processes import is_main, on_cpus
@@ -113,7 +115,9 @@ def main(argv: Sequence[str]) -> int:
     with alone_in(arguments.output_dir, arguments.use_cpu):
         diverged = _train(options)
     if diverged and is_main():
-        print(f"adamix train: the training diverged, and {arguments.output_dir} holds no run", file=sys.stderr)
+        before = os.path.exists(os.path.join(arguments.output_dir, CHECKPOINT_NAME))
+        holds = "the run as it was before" if before else "no run"
+        print(f"adamix train: the training diverged, and {arguments.output_dir} holds {holds}", file=sys.stderr)
     return int(diverged)
 
 

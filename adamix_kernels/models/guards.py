@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,11 +42,14 @@ def install_guards(model: nn.Module) -> None:
         model.resize_token_embeddings = GuardedResize(model)  # type: ignore[assignment]
 
 
-def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """kwargs: the hook of a model that an earlier version pickled gives none."""
     owner: Any = model
     router: Router = owner.adamix.router
-    if model.training or router.experts is not None or router.eval_level != "merged":
-        router.batch = _batch(args, kwargs)
+    experts = router.experts
+    one_for_all = router.eval_level == "merged" if experts is None else experts.dim() == 0
+    if model.training or not one_for_all:
+        router.samples.begin(_batch(args, kwargs))
     if not (model.training and torch.is_grad_enabled()):
         return
     state = adamix_state(model)
@@ -65,8 +69,7 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 
 def _after_forward(model: nn.Module, _args: object, _output: object) -> None:
     router = adamix_state(model).router
-    if router.batch is not None:
-        router.end_batch()
+    router.samples.end()
     if not torch.compiler.is_compiling():
         router.end_forward()
 

@@ -28,6 +28,11 @@ def as_rows(layer: RoutedAdapter | RoutedLoRALinear, x: torch.Tensor) -> torch.T
     return x.unsqueeze(1) if samples == x.shape[0] else x.reshape(samples, x.shape[0] // samples, x.shape[1])
 
 
+def like_rows(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x [..., N] of the tokens that `rows` [B, S, H] are, as [B, S, N]."""
+    return x if x.dim() == 3 else x.reshape(*rows.shape[:2], x.shape[-1])
+
+
 def refuse_gathered(layer: RoutedAdapter | RoutedLoRALinear) -> None:
     """Raises ValueError for experts of a pass or a sample in a layer that is given tokens of all samples."""
     if layer.router.is_by_sample(layer.training):

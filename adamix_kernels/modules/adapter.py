@@ -27,7 +27,7 @@ from ._banks import (
 )
 from ._finite import check_output, checking
 from ._gated import check_gate, gates_of, mean_banks
-from ._layout import as_rows, refuse_gathered, turned
+from ._layout import as_rows, like_rows, refuse_gathered, turned
 from ._linear import OnBase
 
 INIT_STD = 0.02
@@ -116,7 +116,7 @@ class RoutedAdapter(nn.Module):
         if not self.router.enabled:
             return x if residual is None else residual
         rows = as_rows(self, x)
-        added = rows if residual is None else as_rows(self, residual)
+        added = rows if residual is None else like_rows(rows, residual)
         if self.gate is not None and self.router.uses_gates(self.training):
             return self._gated(x, rows, added)
         down_index = up_index = None

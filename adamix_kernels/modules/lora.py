@@ -30,7 +30,7 @@ from ._banks import (
 )
 from ._finite import check_output, checking
 from ._gated import check_gate, gates_of, mean_factors, refreshed
-from ._layout import as_rows, refuse_gathered, turned
+from ._layout import as_rows, like_rows, refuse_gathered, turned
 from ._linear import QKV as QKV
 from ._linear import OnBase, group_width, qkv_offsets
 from ._linear import linear_sizes as linear_sizes
@@ -194,7 +194,8 @@ class RoutedLoRALinear(OnBase):
                 return made
         if not self.router.enabled:
             return base
-        rows, added = as_rows(self, x), as_rows(self, base)
+        rows = as_rows(self, x)
+        added = like_rows(rows, base)
         if rows.dtype != added.dtype and autocast_dtype(x.device.type) is None:
             rows = rows.to(added.dtype)
         looking = checking()
@@ -220,8 +221,8 @@ class RoutedLoRALinear(OnBase):
         tensors = rows, lora_a, lora_b, a_index, b_index
         out = routed_by_pass(*tensors, passes, added, *options, over, self.backend, True)
         if looking:
-            result = as_rows(self, out.view(base.shape))
-            check_output(self, result, as_rows(self, x), as_rows(self, base), {"a": a_index, "b": b_index}, merged)
+            result = like_rows(rows, out.view(base.shape))
+            check_output(self, result, like_rows(rows, x), like_rows(rows, base), {"a": a_index, "b": b_index}, merged)
         return out if out.shape == base.shape else out.view(base.shape)
 
     def _gated(self, x: torch.Tensor, rows: torch.Tensor, added: torch.Tensor, looking: bool) -> torch.Tensor:

@@ -159,4 +159,4 @@ def serve(direct: Any, op: int, backend: str, x: torch.Tensor, bank: torch.Tenso
 def keep(kind: int, plan: Any, tensors: Sequence[Any], options: Sequence[Any]) -> None:
     """Calls with these arguments are launched by the node as `plan`, one of Triton's, says."""
     if NODE.module is not None and getattr(plan, "kept", True) is False:
-        plan.kept = NODE.module.keep_plan(kind, tuple(tensors), tuple(options), plan)
+        NODE.module.keep_plan(kind, tuple(tensors), tuple(options), plan)  # and sets plan.kept

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..ops._checks import check_positive
 from ..ops._node import ROUTERS
-from .forwards import Told
+from .forwards import Samples, Told
 from .notes import Notes
 
 Ahead = dict[tuple[int, tuple[int, ...], torch.device], list[torch.Tensor]]
@@ -47,7 +48,7 @@ class Router:
         enabled: False while the adaptation is switched off (see disable).
         force_merged: True while generate() runs on a model in training mode.
         attention_mask, decoder_mask: of the forward that is under way, [B, S], for the gates' means over tokens.
-        batch: an input [B, ...] of it, for layers whose rows are several a sample; or None.
+        samples: B of it, or of one that a backward recomputes, for layers whose rows are several a sample.
         tasks: the caller's task ids [B] (see use_tasks).
         rank: shifts the draw, so that ranks that share a seed draw different experts; None means the
             process's rank in torch.distributed. Ranks that hold the same samples (tensor parallel) need one value.
@@ -64,9 +65,6 @@ class Router:
     # of its forwards.
     sides: Mapping[int, int] = MappingProxyType({})
     _ahead: Ahead | None = None
-    # An input [B, ...] of the model's forward under way, and B of its last one, which a backward may run again.
-    batch: torch.Tensor | None = None
-    _last_samples: int | None = None
     # None: nothing was noted, or an earlier version pickled this.
     notes: Notes | None = None
 
@@ -83,7 +81,11 @@ class Router:
         self.attention_mask: torch.Tensor | None = None
         self.decoder_mask: torch.Tensor | None = None
         self.tasks: torch.Tensor | None = None
-        self.batch = self._last_samples = None
+        self.samples = Samples()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of any release."""
+        self.__dict__.update({"samples": Samples(), **state})
 
     def note(self, begins: bool = True) -> None:
         """A forward with these masks and tasks begins, which a backward may recompute. begins=False: none does yet."""
@@ -132,9 +134,7 @@ class Router:
 
     def samples_in(self, rows: int) -> int:
         """Of how many samples `rows` rows of a layer are, as far as the model's forward tells; else `rows`."""
-        samples = None if self.batch is None else self.batch.shape[0]
-        if samples is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            samples = self._last_samples
+        samples = self.samples.known()
         return rows if not samples or rows % samples else samples
 
     def draw(
@@ -170,8 +170,8 @@ class Router:
     def tasks_of(self, rows: int, training: bool) -> torch.Tensor | None:
         """The caller's task ids; in training one for each row, where a sample is several, one after the other."""
         tasks = self.told().tasks
-        if tasks is None:
-            return None
+        if tasks is None or tasks.numel() == rows:
+            return tasks
         samples = self.samples_in(rows)
         if not training or self.force_merged or samples == rows or not tasks.numel() or samples % tasks.numel():
             return tasks
@@ -186,12 +186,6 @@ class Router:
         self._ahead = None
         if self.notes is not None:
             self.notes.end()
-
-    def end_batch(self) -> None:
-        """The model's forward is over: its layers know no more of how many samples their rows are."""
-        if self.batch is not None and not torch.compiler.is_compiling():
-            self._last_samples = self.batch.shape[0]
-        self.batch = None
 
     def _drawn(self, num_experts: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         ahead, key = self._ahead, (num_experts, shape, device)
@@ -237,7 +231,7 @@ class Router:
         if samples < batch and samples % rows == 0:  # a sample of several rows, one after the other
             whole = index.repeat(samples // rows, *[1] * (index.dim() - 1))
             return whole.repeat_interleave(batch // samples, 0)
-        if tokens == 1 and copies > self.passes and self.batch is None:
+        if tokens == 1 and copies > self.passes and self.samples.under_way() is None:
             raise ValueError(
                 f"use_experts index: got {rows} rows for {batch} rows of one token in training, expected {batch} or "
                 f"{batch // self.passes}"

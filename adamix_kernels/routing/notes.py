@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .forwards import KEPT, Forwards, Told
+from .forwards import Forwards, Told, is_same
 
 
 class _Begun(NamedTuple):
@@ -17,7 +17,7 @@ class _Begun(NamedTuple):
     told: Told
 
 
-class Notes(Forwards):
+class Notes(Forwards[Told]):
     """Forwards of which a layer may run again, and those that a backward runs as a whole.
 
     The latter (reentrant checkpointing of the whole model, a hook that computes a batch anew) are told by their own
@@ -30,16 +30,17 @@ class Notes(Forwards):
         self._under_way: _Begun | None = None
         self._within: list[_Begun] = []
 
-    def __reduce__(self) -> tuple[type[Notes], tuple[()]]:
+    def __reduce__(self) -> Any:
         return Notes, ()
 
-    def begin(self, told: Told, begins: bool = True) -> None:
-        """A forward of the model begins; with begins=False, none does yet."""
+    def begin(self, told: Told, begins: bool = True) -> bool:
+        """A forward of the model begins; with begins=False, none does yet. Returns whether a layer may run again."""
         begun = _Begun(torch._C._current_graph_task_id(), torch._C._autograd._get_sequence_nr(), told)
         self._under_way = begun if begins and begun.task != -1 else None
         if begun.task == -1:
             self._within.clear()
         self._latest = begun if torch.is_grad_enabled() else None
+        return self._latest is not None
 
     def end(self) -> None:
         """It is over, or failed."""
@@ -54,14 +55,14 @@ class Notes(Forwards):
             if all(other.task != begun.task for other in self._within):
                 torch.autograd.Variable._execution_engine.queue_callback(lambda: self._drop(begun.task))
             self._within.append(begun)
-        elif not self._begun or any(a is not b for a, b in zip(self._begun[-1][1], begun.told, strict=True)):
-            self._lost = self._lost or len(self._begun) == KEPT
+        elif not self._begun or not is_same(self._begun[-1][1], begun.told):
+            self._lost = self._lost or len(self._begun) == self._begun.maxlen
             self._begun.append((begun.number, begun.told))
 
     def recomputed(self) -> Told | None:
         """What the forward was told that a backward runs, or recomputes; None: neither, or it was not noted.
 
-        Raises RuntimeError: more than KEPT forwards ago.
+        Raises RuntimeError: it is no longer kept.
         """
         if self._under_way is not None or self._within:
             task = torch._C._current_graph_task_id()

@@ -229,21 +229,26 @@ PyObject* keep_plan(PyObject*, PyObject* const* given, Py_ssize_t count) {
     tensors.emplace_back();
     fits = read(item, tensors.back()) && fits;
   });
-  if (!fits || tensors.empty() || !tensors[0].defined()) Py_RETURN_FALSE;
+  if (!fits || tensors.empty() || !tensors[0].defined()) Py_RETURN_NONE;
   Request request(static_cast<PlanKind>(kind), std::move(tensors));
   each(given[2], [&](PyObject* item) { fits = put_option(item, request) && fits; });
-  if (!fits || !request.fits() || !put_state(request)) Py_RETURN_FALSE;
+  if (!fits || !request.fits() || !put_state(request)) Py_RETURN_NONE;
   PyObject* described = PyObject_CallMethod(given[3], "described", nullptr);
   if (described == nullptr) return nullptr;
   THPObjectPtr owner(described);
-  if (described == Py_None) Py_RETURN_TRUE;
+  if (described == Py_None) {
+    if (PyObject_SetAttrString(given[3], "kept", Py_True) != 0) return nullptr;
+    Py_RETURN_NONE;
+  }
   std::shared_ptr<Plan> plan = read_plan(described);
   Py_INCREF(given[3]);
   plan->source = given[3];
   // Batches of very many shapes begin anew, as Python's plans do; a call under way holds its own.
   if (plans().size() >= kMostPlans) offer_again(), forget_plans();
-  plans().emplace(request.key(), std::move(plan));
-  Py_RETURN_TRUE;
+  plans().insert_or_assign(request.key(), std::move(plan));
+  // Here and not by the caller: until then another thread may have emptied the table.
+  if (PyObject_SetAttrString(given[3], "kept", Py_True) != 0) return nullptr;
+  Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
 

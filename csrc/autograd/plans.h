@@ -47,7 +47,8 @@ void run_planned_backward(PlanKind kind, std::vector<c10::IValue>& arguments, in
                           const std::string& backend);
 
 // keep_plan(kind, tensors, options, plan): Python's Plan serves such calls until `forget_plans`, if it can be launched
-// from here; false where it does not fit the tensors. Where there are too many, all others are forgotten first.
+// from here, and plan.kept is set, so that it is not offered again. Not where it does not fit the tensors. Where there
+// are too many, all others are forgotten first, and theirs is unset.
 PyObject* keep_plan(PyObject*, PyObject* const* given, Py_ssize_t count);
 void forget_plans();
 

@@ -47,7 +47,7 @@ struct Most {
   int64_t columns, groups;
   // Each group's columns begin at a multiple of 16.
   bool take(int64_t wanted, int64_t of_groups) const {
-    if (of_groups < 1 || of_groups > groups) return false;
+    if (of_groups < 1 || of_groups > groups || of_groups > wanted) return false;  // the last: 16 of_groups may overflow
     int64_t unit = 16 * of_groups;
     return (wanted + unit - 1) / unit * unit <= columns;
   }

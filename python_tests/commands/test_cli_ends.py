@@ -1,13 +1,17 @@
 """How a training ends that is interrupted, whose numbers are not finite, or to which nobody listens."""
 
+import errno
+import io
 import os
+import shutil
+import sys
 
 import pytest
 import tiny_runs
 import tiny_text
 
 from adamix_kernels import cli
-from adamix_kernels.commands import _report, train
+from adamix_kernels.commands import _fit, _pipes, _report, train
 from adamix_kernels.models.trainer import AdaMixTrainer
 
 
@@ -28,14 +32,14 @@ def _train(place, out, *more):
 @pytest.mark.parametrize(
     ("flag", "value", "wanted"),
     [
-        ("learning_rate", "nan", "a finite number above 0"),
-        ("learning_rate", "inf", "a finite number above 0"),
-        ("learning_rate", "0", "a finite number above 0"),
-        ("learning_rate", "-1", "a finite number above 0"),
+        ("learning_rate", "nan", "a finite number, at least 0"),
+        ("learning_rate", "inf", "a finite number, at least 0"),
+        ("learning_rate", "-1", "at least 0"),
         ("head_learning_rate", "nan", "a finite number, at least 0"),
         ("weight_decay", "inf", "a finite number, at least 0"),
         ("max_grad_norm", "-1", "at least 0"),
-        ("adam_epsilon", "0", "a finite number above 0"),
+        ("max_grad_norm", "nan", "a finite number, at least 0"),
+        ("adam_epsilon", "nan", "a finite number, at least 0"),
         ("num_train_epochs", "inf", "more than 0, or --max_steps"),
         ("num_train_epochs", "nan", "more than 0, or --max_steps"),
         ("alpha", "nan", ""),
@@ -55,6 +59,11 @@ def test_a_number_that_is_none_is_refused_by_its_flag_at_once(flag, value, wante
     assert not (tmp_path / "out").exists()
 
 
+def test_numbers_that_torch_takes_are_taken(place):
+    numbers = ["--learning_rate", "0", "--adam_epsilon", "0", "--max_grad_norm", "inf"]
+    assert train.parse([*numbers, "--out", str(place / "zero"), "--use_cpu"]).arguments.max_grad_norm == float("inf")
+
+
 def test_a_training_that_diverges_is_no_run(place, capsys):
     assert _train(place, "nan", "--learning_rate", "1e30", "--max_steps", "4") == 1
     printed = capsys.readouterr()
@@ -64,6 +73,17 @@ def test_a_training_that_diverges_is_no_run(place, capsys):
     assert not (place / "nan" / "adamix_checkpoint.json").exists()
     assert cli.main(["predict", "--run", str(place / "nan"), "good film"]) == 2
     assert "whose training diverged and was not saved, expected one with a lower" in capsys.readouterr().err
+
+
+def test_a_finished_run_whose_resumed_training_diverges_is_as_it_was(place, monkeypatch, capsys):
+    assert _train(place, "before", "--max_steps", "4", "--save_steps", "2", "--save_strategy", "steps") == 0
+    shutil.rmtree(place / "before" / "checkpoint-4")
+    kept = (place / "before" / "adamix_checkpoint.json").read_bytes()
+    monkeypatch.setattr(_fit, "all_finite", lambda _: False)
+    more = ["--max_steps", "4", "--save_steps", "2", "--save_strategy", "steps", "--resume"]
+    assert _train(place, "before", *more) == 1
+    assert capsys.readouterr().err.endswith(f"diverged, and {place / 'before'} holds the run as it was before\n")
+    assert (place / "before" / "adamix_checkpoint.json").read_bytes() == kept
 
 
 @pytest.mark.parametrize(
@@ -128,3 +148,44 @@ def test_a_pipe_that_is_not_of_the_output_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(train, "main", broken)
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == "adamix train: [Errno 32] Broken pipe\n"
+
+
+class Refusing(io.StringIO):
+    """A stream without a file, whose every write fails."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, _):
+        raise self.error
+
+    def flush(self):
+        raise self.error
+
+
+def test_a_closed_pipe_without_a_file_is_one(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout", Refusing(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    with _pipes.outlives_its_reader("adamix train"):
+        print("something")
+    assert capsys.readouterr().err == "adamix train: nobody reads its output any more; it goes on\n"
+
+
+def test_windows_calls_a_closed_pipe_an_invalid_argument(monkeypatch):
+    errors = OSError(errno.EINVAL, "Invalid argument"), OSError(errno.EINVAL, "Invalid argument", "a?b")
+    found = []
+    for system in ("posix", "nt"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "name", system)
+            found += [_pipes.is_closed_pipe(error) for error in errors]
+    assert found == [False, False, True, False]
+
+
+def test_a_full_disk_leaves_the_streams_as_they_were(monkeypatch):
+    full, errors = Refusing(OSError(errno.ENOSPC, "No space left on device")), io.StringIO()
+    monkeypatch.setattr("sys.stdout", full)
+    monkeypatch.setattr("sys.stderr", errors)
+    with pytest.raises(OSError, match="No space left"), _pipes.outlives_its_reader("adamix train"):
+        pass
+    assert sys.stdout is full
+    assert sys.stderr is errors

@@ -3,6 +3,7 @@
 # ruff: noqa: E402 (the module is skipped where the kernels cannot run)
 
 import gc
+import sys
 import weakref
 
 import pytest
@@ -231,16 +232,34 @@ def test_plans_of_very_many_shapes_begin_anew(chosen):
     x = torch.empty(4)
     plans = [Described() for _ in range(4096)]
     try:
+        again, last = Described(), Described()
         for n, plan in enumerate(plans):
-            plan.kept = module.keep_plan(0, (x,), (n,), plan)
+            module.keep_plan(0, (x,), (n,), plan)
+            if n == 0:
+                module.keep_plan(0, (x,), (n,), again)  # made anew: it serves from now on
         assert all(plan.kept for plan in plans)
-        last = Described()
-        assert module.keep_plan(0, (x,), (4096,), last)
-        assert not any(plan.kept for plan in plans)  # offered again when they serve a call
+        module.keep_plan(0, (x,), (4096,), last)
+        assert last.kept
+        assert not again.kept
+        assert not any(plan.kept for plan in plans[1:])  # offered again when they serve a call
         gone = weakref.ref(plans.pop())
         del plan
         gc.collect()
         assert gone() is None
-        assert module.keep_plan(0, (x,), (0,), plans[0])
+        module.keep_plan(0, (x,), (0,), plans[0])
+        assert plans[0].kept
+    finally:
+        _node.NODE.forget()
+
+
+def test_more_groups_than_columns_divide_by_nothing(chosen):
+    """A unit of 16 * groups columns: of 2 ** 60 groups it is 0 in 64 bits."""
+    x, a, b = torch.randn(1, 3, 16), torch.randn(1, 8, 16), torch.randn(1, 16, 8)
+    routed_lora(x, a, b, None, None, backend="cuda")
+    try:
+        _node.NODE.forget()
+        _node.NODE.module.serve(1, "cuda", x, a, None, sys.maxsize, sys.maxsize)  # as of kernels without limits
+        with pytest.raises(ValueError, match="groups"):
+            routed_lora(x, a, b, None, None, backend="cuda", groups=2**60)
     finally:
         _node.NODE.forget()

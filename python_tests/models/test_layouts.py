@@ -231,15 +231,15 @@ def test_a_sample_of_several_rows():
     router = Router(passes=2)
     router.experts = torch.tensor([0, 1, 2])
     cpu = torch.device("cpu")
-    router.batch = torch.empty(3)
+    router.samples.begin(torch.empty(3))
     assert router.draw(3, 6, 4, cpu, True).tolist() == [0, 0, 1, 1, 2, 2]
     router.tasks = torch.tensor([4, 5, 6])
     assert router.tasks_of(3, True) is router.tasks_of(6, False) is router.tasks
     assert router.tasks_of(6, True).tolist() == [4, 4, 5, 5, 6, 6]
-    router.batch = torch.empty(6)
+    router.samples.begin(torch.empty(6))
     assert router.draw(3, 12, 4, cpu, True).tolist() == [0, 0, 1, 1, 2, 2] * 2
     assert router.tasks_of(12, True).tolist() == [4, 4, 5, 5, 6, 6] * 2
-    router.end_batch()
+    router.samples.end()
     assert router.draw(3, 6, 4, cpu, True).tolist() == [0, 1, 2, 0, 1, 2]
 
 
