@@ -14,7 +14,7 @@ from ..models._staging import write_tokenizer
 from ..models.gating import is_learned
 from ..models.header import CHECKPOINT_NAME, read_header
 from ..models.merging import merge
-from ..models.run_values import RUN_NAME, sealed_run
+from ..models.run_values import RUN_NAME, of_model, sealed_run
 from ..models.saving import save_folder
 from ..models.state import adamix_state
 from ..tasks.run_file import read_run, run_values
@@ -52,7 +52,7 @@ def _merge(run: RunOptions, options: MergeOptions, output: OutputOptions) -> int
     def beside(place: Path) -> None:
         write_tokenizer(place, opened.tokenizer)
         if opened.filed:
-            write_json(place / RUN_NAME, sealed_run(run_values(opened.run), out))
+            write_json(place / RUN_NAME, sealed_run(of_model(run_values(opened.run), opened.model), out))
 
     save_folder(merge(opened.model, gates=options.gates or None), out, beside=beside)
     if not opened.filed:

@@ -29,7 +29,7 @@ from ..models.config import AdaMixConfig
 from ..models.header import CHECKPOINT_NAME, CHECKPOINT_VERSION, PACK_NAME, base_facts, check_no_pack_in
 from ..models.hub import resolve_folder
 from ..models.inject import check_bare
-from ..models.run_values import RUN_NAME, run_to_json, sealed_run
+from ..models.run_values import RUN_NAME, of_model, run_to_json, sealed_run
 from ..models.state import adamix_state, check_model
 from ..modules.lora import QKV, linear_sizes
 from . import heads, slots
@@ -74,7 +74,7 @@ def unpack(model: nn.Module, name: str, directory: str | os.PathLike[str]) -> Pa
                 with staged(folder, CHECKPOINT_NAME) as place:
                     write_files(place, state.tokenizer)
                     if entry.run is not None:
-                        write_json(place / RUN_NAME, sealed_run(entry.run, folder))
+                        write_json(place / RUN_NAME, sealed_run(of_model(entry.run, model), folder))
                     write_sealed_json(place / CHECKPOINT_NAME, header)
                 if entry.run is None:
                     (folder / RUN_NAME).unlink(missing_ok=True)  # of what was here before
@@ -125,7 +125,7 @@ def save_pack(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
                     for path, parts in packed.items()
                 },
                 "names": {
-                    name: {**_write_name(model, entry, folder, False), "run": _run(entry, folder)}
+                    name: {**_write_name(model, entry, folder, False), "run": _run(model, entry, folder)}
                     for name, entry in state.entries.items()
                 },
             }
@@ -216,8 +216,8 @@ def _write_name(model: nn.Module, entry: Entry, folder: Path, alone: bool) -> di
     }
 
 
-def _run(entry: Entry, folder: Path) -> dict[str, Any] | None:
-    return None if entry.run is None else run_to_json(entry.run, folder)
+def _run(model: nn.Module, entry: Entry, folder: Path) -> dict[str, Any] | None:
+    return None if entry.run is None else run_to_json(of_model(entry.run, model), folder)
 
 
 def _to_rank(part: Part, rank: int) -> Part:
