@@ -18,7 +18,8 @@ from ..models.hub import resolve_folder
 from ..models.manifest import newest_whole_checkpoint
 from ..models.pooling import pooling_of
 from ..models.run_values import RUN_NAME, run_folder
-from ..tasks import Run, load, read_run
+from ..tasks import Run, read_run
+from ..tasks.loading import load_folder
 from ._kinds import longest_text
 from ._options import OutputOptions, option, quiet
 from ._parser import OptionParser
@@ -65,12 +66,13 @@ def run_command(argv: Sequence[str], command: str, kind: type, text: str) -> tup
     return the_run(place, parsed.words, command), options, output
 
 
-def load_whole(folder: Path, name: object, model: str | None) -> tuple[Any, Any]:
-    """(model, tokenizer), which pads. Raises ValueError where there is no tokenizer."""
+def load_whole(folder: Path, source: str, model: str | None) -> tuple[Any, Any]:
+    """(model, tokenizer), which pads. source: what `folder` was asked for by. Raises ValueError where there is no
+    tokenizer."""
     with quiet():
-        found, tokenizer = load(folder, model=model)
+        found, tokenizer = load_folder(folder, source, model)
     if tokenizer is None:
-        raise ValueError(f"{name}: got no tokenizer in it, nor beside its base model, expected one")
+        raise ValueError(f"{source}: got no tokenizer in it, nor beside its base model, expected one")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return found, tokenizer
@@ -89,7 +91,7 @@ def open_run(options: RunOptions) -> Opened:
     place = run_folder(folder)
     run = None if place is None else read_run(place)  # before the model: a damaged file is answered at once
     with _called_run():
-        model, tokenizer = load_whole(folder, folder, options.model)
+        model, tokenizer = load_whole(folder, options.run, options.model)
     if run is not None and place == folder and not same_labels(run, found := _described(model, tokenizer, folder)):
         logger.warning("%s: its %s is of what was here before, and not looked at", folder, RUN_NAME)
         return Opened(model, tokenizer, found, folder, False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,11 @@ from torch import nn
 
 from ..models._files import write_json
 from ..models._staging import write_tokenizer
+from ..models.checkpoint import save_adamix
 from ..models.gating import is_learned
 from ..models.header import CHECKPOINT_NAME, read_header
 from ..models.merging import merge
-from ..models.run_values import RUN_NAME, sealed_run
+from ..models.run_values import RUN_NAME, of_model, sealed_run
 from ..models.saving import save_folder
 from ..models.state import adamix_state
 from ..tasks.run_file import read_run, run_values
@@ -47,14 +49,15 @@ def _merge(run: RunOptions, options: MergeOptions, output: OutputOptions) -> int
     if adamix_state(opened.model).merged:
         raise ValueError(f"run: got {run.run!r}, which is merged already, expected a run with its experts")
     _check_gates(opened.model, options.gates)
-    _keep_another(opened, out)
+    merged = merge(opened.model, gates=options.gates or None)
+    _keep_another(opened, merged, out)
 
     def beside(place: Path) -> None:
         write_tokenizer(place, opened.tokenizer)
         if opened.filed:
-            write_json(place / RUN_NAME, sealed_run(run_values(opened.run), out))
+            write_json(place / RUN_NAME, sealed_run(of_model(run_values(opened.run), opened.model), out))
 
-    save_folder(merge(opened.model, gates=options.gates or None), out, beside=beside)
+    save_folder(merged, out, beside=beside)
     if not opened.filed:
         (out / RUN_NAME).unlink(missing_ok=True)  # of what was merged here before
     lost = adamix_state(opened.model).gate_spread
@@ -77,20 +80,28 @@ def _check_gates(model: nn.Module, gates: str) -> None:
         )
 
 
-def _keep_another(opened: Opened, out: Path) -> None:
-    """Raises ValueError where `out` holds what was merged of a run on other data, or for other labels."""
+def _keep_another(opened: Opened, merged: nn.Module, out: Path) -> None:
+    """Raises ValueError where `out` holds what was merged for other labels, or of a run on other data, unless this one
+    comes to the same: its data may be called otherwise by now."""
     if not ((out / CHECKPOINT_NAME).is_file() and (out / RUN_NAME).is_file()):
         return
     there, here = read_run(out), opened.run
     other = None
     if (there.task, there.label_names) != (here.task, here.label_names):
         other = f"for {there.label_names or there.task}"
-    elif opened.filed and Path(there.data).name != Path(here.data).name:
+    elif opened.filed and Path(there.data).name != Path(here.data).name and not _is_in(merged, out):
         other = f"on {there.data}"
     if other:
         raise ValueError(
             f"out: {out} holds what was merged of another run, {other}, expected another folder, or this one removed"
         )
+
+
+def _is_in(merged: nn.Module, out: Path) -> bool:
+    """Whether the checkpoint in `out` has the values of `merged`."""
+    with tempfile.TemporaryDirectory() as place:
+        files = (read_header(folder / CHECKPOINT_NAME)["tensors"] for folder in (save_adamix(merged, place), out))
+        return len({file["sha256"] for file in files}) == 1
 
 
 def _keep_experts(run: str, out: Path) -> None:

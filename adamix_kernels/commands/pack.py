@@ -13,11 +13,11 @@ from ..models._staging import write_tokenizer
 from ..models.header import CHECKPOINT_NAME, PACK_NAME
 from ..models.hub import resolve_folder
 from ..models.run_values import run_folder
-from ..packs.beside import tokenizer_files
 from ..packs.folder import read_pack, save_pack
 from ..packs.pack import pack
 from ..packs.reading import called, one_adaptation
 from ..packs.state import check_name, pack_of
+from ..packs.words import all_files, other_word
 from ..tasks import load_base, read_run
 from ..tasks._bases import TOKENIZER_NAME
 from ..tasks._pretrained import first_line, tokenizer_of
@@ -79,7 +79,7 @@ def _pack(folders: dict[str, str], options: PackOptions, output: OutputOptions) 
     if tokenizer is not None:  # that of the first folder's base, where the folder has none
         with tempfile.TemporaryDirectory() as place:
             write_tokenizer(Path(place), tokenizer)
-            state.tokenizer = tokenizer_files(Path(place))
+            state.tokenizer = all_files(Path(place))
     out = save_pack(model, options.out)
     without = [name for name, entry in state.entries.items() if entry.centroid is None]
     if without:
@@ -98,12 +98,12 @@ def _check_tokenizer(tokenizer: Any, folder: Path, first: str) -> None:
     except (OSError, ValueError, KeyError, ImportError) as error:
         print(f"note: the tokenizer of {folder} does not load ({first_line(error)}); all names get that of {first}")
         return
-    ours, theirs = ({number: word for word, number in one.get_vocab().items()} for one in (tokenizer, own))
-    other = next((number for number in sorted(ours.keys() & theirs.keys()) if ours[number] != theirs[number]), None)
+    other = other_word(tokenizer, own)
     if other is not None:
+        number, ours, theirs = other
         raise ValueError(
-            f"folder: got {str(folder)!r}, in whose tokenizer {other} is {theirs[other]!r}, expected {ours[other]!r}, "
-            f"as in that of {first}: a pack has one tokenizer for all"
+            f"folder: got {str(folder)!r}, in whose tokenizer {number} is {theirs!r}, expected {ours!r}, as in that of "
+            f"{first}: a pack has one tokenizer for all"
         )
     steps: list[Any] = [getattr(one, "backend_tokenizer", None) for one in (tokenizer, own)]
     if None not in steps:
@@ -124,12 +124,6 @@ def named_folders(words: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"got {word!r}, expected NAME=FOLDER")
         if check_name(name) in found:
             raise ValueError(f"name: got {name!r} twice, expected different names")
-        other = next((one for one in found if one.casefold() == name.casefold()), None)
-        if other is not None:
-            raise ValueError(
-                f"name: got {name!r} beside {other!r}, expected names that differ in more than case: folders called so "
-                "are one on Windows and macOS"
-            )
         found[name] = folder
     return found
 

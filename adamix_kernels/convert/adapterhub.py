@@ -57,7 +57,7 @@ def export_adapterhub(model: nn.Module, directory: str | os.PathLike[str], name:
     check_one(model, "AdapterHub's adapter")
     _check(model, state, name)
     folder = make_folder(directory)
-    check_export(folder)
+    check_export(folder, model)
     family = model_type(model)
     outer = "" if state.paths[0].startswith(f"{family}.") else f"{family}."
     tensors = {}

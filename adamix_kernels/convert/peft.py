@@ -86,7 +86,7 @@ def export_peft(
     layers = {path: _lora_layer(model, path, expert is None) for path in state.paths}
     saved = _with_tied(model) if head else []
     folder = make_folder(directory)
-    check_export(folder)
+    check_export(folder, model)
     if expert != "each":
         _write(model, folder, layers, saved, wanted[0])
         return folder

@@ -228,8 +228,17 @@ def _temporary(folder: Path) -> Path:
     return folder / f".adamix.{os.getpid()}.{threading.get_ident()}.tmp"
 
 
+def remove_leftover(temporary: Path) -> None:
+    """Of a process that was ended, and had this one's number: in a container all have the same."""
+    if temporary.is_dir() and not temporary.is_symlink():
+        shutil.rmtree(temporary)
+    else:
+        temporary.unlink(missing_ok=True)
+
+
 def _replace(folder: Path, write: Callable[[Path], object], name: Callable[[Path], Path]) -> Path:
     temporary = _temporary(folder)
+    remove_leftover(temporary)
     try:
         temporary.touch()  # with the permissions of any new file; safetensors 0.8 gives its files to the owner alone
         mode = stat.S_IMODE(temporary.stat().st_mode)

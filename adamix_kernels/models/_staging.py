@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ._files import _flush, _os_error, _temporary, naming, sha256
+from ._files import _flush, _os_error, _temporary, naming, remove_leftover, sha256
 
 _TOKENIZER_LAST = "tokenizer_config.json"
 
@@ -23,7 +23,8 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
     place = _temporary(folder)
     try:
         with naming(folder, place):
-            place.mkdir(exist_ok=True)
+            remove_leftover(place)
+            place.mkdir()
             yield place
             order = sorted(place.rglob("*"), key=lambda path: (path.name == last, path.name == _TOKENIZER_LAST))
             files = {path: folder / path.relative_to(place) for path in order if path.is_file()}

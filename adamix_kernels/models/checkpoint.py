@@ -222,6 +222,7 @@ def load_adamix(
     state.factors = factors
     state.centroid = centroid
     state.lost = "a merged checkpoint was loaded" if merged else ""
+    state.origin = header["tensors"]["sha256"] if merged else ""
     _fill(model, tensors, set(header["trainable"]))
     return model
 

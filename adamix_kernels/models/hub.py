@@ -141,6 +141,11 @@ def unreached() -> str:
     return "HF_HUB_OFFLINE keeps the Hub away" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
 
 
+def absent(name: str) -> bool:
+    """Whether it is a path of this disk, where nothing is."""
+    return os.path.isabs(name) and not os.path.exists(name)
+
+
 def with_names(values: dict[str, str], folder: Path) -> dict[str, str]:
     """For a file in `folder`: what is a path of this disk becomes its last name, and beside it, under
     "<key>_path", the way to it from `folder`; everything else stays.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ._files import sealed, unsealed
-from .hub import with_names, with_paths
+from .hub import PACKAGED, absent, with_names, with_paths
 
 RUN_NAME = "adamix_run.json"
 _VERSION = 3
@@ -20,6 +21,13 @@ def run_folder(folder: Path) -> Path | None:
     """Where the run file of `folder` is: in it, or, of a Trainer's checkpoint-N, beside it; None for none."""
     places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
     return next((place for place in places if (place / RUN_NAME).is_file()), None)
+
+
+def of_model(values: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """A run's values with the place of `model`, where its base was found now, in place of one that is not there."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    found = name and (name in PACKAGED or os.path.exists(name) or absent(values.get("model") or ""))
+    return {**values, "model": name} if found else dict(values)
 
 
 def run_to_json(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:

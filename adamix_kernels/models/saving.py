@@ -87,10 +87,12 @@ def save_folder(
     return folder
 
 
-def check_export(folder: Path) -> None:
-    """Raises ValueError for a folder that an adapter in another project's format does not belong into."""
+def check_export(folder: Path, model: nn.Module) -> None:
+    """Raises ValueError for a folder that `model` in another project's format does not belong into: one of a
+    checkpoint, too, unless it is the merged one that `model` was loaded from."""
     check_no_pack_in(folder)
-    if (folder / CHECKPOINT_NAME).exists():
+    path, origin = folder / CHECKPOINT_NAME, adamix_state(model).origin
+    if path.exists() and not (origin and read_header(path)["tensors"].get("sha256") == origin):
         raise ValueError(
             f"directory: got {str(folder)!r}, which holds an AdaMix checkpoint, expected another folder: what reads "
             "one of both would find the other's files"

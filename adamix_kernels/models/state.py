@@ -41,6 +41,7 @@ class AdaMixState:
         factors: of each layer whose merged LoRA is in its weight.
         gate_spread: by layer, what the mean gates of merge(model, gates="mean") do not say.
         lost: why a merged model has no experts to go back to; empty where it has, or is not merged.
+        origin: of a merged checkpoint that was loaded, the SHA-256 of its tensors; empty elsewhere.
         held: whose experts these are, where they are trained on and must stay; empty elsewhere.
         checkpointable: the parts of the model that can recompute their activations.
         watch: looks for the second pass of a training, until it is sure; None then.
@@ -59,6 +60,7 @@ class AdaMixState:
     factors: dict[str, Factors] = field(default_factory=dict, repr=False)
     gate_spread: dict[str, float] = field(default_factory=dict, repr=False)
     lost: str = ""
+    origin: str = ""
     held: str = ""
     checkpointable: list[nn.Module] = field(default_factory=list, repr=False)
     watch: PassWatch | None = field(default=None, repr=False)

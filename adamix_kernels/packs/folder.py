@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,17 @@ from ..models.config import AdaMixConfig
 from ..models.header import CHECKPOINT_NAME, CHECKPOINT_VERSION, PACK_NAME, base_facts, check_no_pack_in
 from ..models.hub import resolve_folder
 from ..models.inject import check_bare
-from ..models.run_values import RUN_NAME, run_to_json, sealed_run
+from ..models.run_values import RUN_NAME, of_model, run_to_json, sealed_run
 from ..models.state import adamix_state, check_model
 from ..modules.lora import QKV, linear_sizes
 from . import heads, slots
-from .beside import remove_old_runs, run_of_name, write_files
+from .beside import old_runs, remove_runs, run_of_name
 from .pack import assemble
 from .reading import Folder, called, check_source, wanted_names
 from .slots import Shape
 from .sources import AdapterPart, LoraPart, Part, read_adamix
 from .state import Entry, check_name, pack_of
+from .words import DIGESTS, digests, left_over, write_files
 
 logger = logging.getLogger(__name__)
 _VERSION = 1
@@ -70,12 +71,14 @@ def unpack(model: nn.Module, name: str, directory: str | os.PathLike[str]) -> Pa
         with one_writer(folder):
             check_no_pack_in(folder)
             try:
-                header = _write_name(model, entry, folder, True)
+                left = left_over(folder, CHECKPOINT_NAME, state.tokenizer)
+                header = {**_write_name(model, entry, folder, True), DIGESTS: digests(state.tokenizer)}
                 with staged(folder, CHECKPOINT_NAME) as place:
                     write_files(place, state.tokenizer)
                     if entry.run is not None:
-                        write_json(place / RUN_NAME, sealed_run(entry.run, folder))
+                        write_json(place / RUN_NAME, sealed_run(of_model(entry.run, model), folder))
                     write_sealed_json(place / CHECKPOINT_NAME, header)
+                _remove(left)
                 if entry.run is None:
                     (folder / RUN_NAME).unlink(missing_ok=True)  # of what was here before
             finally:
@@ -124,15 +127,18 @@ def save_pack(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
                     path: {n: part.out_features for n, part in parts.items() if isinstance(part, heads.PackedLinear)}
                     for path, parts in packed.items()
                 },
+                DIGESTS: digests(state.tokenizer),
                 "names": {
-                    name: {**_write_name(model, entry, folder, False), "run": _run(entry, folder)}
+                    name: {**_write_name(model, entry, folder, False), "run": _run(model, entry, folder)}
                     for name, entry in state.entries.items()
                 },
             }
+            runs, left = old_runs(folder), left_over(folder, PACK_NAME, state.tokenizer)
             with staged(folder, PACK_NAME) as place:
                 write_files(place, state.tokenizer)
                 write_sealed_json(place / PACK_NAME, values)
-            remove_old_runs(folder)
+            remove_runs(runs)
+            _remove(left)
     return folder
 
 
@@ -216,8 +222,13 @@ def _write_name(model: nn.Module, entry: Entry, folder: Path, alone: bool) -> di
     }
 
 
-def _run(entry: Entry, folder: Path) -> dict[str, Any] | None:
-    return None if entry.run is None else run_to_json(entry.run, folder)
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def _run(model: nn.Module, entry: Entry, folder: Path) -> dict[str, Any] | None:
+    return None if entry.run is None else run_to_json(of_model(entry.run, model), folder)
 
 
 def _to_rank(part: Part, rank: int) -> Part:

@@ -17,11 +17,11 @@ from ..models.state import AdaMixState, adamix_state, check_model, replace_modul
 from ..models.tying import tied_outside
 from ..ops._checks import check_positive
 from . import heads, slots
-from .beside import tokenizer_files
 from .reading import Folder, called, read_source
 from .slots import RoutedLayer, Shape
 from .sources import Source, classifies
 from .state import Entry, Pack, PackRouter, check_name, pack_of
+from .words import check_words, tokenizer_files
 
 MOST = 256
 
@@ -98,7 +98,7 @@ def assemble(
     layers = slots.build(model, shapes, capacity, router, backend)
     packed, own = _heads(model, sources, capacity, router, max_labels, rows or {})
     state = Pack(router, capacity, {}, own, {path: tied_outside(model, path) for path in packed})
-    state.tokenizer = next(filter(None, (tokenizer_files(source.folder) for source in sources)), {})
+    state.tokenizer = _words(model, sources)
     for slot, source in enumerate(sources):
         with called(source.name):
             entry, pairs = _planned(layers, packed, own, slot, source)
@@ -195,6 +195,18 @@ def _pooling(model: nn.Module, sources: Sequence[Source]) -> str | None:
         told = " and ".join(f"{pooling!r} ({name})" for pooling, name in by_pooling.items())
         raise ValueError(f"folders: got heads that read {told}, expected the same pooling in all names of a pack")
     return next(iter(by_pooling), None) if any(source.pooling for source in sources) else None
+
+
+def _words(model: nn.Module, sources: Sequence[Source]) -> dict[str, bytes]:
+    """The tokenizer of the first one's folder: where that has none, all are for the base's. Raises ValueError where a
+    later one has another."""
+    first = sources[0].folder
+    found = tokenizer_files(first)
+    for source in sources[1:]:
+        if source.folder != first:
+            with called(source.name):
+                check_words(source.name, found, tokenizer_files(source.folder), getattr(model, "config", None))
+    return found
 
 
 def _heads(
@@ -299,10 +311,13 @@ def _put(model: nn.Module, state: Pack, name: str, slot: int, source: Source) ->
         if source.heads and packed and (source.pooling or here) != here:
             raise ValueError(f"folder: got a head that reads {source.pooling!r}, expected {here!r}, as in the pack")
         entry, pairs = _planned(layers, packed, state.heads, slot, source)
-        words = state.tokenizer or tokenizer_files(source.folder)
+        words = tokenizer_files(source.folder)
+        if set(state.entries) - {name}:
+            check_words(name, state.tokenizer, words, getattr(model, "config", None))
+            words = state.tokenizer
     _commit(pairs)
     state.entries[name] = entry
-    state.tokenizer = words
+    state.tokenizer = words or state.tokenizer
 
 
 def _layer(model: nn.Module, path: str) -> RoutedLayer:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.header import CHECKPOINT_NAME, read_header
-from ..models.hub import resolve_folder, with_paths
+from ..models.hub import absent, resolve_folder, with_paths
 from ..packs.folder import read_pack
 from ..packs.peft_folder import CONFIG_NAME, head_rows, peft_config
 from ._pretrained import first_line, from_pretrained, out_of_reach, tokenizer_of
@@ -30,7 +30,8 @@ def load_base(source: str | os.PathLike[str], *, model: str | None = None) -> tu
     folder = resolve_folder(source)
     if (folder / CHECKPOINT_NAME).is_file():
         header = read_header(folder / CHECKPOINT_NAME)
-        built, tokenizer = bare_model(folder, base_of(folder, header["base_model"], model, folder.is_dir()), header)
+        base = base_of(folder, header["base_model"], model, Path(source).is_dir())
+        built, tokenizer = bare_model(folder, base, header)
     elif (folder / CONFIG_NAME).is_file():
         built, tokenizer = _of_peft(folder, model)
     else:
@@ -84,20 +85,24 @@ def bare_model(folder: Path, base: Encoder, header: dict[str, Any]) -> tuple[Any
 
 
 def base_of(folder: Path, facts: dict[str, Any], given: str | None, local: bool) -> Encoder:
-    """The base model: as given, as the run names it, or as the checkpoint does."""
+    """The base model: as given, as the run names it, or, where that is not there, as the checkpoint does.
+
+    local: whether a folder of this disk was asked for, not a repository of the Hub.
+    """
     if given is not None:
         return resolve_model(given)
     name = facts.get("name_or_path")
-    if (folder / RUN_NAME).is_file():
-        name = read_run(folder).model
-    elif name is not None and facts.get("folder") is not None and local:
+    if name is not None and facts.get("folder") is not None and local:
         name = with_paths({"base": name, "base_path": facts["folder"]}, folder)["base"]
+    if (folder / RUN_NAME).is_file():
+        told = read_run(folder).model
+        name = told if name is None or not absent(told) or absent(name) else name
     if name is None:
         raise ValueError(
             f"{folder / CHECKPOINT_NAME}: got no name of its base model, a {facts.get('class')} that was built, not "
             'loaded: expected model="...", a Hub id or a folder; or call load_adamix(base, folder)'
         )
-    if os.path.isabs(name) and not os.path.exists(name):
+    if absent(name):
         if not local:  # of the Hub, where the way from another disk means nothing, and the name is its owner's word
             return resolve_model(os.path.basename(name))
         raise ValueError(

@@ -58,7 +58,17 @@ def load(
     """
     if model is not None and not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"model: got {type(model).__name__}, expected the name of a base model, its folder, or None")
-    folder = resolve_folder(source, revision)
+    return load_folder(resolve_folder(source, revision), source, model, names, backend)
+
+
+def load_folder(
+    folder: Path,
+    source: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None,
+    names: Sequence[str] | None = None,
+    backend: str = "auto",
+) -> tuple[nn.Module, Any]:
+    """load() of a source that was resolved to `folder`."""
     with needed("load"):
         import transformers  # noqa: F401
 

@@ -105,12 +105,29 @@ def test_another_run_s_merged_module_is_not_written_over(labels, told, runs, tmp
     assert contents(out) == before
 
 
+def test_a_run_whose_data_is_called_otherwise_by_now_is_merged_again(runs, tmp_path, capsys):
+    run, out = shutil.copytree(runs / "one", tmp_path / "one"), tmp_path / "out"
+    assert cli.main(["merge", str(runs / "one"), "--out", str(out)]) == 0
+    write_run(run, Run(str(runs / "encoder"), str(tmp_path / "renamed"), ["down", "up"], 6))
+    assert cli.main(["merge", str(run), "--out", str(out)]) == 0
+    assert read_run(out).data == str(tmp_path / "renamed")
+    capsys.readouterr()
+
+
 def test_an_export_into_a_run_s_folder_is_refused(runs, tmp_path, capsys):
     out = shutil.copytree(runs / "two", tmp_path / "two")
     before = contents(out)
     assert cli.main(["export", str(runs / "one"), "--format", "adapterhub", "--out", str(out)]) == 2
     assert f"got '{out}', which holds an AdaMix checkpoint, expected another folder" in capsys.readouterr().err
     assert contents(out) == before
+    merged, other = str(tmp_path / "merged"), str(tmp_path / "other")
+    for name, folder in (("one", merged), ("two", other)):
+        assert cli.main(["merge", str(runs / name), "--out", folder]) == 0
+    assert cli.main(["export", other, "--format", "adapterhub", "--out", merged]) == 2
+    assert "holds an AdaMix checkpoint" in capsys.readouterr().err
+    assert cli.main(["export", merged, "--format", "adapterhub", "--out", merged]) == 0  # beside what it is of
+    assert cli.main(["predict", "--run", merged, "good film"]) == 0
+    capsys.readouterr()
 
 
 def test_a_run_at_another_depth_asks_nobody_for_the_last_names(runs, tmp_path, capsys, monkeypatch):
@@ -128,7 +145,7 @@ def test_a_run_at_another_depth_asks_nobody_for_the_last_names(runs, tmp_path, c
     assert "what the run was trained on: no such folder or file, expected --data" in capsys.readouterr().err
     assert cli.main(["merge", str(folder), *model, "--out", str(tmp_path / "merged")]) == 0
     found = read_run(tmp_path / "merged")
-    assert (found.model, found.data) == (read_run(folder).model, read_run(folder).data)
+    assert (found.model, found.data) == (str(runs / "encoder"), read_run(folder).data)
     assert cli.main(["eval", str(folder), *model, "--data", str(runs / "data")]) == 0
     capsys.readouterr()
 

@@ -190,7 +190,6 @@ WRONG = {
     "got 'films', expected NAME=FOLDER": ["pack", "films", "--out", "x"],
     "name: got 'a' twice": ["pack", "a=RUN", "a=RUN", "--out", "x"],
     "out: got nothing": ["pack", "a=RUN"],
-    "name: got 'A' beside 'a', expected names that differ in more than case": ["pack", "a=RUN", "A=RUN", "--out", "x"],
     "a: folder: got 'nowhere', no such folder": ["pack", "a=nowhere", "--out", "x"],
     "a: folder: got 'PACK', a pack of several, expected one adaptation: in Python unpack": [
         "pack",

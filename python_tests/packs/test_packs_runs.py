@@ -1,6 +1,9 @@
 """What a name of a pack brings beside its tensors, its run file and the tokenizer, whatever becomes of the name."""
 
 import json
+import os
+import shutil
+import threading
 
 import pytest
 import tiny
@@ -59,14 +62,20 @@ def test_a_name_alone_has_its_run_and_tokenizer(given, tmp_path):
     assert tokens(pack(tiny.tiny_bert(), {"back": folder})) == {"back": None}
 
 
-def test_packs_of_older_releases_have_a_file_a_name(given, tmp_path):
-    folder = save_pack(pack(tiny.tiny_bert(), {"a": given["a"], "b": given["b"]}), tmp_path / "pack")
+def older(folder):
+    """A pack as earlier releases wrote it, without runs in its JSON."""
     path = folder / "adamix_pack.json"
     values = json.loads(path.read_text())
     values.pop("sha256")
     for header in values["names"].values():
         header.pop("run")
     path.write_text(json.dumps(sealed(values)))
+    return folder
+
+
+def test_packs_of_older_releases_have_a_file_a_name(given, tmp_path):
+    folder = save_pack(pack(tiny.tiny_bert(), {"a": given["a"], "b": given["b"]}), tmp_path / "pack")
+    older(folder)
     (folder / "names" / "b").mkdir(parents=True)
     write_run(folder / "names" / "b", Run("m", "d", ["no", "yes"], 30))
     model = load_pack(tiny.tiny_bert(), folder)
@@ -97,7 +106,34 @@ def test_a_cut_off_save_leaves_yesterday_s(error, given, tmp_path, monkeypatch):
     assert not list(folder.glob(".adamix*"))
 
 
-def test_a_damaged_run_file_is_named(given):
-    (given["b"] / "adamix_run.json").write_text("{cut")
-    with pytest.raises(ValueError, match=r"^b: .*adamix_run\.json: not a run file of this release"):
-        pack(tiny.tiny_bert(), {"a": given["a"], "b": given["b"]})
+def test_a_damaged_run_file_is_told_and_stops_no_weights(given, tmp_path, caplog):
+    for number, content in enumerate(("{cut", '{"version": 4}')):
+        (given["b"] / "adamix_run.json").write_text(content)
+        assert tokens(pack(tiny.tiny_bert(), {"a": given["a"], "b": given["b"]})) == {"a": 6, "b": None}
+        assert caplog.text.count("not a run file of this release") == number + 1
+    folder = older(save_pack(pack(tiny.tiny_bert(), {"a": given["a"]}), tmp_path / "pack"))
+    (folder / "names" / "a").mkdir(parents=True)
+    (folder / "names" / "a" / "adamix_run.json").write_text("{cut")
+    assert tokens(load_pack(tiny.tiny_bert(), folder)) == {"a": None}
+    assert "names/a/adamix_run.json: not a run file" in caplog.text
+
+
+def test_runs_in_a_folder_called_names_are_no_pack_s(given, tmp_path):
+    model = pack(tiny.tiny_bert(), {"a": given["a"]})
+    for name in ("a", "b"):  # with its checkpoint beside it, and of a name that the pack has not
+        shutil.copytree(given["b"], tmp_path / "pack" / "names" / name)
+    (tmp_path / "pack" / "names" / "b" / "adamix_checkpoint.json").unlink()
+    older(save_pack(model, tmp_path / "pack"))
+    save_pack(model, tmp_path / "pack")
+    for name in ("a", "b"):
+        assert read_run(tmp_path / "pack" / "names" / name).max_tokens == 7
+
+
+def test_a_leftover_under_this_process_s_own_number_is_no_hindrance(given, tmp_path):
+    folder = tmp_path / "pack"
+    left = folder / f".adamix.{os.getpid()}.{threading.get_ident()}.tmp"
+    left.mkdir(parents=True)
+    (left / "vocab.txt").write_text("old")
+    save_pack(pack(tiny.tiny_bert(), {"a": given["a"]}), folder)
+    assert (folder / "vocab.txt").read_bytes() == WORDS["vocab.txt"]
+    assert not list(folder.glob(".adamix*"))
