@@ -75,4 +75,6 @@ def picture(model: nn.Module) -> tuple:
     values = tuple((n, str(v.dtype), v.numpy().tobytes()) for n, v in model.state_dict().items())
     flags = tuple((name, p.requires_grad) for name, p in model.named_parameters())
     kinds = tuple((name, type(module).__name__) for name, module in model.named_modules())
-    return values, flags, kinds, repr(state.config), state.merged, repr(vars(state.router))
+    of_forwards = ("notes", "samples")
+    router = {name: value for name, value in vars(state.router).items() if name not in of_forwards}
+    return values, flags, kinds, repr(state.config), state.merged, repr(router)

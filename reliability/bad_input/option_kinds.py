@@ -65,7 +65,7 @@ def _train_options() -> Iterator[Kind]:
     ):  # fmt: skip
         options = AdaptationOptions(**{name: value})
         yield Kind(f"adamix train --{name} {value}", name, options.config)
-    yield Kind("adamix train --lora_dropout 1", "dropout", AdaptationOptions(lora_dropout=1.0).config)
+    yield Kind("adamix train --lora_dropout 1", "lora_dropout", AdaptationOptions(lora_dropout=1.0).config)
 
 
 def _recipe(**changes) -> dict:
