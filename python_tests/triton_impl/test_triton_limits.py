@@ -9,7 +9,7 @@ from triton_spy import DEVICE, needs_triton
 needs_triton()
 
 from adamix_kernels import BackendUnavailableError, _auto, routed_adapter, routed_lora
-from adamix_kernels.ops import _triton_plans
+from adamix_kernels.ops import _direct, _triton_plans
 from adamix_kernels.ops._routed_plan import MAX_WIDTH
 
 HIDDEN = 16
@@ -41,6 +41,7 @@ def chosen():
     before = _auto.freeze({
         (op, device, torch.float32, shape): "triton" for op in ops for shape in _auto.SHAPES[op]
     })  # fmt: skip
+    _direct.forget_all()  # what another test has planned is not made again
     yield
     _auto.restore(before)
 
