@@ -95,7 +95,9 @@ _LIMITS = (
     "Adapter backward, r = 48 and 64: 8.7 and 8.9 N H bytes, wanted 8. Two passes read grad_out twice and x once and "
     "write dx, which is 8. Between them pre is read, dpre and h are written and read, 10 N r bytes (0.47 and 0.63 N "
     "H); the shares' sums and the weights are the rest. One pass keeps the sums of both weight gradients, 8 r H "
-    "bytes: 131 KB at r = 16, 393 KB at r = 48, where a multiprocessor has 256 KB of registers.",
+    "bytes: 131 KB at r = 16, 393 KB at r = 48, where a multiprocessor has 256 KB of registers. The four blocks of a "
+    "cluster could share them, but every cluster leaves as many bytes an expert to be summed: 13 MB beside a floor of "
+    "50 at N = 8,192, and more where its rows have several experts (calculated).",
     "Adapter backward, r = 16, N = 8,192: 0.75 (csrc/) and 0.56 (Triton), wanted 0.75. The floor takes 17.1 "
     "microseconds. csrc/: with the sums that blocks leave 18.3, ramps 2 and 1, 0.80 at most. Triton reads grad_out "
     "twice at this size, 1.32 of the floor in three launches: 0.60 at most.",
