@@ -115,8 +115,8 @@ def test_a_forward_that_failed_leaves_nothing_behind():
 def test_a_model_that_an_earlier_version_pickled_runs():
     model = built()
     router = Router.__new__(Router)
-    router.__setstate__({n: v for n, v in vars(model.adamix.router).items() if n not in ("samples", "forwards")})
+    router.__setstate__({n: v for n, v in vars(model.adamix.router).items() if n not in ("samples", "notes")})
     assert router.samples.known() is None
-    assert router.forwards.recomputed() is None
+    assert router.notes is None
     guards._before_forward(model, (ids(4),))  # its hook was registered without the keywords
     assert model.adamix.router.samples.known() == 4
