@@ -1,5 +1,6 @@
 """The demo, small: a random encoder, one epoch."""
 
+import functools
 import itertools
 import json
 import os
@@ -114,13 +115,20 @@ def test_an_interrupt_ends_every_process_in_one_line(finished, tmp_path, jobs):
     command += ["--jobs", jobs, "--epochs", "100000"]
     log = tmp_path / "log"
     with log.open("w") as file:
-        # A terminal's Ctrl-C reaches the whole group.
-        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-        sent = {"1": "frozen encoder", "2": "2 seeds at a time"}[jobs]
-        _until(lambda: sent in log.read_text() or process.poll() is not None)
-        time.sleep(0.5)  # the processes of two seeds have begun, and import
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(120) == 130
+        # A terminal's Ctrl-C reaches the whole group. What a shell runs in the background inherits that it is ignored.
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, start_new_session=True,
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+        try:
+            sent = {"1": "frozen encoder", "2": "2 seeds at a time"}[jobs]
+            _until(lambda: sent in log.read_text() or process.poll() is not None)
+            time.sleep(0.5)  # the processes of two seeds have begun, and import
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.wait(120) == 130
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     assert log.read_text().splitlines()[-1] == "demo: interrupted"
     assert "Traceback" not in log.read_text()
     _until(lambda: not _alive(process.pid))
