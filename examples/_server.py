@@ -168,8 +168,8 @@ class Server:
         found = [
             nearest(self.model, names=some, **self._inputs(texts, [most] * len(texts))) for most, some in groups.items()
         ]
-        best = [max(found, key=lambda one, i=i: one.similarity[i]) for i in range(len(texts))]
-        return [(one.nearest[i], one.similarity[i]) for i, one in enumerate(best)]
+        best = found[0].best_of(found)
+        return list(zip(best.nearest, best.similarity))
 
     def _inputs(self, texts, lengths):
         encoded = [self.tokenizer(text, truncation=True, max_length=most) for text, most in zip(texts, lengths)]

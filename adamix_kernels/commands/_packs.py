@@ -90,12 +90,7 @@ class PackRun:
             )
             for most, names in groups.items()
         ]
-        best = [max(found, key=lambda one, i=i: one.similarity[i]) for i in range(len(rows))]  # type: ignore[misc]
-        return Nearest(
-            [one.names[i] for i, one in enumerate(best)],
-            [one.similarity[i] for i, one in enumerate(best)],
-            [one.nearest[i] for i, one in enumerate(best)],
-        )
+        return Nearest.best_of(found)
 
     @torch.inference_mode()
     def _batch(self, rows: list[InputRow], encoded: list[Any]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..models._staging import write_tokenizer
+from ..models._staging import TOKENIZER_NAME, write_tokenizer
 from ..models.header import CHECKPOINT_NAME, PACK_NAME
 from ..models.hub import resolve_folder
 from ..models.run_values import run_folder
@@ -17,9 +17,8 @@ from ..packs.folder import read_pack, save_pack
 from ..packs.pack import pack
 from ..packs.reading import called, one_adaptation
 from ..packs.state import check_name, pack_of
-from ..packs.words import all_files, other_word
+from ..packs.words import all_files, refuse_other_words
 from ..tasks import load_base, read_run
-from ..tasks._bases import TOKENIZER_NAME
 from ..tasks._pretrained import first_line, tokenizer_of
 from ._folder import kept
 from ._options import OutputOptions, needs_out, option, quiet, start
@@ -98,13 +97,7 @@ def _check_tokenizer(tokenizer: Any, folder: Path, first: str) -> None:
     except (OSError, ValueError, KeyError, ImportError) as error:
         print(f"note: the tokenizer of {folder} does not load ({first_line(error)}); all names get that of {first}")
         return
-    other = other_word(tokenizer, own)
-    if other is not None:
-        number, ours, theirs = other
-        raise ValueError(
-            f"folder: got {str(folder)!r}, in whose tokenizer {number} is {theirs!r}, expected {ours!r}, as in that of "
-            f"{first}: a pack has one tokenizer for all"
-        )
+    refuse_other_words(tokenizer, own, f"{str(folder)!r}, in whose tokenizer", first)
     steps: list[Any] = [getattr(one, "backend_tokenizer", None) for one in (tokenizer, own)]
     if None not in steps:
         mine, its = (json.loads(one.to_str()) for one in steps)

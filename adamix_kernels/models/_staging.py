@@ -12,7 +12,7 @@ from typing import Any
 
 from ._files import _flush, _os_error, _temporary, naming, remove_leftover, sha256
 
-_TOKENIZER_LAST = "tokenizer_config.json"
+TOKENIZER_NAME = "tokenizer_config.json"
 
 
 @contextlib.contextmanager
@@ -26,7 +26,7 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
             remove_leftover(place)
             place.mkdir()
             yield place
-            order = sorted(place.rglob("*"), key=lambda path: (path.name == last, path.name == _TOKENIZER_LAST))
+            order = sorted(place.rglob("*"), key=lambda path: (path.name == last, path.name == TOKENIZER_NAME))
             files = {path: folder / path.relative_to(place) for path in order if path.is_file()}
             for path in files:
                 _flush(path)
@@ -43,7 +43,7 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
 def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     """tokenizer.save_pretrained(folder), each file in one step. tokenizer_config.json comes last: without it the base
     model's tokenizer is taken, and with it alone one that knows no word."""
-    with staged(folder, _TOKENIZER_LAST) as place:
+    with staged(folder, TOKENIZER_NAME) as place:
         try:
             tokenizer.save_pretrained(place)
         except Exception as error:

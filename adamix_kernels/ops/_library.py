@@ -75,10 +75,11 @@ def gradients_of(arguments: type[Any], **grads: torch.Tensor | None) -> tuple[to
 
 def records(args: tuple[Any, ...]) -> bool:
     """Whether autograd records a call with these arguments, or is to take their tangents, which Functions refuse."""
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    if in_forward_mode() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if in_forward_mode() and any(
+        isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args
+    ):
         return True
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
 
 
 def in_forward_mode() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,16 @@ class Nearest:
     names: list[str | None]
     similarity: list[float]
     nearest: list[str]
+
+    @staticmethod
+    def best_of(found: Sequence[Nearest]) -> Nearest:
+        """Of the same samples, each of which was held against some of the names: for a sample the nearest of all."""
+        best = [max(those, key=lambda one: one[1]) for those in zip(*(one._samples() for one in found), strict=True)]
+        names, similarity, nearest = zip(*best, strict=True)
+        return Nearest(list(names), list(similarity), list(nearest))
+
+    def _samples(self) -> list[tuple[str | None, float, str]]:
+        return list(zip(self.names, self.similarity, self.nearest, strict=True))
 
 
 def nearest(

@@ -16,7 +16,7 @@ from ..models.guards import is_reentrant
 from ..models.objectives import CAUSAL, IGNORED, Objective
 from .banks import TrainedBank
 from .mix import Block, Mix, OwnDropout
-from .own import Own
+from .own import Own, processes
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _losses(
 @torch.no_grad()
 def sum_over_processes(names: Mapping[str, Own], banks: Mapping[str, TrainedBank]) -> None:
     """Gradients, sums and counts of all processes, added in one call."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if processes() == 1:
         return
     owns = list(names.values())
     parameters = [p for bank in banks.values() for p in bank.parameters(recurse=False)]

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..models._files import sha256
+from ..models._staging import TOKENIZER_NAME
 from .beside import json_of
 
 logger = logging.getLogger(__name__)
-TOKENIZER_NAME = "tokenizer_config.json"
 DIGESTS = "tokenizer"  # of a JSON: the files that were written with it
 _TEMPLATES = "additional_chat_templates"
 _KNOWN = (
@@ -82,20 +82,19 @@ def check_words(name: str, files: Mapping[str, bytes], own: Mapping[str, bytes],
     except Exception as error:  # of a damaged file it may be anything
         logger.warning("The tokenizer of %s is another file than the pack's, and does not load: %s", name, error)
         return
-    other = other_word(ours, theirs)
-    if other is not None:
-        number, mine, its = other
-        raise ValueError(
-            f"folder: got a tokenizer in which {number} is {its!r}, expected {mine!r}, as in that of the names before: "
-            "a pack has one tokenizer for all"
-        )
+    refuse_other_words(ours, theirs, "a tokenizer in which", "the names before")
 
 
-def other_word(one: Any, other: Any) -> tuple[int, str, str] | None:
-    """The first number that stands for different words in two tokenizers, and both words."""
+def refuse_other_words(one: Any, other: Any, got: str, whose: str) -> None:
+    """Raises ValueError where a number stands for different words in two tokenizers, that of `whose` and another, which
+    `got` names."""
     ours, theirs = ({number: word for word, number in each.get_vocab().items()} for each in (one, other))
     number = next((n for n in sorted(ours.keys() & theirs.keys()) if ours[n] != theirs[n]), None)
-    return None if number is None else (number, ours[number], theirs[number])
+    if number is not None:
+        raise ValueError(
+            f"folder: got {got} {number} is {theirs[number]!r}, expected {ours[number]!r}, as in that of {whose}: "
+            "a pack has one tokenizer for all"
+        )
 
 
 def _loaded(files: Mapping[str, bytes], config: Any) -> Any:

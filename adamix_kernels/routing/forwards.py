@@ -39,23 +39,27 @@ class Forwards(Generic[T]):
 
     def begin(self, told: T) -> bool:
         """A forward begins. One that a backward runs as a whole is known already. Returns whether it was noted."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _node() is not None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or node_of_backward() is not None:
             return False
         number = torch._C._autograd._get_sequence_nr()
         if self._begun and self._begun[-1][0] == number:  # nothing ran in between
             self._begun.pop()
+        self._add(number, told)
+        return True
+
+    def _add(self, number: int, told: T) -> None:
+        """Not where the forward before was told the same."""
         if self._begun and is_same(self._begun[-1][1], told):
-            return True
+            return
         self._lost = self._lost or len(self._begun) == self._begun.maxlen
         self._begun.append((number, told))
-        return True
 
     def recomputed(self) -> T | None:
         """What the forward was told that is being recomputed; None where nothing is, or no forward was noted.
 
         Raises RuntimeError: it is no longer kept.
         """
-        node = None if torch.compiler.is_compiling() or not self._begun else _node()
+        node = None if torch.compiler.is_compiling() or not self._begun else node_of_backward()
         if node is None:
             return None
         number = node._sequence_nr()
@@ -69,7 +73,7 @@ class Forwards(Generic[T]):
 
     def behind(self) -> bool:
         """Whether what is being recomputed began behind all that was noted."""
-        node = _node()
+        node = node_of_backward()
         return node is not None and not (self._begun and node._sequence_nr() < self._begun[-1][0])
 
 
@@ -120,7 +124,7 @@ class Samples:
         samples = self.under_way()
         if samples is not None or torch.compiler.is_compiling():
             return samples
-        if _node() is None:
+        if node_of_backward() is None:
             self._apart = True
             return None
         samples = self._forwards.recomputed()
@@ -140,7 +144,7 @@ def is_same(old: object, new: object) -> bool:
     return old == new
 
 
-def _node() -> torch.autograd.graph.Node | None:
+def node_of_backward() -> torch.autograd.graph.Node | None:
     """The node that a backward is at, in this thread."""
     node: torch.autograd.graph.Node | None = torch._C._current_autograd_node()
     return node

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .forwards import Forwards, Told, is_same
+from .forwards import Forwards, Told, node_of_backward
 
 
 class _Begun(NamedTuple):
@@ -55,9 +55,8 @@ class Notes(Forwards[Told]):
             if all(other.task != begun.task for other in self._within):
                 torch.autograd.Variable._execution_engine.queue_callback(lambda: self._drop(begun.task))
             self._within.append(begun)
-        elif not self._begun or not is_same(self._begun[-1][1], begun.told):
-            self._lost = self._lost or len(self._begun) == self._begun.maxlen
-            self._begun.append((begun.number, begun.told))
+        else:
+            self._add(begun.number, begun.told)
 
     def recomputed(self) -> Told | None:
         """What the forward was told that a backward runs, or recomputes; None: neither, or it was not noted.
@@ -68,7 +67,7 @@ class Notes(Forwards[Told]):
             task = torch._C._current_graph_task_id()
             if self._under_way is not None and self._under_way.task == task:
                 return self._under_way.told
-            node = torch._C._current_autograd_node()
+            node = node_of_backward()
             for begun in reversed(self._within):
                 if node is not None and begun.task != task and begun.number <= node._sequence_nr():
                     return begun.told

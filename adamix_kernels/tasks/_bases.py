@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..models._staging import TOKENIZER_NAME
 from ..models.header import CHECKPOINT_NAME, read_header
 from ..models.hub import absent, resolve_folder, with_paths
 from ..packs.folder import read_pack
@@ -16,7 +17,6 @@ from .encoders import Encoder, load_causal, load_classifier, resolve_model
 from .run_file import RUN_NAME, read_run
 
 logger = logging.getLogger(__name__)
-TOKENIZER_NAME = "tokenizer_config.json"
 
 
 def load_base(source: str | os.PathLike[str], *, model: str | None = None) -> tuple[Any, Any]:

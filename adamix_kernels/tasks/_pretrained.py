@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ..models._staging import TOKENIZER_NAME
 from ..models.hub import hub_answers, unreached
 
 logger = logging.getLogger(__name__)
@@ -16,9 +17,8 @@ logger = logging.getLogger(__name__)
 _REPORTS = ("LOAD REPORT", "were not initialized from the model checkpoint", "were not used when initializing")
 _ANY_SIZE = "ignore_mismatched_sizes"
 _SHOWN = 4
-_CONFIG = "tokenizer_config.json"
 _TOKENIZERS = (
-    "tokenizer.json", _CONFIG, "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",
+    "tokenizer.json", TOKENIZER_NAME, "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",
     "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
 
@@ -98,8 +98,8 @@ def tokenizer_of(path: str, local: bool, **options: Any) -> Any:
             f"got a tokenizer that cannot be read ({type(error).__name__}: {first_line(error)})"
         ) from error
     words = tuple(getattr(made, "vocab_files_names", {}).values())  # none where bytes are the words
-    if words and not any(cached_file(path, name, **here) for name in {*_TOKENIZERS, *words} - {_CONFIG}):
-        raise OSError(f"{path}: got {_CONFIG} without its words, expected {' or '.join(words)} beside it")
+    if words and not any(cached_file(path, name, **here) for name in {*_TOKENIZERS, *words} - {TOKENIZER_NAME}):
+        raise OSError(f"{path}: got {TOKENIZER_NAME} without its words, expected {' or '.join(words)} beside it")
     return made
 
 
