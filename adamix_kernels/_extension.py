@@ -73,10 +73,12 @@ def load_problem() -> str | None:
     try:
         torch.ops.load_library(str(path))
         built_for = torch.ops.adamix_cuda.build_info()
-        for name in ("tile_columns", "most_merged"):  # a library of an older version has none
-            getattr(torch.ops.adamix_cuda, name)
     except (OSError, AttributeError) as error:
         return f"{path.name} did not load: {error}"
+    for name in ("tile_columns", "most_merged"):  # the newest
+        if not hasattr(torch.ops.adamix_cuda, name):
+            rebuild = "python -m adamix_kernels._build makes this version's"
+            return f"{path.name} is another version's, without {name}(): {rebuild}"
     if on_host() != (built_for == "host"):
         return f"{_HOST}: {path} is built for {built_for}" if on_host() else f"{path.name} is built for the CPU"
     return None

@@ -1,6 +1,7 @@
 """What the build finds on a machine, and what it refuses: torch, nvcc, the driver, GPUs and their architectures."""
 
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,18 @@ def test_a_library_is_not_loaded_into_an_older_torch(monkeypatch, tmp_path):
     monkeypatch.setattr(_extension.torch, "__version__", TorchVersion("2.10.0+cu128"))
     problem = _extension.load_problem.__wrapped__()
     assert problem == "the C++/CUDA library needs torch 2.11 or newer, this is 2.10.0+cu128"
+
+
+def test_a_library_of_an_older_version_is_built_anew(monkeypatch, tmp_path):
+    library = types.SimpleNamespace(build_info=lambda: "90", tile_columns=None)
+    monkeypatch.setattr(_extension, "library_path", lambda: tmp_path / "x.so")
+    monkeypatch.setattr(_extension.torch, "ops", types.SimpleNamespace(load_library=str, adamix_cuda=library))
+    problem = _extension.load_problem.__wrapped__()
+    assert problem == (
+        "x.so is another version's, without most_merged(): python -m adamix_kernels._build makes this version's"
+    )
+    library.most_merged = None
+    assert _extension.load_problem.__wrapped__() is None
 
 
 @pytest.mark.parametrize(

@@ -20,17 +20,23 @@ FILES = {
 static std::string build_info() { return TINY_WORDS; }
 static std::string driver_problem() { return ""; }
 static std::string device_problem(int64_t) { return ""; }
+static int64_t tile_columns(int64_t, int64_t) { return 1; }
+static int64_t most_merged(int64_t) { return 1; }
 static int64_t doubled(int64_t value) { return doubled_on_device(static_cast<int>(value)); }
 STABLE_TORCH_LIBRARY(adamix_cuda, m) {
   m.def("build_info() -> str");
   m.def("driver_problem() -> str");
   m.def("device_problem(int device) -> str");
+  m.def("tile_columns(int device, int element_bytes) -> int");
+  m.def("most_merged(int device) -> int");
   m.def("doubled(int value) -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(adamix_cuda, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&build_info));
   m.impl("driver_problem", TORCH_BOX(&driver_problem));
   m.impl("device_problem", TORCH_BOX(&device_problem));
+  m.impl("tile_columns", TORCH_BOX(&tile_columns));
+  m.impl("most_merged", TORCH_BOX(&most_merged));
   m.impl("doubled", TORCH_BOX(&doubled));
 }
 """,
