@@ -4,13 +4,16 @@
 
 import pytest
 import torch
-from triton_spy import DEVICE, needs_triton
+from triton_spy import DEVICE, launches, needs_triton
 
 needs_triton()
 
 from adamix_kernels import BackendUnavailableError, _auto, routed_adapter, routed_lora
-from adamix_kernels.ops import _direct, _triton_plans
+from adamix_kernels.ops import _direct
 from adamix_kernels.ops._routed_plan import MAX_WIDTH
+from adamix_kernels.ops.gated_adapter import triton_impl as gated_impl
+from adamix_kernels.ops.gated_adapter.triton_impl import by_rows
+from adamix_kernels.ops.routed_adapter import triton_impl as routed_impl
 
 HIDDEN = 16
 
@@ -47,22 +50,22 @@ def chosen():
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_the_widest_adapter_runs_and_the_next_is_refused_or_the_references(gated, chosen, monkeypatch):
-    made, given = [], _triton_plans.Planned.make
-    monkeypatch.setattr(_triton_plans.Planned, "make", lambda *a: made.append(a) or given(*a))
+def test_the_widest_adapter_runs_and_the_next_is_refused_or_the_references(gated, chosen):
     want = results(adapter(MAX_WIDTH, gated), "reference")
-    for got, expected in zip(results(adapter(MAX_WIDTH, gated), "auto"), want, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    assert made
-    made.clear()
+    with launches(routed_impl, gated_impl, by_rows, directly=True) as names:
+        got = results(adapter(MAX_WIDTH, gated), "auto")
+    assert names
+    for one, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
     case = adapter(MAX_WIDTH + 1, gated)
     with pytest.raises(
         BackendUnavailableError, match=r"r, in units of 16: got 272, expected at most 256 .*a smaller rank"
     ):
         case[0]("triton")
-    got, want = results(case, "auto"), results(case, "reference")
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert not made
+    with launches(routed_impl, gated_impl, by_rows, directly=True) as names:
+        got = results(case, "auto")
+    assert all(torch.equal(a, b) for a, b in zip(got, results(case, "reference"), strict=True))
+    assert not names
 
 
 def test_lora_of_any_rank_is_served_in_parts():
