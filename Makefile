@@ -68,15 +68,17 @@ PYTEST := $(BIN)/python $(TESTING)
 ON_HOST = OMP_NUM_THREADS=1 ADAMIX_CUDA_HOST=$(abspath build/csrc/adamix_host_$(1).so)
 UNDER = LD_PRELOAD="$$(g++ -print-file-name=lib$(1).so) $$(g++ -print-file-name=libstdc++.so.6)"
 REPORT := $(abspath build/csrc/report)
+SANITISED := PYTHONPATH=. $(BIN)/python python_tests/support/sanitised.py
 SANITIZED = $(PYTEST) -m sanitize $(shell grep -l mark.sanitize $(CUDA_TESTS)) || { cat $(REPORT).*; exit 1; }
 
-.PHONY: help install demo test nightly oldest pythons ptx ptx-nightly aot cuda count docs lint lock bench clean
+.PHONY: help install demo test sanitize nightly oldest pythons ptx ptx-nightly aot cuda count docs lint lock bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make install   $(VENV) with torch and the package, editable'
 	@echo 'make demo      trains, merges and compares on real text: a table, demo_out/ (DEMO_FLAGS="--seeds 1")'
 	@echo 'make test      every test: the Triton kernels interpreted, the Trainer also on transformers 4.57'
+	@echo 'make sanitize  the tests of csrc/ under AddressSanitizer, which make test runs after a change of csrc/ alone (minutes)'
 	@echo 'make nightly   what repeats, at more sizes and for every GPU: the tests, compiled PTX, the compilers (hours)'
 	@echo 'make ptx       a part of the Triton tests and drawn calls through compiled PTX on the CPU (minutes; ptx/README.md)'
 	@echo 'make ptx-nightly  all of them (an hour or so)'
@@ -102,14 +104,20 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test $(VENV)/.triton $(VENV)/.nvrtc $(OLD)/.ready $(HUB)/.ready
 	ADAMIX_ADAPTERS_PATH=$(abspath $(OLD)) $(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) $(TRITON_TESTS)
-	for variant in plain asan $(NIGHT:1=tsan); do $(BIN)/python -m adamix_kernels._build --host $$variant || exit 1; done
-	rm -f $(REPORT).*
+	$(BIN)/python -m adamix_kernels._build --host plain
 	$(call ON_HOST,plain) $(PYTEST) $(CUDA_TESTS)
-	$(call ON_HOST,asan) $(call UNDER,asan) ASAN_OPTIONS=detect_leaks=0:log_path=$(REPORT) $(SANITIZED)
-	$(if $(NIGHT),$(call ON_HOST,tsan) $(call UNDER,tsan) TSAN_OPTIONS=halt_on_error=1:log_path=$(REPORT) $(SANITIZED))
+	$(if $(NIGHT),,$(SANITISED) ||) $(MAKE) sanitize
 	PYTHONPATH=$(abspath $(OLD)) $(PYTEST) --ignore-glob='*_launch.py' \
 		$(foreach name,$(OLD_TRAINER),$(call tests,$(name)))
 	PYTHONPATH=$(abspath $(HUB)) $(PYTEST) $(call tests,hub_layout)
+
+sanitize: $(VENV)/.test
+	for variant in asan $(NIGHT:1=tsan); do $(BIN)/python -m adamix_kernels._build --host $$variant || exit 1; done
+	rm -f $(REPORT).*
+	ADAMIX_NIGHTLY=1 $(PYTEST) $(call tests,csrc_host) -k 'asan$(NIGHT:1= or tsan)'
+	$(call ON_HOST,asan) $(call UNDER,asan) ASAN_OPTIONS=detect_leaks=0:log_path=$(REPORT) $(SANITIZED)
+	$(if $(NIGHT),$(call ON_HOST,tsan) $(call UNDER,tsan) TSAN_OPTIONS=halt_on_error=1:log_path=$(REPORT) $(SANITIZED))
+	$(SANITISED) --write
 
 nightly:
 	ADAMIX_NIGHTLY=1 $(MAKE) test ptx-nightly aot cuda count

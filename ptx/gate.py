@@ -24,7 +24,7 @@ from . import build
 
 ARCHITECTURES = (80, 90)
 # Cases of every group of ops that are drawn.
-CASES = {"small": 4, "nightly": 60}
+CASES = {"small": 2, "nightly": 60}
 _ROOT = Path(__file__).parent.parent
 
 

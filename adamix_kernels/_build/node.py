@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .objects import NODE_FOLDER, Compiled, fingerprint, link, objects_folder, planned, with_includes
+from .objects import NODE_FOLDER, fingerprint, link, objects_folder, planned, replacing, with_includes
 from .schedule import compile_all
 from .toolchain import BuildError, Torch, run
 
@@ -17,6 +17,8 @@ _FLAGS = (
     *("-isystem", "{torch}/include/torch/csrc/api/include", "-isystem", "{python}"),
     *("-ffile-prefix-map={csrc}=csrc", "-ffile-prefix-map={torch}=torch"),
 )
+# torch's headers take longer than what is here, so files are compiled together: in so many commands.
+_UNITS = 4
 _STRICT = ("-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter")
 _LIBRARIES = ("-L{torch}/lib", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10")
 
@@ -55,19 +57,27 @@ def build_node(folder: Path, torch: Torch, csrc: Path, jobs: int, *, strict: boo
         raise BuildError(problem)
     places = {"csrc": csrc, "torch": torch.folder, "python": sysconfig.get_paths()["include"]}
     versions = run("g++", "-dumpfullversion").strip(), torch.version
-    files = sorted((csrc / NODE_FOLDER).glob("*.cpp"))
     with objects_folder(csrc, NODE_FOLDER) as kept:
         flags = [*_filled(_FLAGS, places), *(_STRICT if strict else ())]
         told = f'-DADAMIX_NODE_SOURCES="{node_sources(csrc)}"'
-
-        def plan(file: Path) -> Compiled:
-            mine = [*flags, told] if file.name == "module.cpp" else flags
-            return planned(["g++"], mine, file, with_includes(file, csrc), kept, versions)
-
-        objects = [plan(file) for file in files]
+        objects = []
+        for unit, files in _units(csrc, kept):
+            mine = [*flags, told] if any(file.name == "module.cpp" for file in files) else flags
+            read = {path for file in files for path in with_includes(file, csrc)}
+            objects.append(planned(["g++"], mine, unit, sorted(read), kept, versions))
         output = folder / node_name(torch.version)
         link(["g++", "-shared"], compile_all(objects, jobs), _filled(_LIBRARIES, places), output)
     return output
+
+
+def _units(csrc: Path, kept: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """A source in `kept` that includes some of the folder's, and these, until all are in one."""
+    files = sorted((csrc / NODE_FOLDER).glob("*.cpp"))
+    for number in range(min(_UNITS, len(files))):
+        mine, unit = files[number::_UNITS], kept / f"unit{number}.cpp"
+        with replacing(unit) as part:
+            part.write_text("".join(f'#include "{NODE_FOLDER}/{file.name}"\n' for file in mine))
+        yield unit, mine
 
 
 def _filled(words: Sequence[str], places: dict[str, object]) -> list[str]:

@@ -16,14 +16,14 @@ namespace adamix {
 namespace {
 
 // Attributes of a router.
-struct Names {
+struct DrawsNames {
   PyObject *enabled = interned("enabled"), *experts = interned("experts"), *force_merged = interned("force_merged"),
            *level = interned("level"), *passes = interned("passes"), *ahead = interned("_ahead"),
            *batch = interned("batch"), *sample = interned("sample"), *draw = interned("_draw_all");
 };
 
-const Names& names() {
-  static const Names made;
+const DrawsNames& draws_names() {
+  static const DrawsNames made;
   return made;
 }
 
@@ -58,7 +58,7 @@ THPObjectPtr found(PyObject* router, PyObject* ahead, int64_t experts, int64_t d
     Py_INCREF(left);
     return THPObjectPtr(left);
   }
-  THPObjectPtr made(PyObject_CallMethodObjArgs(router, names().draw, ahead, key.get(), nullptr));
+  THPObjectPtr made(PyObject_CallMethodObjArgs(router, draws_names().draw, ahead, key.get(), nullptr));
   if (!made) throw python_error();
   return made.get() != Py_None && PyList_CheckExact(made.get()) ? std::move(made) : THPObjectPtr();
 }
@@ -77,19 +77,19 @@ Draws::~Draws() {
 bool Draws::take(PyObject* router, const at::Tensor& x, std::array<int64_t, 2> experts,
                  std::array<at::Tensor*, 2> index, int64_t& passes) {
   Attributes of(router);
-  PyObject *ahead = of.get(names().ahead), *level = of.get(names().level);
-  if (ahead == nullptr || !PyDict_CheckExact(ahead) || level == nullptr || !of.has(names().enabled, Py_True) ||
-      !of.has(names().experts, Py_None) || !of.has(names().force_merged, Py_False) || is_recomputed()) {
+  PyObject *ahead = of.get(draws_names().ahead), *level = of.get(draws_names().level);
+  if (ahead == nullptr || !PyDict_CheckExact(ahead) || level == nullptr || !of.has(draws_names().enabled, Py_True) ||
+      !of.has(draws_names().experts, Py_None) || !of.has(draws_names().force_merged, Py_False) || is_recomputed()) {
     return false;
   }
   Py_INCREF(router), Py_INCREF(ahead);
   THPObjectPtr asked(router), into(ahead);  // another thread may begin a forward during a draw
   int64_t drawn = x.size(0);
-  if (PyObject_RichCompareBool(level, names().batch, Py_EQ) == 1) {
-    if (!of.read_into(names().passes, passes) || passes < 1) return false;
+  if (PyObject_RichCompareBool(level, draws_names().batch, Py_EQ) == 1) {
+    if (!of.read_into(draws_names().passes, passes) || passes < 1) return false;
     if (x.size(0) % passes != 0) passes = 1;
     drawn = passes;
-  } else if (PyObject_RichCompareBool(level, names().sample, Py_EQ) != 1) {
+  } else if (PyObject_RichCompareBool(level, draws_names().sample, Py_EQ) != 1) {
     return false;
   }
   for (size_t n = 0; n < 2; ++n) {

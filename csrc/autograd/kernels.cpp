@@ -10,23 +10,23 @@
 namespace adamix {
 namespace {
 
-std::atomic<const Entries*> found{nullptr};
+std::atomic<const Entries*> known_table{nullptr};
 
 }  // namespace
 
 bool find_kernels() {
-  if (found.load() != nullptr) return true;
+  if (known_table.load() != nullptr) return true;
   auto op = c10::Dispatcher::singleton().findSchema({"adamix_cuda::entries", ""});
   if (!op.has_value()) return false;
   torch::jit::Stack stack;
   op->callBoxed(&stack);
   auto* table = reinterpret_cast<const Entries*>(stack.at(0).toInt());
   if (table == nullptr || table->version != kEntriesVersion) return false;
-  found.store(table);
+  known_table.store(table);
   return true;
 }
 
-const Entries& kernels() { return *found.load(std::memory_order_relaxed); }
+const Entries& kernels() { return *known_table.load(std::memory_order_relaxed); }
 
 TensorHandle memory_for_kernels(TensorHandle like, const int64_t* sizes, size_t dims, int32_t dtype) {
   const at::Tensor& tensor = *reinterpret_cast<at::Tensor*>(like);

@@ -14,7 +14,7 @@ namespace adamix {
 namespace {
 
 // Attributes of modules.
-struct Names {
+struct LayersNames {
   PyObject *parameters = interned("_parameters"), *modules = interned("_modules"), *training = interned("training"),
            *gate = interned("gate"), *router = interned("router"), *backend = interned("backend"),
            *activation = interned("activation"), *scaling = interned("scaling"), *groups = interned("groups"),
@@ -25,8 +25,8 @@ struct Names {
            *up_score = interned("up_score"), *adapter = interned("adapter");
 };
 
-const Names& names() {
-  static const Names made;
+const LayersNames& layers_names() {
+  static const LayersNames made;
   return made;
 }
 
@@ -36,10 +36,10 @@ struct Layer {
   PyObject* parameters;
   PyObject* router;
 
-  explicit Layer(PyObject* module) : own(module), parameters(own.get(names().parameters)), router(nullptr) {
+  explicit Layer(PyObject* module) : own(module), parameters(own.get(layers_names().parameters)), router(nullptr) {
     if (parameters == nullptr || !PyDict_CheckExact(parameters)) return;
-    if (!own.has(names().training, Py_True) || !own.has(names().gate, Py_None)) return;
-    PyObject* found = own.get(names().router);
+    if (!own.has(layers_names().training, Py_True) || !own.has(layers_names().gate, Py_None)) return;
+    PyObject* found = own.get(layers_names().router);
     if (found != nullptr && PySet_Contains(python.routers, reinterpret_cast<PyObject*>(Py_TYPE(found))) == 1) {
       router = found;
     }
@@ -66,15 +66,17 @@ bool is_batch(const at::Tensor& x) { return x.defined() && x.dim() == 3 && x.is_
 
 // A LoRA module's call but for its base and its draws; false where it is none that kernels were found to serve.
 bool read_lora(const Layer& layer, Lora& call) {
-  if (layer.router == nullptr || !layer.parameter(names().lora_a, call.lora_a) ||
-      !layer.parameter(names().lora_b, call.lora_b) || !layer.is_frozen(names().a_score) ||
-      !layer.is_frozen(names().b_score)) {
+  if (layer.router == nullptr || !layer.parameter(layers_names().lora_a, call.lora_a) ||
+      !layer.parameter(layers_names().lora_b, call.lora_b) || !layer.is_frozen(layers_names().a_score) ||
+      !layer.is_frozen(layers_names().b_score)) {
     return false;
   }
   if (call.lora_a.dim() != 3 || call.lora_b.dim() != 3 || !is_batch(call.x) || call.lora_a.size(2) != call.x.size(2) ||
-      !layer.own.read_into(names().scaling, call.scaling) || !layer.own.read_into(names().groups, call.groups) ||
-      !layer.own.read_into(names().offsets, call.offsets) || !layer.own.read_into(names().dropout, call.dropout) ||
-      !layer.own.read_into(names().backend, call.backend) || !is_usual(call)) {
+      !layer.own.read_into(layers_names().scaling, call.scaling) ||
+      !layer.own.read_into(layers_names().groups, call.groups) ||
+      !layer.own.read_into(layers_names().offsets, call.offsets) ||
+      !layer.own.read_into(layers_names().dropout, call.dropout) ||
+      !layer.own.read_into(layers_names().backend, call.backend) || !is_usual(call)) {
     return false;
   }
   call.service = service_of(kLora, call.backend, call.x, call.lora_a, call.groups);
@@ -83,7 +85,7 @@ bool read_lora(const Layer& layer, Lora& call) {
 
 // A module's module of that name; null where there is none.
 PyObject* part_of(const Attributes& own, PyObject* name) {
-  PyObject* modules = own.get(names().modules);
+  PyObject* modules = own.get(layers_names().modules);
   return modules == nullptr ? nullptr : PyDict_GetItem(modules, name);
 }
 
@@ -103,17 +105,18 @@ at::Tensor run_drawn(Lora& call, Draws& draws, Base base) {
 // An adapter module's call but for its draws, of x like `like` but of `features`; false where it is none that kernels
 // were found to serve.
 bool read_adapter(const Layer& layer, const at::Tensor& like, int64_t features, Adapter& call) {
-  if (layer.router == nullptr || !layer.parameter(names().down_weight, call.down_weight) ||
-      !layer.parameter(names().down_bias, call.down_bias) || !layer.parameter(names().up_weight, call.up_weight) ||
-      !layer.parameter(names().up_bias, call.up_bias) || !layer.is_frozen(names().down_score) ||
-      !layer.is_frozen(names().up_score)) {
+  if (layer.router == nullptr || !layer.parameter(layers_names().down_weight, call.down_weight) ||
+      !layer.parameter(layers_names().down_bias, call.down_bias) ||
+      !layer.parameter(layers_names().up_weight, call.up_weight) ||
+      !layer.parameter(layers_names().up_bias, call.up_bias) || !layer.is_frozen(layers_names().down_score) ||
+      !layer.is_frozen(layers_names().up_score)) {
     return false;
   }
-  PyObject* activation = layer.own.get(names().activation);
+  PyObject* activation = layer.own.get(layers_names().activation);
   if (call.down_weight.dim() != 3 || call.up_weight.dim() != 3 || !is_batch(like) ||
       call.down_weight.size(2) != features || activation == nullptr ||
       (activation != Py_None && !read(activation, call.activation)) ||
-      !layer.own.read_into(names().backend, call.backend)) {
+      !layer.own.read_into(layers_names().backend, call.backend)) {
     return false;
   }
   call.service = service_of(kAdapter, call.backend, like, call.down_weight, 1);
@@ -147,7 +150,7 @@ PyObject* lora_on_linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (is_watched() || is_switched_off()) Py_RETURN_NONE;
   Layer layer(given[0]);
   Lora call;
-  PyObject* base = part_of(layer.own, names().base);
+  PyObject* base = part_of(layer.own, layers_names().base);
   if (base == nullptr || !read(given[1], call.x) || !call.x.defined() ||
       !read_frozen_linear(base, call.x, call.linear) || !read_lora(layer, call)) {
     Py_RETURN_NONE;
@@ -166,7 +169,7 @@ PyObject* lora_layer(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (is_watched() || is_switched_off()) Py_RETURN_NONE;
   Layer layer(given[0]);
   Lora call;
-  PyObject* base = part_of(layer.own, names().base);
+  PyObject* base = part_of(layer.own, layers_names().base);
   if (base == nullptr || !read(given[1], call.x) || !read(given[2], call.base) || !call.x.defined() ||
       !call.base.defined() || call.base.dim() != 3 || call.base.scalar_type() != call.x.scalar_type() ||
       !read_lora(layer, call)) {
@@ -185,9 +188,9 @@ PyObject* adapter_on_linear(PyObject*, PyObject* const* given, Py_ssize_t count)
   TORCH_CHECK(count == 2, "adapter_on_linear: got ", count, " arguments, expected 2");
   if (is_watched() || is_switched_off()) Py_RETURN_NONE;
   Attributes own(given[0]);
-  PyObject *base = part_of(own, names().base), *adapter = part_of(own, names().adapter);
-  if (base == nullptr || adapter == nullptr || own.get(names().base) != nullptr ||
-      own.get(names().adapter) != nullptr) {
+  PyObject *base = part_of(own, layers_names().base), *adapter = part_of(own, layers_names().adapter);
+  if (base == nullptr || adapter == nullptr || own.get(layers_names().base) != nullptr ||
+      own.get(layers_names().adapter) != nullptr) {
     Py_RETURN_NONE;
   }
   PyObject* known = known_class(python.adapters, adapter);

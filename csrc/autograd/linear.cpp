@@ -13,13 +13,13 @@
 namespace adamix {
 namespace {
 
-struct Names {
+struct LinearNames {
   PyObject *forward = interned("forward"), *parameters = interned("_parameters"), *weight = interned("weight"),
            *bias = interned("bias");
 };
 
-const Names& names() {
-  static const Names made;
+const LinearNames& linear_names() {
+  static const LinearNames made;
   return made;
 }
 
@@ -59,20 +59,20 @@ struct FrozenLinearBackward : Node {
 bool is_plain_linear(PyObject* module) {
   if (known_class(python.linears, module) == nullptr) return false;
   Attributes own(module);
-  return own.get(names().forward) == nullptr && has_no_hooks(own, 3);
+  return own.get(linear_names().forward) == nullptr && has_no_hooks(own, 3);
 }
 
 bool read_frozen_linear(PyObject* module, const Tensor& x, FrozenLinear& linear) {
   PyObject* known = known_class(python.linears, module);
   if (known == nullptr || known == Py_None) return false;
   Attributes own(module);
-  PyObject* parameters = own.get(names().parameters);
-  if (!is_as_written(own, PyTuple_GET_ITEM(known, 1), {names().weight, names().bias}) || parameters == nullptr ||
-      !PyDict_CheckExact(parameters)) {
+  PyObject* parameters = own.get(linear_names().parameters);
+  if (!is_as_written(own, PyTuple_GET_ITEM(known, 1), {linear_names().weight, linear_names().bias}) ||
+      parameters == nullptr || !PyDict_CheckExact(parameters)) {
     return false;
   }
-  PyObject* bias = PyDict_GetItem(parameters, names().bias);
-  if (bias == nullptr || !read(bias, linear.bias) || !read_item(parameters, names().weight, linear.weight))
+  PyObject* bias = PyDict_GetItem(parameters, linear_names().bias);
+  if (bias == nullptr || !read(bias, linear.bias) || !read_item(parameters, linear_names().weight, linear.weight))
     return false;
   linear.transposed = PyTuple_GET_ITEM(known, 0) == Py_True;
   const Tensor& weight = linear.weight;

@@ -7,7 +7,7 @@
 namespace adamix {
 namespace {
 
-struct Names {
+struct ModulesNames {
   PyObject *forward = interned("forward"), *call = interned("_call_impl"), *compiled = interned("_compiled_call_impl");
   std::array<PyObject*, 4> hooks = {interned("_forward_hooks"), interned("_backward_hooks"),
                                     interned("_backward_pre_hooks"), interned("_forward_pre_hooks")};
@@ -16,8 +16,8 @@ struct Names {
                                            interned("_global_forward_pre_hooks")};
 };
 
-const Names& names() {
-  static const Names made;
+const ModulesNames& modules_names() {
+  static const ModulesNames made;
   return made;
 }
 
@@ -37,8 +37,8 @@ PyObject* known_class(PyObject* known, PyObject* module) {
 
 bool has_no_hooks(const Attributes& own, size_t count) {
   for (size_t n = 0; n < count; ++n) {
-    if (own.has_entries(names().hooks[n])) return false;
-    PyObject* found = PyDict_GetItem(python.modules, names().global_hooks[n]);
+    if (own.has_entries(modules_names().hooks[n])) return false;
+    PyObject* found = PyDict_GetItem(python.modules, modules_names().global_hooks[n]);
     if (found == nullptr || !PyDict_Check(found) || PyDict_GET_SIZE(found) > 0) return false;
   }
   return true;
@@ -49,13 +49,13 @@ bool is_as_written(const Attributes& own, PyObject* called, std::initializer_lis
     PyObject* part = PyTuple_GET_ITEM(called, n);
     if (!is_there(PyTuple_GET_ITEM(part, 0), PyTuple_GET_ITEM(part, 1), PyTuple_GET_ITEM(part, 2))) return false;
   }
-  for (PyObject* name : {names().forward, names().call}) {
+  for (PyObject* name : {modules_names().forward, modules_names().call}) {
     if (own.get(name) != nullptr) return false;
   }
   for (PyObject* name : others) {
     if (own.get(name) != nullptr) return false;
   }
-  PyObject* compiled = own.get(names().compiled);
+  PyObject* compiled = own.get(modules_names().compiled);
   return has_no_hooks(own, 4) && (compiled == nullptr || compiled == Py_None);
 }
 

@@ -118,7 +118,7 @@ def test_compiling_gives_the_table_and_a_library_that_loads_here():
 @needs_compilers
 def test_what_a_kernel_may_overwrite_is_not_loaded_as_read_only():
     """Losses write gradients in the place of their logits, which LDG.CONSTANT may then read as they were."""
-    only = () if NIGHTLY else ("consistency_fwd.cu", "consistency_bwd.cu", "routed_adapter_fwd.cu")
+    only = () if NIGHTLY else ("consistency_bwd.cu", "routed_adapter_fwd.cu")  # the forward takes a minute
     made = cuda_compile.compile_nvrtc(CSRC, cuda_compile.WHEELS, 2, only)
     objects = {each.source.name: each.object for each in made}
 
@@ -126,9 +126,9 @@ def test_what_a_kernel_may_overwrite_is_not_loaded_as_read_only():
         command = [cuda_compile.cuobjdump(), "-sass", objects[name]]
         return re.findall(r"LDG[.\w]*CONSTANT", subprocess.run(command, capture_output=True, text=True).stdout)
 
-    assert {name: read_only_loads(name) for name in objects if name.startswith("consistency_")} == {
-        "consistency_fwd.cu": [], "consistency_bwd.cu": [],
-    }  # fmt: skip
+    losses = [name for name in objects if name.startswith("consistency_")]
+    assert len(losses) == (2 if NIGHTLY else 1)
+    assert [read_only_loads(name) for name in losses] == [[]] * len(losses)
     assert read_only_loads("routed_adapter_fwd.cu")  # of x and the banks, which it only reads
 
 

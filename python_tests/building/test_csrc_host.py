@@ -28,7 +28,7 @@ def run(fault, variant, order="forward"):
     return run_script(SCRIPT.format(fault=FAULTS.index(fault)), variant, order)
 
 
-@singles(variant=["plain", "asan", *["tsan"] * NIGHTLY], order=["forward", "reverse", "7"])
+@singles(variant=["plain", *["asan", "tsan"] * NIGHTLY], order=["forward", "reverse", "7"])
 def test_a_kernel_without_fault_passes(variant, order):
     status, text = run("none", variant, order)
     assert (status, text.splitlines()[0]) == (0, "equal 0")
@@ -37,11 +37,12 @@ def test_a_kernel_without_fault_passes(variant, order):
 @pytest.mark.parametrize(
     ("fault", "variant", "words"),
     [
-        pytest.param("no barrier", "tsan", "ThreadSanitizer: data race", marks=pytest.mark.nightly),
+        ("no barrier", "tsan", "ThreadSanitizer: data race"),
         ("shared bounds", "asan", "AddressSanitizer: heap-buffer-overflow"),
         ("global bounds", "asan", "AddressSanitizer: heap-buffer-overflow"),
     ],
 )
+@pytest.mark.nightly
 def test_the_sanitiser_catches(fault, variant, words):
     status, text = run(fault, variant)
     assert status != 0

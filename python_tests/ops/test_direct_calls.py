@@ -13,7 +13,7 @@ from suite_size import NIGHTLY
 ROOT = Path(__file__).parents[2]
 
 
-SEEN = [(1, 250), (2, 250), (3, 150, None, None, True)] if NIGHTLY else [(1, 120), (3, 90, None, None, True)]
+SEEN = [(1, 250), (2, 250), (3, 150, None, None, True)] if NIGHTLY else [(1, 60), (3, 50, None, None, True)]
 BLIND = [("hidden", 0), ("batch", 0), ("dtype", 1), ("contiguous", 3), ("offset", 4), ("one_index", "apart")]
 
 

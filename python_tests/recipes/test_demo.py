@@ -12,6 +12,7 @@ import time
 import pytest
 import tiny_text
 import torch
+from suite_size import NIGHTLY
 
 from adamix_kernels import load_adamix, tasks
 from adamix_kernels.demo import report, run, seeds, training
@@ -109,7 +110,7 @@ def test_a_process_that_is_killed_is_one_line_and_status_1(finished, tmp_path, m
     assert not (tmp_path / "results.json").exists()
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("jobs", ["1", "2"] if NIGHTLY else ["2"])
 def test_an_interrupt_ends_every_process_in_one_line(finished, tmp_path, jobs):
     command = [sys.executable, "-m", "adamix_kernels.demo", *finished[1], "--out", str(tmp_path)]
     command += ["--jobs", jobs, "--epochs", "100000"]

@@ -11,19 +11,20 @@ NIGHTLY = os.environ.get("ADAMIX_NIGHTLY") == "1"
 def pairs(**axes):
     """pytest.mark.parametrize over the product of the axes at night; by day over so few of its cases that every two
     values of two axes still meet in one: a fault of two settings together shows in both sizes."""
-    return _cases(axes, 2)
+    assert len(axes) > 1, "two settings at least"
+    return _cases(axes, covering(list(itertools.product(*axes.values())), 2))
 
 
 def singles(**axes):
-    """As pairs, but by day each value of each axis is in one case, whatever beside it: for settings that do not meet in
-    the code."""
-    return _cases(axes, 1)
+    """As pairs, but by day as many cases as the longest axis has values, with the others' in turn: for settings that do
+    not meet in the code."""
+    lists = [list(values) for values in axes.values()]
+    by_day = [tuple(one[n % len(one)] for one in lists) for n in range(max(map(len, lists)))]
+    return _cases(axes, by_day)
 
 
-def _cases(axes, together):
-    assert len(axes) >= together, f"{together} settings at least"
-    whole = list(itertools.product(*axes.values()))
-    return pytest.mark.parametrize(tuple(axes), whole if NIGHTLY else covering(whole, together))
+def _cases(axes, by_day):
+    return pytest.mark.parametrize(tuple(axes), list(itertools.product(*axes.values())) if NIGHTLY else by_day)
 
 
 def covering(cases, together):

@@ -8,7 +8,7 @@ from triton_spy import DEVICE, needs_triton
 needs_triton()
 
 import bad_id_cases
-from suite_size import pairs
+from suite_size import pairs, singles
 
 from adamix_kernels.ops.routed_adapter import triton_impl as adapter
 from adamix_kernels.ops.routed_lora import triton_impl as lora
@@ -17,10 +17,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 KERNELS = {"routed_adapter": adapter, "routed_lora": lora}
 
 
-@pytest.mark.parametrize(("index_dtype", "value"), bad_id_cases.WRONG)
-@pytest.mark.parametrize(("case", "side"), bad_id_cases.ADAPTER_SIDES)
-def test_an_adapter(case, side, index_dtype, value):
-    bad_id_cases.check_adapter(adapter, DEVICE, case, side, index_dtype, value)
+@singles(case=bad_id_cases.ADAPTER_SIDES, wrong=bad_id_cases.WRONG)
+def test_an_adapter(case, wrong):
+    bad_id_cases.check_adapter(adapter, DEVICE, *case, *wrong)
 
 
 @pairs(case=bad_id_cases.LORAS, side=[0, 1], wrong=bad_id_cases.WRONG)

@@ -24,6 +24,7 @@ from reliability.fuzz.run import run_cases
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.nightly  # by day make ptx draws such cases for the compiled kernels
 def test_every_kernel_is_reached_and_holds():
     figures = list(fuzz_triton.run("small"))
     assert len(figures) == len(fuzz_triton.groups()) + len(fuzz_triton.kernels())

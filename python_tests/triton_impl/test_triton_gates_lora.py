@@ -13,7 +13,7 @@ needs_triton()
 
 from gates_lora_cases import BANKS, draw_gates, run_gates
 from poison import poisoned_memory
-from suite_size import NIGHTLY, covering, pairs
+from suite_size import NIGHTLY, covering, pairs, singles
 
 from adamix_kernels.ops import _gated_sum
 from adamix_kernels.ops.gated_lora import reference, triton_impl
@@ -78,8 +78,7 @@ WIDE = {
 }
 
 
-@pytest.mark.parametrize("mix", ["outputs", "weights"])
-@pytest.mark.parametrize("case", WIDE)
+@singles(case=WIDE, mix=["outputs", "weights"])
 def test_rows_grouped_by_expert(case, mix):
     """Where a tile cannot hold all experts, or two ids of a slot."""
     if case in ("two ids a slot", "one expert") and mix == "weights":

@@ -6,6 +6,7 @@ import pytest
 import torch
 from plain_losses import adamix, frozen
 from poison import poisoned_memory
+from suite_size import pairs
 from triton_spy import DEVICE, launches, needs_triton
 
 needs_triton()
@@ -209,9 +210,11 @@ def test_the_largest_vocabulary():
     torch.testing.assert_close(grad.double(), wanted, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("kind", ["masked", "lowest", "lowest in front", "highest", "all lowest"])
+@pairs(
+    kind=["masked", "lowest", "lowest in front", "highest", "all lowest"],
+    detach=[True, False],
+    dtype=[torch.bfloat16, torch.float16],
+)
 def test_rows_that_cannot_be_told_in_powers_of_two(kind, detach, dtype):
     """In 16 bits rows are read in powers of two; -inf, or the dtype's ends, as masks have them, are not, or not all."""
     logits = (torch.randn(6, 9001) * 2).to(dtype).to(DEVICE)

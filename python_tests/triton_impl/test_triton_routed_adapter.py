@@ -10,6 +10,7 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from suite_size import singles
 from triton_spy import DEVICE, DTYPES, GPU, launches, needs_triton
 
 needs_triton()
@@ -96,8 +97,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", SHAPES)
+@singles(case=SHAPES, dtype=[torch.float32, torch.bfloat16])
 def test_every_shape(case, dtype):
     check(*draw(dtype, *SHAPES[case]))
 
