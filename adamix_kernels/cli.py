@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from ._extras import explained
 from ._version import __version__
-from .commands._pipes import is_closed_pipe, outlives_its_reader, to_nowhere
+from .commands._pipes import is_closed_pipe, let_go, outlives_its_reader, to_nowhere
 from .commands._words import closest
 
 COMMANDS = {
@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with contextlib.nullcontext() if args.command in _READ else outlives_its_reader(f"adamix {args.command}"):
             status: int = importlib.import_module(_MODULES[args.command]).main(args.options)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # what finds no place is an error here, not one of Python's end
     except KeyboardInterrupt as error:
         print(": ".join(filter(None, [f"adamix {args.command}: interrupted", str(error)])), file=sys.stderr)
         return 130
@@ -68,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and is_closed_pipe(error) and args.command in _READ:
             to_nowhere(sys.stdout)  # `adamix predict ... | head` has read enough
             return 0
+        if isinstance(error, OSError):
+            let_go(sys.stdout)
         if args.traceback:
             raise
         if isinstance(error, ModuleNotFoundError):

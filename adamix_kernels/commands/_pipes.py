@@ -58,6 +58,17 @@ def to_nowhere(stream: Any) -> None:
     os.close(nowhere)
 
 
+def let_go(stream: Any) -> None:
+    """Drops what the stream holds where it cannot be written: Python would try once more at its end, print that, and
+    end with a status of its own."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        with contextlib.suppress(io.UnsupportedOperation):  # a stream of Python's own
+            to_nowhere(stream)
+
+
 @contextlib.contextmanager
 def outlives_its_reader(name: str) -> Iterator[None]:
     """Within the context what is printed may find no reader: the work goes on, and stderr says so."""

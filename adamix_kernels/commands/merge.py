@@ -99,7 +99,7 @@ def _keep_another(opened: Opened, merged: nn.Module, out: Path) -> None:
 
 def _is_in(merged: nn.Module, out: Path) -> bool:
     """Whether the checkpoint in `out` has the values of `merged`."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(prefix=".adamix.", dir=out) as place:  # weights, for which /tmp may be too small
         files = (read_header(folder / CHECKPOINT_NAME)["tensors"] for folder in (save_adamix(merged, place), out))
         return len({file["sha256"] for file in files}) == 1
 

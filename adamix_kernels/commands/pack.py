@@ -67,10 +67,11 @@ def _pack(folders: dict[str, str], options: PackOptions, output: OutputOptions) 
     with called(first), quiet():
         model, tokenizer = load_base(folders[first], model=options.model)
     for name, folder in folders.items():
-        if name == first:
-            continue  # whose tokenizer it is
+        here = resolve_folder(folder)
+        if name == first and (here / CHECKPOINT_NAME).is_file():
+            continue  # whose tokenizer it is; of PEFT's folder it is the base's
         with called(name):
-            _check_tokenizer(tokenizer, resolve_folder(folder), first)
+            _check_tokenizer(tokenizer, here, "its base" if name == first else first)
     pack(
         model, folders, capacity=options.capacity, max_rank=options.max_rank, max_labels=options.max_labels
     )  # fmt: skip

@@ -129,6 +129,7 @@ def write_checkpoint(
         **({} if state.centroid is None else {"centroid": state.centroid.to_json()}),
     }
     with one_writer(folder):
+        check_no_pack_in(folder)  # another process may have written one while this one waited
         try:
             file, digest = write_safetensors_by_digest(folder, "adamix", tensors)
             size = file.stat().st_size

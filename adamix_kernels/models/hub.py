@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 # Weights as safetensors, text and tokenizers; nothing that is unpickled, and no code.
-ALLOWED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.jinja", "*.tiktoken", "*.spm", "*.bpe")
+ALLOWED = (
+    "*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.codes",
+    "*.tokenizer",
+)  # fmt: skip
 _IGNORED = ("checkpoint-*/*", "runs/*")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Names of what packages bring, whatever folder of this disk is called so.

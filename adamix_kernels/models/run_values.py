@@ -18,9 +18,10 @@ _PLACES = ("model", "data")
 
 
 def run_folder(folder: Path) -> Path | None:
-    """Where the run file of `folder` is: in it, or, of a Trainer's checkpoint-N, beside it; None for none."""
-    places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
-    return next((place for place in places if (place / RUN_NAME).is_file()), None)
+    """Where the run file of `folder` is: in it, or, of a Trainer's checkpoint-N, by whatever link or way, beside it;
+    None for none."""
+    beside = [place.parent for place in (folder, folder.resolve()) if place.name.startswith("checkpoint-")]
+    return next((place for place in (folder, *beside) if (place / RUN_NAME).is_file()), None)
 
 
 def of_model(values: Mapping[str, Any], model: Any) -> dict[str, Any]:

@@ -145,8 +145,9 @@ def add_expert(model: nn.Module, name: str, folder: Folder) -> nn.Module:
     with state.lock:
         _free_slot(state, name)
     source = read_source(model, name, folder)  # forwards go on meanwhile
+    checked = _check_words(model, state, source)
     with state.lock:
-        _put(model, state, name, _free_slot(state, name), source)
+        _put(model, state, name, _free_slot(state, name), source, checked)
     return model
 
 
@@ -163,8 +164,9 @@ def replace_expert(model: nn.Module, name: str, folder: Folder) -> nn.Module:
     with state.lock:
         state.entry(name)
     source = read_source(model, name, folder)  # forwards go on meanwhile
+    checked = _check_words(model, state, source)
     with state.lock:
-        _put(model, state, name, state.entry(name).slot, source)
+        _put(model, state, name, state.entry(name).slot, source, checked)
     return model
 
 
@@ -302,7 +304,20 @@ def _free_slot(state: Pack, name: str) -> int:
     return free
 
 
-def _put(model: nn.Module, state: Pack, name: str, slot: int, source: Source) -> None:
+def _check_words(model: nn.Module, state: Pack, source: Source) -> Mapping[str, bytes] | None:
+    """The pack's tokenizer, against which that of the source is held; None where the source is to be its only name."""
+    files = state.tokenizer
+    if not set(state.entries) - {source.name}:
+        return None
+    with called(source.name):
+        check_words(source.name, files, tokenizer_files(source.folder), getattr(model, "config", None))
+    return files
+
+
+def _put(
+    model: nn.Module, state: Pack, name: str, slot: int, source: Source, checked: Mapping[str, bytes] | None
+) -> None:
+    """checked: what _check_words returned, which takes its time."""
     owner = adamix_state(model)
     layers = {path: _layer(model, path) for path in owner.paths}
     packed = {path: model.get_submodule(path) for path in owner.saved}
@@ -313,7 +328,8 @@ def _put(model: nn.Module, state: Pack, name: str, slot: int, source: Source) ->
         entry, pairs = _planned(layers, packed, state.heads, slot, source)
         words = tokenizer_files(source.folder)
         if set(state.entries) - {name}:
-            check_words(name, state.tokenizer, words, getattr(model, "config", None))
+            if checked is not state.tokenizer:  # another name came meanwhile
+                check_words(name, state.tokenizer, words, getattr(model, "config", None))
             words = state.tokenizer
     _commit(pairs)
     state.entries[name] = entry

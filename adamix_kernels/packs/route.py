@@ -37,8 +37,7 @@ class Nearest:
     def best_of(found: Sequence[Nearest]) -> Nearest:
         """Of the same samples, each of which was held against some of the names: for a sample the nearest of all."""
         best = [max(those, key=lambda one: one[1]) for those in zip(*(one._samples() for one in found), strict=True)]
-        names, similarity, nearest = zip(*best, strict=True)
-        return Nearest(list(names), list(similarity), list(nearest))
+        return Nearest([one[0] for one in best], [one[1] for one in best], [one[2] for one in best])
 
     def _samples(self) -> list[tuple[str | None, float, str]]:
         return list(zip(self.names, self.similarity, self.nearest, strict=True))

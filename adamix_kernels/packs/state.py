@@ -100,6 +100,10 @@ class Pack:
     _buffers: dict[Any, torch.Tensor] = field(default_factory=dict, repr=False)
     _depth: int = field(default=0, repr=False)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """An earlier version's pickle lacks what is newer."""
+        self.__dict__.update({"tied": {}, "tokenizer": {}, **state})
+
     def entry(self, name: str) -> Entry:
         """Raises ValueError for a name that is none."""
         if name not in self.entries:

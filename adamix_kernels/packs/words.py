@@ -17,14 +17,17 @@ from .beside import json_of
 logger = logging.getLogger(__name__)
 DIGESTS = "tokenizer"  # of a JSON: the files that were written with it
 _TEMPLATES = "additional_chat_templates"
+_WORDS = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json",
+)  # fmt: skip
 _KNOWN = (
-    TOKENIZER_NAME, "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "tokenizer.model", "spiece.model",
-    "sentencepiece.bpe.model",
+    TOKENIZER_NAME, *_WORDS, "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json",
 )  # fmt: skip
 _PATTERNS = (
-    "tokenizer*", "vocab*", "chat_template*", f"{_TEMPLATES}/*", "tekken.json", "bpe.codes", "dict.txt", "*.spm",
-    "*.model", "*.bpe", "*.tiktoken",
+    "tokenizer*", "vocab*", "chat_template*", f"{_TEMPLATES}/*", "bpe.codes", "dict.txt", "*.spm", "*.model", "*.bpe",
+    "*.tiktoken",
 )  # fmt: skip
 
 
@@ -102,7 +105,11 @@ def _loaded(files: Mapping[str, bytes], config: Any) -> Any:
 
     with tempfile.TemporaryDirectory() as place:
         write_files(Path(place), files)
-        return AutoTokenizer.from_pretrained(place, local_files_only=True, config=config)
+        made: Any = AutoTokenizer.from_pretrained(place, local_files_only=True, config=config)
+    words = {*getattr(made, "vocab_files_names", {}).values()}  # none where bytes are the words
+    if words and not files.keys() & ({*_WORDS, *words} - {TOKENIZER_NAME}):
+        raise OSError(f"got {TOKENIZER_NAME} without its words")  # transformers 5 then gives one that knows no word
+    return made
 
 
 def _class_files(folder: Path) -> set[str]:

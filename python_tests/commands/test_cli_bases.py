@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny_text
 
 from adamix_kernels import AdaMixConfig, adapt, cli, load, pack, save_pack, unpack
+from adamix_kernels.models.run_values import run_folder
 from adamix_kernels.tasks import Run, _bases, load_base, load_classifier, read_run, resolve_model, write_run
 
 
@@ -60,3 +62,14 @@ def test_a_run_file_of_a_base_that_is_gone_does_not_hide_the_checkpoint_s(moved,
     write_run(folder, Run(str(tmp_path / "gone" / "encoder"), "data", ["down", "up"], 16))
     assert not (folder / json.loads((folder / "adamix_run.json").read_text())["model_path"]).exists()
     load(folder)
+
+
+def test_a_checkpoint_by_whatever_way_is_of_the_run_around_it(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    (run / "checkpoint-5").mkdir(parents=True)
+    write_run(run, Run("hub/model", "data", ["down", "up"], 16))
+    (tmp_path / "best").symlink_to(run / "checkpoint-5")
+    assert run_folder(tmp_path / "best") == run
+    monkeypatch.chdir(run / "checkpoint-5")
+    assert run_folder(Path()) == run
+    assert run_folder(tmp_path) is None

@@ -105,12 +105,14 @@ def test_another_run_s_merged_module_is_not_written_over(labels, told, runs, tmp
     assert contents(out) == before
 
 
-def test_a_run_whose_data_is_called_otherwise_by_now_is_merged_again(runs, tmp_path, capsys):
+def test_a_run_whose_data_is_called_otherwise_by_now_is_merged_again(runs, tmp_path, capsys, monkeypatch):
     run, out = shutil.copytree(runs / "one", tmp_path / "one"), tmp_path / "out"
     assert cli.main(["merge", str(runs / "one"), "--out", str(out)]) == 0
     write_run(run, Run(str(runs / "encoder"), str(tmp_path / "renamed"), ["down", "up"], 6))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "too small"))
     assert cli.main(["merge", str(run), "--out", str(out)]) == 0
     assert read_run(out).data == str(tmp_path / "renamed")
+    assert not list(out.glob(".adamix*"))
     capsys.readouterr()
 
 

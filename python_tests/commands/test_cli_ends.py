@@ -189,3 +189,24 @@ def test_a_full_disk_leaves_the_streams_as_they_were(monkeypatch):
         pass
     assert sys.stdout is full
     assert sys.stderr is errors
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("command", ["train", "predict"])
+def test_an_output_that_cannot_be_written_is_one_error(command, monkeypatch, capsys):
+    stream = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+    monkeypatch.setattr(f"adamix_kernels.commands.{command}.main", lambda _: print("something", file=stream) or 0)
+    monkeypatch.setattr("sys.stdout", stream)
+    assert cli.main([command]) == 2
+    stream.close()  # as Python does at its end, which fails no second time
+    assert capsys.readouterr().err == f"adamix {command}: [Errno 28] No space left on device\n"
+
+
+def test_a_reader_that_goes_before_the_last_line_is_no_error(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    stream = os.fdopen(write, "w")
+    monkeypatch.setattr("adamix_kernels.commands.predict.main", lambda _: print("something", file=stream) or 0)
+    monkeypatch.setattr("sys.stdout", stream)
+    assert cli.main(["predict"]) == 0
+    stream.close()

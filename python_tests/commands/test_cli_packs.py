@@ -177,6 +177,22 @@ def test_a_pack_has_one_tokenizer(folder, tmp_path, capsys):
     assert f"note: the tokenizer of {tmp_path / 'meals'} does not load (" in capsys.readouterr().out
 
 
+def test_a_peft_folder_that_comes_first_has_its_base_s_words(folder, tmp_path, capsys):
+    out = tmp_path / "peft"
+    assert cli.main(["export", str(folder / "run_meals"), "--out", str(out), "--no_head"]) == 0
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**config, "task_type": "SEQ_CLS"}))
+    shutil.copy(folder / "run_meals" / "tokenizer_config.json", out)
+    text = (folder / "run_meals" / "tokenizer.json").read_text()
+    swapped = text.replace('"good"', '"?"').replace('"bad"', '"good"').replace('"?"', '"bad"')
+    (out / "tokenizer.json").write_text(swapped)
+    words = [f"lora={out}", "--model", str(folder / "encoder"), "--out", str(tmp_path / "pack")]
+    assert cli.main(["pack", *words]) == 2
+    assert "in whose tokenizer 5 is 'bad', expected 'good', as in that of its base: a pack" in capsys.readouterr().err
+    (out / "tokenizer.json").write_text(text)
+    assert cli.main(["pack", *words]) == 0
+
+
 def test_texts_are_of_the_kind_that_the_name_was_trained_on(folder, capsys):
     call = ["predict", "--pack", str(folder / "pack"), "--adapter", "films"]
     assert cli.main([*call, "a film", "--pair", "a meal"]) == 2

@@ -344,3 +344,8 @@ def test_the_cache_of_huggingface_hub_itself(encoder, tmp_path, monkeypatch):
     assert torch.equal(logits(again, tokenizer), logits(model, tokenizer))
     with pytest.raises(ValueError, match="got 'me/none', which is no folder here, and it is not in the cache"):
         resolve_folder("me/none")
+
+
+def test_files_of_every_tokenizer_come_from_the_hub():
+    names = ["bpe.codes", "prophetnet.tokenizer", "source.spm", "spm_char.model", "word_shape.json", "vocab.txt"]
+    assert list(huggingface_hub.utils.filter_repo_objects(names, allow_patterns=list(hub.ALLOWED))) == names

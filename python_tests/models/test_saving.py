@@ -1,9 +1,11 @@
 """save_pretrained, push_to_hub and trainers of others: an AdaMix checkpoint, or plain weights, and nothing is lost."""
 
+import contextlib
 import copy
 import json
 import os
 import pickle
+import shutil
 import stat
 
 import pytest
@@ -27,6 +29,7 @@ from adamix_kernels import (
     pack,
     save_pack,
 )
+from adamix_kernels.models import checkpoint
 from adamix_kernels.models.checkpoint import CHECKPOINT_NAME, save_adamix
 from adamix_kernels.tasks import load_causal, load_classifier, resolve_model
 
@@ -321,3 +324,20 @@ def test_nothing_is_written_into_a_pack_and_no_export_into_a_whole_model(tmp_pat
             write(model, tmp_path / "base")
     assert files() == before
     assert list(load_pack(tiny.tiny_bert(), out).adamix.pack.entries) == ["a"]
+
+
+def test_a_pack_that_was_written_while_one_waited_stays(tmp_path, monkeypatch):
+    lora = adapt(tiny.tiny_bert(), AdaMixConfig(method="lora"))
+    made = save_pack(pack(tiny.tiny_bert(), {"a": save_adamix(lora, tmp_path / "one")}), tmp_path / "pack")
+    one_writer = checkpoint.one_writer
+
+    @contextlib.contextmanager
+    def after_another(place):
+        shutil.copytree(made, place, dirs_exist_ok=True)
+        with one_writer(place):
+            yield
+
+    monkeypatch.setattr(checkpoint, "one_writer", after_another)
+    with pytest.raises(ValueError, match="which holds a pack, expected another folder"):
+        save_adamix(lora, tmp_path / "out")
+    assert list(load_pack(tiny.tiny_bert(), tmp_path / "out").adamix.pack.entries) == ["a"]

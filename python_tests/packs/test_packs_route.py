@@ -20,6 +20,7 @@ from adamix_kernels import (
     use_experts,
 )
 from adamix_kernels.models.centroid import Centroid
+from adamix_kernels.packs.route import Nearest
 
 TWO = ["no", "yes"]
 NAMES = ("low", "middle", "high")
@@ -81,6 +82,11 @@ def test_a_name_may_be_chosen_among_some(given):
     for wrong in ([], ["none"]):
         with pytest.raises(ValueError, match=r"names: got \['?(none)?'?\], expected some of"):
             nearest(model, names=wrong, **batch)
+
+
+def test_the_nearest_of_several_lengths_are_none_where_there_are_no_texts():
+    none = Nearest([], [], [])
+    assert Nearest.best_of([none, none]) == none
 
 
 def test_the_vector_is_that_of_the_frozen_encoder(given):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import threading
 
@@ -137,3 +138,11 @@ def test_a_leftover_under_this_process_s_own_number_is_no_hindrance(given, tmp_p
     save_pack(pack(tiny.tiny_bert(), {"a": given["a"]}), folder)
     assert (folder / "vocab.txt").read_bytes() == WORDS["vocab.txt"]
     assert not list(folder.glob(".adamix*"))
+
+
+def test_a_pack_that_an_earlier_version_pickled_is_saved(given, tmp_path):
+    model = pack(tiny.tiny_bert(), {"a": given["a"]}, capacity=2)
+    for newer in ("tied", "tokenizer"):
+        del model.adamix.pack.__dict__[newer]
+    again = add_expert(pickle.loads(pickle.dumps(model)), "b", given["b"])
+    assert tokens(load_pack(tiny.tiny_bert(), save_pack(again, tmp_path / "pack"))) == {"a": 6, "b": 7}

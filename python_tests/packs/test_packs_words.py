@@ -1,6 +1,7 @@
 """A pack's one tokenizer: all its files, one vocabulary, and none of an earlier one."""
 
 import json
+import threading
 
 import pytest
 import tiny
@@ -8,6 +9,7 @@ import tiny_packs as tp
 import tiny_text
 
 from adamix_kernels import add_expert, load_pack, pack, replace_expert, save_pack, unpack
+from adamix_kernels.packs import words as packs_words
 from adamix_kernels.packs.words import tokenizer_files
 
 WORDS = [*tiny_text.VOCABULARY]
@@ -43,6 +45,33 @@ def test_two_vocabularies_are_no_pack(given):
         add_expert(model, "b", given["b"])
     replace_expert(model, "a", given["b"])  # the only name
     assert model.adamix.pack.tokenizer == tokenizer_files(given["b"])
+
+
+def test_a_tokenizer_without_its_words_is_told_and_is_no_other_vocabulary(given, caplog):
+    (given["b"] / "vocab.txt").unlink()
+    pack(tiny.tiny_bert(), {"a": given["a"], "b": given["b"]})
+    assert "b is another file than the pack's, and does not load: got tokenizer_config.json without" in caplog.text
+
+
+def test_vocabularies_are_compared_while_forwards_go_on(given, monkeypatch):
+    model = pack(tiny.tiny_bert(), {"a": given["a"]}, capacity=2)
+    (given["b"] / "vocab.txt").write_text("\n".join([*WORDS, "more"]))
+    loaded, free = packs_words._loaded, []
+
+    def takes_the_lock():
+        with model.adamix.pack.lock:
+            pass
+
+    def seen(*files):
+        thread = threading.Thread(target=takes_the_lock)
+        thread.start()
+        thread.join(0.2)
+        free.append(not thread.is_alive())
+        return loaded(*files)
+
+    monkeypatch.setattr(packs_words, "_loaded", seen)
+    add_expert(model, "b", given["b"])
+    assert free == [True, True]
 
 
 def test_a_later_name_s_tokenizer_is_not_that_of_a_first_without_one(given, tmp_path):
