@@ -77,11 +77,16 @@ def load_problem() -> str | None:
         return f"{path.name} did not load: {error}"
     for name in ("tile_columns", "most_merged"):  # the newest
         if not hasattr(torch.ops.adamix_cuda, name):
-            rebuild = "python -m adamix_kernels._build makes this version's"
-            return f"{path.name} is another version's, without {name}(): {rebuild}"
+            return f"{path.name} is another version's, without {name}(): {_build_again(path)} makes this version's"
     if on_host() != (built_for == "host"):
         return f"{_HOST}: {path} is built for {built_for}" if on_host() else f"{path.name} is built for the CPU"
     return None
+
+
+def _build_again(path: Path) -> str:
+    """The command whose library lies where this one does."""
+    named = bool(os.environ.get(_HOST) or os.environ.get(_OTHER))
+    return "python -m adamix_kernels._build" + " --host" * on_host() + f" --output {path}" * named
 
 
 @functools.cache

@@ -54,8 +54,9 @@ class Served(NamedTuple):
         most = self.most
         if most is UNLIMITED:
             return True
-        # A slice, for a bank of fewer dimensions.
-        return 0 < groups <= most.groups and tile_columns(bank.shape[1:2].numel(), groups) <= most.columns
+        shape = bank.shape  # of too few dimensions, for api.py to name
+        columns = shape[1] if len(shape) > 1 else 1
+        return 0 < groups <= most.groups and tile_columns(columns, groups) <= most.columns
 
 
 _SERVED: Kept[Served] = Kept()

@@ -94,8 +94,10 @@ class RoutedDirect:
         groups = 1 if self.groups is None else arguments[self.groups]
         direct = served(self.ops.name, backend, (tensors[1], tensors[3]), False, groups) if may_be_direct() else None
         made = _backward(self, direct, passes, backend, *arguments)
-        if made is not None and direct is not None:
-            _node.keep(kind, direct.backward.find(*arguments, passes), tensors, (*arguments[count:], passes))
+        # None to be kept of other kernels, which "auto" may have chosen since the forward.
+        find = getattr(getattr(direct, "backward", None), "find", None)
+        if made is not None and find is not None:
+            _node.keep(kind, find(*arguments, passes), tensors, (*arguments[count:], passes))
         return self.ops.backward(*arguments, backend) if made is None else made
 
     def run(self, plan: Any, how: tuple[Any, ...], tensors: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:

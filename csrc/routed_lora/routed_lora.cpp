@@ -118,6 +118,14 @@ int count_lora_shares(const RoutedLoraWeightGrad<T>& weights, int64_t rows, int6
   return static_cast<int>(std::max<int64_t>(1, std::min(2 * device.multiprocessors / jobs, most)));
 }
 
+// Whether a block has room for what routed_lora_dx_mma.cu sums of at most 16 ranks: eight shares of 32 rows, every
+// group's columns from a multiple of 16 on. Those of four groups, the most that it takes, are more than a T4 has.
+bool holds_sums(const Call& call, const Device& device) {
+  int columns = 16 * (call.ranges.groups | 1), narrow = 32 * 16 * 2, experts = 32 * 4;
+  bool takes = call.ranks <= 16 && call.ranges.groups <= 4;
+  return !takes || 8 * 32 * columns * 4 + narrow + experts <= device.shared_bytes;
+}
+
 // Writes out [B, S, N] and returns t; out may be base itself.
 Tensor run_forward(Call& call, const Device& device, Tensor x, Tensor lora_a, Tensor lora_b, OptionalTensor base,
                    const Tensor& out) {
@@ -287,6 +295,7 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora_backward(Tensor grad_out, Tensor 
       params.dx = need_x ? data<T>(dx) : nullptr;
       fill<T>(params, call, lora_a, lora_b);
       params.dx_aligned = is_aligned(params.dx, {call.features}, sizeof(T));
+      if (sizeof(T) == 2 && !holds_sums(call, device)) params.dx_aligned = false;  // for the kernel of any rows
       launch_routed_lora_input_grad(params, device);
     }
     if constexpr (kFragmentsFrom<T> > 0) {

@@ -90,6 +90,17 @@ def test_a_library_of_an_older_version_is_built_anew(monkeypatch, tmp_path):
     assert _extension.load_problem.__wrapped__() is None
 
 
+@pytest.mark.parametrize(("host", "flags"), [(False, ""), (True, " --host")])
+def test_another_version_that_a_variable_names_is_built_anew_in_its_place(monkeypatch, tmp_path, host, flags):
+    library = types.SimpleNamespace(build_info=lambda: "host" if host else "90")
+    monkeypatch.setenv("ADAMIX_CUDA_HOST" if host else "ADAMIX_CUDA_LIBRARY", str(tmp_path / "x.so"))
+    monkeypatch.setattr(_extension, "on_host", lambda: host)
+    monkeypatch.setattr(_extension, "library_path", lambda: tmp_path / "x.so")
+    monkeypatch.setattr(_extension.torch, "ops", types.SimpleNamespace(load_library=str, adamix_cuda=library))
+    problem = _extension.load_problem.__wrapped__()
+    assert f": python -m adamix_kernels._build{flags} --output {tmp_path}/x.so makes" in problem
+
+
 @pytest.mark.parametrize(
     ("text", "gpus", "names"),
     [

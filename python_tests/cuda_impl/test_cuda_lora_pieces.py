@@ -91,6 +91,16 @@ def test_sums_without_room_in_shared_memory_go_to_the_kernel_for_any(monkeypatch
     assert set(names) == PIECES - {"routed_lora_forward_mma_kernel"} | {"routed_lora_forward_kernel"}
 
 
+@pytest.mark.skipif(not ON_HOST, reason="a GPU keeps no record of launches")
+def test_a_t4_has_no_room_for_the_sums_of_four_groups(monkeypatch):
+    monkeypatch.setenv("ADAMIX_HOST_CAPABILITY", "75")
+    monkeypatch.setenv("ADAMIX_HOST_SHARED", "65536")
+    sizes = dict(groups=4, batch=1, tokens=40, features=40, rank=4, per_group=24)
+    with launches() as names:
+        check(*draw(torch.float16, **sizes), 0.3)
+    assert set(names) == PIECES - {"routed_lora_input_grad_mma_kernel"} | {"routed_lora_input_grad_kernel"}
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_what_others_hold_stays_with_them(dtype):
     """Infinities in the rows of one expert, and in another's factors, reach no row and no gradient of the rest."""

@@ -300,6 +300,15 @@ def test_a_backward_that_a_mode_watches_is_seen_as_the_public_op():
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
+def test_the_backward_of_a_plan_goes_to_other_kernels_that_auto_has_chosen_since():
+    x, a, b, t, dy = rand(4, 5, 10), rand(3, 4, 10), rand(1, 6, 4), rand(4, 5, 4), rand(4, 5, 6)
+    index = torch.tensor([2, 0, 1, 1], device=DEVICE)
+    arguments = dy, x, t, a, b, index, None, None, True, True, True, 0.5, 1, [0], 0.0
+    got = _node._backward(4, 0, "cuda", *arguments)  # as csrc/autograd/plans.cpp asks
+    want = torch.ops.adamix_kernels.routed_lora_backward(*arguments, "cuda")
+    assert all(map(torch.equal, got, want))
+
+
 def test_threads():
     call, given = adapter_case()
     _, want = gradients(call, given)
