@@ -13,6 +13,7 @@ from torch import nn
 
 from ..modules import AdaptedLayer, RoutedAdapter, RoutedLoRALinear
 from ..routing import LEARNED, GateRouter, gate_router
+from ..routing.draws import runs_in_backward
 from .config import AdaMixConfig
 from .gate_config import by_path, experts_at
 from .state import AdaMixState, adamix_state
@@ -105,7 +106,8 @@ def gate_losses(model: nn.Module) -> GateLosses:
 
     Raises:
         ValueError: `model` is not adapted.
-        RuntimeError: the last forward ran under reentrant activation checkpointing, which keeps no gradient for it.
+        RuntimeError: the last forward ran under reentrant activation checkpointing, which keeps no gradient for it, or
+            a backward runs this, where a forward leaves no losses.
 
     Source: see balance_loss and z_loss of adamix_kernels.routing.
 
@@ -118,7 +120,13 @@ def gate_losses(model: nn.Module) -> GateLosses:
     """
     config = adamix_state(model).config
     found: dict[str, list[torch.Tensor]] = {"balance": [], "z": []}
-    for path, gate in gates_of_layers(model).items():
+    gates = gates_of_layers(model)
+    if runs_in_backward() and any(gate.training and (gate.balance or gate.z) for gate in gates.values()):
+        raise RuntimeError(
+            "model: got a forward that a backward runs (reentrant activation checkpointing, or a hook), expected one "
+            "outside, or use_reentrant=False: the router would not learn its losses"
+        )
+    for path, gate in gates.items():
         for name, values in found.items():
             value: torch.Tensor | None = getattr(gate.last, name)
             setattr(gate.last, name, None)
@@ -143,10 +151,10 @@ def note_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     if len(args) > 1:  # model(ids, mask)
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         kwargs = {**dict(zip(names, args)), **kwargs}
-    for ours, theirs in (("attention_mask", "attention_mask"), ("decoder_mask", "decoder_attention_mask")):
-        mask = kwargs.get(theirs)
-        setattr(router, ours, mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None)
-    router.note()
+    found = (kwargs.get("attention_mask"), kwargs.get("decoder_attention_mask"))
+    mask, decoder_mask = (mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None for mask in found)
+    router.attention_mask, router.decoder_mask = mask, decoder_mask
+    router.note(masks=(mask, decoder_mask))
 
 
 @contextlib.contextmanager

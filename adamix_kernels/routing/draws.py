@@ -21,8 +21,9 @@ import torch.distributed as dist
 
 from ..ops._checks import check_positive
 from ..ops._node import ROUTERS
-from .forwards import Samples, Told
+from .forwards import Told
 from .notes import Notes
+from .samples import Samples
 
 Ahead = dict[tuple[int, tuple[int, ...], torch.device], list[torch.Tensor]]
 LEVELS = ("batch", "sample", "token")
@@ -66,7 +67,7 @@ class Router:
     sides: Mapping[int, int] = MappingProxyType({})
     _ahead: Ahead | None = None
     # None: nothing was noted, or an earlier version pickled this.
-    notes: Notes | None = None
+    notes: Notes[Told] | None = None
 
     def __init__(self, level: str = "batch", passes: int = 2):
         check_level("level", level, LEARNED)
@@ -87,21 +88,25 @@ class Router:
         """Of any release."""
         self.__dict__.update({"samples": Samples(), **state})
 
-    def note(self, begins: bool = True) -> None:
-        """A forward with these masks and tasks begins, which a backward may recompute. begins=False: none does yet."""
+    def note(
+        self, begins: bool = True, masks: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
+    ) -> None:  # fmt: skip
+        """A forward with these masks and tasks begins, which a backward may recompute. begins=False: none does yet.
+
+        masks: attention_mask and decoder_mask, which another thread may set meanwhile.
+        """
         if torch.compiler.is_compiling():
             return
-        if self.notes is None:
-            self.notes = Notes()
-        self.notes.begin(Told(self.attention_mask, self.decoder_mask, self.tasks), begins)
+        notes: Notes[Told] = self.notes or self.__dict__.setdefault("notes", Notes())
+        notes.begin(Told(*(masks or (self.attention_mask, self.decoder_mask)), self.tasks), begins)
 
     def told(self) -> Told:
-        """Masks and tasks of the forward that is under way, or that a backward recomputes."""
+        """Masks and tasks of the forward that is under way in this thread, or that a backward recomputes."""
         found = None
         if not torch.compiler.is_compiling() and self.notes is not None:
             if _is_recomputed():
                 self.notes.keep()
-            found = self.notes.recomputed()
+            found = self.notes.recomputed() or self.notes.here()
         return found or Told(self.attention_mask, self.decoder_mask, self.tasks)
 
     def uses_gates(self, training: bool) -> bool:
@@ -258,6 +263,17 @@ def _is_recomputed() -> bool:
         or torch._C._current_graph_task_id() != -1
         or _top_hooks is None
         or _top_hooks(True) is not None
+    )
+
+
+def runs_in_backward() -> bool:
+    """Whether a backward runs this for a backward within it: reentrant checkpointing's second forward, or a hook's."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._current_graph_task_id() != -1
+        and torch.is_grad_enabled()
+        and _top_hooks is not None
+        and _top_hooks(True) is None
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from typing import Generic, NamedTuple, TypeVar
 
@@ -10,7 +9,6 @@ import torch
 
 # Of masks, some 100 KB each; who makes more forwards before a backward is told.
 KEPT = 64
-_KEPT_SIZES = 8192  # two a forward
 
 T = TypeVar("T")
 
@@ -36,16 +34,6 @@ class Forwards(Generic[T]):
 
     def __reduce__(self) -> tuple[type[Forwards[T]], tuple[int, str]]:
         return Forwards, (self._begun.maxlen or KEPT, self._what)
-
-    def begin(self, told: T) -> bool:
-        """A forward begins. One that a backward runs as a whole is known already. Returns whether it was noted."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or node_of_backward() is not None:
-            return False
-        number = torch._C._autograd._get_sequence_nr()
-        if self._begun and self._begun[-1][0] == number:  # nothing ran in between
-            self._begun.pop()
-        self._add(number, told)
-        return True
 
     def _add(self, number: int, told: T) -> None:
         """Not where the forward before was told the same."""
@@ -75,66 +63,6 @@ class Forwards(Generic[T]):
         """Whether what is being recomputed began behind all that was noted."""
         node = node_of_backward()
         return node is not None and not (self._begun and node._sequence_nr() < self._begun[-1][0])
-
-
-class Samples:
-    """B of the model's forward that is under way in this thread, or that a backward recomputes.
-
-    A copy of the model starts without.
-    """
-
-    def __init__(self) -> None:
-        self._here: dict[int, int | None] = {}
-        # For torch.compile, which asks for no thread and takes a tensor's size for one that changes.
-        self._latest: torch.Tensor | None = None
-        self._forwards: Forwards[int | None] = Forwards(_KEPT_SIZES, "of how many samples its rows are")
-        self._apart = False
-
-    def __reduce__(self) -> tuple[type[Samples], tuple[()]]:
-        return Samples, ()
-
-    def begin(self, like: torch.Tensor | None) -> None:
-        """The model's forward begins with an input [B, ...]; None: nothing tells B."""
-        if not torch.compiler.is_compiling():
-            samples = None if like is None else like.shape[0]
-            self._here[threading.get_ident()] = samples
-            if self._forwards.begin(samples):
-                self._apart = samples is None
-        self._latest = like
-
-    def end(self) -> None:
-        """It is over, or failed: layers that run behind it are of no forward."""
-        self._latest = None
-        if not torch.compiler.is_compiling() and threading.get_ident() in self._here:
-            del self._here[threading.get_ident()]
-            self._forwards.begin(None)
-
-    def under_way(self) -> int | None:
-        """Of the forward under way; None outside of one, or where it does not tell."""
-        if not torch.compiler.is_compiling() and self._here:
-            return self._here.get(threading.get_ident())
-        latest = self._latest
-        return None if latest is None else latest.shape[0]
-
-    def known(self) -> int | None:
-        """Of the forward under way or recomputed; None: a layer's rows are as many samples.
-
-        Raises RuntimeError: a layer is recomputed, and it is not known for which forward.
-        """
-        samples = self.under_way()
-        if samples is not None or torch.compiler.is_compiling():
-            return samples
-        if node_of_backward() is None:
-            self._apart = True
-            return None
-        samples = self._forwards.recomputed()
-        if samples is None and not self._apart and self._forwards.behind():
-            raise RuntimeError(
-                "backward: got a layer that is recomputed for none of the model's training forwards (activation "
-                "checkpointing within activation checkpointing), expected one of the two: of how many samples its "
-                "rows are is not known"
-            )
-        return samples
 
 
 def is_same(old: object, new: object) -> bool:

@@ -1,64 +1,79 @@
-"""Which forward's masks and task ids a layer computes with: its own, also where a backward runs it."""
+"""Which forward's masks, task ids or samples a layer computes with: its own, also where a backward runs it."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import torch
 
-from .forwards import Forwards, Told, node_of_backward
+from .forwards import KEPT, Forwards, T, node_of_backward
 
 
-class _Begun(NamedTuple):
+class Begun(NamedTuple):
     """task: the backward (graph task) that runs the forward; -1: none. number: of its first node."""
 
     task: int
     number: int
-    told: Told
+    told: Any
 
 
-class Notes(Forwards[Told]):
+class Notes(Forwards[T]):
     """Forwards of which a layer may run again, and those that a backward runs as a whole.
 
     The latter (reentrant checkpointing of the whole model, a hook that computes a batch anew) are told by their own
     call, and are kept apart until that backward ends: its thread may count its nodes by itself.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._latest: _Begun | None = None
-        self._under_way: _Begun | None = None
-        self._within: list[_Begun] = []
+    def __init__(self, kept: int = KEPT, what: str = "the padding that its gates were told of") -> None:
+        super().__init__(kept, what)
+        self._latest: Begun | None = None
+        self._under_way: Begun | None = None
+        self._within: list[Begun] = []
+        self._here: dict[int, T] = {}
 
     def __reduce__(self) -> Any:
         return Notes, ()
 
-    def begin(self, told: Told, begins: bool = True) -> bool:
-        """A forward of the model begins; with begins=False, none does yet. Returns whether a layer may run again."""
-        begun = _Begun(torch._C._current_graph_task_id(), torch._C._autograd._get_sequence_nr(), told)
+    def begin(self, told: T, begins: bool = True) -> Begun | None:
+        """A forward of the model begins; with begins=False, none does yet. Returns it where a layer may run again."""
+        begun = Begun(torch._C._current_graph_task_id(), torch._C._autograd._get_sequence_nr(), told)
         self._under_way = begun if begins and begun.task != -1 else None
         if begun.task == -1:
             self._within.clear()
-        self._latest = begun if torch.is_grad_enabled() else None
-        return self._latest is not None
+        if begins:
+            self._here[threading.get_ident()] = told
+        else:
+            self._here.pop(threading.get_ident(), None)
+        latest = self._latest = begun if torch.is_grad_enabled() else None
+        return latest
 
     def end(self) -> None:
         """It is over, or failed."""
         self._under_way = None
+        self._here.pop(threading.get_ident(), None)
 
-    def keep(self) -> None:
-        """A layer of it may run again."""
-        begun, self._latest = self._latest, None
+    def here(self) -> T | None:
+        """What the forward under way in this thread was told; None: there is none."""
+        return self._here.get(threading.get_ident())
+
+    def keep(self, begun: Begun | None = None) -> None:
+        """A layer of `begun`, by default of the latest, may run again."""
+        if begun is None:
+            begun, self._latest = self._latest, None
         if begun is None:
             return
-        if begun.task != -1:
-            if all(other.task != begun.task for other in self._within):
-                torch.autograd.Variable._execution_engine.queue_callback(lambda: self._drop(begun.task))
-            self._within.append(begun)
-        else:
+        task = begun.task
+        if task == -1:
             self._add(begun.number, begun.told)
+            return
+        if all(other.task != task for other in self._within):
+            if task != torch._C._current_graph_task_id():  # that backward is over
+                return
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._drop(task))
+        self._within.append(begun)
 
-    def recomputed(self) -> Told | None:
+    def recomputed(self) -> T | None:
         """What the forward was told that a backward runs, or recomputes; None: neither, or it was not noted.
 
         Raises RuntimeError: it is no longer kept.
@@ -66,11 +81,13 @@ class Notes(Forwards[Told]):
         if self._under_way is not None or self._within:
             task = torch._C._current_graph_task_id()
             if self._under_way is not None and self._under_way.task == task:
-                return self._under_way.told
+                told: T = self._under_way.told
+                return told
             node = node_of_backward()
             for begun in reversed(self._within):
                 if node is not None and begun.task != task and begun.number <= node._sequence_nr():
-                    return begun.told
+                    told = begun.told
+                    return told
         return super().recomputed()
 
     def _drop(self, task: int) -> None:

@@ -176,6 +176,55 @@ def test_a_forward_that_a_backward_runs_has_its_own_padding_and_tasks(kind, way,
     assert_same(gradients(model, late), wanted)
 
 
+def test_a_context_that_a_hook_left_is_not_kept_behind_its_backward():
+    model = built("task")
+
+    def run(batch):
+        with use_tasks(model, [1, 1, 0, 1]):
+            return model(**batch).logits.square().sum()
+
+    with use_tasks(model, [0, 1, 1, 0]), torch.no_grad():
+        wanted = model.eval().bert(**batch_of(model, 7, 0)).last_hidden_state
+        hooked(model, run)()
+        assert torch.equal(model.bert(**batch_of(model, 7, 0)).last_hidden_state, wanted)
+
+
+@torch.no_grad()
+def test_a_forward_of_another_thread_leaves_this_one_s_padding():
+    model = built("sentence").eval()
+
+    def meanwhile(*_):
+        handle.remove()
+        thread = threading.Thread(target=lambda: model(**batch_of(model, 7, 1)))
+        thread.start()
+        thread.join()
+
+    wanted = model(**batch_of(model, 3, 0)).logits
+    handle = model.bert.encoder.layer[0].register_forward_pre_hook(meanwhile)
+    got = model(**batch_of(model, 3, 0)).logits
+    torch.testing.assert_close(got, wanted)
+    assert not model.adamix.router.notes._here
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_losses_of_a_forward_that_a_backward_runs(reentrant):
+    """Those of the first run hold a gradient, or are refused."""
+    found = []
+    for recomputes in (None, reentrant):
+        model, anchor = built("linear"), torch.zeros((), requires_grad=True)
+
+        def run(anchor, model=model):
+            return model(**batch_of(model, 5, 2)).logits.sum() * 0 + gate_losses(model).total * 100 + 0 * anchor
+
+        total = run(anchor) if recomputes is None else checkpoint(run, anchor, use_reentrant=recomputes)
+        if recomputes:
+            with pytest.raises(RuntimeError, match="model: got a forward that a backward runs"):
+                total.backward()
+            return
+        found.append(gradients(model, total))
+    assert_same(found[1], found[0])
+
+
 def test_only_what_may_run_again_is_kept():
     model = built("sentence")
     for seed in range(3):

@@ -69,12 +69,66 @@ def test_a_recomputed_layer_has_the_samples_of_its_own_forward(reentrant, run):
         torch.testing.assert_close(got[name], value, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_what_is_recomputed_within_a_recomputation_is_not_guessed():
-    model = built(True)
+def in_a_thread(backward):
+    """As on a GPU, whose thread counts the nodes that it makes by itself."""
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("way", [lambda backward: backward(), in_a_thread])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_is_recomputed_within_a_recomputation_has_the_samples_of_its_own_forward(reentrant, way):
+    found = []
+    for recomputes in (None, reentrant):
+        model = built(recomputes)
+        model(input_ids=ids(6), use_cache=False).logits.sum().backward()
+        model.zero_grad()
+        with torch.no_grad():
+            model.eval()(input_ids=ids(3))
+        model.train()
+        embedded = model.get_input_embeddings()(ids(4)).requires_grad_()
+        torch.manual_seed(3)
+        whole = checkpoint(lambda x, m=model: m(inputs_embeds=x, use_cache=False).logits, embedded, use_reentrant=True)
+        way(whole.square().sum().backward)
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert any(value.abs().max() > 0.01 for value in found[0].values())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, msg=lambda text, n=name: f"{n}: {text}")
+    assert not model.adamix.router.samples._forwards._within
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_backward_within_a_forward_has_the_samples_of_its_own(reentrant):
+    def run(model):
+        first = model(input_ids=ids(4), use_cache=False).logits.square().sum()
+
+        def meanwhile(*_):
+            handle.remove()
+            first.backward()
+
+        handle = model.lm_head.register_forward_hook(meanwhile)
+        return model(input_ids=ids(6), use_cache=False).logits.square().sum()
+
+    got, wanted = gradients(built(reentrant), run), gradients(built(), run)
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_a_forward_of_a_backward_that_is_over_is_not_guessed():
+    model, late = built(True), []
     embedded = model.get_input_embeddings()(ids(4)).requires_grad_()
-    whole = checkpoint(lambda x: model(inputs_embeds=x, use_cache=False).logits, embedded, use_reentrant=True)
-    with pytest.raises(RuntimeError, match="expected one of the two: of how many samples its rows are is not known"):
-        whole.sum().backward()
+
+    @torch.enable_grad()
+    def hook(_):
+        late.append(model(inputs_embeds=embedded, use_cache=False).logits.sum())
+
+    anchor = torch.ones(1, requires_grad=True)
+    anchor.register_hook(hook)
+    anchor.sum().backward()
+    with pytest.raises(RuntimeError, match="expected one of them: of how many samples its rows are is not known"):
+        late[0].backward()
 
 
 @pytest.mark.parametrize("experts", [1, [2, 0]])
