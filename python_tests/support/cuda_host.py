@@ -1,8 +1,8 @@
 """What the tests of the C++/CUDA backend share: the device, and its kernels on the CPU, plain or under a sanitiser.
 
 ADAMIX_CUDA_HOST=<shared object> puts the kernels on the CPU before anything is imported, as TRITON_INTERPRET=1 does
-for Triton. `make test` runs test_cuda_*.py three times so: all of it plain, and what is marked `sanitize` under
-AddressSanitizer with UBSan, and under ThreadSanitizer.
+for Triton. `make test` runs test_cuda_*.py so: all of it plain; `make sanitize` what is marked `sanitize`, under
+AddressSanitizer with UBSan, at night under ThreadSanitizer too.
 """
 
 import ctypes
