@@ -112,6 +112,7 @@ test: $(VENV)/.test $(VENV)/.triton $(VENV)/.nvrtc $(OLD)/.ready $(HUB)/.ready
 	PYTHONPATH=$(abspath $(HUB)) $(PYTEST) $(call tests,hub_layout)
 
 sanitize: $(VENV)/.test
+	$(SANITISED) --begin
 	for variant in asan $(NIGHT:1=tsan); do $(BIN)/python -m adamix_kernels._build --host $$variant || exit 1; done
 	rm -f $(REPORT).*
 	ADAMIX_NIGHTLY=1 $(PYTEST) $(call tests,csrc_host) -k 'asan$(NIGHT:1= or tsan)'

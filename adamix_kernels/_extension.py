@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,9 @@ def load_problem() -> str | None:
 def _build_again(path: Path) -> str:
     """The command whose library lies where this one does."""
     named = bool(os.environ.get(_HOST) or os.environ.get(_OTHER))
-    return "python -m adamix_kernels._build" + " --host" * on_host() + f" --output {path}" * named
+    variant = next((f" {name}" for name in ("asan", "tsan") if path.stem.endswith(name)), "")
+    host, output = f" --host{variant}" * on_host(), f" --output {shlex.quote(str(path))}" * named
+    return f"python -m adamix_kernels._build{host}{output}"
 
 
 @functools.cache

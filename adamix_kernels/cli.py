@@ -70,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and is_closed_pipe(error) and args.command in _READ:
             to_nowhere(sys.stdout)  # `adamix predict ... | head` has read enough
             return 0
-        if isinstance(error, OSError):
-            let_go(sys.stdout)
+        let_go(sys.stdout)
         if args.traceback:
             raise
         if isinstance(error, ModuleNotFoundError):

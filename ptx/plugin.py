@@ -55,7 +55,6 @@ SEEN_ANYWAY = {
     "unused_expert": "python -m ptx.fuzz draws unused experts",
     "infinit": "python -m ptx.fuzz draws infinities",
     "the_layer_calls_it": "kernels of other tests; make ptx-nightly",
-    "every_activation": "python -m ptx.fuzz draws activations",
 }
 # Parts of the names of parametrisations that the small size runs whatever their number: the widest tile of float32, the
 # most steps of a row that registers hold, and the one test that must reach rescale_kernel.

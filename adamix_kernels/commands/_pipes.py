@@ -64,8 +64,8 @@ def let_go(stream: Any) -> None:
     try:
         if stream is not None:
             stream.flush()
-    except OSError:
-        with contextlib.suppress(io.UnsupportedOperation):  # a stream of Python's own
+    except (OSError, ValueError):  # closed
+        with contextlib.suppress(io.UnsupportedOperation, ValueError):  # a stream of Python's own
             to_nowhere(stream)
 
 

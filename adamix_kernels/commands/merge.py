@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from ..models._files import write_json
-from ..models._staging import write_tokenizer
+from ..models._staging import beside, write_tokenizer
 from ..models.checkpoint import save_adamix
 from ..models.gating import is_learned
 from ..models.header import CHECKPOINT_NAME, read_header
@@ -99,7 +98,7 @@ def _keep_another(opened: Opened, merged: nn.Module, out: Path) -> None:
 
 def _is_in(merged: nn.Module, out: Path) -> bool:
     """Whether the checkpoint in `out` has the values of `merged`."""
-    with tempfile.TemporaryDirectory(prefix=".adamix.", dir=out) as place:  # weights, for which /tmp may be too small
+    with beside(out) as place:  # weights, for which /tmp may be too small
         files = (read_header(folder / CHECKPOINT_NAME)["tensors"] for folder in (save_adamix(merged, place), out))
         return len({file["sha256"] for file in files}) == 1
 

@@ -16,28 +16,34 @@ TOKENIZER_NAME = "tokenizer_config.json"
 
 
 @contextlib.contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """A place in `folder` for what goes again; what a killed process left of one goes with its other leftovers."""
+    place = _temporary(folder)
+    try:
+        remove_leftover(place)
+        place.mkdir()
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def staged(folder: Path, last: str) -> Iterator[Path]:
     """A place to write into. At its end all that is in it is on the disk, and takes its place in `folder` file by file,
     `last` after all others, each in one step; what is there already as it is, is not touched. After an error, a full
     disk's too, nothing of `folder` has changed."""
-    place = _temporary(folder)
-    try:
-        with naming(folder, place):
-            remove_leftover(place)
-            place.mkdir()
-            yield place
-            order = sorted(place.rglob("*"), key=lambda path: (path.name == last, path.name == TOKENIZER_NAME))
-            files = {path: folder / path.relative_to(place) for path in order if path.is_file()}
-            for path in files:
-                _flush(path)
-            for path, target in files.items():
-                if not _same(path, target):
-                    target.parent.mkdir(exist_ok=True)
-                    os.replace(path, target)
-            with contextlib.suppress(OSError):  # not every system can open a folder
-                _flush(folder)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+    with naming(folder, _temporary(folder)), beside(folder) as place:
+        yield place
+        order = sorted(place.rglob("*"), key=lambda path: (path.name == last, path.name == TOKENIZER_NAME))
+        files = {path: folder / path.relative_to(place) for path in order if path.is_file()}
+        for path in files:
+            _flush(path)
+        for path, target in files.items():
+            if not _same(path, target):
+                target.parent.mkdir(exist_ok=True)
+                os.replace(path, target)
+        with contextlib.suppress(OSError):  # not every system can open a folder
+            _flush(folder)
 
 
 def write_tokenizer(folder: Path, tokenizer: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..modules import AdaptedLayer, RoutedAdapter, RoutedLoRALinear
-from ..routing import LEARNED, GateRouter, gate_router
+from ..routing import LEARNED, GateRouter, Router, gate_router
 from ..routing.draws import runs_in_backward
 from .config import AdaMixConfig
 from .gate_config import by_path, experts_at
@@ -118,10 +118,11 @@ def gate_losses(model: nn.Module) -> GateLosses:
         >>> losses.balance.item() > 1.5  # 2 where the chosen two serve alike
         True
     """
-    config = adamix_state(model).config
+    config, router = adamix_state(model).config, adamix_state(model).router
     found: dict[str, list[torch.Tensor]] = {"balance": [], "z": []}
     gates = gates_of_layers(model)
-    if runs_in_backward() and any(gate.training and (gate.balance or gate.z) for gate in gates.values()):
+    leaves = config.router not in ("task", "arrow") and router.enabled and router.experts is None
+    if leaves and runs_in_backward() and any(gate.training and (gate.balance or gate.z) for gate in gates.values()):
         raise RuntimeError(
             "model: got a forward that a backward runs (reentrant activation checkpointing, or a hook), expected one "
             "outside, or use_reentrant=False: the router would not learn its losses"
@@ -157,6 +158,23 @@ def note_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     router.note(masks=(mask, decoder_mask))
 
 
+class NoteEncoder:
+    """A hook before the encoder of an encoder-decoder, which generate() calls by itself: which tokens are padding."""
+
+    def __init__(self, router: Router):
+        self.router = router
+
+    def __call__(self, _encoder: nn.Module, _args: object, kwargs: Mapping[str, Any]) -> None:
+        router = self.router
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return
+        if router.notes is not None and router.notes.here() is not None:  # the model's own forward, which was told
+            return
+        mask = kwargs.get("attention_mask")
+        router.attention_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        router.note(begins=False)
+
+
 @contextlib.contextmanager
 def use_tasks(model: nn.Module, tasks: torch.Tensor | list[int]) -> Iterator[nn.Module]:
     """Within the context the gates are those of these tasks, one a sample (router="task").
@@ -165,7 +183,8 @@ def use_tasks(model: nn.Module, tasks: torch.Tensor | list[int]) -> Iterator[nn.
         model: adapted with router="task". tasks: ids [B], 0 <= id < num_tasks; a batch of k * B rows takes each k times
             (passes in training, beams in evaluation).
 
-    A backward that recomputes activations may run outside: it takes the tasks of the forward.
+    A backward that recomputes activations may run outside: it takes the tasks of the forward. One thread at a time: the
+    model holds the ids.
 
     Raises:
         TypeError: tasks are no integers. ValueError: the model has no task router, or an id is not in its table.

@@ -15,7 +15,7 @@ from ..modules import AdaptedLayer, RoutedAdapter, RoutedLoRALinear
 from ..modules.lora import linear_sizes
 from ..routing import Router
 from .doubling import BATCHED
-from .gating import gates_of_layers, is_learned, note_batch
+from .gating import NoteEncoder, gates_of_layers, is_learned, note_batch
 from .saving import Guarded, install_saving
 from .state import adamix_state
 from .watch import PassWatch
@@ -32,6 +32,9 @@ def install_guards(model: nn.Module) -> None:
     model.register_forward_hook(_after_forward, always_call=True)
     if is_learned(model):
         model.register_forward_pre_hook(note_batch, with_kwargs=True)
+        owner: Any = model
+        if hasattr(owner, "generate") and getattr(getattr(owner, "config", None), "is_encoder_decoder", False):
+            owner.get_encoder().register_forward_pre_hook(NoteEncoder(state.router), with_kwargs=True)
     embeddings = _input_embeddings(model) if state.checkpointable else None
     if embeddings is not None:
         embeddings.register_forward_hook(RequireGrad(state.checkpointable))

@@ -268,13 +268,10 @@ def _is_recomputed() -> bool:
 
 def runs_in_backward() -> bool:
     """Whether a backward runs this for a backward within it: reentrant checkpointing's second forward, or a hook's."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._current_graph_task_id() != -1
-        and torch.is_grad_enabled()
-        and _top_hooks is not None
-        and _top_hooks(True) is None
-    )
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1 or not torch.is_grad_enabled():
+        return False
+    reentrant = type(torch._C._current_autograd_node()).__name__ == "CheckpointFunctionBackward"
+    return reentrant or (_top_hooks is not None and _top_hooks(True) is None)
 
 
 def check_level(name: str, level: str, *more: str) -> None:

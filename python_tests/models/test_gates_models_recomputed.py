@@ -1,5 +1,6 @@
 """What gates are told of a batch where it runs again, in a backward, or for several beams."""
 
+import contextlib
 import copy
 import pickle
 import threading
@@ -21,9 +22,9 @@ KINDS = {
 }
 
 
-def built(kind, recomputes=None, build=tiny.tiny_bert):
+def built(kind, recomputes=None, build=tiny.tiny_bert, config=None):
     """recomputes: use_reentrant of its activation checkpointing; None: it has none."""
-    model = adapt(build(), copy.deepcopy(KINDS[kind])).train()
+    model = adapt(build(), copy.deepcopy(config or KINDS[kind])).train()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
@@ -206,8 +207,35 @@ def test_a_forward_of_another_thread_leaves_this_one_s_padding():
     assert not model.adamix.router.notes._here
 
 
+def test_an_encoder_that_generate_calls_alone_has_its_padding():
+    config = AdaMixConfig.smear(num_experts=3, bottleneck=4, target_modules=r"encoder\..*DenseReluDense\.wo")
+    model = built("sentence", build=tiny.tiny_t5, config=config).eval()
+    options = dict(max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    for kept, seed in ((3, 0), (7, 1), (5, 2)):
+        batch = batch_of(model, kept, seed)
+        found = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options)
+        written = found.sequences[:, :-1]
+        with torch.no_grad():
+            wanted = model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=written
+            ).logits
+        torch.testing.assert_close(torch.stack(found.logits, 1), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_router_without_losses_adds_none_in_a_forward_that_a_backward_runs():
+    model, anchor = built("task"), torch.zeros((), requires_grad=True)
+
+    def run(anchor):
+        with use_tasks(model, [0, 1, 1, 0]):
+            return model(**batch_of(model, 5, 2)).logits.sum() + gate_losses(model).total + 0 * anchor
+
+    checkpoint(run, anchor, use_reentrant=True).backward()
+    assert all(gate.logits.grad is not None for gate in gates_of_layers(model).values())
+
+
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_losses_of_a_forward_that_a_backward_runs(reentrant):
+def test_losses_of_a_forward_that_a_backward_runs(reentrant, kept):
     """Those of the first run hold a gradient, or are refused."""
     found = []
     for recomputes in (None, reentrant):
@@ -218,7 +246,8 @@ def test_losses_of_a_forward_that_a_backward_runs(reentrant):
 
         total = run(anchor) if recomputes is None else checkpoint(run, anchor, use_reentrant=recomputes)
         if recomputes:
-            with pytest.raises(RuntimeError, match="model: got a forward that a backward runs"):
+            hooks = torch.autograd.graph.save_on_cpu() if kept else contextlib.nullcontext()
+            with hooks, pytest.raises(RuntimeError, match="model: got a forward that a backward runs"):
                 total.backward()
             return
         found.append(gradients(model, total))
