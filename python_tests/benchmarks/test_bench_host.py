@@ -56,6 +56,7 @@ def measured(backend, **environment):
     return {name: float(adds) for name, adds in lines}, done.stderr
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler in $PATH")
 def test_triton():
     pytest.importorskip("triton")

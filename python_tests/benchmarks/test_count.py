@@ -329,7 +329,10 @@ def test_an_exception_is_a_limit_of_its_own(monkeypatch):
 
 @pytest.mark.parametrize(
     ("op", "only"),
-    [("merge", "merge_banks/forward 24 layers M4 r48"), ("consistency", "adamix_loss/both 2x64x2 float32")],
+    [
+        ("merge", "merge_banks/forward 24 layers M4 r48"),
+        pytest.param("consistency", "adamix_loss/both 2x64x2 float32", marks=pytest.mark.nightly),
+    ],
 )
 def test_a_row_counted_again_has_not_grown(op, only):
     """Cheap ones; `make count` counts all."""

@@ -129,6 +129,7 @@ def test_a_library_that_was_asked_for_and_cannot_be_built_is_an_error(project):
     assert not list(project.glob("dist/*.whl"))
 
 
+@pytest.mark.nightly
 @needs_nvcc
 def test_what_the_compiler_says_is_shown(project, tmp_path_factory):
     source = project / "csrc/doubling/doubling.cu"

@@ -192,6 +192,7 @@ def test_train_resumes(trained, tmp_path, capsys):
     assert digests[0] == digests[1]
 
 
+@pytest.mark.nightly
 def test_two_processes_show_one_bar_and_one_result(trained, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     flags = train_flags(trained, tmp_path / "out", "--max-steps", "2", "--log-level", "info")

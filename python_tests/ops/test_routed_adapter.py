@@ -161,6 +161,7 @@ def test_torch_compile_whole_graph_no_recompile_per_batch_size():
     assert counter.frame_count == 1
 
 
+@pytest.mark.nightly
 def test_torch_compile_inductor():
     x, *banks = inputs(dtype=torch.float32)
     chosen = index("token", 3)

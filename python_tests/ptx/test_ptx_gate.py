@@ -124,14 +124,16 @@ def test_a_report_fails_the_test_that_caused_it(tmp_path):
     }
 
 
-@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
 def test_each_architecture_runs_what_the_other_does_not(before):
     few, one = chosen(100), chosen(1)
     shares = [in_turn(few, arch, before) for arch in ARCHITECTURES]
-    assert set.union(*shares) == few
+    assert len(few) == 3
+    assert set.union(*shares) < few
+    assert list(map(len, shares)) == [1, 1]
     assert not set.intersection(*shares)
-    assert sorted(map(len, shares)) == [1, 2]
-    assert {frozenset(in_turn(one, arch, before)) for arch in ARCHITECTURES} == {frozenset(), frozenset({0})}
+    alone = [in_turn(one, arch, before) for arch in ARCHITECTURES]
+    assert alone == [{0} if before % 3 == share else set() for share in (0, 1)]
 
 
 def test_tests_that_launch_nothing_fail_as_a_whole(tmp_path):
@@ -159,6 +161,7 @@ def test_traffic_counts_sectors_against_the_least(stride, sectors):
     assert [what.split(" ")[0] for what, _ in found.waste if "ld.global" in what] == ["ld.global"] * (stride == 8)
 
 
+@pytest.mark.nightly
 def test_three_implementations_give_one_answer():
     names = ["reference", "interpreted", "ptx80"]
     table = compare(names, ["merge_experts", "router"], 2)

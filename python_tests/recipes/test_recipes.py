@@ -214,6 +214,7 @@ def test_rouge_without_its_first_library(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="METEOR 1.5 runs Java, and there is none here")
+@pytest.mark.nightly
 def test_meteor_is_its_authors_own():
     pytest.importorskip("pycocoevalcap")
     texts, references = ["the cats sat on a mat ."], [["a cat was sitting on the mat .", "no cat ."]]

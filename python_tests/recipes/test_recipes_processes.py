@@ -20,6 +20,7 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 LAUNCH += ["-m", "adamix_kernels"]
 
 
+@pytest.mark.nightly
 def test_each_row_once_and_one_table(tmp_path, monkeypatch):
     """Both processes train together, each run once; a finished one is left alone by both."""
     recipe = tiny_recipes.tiny_recipe(tmp_path, select="best", evaluations=["merged"])

@@ -96,6 +96,7 @@ def test_the_layer_calls_it(dtype, monkeypatch):
     check_layer("triton", monkeypatch, DEVICE, dtype)
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not INTERPRET, reason="tracing is the same")
 def test_compile_autocast_checkpointing_and_opcheck(monkeypatch):
     check_wrapped("triton", DEVICE)
