@@ -68,7 +68,7 @@ PYTEST := $(BIN)/python $(TESTING)
 ON_HOST = OMP_NUM_THREADS=1 ADAMIX_CUDA_HOST=$(abspath build/csrc/adamix_host_$(1).so)
 UNDER = LD_PRELOAD="$$(g++ -print-file-name=lib$(1).so) $$(g++ -print-file-name=libstdc++.so.6)"
 REPORT := $(abspath build/csrc/report)
-SANITISED := PYTHONPATH=. $(BIN)/python python_tests/support/sanitised.py
+SANITIZER_RECORD := PYTHONPATH=. $(BIN)/python python_tests/support/sanitised.py
 SANITIZED = $(PYTEST) -m sanitize $(shell grep -l mark.sanitize $(CUDA_TESTS)) || { cat $(REPORT).*; exit 1; }
 
 .PHONY: help install demo test sanitize nightly oldest pythons ptx ptx-nightly aot cuda count docs lint lock bench clean
@@ -107,19 +107,19 @@ test: $(VENV)/.test $(VENV)/.triton $(VENV)/.nvrtc $(OLD)/.ready $(HUB)/.ready
 	TRITON_INTERPRET=1 $(PYTEST) $(TRITON_TESTS)
 	$(BIN)/python -m adamix_kernels._build --host plain
 	$(call ON_HOST,plain) $(PYTEST) $(CUDA_TESTS)
-	$(if $(NIGHT),,$(SANITISED) ||) $(MAKE) sanitize
+	$(if $(NIGHT),,$(SANITIZER_RECORD) ||) $(MAKE) sanitize
 	PYTHONPATH=$(abspath $(OLD)) $(PYTEST) --ignore-glob='*_launch.py' \
 		$(foreach name,$(OLD_TRAINER),$(call tests,$(name)))
 	PYTHONPATH=$(abspath $(HUB)) $(PYTEST) $(call tests,hub_layout)
 
 sanitize: $(VENV)/.test
-	$(SANITISED) --begin
+	$(SANITIZER_RECORD) --begin
 	for variant in asan $(NIGHT:1=tsan); do $(BIN)/python -m adamix_kernels._build --host $$variant || exit 1; done
 	rm -f $(REPORT).*
 	ADAMIX_NIGHTLY=1 $(PYTEST) $(call tests,csrc_host) -k 'asan$(NIGHT:1= or tsan)'
 	$(call ON_HOST,asan) $(call UNDER,asan) ASAN_OPTIONS=detect_leaks=0:log_path=$(REPORT) $(SANITIZED)
 	$(if $(NIGHT),$(call ON_HOST,tsan) $(call UNDER,tsan) TSAN_OPTIONS=halt_on_error=1:log_path=$(REPORT) $(SANITIZED))
-	$(SANITISED) --write
+	$(SANITIZER_RECORD) --write
 
 nightly:
 	ADAMIX_NIGHTLY=1 $(MAKE) test ptx-nightly aot cuda count

@@ -58,7 +58,7 @@ _GXX = ("-c", "-x", "c++", *_GXX_CODE, *_GXX_WARNINGS, *_NO_PATHS, *_COMMON)
 LIBRARIES = ("-L{torch}/lib", "-ltorch", "-ltorch_cpu")
 # The scheduler of the threads tells the sanitisers what it does; it is not for them to watch.
 _UNWATCHED = "host/fibers.cpp"
-# What launches the kernels, for every variant.
+# Of what is no kernel, for every variant.
 _HOST_CODE = ("-O2",)
 HOST_FLAGS = {
     "plain": ("-O1",),

@@ -13,6 +13,17 @@ from typing import Any
 from ._files import _flush, _os_error, _temporary, naming, remove_leftover, sha256
 
 TOKENIZER_NAME = "tokenizer_config.json"
+# Any of these holds a tokenizer's words.
+WORDS = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json",
+)  # fmt: skip
+
+
+def word_files(tokenizer: Any) -> set[str]:
+    """Files of which any holds its words, its class' own too; none where bytes are the words."""
+    own = {*getattr(tokenizer, "vocab_files_names", {}).values()}
+    return {*WORDS, *own} - {TOKENIZER_NAME} if own else set()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .gating import TASK_IDS, gate_losses, gates_of_layers, is_learned, use_tasks
+from .gating import TASK_IDS, gate_losses, gates_of_layers, is_learned, leaves_losses, use_tasks
 from .guards import checkpointable, is_reentrant
 from .state import adamix_state
 
@@ -20,7 +20,7 @@ OPTIONS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 def added_losses(model: nn.Module) -> tuple[str, ...]:
     """Names, in the logs, of what the gates add to the loss."""
     config = adamix_state(model).config
-    if not is_learned(model) or config.router in ("task", "arrow"):  # they have no logits of a token
+    if not (is_learned(model) and leaves_losses(config)):
         return ()
     return tuple(n for n, weight in zip(NAMES, (config.balance_weight, config.z_weight), strict=True) if weight > 0)
 

@@ -121,7 +121,7 @@ def gate_losses(model: nn.Module) -> GateLosses:
     config, router = adamix_state(model).config, adamix_state(model).router
     found: dict[str, list[torch.Tensor]] = {"balance": [], "z": []}
     gates = gates_of_layers(model)
-    leaves = config.router not in ("task", "arrow") and router.enabled and router.experts is None
+    leaves = leaves_losses(config) and router.enabled and router.experts is None
     if leaves and runs_in_backward() and any(gate.training and (gate.balance or gate.z) for gate in gates.values()):
         raise RuntimeError(
             "model: got a forward that a backward runs (reentrant activation checkpointing, or a hook), expected one "
@@ -144,6 +144,11 @@ def gate_losses(model: nn.Module) -> GateLosses:
     means = {name: torch.stack([v.to(zero.device) for v in vs]).mean() if vs else zero for name, vs in found.items()}
     total = config.balance_weight * means["balance"] + config.z_weight * means["z"]
     return GateLosses(total, means["balance"], means["z"])
+
+
+def leaves_losses(config: AdaMixConfig) -> bool:
+    """Whether its routers have logits of a token, of which losses are; those of tasks and Arrow's have none."""
+    return config.router not in ("task", "arrow")
 
 
 def note_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -11,18 +11,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..models._files import sha256
-from ..models._staging import TOKENIZER_NAME
+from ..models._staging import TOKENIZER_NAME, WORDS, word_files
 from .beside import json_of
 
 logger = logging.getLogger(__name__)
 DIGESTS = "tokenizer"  # of a JSON: the files that were written with it
 _TEMPLATES = "additional_chat_templates"
-_WORDS = (
-    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-    "tekken.json",
-)  # fmt: skip
 _KNOWN = (
-    TOKENIZER_NAME, *_WORDS, "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    TOKENIZER_NAME, *WORDS, "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json",
 )  # fmt: skip
 _PATTERNS = (
@@ -106,8 +102,8 @@ def _loaded(files: Mapping[str, bytes], config: Any) -> Any:
     with tempfile.TemporaryDirectory() as place:
         write_files(Path(place), files)
         made: Any = AutoTokenizer.from_pretrained(place, local_files_only=True, config=config)
-    words = {*getattr(made, "vocab_files_names", {}).values()}  # none where bytes are the words
-    if words and not files.keys() & ({*_WORDS, *words} - {TOKENIZER_NAME}):
+    words = word_files(made)
+    if words and not files.keys() & words:
         raise OSError(f"got {TOKENIZER_NAME} without its words")  # transformers 5 then gives one that knows no word
     return made
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from ..ops._checks import check_positive
 from ..ops._node import ROUTERS
-from .forwards import Told
+from .forwards import Told, node_of_backward
 from .notes import Notes
 from .samples import Samples
 
@@ -270,7 +270,7 @@ def runs_in_backward() -> bool:
     """Whether a backward runs this for a backward within it: reentrant checkpointing's second forward, or a hook's."""
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1 or not torch.is_grad_enabled():
         return False
-    reentrant = type(torch._C._current_autograd_node()).__name__ == "CheckpointFunctionBackward"
+    reentrant = type(node_of_backward()).__name__ == "CheckpointFunctionBackward"
     return reentrant or (_top_hooks is not None and _top_hooks(True) is None)
 
 

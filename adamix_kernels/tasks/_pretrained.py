@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..models._staging import TOKENIZER_NAME
+from ..models._staging import TOKENIZER_NAME, WORDS, word_files
 from ..models.hub import hub_answers, unreached
 
 logger = logging.getLogger(__name__)
@@ -17,10 +17,7 @@ logger = logging.getLogger(__name__)
 _REPORTS = ("LOAD REPORT", "were not initialized from the model checkpoint", "were not used when initializing")
 _ANY_SIZE = "ignore_mismatched_sizes"
 _SHOWN = 4
-_TOKENIZERS = (
-    "tokenizer.json", TOKENIZER_NAME, "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",
-    "sentencepiece.bpe.model", "tekken.json",
-)  # fmt: skip
+_TOKENIZERS = WORDS[0], TOKENIZER_NAME, *WORDS[1:]
 
 
 def from_pretrained(
@@ -97,9 +94,10 @@ def tokenizer_of(path: str, local: bool, **options: Any) -> Any:
         raise ValueError(
             f"got a tokenizer that cannot be read ({type(error).__name__}: {first_line(error)})"
         ) from error
-    words = tuple(getattr(made, "vocab_files_names", {}).values())  # none where bytes are the words
-    if words and not any(cached_file(path, name, **here) for name in {*_TOKENIZERS, *words} - {TOKENIZER_NAME}):
-        raise OSError(f"{path}: got {TOKENIZER_NAME} without its words, expected {' or '.join(words)} beside it")
+    words = word_files(made)
+    if words and not any(cached_file(path, name, **here) for name in words):
+        own = " or ".join(made.vocab_files_names.values())
+        raise OSError(f"{path}: got {TOKENIZER_NAME} without its words, expected {own} beside it")
     return made
 
 
